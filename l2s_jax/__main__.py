@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `python -m l2s_jax VERB --gin_file=FILE ...`.
+
+A verb is a gin configurable, called as `fn(dry_run=...)` once the gin files
+and `--gin.NAME=VALUE` bindings are read and checked. Nothing heavy is imported
+before the command line is understood. What a verb does is its module's affair.
+"""
+
+import argparse
+import importlib
+import inspect
+import logging
+import os
+import pathlib
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import gin
+
+from l2s_jax import gin_utils
+
+
+class Verb(NamedTuple):
+  """Names the function behind a verb, imported only when it is asked for."""
+
+  module: str
+  function: str
+  summary: str
+  example: str
+
+  def load(self) -> Callable[..., Any]:
+    return getattr(importlib.import_module(self.module), self.function)
+
+
+VERBS: Mapping[str, Verb] = {
+  'train': Verb(
+    'l2s_jax.train',
+    'train',
+    'trains LLM-to-SLM, or an LLM or SLM baseline; resumes by itself',
+    '--gin_file=gin_configs/experiments/multi30k.gin '
+    '--gin.DATA_DIR=data/multi30k --gin.MODEL_DIR=runs/multi30k',
+  ),
+  'evaluate': Verb(
+    'l2s_jax.evaluate',
+    'evaluate',
+    'scores checkpoints of a run; writes metrics and predictions',
+    '--gin_file=gin_configs/tasks/multi30k.gin '
+    '--gin_file=gin_configs/runs/evaluate.gin '
+    '--gin.DATA_DIR=data/multi30k --gin.CHECKPOINT_PATH=runs/multi30k',
+  ),
+  'infer': Verb(
+    'l2s_jax.infer',
+    'infer',
+    'answers the prompts of a JSONL or text file, a task, or stdin (-)',
+    '--gin_file=gin_configs/runs/infer.gin '
+    '--gin.CHECKPOINT_PATH=runs/multi30k --gin.INPUT=prompts.txt',
+  ),
+}
+
+# Their configurables can be bound whatever the verb, so that one experiment
+# file serves all of them. None imports TensorFlow.
+CONFIGURABLE_MODULES = (
+  'l2s_jax.partition',
+  'l2s_jax.models.config',
+  'l2s_jax.systems',
+  'l2s_jax.optim',
+  'l2s_jax.tasks',
+  'l2s_jax.train',
+  'l2s_jax.evaluate',
+  'l2s_jax.infer',
+)
+
+_PROGRAM = 'python -m l2s_jax'
+
+
+def main(
+  argv: Sequence[str] | None = None,
+  *,
+  verbs: Mapping[str, Verb] = VERBS,
+  configurable_modules: Sequence[str] = CONFIGURABLE_MODULES,
+) -> int:
+  """Runs one verb and returns the exit status: 0, or 2 for wrong input."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  if not argv or argv[0] in ('-h', '--help'):
+    print(_overview(verbs))
+    return 0 if argv else 2
+  name = argv[0]
+  if name not in verbs:
+    return _refuse(
+      f'{name!r} is no verb{gin_utils.near_misses(name, verbs)} '
+      f'Verbs: {", ".join(verbs)}.'
+    )
+  parser = _parser(name, verbs[name])
+  args, bindings = _parse_args(parser, argv[1:])
+  # TensorFlow reads this when it is imported: warnings, or errors alone.
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '1' if args.verbose else '2')
+  if args.verbose:
+    logging.basicConfig(level=logging.INFO)
+  else:
+    logging.getLogger('absl').setLevel(logging.ERROR)
+  try:
+    fn = verbs[name].load()
+    if args.help:
+      print(parser.format_help() + _gin_help(name, fn))
+      return 0
+    for module in configurable_modules:
+      importlib.import_module(module)
+    _run(fn, args, bindings)
+  except (ValueError, FileNotFoundError) as error:
+    if args.verbose or not _is_deliberate(error):
+      raise
+    # Gin appends the chain of configurables that the error came through.
+    return _refuse(re.sub('\n  In call to configurable .*', '', str(error)))
+  return 0
+
+
+def _run(
+  fn: Callable[..., Any], args: argparse.Namespace, bindings: Sequence[str]
+) -> None:
+  """Configures gin, checks that `fn` has all it needs, and calls it."""
+  parsed = gin_utils.parse_config(
+    args.gin_file, bindings, args.gin_search_paths
+  )
+  gin_utils.check_required(fn, given=('dry_run',))
+  if args.dry_run:
+    for macro, value in parsed.assumed_strings.items():
+      print(f'# {macro}={value} was taken as a string')
+    print(gin_utils.config())
+    for macro, source in parsed.unread_macros.items():
+      print(f'# {source}: nothing reads {macro}')
+  fn(dry_run=args.dry_run)
+
+
+def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog=f'{_PROGRAM} {name}',
+    usage=f'{_PROGRAM} {name} --gin_file=FILE [--gin_file=FILE ...] '
+    '[--gin.NAME=VALUE ...]\n         [--gin_search_paths=DIRS] [--dry_run] '
+    '[--verbose]',
+    description=f'{name}: {verb.summary}.\n\n'
+    '--gin.NAME=VALUE binds a macro (--gin.TRAIN_STEPS=10) or a parameter,\n'
+    'over the files. A VALUE that is not a gin value is taken as a string.',
+    epilog='example:\n  '
+    + f'{_PROGRAM} {name} {verb.example}'.replace(' --', ' \\\n    --'),
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+    add_help=False,
+  )
+  parser.add_argument(
+    '--gin_file',
+    metavar='FILE',
+    action='append',
+    default=[],
+    help='may be repeated; later files override earlier ones. Looked up in '
+    'the working directory, the search paths, the repository',
+  )
+  parser.add_argument(
+    '--gin_search_paths',
+    metavar='DIRS',
+    type=lambda dirs: dirs.split(','),
+    default=[],
+    help='folders to look for gin files in, separated by commas',
+  )
+  parser.add_argument(
+    '--dry_run',
+    action='store_true',
+    help='print the config, parameter counts and shardings, and stop',
+  )
+  parser.add_argument(
+    '--verbose',
+    action='store_true',
+    help="libraries' logs, and tracebacks of errors in the input",
+  )
+  parser.add_argument('-h', '--help', action='store_true', help='this text')
+  return parser
+
+
+def _parse_args(
+  parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+  """Returns the flags, and NAME=VALUE of each `--gin.NAME=VALUE`."""
+  bindings = [
+    arg.removeprefix('--gin.') for arg in argv if arg.startswith('--gin.')
+  ]
+  flags = [arg for arg in argv if not arg.startswith('--gin.')]
+  args, unknown = parser.parse_known_args(flags)
+  for arg in unknown:
+    name = arg.partition('=')[0]
+    if re.fullmatch('-*[A-Z][A-Z0-9_]*', name):
+      parser.error(
+        f'what is {arg}? A gin name is set in one word: '
+        f'--gin.{name.lstrip("-")}=VALUE.'
+      )
+    known = [f'--{flag}' for flag in vars(args)]
+    parser.error(f'what is {arg}?{gin_utils.near_misses(name, known)[:-1]}')
+  return args, bindings
+
+
+def _overview(verbs: Mapping[str, Verb]) -> str:
+  width = max(len(name) for name in verbs)
+  lines = [f'  {name:{width}}  {verb.summary}' for name, verb in verbs.items()]
+  return '\n'.join(
+    [
+      f'usage: {_PROGRAM} VERB --gin_file=FILE [--gin.NAME=VALUE ...]',
+      '',
+      'verbs:',
+      *lines,
+      '',
+      f'{_PROGRAM} VERB --help: an example, and the gin names it reads.',
+    ]
+  )
+
+
+def _gin_help(name: str, fn: Callable[..., Any]) -> str:
+  """Returns what gin can bind of a verb: its parameters and their meaning."""
+  lines = [f'\ngin names of {name} (--gin.{name}.NAME=VALUE, or in a file):']
+  for parameter in inspect.signature(fn).parameters.values():
+    if parameter.name == 'dry_run':
+      continue
+    if parameter.default is gin.REQUIRED:
+      parameter = parameter.replace(default=parameter.empty)
+    lines.append(f'  {parameter}')
+  return '\n'.join([*lines, '', inspect.getdoc(fn) or ''])
+
+
+def _is_deliberate(error: Exception) -> bool:
+  """Returns whether the message alone tells the user what to do.
+
+  True of what this package raises itself, and of a file that is not there. A
+  ValueError out of a library is a bug and keeps its traceback.
+  """
+  if isinstance(error, FileNotFoundError):
+    return True
+  frame = traceback.extract_tb(error.__traceback__)[-1]
+  package = pathlib.Path(__file__).resolve().parent
+  # JAX cuts its own frames off, so the last frame in our files is not enough.
+  return pathlib.Path(frame.filename).is_relative_to(package) and (
+    frame.line or ''
+  ).startswith('raise')
+
+
+def _refuse(message: str) -> int:
+  print(f'l2s_jax: error: {message}', file=sys.stderr)
+  return 2
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores a model's answers with SeqIO's Evaluator, against the raw text.
+
+It turns a function from batches to token ids into metrics, a file of
+predictions, and counts of what was cut. Which model answers, and how it
+decodes, is the caller's business; losses are not measured here.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from l2s_jax import data, features
+from l2s_jax.features import seqio, tf
+
+# The name under which SeqIO's Evaluator finds a bound task, for a moment.
+_REGISTERED_NAME = 'l2s_jax:bound'
+
+Predict = Callable[[data.Batch], Int[np.ndarray, 'batch steps']]
+
+
+class TaskEvaluator:
+  """Evaluates a task's split as often as wanted; it is tokenized once.
+
+  A mixture is evaluated task by task; its tasks without the split or without
+  metrics are left out.
+  """
+
+  def __init__(
+      self, task: seqio.Task | seqio.Mixture, *,
+      task_feature_lengths: Mapping[str, int], split: str, batch_size: int,
+      num_examples: int | None = None):
+    """Reads and tokenizes the split.
+
+    Args:
+      task: from `tasks.bind`.
+      task_feature_lengths: `inputs` and `targets`, in tokens. Longer prompts
+        are cut; references are not.
+      split: `validation`, `test`, or another.
+      batch_size: of the batches that are predicted.
+      num_examples: the first so many of each task; None: all.
+
+    Raises:
+      ValueError: if the task is not bound, no task has the split and metrics,
+        a task is empty, does not keep its raw answers, or has metrics of
+        something else than predictions.
+    """
+    self._task_feature_lengths = task_feature_lengths
+    self._split = split
+    self._batch_size = batch_size
+    _check_evaluable(task, split)
+    registry = (
+        seqio.MixtureRegistry if isinstance(task, seqio.Mixture)
+        else seqio.TaskRegistry)
+    registry.add_provider(_REGISTERED_NAME, task)
+    try:
+      self._evaluator = seqio.Evaluator(
+          _REGISTERED_NAME, features.make_converter(task), eval_split=split,
+          sequence_length=task_feature_lengths, num_examples=num_examples,
+          async_compute_metrics=False)
+    finally:
+      registry.remove(_REGISTERED_NAME)
+    for name, dataset in self._evaluator.cached_task_datasets.items():
+      if not len(dataset):
+        raise ValueError(f'task {name!r} has no examples in split {split!r}.')
+      if 'targets_pretokenized' not in dataset.element_spec:
+        raise ValueError(
+            f'task {name!r} drops the raw answers, and what the tokenizer '
+            'makes of them is no reference; give seqio.preprocessors.tokenize '
+            'copy_pretokenized=True.')
+
+  def evaluate(
+      self, predict: Predict, *, step: int, control: str = 'none',
+      output_dir: str | os.PathLike[str] | None = None
+  ) -> dict[str, dict[str, float]]:
+    """Returns each task's metrics, and counts of its examples.
+
+    The counts: `num_examples`; `num_truncated_prompts` and
+    `num_truncated_targets`, longer than their feature length (a reference is
+    scored whole all the same); `num_without_eos`, answers that did not end.
+
+    Args:
+      predict: from a batch of exactly `batch_size` rows, in the order of the
+        split, to ids whose first EOS ends the answer.
+      step: of the checkpoint, for the name of the file.
+      control: `other` adds `llm_input_tokens` and `llm_segment_ids`, another
+        example's prompt; other names change nothing but the file's.
+      output_dir: gets `<task>-<split>-<step>[-<control>].jsonl`, a line for
+        each example with `prompt`, `prediction` and `target` as text; None:
+        no file, as on every process but one.
+
+    Raises:
+      ValueError: if `predict` returns another shape than [batch, steps].
+    """
+    metrics, outputs = self._evaluator.evaluate(
+        compute_metrics=True, step=step,
+        predict_fn=functools.partial(self._predict, predict, control))
+    results = {}
+    for task in self._evaluator.eval_tasks:
+      (predictions,) = outputs[task.name].values()
+      examples = list(
+          self._evaluator.cached_task_datasets[task.name].as_numpy_iterator())
+      vocabulary = task.output_features['targets'].vocabulary
+      results[task.name] = {
+          **_scalars(metrics.result()[task.name]),
+          'num_examples': len(examples),
+          'num_truncated_prompts': self._count_longer(examples, 'inputs'),
+          'num_truncated_targets': self._count_longer(examples, 'targets'),
+          'num_without_eos': sum(
+              vocabulary.eos_id not in ids for ids in predictions)}
+      if output_dir is not None:
+        suffix = '' if control == 'none' else f'-{control}'
+        _write_predictions(
+            pathlib.Path(
+                output_dir, f'{task.name}-{self._split}-{step}{suffix}.jsonl'),
+            examples, [vocabulary.decode(ids) for ids in predictions])
+    return results
+
+  def _predict(
+      self, predict: Predict, control: str, dataset: tf.data.Dataset
+  ) -> list[tuple[int, Int[np.ndarray, ' steps']]]:
+    """Returns index and ids of each example, as SeqIO asks for."""
+    indices, examples = next(dataset.batch(len(dataset)).as_numpy_iterator())
+    examples = {key: value for key, value in examples.items()
+                if not key.endswith('_truncated')}
+    if control == 'other':
+      tokens = examples['encoder_input_tokens']
+      segment_ids = examples['encoder_segment_ids']
+      partners = data.control_partners([
+          row[segments > 0]
+          for row, segments in zip(tokens, segment_ids, strict=True)])
+      examples['llm_input_tokens'] = tokens[partners]
+      examples['llm_segment_ids'] = segment_ids[partners]
+    predictions: list[np.ndarray] = []
+    for start in range(0, len(indices), self._batch_size):
+      rows = slice(start, start + self._batch_size)
+      batch = data.pad_rows(
+          {key: value[rows] for key, value in examples.items()},
+          self._batch_size)
+      ids = np.asarray(predict(batch))
+      if ids.ndim != 2 or len(ids) != self._batch_size:
+        raise ValueError(
+            f'predict returned shape {ids.shape}, expected '
+            f'({self._batch_size}, steps).')
+      predictions.extend(ids[:len(indices[rows])])
+    return list(zip(indices.tolist(), predictions, strict=True))
+
+  def _count_longer(self, examples: list[dict[str, Any]], key: str) -> int:
+    length = self._task_feature_lengths[key]
+    return sum(int(example[f'{key}_length']) > length for example in examples)
+
+
+def _check_evaluable(task: seqio.Task | seqio.Mixture, split: str) -> None:
+  parts = seqio.get_subtasks(task)
+  scored = [part for part in parts if part.metric_objs and split in part.splits]
+  if not scored:
+    found = '; '.join(
+        f'{part.name} has splits {", ".join(part.splits)} and '
+        f'{len(part.metric_objs)} metrics' for part in parts)
+    raise ValueError(
+        f'nothing to evaluate in split {split!r} of {task.name!r}: {found}.')
+  for part in scored:
+    kinds = {metric.model_output_type.name for metric in part.metric_objs}
+    if kinds != {'PREDICTION'}:
+      raise ValueError(
+          f'task {part.name!r} has metrics of {", ".join(sorted(kinds))}; only '
+          'those of (targets, predictions) can be evaluated.')
+
+
+def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+  """Returns the numbers; texts and images are for SeqIO's own loggers."""
+  values = {
+      name: metric.value if isinstance(metric, seqio.metrics.Scalar) else metric
+      for name, metric in metrics.items()}
+  return {name: float(value) for name, value in values.items()
+          if not isinstance(value, seqio.metrics.MetricValue)}
+
+
+def _write_predictions(
+    path: pathlib.Path, examples: list[dict[str, Any]], predictions: list[str]
+) -> None:
+  """Writes the file whole or not at all."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
+  try:
+    with temporary.open('w', encoding='utf-8') as file:
+      for example, prediction in zip(examples, predictions, strict=True):
+        line = {
+            'prompt': example['inputs_pretokenized'].decode(),
+            'prediction': prediction,
+            'target': example['targets_pretokenized'].decode()}
+        file.write(json.dumps(line, ensure_ascii=False) + '\n')
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)

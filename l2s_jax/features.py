@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What SeqIO needs to know of us: our vocabularies and our batch keys.
+
+The one place that imports TensorFlow and SeqIO: quietly, and leaving every GPU
+to JAX. Whoever else needs them takes them from here, so that neither is ever
+imported otherwise: `from l2s_jax.features import seqio, tf`. Which texts become
+prompts and answers is in `tasks.py`; batching, shuffling and the same batches
+without TensorFlow are in `data.py`.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from l2s_jax import vocabularies
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+  """Sends file descriptor 2 to nowhere.
+
+  TensorFlow's C++ half greets on it before it reads any log level. A failing
+  import still raises, and Python prints that after the descriptor is back.
+  """
+  saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+  os.dup2(nowhere, 2)
+  try:
+    yield
+  finally:
+    os.dup2(saved, 2)
+    os.close(saved)
+    os.close(nowhere)
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+  """Drops advice of SeqIO and TFDS that does not apply to how we use them."""
+  return record.levelno >= logging.ERROR or not any(
+      f'{os.sep}{package}{os.sep}' in record.pathname
+      for package in ('seqio', 'tensorflow_datasets'))
+
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+with _silence():
+  import seqio
+  import tensorflow as tf
+  import tensorflow_text
+  tf.config.set_visible_devices([], 'GPU')
+logging.getLogger('absl').addFilter(_is_worth_reading)
+
+
+class SeqioVocabulary(seqio.Vocabulary):
+  """One of our vocabularies in SeqIO's clothes; ours does all the work."""
+
+  def __init__(self, vocabulary: vocabularies.Vocabulary):
+    super().__init__()
+    self.vocabulary = vocabulary
+
+  @property
+  def start_id(self) -> int:
+    return self.vocabulary.start_id
+
+  @property
+  def eos_id(self) -> int:
+    return self.vocabulary.eos_id
+
+  @property
+  def pad_id(self) -> int:
+    return self.vocabulary.pad_id
+
+  @property
+  def unk_id(self) -> int | None:
+    return self.vocabulary.unk_id
+
+  @property
+  def _base_vocab_size(self) -> int:
+    return self.vocabulary.vocab_size
+
+  def _encode(self, s: str) -> list[int]:
+    return self.vocabulary.encode(s)
+
+  def decode(self, ids: Any) -> str:
+    # Overrides more than `_decode`: SeqIO keeps the EOS, ours cuts before it.
+    return self.vocabulary.decode(ids)
+
+  def _decode(self, ids: Any) -> str:
+    return self.vocabulary.decode(ids)
+
+  def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+    def encode(text: bytes) -> np.ndarray:
+      return np.array(self.vocabulary.encode(text.decode()), np.int32)
+
+    ids = tf.numpy_function(encode, [s], tf.int32, stateful=False)
+    return tf.ensure_shape(ids, [None])
+
+  def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+    def decode(rows: np.ndarray) -> np.ndarray:
+      texts = [self.vocabulary.decode(row).encode()
+               for row in rows.reshape(-1, rows.shape[-1])]
+      return np.array(texts, object).reshape(rows.shape[:-1])
+
+    texts = tf.numpy_function(decode, [ids], tf.string, stateful=False)
+    return tf.ensure_shape(texts, ids.shape[:-1])
+
+  def __str__(self) -> str:
+    return f'SeqioVocabulary({self.vocabulary!r})'
+
+
+class SentencePieceVocabulary(SeqioVocabulary):
+  """Encodes in TensorFlow's own op: no Python in the input pipeline."""
+
+  @functools.cached_property
+  def _tokenizer(self) -> tensorflow_text.SentencepieceTokenizer:
+    with tempfile.TemporaryDirectory() as folder:
+      self.vocabulary.save(folder)  # With the extra ids, unlike its `path`.
+      (model,) = pathlib.Path(folder).iterdir()
+      with tf.init_scope():
+        return tensorflow_text.SentencepieceTokenizer(model.read_bytes())
+
+  def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+    return self._tokenizer.tokenize(s)
+
+
+def wrap_vocabulary(vocabulary: vocabularies.Vocabulary) -> SeqioVocabulary:
+  """Returns a `seqio.Vocabulary` that reads and writes as `vocabulary` does."""
+  if isinstance(vocabulary, vocabularies.SentencePieceVocabulary):
+    return SentencePieceVocabulary(vocabulary)
+  return SeqioVocabulary(vocabulary)
+
+
+def tokenize_and_measure(
+    dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]
+) -> tf.data.Dataset:
+  """Turns text into ids with EOS and notes their lengths, before any trimming.
+
+  A SeqIO preprocessor, the last one of every bound task. Text that an earlier
+  one has tokenized already only gets its EOS, if it has none, and its length:
+  `inputs_length` and `targets_length`, scalars, in tokens, EOS included.
+  """
+  if dataset.element_spec['inputs'].dtype == tf.string:
+    dataset = seqio.preprocessors.tokenize(dataset, output_features)
+
+  def measure(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    measured = dict(example)
+    for key, feature in output_features.items():
+      ids = tf.cast(example[key], tf.int32)
+      eos_id = feature.vocabulary.eos_id
+      ends = tf.reduce_any(tf.equal(ids[-1:], eos_id))
+      ids = tf.concat([ids, tf.fill([1 - tf.cast(ends, tf.int32)], eos_id)], 0)
+      measured |= {key: ids, f'{key}_length': tf.size(ids)}
+    return measured
+
+  return dataset.map(measure, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+class L2SFeatureConverter(seqio.FeatureConverter):
+  """Makes the batch keys out of a bound task, with two vocabularies.
+
+  With lengths 5 and 4, EOS 1, pad 0 in the prompt's vocabulary, and EOS 9,
+  start 8, pad 7 in the answer's:
+
+      {'inputs': [3, 4, 1], 'targets': [0, 5, 9],
+       'inputs_length': 3, 'targets_length': 3}
+
+  becomes
+
+      encoder_input_tokens:  [3, 4, 1, 0, 0]
+      encoder_segment_ids:   [1, 1, 1, 0, 0]
+      decoder_input_tokens:  [8, 0, 5, 7]
+      decoder_target_tokens: [0, 5, 9, 7]
+      decoder_segment_ids:   [1, 1, 1, 0]
+      decoder_loss_weights:  [1., 1., 1., 0.]
+      encoder_truncated: 0, decoder_truncated: 0
+
+  Masks come from lengths, so that an answer may hold id 0. `*_truncated` is 1
+  where the sequence was longer than its length; it is for counting only.
+  """
+
+  TASK_FEATURES = {
+      'inputs': seqio.FeatureConverter.FeatureSpec(dtype=tf.int32),
+      'targets': seqio.FeatureConverter.FeatureSpec(dtype=tf.int32),
+  }
+  MODEL_FEATURES = {
+      **{key: seqio.FeatureConverter.FeatureSpec(dtype=tf.int32) for key in (
+          'encoder_input_tokens', 'encoder_segment_ids',
+          'decoder_input_tokens', 'decoder_target_tokens',
+          'decoder_segment_ids')},
+      'decoder_loss_weights': seqio.FeatureConverter.FeatureSpec(
+          dtype=tf.float32),
+      **{key: seqio.FeatureConverter.FeatureSpec(dtype=tf.int32, rank=0)
+         for key in ('encoder_truncated', 'decoder_truncated')},
+  }
+  PACKING_FEATURE_DTYPES: Mapping[str, tf.DType] = {}
+
+  def __init__(
+      self, prompt_vocabulary: SeqioVocabulary,
+      answer_vocabulary: SeqioVocabulary, *, pack: bool = False):
+    """Keeps the ids that pad and start.
+
+    Raises:
+      ValueError: if `pack`.
+    """
+    if pack:
+      raise ValueError(
+          'pack=True: several examples in one row are not supported, since a '
+          'prompt and its answer must share a row; set pack=False.')
+    super().__init__(
+        pack=False, apply_length_check=False,
+        bos_id=answer_vocabulary.start_id)
+    self._prompt_pad_id = prompt_vocabulary.pad_id
+    self._answer_pad_id = answer_vocabulary.pad_id
+
+  def _convert_features(
+      self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
+  ) -> tf.data.Dataset:
+    prompt_length = task_feature_lengths['inputs']
+    answer_length = task_feature_lengths['targets']
+
+    def pad(ids: tf.Tensor, length: int, pad_id: int) -> tf.Tensor:
+      padded = tf.pad(
+          ids, [[0, length - tf.size(ids)]], constant_values=pad_id)
+      return tf.ensure_shape(padded, [length])
+
+    def convert(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+      prompt, answer = example['inputs'], example['targets']
+      shifted = tf.concat([[self.bos_id], answer[:-1]], 0)
+      answer_mask = tf.sequence_mask(tf.size(answer), answer_length)
+      return {
+          'encoder_input_tokens': pad(
+              prompt, prompt_length, self._prompt_pad_id),
+          'encoder_segment_ids': tf.sequence_mask(
+              tf.size(prompt), prompt_length, tf.int32),
+          'decoder_input_tokens': pad(
+              shifted, answer_length, self._answer_pad_id),
+          'decoder_target_tokens': pad(
+              answer, answer_length, self._answer_pad_id),
+          'decoder_segment_ids': tf.cast(answer_mask, tf.int32),
+          'decoder_loss_weights': tf.cast(answer_mask, tf.float32),
+          'encoder_truncated': tf.cast(
+              example['inputs_length'] > prompt_length, tf.int32),
+          'decoder_truncated': tf.cast(
+              example['targets_length'] > answer_length, tf.int32),
+      }
+
+    return ds.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
+
+  def get_model_feature_lengths(
+      self, task_feature_lengths: Mapping[str, int]) -> Mapping[str, int]:
+    lengths = {'encoder': task_feature_lengths['inputs'],
+               'decoder': task_feature_lengths['targets']}
+    return {key: lengths[key.split('_')[0]] if spec.rank else 0
+            for key, spec in self.MODEL_FEATURES.items()}
+
+
+def make_converter(task: seqio.Task | seqio.Mixture) -> L2SFeatureConverter:
+  """Returns the converter for the vocabularies bound to a task.
+
+  Raises:
+    ValueError: if none of ours are.
+  """
+  bound = [feature.vocabulary for key, feature in task.output_features.items()
+           if key in L2SFeatureConverter.TASK_FEATURES]
+  if not all(isinstance(vocabulary, SeqioVocabulary) for vocabulary in bound):
+    raise ValueError(
+        f'task {task.name!r} has its own vocabularies, '
+        f'{", ".join(map(str, bound))}; pass it through tasks.bind first.')
+  return L2SFeatureConverter(
+      task.output_features['inputs'].vocabulary,
+      task.output_features['targets'].vocabulary)

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inference: prompts in, JSON lines out, in the order they came.
+
+Reads text (a prompt a line), JSONL, a SeqIO task, or `-`, standard input,
+which is answered line by line. Text, JSONL and standard input need no
+TensorFlow.
+"""
+
+import gzip
+import itertools
+import json
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+import gin
+import jax
+import numpy as np
+import tqdm
+
+from l2s_jax import data, partition, systems
+
+PyTree = Any
+
+
+class Answerer:
+  """Writes answers to prompts with a system and its parameters."""
+
+  def __init__(
+    self,
+    system: systems.System,
+    params: PyTree,
+    mesh: jax.sharding.Mesh,
+    *,
+    prompt_length: int,
+    max_decode_len: int,
+    batch_size: int,
+  ):
+    """Prepares inference; compiles at the first call.
+
+    Args:
+      system: the system.
+      params: all of its parameters.
+      mesh: the device mesh.
+      prompt_length: tokens a prompt; longer ones are cut.
+      max_decode_len: tokens an answer at most.
+      batch_size: prompts a batch; fewer are filled up with padding.
+    """
+    self._system = system
+    self._params = params
+    self._mesh = mesh
+    self._prompt_length = prompt_length
+    self._batch_size = batch_size
+    self._generator = systems.generator(system, max_decode_len)
+    self.num_truncated = 0
+
+  def __call__(self, prompts: list[str]) -> list[str]:
+    """Returns an answer for each of at most `batch_size` prompts."""
+    vocabulary = self._system.prompt_vocabulary
+    ids = [vocabulary.encode(p) + [vocabulary.eos_id] for p in prompts]
+    self.num_truncated += sum(len(row) > self._prompt_length for row in ids)
+    batch = data.prompt_batch(
+      ids,
+      length=self._prompt_length,
+      pad_id=vocabulary.pad_id,
+      batch_size=self._batch_size,
+    )
+    tokens = np.asarray(
+      self._generator(self._params, partition.put_batch(batch, self._mesh))
+    )
+    answer_vocabulary = self._system.answer_vocabulary
+    return [
+      answer_vocabulary.decode(row.tolist()) for row in tokens[: len(prompts)]
+    ]
+
+
+def read_prompts(
+  path: str, *, column: str, template: str
+) -> Iterator[dict[str, Any]]:
+  """Yields {'prompt': ..., other columns} from a text or JSONL file.
+
+  Args:
+    path: a text file, or one whose name ends in .jsonl; either may be .gz.
+    column: of the JSONL, that `template` calls {prompt}.
+    template: the prompt with `{prompt}` where the text goes.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: names file and line of broken JSON or a missing column.
+  """
+  file = pathlib.Path(path)
+  if not file.is_file():
+    raise FileNotFoundError(
+      f'INPUT={path}: no such file. Give a text file, a .jsonl file (either '
+      'may be .gz), or - for standard input.'
+    )
+  is_jsonl = file.name.removesuffix('.gz').endswith('.jsonl')
+  opener = gzip.open if file.name.endswith('.gz') else open
+  with opener(file, 'rt', encoding='utf-8') as lines:
+    for number, line in enumerate(lines, start=1):
+      line = line.rstrip('\n')
+      if not is_jsonl:
+        yield {'prompt': template.replace('{prompt}', line)}
+        continue
+      try:
+        record = json.loads(line)
+        text = record[column]
+      except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+          f'{path}:{number}: expected a JSON object with {column!r} '
+          f'({type(error).__name__}: {error}). Mend the line, or name the '
+          'column with --gin.PROMPT_COLUMN.'
+        ) from error
+      yield record | {'prompt': template.replace('{prompt}', str(text))}
+
+
+def _task_prompts(
+  system: systems.System, name: str, split: str
+) -> Iterator[dict[str, Any]]:
+  """Yields {'prompt': ..., 'target': ...} of a SeqIO task's split."""
+  from l2s_jax import tasks
+
+  task = tasks.bind(name, system.prompt_vocabulary, system.answer_vocabulary)
+  dataset = task.get_dataset(None, split=split, shuffle=False, num_epochs=1)
+  for example in dataset.as_numpy_iterator():
+    yield {
+      'prompt': example['inputs_pretokenized'].decode(),
+      'target': example['targets_pretokenized'].decode(),
+    }
+
+
+def answer_stream(
+  answerer: Answerer, source: TextIO, sink: TextIO, template: str
+) -> None:
+  """Answers each line as it comes; ends with the stream."""
+  for line in source:
+    text = line.rstrip('\n')
+    if not text.strip():
+      continue
+    (answer,) = answerer([template.replace('{prompt}', text)])
+    sink.write(
+      json.dumps({'prompt': text, 'prediction': answer}, ensure_ascii=False)
+      + '\n'
+    )
+    sink.flush()
+
+
+@gin.configurable(module='l2s_jax')
+def infer(
+  checkpoint_path: str = gin.REQUIRED,
+  input: str = gin.REQUIRED,  # noqa: A002
+  output_dir: str | None = None,
+  prompt_length: int = gin.REQUIRED,
+  max_decode_len: int = gin.REQUIRED,
+  batch_size: int = 32,
+  step: int | None = None,
+  prompt_column: str = 'prompt',
+  template: str = '{prompt}',
+  split: str = 'test',
+  llm_path: str | None = None,
+  mesh: partition.MeshConfig | None = None,
+  *,
+  dry_run: bool = False,
+) -> None:
+  """Writes answers to prompts as JSON lines, in order.
+
+  Args:
+    checkpoint_path: the run's folder (MODEL_DIR of its training).
+    input: a text or JSONL file, `task:NAME` for a SeqIO task, or `-`.
+    output_dir: the folder of `predictions.jsonl`; None, or input `-`, writes
+      to standard output.
+    prompt_length: tokens a prompt; longer ones are cut and counted.
+    max_decode_len: tokens an answer at most.
+    batch_size: prompts a batch; standard input is answered one by one.
+    step: the checkpoint; None takes the newest.
+    prompt_column: of JSONL.
+    template: the prompt with `{prompt}` where the input goes, such as
+      'translate English to German: {prompt}'.
+    split: of a task.
+    llm_path: where the LLM's weights are, if not where the run says.
+    mesh: device mesh and axis rules.
+    dry_run: prints sizes and shardings, and stops.
+  """
+  mesh_config = mesh or partition.MeshConfig()
+  device_mesh = partition.make_mesh(mesh_config)
+  shards = device_mesh.shape['data'] * device_mesh.shape['fsdp']
+  if input == '-':
+    batch_size = shards
+  partition.check_batch_size(batch_size, device_mesh)
+  system = systems.with_rules(
+    systems.load(checkpoint_path, llm_path=llm_path), mesh_config
+  )
+  with (
+    partition.use_mesh(device_mesh),
+    partition.axis_rules(mesh_config.rules('slm')),
+  ):
+    layout = systems.layout(system, device_mesh, mesh_config)
+    systems.check_lengths(
+      system, layout, {'inputs': prompt_length, 'targets': max_decode_len}
+    )
+    if dry_run:
+      print(systems.summary(system, layout, None, device_mesh))
+      return
+    params = systems.load_params(system, layout, checkpoint_path, step)
+    answerer = Answerer(
+      system,
+      params,
+      device_mesh,
+      prompt_length=prompt_length,
+      max_decode_len=max_decode_len,
+      batch_size=batch_size,
+    )
+    if input == '-':
+      answer_stream(answerer, sys.stdin, sys.stdout, template)
+    else:
+      examples = (
+        _task_prompts(system, input.removeprefix('task:'), split)
+        if input.startswith('task:')
+        else read_prompts(input, column=prompt_column, template=template)
+      )
+      _answer_all(answerer, examples, batch_size, output_dir)
+    if answerer.num_truncated:
+      print(
+        f'{answerer.num_truncated} prompts were longer than {prompt_length} '
+        'tokens and were cut.',
+        file=sys.stderr,
+      )
+
+
+def _answer_all(
+  answerer: Answerer,
+  examples: Iterator[dict[str, Any]],
+  batch_size: int,
+  output_dir: str | None,
+) -> None:
+  """Writes every example with its prediction; the file appears when whole."""
+  path = None if output_dir is None else pathlib.Path(output_dir)
+  if path is None:
+    _write_answers(answerer, examples, batch_size, sys.stdout)
+    return
+  path.mkdir(parents=True, exist_ok=True)
+  temporary = path / 'predictions.jsonl.tmp'
+  with temporary.open('w', encoding='utf-8') as sink:
+    _write_answers(answerer, examples, batch_size, sink)
+  temporary.replace(path / 'predictions.jsonl')
+
+
+def _write_answers(
+  answerer: Answerer,
+  examples: Iterator[dict[str, Any]],
+  batch_size: int,
+  sink: TextIO,
+) -> None:
+  with tqdm.tqdm(unit='prompt', desc='infer', file=sys.stderr) as bar:
+    while chunk := list(itertools.islice(examples, batch_size)):
+      answers = answerer([example['prompt'] for example in chunk])
+      for example, answer in zip(chunk, answers, strict=True):
+        sink.write(
+          json.dumps(example | {'prediction': answer}, ensure_ascii=False)
+          + '\n'
+        )
+      bar.update(len(chunk))

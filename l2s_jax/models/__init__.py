@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models as pure functions: T5, decoder-only families, and LLM-to-SLM."""

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoder-only models: the prompt is a prefix, the answer follows.
+
+GPT-2 (Radford et al. 2019) so far; another family is another config. Padding
+stays between a short prompt and its answer and is masked; positions count
+real tokens, so it moves nothing.
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from l2s_jax.models import attention
+from l2s_jax.models import cache as cache_lib
+from l2s_jax.models import language_model, layers, transformer
+
+
+class DecoderOnly(language_model.LanguageModel):
+  """A stack of causal self-attention over prompt and answer."""
+
+  def setup(self):
+    config = self.config
+    self.token_embedder = layers.Embed(config, config.vocab_size)
+    if config.positions == 'learned':
+      self.position_embedder = layers.Embed(
+        config, config.max_positions, ('abspos_buckets', 'embed')
+      )
+    self.decoder = transformer.Stack(config, config.num_decoder_layers)
+    if not config.logits_via_embedding:
+      self.logits_dense = layers.Einsum(
+        'btd,dv->btv',
+        (config.emb_dim, config.vocab_size),
+        ('embed', 'vocab'),
+        config.emb_dim,
+        config,
+      )
+
+  def embed(self, tokens):
+    return self.token_embedder(tokens)
+
+  def encode(self, embeddings, segment_ids, *, deterministic):
+    valid = segment_ids > 0
+    length = embeddings.shape[1]
+    states, _ = self.decoder(
+      self._add_positions(embeddings, _positions(valid)),
+      transformer.Context(self._bias(valid, length, length)),
+      deterministic=deterministic,
+    )
+    return states
+
+  def logits(
+    self, prompt_embeddings, prompt_segment_ids, batch, *, deterministic
+  ):
+    answer = self.embed(batch['decoder_input_tokens'])
+    prompt_length = prompt_embeddings.shape[1]
+    self._check_length(prompt_length, answer.shape[1])
+    valid = jnp.concatenate(
+      [prompt_segment_ids > 0, batch['decoder_segment_ids'] > 0], axis=1
+    )  # [batch, prompt + length]
+    embeddings = jnp.concatenate([prompt_embeddings, answer], axis=1)
+    states, _ = self.decoder(
+      self._add_positions(embeddings, _positions(valid)),
+      transformer.Context(self._bias(valid, valid.shape[1], prompt_length)),
+      deterministic=deterministic,
+    )
+    return self._head(states[:, prompt_length:])
+
+  def start(self, prompt_embeddings, prompt_segment_ids, *, max_decode_len):
+    batch_size, prompt_length = prompt_segment_ids.shape
+    self._check_length(prompt_length, max_decode_len)
+    valid = prompt_segment_ids > 0
+    cache = cache_lib.empty(
+      self.config, batch_size, prompt_length + max_decode_len
+    )
+    slot = cache.slot
+    cache = cache_lib.advance(cache, valid)
+    _, kv = self.decoder(
+      self._add_positions(prompt_embeddings, _positions(valid)),
+      transformer.Context(
+        self._bias(cache.valid, prompt_length, prompt_length), slot=slot
+      ),
+      kv=cache.kv,
+      deterministic=True,
+    )
+    return cache.replace(kv=kv)
+
+  def decode_step(self, token, cache):
+    position, slot = cache.position[:, None], cache.slot
+    cache = cache_lib.advance(cache, jnp.ones((token.shape[0], 1), bool))
+    states, kv = self.decoder(
+      self._add_positions(self.embed(token[:, None]), position),
+      transformer.Context(
+        attention.mask_bias(cache.valid[:, None, None]), slot=slot
+      ),
+      kv=cache.kv,
+      deterministic=True,
+    )
+    return self._head(states)[:, 0], cache.replace(kv=kv)
+
+  def _bias(
+    self, valid: Bool[Array, 'batch slots'], num_queries: int, prefix: int
+  ) -> Float[Array, 'batch 1 query slots']:
+    """Masks padding and what comes after each of the first queries."""
+    num_slots = valid.shape[1]
+    mask = jnp.tril(jnp.ones((num_queries, num_slots), bool))
+    if self.config.bidirectional_prefix:
+      mask |= jnp.arange(num_slots) < prefix
+    return attention.mask_bias(mask[None, None] & valid[:, None, None])
+
+  def _add_positions(
+    self,
+    embeddings: Float[Array, 'batch length embed'],
+    positions: Int[Array, 'batch length'],
+  ) -> Float[Array, 'batch length embed']:
+    if self.config.positions != 'learned':
+      return embeddings
+    return embeddings + self.position_embedder(positions)
+
+  def _check_length(self, prompt_length: int, answer_length: int) -> None:
+    """Refuses lengths beyond the table of positions."""
+    rows = self.config.max_positions
+    if self.config.positions == 'learned' and (
+      prompt_length + answer_length > rows
+    ):
+      raise ValueError(
+        f'A prompt of {prompt_length} tokens and an answer of {answer_length} '
+        f'make {prompt_length + answer_length} positions, but the model has '
+        f'{rows} (TransformerConfig.max_positions). Shorten '
+        'TASK_FEATURE_LENGTHS or the decoding length.'
+      )
+
+  def _head(
+    self, states: Float[Array, 'batch length embed']
+  ) -> Float[Array, 'batch length vocab']:
+    if self.config.logits_via_embedding:
+      logits = self.token_embedder.attend(states)
+    else:
+      logits = self.logits_dense(states)
+    logits = nn.with_logical_constraint(logits, ('batch', 'length', 'vocab'))
+    return logits.astype(jnp.float32)
+
+
+def _positions(valid: Bool[Array, 'batch slots']) -> Int[Array, 'batch slots']:
+  """Numbers real tokens from 0; a padded slot repeats the one before it."""
+  return jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""T5: an encoder that reads the prompt and a decoder that writes.
+
+v1.0 and v1.1 (also Flan and mT5) differ in fields of the config alone.
+Source: Raffel et al. 2020 (arXiv:1910.10683); Shazeer 2020 (arXiv:2002.05202)
+for the gated MLP.
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from l2s_jax.models import attention
+from l2s_jax.models import cache as cache_lib
+from l2s_jax.models import language_model, layers, transformer
+
+
+class EncoderDecoder(language_model.LanguageModel):
+  """A T5. Its encoder alone is what LLM-to-SLM keeps of the LLM."""
+
+  def setup(self):
+    config = self.config
+    self.token_embedder = layers.Embed(config, config.vocab_size)
+    self.encoder = transformer.Stack(
+      config, config.num_encoder_layers, bidirectional=True
+    )
+    self.decoder = transformer.Stack(
+      config, config.num_decoder_layers, has_cross_attention=True
+    )
+    self.dropout = layers.Dropout(config.dropout_rate)
+    if not config.logits_via_embedding:
+      self.logits_dense = layers.Einsum(
+        'btd,dv->btv',
+        (config.emb_dim, config.vocab_size),
+        ('embed', 'vocab'),
+        config.emb_dim,
+        config,
+      )
+
+  def embed(self, tokens):
+    return self.token_embedder(tokens)
+
+  def encode(self, embeddings, segment_ids, *, deterministic):
+    positions = jnp.arange(embeddings.shape[1])
+    bias = attention.mask_bias(
+      attention.segment_mask(segment_ids, segment_ids)
+    ) + self.encoder.position_bias(positions, positions)
+    states, _ = self.encoder(
+      embeddings, transformer.Context(bias), deterministic=deterministic
+    )
+    return self.dropout(states, deterministic=deterministic)
+
+  def logits(
+    self, prompt_embeddings, prompt_segment_ids, batch, *, deterministic
+  ):
+    encoded = self.encode(
+      prompt_embeddings, prompt_segment_ids, deterministic=deterministic
+    )
+    tokens = batch['decoder_input_tokens']
+    segment_ids = batch['decoder_segment_ids']
+    positions = jnp.arange(tokens.shape[1])
+    mask = attention.segment_mask(
+      segment_ids, segment_ids
+    ) & attention.causal_mask(tokens.shape[1])
+    states, _ = self.decoder(
+      self.embed(tokens),
+      transformer.Context(
+        self_bias=attention.mask_bias(mask)
+        + self.decoder.position_bias(positions, positions),
+        cross_bias=attention.mask_bias(
+          attention.segment_mask(segment_ids, prompt_segment_ids)
+        ),
+        encoded=encoded,
+      ),
+      deterministic=deterministic,
+    )
+    return self._head(states, deterministic=deterministic)
+
+  def start(self, prompt_embeddings, prompt_segment_ids, *, max_decode_len):
+    encoded = self.encode(
+      prompt_embeddings, prompt_segment_ids, deterministic=True
+    )
+    cache = cache_lib.empty(self.config, encoded.shape[0], max_decode_len)
+    return cache.replace(
+      cross_kv=self.decoder.project_cross(encoded),
+      cross_valid=prompt_segment_ids > 0,
+    )
+
+  def decode_step(self, token, cache):
+    query_position = cache.slot[None]
+    slot = cache.slot
+    cache = cache_lib.advance(cache, jnp.ones((token.shape[0], 1), bool))
+    key_positions = jnp.arange(cache.valid.shape[1])
+    states, kv = self.decoder(
+      self.embed(token[:, None]),
+      transformer.Context(
+        self_bias=attention.mask_bias(cache.valid[:, None, None])
+        + self.decoder.position_bias(query_position, key_positions),
+        cross_bias=attention.mask_bias(cache.cross_valid[:, None, None]),
+        slot=slot,
+      ),
+      kv=cache.kv,
+      cross_kv=cache.cross_kv,
+      deterministic=True,
+    )
+    logits = self._head(states, deterministic=True)
+    return logits[:, 0], cache.replace(kv=kv)
+
+  def _head(
+    self, states: Float[Array, 'batch length embed'], *, deterministic: bool
+  ) -> Float[Array, 'batch length vocab']:
+    states = self.dropout(states, deterministic=deterministic)
+    if self.config.logits_via_embedding:
+      if self.config.scale_logits:
+        states *= self.config.emb_dim**-0.5
+      logits = self.token_embedder.attend(states)
+    else:
+      logits = self.logits_dense(states)
+    logits = nn.with_logical_constraint(logits, ('batch', 'length', 'vocab'))
+    return logits.astype(jnp.float32)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks and stacks: what every encoder and decoder here is made of."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from l2s_jax.models import attention
+from l2s_jax.models import cache as cache_lib
+from l2s_jax.models import config as config_lib
+from l2s_jax.models import layers
+
+
+class Context(struct.PyTreeNode):
+  """What all layers of a stack share.
+
+  Attributes:
+    self_bias: added to the logits of self-attention: mask and positions.
+    cross_bias: the same for cross-attention; None without one.
+    encoded: states to attend to, where cross keys are not projected yet.
+    slot: where this call's keys and values go in the cache.
+  """
+
+  self_bias: Float[Array, '#batch #heads query slots']
+  cross_bias: Float[Array, '#batch 1 query kv_length'] | None = None
+  encoded: Float[Array, 'batch kv_length embed'] | None = None
+  slot: Int[Array, ''] | None = None
+
+
+class Block(nn.Module):
+  """Self-attention, cross-attention if any, MLP; each normed first."""
+
+  config: config_lib.TransformerConfig
+  has_cross_attention: bool = False
+
+  def setup(self):
+    config = self.config
+    self.pre_self_attention_norm = layers.Norm(config)
+    self.self_attention = attention.Attention(config)
+    if self.has_cross_attention:
+      self.pre_cross_attention_norm = layers.Norm(config)
+      self.cross_attention = attention.Attention(config)
+    self.pre_mlp_norm = layers.Norm(config)
+    self.mlp = layers.Mlp(config)
+    self.dropout = layers.Dropout(config.dropout_rate)
+
+  def project_cross(self, carry, encoded):
+    return carry, self.cross_attention.project_kv(encoded)
+
+  def __call__(self, carry, layer, cross_kv, context, deterministic):
+    x, kv = carry  # [batch, query, embed] and the stacked cache, or None
+
+    h = self.pre_self_attention_norm(x)
+    new_kv = self.self_attention.project_kv(h)
+    if kv is not None:
+      kv, new_kv = cache_lib.write(
+        kv, new_kv, layer=layer, slot=context.slot
+      )
+    h = self.self_attention(
+      h, new_kv, context.self_bias, deterministic=deterministic
+    )
+    x += self.dropout(h, deterministic=deterministic)
+
+    if self.has_cross_attention:
+      h = self.pre_cross_attention_norm(x)
+      if cross_kv is None:
+        cross_kv = self.cross_attention.project_kv(context.encoded)
+      h = self.cross_attention(
+        h, cross_kv, context.cross_bias, deterministic=deterministic
+      )
+      x += self.dropout(h, deterministic=deterministic)
+
+    h = self.mlp(self.pre_mlp_norm(x), deterministic=deterministic)
+    x += self.dropout(h, deterministic=deterministic)
+    x = nn.with_logical_constraint(x, ('batch', 'length', 'embed'))
+    return (x, kv), None
+
+
+class Stack(nn.Module):
+  """Layers with one set of stacked parameters, and the norm behind them.
+
+  Attributes:
+    config: of every layer.
+    num_layers: how many.
+    has_cross_attention: whether layers look at an encoded prompt.
+    bidirectional: whether relative offsets tell before from after (encoder).
+  """
+
+  config: config_lib.TransformerConfig
+  num_layers: int
+  has_cross_attention: bool = False
+  bidirectional: bool = False
+
+  def setup(self):
+    config = self.config
+    block: type[nn.Module] = Block
+    if config.remat == 'full':
+      block = nn.remat(
+        Block,
+        methods={'__call__': dict(static_argnums=(5,), prevent_cse=False)},
+      )
+    over_layers = dict(
+      variable_axes={'params': 0},
+      split_rngs={'params': True, 'dropout': True},
+      length=self.num_layers,
+      unroll=1 if config.scan_layers else self.num_layers,
+      metadata_params={nn.PARTITION_NAME: 'layers'},
+    )
+    methods = {
+      '__call__': dict(
+        over_layers, in_axes=(0, 0, nn.broadcast, nn.broadcast)
+      )
+    }
+    if self.has_cross_attention:
+      methods['project_cross'] = dict(over_layers, in_axes=(nn.broadcast,))
+    self.layers = nn.scan(block, methods=methods)(
+      config, self.has_cross_attention
+    )
+    if config.positions == 'relative':
+      self.relpos_bias = layers.RelativePositionBias(
+        config, self.bidirectional
+      )
+    self.final_norm = layers.Norm(config)
+    self.dropout = layers.Dropout(config.dropout_rate)
+
+  def position_bias(
+    self,
+    query_positions: Int[Array, 'query'],
+    key_positions: Int[Array, 'key'],
+  ) -> Float[Array, '1 #heads query key'] | float:
+    """Returns the bias of relative positions; 0 where there is none."""
+    if self.config.positions != 'relative':
+      return 0.0
+    return self.relpos_bias(query_positions, key_positions)
+
+  def project_cross(
+    self, encoded: Float[Array, 'batch kv_length embed']
+  ) -> cache_lib.KeyValues:
+    """Projects the encoded prompt to every layer's keys and values, once."""
+    return self.layers.project_cross(None, encoded)[1]
+
+  def __call__(
+    self,
+    embeddings: Float[Array, 'batch query embed'],
+    context: Context,
+    *,
+    kv: cache_lib.KeyValues | None = None,
+    cross_kv: cache_lib.KeyValues | None = None,
+    deterministic: bool,
+  ) -> tuple[Float[Array, 'batch query embed'], cache_lib.KeyValues | None]:
+    """Returns the normed states and the cache after this call."""
+    x = self.dropout(embeddings, deterministic=deterministic)
+    x = nn.with_logical_constraint(x, ('batch', 'length', 'embed'))
+    (x, kv), _ = self.layers(
+      (x, kv), jnp.arange(self.num_layers), cross_kv, context, deterministic
+    )
+    return self.final_norm(x), kv

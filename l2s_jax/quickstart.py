@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job from nothing, in minutes: `launch/quickstart.sh`.
+
+Trains an LLM, an SLM and LLM-to-SLM on a translation task made from CLDR,
+compares the three, and leaves a report in `runs/quickstart`. Training and
+evaluation are the commands that it prints, run in one process because
+TensorFlow takes long to import. A quickstart that was broken off goes on
+where it was.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from l2s_jax import (
+  __main__,
+  benchmark,
+  cldr,
+  gin_utils,
+  infer,
+  metrics,
+  partition,
+  report,
+  systems,
+  vocabularies,
+)
+from l2s_jax import state as state_lib
+
+PROMPT_LENGTH, ANSWER_LENGTH = 32, 24  # as in gin_configs/experiments
+VOCAB_SIZES = {'llm': 1200, 'slm': 800}
+NAMES = {
+  'llm': 'LLM baseline',
+  'slm': 'SLM baseline',
+  'llm_to_slm': 'LLM-to-SLM',
+}
+CONTROLS = {
+  'zero': 'LLM-to-SLM, Z = 0',
+  'other': 'LLM-to-SLM, Z of another prompt',
+}
+COLUMNS = {
+  'system': 'system',
+  'bleu': 'BLEU',
+  'chrf': 'chrF',
+  'exact_match': 'exact match %',
+  'loss': 'nats/token',
+  'parameters': 'parameters',
+  'trained': 'of these trained',
+  'prefill_ms': 'prefill ms',
+  'ms_per_token': 'ms/token',
+  'total_ms': f'ms for {ANSWER_LENGTH} tokens',
+  'speedup': 'speed-up over the LLM',
+}
+Row = dict[str, Any]
+Loaded = tuple[systems.System, dict[str, Any]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the quickstart; `--help` lists its flags."""
+  args = _parse_args(argv)
+  start_secs = time.perf_counter()
+  output_dir = args.output_dir
+  if args.slm == 'decoder':
+    output_dir = output_dir.with_name(output_dir.name + '_decoder')
+  output_dir.mkdir(parents=True, exist_ok=True)
+  # Training, evaluation and the phrases compile the same functions.
+  jax.config.update('jax_compilation_cache_dir', str(output_dir / 'compiled'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+  _say('1/7 vocabularies: SentencePiece, trained on the train split')
+  llm_vocabulary = _vocabulary(output_dir, 'llm')
+  slm_vocabulary = llm_vocabulary
+  if args.slm == 'decoder':
+    slm_vocabulary = _vocabulary(output_dir, 'slm')
+
+  slm = [f'SLM_VOCABULARY={slm_vocabulary}']
+  if args.slm == 'decoder':
+    slm.append('SLM=%QUICKSTART_DECODER_SLM')
+  bindings = {
+    'llm': [f'LLM_VOCABULARY={llm_vocabulary}'],
+    'slm': slm,
+    'llm_to_slm': [f'LLM_PATH={output_dir / "llm"}', *slm],
+  }
+  for number, (name, values) in enumerate(bindings.items(), start=2):
+    _say(f'{number}/7 training: {NAMES[name]}')
+    if args.train_steps:
+      warmup_steps = max(args.train_steps // 10, 1)
+      values = [
+        *values,
+        f'TRAIN_STEPS={args.train_steps}',
+        f'WARMUP_STEPS={warmup_steps}',
+      ]
+    _run(
+      'train',
+      [f'gin_configs/experiments/quickstart_{name}.gin'],
+      [f'MODEL_DIR={output_dir / name}', *values],
+    )
+
+  _say('5/7 evaluation on the test split, with the controls')
+  rows: dict[str, Row] = {}
+  for name, label in NAMES.items():
+    rows |= _evaluate(name, label, output_dir / name)
+
+  mesh = partition.make_mesh(partition.MeshConfig())
+  with (
+    partition.use_mesh(mesh),
+    partition.axis_rules(partition.DEFAULT_RULES),
+  ):
+    loaded = {name: _load(output_dir / name, mesh) for name in NAMES}
+    _say('6/7 speed: batch 1, the three in turn')
+    _time(rows, loaded)
+    _say('7/7 five phrases that no model has seen')
+    phrases = _translate(loaded, mesh)
+
+  verdict = report.says_whether_llm_is_used(
+    rows['llm_to_slm']['bleu'], rows['zero']['bleu'], rows['other']['bleu']
+  )
+  minutes = (time.perf_counter() - start_secs) / 60
+  _write_report(output_dir, list(rows.values()), phrases, verdict, minutes)
+
+
+def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    'launch/quickstart.sh',
+    description='Trains and compares an LLM, an SLM and LLM-to-SLM.',
+  )
+  parser.add_argument(
+    '--slm',
+    choices=('encoder_decoder', 'decoder'),
+    default='encoder_decoder',
+    help="a small T5 that shares the LLM's vocabulary, or a decoder-only "
+    'model with its own (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--output_dir',
+    type=pathlib.Path,
+    default=gin_utils.REPO_ROOT / 'runs' / 'quickstart',
+    help='where everything goes; `_decoder` is appended for that SLM '
+    '(default: %(default)s)',
+  )
+  parser.add_argument(
+    '--train_steps',
+    type=int,
+    help='updates of each model, to walk the path in less time',
+  )
+  return parser.parse_args(argv)
+
+
+def _say(text: str) -> None:
+  print(f'\n== {text}', flush=True)
+
+
+def _vocabulary(output_dir: pathlib.Path, name: str) -> pathlib.Path:
+  """Returns a SentencePiece model of the train split, made if absent."""
+  path = output_dir / f'{name}_vocabulary.model'
+  if not path.is_file():
+    texts = (
+      text
+      for example in cldr.examples('train')
+      for text in (example['prompt'], example['answer'])
+    )
+    # Digits apart: a number that was never seen is then copied, not guessed.
+    vocabularies.train_sentencepiece(
+      texts,
+      path,
+      vocab_size=VOCAB_SIZES[name],
+      split_digits=True,
+      character_coverage=1.0,
+    )
+  print(f'{path}: {VOCAB_SIZES[name]} pieces')
+  return path
+
+
+def _run(verb: str, gin_files: list[str], bindings: list[str]) -> None:
+  """Prints a command and does what it does, in this process."""
+  arguments = [
+    verb,
+    *(f'--gin_file={file}' for file in gin_files),
+    *(f'--gin.{binding}' for binding in bindings),
+  ]
+  print(shlex.join(['python', '-m', 'l2s_jax', *arguments]), flush=True)
+  status = __main__.main(arguments)
+  if status:
+    sys.exit(status)
+
+
+def _evaluate(name: str, label: str, run_dir: pathlib.Path) -> dict[str, Row]:
+  """Returns the run's row of the table, and those of its controls."""
+  labels = {'none': label} | (CONTROLS if name == 'llm_to_slm' else {})
+  _run(
+    'evaluate',
+    ['gin_configs/tasks/cldr.gin', 'gin_configs/runs/evaluate.gin'],
+    [
+      f'CHECKPOINT_PATH={run_dir}',
+      'EVAL_SPLIT=test',
+      f'EVAL_CONTROLS={tuple(labels)}',
+      f"TASK_FEATURE_LENGTHS={{'inputs': {PROMPT_LENGTH}, "
+      f"'targets': {ANSWER_LENGTH}}}",
+      'BATCH_SIZE=64',
+    ],
+  )
+  results = json.loads(
+    (run_dir / 'eval' / 'metrics-cldr-test.json').read_text()
+  )
+  (by_control,) = results.values()
+  return {
+    name if control == 'none' else control: {
+      'system': labels[control],
+      **scores,
+    }
+    for control, scores in by_control.items()
+  }
+
+
+def _load(run_dir: pathlib.Path, mesh: jax.sharding.Mesh) -> Loaded:
+  system = systems.load(run_dir)
+  layout = systems.layout(system, mesh, partition.MeshConfig())
+  return system, systems.load_params(system, layout, run_dir)
+
+
+def _time(rows: dict[str, Row], loaded: Mapping[str, Loaded]) -> None:
+  """Adds sizes and timings to the rows of the three systems."""
+  example = next(cldr.examples('test', num_examples=1))
+  timings = benchmark.time_generation(
+    loaded,
+    [example['prompt']],
+    prompt_length=PROMPT_LENGTH,
+    num_tokens=ANSWER_LENGTH,
+    rounds=15,
+  )
+  for name, timing in timings.items():
+    system, params = loaded[name]
+    rows[name] |= {
+      'parameters': state_lib.num_params(params),
+      'trained': state_lib.num_params(
+        state_lib.split(params, system.frozen)[1]
+      ),
+      'prefill_ms': timing.prefill_ms,
+      'ms_per_token': timing.ms_per_token,
+      'total_ms': timing.total_ms,
+      'speedup': timings['llm'].total_ms / timing.total_ms,
+    }
+    print(
+      f'{NAMES[name]}: prefill {timing.prefill_ms:.2f} ms, '
+      f'{timing.ms_per_token:.3f} ms per token'
+    )
+
+
+def _translate(
+  loaded: Mapping[str, Loaded], mesh: jax.sharding.Mesh
+) -> list[dict[str, str]]:
+  """Shows what each system makes of five phrases of the test split."""
+  kinds = ('date', 'cardinal', 'relative', 'currency', 'countries')
+  candidates = list(cldr.examples('test'))
+  chosen = [
+    next(example for example in candidates if example['kind'] == kind)
+    for kind in kinds
+  ]
+  prompts = [example['prompt'] for example in chosen]
+  answers = {
+    name: infer.Answerer(
+      system,
+      params,
+      mesh,
+      prompt_length=PROMPT_LENGTH,
+      max_decode_len=ANSWER_LENGTH,
+      batch_size=mesh.size * len(prompts),
+    )(prompts)
+    for name, (system, params) in loaded.items()
+  }
+  phrases = []
+  for index, example in enumerate(chosen):
+    phrase = {'prompt': example['prompt'], 'reference': example['answer']}
+    phrase |= {NAMES[name]: answers[name][index] for name in loaded}
+    phrases.append(phrase)
+    width = max(map(len, phrase))
+    for name, text in phrase.items():
+      print(f'  {name:{width}}  {text}')
+    print()
+  return phrases
+
+
+def _write_report(
+  output_dir: pathlib.Path,
+  rows: list[Row],
+  phrases: list[dict[str, str]],
+  verdict: str,
+  minutes: float,
+) -> None:
+  """Writes `results.json`, `results.md` and `results.png`; prints the table."""
+  versions = {
+    'python': platform.python_version(),
+    'jax': jax.__version__,
+    'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+    'cpu_cores': os.cpu_count(),
+    'bleu': metrics.bleu_signature(),
+    'chrf': metrics.chrf_signature(),
+  }
+  systems.write_json(
+    output_dir / 'results.json',
+    {
+      'rows': rows,
+      'phrases': phrases,
+      'verdict': verdict,
+      'minutes': minutes,
+      'versions': versions,
+    },
+  )
+  table = report.markdown_table(rows, COLUMNS)
+  answers = report.markdown_table(phrases, {key: key for key in phrases[0]})
+  text = (
+    f'# Quickstart\n\n{table}\n{verdict}\n\n'
+    f'Test split of `cldr`, {rows[0]["num_examples"]:.0f} examples; speed at '
+    f'batch 1, {PROMPT_LENGTH} prompt tokens, float32. '
+    f'{minutes:.1f} minutes in all.\n\n{answers}\n'
+    + ''.join(f'- {name}: {value}\n' for name, value in versions.items())
+  )
+  (output_dir / 'results.md').write_text(text, encoding='utf-8')
+  report.plot_quality_against_speed(
+    [row for row in rows if 'total_ms' in row],
+    output_dir / 'results.png',
+    quality='bleu',
+    quality_label='BLEU, test split',
+    speed='total_ms',
+    speed_label=f'ms for {ANSWER_LENGTH} tokens, batch 1',
+    title='Quality against speed',
+  )
+  print(f'{table}\n{verdict}\n\n{minutes:.1f} minutes; see {output_dir}')
+
+
+if __name__ == '__main__':
+  main()

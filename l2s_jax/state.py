@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What changes from one training step to the next, and its shardings."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from l2s_jax import partition
+
+PyTree = Any
+
+
+class TrainState(struct.PyTreeNode):
+  """A training run between two steps. Donated to each step.
+
+  Attributes:
+    step: steps done.
+    trainable: the parameters that are trained; the frozen LLM is not here.
+    opt_state: the optimizer's, for `trainable` alone.
+    key: data of the PRNG key that dropout is drawn from; the same all run.
+  """
+
+  step: jax.Array
+  trainable: PyTree
+  opt_state: PyTree
+  key: jax.Array
+
+
+def split(
+  params: Mapping[str, PyTree], frozen: tuple[str, ...]
+) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+  """Splits parameters by their top-level name into frozen and trainable."""
+  return (
+    {name: tree for name, tree in params.items() if name in frozen},
+    {name: tree for name, tree in params.items() if name not in frozen},
+  )
+
+
+def merge(*trees: Mapping[str, PyTree]) -> dict[str, PyTree]:
+  """Joins parameter trees by path; no path may come twice.
+
+  Raises:
+    ValueError: names the paths that two trees hold.
+  """
+  merged: dict[str, PyTree] = {}
+  for tree in trees:
+    for name, value in tree.items():
+      if name not in merged:
+        merged[name] = value
+      elif isinstance(value, Mapping) and isinstance(merged[name], Mapping):
+        merged[name] = merge(merged[name], value)
+      else:
+        raise ValueError(f'Two parameter trees hold {name!r}.')
+  return merged
+
+
+def create(
+  trainable: PyTree, optimizer: optax.GradientTransformation, seed: int
+) -> TrainState:
+  """Returns the state before the first step. To be called inside jit."""
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    trainable=trainable,
+    opt_state=optimizer.init(trainable),
+    key=jax.random.key_data(jax.random.key(seed)),
+  )
+
+
+def shardings(
+  trainable_shapes: PyTree,
+  trainable_shardings: PyTree,
+  optimizer: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
+) -> tuple[PyTree, PyTree]:
+  """Returns shapes and shardings of a `TrainState`; slots follow parameters.
+
+  Both are a `TrainState` with something else in the place of its arrays.
+  """
+  shapes = jax.eval_shape(
+    lambda params: create(params, optimizer, 0), trainable_shapes
+  )
+  whole = partition.replicated(mesh)
+  opt_shardings = optax.tree_map_params(
+    optimizer,
+    lambda _, sharding: sharding,
+    shapes.opt_state,
+    trainable_shardings,
+    transform_non_params=lambda _: whole,
+  )
+  return shapes, shapes.replace(
+    step=whole,
+    trainable=trainable_shardings,
+    opt_state=opt_shardings,
+    key=whole,
+  )
+
+
+def init_params(
+  init: Callable[[jax.Array], PyTree], seed: int, param_shardings: PyTree
+) -> PyTree:
+  """Initialises parameters directly into their shards, one jit."""
+  make = jax.jit(
+    lambda key: partition.unbox(init(key))['params'],
+    out_shardings=param_shardings,
+  )
+  return make(jax.random.key(seed))
+
+
+def num_params(tree: PyTree) -> int:
+  """Returns how many numbers a tree of parameters holds."""
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,559 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Systems: a module, its vocabularies, and where its weights come from.
+
+Three systems take part in every comparison: the LLM baseline and the SLM
+baseline, each a language model alone, and LLM-to-SLM. A system describes
+itself in its run's folder (`model.json`, `vocabularies/`), so that a run can
+be evaluated, used or built upon with its path alone.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from l2s_jax import checkpoint, decode, partition, vocabularies, weights
+from l2s_jax import state as state_lib
+from l2s_jax.models import config as config_lib
+from l2s_jax.models import l2s, language_model
+
+PyTree = Any
+
+FORMAT_VERSION = 1
+DESCRIPTION = 'model.json'
+VOCABULARIES = 'vocabularies'
+
+
+@gin.configurable(module='l2s_jax')
+@dataclasses.dataclass(frozen=True)
+class Tower:
+  """One language model as a user names it: pretrained, fresh, or between.
+
+  Attributes:
+    path: its weights: a run of ours or a Hugging Face folder; None starts
+      from random parameters.
+    config: how it is built; None takes the one that came with `path`.
+    vocabulary: tokenizer file or folder; None takes the one in `path`.
+    extra_ids: sentinels that T5 adds behind its SentencePiece model.
+  """
+
+  path: str | None = None
+  config: config_lib.TransformerConfig | None = None
+  vocabulary: str | None = None
+  extra_ids: int = 0
+
+  def load_config(self) -> config_lib.TransformerConfig:
+    """Returns the config, from the weights unless it was given."""
+    if self.config is not None:
+      return self.config
+    if self.path is None:
+      raise ValueError(
+        'A model needs a config or weights: set LLM / SLM to a config (such '
+        'as %T5_1_1_SMALL, with its gin file) or LLM_PATH / SLM_PATH to a '
+        'folder of weights.'
+      )
+    return weights.open_source(self.path).config
+
+  def load_vocabulary(self) -> vocabularies.Vocabulary:
+    """Returns the tokenizer, from the weights' folder unless given."""
+    location = self.vocabulary
+    if location is None:
+      if self.path is None:
+        raise ValueError(
+          'A model without weights needs a tokenizer: set LLM_VOCABULARY / '
+          'SLM_VOCABULARY to a SentencePiece model or a tokenizer.json.'
+        )
+      run_vocabulary = pathlib.Path(self.path) / VOCABULARIES / 'answer'
+      location = str(
+        run_vocabulary if run_vocabulary.is_dir() else self.path
+      )
+    return vocabularies.load(location, extra_ids=self.extra_ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+  """A module with its vocabularies and the sources of its parameters.
+
+  Attributes:
+    module: computes logits and prefills; see `models/language_model.py`.
+    writer: the module that decodes: the SLM, or `module` itself.
+    writer_name: where the writer's parameters are in the module's; None: all.
+    prompt_vocabulary: of what the system reads.
+    answer_vocabulary: of what it writes.
+    sources: path of weights by top-level parameter name; '' stands for all.
+    frozen: top-level names of parameters that are not trained.
+    frozen_dtype: how those are held.
+    llm_fingerprint: of the frozen weights; None until they were read.
+  """
+
+  module: l2s.LlmToSlm | language_model.LanguageModel
+  writer: language_model.LanguageModel
+  writer_name: str | None
+  prompt_vocabulary: vocabularies.Vocabulary
+  answer_vocabulary: vocabularies.Vocabulary
+  sources: dict[str, str] = dataclasses.field(default_factory=dict)
+  frozen: tuple[str, ...] = ()
+  frozen_dtype: str = 'float32'
+  llm_fingerprint: str | None = None
+
+  def describe(self) -> dict[str, Any]:
+    """Returns what `model.json` holds."""
+    description: dict[str, Any] = {'format_version': FORMAT_VERSION}
+    if isinstance(self.module, l2s.LlmToSlm):
+      description |= {
+        'kind': 'llm_to_slm',
+        'llm': self.module.llm_config.to_json(),
+        'slm': self.module.slm_config.to_json(),
+        'injection': self.module.injection,
+        'shared_vocabulary': self.module.shared_vocabulary,
+        'llm_path': os.path.abspath(self.sources['llm']),
+        'llm_fingerprint': self.llm_fingerprint,
+        'frozen_dtype': self.frozen_dtype,
+      }
+    else:
+      description |= {
+        'kind': 'language_model',
+        'config': self.module.config.to_json(),
+      }
+    description['vocabularies'] = {
+      'prompt': self.prompt_vocabulary.fingerprint(),
+      'answer': self.answer_vocabulary.fingerprint(),
+    }
+    return description
+
+
+@gin.configurable(module='l2s_jax')
+def language_model_system(
+  tower: Tower, dropout_rate: float | None = None
+) -> System:
+  """Returns a language model alone: the LLM or the SLM baseline.
+
+  Args:
+    tower: the model.
+    dropout_rate: in training; None keeps the config's.
+  """
+  config = _with_dropout(tower.load_config(), dropout_rate)
+  vocabulary = tower.load_vocabulary()
+  _check_vocabulary(vocabulary, config)
+  module = l2s.build(config)
+  return System(
+    module=module,
+    writer=module,
+    writer_name=None,
+    prompt_vocabulary=vocabulary,
+    answer_vocabulary=vocabulary,
+    sources={} if tower.path is None else {'': tower.path},
+  )
+
+
+@gin.configurable(module='l2s_jax')
+def llm_to_slm_system(
+  llm: Tower,
+  slm: Tower,
+  injection: str = 'add',
+  dropout_rate: float | None = None,
+  llm_dtype: str = 'float32',
+) -> System:
+  """Returns a frozen LLM's encoder, a projector, and the SLM that writes.
+
+  Args:
+    llm: the LLM; must have weights.
+    slm: the SLM; the vocabulary counts as shared if both are the same.
+    injection: 'add' or 'replace'.
+    dropout_rate: of the SLM in training; None keeps the config's.
+    llm_dtype: in which the LLM is held and run: 'float32' or 'bfloat16'.
+
+  Raises:
+    ValueError: if the LLM has no weights, or a vocabulary does not fit.
+  """
+  if llm.path is None:
+    raise ValueError(
+      'LLM-to-SLM needs a pretrained LLM: set LLM_PATH to a run of ours or a '
+      'Hugging Face folder.'
+    )
+  if injection not in l2s.INJECTIONS:
+    raise ValueError(f'INJECTION={injection!r} is not one of {l2s.INJECTIONS}.')
+  llm_config = dataclasses.replace(llm.load_config(), dtype=llm_dtype)
+  slm_config = _with_dropout(slm.load_config(), dropout_rate)
+  llm_vocabulary, slm_vocabulary = llm.load_vocabulary(), slm.load_vocabulary()
+  _check_vocabulary(llm_vocabulary, llm_config)
+  _check_vocabulary(slm_vocabulary, slm_config)
+  return _assemble(
+    llm_config,
+    slm_config,
+    llm_vocabulary,
+    slm_vocabulary,
+    injection=injection,
+    shared=llm_vocabulary.fingerprint() == slm_vocabulary.fingerprint(),
+    sources={'llm': llm.path} | ({'slm': slm.path} if slm.path else {}),
+    llm_dtype=llm_dtype,
+  )
+
+
+def _assemble(
+  llm_config: config_lib.TransformerConfig,
+  slm_config: config_lib.TransformerConfig,
+  llm_vocabulary: vocabularies.Vocabulary,
+  slm_vocabulary: vocabularies.Vocabulary,
+  *,
+  injection: str,
+  shared: bool,
+  sources: dict[str, str],
+  llm_dtype: str,
+  llm_fingerprint: str | None = None,
+) -> System:
+  return System(
+    module=l2s.LlmToSlm(llm_config, slm_config, injection, shared),
+    writer=l2s.build(slm_config),
+    writer_name='slm',
+    prompt_vocabulary=llm_vocabulary,
+    answer_vocabulary=slm_vocabulary,
+    sources=sources,
+    frozen=('llm',),
+    frozen_dtype=llm_dtype,
+    llm_fingerprint=llm_fingerprint,
+  )
+
+
+def _with_dropout(config, dropout_rate):
+  if dropout_rate is None:
+    return config
+  return dataclasses.replace(config, dropout_rate=dropout_rate)
+
+
+def _check_vocabulary(
+  vocabulary: vocabularies.Vocabulary, config: config_lib.TransformerConfig
+) -> None:
+  """Refuses a tokenizer with more ids than the table has rows."""
+  if vocabulary.vocab_size > config.vocab_size:
+    raise ValueError(
+      f'The tokenizer {vocabulary.path} has {vocabulary.vocab_size} ids, but '
+      f"the model's embedding table has {config.vocab_size} rows "
+      '(TransformerConfig.vocab_size). Use the tokenizer that the model was '
+      'made with.'
+    )
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+  """Writes a JSON file whole or not at all."""
+  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+  temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + '\n')
+  temporary.replace(path)
+
+
+def save(system: System, run_dir: str | pathlib.Path) -> None:
+  """Writes the description and the vocabularies into a run's folder.
+
+  A folder that already describes the same system is left as it is.
+
+  Raises:
+    ValueError: if it describes another; lists the differences.
+  """
+  folder = pathlib.Path(run_dir)
+  path = folder / DESCRIPTION
+  description = system.describe()
+  if path.is_file():
+    found = json.loads(path.read_text())
+    # A run may have moved with its LLM; the fingerprint tells it is the same.
+    ignored = ('llm_path',)
+    differences = [
+      f'  {name}: the run has {a!r}, the config says {b!r}'
+      for name, a, b in _differences(found, description)
+      if name not in ignored
+    ]
+    if differences:
+      raise ValueError(
+        f'{folder} holds another run. Choose another MODEL_DIR, or remove it '
+        'to start again:\n' + '\n'.join(differences)
+      )
+    return
+  for name, vocabulary in (
+    ('prompt', system.prompt_vocabulary),
+    ('answer', system.answer_vocabulary),
+  ):
+    vocabulary.save(folder / VOCABULARIES / name)
+  write_json(path, description)
+
+
+def _differences(a: Any, b: Any, name: str = '') -> list[tuple[str, Any, Any]]:
+  if isinstance(a, dict) and isinstance(b, dict):
+    return [
+      difference
+      for key in sorted(a.keys() | b.keys())
+      for difference in _differences(
+        a.get(key), b.get(key), f'{name}.{key}' if name else key
+      )
+    ]
+  a, b = (list(x) if isinstance(x, tuple) else x for x in (a, b))
+  return [] if a == b else [(name, a, b)]
+
+
+def load(
+  run_dir: str | pathlib.Path, *, llm_path: str | None = None
+) -> System:
+  """Returns the system that a run's folder describes.
+
+  Args:
+    run_dir: the run.
+    llm_path: where its LLM is now, if it has moved.
+
+  Raises:
+    FileNotFoundError: if the folder is not a run.
+    ValueError: if a newer version of this project wrote it.
+  """
+  folder = pathlib.Path(run_dir)
+  path = folder / DESCRIPTION
+  if not path.is_file():
+    raise FileNotFoundError(
+      f'{folder} is not a run: it has no {DESCRIPTION}. Set CHECKPOINT_PATH to '
+      'the MODEL_DIR of a training run.'
+    )
+  description = json.loads(path.read_text())
+  if description['format_version'] > FORMAT_VERSION:
+    raise ValueError(
+      f'{path} has format version {description["format_version"]}; this '
+      f'l2s_jax reads up to {FORMAT_VERSION}. Update l2s_jax.'
+    )
+  prompt, answer = (
+    vocabularies.load(str(folder / VOCABULARIES / name))
+    for name in ('prompt', 'answer')
+  )
+  if description['kind'] == 'language_model':
+    module = l2s.build(config_lib.TransformerConfig(**description['config']))
+    return System(module, module, None, prompt, answer)
+  return _assemble(
+    config_lib.TransformerConfig(**description['llm']),
+    config_lib.TransformerConfig(**description['slm']),
+    prompt,
+    answer,
+    injection=description['injection'],
+    shared=description['shared_vocabulary'],
+    sources={'llm': llm_path or description['llm_path']},
+    llm_dtype=description['frozen_dtype'],
+    llm_fingerprint=description['llm_fingerprint'],
+  )
+
+
+def example_batch(
+  batch_size: int, prompt_length: int, answer_length: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes of a training batch."""
+  prompt, answer = (batch_size, prompt_length), (batch_size, answer_length)
+  return {
+    'encoder_input_tokens': jax.ShapeDtypeStruct(prompt, np.int32),
+    'encoder_segment_ids': jax.ShapeDtypeStruct(prompt, np.int32),
+    'decoder_input_tokens': jax.ShapeDtypeStruct(answer, np.int32),
+    'decoder_target_tokens': jax.ShapeDtypeStruct(answer, np.int32),
+    'decoder_segment_ids': jax.ShapeDtypeStruct(answer, np.int32),
+    'decoder_loss_weights': jax.ShapeDtypeStruct(answer, np.float32),
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Shapes and shardings of a system's parameters on a mesh."""
+
+  shapes: dict[str, PyTree]
+  shardings: dict[str, PyTree]
+
+
+def init(system: System, key: jax.Array) -> PyTree:
+  """Returns fresh boxed parameters, {'params': ...}. To be called in jit.
+
+  A key gives the SLM the same parameters inside LLM-to-SLM as alone, so that
+  the two can be compared.
+  """
+  batch = {
+    name: jnp.ones(shape.shape, shape.dtype)
+    for name, shape in example_batch(1, 2, 2).items()
+  }
+  params = system.module.init(key, batch, deterministic=True)['params']
+  if system.writer_name is not None:
+    writer = system.writer.init(key, batch, deterministic=True)
+    params = {**params, system.writer_name: writer['params']}
+  return {'params': params}
+
+
+def layout(
+  system: System,
+  mesh: jax.sharding.Mesh,
+  mesh_config: partition.MeshConfig,
+) -> Layout:
+  """Returns shapes and shardings of all parameters, checked to divide."""
+  shapes, axes = partition.abstract_params(
+    functools.partial(init, system), jax.random.key(0)
+  )
+  shapes = {
+    name: jax.tree.map(
+      lambda s: jax.ShapeDtypeStruct(s.shape, system.frozen_dtype), tree
+    )
+    if name in system.frozen
+    else tree
+    for name, tree in shapes.items()
+  }
+  shardings = partition.param_shardings(axes, mesh, mesh_config)
+  partition.check_divisible(shapes, shardings)
+  return Layout(shapes, shardings)
+
+
+def with_rules(system: System, mesh_config: partition.MeshConfig) -> System:
+  """Returns the system with the LLM's axis rules in its module."""
+  if not isinstance(system.module, l2s.LlmToSlm):
+    return system
+  module = system.module.clone(llm_rules=mesh_config.rules('llm'))
+  return dataclasses.replace(system, module=module)
+
+
+def load_frozen(system: System, layout: Layout) -> tuple[System, PyTree]:
+  """Reads the frozen LLM; returns the system with its fingerprint.
+
+  Raises:
+    ValueError: if the weights are not those that the run was trained with.
+  """
+  if not system.frozen:
+    return system, {}
+  params, fingerprint = weights.load(
+    _open_llm(system.sources['llm']),
+    layout.shapes['llm'],
+    layout.shardings['llm'],
+  )
+  if system.llm_fingerprint not in (None, fingerprint):
+    raise ValueError(
+      f'The LLM in {system.sources["llm"]} is not the one that this run was '
+      f'trained with: its fingerprint is {fingerprint[:16]}, the run has '
+      f'{system.llm_fingerprint[:16]}. Set LLM_PATH to the right weights.'
+    )
+  system = dataclasses.replace(system, llm_fingerprint=fingerprint)
+  return system, {'llm': params}
+
+
+def _open_llm(path: str) -> weights.Source:
+  if not pathlib.Path(path).is_dir():
+    raise FileNotFoundError(
+      f"The LLM's weights are not at {path}. Set LLM_PATH to where they are "
+      'now.'
+    )
+  return weights.open_source(path)
+
+
+def load_pretrained(
+  system: System, layout: Layout, params: dict[str, PyTree]
+) -> dict[str, PyTree]:
+  """Replaces fresh trainable parameters by pretrained ones, where named."""
+  for name, path in system.sources.items():
+    if name in system.frozen:
+      continue
+    source = weights.open_source(path)
+    if name:
+      loaded, _ = weights.load(
+        source, layout.shapes[name], layout.shardings[name]
+      )
+      params = params | {name: loaded}
+    else:
+      params, _ = weights.load(source, layout.shapes, layout.shardings)
+  return params
+
+
+def load_params(
+  system: System,
+  layout: Layout,
+  run_dir: str | pathlib.Path,
+  step: int | None = None,
+) -> dict[str, PyTree]:
+  """Returns all parameters of a run's checkpoint, frozen and trained."""
+  _, frozen = load_frozen(system, layout)
+  _, step = checkpoint.params_folder(run_dir, step)
+  trained = checkpoint.restore_params(
+    run_dir,
+    step,
+    state_lib.split(layout.shapes, system.frozen)[1],
+    state_lib.split(layout.shardings, system.frozen)[1],
+  )
+  return state_lib.merge(frozen, trained)
+
+
+def generator(system: System, max_decode_len: int) -> decode.Generator:
+  """Returns greedy generation for a system."""
+  return decode.Generator(
+    system.module,
+    system.writer,
+    system.writer_name,
+    max_decode_len=max_decode_len,
+    start_id=system.answer_vocabulary.start_id,
+    eos_id=system.answer_vocabulary.eos_id,
+    pad_id=system.answer_vocabulary.pad_id,
+  )
+
+
+def check_lengths(
+  system: System, layout: Layout, task_feature_lengths: Mapping[str, int]
+) -> None:
+  """Refuses lengths that the model has no positions for.
+
+  Raises:
+    ValueError: with both lengths and the size of the table.
+  """
+  batch = example_batch(
+    1, task_feature_lengths['inputs'], task_feature_lengths['targets']
+  )
+  jax.eval_shape(
+    lambda params, batch: system.module.apply(
+      {'params': params}, batch, deterministic=True
+    ),
+    layout.shapes,
+    batch,
+  )
+
+
+def summary(
+  system: System,
+  layout: Layout,
+  optimizer: optax.GradientTransformation | None,
+  mesh: jax.sharding.Mesh,
+) -> str:
+  """Returns what `--dry_run` prints: sizes, shardings, bytes per device.
+
+  Args:
+    system: the system.
+    layout: of its parameters.
+    optimizer: whose state to count; None counts none.
+    mesh: the device mesh.
+  """
+  frozen, trainable = state_lib.split(layout.shapes, system.frozen)
+  axes = ', '.join(f'{name}={size}' for name, size in mesh.shape.items())
+  lines = [f'mesh: {axes} ({mesh.devices.flat[0].platform})', 'parameters:']
+  leaves = jax.tree_util.tree_leaves_with_path(layout.shapes)
+  shardings = jax.tree.leaves(layout.shardings)
+  for (path, shape), sharding in zip(leaves, shardings, strict=True):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    state = 'frozen' if path[0].key in system.frozen else 'trainable'
+    lines.append(
+      f'  {name}: {shape.dtype}{list(shape.shape)} {state} {sharding.spec}'
+    )
+  param_bytes = partition.bytes_per_device(layout.shapes, layout.shardings)
+  lines += [
+    f'frozen parameters: {state_lib.num_params(frozen):,}',
+    f'trainable parameters: {state_lib.num_params(trainable):,}',
+    f'bytes per device: parameters {param_bytes:,}',
+  ]
+  if optimizer is not None:
+    shapes, state_shardings = state_lib.shardings(
+      trainable,
+      state_lib.split(layout.shardings, system.frozen)[1],
+      optimizer,
+      mesh,
+    )
+    optimizer_bytes = partition.bytes_per_device(
+      shapes.opt_state, state_shardings.opt_state
+    )
+    lines[-1] += f', optimizer {optimizer_bytes:,}'
+  return '\n'.join(lines)

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Runs the linter, the type checker and all tests, from a fresh clone with
+# Python 3.11 or 3.12. With arguments, pytest alone:
+#   ./launch/test.sh tests/test_decode.py -k cached
+set -euo pipefail
+# shellcheck source=/dev/null
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+prepare requirements-dev.txt
+export PATH="$PWD/.venv/bin:$PATH"
+if (($# > 0)); then
+  exec python -m pytest "$@"
+fi
+ruff check .
+mypy
+python -m pytest --durations=15

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny models, parameters and batches that several test files share.
+
+Sizes differ between LLM and SLM in every dimension, so that a mix-up shows in
+a shape, and every parameter is random, biases and norm scales too, so that
+one left out shows in the numbers.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+
+from l2s_jax import partition, systems, vocabularies
+from l2s_jax.models import config as config_lib
+from l2s_jax.models import l2s
+
+BATCH_SIZE, PROMPT_LENGTH, ANSWER_LENGTH = 4, 7, 6
+PROMPT_LENGTHS = (3, 7, 1, 5)
+ANSWER_LENGTHS = (6, 2, 4, 1)
+
+T5_1_0 = config_lib.TransformerConfig(
+  vocab_size=264,
+  emb_dim=16,
+  num_heads=2,
+  head_dim=4,
+  mlp_dim=32,
+  num_decoder_layers=2,
+  num_encoder_layers=2,
+  relpos_buckets=8,
+  relpos_max_distance=12,
+)
+T5_1_1 = dataclasses.replace(
+  T5_1_0,
+  mlp_activations=('gelu', 'linear'),
+  logits_via_embedding=False,
+  scale_logits=False,
+)
+GPT2 = config_lib.TransformerConfig(
+  vocab_size=264,
+  emb_dim=16,
+  num_heads=2,
+  head_dim=8,
+  mlp_dim=32,
+  num_decoder_layers=2,
+  mlp_activations=('gelu',),
+  norm='layer',
+  norm_epsilon=1e-5,
+  use_bias=True,
+  positions='learned',
+  max_positions=24,
+  scale_attention=True,
+  scale_logits=False,
+  kernel_init_stddev=0.02,
+  embedding_init_stddev=0.02,
+)
+SLMS = {'t5_1_0': T5_1_0, 't5_1_1': T5_1_1, 'gpt2': GPT2}
+
+LLM = dataclasses.replace(
+  T5_1_1, emb_dim=24, num_heads=4, mlp_dim=40, num_encoder_layers=3
+)
+
+
+def llm_to_slm(
+  slm: str, injection: str, vocabulary: str, **slm_changes
+) -> l2s.LlmToSlm:
+  """Returns a module whose LLM has more ids if the vocabulary is foreign."""
+  shared = vocabulary == 'shared'
+  return l2s.LlmToSlm(
+    LLM if shared else dataclasses.replace(LLM, vocab_size=280),
+    dataclasses.replace(SLMS[slm], **slm_changes),
+    injection,
+    shared,
+  )
+
+
+MODULES = {name: l2s.build(config) for name, config in SLMS.items()} | {
+  f'llm_to_{slm}-{injection}-{vocabulary}': llm_to_slm(
+    slm, injection, vocabulary
+  )
+  for slm in SLMS
+  for injection in l2s.INJECTIONS
+  for vocabulary in ('shared', 'foreign')
+}
+
+
+def writer_of(module):
+  """Returns the module that decodes and its name, as systems have them."""
+  if isinstance(module, l2s.LlmToSlm):
+    return l2s.build(module.slm_config), 'slm'
+  return module, None
+
+
+def prompt_ids(module) -> int:
+  """Returns how many ids the module's prompts are drawn from."""
+  config = module.llm_config if hasattr(module, 'llm_config') else module.config
+  return config.vocab_size
+
+
+def random_params(module, seed: int = 0):
+  """Returns parameters of which none is a zero, a one, or too small to see."""
+  shapes, _ = partition.abstract_params(
+    functools.partial(module.init, deterministic=True),
+    jax.random.key(0),
+    example_shapes(),
+  )
+  generator = np.random.default_rng(seed)
+
+  def draw(path, shape):
+    name = path[-1].key
+    if name == 'scale':
+      return generator.uniform(0.5, 1.5, shape.shape).astype(np.float32)
+    # 1/sqrt(16), the width of all these models, lets a layer speak up.
+    stddev = 1.0 if 'embedding' in name else 0.25
+    return generator.normal(0, stddev, shape.shape).astype(np.float32)
+
+  return jax.tree.map(
+    jnp.asarray, jax.tree_util.tree_map_with_path(draw, shapes)
+  )
+
+
+def example_shapes():
+  return systems.example_batch(1, 2, 2)
+
+
+def segments(lengths, total: int):
+  return (np.arange(total) < np.asarray(lengths)[:, None]).astype(np.int32)
+
+
+def random_batch(
+  num_prompt_ids: int = 264,
+  num_answer_ids: int = 264,
+  *,
+  prompt_lengths=PROMPT_LENGTHS,
+  answer_lengths=ANSWER_LENGTHS,
+  seed: int = 0,
+) -> dict[str, jax.Array]:
+  """Returns ragged rows whose padding holds ids as random as the rest."""
+  generator = np.random.default_rng(seed)
+  prompt = (len(prompt_lengths), max(prompt_lengths))
+  answer = (len(answer_lengths), max(answer_lengths))
+  weights = segments(answer_lengths, answer[1])
+  return {
+    key: jnp.asarray(value)
+    for key, value in {
+      'encoder_input_tokens': generator.integers(
+        num_prompt_ids, size=prompt, dtype=np.int32
+      ),
+      'encoder_segment_ids': segments(prompt_lengths, prompt[1]),
+      'decoder_input_tokens': generator.integers(
+        num_answer_ids, size=answer, dtype=np.int32
+      ),
+      'decoder_target_tokens': generator.integers(
+        num_answer_ids, size=answer, dtype=np.int32
+      ),
+      'decoder_segment_ids': weights,
+      'decoder_loss_weights': weights.astype(np.float32),
+    }.items()
+  }
+
+
+def batch_for(module, **options) -> dict[str, jax.Array]:
+  return random_batch(prompt_ids(module), **options)
+
+
+@functools.partial(jax.jit, static_argnames='module')
+def logits(module, params, batch):
+  """Returns teacher-forced logits; equal modules compile once."""
+  return module.apply({'params': params}, batch, deterministic=True)
+
+
+@functools.partial(jax.jit, static_argnames=('module', 'max_decode_len'))
+def prefill(module, params, batch, max_decode_len):
+  return module.apply(
+    {'params': params}, batch, max_decode_len=max_decode_len, method='prefill'
+  )
+
+
+@functools.partial(jax.jit, static_argnames='module')
+def decode_step(module, params, token, cache):
+  return module.apply({'params': params}, token, cache, method='decode_step')
+
+
+@functools.cache
+def vocabulary() -> vocabularies.Vocabulary:
+  """Returns GPT-2's first 256 ids: bytes, `!` being 0, and its EOS."""
+  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  ids = {piece: i for i, piece in enumerate([*alphabet, '<|endoftext|>'])}
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    systems.write_json(folder / 'vocab.json', ids)
+    (folder / 'merges.txt').write_text('#version: 0.2\n')
+    return vocabularies.load(str(folder))
+
+
+def system(module, **options) -> systems.System:
+  """Returns a system of a module, with a vocabulary that it has room for."""
+  writer, writer_name = writer_of(module)
+  return systems.System(
+    module=module,
+    writer=writer,
+    writer_name=writer_name,
+    prompt_vocabulary=vocabulary(),
+    answer_vocabulary=vocabulary(),
+    frozen=() if writer_name is None else ('llm',),
+    **options,
+  )
+
+
+def assert_trees_equal(a, b):
+  """Compares paths, shapes and bits."""
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  jax.tree_util.tree_map_with_path(
+    lambda path, x, y: np.testing.assert_array_equal(
+      np.asarray(x), np.asarray(y), jax.tree_util.keystr(path)
+    ),
+    a,
+    b,
+  )

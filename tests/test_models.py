@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of every model: padding is nothing, a cache changes nothing."""
+
+import dataclasses
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from l2s_jax import partition
+from l2s_jax.models import attention, l2s, layers
+
+TOLERANCE = dict(rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope='module', params=helpers.MODULES)
+def model(request):
+  """Returns a module, random parameters, a ragged batch and its logits."""
+  module = helpers.MODULES[request.param]
+  params = helpers.random_params(module)
+  batch = helpers.batch_for(module)
+  return module, params, batch, helpers.logits(module, params, batch)
+
+
+def with_padding(batch, prompt, answer, fill):
+  """Returns the batch in longer rows, `fill` in the new slots."""
+  padded = {}
+  for key, value in batch.items():
+    width = prompt if key.startswith('encoder') else answer
+    is_token = key.endswith('tokens')
+    padded[key] = jnp.pad(
+      value, ((0, 0), (0, width)), constant_values=fill if is_token else 0
+    )
+  return padded
+
+
+def test_more_padding_and_what_it_holds_change_nothing(model):
+  module, params, batch, logits = model
+  longer = with_padding(batch, 3, 2, fill=5)
+  # What the padding of the batch itself holds changes, too.
+  for side in ('encoder', 'decoder'):
+    real = longer[f'{side}_segment_ids'] > 0
+    tokens = longer[f'{side}_input_tokens']
+    longer[f'{side}_input_tokens'] = jnp.where(real, tokens, 5)
+  padded = helpers.logits(module, params, longer)
+
+  real = np.asarray(batch['decoder_segment_ids'] > 0)
+  np.testing.assert_allclose(
+    padded[:, : helpers.ANSWER_LENGTH][real], logits[real], **TOLERANCE
+  )
+  assert np.isfinite(padded).all()
+
+
+def test_other_rows_change_nothing(model):
+  module, params, batch, logits = model
+  others = helpers.batch_for(module, seed=1)
+  mixed = {
+    key: value.at[0].set(batch[key][0]) for key, value in others.items()
+  }
+  found = helpers.logits(module, params, mixed)
+  np.testing.assert_allclose(found[0], logits[0], **TOLERANCE)
+  assert np.abs(found[3] - logits[3]).max() > 1e-2
+
+
+def test_prompt_and_earlier_answer_matter_and_later_answer_does_not(model):
+  module, params, batch, logits = model
+  row, step = 0, 2  # six tokens of answer, three of prompt
+
+  def change(key, slot):
+    value = batch[key]
+    other = (value[row, slot] + 1) % 200
+    return helpers.logits(
+      module, params, {**batch, key: value.at[row, slot].set(other)}
+    )[row]
+
+  later = change('decoder_input_tokens', step)
+  np.testing.assert_allclose(later[:step], logits[row, :step], **TOLERANCE)
+  assert (np.abs(later[step:] - logits[row, step:]).max(1) > 1e-4).all()
+  for slot in range(helpers.PROMPT_LENGTHS[row]):
+    found = change('encoder_input_tokens', slot)
+    assert (np.abs(found - logits[row]).max(1) > 1e-4).all()
+
+
+def test_cached_decoding_equals_teacher_forcing(model):
+  module, params, batch, logits = model
+  writer, name = helpers.writer_of(module)
+  writer_params = params if name is None else params[name]
+  cache = helpers.prefill(module, params, batch, helpers.ANSWER_LENGTH)
+  for t in range(helpers.ANSWER_LENGTH):
+    found, cache = helpers.decode_step(
+      writer, writer_params, batch['decoder_input_tokens'][:, t], cache
+    )
+    # Rows whose answer is over by now have no logits to compare with.
+    real = np.asarray(batch['decoder_segment_ids'][:, t] > 0)
+    np.testing.assert_allclose(found[real], logits[real, t], **TOLERANCE)
+
+
+@pytest.mark.parametrize('name', ['t5_1_1', 'gpt2', 'llm_to_gpt2-add-foreign'])
+def test_scanned_and_unrolled_stacks_are_one_model(name):
+  module = helpers.MODULES[name]
+
+  def unrolled(config):
+    return dataclasses.replace(config, scan_layers=False)
+
+  if isinstance(module, l2s.LlmToSlm):
+    other = module.clone(
+      llm_config=unrolled(module.llm_config),
+      slm_config=unrolled(module.slm_config),
+    )
+  else:
+    other = module.clone(config=unrolled(module.config))
+
+  params = helpers.random_params(module)
+  helpers.assert_trees_equal(params, helpers.random_params(other))
+  batch = helpers.batch_for(module)
+  np.testing.assert_allclose(
+    helpers.logits(other, params, batch),
+    helpers.logits(module, params, batch),
+    **TOLERANCE,
+  )
+
+
+@pytest.mark.parametrize('scan_layers', [True, False])
+@pytest.mark.parametrize('slm', helpers.SLMS)
+def test_parameters_are_stacked_along_layers(slm, scan_layers):
+  config = dataclasses.replace(helpers.SLMS[slm], scan_layers=scan_layers)
+  shapes, axes = partition.abstract_params(
+    lambda key, batch: l2s.build(config).init(key, batch, deterministic=True),
+    jax.random.key(0),
+    helpers.example_shapes(),
+  )
+  shapes = traverse_util.flatten_dict(shapes)
+  axes = traverse_util.flatten_dict(axes)
+  assert any('layers' in path for path in shapes)
+  for path, shape in shapes.items():
+    assert len(axes[path]) == len(shape.shape), path
+    assert (axes[path][0] == 'layers') == ('layers' in path), path
+    if 'layers' in path:
+      assert shape.shape[0] == 2, path
+
+
+def test_every_layer_starts_from_values_of_its_own():
+  module = helpers.MODULES['t5_1_0']
+  init = jax.jit(lambda key: module.init(
+    key, helpers.random_batch(), deterministic=True
+  ))
+  params = partition.unbox(init(jax.random.key(0))['params'])
+  kernel = params['encoder']['layers']['mlp']['wi']['kernel']
+  assert np.abs(kernel[0] - kernel[1]).max() > 0.1
+  # Fan-in scaling, and T5's smaller queries in place of 1/sqrt(head_dim).
+  attention_params = params['encoder']['layers']['self_attention']
+  np.testing.assert_allclose(np.std(kernel), 16**-0.5, rtol=0.1)
+  np.testing.assert_allclose(
+    np.std(attention_params['query']['kernel']), (16 * 4) ** -0.5, rtol=0.2
+  )
+
+
+@pytest.mark.parametrize('name', ['t5_1_1', 'gpt2'])
+def test_remat_changes_neither_logits_nor_gradients(name):
+  module = helpers.MODULES[name]
+  remat = module.clone(config=dataclasses.replace(module.config, remat='full'))
+  params, batch = helpers.random_params(module), helpers.random_batch()
+
+  def grads(module):
+    return jax.jit(
+      jax.grad(lambda p: (helpers.logits(module, p, batch) ** 2).mean())
+    )(params)
+
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    grads(module),
+    grads(remat),
+  )
+
+
+@pytest.mark.parametrize('norm', ['rms', 'layer'])
+def test_norms_against_numpy(norm):
+  config = dataclasses.replace(
+    helpers.T5_1_0, norm=norm, norm_epsilon=0.5, dtype='bfloat16'
+  )
+  x = np.array([[1.0, 2.0, 3.0, -4.0]], np.float32)
+  scale, bias = np.float32([1, 2, 3, 4]), np.float32([4, 3, 2, 1])
+  params = {'scale': scale} | ({'bias': bias} if norm == 'layer' else {})
+  if norm == 'rms':  # mean square 30 / 4
+    expected = x / np.sqrt(7.5 + 0.5) * scale
+  else:  # mean 0.5, variance 7.25
+    expected = (x - 0.5) / np.sqrt(7.25 + 0.5) * scale + bias
+  found = layers.Norm(config).apply({'params': params}, jnp.asarray(x))
+  assert found.dtype == jnp.bfloat16
+  np.testing.assert_allclose(np.float32(found), expected, rtol=1e-2)
+
+
+def test_gated_mlp_against_numpy():
+  config = helpers.T5_1_1
+  module = layers.Mlp(config)
+  generator = np.random.default_rng(0)
+  wi_0, wi_1 = generator.normal(size=(2, 16, 32)).astype(np.float32)
+  wo = generator.normal(size=(32, 16)).astype(np.float32)
+  x = generator.normal(size=(1, 2, 16)).astype(np.float32)
+  params = {
+    'wi_0': {'kernel': wi_0}, 'wi_1': {'kernel': wi_1}, 'wo': {'kernel': wo}
+  }
+  h = x @ wi_0
+  gelu = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+  found = module.apply(
+    {'params': params}, jnp.asarray(x), deterministic=True
+  )
+  np.testing.assert_allclose(
+    found, (gelu * (x @ wi_1)) @ wo, rtol=1e-4, atol=1e-4
+  )
+
+
+def test_dropout_draws_one_mask_for_all_positions_of_a_row():
+  dropout = layers.Dropout(0.5)
+  x = jnp.ones((3, 5, 64))
+  found = dropout.apply(
+    {}, x, deterministic=False, rngs={'dropout': jax.random.key(0)}
+  )
+  np.testing.assert_array_equal(found, found[:, :1] * np.ones((1, 5, 1)))
+  assert set(np.unique(found)) == {0.0, 2.0}
+  assert (found[0] != found[1]).any()
+  np.testing.assert_array_equal(dropout.apply({}, x, deterministic=True), x)
+
+
+def test_relative_position_buckets_against_a_table_made_by_hand():
+  # 8 buckets up to distance 16. One direction: 0..3 exact, then
+  # 4 + floor(log(d / 4) / log(16 / 4) * 4): d=5 -> 4.6, d=6 -> 5.2,
+  # d=8 -> 6 (2 to the half), d=12 -> 7.2.
+  offset = -jnp.array([[0, 1, 2, 3, 4, 5, 6, 9, 12, 16, 99, -1, -9]])
+  found = layers.relative_position_bucket(
+    offset, bidirectional=False, num_buckets=8, max_distance=16
+  )
+  expected = [[0, 1, 2, 3, 4, 4, 5, 6, 7, 7, 7, 0, 0]]
+  np.testing.assert_array_equal(found, expected)
+
+  # Half for each direction: 0, 1 exact, then 2 + floor(log(d/2)/log(8) * 2):
+  # d=5 -> 2.9, d=6 -> 3.06. Keys after the query start at 4.
+  offset = jnp.array([[0, -1, -2, -5, -6, -99, 1, 2, 5, 6, 99]])
+  found = layers.relative_position_bucket(
+    offset, bidirectional=True, num_buckets=8, max_distance=16
+  )
+  expected = [[0, 1, 2, 2, 3, 3, 5, 6, 6, 7, 7]]
+  np.testing.assert_array_equal(found, expected)
+
+
+def test_segment_mask_by_hand():
+  mask = attention.segment_mask(
+    jnp.array([[1, 2, 0]]), jnp.array([[1, 1, 2, 0]])
+  )
+  np.testing.assert_array_equal(
+    mask[0, 0],
+    np.array([[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]], bool),
+  )
+  bias = attention.mask_bias(mask)
+  assert bias.dtype == jnp.float32
+  # A query that sees nothing still has a softmax.
+  assert np.isfinite(jax.nn.softmax(bias)).all()
+
+
+# --- GPT-2 ---
+
+
+def states_of_prompt(module, params, batch):
+  def encode(module, batch):
+    return module.encode(
+      module.embed(batch['encoder_input_tokens']),
+      batch['encoder_segment_ids'],
+      deterministic=True,
+    )
+
+  return module.apply({'params': params}, batch, method=encode)
+
+
+def test_a_bidirectional_prefix_sees_its_end_and_nothing_else_changes():
+  causal = helpers.MODULES['gpt2']
+  module = causal.clone(
+    config=dataclasses.replace(causal.config, bidirectional_prefix=True)
+  )
+  params, batch = helpers.random_params(causal), helpers.random_batch()
+  row, length = 3, helpers.PROMPT_LENGTHS[3]
+  changed = dict(batch)
+  changed['encoder_input_tokens'] = (
+    batch['encoder_input_tokens'].at[row, length - 1].add(1)
+  )
+
+  def difference(module, other):
+    a, b = (states_of_prompt(module, params, x) for x in (batch, other))
+    return np.abs(a - b).max(-1)[row]
+
+  # The last token of the prompt: seen by those before it, or by itself alone.
+  assert (difference(causal, changed)[: length - 1] < 1e-6).all()
+  assert (difference(module, changed)[: length - 1] > 1e-3).all()
+  # Padding behind it is seen by neither.
+  padded = dict(batch)
+  padded['encoder_input_tokens'] = (
+    batch['encoder_input_tokens'].at[row, length:].add(1)
+  )
+  assert (difference(module, padded)[:length] < 1e-6).all()
+
+  # The answer stays causal.
+  logits = helpers.logits(module, params, batch)
+  later = dict(batch)
+  later['decoder_input_tokens'] = (
+    batch['decoder_input_tokens'].at[0, 3].add(1)
+  )
+  found = helpers.logits(module, params, later)
+  np.testing.assert_allclose(found[0, :3], logits[0, :3], **TOLERANCE)
+  assert np.abs(found[0, 3:] - logits[0, 3:]).max() > 1e-3
+
+  # A prompt of one token is the same either way, and longer ones are not.
+  expected = helpers.logits(causal, params, batch)
+  np.testing.assert_allclose(logits[2, :4], expected[2, :4], **TOLERANCE)
+  assert np.abs(logits[1, 0] - expected[1, 0]).max() > 1e-3
+
+  # Its prefill reads the prompt the same way.
+  cache = helpers.prefill(module, params, batch, helpers.ANSWER_LENGTH)
+  for t in range(2):
+    step_logits, cache = helpers.decode_step(
+      module, params, batch['decoder_input_tokens'][:, t], cache
+    )
+    real = np.asarray(batch['decoder_segment_ids'][:, t] > 0)
+    np.testing.assert_allclose(
+      step_logits[real], logits[real, t], **TOLERANCE
+    )
+
+
+def test_positions_count_real_tokens():
+  """Three tokens of prompt: the answer reads rows 3, 4, ... of the table."""
+  module = helpers.MODULES['gpt2']
+  params, batch = helpers.random_params(module), helpers.random_batch()
+  logits = helpers.logits(module, params, batch)
+  length, steps = helpers.PROMPT_LENGTHS[0], helpers.ANSWER_LENGTHS[0]
+  table = params['position_embedder']['embedding']
+
+  def change(rows):
+    # By one number alone: a layer norm would take a constant back out.
+    other = {'embedding': table.at[rows, 0].add(1.0)}
+    found = helpers.logits(
+      module, params | {'position_embedder': other}, batch
+    )
+    return np.abs(found - logits)[0].max(-1)
+
+  assert (change(slice(length + steps, None)) == 0).all()
+  last = change(length + steps - 1)
+  assert (last[:-1] == 0).all() and last[-1] > 1e-3
+  assert (change(length) > 1e-4).all()  # the answer's first
+
+
+def test_lengths_beyond_the_position_table_are_refused_with_both_numbers():
+  module = helpers.MODULES['gpt2']  # 24 positions
+  params = jax.eval_shape(lambda: helpers.random_params(module))
+  batch = jax.eval_shape(
+    lambda: helpers.random_batch(prompt_lengths=(20,), answer_lengths=(5,))
+  )
+  with pytest.raises(ValueError, match='20 tokens .* 5 make 25 .* has 24'):
+    jax.eval_shape(
+      lambda p, b: module.apply({'params': p}, b, deterministic=True),
+      params,
+      batch,
+    )
+  with pytest.raises(ValueError, match='20 tokens .* 5 make 25 .* has 24'):
+    jax.eval_shape(
+      lambda p, b: module.apply(
+        {'params': p}, b, max_decode_len=5, method='prefill'
+      ),
+      params,
+      batch,
+    )
+
+
+def test_a_prompt_alone_beyond_the_position_table_is_refused():
+  """A decoder-only LLM reads a prompt and writes no answer."""
+  module = helpers.MODULES['gpt2']
+  params = jax.eval_shape(lambda: helpers.random_params(module))
+  batch = jax.eval_shape(lambda: helpers.random_batch(prompt_lengths=(25,) * 4))
+  with pytest.raises(ValueError, match='25 .* 24'):
+    jax.eval_shape(
+      lambda p, b: states_of_prompt(module, p, b), params, batch
+    )
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    (dict(norm='batch'), "norm='batch'.*rms"),
+    (dict(positions='absolute'), "positions='absolute'.*learned"),
+    (dict(remat='some'), "remat='some'.*full"),
+    (dict(dtype='float16'), "dtype='float16'.*bfloat16"),
+    (dict(positions='learned', max_positions=0), 'max_positions > 0.*got 0'),
+  ],
+)
+def test_configs_that_mean_nothing_are_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(helpers.T5_1_0, **changes)
+
+
+@pytest.mark.parametrize(
+  'config, positions',
+  [
+    (helpers.GPT2, 'relative'),
+    (dataclasses.replace(helpers.T5_1_0, max_positions=24), 'learned'),
+  ],
+)
+def test_positions_matter_or_are_refused(config, positions):
+  """No config builds a model that cannot tell the order of its tokens."""
+  try:
+    config = dataclasses.replace(config, positions=positions)
+    module = l2s.build(config)
+    params = helpers.random_params(module)
+  except ValueError as error:
+    assert 'positions' in str(error)
+    return
+  # The same prompt backwards.
+  batch = helpers.random_batch(prompt_lengths=(7,) * 4)
+  tokens = batch['encoder_input_tokens']
+  batch['decoder_input_tokens'] = jnp.ones_like(batch['decoder_input_tokens'])
+  logits = helpers.logits(module, params, batch)
+  swapped = {**batch, 'encoder_input_tokens': tokens[:, ::-1]}
+  found = helpers.logits(module, params, swapped)
+  assert np.abs(found - logits)[:, 0].max() > 1e-3

@@ -1,0 +1,751 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights come in whole, in the right place, or not at all.
+
+Folders are made here by hand. The parity test writes them with the package
+transformers instead and compares what the models compute; it is skipped where
+torch or transformers are absent.
+"""
+
+import json
+import zlib
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import traverse_util
+
+from l2s_jax import checkpoint, decode, partition, state, systems, weights
+from l2s_jax.models import config as config_lib
+from l2s_jax.models import l2s
+from l2s_jax.weights import huggingface
+
+# No two sizes are equal, so that a transposed tensor has another shape.
+T5_JSON = {
+  'model_type': 't5',
+  'architectures': ['T5ForConditionalGeneration'],
+  'vocab_size': 64,
+  'd_model': 16,
+  'num_heads': 4,
+  'd_kv': 6,
+  'd_ff': 20,
+  'num_layers': 3,
+  'num_decoder_layers': 2,
+  'relative_attention_num_buckets': 8,
+  'relative_attention_max_distance': 20,
+  'dropout_rate': 0.2,
+}
+T5_1_1_JSON = T5_JSON | {
+  'feed_forward_proj': 'gated-gelu',
+  'tie_word_embeddings': False,
+}
+GPT2_JSON = {
+  'model_type': 'gpt2',
+  'architectures': ['GPT2LMHeadModel'],
+  'vocab_size': 64,
+  'n_embd': 16,
+  'n_head': 4,
+  'n_inner': 20,
+  'n_layer': 2,
+  'n_positions': 48,
+  'resid_pdrop': 0.2,
+}
+T5 = config_lib.TransformerConfig(
+  vocab_size=64,
+  emb_dim=16,
+  num_heads=4,
+  head_dim=6,
+  mlp_dim=20,
+  num_encoder_layers=3,
+  num_decoder_layers=2,
+  relpos_buckets=8,
+  relpos_max_distance=20,
+  dropout_rate=0.2,
+)
+T5_1_1 = config_lib.TransformerConfig(
+  **T5.to_json()
+  | {
+    'mlp_activations': ('gelu', 'linear'),
+    'logits_via_embedding': False,
+    'scale_logits': False,
+  }
+)
+GPT2 = config_lib.TransformerConfig(
+  vocab_size=64,
+  emb_dim=16,
+  num_heads=4,
+  head_dim=4,
+  mlp_dim=20,
+  num_decoder_layers=2,
+  mlp_activations=('gelu',),
+  norm='layer',
+  norm_epsilon=1e-5,
+  use_bias=True,
+  positions='learned',
+  max_positions=48,
+  scale_attention=True,
+  scale_logits=False,
+  dropout_rate=0.2,
+  kernel_init_stddev=0.02,
+  embedding_init_stddev=0.02,
+)
+FAMILIES = {
+  't5': (T5_JSON, T5),
+  't5_1_1': (T5_1_1_JSON, T5_1_1),
+  'mt5': (T5_1_1_JSON | {'model_type': 'mt5'}, T5_1_1),
+  'gpt2': (GPT2_JSON, GPT2),
+}
+
+
+def model_shapes(config):
+  module = l2s.build(config)
+  shapes, _ = partition.abstract_params(
+    lambda key, batch: module.init(key, batch, deterministic=True),
+    jax.random.key(0),
+    systems.example_batch(1, 2, 2),
+  )
+  return shapes
+
+
+def random_params(config, seed=0):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda s: rng.normal(size=s.shape).astype(np.float32), model_shapes(config)
+  )
+
+
+def to_theirs(config_json, config, params):
+  """Returns the tensors of a Hugging Face file: the table read backwards."""
+  sizes = huggingface.axis_sizes(config)
+  flat = traverse_util.flatten_dict(params)
+  tensors = {}
+  for row in huggingface.FAMILIES[config_json['model_type']].rows:
+    if row.path not in flat:
+      continue
+    layers = flat[row.path] if row.is_stacked else [flat[row.path]]
+    letters = [letter for group in row.groups() for letter in group]
+    order = [row.letters().index(x) for x in letters if x != 'c']
+    part = tuple(row.part if x == 'c' else slice(None) for x in letters)
+    for name, layer in zip(row.names(config), layers, strict=True):
+      split = [sizes[letter] for letter in letters]
+      merged = [
+        int(np.prod([sizes[letter] for letter in group]))
+        for group in row.groups()
+      ]
+      tensor = tensors.setdefault(name, np.zeros(merged, layer.dtype))
+      tensor.reshape(split)[part] = layer.transpose(order)
+  return tensors
+
+
+def write_folder(folder, config_json, tensors):
+  folder.mkdir(exist_ok=True)
+  (folder / 'config.json').write_text(json.dumps(config_json))
+  tensors = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
+  safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
+  return folder
+
+
+def load(folder, shapes):
+  """Returns parameters and fingerprint, on one device."""
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shardings = jax.tree.map(lambda _: device, shapes)
+  return weights.load(weights.open_source(str(folder)), shapes, shardings)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+  """Returns config.json, our config and random parameters of a family."""
+  config_json, config = FAMILIES[request.param]
+  return config_json, config, random_params(config)
+
+
+@pytest.fixture
+def t5_folder(tmp_path):
+  """Returns a whole T5 v1.1 and its tensors, to be spoilt."""
+  tensors = to_theirs(T5_1_1_JSON, T5_1_1, random_params(T5_1_1))
+  return write_folder(tmp_path / 't5', T5_1_1_JSON, tensors), tensors
+
+
+def test_a_folder_gives_back_what_was_put_into_it(family, tmp_path):
+  config_json, config, params = family
+  tensors = to_theirs(config_json, config, params)
+  folder = write_folder(tmp_path / 'hf', config_json, tensors)
+
+  source = huggingface.Folder(folder)
+  loaded, _ = load(folder, model_shapes(config))
+
+  assert source.config == config
+  assert source.shapes() == {
+    path: array.shape
+    for path, array in traverse_util.flatten_dict(params).items()
+  }
+  jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_a_linear_of_pytorch_keeps_outputs_first_heads_outermost(t5_folder):
+  folder, tensors = t5_folder
+  source = huggingface.Folder(folder)
+  query = source.read(
+    ('decoder', 'layers', 'self_attention', 'query', 'kernel')
+  )
+  out = source.read(('encoder', 'layers', 'self_attention', 'out', 'kernel'))
+  bias = source.read(('decoder', 'relpos_bias', 'rel_embedding'))
+  layer, d, n, h, bucket = 1, 13, 3, 5, 7
+  block = f'block.{layer}.layer.0.SelfAttention'
+  row = n * T5_1_1.head_dim + h
+  assert query[layer, d, n, h] == tensors[f'decoder.{block}.q.weight'][row, d]
+  assert out[layer, n, h, d] == tensors[f'encoder.{block}.o.weight'][d, row]
+  assert (
+    bias[n, bucket]
+    == tensors[
+      'decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight'
+    ][bucket, n]
+  )
+
+
+def test_gpt2_keeps_inputs_first_and_query_key_value_side_by_side(tmp_path):
+  tensors = to_theirs(GPT2_JSON, GPT2, random_params(GPT2))
+  source = huggingface.Folder(
+    write_folder(tmp_path / 'gpt2', GPT2_JSON, tensors)
+  )
+  layer, d, n, h = 1, 13, 3, 2
+  for part, name in enumerate(('query', 'key', 'value')):
+    column = part * GPT2.emb_dim + n * GPT2.head_dim + h
+    path = ('decoder', 'layers', 'self_attention', name)
+    kernel, bias = source.read((*path, 'kernel')), source.read((*path, 'bias'))
+    stored = (
+      tensors[f'h.{layer}.attn.c_attn.weight'],
+      tensors[f'h.{layer}.attn.c_attn.bias'],
+    )
+    assert kernel[layer, d, n, h] == stored[0][d, column]
+    assert bias[layer, n, h] == stored[1][column]
+
+
+def test_shards_and_whole_have_the_same_parameters_and_fingerprint(
+  family, tmp_path
+):
+  config_json, config, params = family
+  tensors = to_theirs(config_json, config, params)
+  whole = write_folder(tmp_path / 'whole', config_json, tensors)
+  shards = tmp_path / 'shards'
+  shards.mkdir()
+  (shards / 'config.json').write_text(json.dumps(config_json))
+  names = sorted(tensors)
+  weight_map = {}
+  for i in range(3):
+    file = f'model-{i + 1:05}-of-00003.safetensors'
+    part = {name: tensors[name] for name in names[i::3]}
+    safetensors.numpy.save_file(part, shards / file)
+    weight_map |= dict.fromkeys(part, file)
+  index = {'metadata': {}, 'weight_map': weight_map}
+  (shards / 'model.safetensors.index.json').write_text(json.dumps(index))
+
+  shapes = model_shapes(config)
+  loaded, fingerprint = load(shards, shapes)
+  assert fingerprint == load(whole, shapes)[1]
+  jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_a_run_of_ours_has_the_fingerprint_of_the_folder_it_came_from(
+  family, tmp_path
+):
+  config_json, config, params = family
+  tensors = to_theirs(config_json, config, params)
+  folder = write_folder(tmp_path / 'hf', config_json, tensors)
+  run = tmp_path / 'run'
+  checkpointer = checkpoint.Checkpointer(run)
+  trained = state.TrainState(
+    step=jnp.int32(1),
+    trainable=jax.tree.map(jnp.asarray, params),
+    opt_state=(),
+    key=jax.random.key_data(jax.random.key(0)),
+  )
+  checkpointer.save(trained, {})
+  checkpointer.wait()
+  checkpointer.close()
+  description = {'kind': 'language_model', 'config': config.to_json()}
+  (run / 'model.json').write_text(json.dumps(description))
+
+  shapes = model_shapes(config)
+  loaded, fingerprint = load(run, shapes)
+  assert fingerprint == load(folder, shapes)[1]
+  jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_one_changed_number_changes_the_fingerprint(t5_folder):
+  folder, tensors = t5_folder
+  shapes = model_shapes(T5_1_1)
+  before = load(folder, shapes)[1]
+  tensors['encoder.block.2.layer.1.DenseReluDense.wo.weight'][0, 0] += 1
+  write_folder(folder, T5_1_1_JSON, tensors)
+  assert load(folder, shapes)[1] != before
+
+
+def test_bfloat16_is_read_as_stored_and_cast_to_what_is_asked(t5_folder):
+  folder, tensors = t5_folder
+  tensors = {k: v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()}
+  write_folder(folder, T5_1_1_JSON, tensors)
+  path = ('token_embedder', 'embedding')
+  assert huggingface.Folder(folder).read(path).dtype == ml_dtypes.bfloat16
+  loaded, _ = load(folder, model_shapes(T5_1_1))
+  np.testing.assert_array_equal(
+    loaded['token_embedder']['embedding'],
+    tensors['shared.weight'].astype(np.float32),
+  )
+
+
+def test_other_ways_to_save_the_same_model_read_the_same(tmp_path):
+  def read(name, config_json, config, tensors):
+    folder = write_folder(tmp_path / name, config_json, tensors)
+    return load(folder, model_shapes(config))
+
+  # GPT-2: with the prefix of a language model, causal masks and a tied head.
+  tensors = to_theirs(GPT2_JSON, GPT2, random_params(GPT2))
+  other = {f'transformer.{name}': value for name, value in tensors.items()}
+  other['transformer.h.0.attn.bias'] = np.ones((1, 1, 48, 48), np.uint8)
+  other['lm_head.weight'] = tensors['wte.weight']
+  assert (
+    read('gpt2', GPT2_JSON, GPT2, tensors)[1]
+    == read('gpt2_lm', GPT2_JSON, GPT2, other)[1]
+  )
+  # T5: every table that is tied to the embeddings; or one of them alone.
+  tensors = to_theirs(T5_JSON, T5, random_params(T5))
+  shared = tensors['shared.weight']
+  names = ['lm_head.weight', 'decoder.embed_tokens.weight']
+  unused = (
+    'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight'
+  )
+  many = tensors | dict.fromkeys(names, shared)
+  many[unused] = np.zeros((8, 4), np.float32)
+  one = {k: v for k, v in tensors.items() if k != 'shared.weight'}
+  one['encoder.embed_tokens.weight'] = shared
+  fingerprint = read('t5', T5_JSON, T5, tensors)[1]
+  assert fingerprint == read('many', T5_JSON, T5, many)[1]
+  assert fingerprint == read('one', T5_JSON, T5, one)[1]
+
+
+def test_an_encoder_alone_is_an_llm_and_no_baseline(t5_folder):
+  folder, tensors = t5_folder
+  tensors = {
+    name: value
+    for name, value in tensors.items()
+    if name.startswith(('shared.', 'encoder.'))
+  }
+  write_folder(folder, T5_1_1_JSON, tensors)
+  source = huggingface.Folder(folder)
+  assert {path[0] for path in source.shapes()} == {'token_embedder', 'encoder'}
+  shapes = {
+    name: tree
+    for name, tree in model_shapes(source.config).items()
+    if name in ('token_embedder', 'encoder')
+  }
+  load(folder, shapes)
+  with pytest.raises(ValueError, match='decoder/final_norm/scale .*: missing'):
+    load(folder, model_shapes(source.config))
+
+
+@pytest.mark.parametrize(
+  ('model_type', 'fields', 'head', 'tied', 'scaled'),
+  [
+    ('t5', {}, None, True, True),
+    ('t5', {}, 'table', True, True),  # converted from pytorch_model.bin
+    ('t5', {'tie_word_embeddings': False}, 'own', False, False),
+    ('t5', {'tie_word_embeddings': False}, 'table', False, False),
+    # Since transformers 5.
+    ('t5', {'scale_decoder_outputs': False}, 'own', False, False),
+    ('t5', {'scale_decoder_outputs': False}, None, True, False),
+    ('mt5', {}, 'own', False, False),
+    ('mt5', {}, None, True, False),
+  ],
+)
+def test_the_head_is_tied_where_the_file_has_no_other(
+  tmp_path, model_type, fields, head, tied, scaled
+):
+  config_json = T5_JSON | {'model_type': model_type} | fields
+  tensors = to_theirs(T5_JSON, T5, random_params(T5))
+  table = tensors['shared.weight']
+  if head is not None:
+    tensors['lm_head.weight'] = table if head == 'table' else table + 1
+  folder = write_folder(tmp_path / 'hf', config_json, tensors)
+  config = huggingface.Folder(folder).config
+  assert (config.logits_via_embedding, config.scale_logits) == (tied, scaled)
+
+
+def spoil_tensors(tensors):
+  del tensors['encoder.block.1.layer.0.SelfAttention.q.weight']
+  name = 'decoder.block.0.layer.2.DenseReluDense.wo.weight'
+  tensors[name] = tensors[name].T
+  name = 'decoder.block.1.layer.2.DenseReluDense.wo.weight'
+  tensors[name] = tensors[name].astype(np.int8)
+  tensors['encoder.block.3.layer.0.layer_norm.weight'] = np.ones(16, np.float32)
+  tensors['classification_head.weight'] = np.ones((2, 16), np.float32)
+
+
+def test_all_that_is_wrong_with_the_tensors_is_said_at_once(t5_folder):
+  folder, tensors = t5_folder
+  spoil_tensors(tensors)
+  write_folder(folder, T5_1_1_JSON, tensors)
+  with pytest.raises(ValueError) as error:
+    huggingface.Folder(folder)
+  assert str(error.value) == (
+    f'The tensors in {folder} are not those that its config.json describes. '
+    'Use the files as they were saved together:\n'
+    '  decoder.block.0.layer.2.DenseReluDense.wo.weight: expected (16, 20), '
+    'found (20, 16)\n'
+    '  decoder.block.1.layer.2.DenseReluDense.wo.weight: expected one of F64, '
+    'F32, F16, BF16, found I8; quantized weights are not supported\n'
+    '  encoder.block.1.layer.0.SelfAttention.q.weight (24, 16): missing\n'
+    '  encoder.block.3.layer.0.layer_norm.weight (16,): unknown'
+  )
+
+
+def test_all_that_the_model_lacks_is_said_at_once(t5_folder):
+  folder, _ = t5_folder
+  other = config_lib.TransformerConfig(**T5.to_json() | {'vocab_size': 65})
+  with pytest.raises(ValueError) as error:
+    load(folder, model_shapes(other))
+  assert str(error.value) == (
+    f'The weights in {folder} do not fit the model. Use the config that they '
+    'came with:\n'
+    '  decoder/layers/mlp/wi/kernel (2, 16, 20): missing\n'
+    '  encoder/layers/mlp/wi/kernel (3, 16, 20): missing\n'
+    '  token_embedder/embedding: the model has (65, 16), the weights have '
+    '(64, 16)'
+  )
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'model_type': 'bert'}, "model_type is 'bert'; supported are t5, mt5, gp"),
+    ({'d_kv': None, 'd_ff': None}, 'd_kv: missing\n  d_ff: missing'),
+    ({'quantization_config': {}}, 'quantization_config: only None is suppor'),
+    (
+      {'feed_forward_proj': 'gelu'},
+      "its activation is 'gelu'; supported are r",
+    ),
+    ({'tie_word_embeddings': True}, 'asks for scaled logits'),
+  ],
+)
+def test_a_config_that_is_not_supported_is_refused(t5_folder, fields, message):
+  folder, _ = t5_folder
+  config_json = {
+    key: value
+    for key, value in (T5_1_1_JSON | fields).items()
+    if value is not None
+  }
+  (folder / 'config.json').write_text(json.dumps(config_json))
+  with pytest.raises(ValueError) as error:
+    huggingface.Folder(folder)
+  assert message in str(error.value)
+  assert str(folder / 'config.json') in str(error.value)
+
+
+def test_heads_that_do_not_divide_are_refused(tmp_path):
+  tensors = to_theirs(GPT2_JSON, GPT2, random_params(GPT2))
+  folder = write_folder(tmp_path / 'hf', GPT2_JSON | {'n_head': 3}, tensors)
+  with pytest.raises(ValueError, match='n_embd=16 does not divide over n_head'):
+    huggingface.Folder(folder)
+
+
+@pytest.mark.parametrize(
+  'spoil',
+  [
+    lambda content: content[:-4],
+    lambda content: content[:50],
+    lambda content: b'',
+    lambda content: b'version https://git-lfs.github.com/spec/v1\noid sha256:',
+  ],
+)
+def test_a_broken_file_is_named_with_its_size(t5_folder, spoil):
+  file = t5_folder[0] / 'model.safetensors'
+  file.write_bytes(spoil(file.read_bytes()))
+  with pytest.raises(ValueError) as error:
+    huggingface.Folder(file.parent)
+  assert f'{file} ({file.stat().st_size} bytes) is not a whole safet' in str(
+    error.value
+  )
+  assert 'download it again' in str(error.value)
+
+
+def test_a_broken_config_is_named(t5_folder):
+  path = t5_folder[0] / 'config.json'
+  path.write_text('{"model_type": ')
+  with pytest.raises(ValueError, match=f'{path} is not JSON'):
+    huggingface.Folder(path.parent)
+  path.write_text('[]')
+  with pytest.raises(ValueError, match=f'{path} holds no JSON object'):
+    huggingface.Folder(path.parent)
+
+
+def test_missing_shards_are_named(t5_folder):
+  folder, _ = t5_folder
+  (folder / 'model.safetensors').rename(folder / 'model-1-of-3.safetensors')
+  files = [f'model-{i}-of-3.safetensors' for i in (1, 2, 3)]
+  index = {'weight_map': {f'tensor_{file}': file for file in files}}
+  path = folder / 'model.safetensors.index.json'
+  path.write_text(json.dumps(index))
+  with pytest.raises(FileNotFoundError) as error:
+    huggingface.Folder(folder)
+  assert str(error.value) == (
+    f'{path} lists 3 files; missing: {files[1]}, {files[2]}. Download them '
+    f'into {folder}.'
+  )
+
+
+def test_a_pickle_is_not_read_and_the_way_out_is_named(t5_folder):
+  folder, _ = t5_folder
+  (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
+  with pytest.raises(FileNotFoundError) as error:
+    huggingface.Folder(folder)
+  assert 'only pytorch_model.bin' in str(error.value)
+  assert 't.T5ForConditionalGeneration.from_pretrained' in str(error.value)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+  with pytest.raises(FileNotFoundError, match='neither model.json .* nor conf'):
+    weights.open_source(str(tmp_path))
+
+
+# The logits of four words after the last real token of two rows, from models of
+# transformers 5.23 whose weights are `numbers_by_name`.
+EXPECTED_LOGITS = {
+  't5': [
+    [-0.08114, -0.20394, 0.27543, -0.05844],
+    [0.00757, 0.05463, -0.05961, 0.00216],
+  ],
+  't5_1_1': [
+    [0.77775, 0.37317, -1.13325, 0.7064],
+    [-0.43065, -0.55089, 0.95545, -0.35931],
+  ],
+  'gpt2': [
+    [-1.82322, 0.52604, 1.32209, -1.78552],
+    [-1.92881, 0.59125, 1.36557, -1.89213],
+  ],
+}
+PROMPTS = [[5, 17, 3, 60, 1], [42, 9, 1, 0, 0]]
+ANSWERS = [[0, 11, 22], [0, 33, 0]]
+
+
+def numbers_by_name(tensors):
+  """Returns tensors whose content follows from their names and shapes alone."""
+  return {
+    name: np.float32(
+      0.5 * np.sin(zlib.crc32(name.encode()) % 1000 + 1.7 * np.arange(x.size))
+    ).reshape(x.shape)
+    for name, x in tensors.items()
+  }
+
+
+def write_expected_model(folder, name):
+  """Writes the model that EXPECTED_LOGITS are of."""
+  config_json, config = FAMILIES[name]
+  tensors = to_theirs(config_json, config, random_params(config))
+  return write_folder(folder, config_json, numbers_by_name(tensors))
+
+
+@pytest.mark.parametrize('name', EXPECTED_LOGITS)
+def test_known_weights_give_known_logits(tmp_path, name):
+  folder = write_expected_model(tmp_path / 'hf', name)
+  config = FAMILIES[name][1]
+  params, _ = load(folder, model_shapes(config))
+  batch = {
+    'encoder_input_tokens': np.int32(PROMPTS),
+    'encoder_segment_ids': np.int32([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+    'decoder_input_tokens': np.int32(ANSWERS),
+    'decoder_segment_ids': np.int32([[1, 1, 1], [1, 1, 0]]),
+  }
+  logits = l2s.build(config).apply(
+    {'params': params}, batch, deterministic=True
+  )
+  np.testing.assert_allclose(
+    [logits[0, 2, :4], logits[1, 1, :4]], EXPECTED_LOGITS[name], atol=2e-5
+  )
+
+
+# --- parity with the package transformers -----------------------------------
+
+
+def make_batch(seed):
+  """Returns a batch whose rows are padded on the right to unequal lengths."""
+  rng = np.random.default_rng(seed)
+  batch = {}
+  for side, lengths in (('encoder', (30, 1, 12)), ('decoder', (9, 6, 3))):
+    real = np.arange(max(lengths)) < np.array(lengths)[:, None]
+    tokens = np.where(real, rng.integers(2, 64, real.shape), 0)
+    batch[f'{side}_input_tokens'] = np.int32(tokens)
+    batch[f'{side}_segment_ids'] = np.int32(real)
+  return batch
+
+
+def import_reference():
+  """Returns torch and transformers, or skips where they are absent."""
+  reason = 'parity with Hugging Face needs torch and transformers'
+  return (
+    pytest.importorskip('torch', reason=reason),
+    pytest.importorskip('transformers', reason=reason),
+  )
+
+
+def save_pretrained(folder, config_json, **options):
+  """Returns a random model of transformers, after saving it."""
+  torch, transformers = import_reference()
+  torch.manual_seed(0)
+  (name,) = config_json['architectures']
+  config = transformers.AutoConfig.for_model(**config_json)
+  model = getattr(transformers, name)(config).eval()
+  if config_json.get('tie_word_embeddings') is False and 'Encoder' not in name:
+    model.lm_head.weight = torch.nn.Parameter(torch.empty(64, 16))
+  with torch.no_grad():
+    for parameter in model.parameters():
+      parameter.copy_(torch.randn(parameter.shape) * 0.4)
+  model.save_pretrained(folder, **options)
+  return torch, model
+
+
+@pytest.mark.parametrize('name', EXPECTED_LOGITS)
+def test_the_known_logits_are_those_of_transformers(tmp_path, name):
+  torch, transformers = import_reference()
+  folder = write_expected_model(tmp_path / 'hf', name)
+  (architecture,) = FAMILIES[name][0]['architectures']
+  model = getattr(transformers, architecture).from_pretrained(folder).eval()
+  for row, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
+    # Alone and unpadded.
+    prompt = torch.tensor([prompt if row == 0 else prompt[:3]])
+    answer = torch.tensor([answer if row == 0 else answer[:2]])
+    with torch.no_grad():
+      if name == 'gpt2':
+        logits = model(torch.cat([prompt, answer], dim=1)).logits
+      else:
+        logits = model(prompt, decoder_input_ids=answer).logits
+    np.testing.assert_allclose(
+      logits[0, -1, :4], EXPECTED_LOGITS[name][row], atol=2e-5
+    )
+
+
+def assert_close(ours, theirs):
+  """Compares to 1e-5 of the largest number; float32 gives about 1e-6."""
+  theirs = np.asarray(theirs)
+  np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+
+
+def load_model(folder):
+  config = weights.open_source(str(folder)).config
+  model = l2s.build(config)
+  return model, load(folder, model_shapes(config))[0]
+
+
+def encode(model, batch):
+  embeddings = model.embed(batch['encoder_input_tokens'])
+  segment_ids = batch['encoder_segment_ids']
+  return model.encode(embeddings, segment_ids, deterministic=True)
+
+
+def generate(model, params, batch, start_id):
+  generator = decode.Generator(
+    model, model, None, max_decode_len=8, start_id=start_id, eos_id=1, pad_id=0
+  )
+  return np.asarray(generator(params, batch))
+
+
+@pytest.mark.parametrize(
+  ('config_json', 'options'),
+  [
+    (T5_JSON, {}),
+    (T5_JSON | {'feed_forward_proj': 'gated-silu'}, {}),
+    (T5_1_1_JSON, {'max_shard_size': '10KB'}),
+    (
+      T5_1_1_JSON
+      | {'model_type': 'mt5', 'architectures': ['MT5ForConditionalGeneration']},
+      {},
+    ),
+  ],
+)
+def test_t5_computes_what_transformers_computes(tmp_path, config_json, options):
+  config_json = config_json | {'decoder_start_token_id': 0}
+  torch, theirs = save_pretrained(tmp_path, config_json, **options)
+  batch = make_batch(seed=0)
+  prompt = {
+    'input_ids': torch.tensor(batch['encoder_input_tokens']).long(),
+    'attention_mask': torch.tensor(batch['encoder_segment_ids']),
+  }
+  with torch.no_grad():
+    expected = theirs(
+      **prompt,
+      decoder_input_ids=torch.tensor(batch['decoder_input_tokens']).long(),
+    )
+    expected_tokens = theirs.generate(
+      **prompt, do_sample=False, num_beams=1, max_new_tokens=8
+    )[:, 1:]  # without the start token
+
+  model, params = load_model(tmp_path)
+  real = batch['encoder_segment_ids'] > 0
+  encoded = model.apply({'params': params}, batch, method=encode)
+  assert_close(encoded[real], expected.encoder_last_hidden_state[real])
+  real = batch['decoder_segment_ids'] > 0
+  logits = model.apply({'params': params}, batch, deterministic=True)
+  assert_close(logits[real], expected.logits[real])
+  tokens = generate(model, params, batch, start_id=0)
+  width = expected_tokens.shape[1]  # less than 8 where all rows end early
+  np.testing.assert_array_equal(tokens[:, :width], expected_tokens)
+  assert not tokens[:, width:].any()
+
+
+def test_an_encoder_alone_computes_what_transformers_computes(tmp_path):
+  config_json = T5_1_1_JSON | {'architectures': ['T5EncoderModel']}
+  torch, theirs = save_pretrained(tmp_path, config_json)
+  batch = make_batch(seed=0)
+  with torch.no_grad():
+    expected = theirs(
+      torch.tensor(batch['encoder_input_tokens']).long(),
+      torch.tensor(batch['encoder_segment_ids']),
+    ).last_hidden_state
+
+  config = weights.open_source(str(tmp_path)).config
+  shapes = model_shapes(config)
+  params, _ = load(
+    tmp_path, {name: shapes[name] for name in ('token_embedder', 'encoder')}
+  )
+  encoded = l2s.build(config).apply({'params': params}, batch, method=encode)
+  real = batch['encoder_segment_ids'] > 0
+  assert_close(encoded[real], expected[real])
+
+
+@pytest.mark.parametrize(
+  'config_json',
+  [
+    GPT2_JSON,
+    GPT2_JSON | {'tie_word_embeddings': False},
+    GPT2_JSON | {'scale_attn_weights': False},
+  ],
+)
+def test_gpt2_computes_what_transformers_computes(tmp_path, config_json):
+  """Each row of ours, padded inside the batch, is theirs alone, unpadded."""
+  start_id = 63
+  ids = {'bos_token_id': start_id, 'eos_token_id': 1, 'pad_token_id': 0}
+  torch, theirs = save_pretrained(tmp_path, config_json | ids)
+  batch = make_batch(seed=0)
+  batch['decoder_input_tokens'][:, 0] = start_id
+  model, params = load_model(tmp_path)
+  encoded = model.apply({'params': params}, batch, method=encode)
+  logits = model.apply({'params': params}, batch, deterministic=True)
+  tokens = generate(model, params, batch, start_id)
+
+  for row in range(3):
+    prompt, answer = (
+      batch[f'{side}_input_tokens'][row][batch[f'{side}_segment_ids'][row] > 0]
+      for side in ('encoder', 'decoder')
+    )
+    n = len(prompt)
+    whole = torch.tensor(np.concatenate([prompt, answer]))[None].long()
+    with torch.no_grad():
+      expected = theirs(whole, output_hidden_states=True)
+      written = theirs.generate(
+        whole[:, : n + 1], do_sample=False, num_beams=1, max_new_tokens=8
+      )[0, n + 1 :]
+    assert_close(encoded[row, :n], expected.hidden_states[-1][0, :n])
+    assert_close(logits[row, : len(answer)], expected.logits[0, n:])
+    np.testing.assert_array_equal(tokens[row, : len(written)], written)
+    assert not tokens[row, len(written) :].any()
