@@ -16,7 +16,7 @@ import collections
 import functools
 import itertools
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import TYPE_CHECKING
 
@@ -160,7 +160,8 @@ def control_partners(prompts: Sequence[Sequence[int]]) -> list[int]:
 _END = object()
 
 
-def prefetch(batches: Iterator[Batch], size: int = 2) -> Iterator[Batch]:
+def prefetch(
+    batches: Iterator[Batch], size: int = 2) -> Generator[Batch, None, None]:
   """Yields the same batches, made ahead of time by one thread.
 
   What the other thread raises is raised here, in its place. Closing the
@@ -203,8 +204,8 @@ class TaskBatches(Iterator[Batch]):
           f'batch_size={batch_size} does not divide over {process_count} '
           f'processes; set BATCH_SIZE to a multiple of {process_count}.')
     local = batch_size // process_count
-    # With a Hugging Face tokenizer TensorFlow's threads run Python, and hang the
-    # process if they still do when the interpreter ends; so end them earlier.
+    # With a Hugging Face tokenizer TensorFlow's threads run Python, and most
+    # often hang the process if the interpreter ends first; so end them before.
     self._iterator = [batches]
     self.close = weakref.finalize(self, self._iterator.clear)
     self._batch_size = batch_size

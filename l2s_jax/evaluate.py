@@ -10,8 +10,14 @@ import gin
 import jax
 import numpy as np
 
-from l2s_jax import checkpoint, data, decode, losses, partition, systems
-from l2s_jax import state as state_lib
+from l2s_jax import (
+  checkpoint,
+  data,
+  losses,
+  parameters,
+  partition,
+  systems,
+)
 
 PyTree = Any
 
@@ -212,10 +218,10 @@ def evaluate(
     partition.use_mesh(device_mesh),
     partition.axis_rules(mesh_config.rules('slm')),
   ):
-    layout = systems.layout(system, device_mesh, mesh_config)
-    systems.check_lengths(system, layout, task_feature_lengths)
+    layout = parameters.layout(system, device_mesh, mesh_config)
+    parameters.check_lengths(system, layout, task_feature_lengths)
     if dry_run:
-      print(systems.summary(system, layout, None, device_mesh))
+      print(parameters.summary(system, layout, None, device_mesh))
       return {}
     evaluator = Evaluator(
       system,
@@ -230,7 +236,7 @@ def evaluate(
     results: dict[int, dict[str, dict[str, float]]] = {}
     folder = pathlib.Path(output_dir or checkpoint_path)
     for step in chosen:
-      params = systems.load_params(system, layout, checkpoint_path, step)
+      params = parameters.load_params(system, layout, checkpoint_path, step)
       results[step] = {}
       for control in controls:
         scores = evaluator.evaluate(

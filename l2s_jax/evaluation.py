@@ -134,7 +134,7 @@ class TaskEvaluator:
       tokens = examples['encoder_input_tokens']
       segment_ids = examples['encoder_segment_ids']
       partners = data.control_partners([
-          row[segments > 0]
+          row[segments > 0].tolist()
           for row, segments in zip(tokens, segment_ids, strict=True)])
       examples['llm_input_tokens'] = tokens[partners]
       examples['llm_segment_ids'] = segment_ids[partners]

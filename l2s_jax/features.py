@@ -87,10 +87,10 @@ class SeqioVocabulary(seqio.Vocabulary):
 
   def decode(self, ids: Any) -> str:
     # Overrides more than `_decode`: SeqIO keeps the EOS, ours cuts before it.
-    return self.vocabulary.decode(ids)
+    return self.vocabulary.decode(np.asarray(ids).tolist())
 
   def _decode(self, ids: Any) -> str:
-    return self.vocabulary.decode(ids)
+    return self.decode(ids)
 
   def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
     def encode(text: bytes) -> np.ndarray:
@@ -101,7 +101,7 @@ class SeqioVocabulary(seqio.Vocabulary):
 
   def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
     def decode(rows: np.ndarray) -> np.ndarray:
-      texts = [self.vocabulary.decode(row).encode()
+      texts = [self.decode(row).encode()
                for row in rows.reshape(-1, rows.shape[-1])]
       return np.array(texts, object).reshape(rows.shape[:-1])
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import tqdm
 
-from l2s_jax import data, partition, systems
+from l2s_jax import data, parameters, partition, systems
 
 PyTree = Any
 
@@ -149,7 +149,7 @@ def answer_stream(
 @gin.configurable(module='l2s_jax')
 def infer(
   checkpoint_path: str = gin.REQUIRED,
-  input: str = gin.REQUIRED,  # noqa: A002
+  input: str = gin.REQUIRED,
   output_dir: str | None = None,
   prompt_length: int = gin.REQUIRED,
   max_decode_len: int = gin.REQUIRED,
@@ -195,14 +195,14 @@ def infer(
     partition.use_mesh(device_mesh),
     partition.axis_rules(mesh_config.rules('slm')),
   ):
-    layout = systems.layout(system, device_mesh, mesh_config)
-    systems.check_lengths(
+    layout = parameters.layout(system, device_mesh, mesh_config)
+    parameters.check_lengths(
       system, layout, {'inputs': prompt_length, 'targets': max_decode_len}
     )
     if dry_run:
-      print(systems.summary(system, layout, None, device_mesh))
+      print(parameters.summary(system, layout, None, device_mesh))
       return
-    params = systems.load_params(system, layout, checkpoint_path, step)
+    params = parameters.load_params(system, layout, checkpoint_path, step)
     answerer = Answerer(
       system,
       params,

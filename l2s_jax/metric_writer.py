@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import tensorboardX
@@ -51,7 +52,7 @@ class MetricWriter:
       self._tensorboard.close()
 
 
-def read(run_dir: str | pathlib.Path) -> list[dict[str, float]]:
+def read(run_dir: str | pathlib.Path) -> list[dict[str, Any]]:
   """Returns the records of a run, in order; a torn last line is left out."""
   path = pathlib.Path(run_dir) / 'metrics.jsonl'
   if not path.is_file():

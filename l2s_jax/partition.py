@@ -59,8 +59,8 @@ class MeshConfig:
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
-  llm_rules: Rules = DEFAULT_RULES
-  slm_rules: Rules = DEFAULT_RULES
+  llm_rules: Sequence[Sequence[Any]] = DEFAULT_RULES
+  slm_rules: Sequence[Sequence[Any]] = DEFAULT_RULES
 
   def rules(self, tower: str) -> Rules:
     return _as_rules(self.llm_rules if tower == 'llm' else self.slm_rules)

@@ -28,6 +28,7 @@ from l2s_jax import (
   gin_utils,
   infer,
   metrics,
+  parameters,
   partition,
   report,
   systems,
@@ -222,8 +223,8 @@ def _evaluate(name: str, label: str, run_dir: pathlib.Path) -> dict[str, Row]:
 
 def _load(run_dir: pathlib.Path, mesh: jax.sharding.Mesh) -> Loaded:
   system = systems.load(run_dir)
-  layout = systems.layout(system, mesh, partition.MeshConfig())
-  return system, systems.load_params(system, layout, run_dir)
+  layout = parameters.layout(system, mesh, partition.MeshConfig())
+  return system, parameters.load_params(system, layout, run_dir)
 
 
 def _time(rows: dict[str, Row], loaded: Mapping[str, Loaded]) -> None:

@@ -11,7 +11,10 @@ def greedy(
 ) -> Int[Array, '']:
   """Returns the most likely token, the lowest id of several."""
   del key
-  return jnp.argmax(logits).astype(jnp.int32)
+  # Two reductions that vectorise; XLA:CPU's argmax does not (10x at 32,000).
+  is_highest = logits == jnp.max(logits)
+  ids = jnp.arange(logits.shape[0], dtype=jnp.int32)
+  return jnp.min(jnp.where(is_highest, ids, logits.shape[0] - 1))
 
 
 def temperature(

@@ -8,21 +8,14 @@ be evaluated, used or built upon with its path alone.
 """
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import gin
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 
-from l2s_jax import checkpoint, decode, partition, vocabularies, weights
-from l2s_jax import state as state_lib
+from l2s_jax import decode, partition, vocabularies, weights
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s, language_model
 
@@ -343,142 +336,12 @@ def load(
   )
 
 
-def example_batch(
-  batch_size: int, prompt_length: int, answer_length: int
-) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns the shapes of a training batch."""
-  prompt, answer = (batch_size, prompt_length), (batch_size, answer_length)
-  return {
-    'encoder_input_tokens': jax.ShapeDtypeStruct(prompt, np.int32),
-    'encoder_segment_ids': jax.ShapeDtypeStruct(prompt, np.int32),
-    'decoder_input_tokens': jax.ShapeDtypeStruct(answer, np.int32),
-    'decoder_target_tokens': jax.ShapeDtypeStruct(answer, np.int32),
-    'decoder_segment_ids': jax.ShapeDtypeStruct(answer, np.int32),
-    'decoder_loss_weights': jax.ShapeDtypeStruct(answer, np.float32),
-  }
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-  """Shapes and shardings of a system's parameters on a mesh."""
-
-  shapes: dict[str, PyTree]
-  shardings: dict[str, PyTree]
-
-
-def init(system: System, key: jax.Array) -> PyTree:
-  """Returns fresh boxed parameters, {'params': ...}. To be called in jit.
-
-  A key gives the SLM the same parameters inside LLM-to-SLM as alone, so that
-  the two can be compared.
-  """
-  batch = {
-    name: jnp.ones(shape.shape, shape.dtype)
-    for name, shape in example_batch(1, 2, 2).items()
-  }
-  params = system.module.init(key, batch, deterministic=True)['params']
-  if system.writer_name is not None:
-    writer = system.writer.init(key, batch, deterministic=True)
-    params = {**params, system.writer_name: writer['params']}
-  return {'params': params}
-
-
-def layout(
-  system: System,
-  mesh: jax.sharding.Mesh,
-  mesh_config: partition.MeshConfig,
-) -> Layout:
-  """Returns shapes and shardings of all parameters, checked to divide."""
-  shapes, axes = partition.abstract_params(
-    functools.partial(init, system), jax.random.key(0)
-  )
-  shapes = {
-    name: jax.tree.map(
-      lambda s: jax.ShapeDtypeStruct(s.shape, system.frozen_dtype), tree
-    )
-    if name in system.frozen
-    else tree
-    for name, tree in shapes.items()
-  }
-  shardings = partition.param_shardings(axes, mesh, mesh_config)
-  partition.check_divisible(shapes, shardings)
-  return Layout(shapes, shardings)
-
-
 def with_rules(system: System, mesh_config: partition.MeshConfig) -> System:
   """Returns the system with the LLM's axis rules in its module."""
   if not isinstance(system.module, l2s.LlmToSlm):
     return system
   module = system.module.clone(llm_rules=mesh_config.rules('llm'))
   return dataclasses.replace(system, module=module)
-
-
-def load_frozen(system: System, layout: Layout) -> tuple[System, PyTree]:
-  """Reads the frozen LLM; returns the system with its fingerprint.
-
-  Raises:
-    ValueError: if the weights are not those that the run was trained with.
-  """
-  if not system.frozen:
-    return system, {}
-  params, fingerprint = weights.load(
-    _open_llm(system.sources['llm']),
-    layout.shapes['llm'],
-    layout.shardings['llm'],
-  )
-  if system.llm_fingerprint not in (None, fingerprint):
-    raise ValueError(
-      f'The LLM in {system.sources["llm"]} is not the one that this run was '
-      f'trained with: its fingerprint is {fingerprint[:16]}, the run has '
-      f'{system.llm_fingerprint[:16]}. Set LLM_PATH to the right weights.'
-    )
-  system = dataclasses.replace(system, llm_fingerprint=fingerprint)
-  return system, {'llm': params}
-
-
-def _open_llm(path: str) -> weights.Source:
-  if not pathlib.Path(path).is_dir():
-    raise FileNotFoundError(
-      f"The LLM's weights are not at {path}. Set LLM_PATH to where they are "
-      'now.'
-    )
-  return weights.open_source(path)
-
-
-def load_pretrained(
-  system: System, layout: Layout, params: dict[str, PyTree]
-) -> dict[str, PyTree]:
-  """Replaces fresh trainable parameters by pretrained ones, where named."""
-  for name, path in system.sources.items():
-    if name in system.frozen:
-      continue
-    source = weights.open_source(path)
-    if name:
-      loaded, _ = weights.load(
-        source, layout.shapes[name], layout.shardings[name]
-      )
-      params = params | {name: loaded}
-    else:
-      params, _ = weights.load(source, layout.shapes, layout.shardings)
-  return params
-
-
-def load_params(
-  system: System,
-  layout: Layout,
-  run_dir: str | pathlib.Path,
-  step: int | None = None,
-) -> dict[str, PyTree]:
-  """Returns all parameters of a run's checkpoint, frozen and trained."""
-  _, frozen = load_frozen(system, layout)
-  _, step = checkpoint.params_folder(run_dir, step)
-  trained = checkpoint.restore_params(
-    run_dir,
-    step,
-    state_lib.split(layout.shapes, system.frozen)[1],
-    state_lib.split(layout.shardings, system.frozen)[1],
-  )
-  return state_lib.merge(frozen, trained)
 
 
 def generator(system: System, max_decode_len: int) -> decode.Generator:
@@ -492,68 +355,3 @@ def generator(system: System, max_decode_len: int) -> decode.Generator:
     eos_id=system.answer_vocabulary.eos_id,
     pad_id=system.answer_vocabulary.pad_id,
   )
-
-
-def check_lengths(
-  system: System, layout: Layout, task_feature_lengths: Mapping[str, int]
-) -> None:
-  """Refuses lengths that the model has no positions for.
-
-  Raises:
-    ValueError: with both lengths and the size of the table.
-  """
-  batch = example_batch(
-    1, task_feature_lengths['inputs'], task_feature_lengths['targets']
-  )
-  jax.eval_shape(
-    lambda params, batch: system.module.apply(
-      {'params': params}, batch, deterministic=True
-    ),
-    layout.shapes,
-    batch,
-  )
-
-
-def summary(
-  system: System,
-  layout: Layout,
-  optimizer: optax.GradientTransformation | None,
-  mesh: jax.sharding.Mesh,
-) -> str:
-  """Returns what `--dry_run` prints: sizes, shardings, bytes per device.
-
-  Args:
-    system: the system.
-    layout: of its parameters.
-    optimizer: whose state to count; None counts none.
-    mesh: the device mesh.
-  """
-  frozen, trainable = state_lib.split(layout.shapes, system.frozen)
-  axes = ', '.join(f'{name}={size}' for name, size in mesh.shape.items())
-  lines = [f'mesh: {axes} ({mesh.devices.flat[0].platform})', 'parameters:']
-  leaves = jax.tree_util.tree_leaves_with_path(layout.shapes)
-  shardings = jax.tree.leaves(layout.shardings)
-  for (path, shape), sharding in zip(leaves, shardings, strict=True):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
-    state = 'frozen' if path[0].key in system.frozen else 'trainable'
-    lines.append(
-      f'  {name}: {shape.dtype}{list(shape.shape)} {state} {sharding.spec}'
-    )
-  param_bytes = partition.bytes_per_device(layout.shapes, layout.shardings)
-  lines += [
-    f'frozen parameters: {state_lib.num_params(frozen):,}',
-    f'trainable parameters: {state_lib.num_params(trainable):,}',
-    f'bytes per device: parameters {param_bytes:,}',
-  ]
-  if optimizer is not None:
-    shapes, state_shardings = state_lib.shardings(
-      trainable,
-      state_lib.split(layout.shardings, system.frozen)[1],
-      optimizer,
-      mesh,
-    )
-    optimizer_bytes = partition.bytes_per_device(
-      shapes.opt_state, state_shardings.opt_state
-    )
-    lines[-1] += f', optimizer {optimizer_bytes:,}'
-  return '\n'.join(lines)

@@ -28,6 +28,7 @@ from l2s_jax import (
   losses,
   metric_writer,
   optim,
+  parameters,
   partition,
   systems,
 )
@@ -171,13 +172,13 @@ def train(
     partition.use_mesh(device_mesh),
     partition.axis_rules(mesh_config.rules('slm')),
   ):
-    layout = systems.layout(system, device_mesh, mesh_config)
-    systems.check_lengths(system, layout, task_feature_lengths)
+    layout = parameters.layout(system, device_mesh, mesh_config)
+    parameters.check_lengths(system, layout, task_feature_lengths)
     if dry_run:
-      print(systems.summary(system, layout, optimizer.transform, device_mesh))
+      print(parameters.summary(system, layout, optimizer.transform, device_mesh))
       return {}
 
-    system, frozen = systems.load_frozen(system, layout)
+    system, frozen = parameters.load_frozen(system, layout)
     run_dir = pathlib.Path(model_dir)
     if jax.process_index() == 0:
       run_dir.mkdir(parents=True, exist_ok=True)
@@ -263,7 +264,7 @@ def train(
 
 def restore_or_create(
   system: systems.System,
-  layout: systems.Layout,
+  layout: parameters.Layout,
   optimizer: optax.GradientTransformation,
   mesh: jax.sharding.Mesh,
   checkpointer: checkpoint.Checkpointer,
@@ -280,11 +281,11 @@ def restore_or_create(
     return restored
 
   def init(key):
-    boxed = systems.init(system, key)['params']
+    boxed = parameters.init(system, key)['params']
     return {'params': state_lib.split(boxed, system.frozen)[1]}
 
   params = state_lib.init_params(init, seed, trainable_shardings)
-  params = systems.load_pretrained(system, layout, params)
+  params = parameters.load_pretrained(system, layout, params)
   create = jax.jit(
     lambda trainable: state_lib.create(trainable, optimizer, seed),
     out_shardings=shardings,

@@ -12,6 +12,8 @@ import pytest
 
 # Not XLA_FLAGS: a process that a test starts has one device, as users have.
 jax.config.update('jax_num_cpu_devices', 8)
+# Tests run a program once or twice: compiling is most of their time.
+jax.config.update('jax_disable_most_optimizations', True)
 
 # Before the first import of the package: every annotation of an array is
 # checked at every call of its function.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from l2s_jax import partition, systems, vocabularies
+from l2s_jax import parameters, partition, systems, vocabularies
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
 
@@ -125,7 +125,7 @@ def random_params(module, seed: int = 0):
 
 
 def example_shapes():
-  return systems.example_batch(1, 2, 2)
+  return parameters.example_batch(1, 2, 2)
 
 
 def segments(lengths, total: int):

@@ -133,7 +133,7 @@ def test_batch_size_changes_nothing(bind, vocabulary):
 
 
 def test_an_evaluator_serves_again(evaluator, vocabulary):
-  nothing = evaluator.evaluate(lambda batch: np.ones((4, 3)), step=0)
+  nothing = evaluator.evaluate(lambda batch: np.ones((4, 3), int), step=0)
   first = evaluator.evaluate(perfect(vocabulary), step=1)
   again = evaluator.evaluate(perfect(vocabulary), step=2)
   assert first == again != nothing
@@ -155,7 +155,8 @@ def test_control_other_brings_another_prompt(
       for key in ('encoder_input_tokens', 'llm_input_tokens',
                   'encoder_segment_ids', 'llm_segment_ids'))
   partners = data.control_partners(
-      [row[mask > 0] for row, mask in zip(tokens, segment_ids, strict=True)])
+      [row[mask > 0].tolist()
+       for row, mask in zip(tokens, segment_ids, strict=True)])
   np.testing.assert_array_equal(llm_tokens, tokens[partners])
   np.testing.assert_array_equal(llm_segment_ids, segment_ids[partners])
   assert (llm_tokens != tokens).any(axis=1).all()
@@ -179,7 +180,7 @@ def test_mixture_is_scored_task_by_task(bind, vocabulary):
         tasks.bind('both', vocabulary, vocabulary), num_examples=5)
   finally:
     seqio.MixtureRegistry.remove('both')
-  scores = evaluator.evaluate(lambda batch: np.ones((4, 3)), step=0)
+  scores = evaluator.evaluate(lambda batch: np.ones((4, 3), int), step=0)
   assert {name: score['num_examples'] for name, score in scores.items()} == {
       'cldr': 5, 'romanian': 5}
 
@@ -199,7 +200,8 @@ def test_what_cannot_be_evaluated_is_refused(
     bind, vocabulary, changes, message):
   task = bind(vocabulary)
   if 'preprocessors' in changes:
-    changes = {'preprocessors': [*task.preprocessors, *changes['preprocessors']]}
+    steps = [*task.preprocessors, *changes['preprocessors']]
+    changes = {'preprocessors': steps}
   with pytest.raises(ValueError, match=message):
     make_evaluator(task.replace(**changes))
 
@@ -217,4 +219,4 @@ def test_a_task_that_drops_its_raw_answers_is_refused(bind, vocabulary):
 
 def test_wrong_shapes_are_named(evaluator):
   with pytest.raises(ValueError, match=r'shape \(4,\), expected \(4, steps\)'):
-    evaluator.evaluate(lambda batch: np.ones(4), step=0)
+    evaluator.evaluate(lambda batch: np.ones(4, int), step=0)

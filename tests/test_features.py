@@ -13,7 +13,8 @@ from l2s_jax.features import seqio, tf
 
 TEXTS = [
     'Two dogs run over the wet grass!', 'Șase școli, țara și ştiinţa.',
-    '  odd   spacing\t', '½ ﬁne ﬂuffy ﷺ', '', '!', '<extra_id_0> x </s>', '日本語']
+    '  odd   spacing\t', '½ ﬁne ﬂuffy ﷺ', '', '!', '<extra_id_0> x </s>',
+    '日本語']
 
 
 @pytest.fixture(scope='module')
@@ -48,7 +49,8 @@ def test_tensorflow_encodes_as_the_vocabulary_does(shared_data, path):
     padded = [*ids, vocabulary.eos_id, 5, vocabulary.vocab_size + 7]
     assert wrapped.decode(np.array(padded)) == vocabulary.decode(ids)
   decoded = wrapped.decode_tf(tf.constant([expected[0], expected[0]]))
-  assert decoded.numpy().tolist() == [vocabulary.decode(expected[0]).encode()] * 2
+  text = vocabulary.decode(expected[0])
+  assert decoded.numpy().tolist() == [text.encode()] * 2
 
 
 def test_extra_ids_reach_tensorflow(vocabulary):
@@ -114,7 +116,8 @@ def test_eos_is_there_once(vocabulary):
   ended, open_ended = tf.constant([3, 1]), tf.constant([3])
   for ids in (ended, open_ended):
     batch = convert(
-        {'inputs': ids, 'targets': ids}, {'inputs': 4, 'targets': 4}, vocabulary)
+        {'inputs': ids, 'targets': ids}, {'inputs': 4, 'targets': 4},
+        vocabulary)
     assert batch['encoder_segment_ids'].tolist() == [1, 1, 0, 0]
 
 

@@ -2,6 +2,7 @@
 """Laws of every model: padding is nothing, a cache changes nothing."""
 
 import dataclasses
+import functools
 
 import helpers
 import jax
@@ -263,6 +264,7 @@ def test_segment_mask_by_hand():
 # --- GPT-2 ---
 
 
+@functools.partial(jax.jit, static_argnames='module')
 def states_of_prompt(module, params, batch):
   def encode(module, batch):
     return module.encode(

@@ -29,14 +29,15 @@ RENAMED = {
 
 def read_params(folder, config):
   """Returns our parameters from a T5X checkpoint whose layers are apart."""
-  flat, layers = {}, {}
+  flat: dict[tuple[str, ...], np.ndarray] = {}
+  layers: dict[tuple[str, ...], list[np.ndarray]] = {}
   for array in sorted(folder.glob('target.*')):
     name = array.name.removeprefix('target.')
     for pattern, ours in RENAMED.items():
       name = re.sub(pattern, ours, name)
     driver = {'driver': 'file', 'path': str(array)}
-    value = tensorstore.open({'driver': 'zarr', 'kvstore': driver}).result()
-    value = value.read().result()
+    store = tensorstore.open({'driver': 'zarr', 'kvstore': driver}).result()
+    value = store.read().result()
     if '_attention.out.' in name:
       value = value.reshape(config.num_heads, config.head_dim, -1)
     elif '_attention.' in name:  # T5X merges heads and kv.
@@ -56,14 +57,17 @@ def golden(request, shared_data):
   """Returns model, parameters, batch and what T5X made of them."""
   folder = shared_data / 't5x_golden' / request.param
   fields = json.loads((folder / 'config.json').read_text())['config']
+  fields['mlp_activations'] = tuple(fields['mlp_activations'])
   config = config_lib.TransformerConfig(**fields)
   expected = dict(np.load(folder / 'expected.npz'))
+  # T5X takes token 0 for padding, and so do these arrays.
   batch = {
     'encoder_input_tokens': expected['encoder_input_tokens'],
     'encoder_segment_ids': np.int32(expected['encoder_input_tokens'] != 0),
     'decoder_input_tokens': expected['decoder_input_tokens'],
     'decoder_segment_ids': np.int32(expected['decoder_target_tokens'] != 0),
   }
+  batch = {name: jnp.asarray(array) for name, array in batch.items()}
   params = read_params(folder / 'checkpoint_1234', config)
   return t5.EncoderDecoder(config), params, batch, expected
 

@@ -8,6 +8,7 @@ torch or transformers are absent.
 
 import json
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,13 @@ import pytest
 import safetensors.numpy
 from flax import traverse_util
 
-from l2s_jax import checkpoint, decode, partition, state, systems, weights
+from l2s_jax import checkpoint, decode, parameters, partition, state, weights
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
 from l2s_jax.weights import huggingface
 
 # No two sizes are equal, so that a transposed tensor has another shape.
-T5_JSON = {
+T5_JSON: dict[str, Any] = {
   'model_type': 't5',
   'architectures': ['T5ForConditionalGeneration'],
   'vocab_size': 64,
@@ -41,7 +42,7 @@ T5_1_1_JSON = T5_JSON | {
   'feed_forward_proj': 'gated-gelu',
   'tie_word_embeddings': False,
 }
-GPT2_JSON = {
+GPT2_JSON: dict[str, Any] = {
   'model_type': 'gpt2',
   'architectures': ['GPT2LMHeadModel'],
   'vocab_size': 64,
@@ -104,7 +105,7 @@ def model_shapes(config):
   shapes, _ = partition.abstract_params(
     lambda key, batch: module.init(key, batch, deterministic=True),
     jax.random.key(0),
-    systems.example_batch(1, 2, 2),
+    parameters.example_batch(1, 2, 2),
   )
   return shapes
 
@@ -120,7 +121,7 @@ def to_theirs(config_json, config, params):
   """Returns the tensors of a Hugging Face file: the table read backwards."""
   sizes = huggingface.axis_sizes(config)
   flat = traverse_util.flatten_dict(params)
-  tensors = {}
+  tensors: dict[str, np.ndarray] = {}
   for row in huggingface.FAMILIES[config_json['model_type']].rows:
     if row.path not in flat:
       continue
@@ -233,7 +234,7 @@ def test_shards_and_whole_have_the_same_parameters_and_fingerprint(
   shards.mkdir()
   (shards / 'config.json').write_text(json.dumps(config_json))
   names = sorted(tensors)
-  weight_map = {}
+  weight_map: dict[str, str] = {}
   for i in range(3):
     file = f'model-{i + 1:05}-of-00003.safetensors'
     part = {name: tensors[name] for name in names[i::3]}
@@ -552,10 +553,10 @@ def test_known_weights_give_known_logits(tmp_path, name):
   config = FAMILIES[name][1]
   params, _ = load(folder, model_shapes(config))
   batch = {
-    'encoder_input_tokens': np.int32(PROMPTS),
-    'encoder_segment_ids': np.int32([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
-    'decoder_input_tokens': np.int32(ANSWERS),
-    'decoder_segment_ids': np.int32([[1, 1, 1], [1, 1, 0]]),
+    'encoder_input_tokens': jnp.array(PROMPTS),
+    'encoder_segment_ids': jnp.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+    'decoder_input_tokens': jnp.array(ANSWERS),
+    'decoder_segment_ids': jnp.array([[1, 1, 1], [1, 1, 0]]),
   }
   logits = l2s.build(config).apply(
     {'params': params}, batch, deterministic=True
@@ -594,7 +595,10 @@ def save_pretrained(folder, config_json, **options):
   torch, transformers = import_reference()
   torch.manual_seed(0)
   (name,) = config_json['architectures']
-  config = transformers.AutoConfig.for_model(**config_json)
+  config = transformers.AutoConfig.for_model(
+    **config_json,
+    attn_implementation='eager',  # fused, 4.57 forgets scale_attn_weights
+  )
   model = getattr(transformers, name)(config).eval()
   if config_json.get('tie_word_embeddings') is False and 'Encoder' not in name:
     model.lm_head.weight = torch.nn.Parameter(torch.empty(64, 16))
@@ -631,23 +635,36 @@ def assert_close(ours, theirs):
   np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
 
 
-def load_model(folder):
+def load_model(folder, only=None):
+  """Returns the model and its parameters, or those of `only` some modules."""
   config = weights.open_source(str(folder)).config
-  model = l2s.build(config)
-  return model, load(folder, model_shapes(config))[0]
+  shapes = model_shapes(config)
+  if only is not None:
+    shapes = {name: shapes[name] for name in only}
+  return l2s.build(config), load(folder, shapes)[0]
 
 
-def encode(model, batch):
-  embeddings = model.embed(batch['encoder_input_tokens'])
-  segment_ids = batch['encoder_segment_ids']
-  return model.encode(embeddings, segment_ids, deterministic=True)
+def encode(model, params, batch):
+  def fn(model, batch):
+    embeddings = model.embed(batch['encoder_input_tokens'])
+    segment_ids = batch['encoder_segment_ids']
+    return model.encode(embeddings, segment_ids, deterministic=True)
+
+  batch = jax.tree.map(jnp.asarray, batch)
+  return np.asarray(model.apply({'params': params}, batch, method=fn))
+
+
+def compute_logits(model, params, batch):
+  batch = jax.tree.map(jnp.asarray, batch)
+  logits = model.apply({'params': params}, batch, deterministic=True)
+  return np.asarray(logits)
 
 
 def generate(model, params, batch, start_id):
   generator = decode.Generator(
     model, model, None, max_decode_len=8, start_id=start_id, eos_id=1, pad_id=0
   )
-  return np.asarray(generator(params, batch))
+  return np.asarray(generator(params, jax.tree.map(jnp.asarray, batch)))
 
 
 @pytest.mark.parametrize(
@@ -682,10 +699,10 @@ def test_t5_computes_what_transformers_computes(tmp_path, config_json, options):
 
   model, params = load_model(tmp_path)
   real = batch['encoder_segment_ids'] > 0
-  encoded = model.apply({'params': params}, batch, method=encode)
+  encoded = encode(model, params, batch)
   assert_close(encoded[real], expected.encoder_last_hidden_state[real])
   real = batch['decoder_segment_ids'] > 0
-  logits = model.apply({'params': params}, batch, deterministic=True)
+  logits = compute_logits(model, params, batch)
   assert_close(logits[real], expected.logits[real])
   tokens = generate(model, params, batch, start_id=0)
   width = expected_tokens.shape[1]  # less than 8 where all rows end early
@@ -703,12 +720,8 @@ def test_an_encoder_alone_computes_what_transformers_computes(tmp_path):
       torch.tensor(batch['encoder_segment_ids']),
     ).last_hidden_state
 
-  config = weights.open_source(str(tmp_path)).config
-  shapes = model_shapes(config)
-  params, _ = load(
-    tmp_path, {name: shapes[name] for name in ('token_embedder', 'encoder')}
-  )
-  encoded = l2s.build(config).apply({'params': params}, batch, method=encode)
+  model, params = load_model(tmp_path, only=('token_embedder', 'encoder'))
+  encoded = encode(model, params, batch)
   real = batch['encoder_segment_ids'] > 0
   assert_close(encoded[real], expected[real])
 
@@ -729,8 +742,8 @@ def test_gpt2_computes_what_transformers_computes(tmp_path, config_json):
   batch = make_batch(seed=0)
   batch['decoder_input_tokens'][:, 0] = start_id
   model, params = load_model(tmp_path)
-  encoded = model.apply({'params': params}, batch, method=encode)
-  logits = model.apply({'params': params}, batch, deterministic=True)
+  encoded = encode(model, params, batch)
+  logits = compute_logits(model, params, batch)
   tokens = generate(model, params, batch, start_id)
 
   for row in range(3):

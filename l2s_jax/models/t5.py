@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from l2s_jax.models import attention
+from l2s_jax.models import attention, language_model, layers, transformer
 from l2s_jax.models import cache as cache_lib
-from l2s_jax.models import language_model, layers, transformer
 
 
 class EncoderDecoder(language_model.LanguageModel):

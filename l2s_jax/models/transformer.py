@@ -6,10 +6,9 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from l2s_jax.models import attention
+from l2s_jax.models import attention, layers
 from l2s_jax.models import cache as cache_lib
 from l2s_jax.models import config as config_lib
-from l2s_jax.models import layers
 
 
 class Context(struct.PyTreeNode):

@@ -400,7 +400,7 @@ class Folder:
       row.path: row
       for row in family.rows
       if any(name in self._tensors for name in row.names(self.config))
-      # A tied head that is stored all the same is stored twice.
+      # A tied head that is stored all the same is the table again.
       and not (
         row.path[0] == 'logits_dense' and self.config.logits_via_embedding
       )

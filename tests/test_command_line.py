@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line from end to end, as a user has it: real processes.
+
+Trains the three systems on a tiny parallel text, stops one on the way,
+resumes it, evaluates and infers. One module-scoped chain, since every process
+pays for its imports and its compilation.
+"""
+
+import gzip
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from l2s_jax import checkpoint, cldr, metric_writer, vocabularies
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = """
+TINY_{name} = @tiny_{name}/TransformerConfig()
+tiny_{name}/TransformerConfig:
+  vocab_size = 300
+  emb_dim = {emb_dim}
+  num_heads = 2
+  head_dim = 8
+  mlp_dim = 32
+  num_encoder_layers = 1
+  num_decoder_layers = 1
+  mlp_activations = ('gelu', 'linear')
+  dropout_rate = 0.1
+  scan_layers = False
+"""
+RUN = """
+include 'gin_configs/models/{kind}.gin'
+include 'gin_configs/tasks/parallel_text.gin'
+include 'gin_configs/runs/train.gin'
+include 'gin_configs/meshes/cpu.gin'
+{model}
+DATA_FILES = {{
+  'train': ('train.en.gz', 'train.de.gz'),
+  'validation': ('valid.en', 'valid.de'),
+}}
+TASK_FEATURE_LENGTHS = {{'inputs': 48, 'targets': 32}}
+TRAIN_STEPS = 8
+BATCH_SIZE = 8
+WARMUP_STEPS = 2
+EVAL_PERIOD = None
+CHECKPOINT_PERIOD = 4
+train.log_period = 1
+train.num_eval_examples = 10
+"""
+
+
+def l2s(*arguments, stdin=None, check=True):
+  """Runs `python -m l2s_jax` in a process of its own."""
+  result = subprocess.run(
+    [sys.executable, '-m', 'l2s_jax', *map(str, arguments)],
+    cwd=ROOT,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''},
+    input=stdin,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  if check and result.returncode:
+    raise AssertionError(result.stdout + result.stderr)
+  return result
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """A folder with data, a vocabulary and gin files."""
+  path = tmp_path_factory.mktemp('command_line')
+  german = [
+    example
+    for example in cldr.examples('train', num_examples=1200)
+    if example['language'] == 'de'
+  ]
+  for split, examples in (('train', german[:300]), ('valid', german[300:])):
+    opener, suffix = (
+      (gzip.open, '.gz') if split == 'train' else (open, '')
+    )
+    for language, key in (('en', 'source'), ('de', 'answer')):
+      with opener(path / f'{split}.{language}{suffix}', 'wt') as file:
+        file.writelines(example[key] + '\n' for example in examples)
+  vocabularies.train_sentencepiece(
+    (text for e in german for text in (e['prompt'], e['answer'])),
+    path / 'tiny.model',
+    vocab_size=300,
+    character_coverage=1.0,
+    hard_vocab_limit=False,
+  )
+  models = TINY.format(name='LLM', emb_dim=24)
+  models += TINY.format(name='SLM', emb_dim=16)
+  for kind, model in (
+    ('llm_baseline', 'LLM = %TINY_LLM'),
+    ('slm_baseline', 'SLM = %TINY_SLM'),
+    ('llm_to_slm', 'SLM = %TINY_SLM'),
+  ):
+    (path / f'{kind}.gin').write_text(
+      models + RUN.format(kind=kind, model=model)
+    )
+  return path
+
+
+def train(folder, kind, run, *bindings, **options):
+  tower = 'LLM' if kind == 'llm_baseline' else 'SLM'
+  return l2s(
+    'train',
+    f'--gin_file={folder / kind}.gin',
+    f'--gin.DATA_DIR={folder}',
+    f'--gin.{tower}_VOCABULARY={folder / "tiny.model"}',
+    f'--gin.MODEL_DIR={folder / run}',
+    *bindings,
+    **options,
+  )
+
+
+@pytest.fixture(scope='module')
+def llm_run(folder):
+  train(folder, 'llm_baseline', 'llm')
+  return folder / 'llm'
+
+
+@pytest.fixture(scope='module')
+def run(folder, llm_run):
+  """An LLM-to-SLM run of eight steps, in one piece."""
+  train(folder, 'llm_to_slm', 'whole', f'--gin.LLM_PATH={llm_run}')
+  return folder / 'whole'
+
+
+def test_a_resumed_run_equals_an_unbroken_one(folder, llm_run, run):
+  llm = f'--gin.LLM_PATH={llm_run}'
+  steps = '--gin.TRAIN_STEPS=4'
+  # The schedule is of the whole run; only the stop comes early.
+  total = '--gin.learning_rate_schedule.total_steps=8'
+  train(folder, 'llm_to_slm', 'broken', llm, steps, total)
+  assert checkpoint.steps(folder / 'broken') == [4]
+  train(folder, 'llm_to_slm', 'broken', llm)
+
+  whole, _ = checkpoint.params_folder(run, 8)
+  broken, _ = checkpoint.params_folder(folder / 'broken', 8)
+  paths = sorted(checkpoint.array_shapes(whole))
+  assert {path[0] for path in paths} == {'projector', 'slm'}  # no LLM
+  expected = checkpoint.read_arrays(whole, paths)
+  found = checkpoint.read_arrays(broken, paths)
+  for path in paths:
+    np.testing.assert_array_equal(expected[path], found[path], str(path))
+
+  def losses(folder):
+    return [
+      (record['step'], record['train/loss'])
+      for record in metric_writer.read(folder)
+      if 'train/loss' in record
+    ]
+
+  assert losses(folder / 'broken') == losses(run)
+  assert [step for step, _ in losses(run)] == list(range(1, 9))
+
+
+def test_a_run_describes_itself(folder, llm_run, run):
+  description = json.loads((run / 'model.json').read_text())
+  assert description['kind'] == 'llm_to_slm'
+  assert description['llm_path'] == str(llm_run)
+  assert description['shared_vocabulary'] is True
+  assert len(description['llm_fingerprint']) == 64
+  assert (run / 'config.gin').read_text()
+  assert list((run / 'tensorboard').iterdir())
+
+
+def test_another_model_in_the_same_folder_is_refused(folder, llm_run, run):
+  result = train(
+    folder,
+    'llm_to_slm',
+    run.name,
+    f'--gin.LLM_PATH={llm_run}',
+    '--gin.INJECTION=replace',
+    check=False,
+  )
+  assert result.returncode == 2
+  assert "injection: the run has 'add', the config says 'replace'" in (
+    result.stderr
+  )
+
+
+def test_evaluate_all_checkpoints_with_controls(folder, run):
+  l2s(
+    'evaluate',
+    '--gin_file=gin_configs/tasks/parallel_text.gin',
+    '--gin_file=gin_configs/runs/evaluate.gin',
+    f'--gin.DATA_DIR={folder}',
+    "--gin.DATA_FILES={'validation': ('valid.en', 'valid.de')}",
+    "--gin.TASK_FEATURE_LENGTHS={'inputs': 48, 'targets': 32}",
+    f'--gin.CHECKPOINT_PATH={run}',
+    "--gin.EVAL_STEPS='all'",
+    "--gin.EVAL_CONTROLS=('none', 'zero', 'other')",
+    '--gin.evaluate.num_examples=10',
+    '--gin.BATCH_SIZE=4',
+  )
+  results = json.loads(
+    (run / 'eval' / 'metrics-local-validation.json').read_text()
+  )
+  assert list(results) == ['4', '8']
+  assert list(results['8']) == ['none', 'other', 'zero']
+  assert {'bleu', 'chrf', 'exact_match', 'loss'} <= results['8']['none'].keys()
+  lines = (run / 'eval' / 'local-validation-8-other.jsonl').read_text()
+  records = [json.loads(line) for line in lines.splitlines()]
+  assert len(records) == 10
+  sources = (folder / 'valid.en').read_text().splitlines()
+  targets = (folder / 'valid.de').read_text().splitlines()
+  assert [r['target'] for r in records] == targets[:10]
+  assert records[0]['prompt'].endswith(sources[0])
+
+
+def test_infer_from_a_file_and_from_standard_input(folder, run):
+  sources = (folder / 'valid.en').read_text().splitlines()[:5]
+  prompts = folder / 'prompts.txt'
+  prompts.write_text('\n'.join(sources) + '\n')
+  arguments = (
+    'infer',
+    '--gin_file=gin_configs/runs/infer.gin',
+    f'--gin.CHECKPOINT_PATH={run}',
+    '--gin.PROMPT_LENGTH=48',
+    '--gin.MAX_DECODE_LEN=8',
+    "--gin.TEMPLATE='translate English to German: {prompt}'",
+  )
+  l2s(
+    *arguments,
+    f'--gin.INPUT={prompts}',
+    f'--gin.INFER_OUTPUT_DIR={folder / "answers"}',
+    '--gin.BATCH_SIZE=4',
+  )
+  lines = (folder / 'answers' / 'predictions.jsonl').read_text().splitlines()
+  records = [json.loads(line) for line in lines]
+  assert [r['prompt'] for r in records] == [
+    f'translate English to German: {source}' for source in sources
+  ]
+
+  result = l2s(*arguments, '--gin.INPUT=-', stdin='\n'.join(sources) + '\n')
+  streamed = [json.loads(line) for line in result.stdout.splitlines()]
+  assert [r['prediction'] for r in streamed] == [
+    r['prediction'] for r in records
+  ]
+
+
+def test_dry_run_prints_sizes_and_writes_nothing(folder, llm_run):
+  result = train(
+    folder,
+    'llm_to_slm',
+    'never',
+    f'--gin.LLM_PATH={llm_run}',
+    '--dry_run',
+  )
+  assert 'trainable parameters: ' in result.stdout
+  assert 'frozen parameters: ' in result.stdout
+  assert 'llm/token_embedder/embedding: float32[300, 24] frozen' in (
+    result.stdout
+  )
+  assert 'bytes per device' in result.stdout
+  assert not (folder / 'never').exists()

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the method: the projector, the injection, the controls, the LLM."""
+
+import dataclasses
+import functools
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2s_jax import parameters, partition, systems
+from l2s_jax.models import l2s, projector
+
+SHORT = helpers.segments((1, 2, 3, 4), helpers.PROMPT_LENGTH)
+LONG = helpers.segments((7, 7, 6, 7), helpers.PROMPT_LENGTH)
+
+
+@functools.partial(jax.jit, static_argnames='module')
+def encode_prompt(module, params, batch):
+  return module.apply({'params': params}, batch, method='encode_prompt')
+
+
+@functools.cache
+def model(slm, injection, vocabulary):
+  """Returns a module, random parameters, and a batch."""
+  module = helpers.llm_to_slm(slm, injection, vocabulary)
+  return module, helpers.random_params(module), helpers.batch_for(module)
+
+
+def other_prompt(module, segment_ids):
+  """Returns the batch keys that put another prompt before the LLM."""
+  tokens = helpers.batch_for(module, seed=9)['encoder_input_tokens']
+  return {
+    'llm_input_tokens': tokens, 'llm_segment_ids': jnp.asarray(segment_ids)
+  }
+
+
+def test_projector_against_numpy():
+  config = dataclasses.replace(helpers.GPT2, emb_dim=3)
+  module = projector.Projector(2, config)
+  params = {
+    'wi': {
+      'kernel': np.float32([[1, 0, -2], [0, 1, 1]]),
+      'bias': np.float32([0, -5, 1]),
+    },
+    'wo': {
+      'kernel': np.float32([[1, 2, 0], [0, 1, 0], [3, 0, 1]]),
+      'bias': np.float32([10, 20, 30]),
+    },
+  }
+  states = jnp.array([[[1.0, 2.0], [-1.0, 6.0]]])
+  # Hidden, before ReLU: [1, -3, 1] and [-1, 1, 9].
+  expected = [[[14, 22, 31], [37, 21, 39]]]
+  found = module.apply({'params': params}, states)
+  np.testing.assert_allclose(found, expected)
+
+
+def test_projector_starts_scaled_by_fan_in_with_zero_biases():
+  """GPT-2's initial 0.02 would make Z too small to matter."""
+  module = projector.Projector(400, dataclasses.replace(
+    helpers.GPT2, emb_dim=100
+  ))
+  params = partition.unbox(
+    module.init(jax.random.key(0), jnp.zeros((1, 1, 400)))['params']
+  )
+  assert set(params) == {'wi', 'wo'}
+  for name, fan_in in (('wi', 400), ('wo', 100)):
+    np.testing.assert_allclose(
+      np.std(params[name]['kernel']), fan_in**-0.5, rtol=0.05
+    )
+    np.testing.assert_array_equal(params[name]['bias'], np.zeros(100))
+
+
+def test_fuse_by_hand():
+  projected = jnp.array([[[1.0, 2.0], [np.nan, 3.0]]])
+  valid = jnp.array([[True, False]])
+  own = jnp.array([[[10.0, 20.0], [30.0, 40.0]]])
+  np.testing.assert_array_equal(
+    l2s.fuse(projected, valid, own), [[[11, 22], [30, 40]]]
+  )
+  np.testing.assert_array_equal(
+    l2s.fuse(projected, valid, None), [[[1, 2], [0, 0]]]
+  )
+
+
+@pytest.mark.parametrize('slm', helpers.SLMS)
+def test_without_z_the_model_is_the_slm(slm):
+  module, params, batch = model(slm, 'add', 'shared')
+  alone = helpers.logits(l2s.build(module.slm_config), params['slm'], batch)
+  silent = {**batch, 'llm_scale': jnp.zeros(helpers.BATCH_SIZE)}
+  np.testing.assert_array_equal(
+    helpers.logits(module, params, silent), alone
+  )
+  # One row's scale is that row's alone.
+  scale = jnp.array([0.0, 1.0, 0.0, 1.0])
+  found = helpers.logits(module, params, {**batch, 'llm_scale': scale})
+  full = helpers.logits(module, params, batch)
+  np.testing.assert_allclose(found[::2], alone[::2], rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(found[1::2], full[1::2], rtol=1e-5, atol=1e-5)
+  assert np.abs(full - alone)[:, 0].max(-1).min() > 1e-2
+
+
+def test_a_zero_scale_leaves_replace_without_a_prompt():
+  module, params, batch = model('t5_1_0', 'replace', 'shared')
+  silent = {**batch, 'llm_scale': jnp.zeros(helpers.BATCH_SIZE)}
+  embeddings, segment_ids = encode_prompt(module, params, silent)
+  np.testing.assert_array_equal(embeddings, np.zeros_like(embeddings))
+  np.testing.assert_array_equal(segment_ids, batch['encoder_segment_ids'])
+
+
+@pytest.mark.parametrize('vocabulary', ['shared', 'foreign'])
+@pytest.mark.parametrize('injection', l2s.INJECTIONS)
+def test_the_llm_reads_the_prompt_that_the_control_gives_it(
+  injection, vocabulary
+):
+  module, params, batch = model('t5_1_0', injection, vocabulary)
+  logits = helpers.logits(module, params, batch)
+  # Naming its own prompt changes nothing; naming another's does.
+  same = helpers.logits(module, params, {
+    **batch,
+    'llm_input_tokens': batch['encoder_input_tokens'],
+    'llm_segment_ids': batch['encoder_segment_ids'],
+  })
+  np.testing.assert_allclose(same, logits, rtol=1e-5, atol=1e-5)
+  other = {**batch, **other_prompt(module, LONG)}
+  found = helpers.logits(module, params, other)
+  assert np.abs(found - logits)[:, 0].max(-1).min() > 1e-3
+
+
+@pytest.mark.parametrize('segment_ids', [SHORT, LONG], ids=['short', 'long'])
+def test_replace_takes_length_and_mask_of_the_other_prompt(segment_ids):
+  module, params, batch = model('t5_1_0', 'replace', 'shared')
+  other = other_prompt(module, segment_ids)
+  controlled = {**batch, **other}
+  plain = {
+    **batch,
+    'encoder_input_tokens': other['llm_input_tokens'],
+    'encoder_segment_ids': other['llm_segment_ids'],
+  }
+  embeddings, found_segments = encode_prompt(module, params, controlled)
+  np.testing.assert_array_equal(found_segments, segment_ids)
+  assert (embeddings[segment_ids == 0] == 0).all()
+  np.testing.assert_allclose(
+    helpers.logits(module, params, controlled),
+    helpers.logits(module, params, plain),
+    rtol=1e-5,
+    atol=1e-5,
+  )
+
+
+@pytest.mark.parametrize('segment_ids', [SHORT, LONG], ids=['short', 'long'])
+def test_add_cuts_or_fills_the_other_z_to_the_prompts_length(segment_ids):
+  module, params, batch = model('t5_1_0', 'add', 'shared')
+  other = other_prompt(module, segment_ids)
+  found, found_segments = encode_prompt(module, params, {**batch, **other})
+  np.testing.assert_array_equal(found_segments, batch['encoder_segment_ids'])
+
+  # Z of the other prompt is what `replace` would put there.
+  replace = module.clone(injection='replace')
+  z, _ = encode_prompt(replace, params, {**batch, **other})
+  table = params['slm']['token_embedder']['embedding']
+  own = table[batch['encoder_input_tokens']]
+  np.testing.assert_allclose(found, own + z, rtol=1e-5, atol=1e-5)
+  assert (z[segment_ids == 0] == 0).all()
+  assert (np.abs(z[segment_ids == 1]).max(-1) > 1e-3).all()
+
+
+def test_foreign_prompt_embeddings_are_the_llms_through_a_linear_layer():
+  module, params, batch = model('gpt2', 'add', 'foreign')
+  embeddings, _ = encode_prompt(module, params, batch)
+  z, _ = encode_prompt(module.clone(injection='replace'), params, batch)
+  llm_table = np.asarray(params['llm']['token_embedder']['embedding'])
+  linear = jax.tree.map(np.asarray, params['prompt_embedder'])
+  own = (
+    llm_table[batch['encoder_input_tokens']] @ linear['kernel']
+    + linear['bias']
+  )
+  np.testing.assert_allclose(embeddings, own + z, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'injection, vocabulary, names',
+  [
+    ('add', 'shared', {'llm', 'projector', 'slm'}),
+    ('add', 'foreign', {'llm', 'projector', 'slm', 'prompt_embedder'}),
+    ('replace', 'shared', {'llm', 'projector', 'slm'}),
+    ('replace', 'foreign', {'llm', 'projector', 'slm'}),
+  ],
+)
+def test_parameters_are_those_that_are_used(injection, vocabulary, names):
+  _, params, _ = model('t5_1_1', injection, vocabulary)
+  assert set(params) == names
+  assert set(params['llm']) == {'token_embedder', 'encoder'}  # no decoder
+
+
+def test_an_unknown_injection_is_refused():
+  module = helpers.llm_to_slm('gpt2', 'multiply', 'shared')
+  with pytest.raises(ValueError, match="'multiply' is not one of.*add"):
+    helpers.random_params(module)
+
+
+def test_the_llm_reads_without_dropout_even_in_training():
+  module, params, batch = model('t5_1_0', 'add', 'shared')
+
+  def training_logits(llm_rate, slm_rate):
+    with_dropout = module.clone(
+      llm_config=dataclasses.replace(module.llm_config, dropout_rate=llm_rate),
+      slm_config=dataclasses.replace(module.slm_config, dropout_rate=slm_rate),
+    )
+    return jax.jit(functools.partial(with_dropout.apply, deterministic=False))(
+      {'params': params}, batch, rngs={'dropout': jax.random.key(0)}
+    )
+
+  logits = helpers.logits(module, params, batch)
+  np.testing.assert_allclose(
+    training_logits(0.5, 0.0), logits, rtol=1e-5, atol=1e-5
+  )
+  assert np.abs(training_logits(0.0, 0.5) - logits).max() > 1e-2
+
+
+def test_a_decoder_only_llm_encodes_too():
+  """Padding still changes nothing, and later tokens do not reach back."""
+  module = l2s.LlmToSlm(
+    dataclasses.replace(helpers.GPT2, emb_dim=24, max_positions=10),
+    helpers.T5_1_0,
+    'replace',
+    shared_vocabulary=False,
+  )
+  params, batch = helpers.random_params(module), helpers.batch_for(module)
+  embeddings, _ = encode_prompt(module, params, batch)
+  tokens = batch['encoder_input_tokens']
+  longer = {
+    **batch,
+    'encoder_input_tokens': jnp.pad(tokens.at[0, 2].add(1), ((0, 0), (0, 2))),
+    'encoder_segment_ids': jnp.pad(
+      batch['encoder_segment_ids'], ((0, 0), (0, 2))
+    ),
+  }
+  found, _ = encode_prompt(module, params, longer)
+  np.testing.assert_allclose(
+    found[1:, :7], embeddings[1:], rtol=1e-5, atol=1e-5
+  )
+  np.testing.assert_allclose(
+    found[0, :2], embeddings[0, :2], rtol=1e-5, atol=1e-5
+  )
+  assert np.abs(found[0, 2] - embeddings[0, 2]).max() > 1e-3
+
+
+def test_a_bfloat16_llm_gives_the_slm_its_own_dtype():
+  module, params, batch = model('t5_1_0', 'add', 'shared')
+  half = module.clone(
+    llm_config=dataclasses.replace(module.llm_config, dtype='bfloat16')
+  )
+  params = params | {
+    'llm': jax.tree.map(lambda x: x.astype(jnp.bfloat16), params['llm'])
+  }
+  embeddings, _ = encode_prompt(half, params, batch)
+  expected, _ = encode_prompt(*model('t5_1_0', 'add', 'shared'))
+  assert embeddings.dtype == jnp.float32
+  real = np.asarray(batch['encoder_segment_ids'] > 0)
+  # Eight bits of mantissa through three layers.
+  error = np.abs(embeddings - expected)[real]
+  assert 0 < error.max() and error.mean() < 0.05
+
+
+@pytest.mark.parametrize('slm', ['t5_1_0', 'gpt2'])
+def test_the_slm_starts_the_same_inside_llm_to_slm_as_alone(slm):
+  together = helpers.system(helpers.llm_to_slm(slm, 'add', 'shared'))
+  alone = helpers.system(helpers.MODULES[slm])
+  init = jax.jit(
+    lambda key: [
+      partition.unbox(parameters.init(system, key)['params'])
+      for system in (together, alone)
+    ]
+  )
+  ours, theirs = init(jax.random.key(3))
+  helpers.assert_trees_equal(ours['slm'], theirs)
+  other, _ = init(jax.random.key(4))
+  assert (
+    ours['slm']['token_embedder']['embedding']
+    != other['slm']['token_embedder']['embedding']
+  ).any()

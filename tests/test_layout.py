@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the source tree: who may import whom."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / 'l2s_jax'
+
+# Lower may import higher, never the other way (docs/design.md).
+ORDER = (
+  'partition',
+  'models.config',
+  'models.layers',
+  'models.cache',
+  'models.attention',
+  'models.transformer',
+  'models.language_model',
+  'models.t5',
+  'models.decoder_only',
+  'models.projector',
+  'models.l2s',
+  'losses',
+  'metrics',
+  'vocabularies',
+  'cldr',
+  'features',
+  'tasks',
+  'data',
+  'evaluation',
+  'optim',
+  'state',
+  'checkpoint',
+  'weights.huggingface',
+  'weights.runs',
+  'weights',
+  'sampling',
+  'decode',
+  'systems',
+  'parameters',
+  'metric_writer',
+  'gin_utils',
+  'evaluate',
+  'train',
+  'infer',
+  'benchmark',
+  'report',
+  '__main__',
+  'quickstart',
+)
+# The one step back: a task's metrics come before it, its wrapping after.
+EXCEPTIONS = {('weights.huggingface', 'weights'), ('weights.runs', 'weights')}
+PACKAGES_ONLY = {'', 'models'}
+
+MAY_IMPORT_LINEN = ('models/', 'interop/', 'partition.py')
+TENSORFLOW = ('tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'seqio')
+MAY_IMPORT_TENSORFLOW = ('features.py', 'evaluation.py')
+
+
+def modules():
+  for path in sorted(PACKAGE.rglob('*.py')):
+    name = '.'.join(path.relative_to(PACKAGE).with_suffix('').parts)
+    yield name.removesuffix('.__init__').removesuffix('__init__'), path
+
+
+def imports(path, *, top_level_only):
+  """Yields the dotted names that a module imports."""
+  tree = ast.parse(path.read_text(encoding='utf-8'))
+  nodes = tree.body if top_level_only else ast.walk(tree)
+  for node in nodes:
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and node.module:
+      for alias in node.names:
+        yield f'{node.module}.{alias.name}'
+
+
+def test_every_module_has_its_place():
+  names = {name for name, _ in modules()} - PACKAGES_ONLY
+  assert names == set(ORDER)
+
+
+@pytest.mark.parametrize('name,path', list(modules()))
+def test_imports_point_upward(name, path):
+  if name in PACKAGES_ONLY:
+    pytest.skip('a package without code')
+  below = ORDER[ORDER.index(name) + 1 :]
+  for imported in imports(path, top_level_only=True):
+    target = imported.removeprefix('l2s_jax.')
+    if target == imported or target not in ORDER:
+      continue
+    assert target not in below or (name, target) in EXCEPTIONS, (
+      f'{name} imports {target}, which is below it'
+    )
+
+
+@pytest.mark.parametrize('name,path', list(modules()))
+def test_linen_is_imported_by_models_alone(name, path):
+  del name
+  place = str(path.relative_to(PACKAGE))
+  if place.startswith(MAY_IMPORT_LINEN):
+    return
+  for imported in imports(path, top_level_only=False):
+    assert not imported.startswith('flax.linen'), place
+
+
+@pytest.mark.parametrize('name,path', list(modules()))
+def test_core_imports_no_tensorflow(name, path):
+  del name
+  place = str(path.relative_to(PACKAGE))
+  if place in MAY_IMPORT_TENSORFLOW:
+    return
+  for imported in imports(path, top_level_only=True):
+    assert imported.split('.')[0] not in TENSORFLOW, place
+    assert imported not in ('l2s_jax.features', 'l2s_jax.evaluation'), place

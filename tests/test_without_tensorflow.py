@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The core works where TensorFlow, SeqIO and TFDS cannot be imported."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+SCRIPT = """
+import sys
+
+for name in (
+    'tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'seqio'):
+  sys.modules[name] = None  # importing it raises ModuleNotFoundError
+
+import functools, importlib, io, json, pathlib, pkgutil
+import jax, numpy as np
+import l2s_jax
+from l2s_jax import (
+    checkpoint, cldr, data, infer, optim, partition, systems, train,
+    parameters, vocabularies)
+from l2s_jax import state as state_lib
+from l2s_jax.models import config as config_lib
+
+NEEDS_TENSORFLOW = {'l2s_jax.features', 'l2s_jax.evaluation'}
+for module in pkgutil.walk_packages(l2s_jax.__path__, 'l2s_jax.'):
+  if module.name not in NEEDS_TENSORFLOW | {'l2s_jax.__main__'}:
+    importlib.import_module(module.name)
+
+folder = pathlib.Path(sys.argv[1])
+examples = list(cldr.examples('train', num_examples=300))
+vocabularies.train_sentencepiece(
+    (text for e in examples for text in (e['prompt'], e['answer'])),
+    folder / 'v.model', vocab_size=200, hard_vocab_limit=False,
+    character_coverage=1.0)
+config = config_lib.TransformerConfig(
+    vocab_size=200, emb_dim=16, num_heads=2, head_dim=8, mlp_dim=32,
+    num_encoder_layers=1, num_decoder_layers=1)
+system = systems.language_model_system(
+    systems.Tower(config=config, vocabulary=str(folder / 'v.model')))
+mesh_config = partition.MeshConfig()
+mesh = partition.make_mesh(mesh_config)
+optimizer = optim.adamw(1e-3).transform
+with partition.use_mesh(mesh):
+  layout = parameters.layout(system, mesh, mesh_config)
+  systems.save(system, folder)
+  checkpointer = checkpoint.Checkpointer(folder)
+  state, position = train.restore_or_create(
+      system, layout, optimizer, mesh, checkpointer, 0)
+  vocabulary = system.prompt_vocabulary
+  ids = lambda text: [*vocabulary.encode(text), vocabulary.eos_id]
+  batch = data.pad_and_shift(
+      [ids(e['prompt']) for e in examples[:4]],
+      [ids(e['answer']) for e in examples[:4]],
+      task_feature_lengths={'inputs': 32, 'targets': 16},
+      prompt_vocabulary=vocabulary, answer_vocabulary=vocabulary)
+  step = jax.jit(functools.partial(
+      train.train_step, module=system.module, optimizer=optimizer))
+  state, sums = step(state, {}, partition.put_batch(batch, mesh))
+  assert np.isfinite(float(sums['loss'])) and float(sums['loss_weight']) > 0
+  checkpointer.save(state, {'batches': 1})
+  checkpointer.wait()
+  again, position = train.restore_or_create(
+      system, layout, optimizer, mesh, checkpointer, 0)
+  assert position == {'batches': 1} and int(again.step) == 1
+  jax.tree.map(np.testing.assert_array_equal, state.trainable, again.trainable)
+  checkpointer.close()
+
+prompts = folder / 'prompts.jsonl'
+prompts.write_text(''.join(
+    json.dumps({'prompt': e['prompt'], 'id': i}) + '\\n'
+    for i, e in enumerate(examples[:3])))
+infer.infer(checkpoint_path=str(folder), input=str(prompts),
+            output_dir=str(folder / 'out'), prompt_length=32,
+            max_decode_len=8, batch_size=2)
+lines = (folder / 'out' / 'predictions.jsonl').read_text().splitlines()
+assert [json.loads(line)['id'] for line in lines] == [0, 1, 2]
+print('core works')
+"""
+
+
+def test_core_works_where_tensorflow_is_absent(tmp_path):
+  result = subprocess.run(
+    [sys.executable, '-c', SCRIPT, str(tmp_path)],
+    cwd=ROOT,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert result.returncode == 0, result.stdout + result.stderr
+  assert result.stdout.endswith('core works\n')
