@@ -416,5 +416,5 @@ def _missing_parameters(
   ):
     if reference.evaluate:
       yield from _missing_parameters(
-        reference.configurable.wrapper, reference.scopes or scope
+        reference.configurable.wrapped, reference.scopes or scope
       )

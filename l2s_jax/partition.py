@@ -42,7 +42,6 @@ DEFAULT_RULES: Rules = (
 )
 
 
-@gin.configurable(module='l2s_jax')
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
   """How many devices stand along each mesh axis, and each tower's rules.
@@ -64,6 +63,9 @@ class MeshConfig:
 
   def rules(self, tower: str) -> Rules:
     return _as_rules(self.llm_rules if tower == 'llm' else self.slm_rules)
+
+
+gin.external_configurable(MeshConfig, module='l2s_jax')
 
 
 def _as_rules(rules: Sequence[Sequence[Any]]) -> Rules:

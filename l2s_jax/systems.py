@@ -26,7 +26,6 @@ DESCRIPTION = 'model.json'
 VOCABULARIES = 'vocabularies'
 
 
-@gin.configurable(module='l2s_jax')
 @dataclasses.dataclass(frozen=True)
 class Tower:
   """One language model as a user names it: pretrained, fresh, or between.
@@ -70,6 +69,9 @@ class Tower:
         run_vocabulary if run_vocabulary.is_dir() else self.path
       )
     return vocabularies.load(location, extra_ids=self.extra_ids)
+
+
+gin.external_configurable(Tower, module='l2s_jax')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all tests share: eight CPU devices, checked shapes, real data."""
 
+import dataclasses
+import functools
 import os
 import pathlib
 
 os.environ['JAX_PLATFORMS'] = 'cpu'  # also of the processes that tests start
 
+import beartype
 import jax
 import jaxtyping
 import pytest
@@ -15,9 +18,28 @@ jax.config.update('jax_num_cpu_devices', 8)
 # Tests run a program once or twice: compiling is most of their time.
 jax.config.update('jax_disable_most_optimizations', True)
 
-# Before the first import of the package: every annotation of an array is
-# checked at every call of its function.
-jaxtyping.install_import_hook('l2s_jax', 'beartype.beartype')
+
+def checked(function):
+  """Returns `function` with its annotations checked at every call.
+
+  But not those of a pytree's `__init__` where JAX fills the tree with what
+  stands for its arrays: shapes, shardings, or placeholders.
+  """
+  check = beartype.beartype(function)
+
+  @functools.wraps(function)
+  def call(self, *args, **kwargs):
+    leaves = jax.tree.leaves((args, kwargs))
+    if dataclasses.is_dataclass(self) and not jax.tree_util.all_leaves([self]):
+      if not all(isinstance(leaf, jax.Array) for leaf in leaves):
+        return function(self, *args, **kwargs)
+    return check(self, *args, **kwargs)
+
+  return call if function.__name__ == '__init__' else check
+
+
+# Before the package is first imported.
+jaxtyping.install_import_hook('l2s_jax', 'conftest.checked')
 
 
 @pytest.fixture(scope='session')

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every preset is the model it is named after; the model files bind systems."""
 
+import json
 import math
+import pathlib
 from typing import Any
 
 import gin
 import jax
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from l2s_jax import gin_utils, parameters, partition, systems, vocabularies
 from l2s_jax.models import l2s
@@ -183,6 +187,20 @@ def test_two_presets_meet_in_one_llm_to_slm(tmp_path, vocabulary):
   assert system.prompt_vocabulary.vocab_size == 140
   assert system.answer_vocabulary.vocab_size == 40
   assert system.sources == {'llm': str(tmp_path)}
+
+
+def test_a_hugging_face_folder_brings_config_and_tokenizer(vocabulary):
+  folder = pathlib.Path(vocabulary).parent  # where spiece.model is
+  config_json = RELEASED['t5_1_1_small'] | {'d_model': 16, 'vocab_size': 128}
+  (folder / 'config.json').write_text(json.dumps(config_json))
+  tensors = {'shared.weight': np.zeros((128, 16), np.float32)}
+  safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
+  parse('llm_to_slm', bindings=[f'LLM_PATH={folder}', f'SLM_PATH={folder}'])
+  system = make_model()
+  assert system.module.llm_config.emb_dim == 16
+  assert system.prompt_vocabulary.vocab_size == 40
+  assert system.module.shared_vocabulary
+  assert system.sources == {'llm': str(folder), 'slm': str(folder)}
 
 
 def test_llm_to_slm_must_be_told_where_its_llm_is():

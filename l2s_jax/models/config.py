@@ -2,13 +2,13 @@
 """The one configuration that T5 and the decoder-only families share."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import gin
 import jax.numpy as jnp
 
 
-@gin.configurable(module='l2s_jax')
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
   """Says how a transformer is built. Defaults are those of T5 v1.0.
@@ -57,7 +57,7 @@ class TransformerConfig:
   mlp_dim: int
   num_decoder_layers: int
   num_encoder_layers: int = 0
-  mlp_activations: tuple[str, ...] = ('relu',)
+  mlp_activations: Sequence[str] = ('relu',)
   norm: str = 'rms'
   norm_epsilon: float = 1e-6
   use_bias: bool = False
@@ -108,3 +108,6 @@ class TransformerConfig:
   def to_json(self) -> dict[str, Any]:
     """Returns the fields as a dict that JSON can hold."""
     return dataclasses.asdict(self)
+
+
+gin.external_configurable(TransformerConfig, module='l2s_jax')

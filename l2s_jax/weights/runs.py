@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights that a run of ours has trained."""
 
+import functools
 import json
 import pathlib
 
@@ -15,6 +16,7 @@ class Run:
 
   def __init__(self, folder: pathlib.Path):
     self.location = str(folder)
+    self._folder = folder
     description = json.loads((folder / 'model.json').read_text())
     self._prefix: tuple[str, ...] = ()
     if description['kind'] == 'llm_to_slm':
@@ -22,7 +24,10 @@ class Run:
       self.config = config_lib.TransformerConfig(**description['slm'])
     else:
       self.config = config_lib.TransformerConfig(**description['config'])
-    self._params, _ = checkpoint.params_folder(folder)
+
+  @functools.cached_property
+  def _params(self) -> pathlib.Path:
+    return checkpoint.params_folder(self._folder)[0]
 
   def shapes(self) -> dict[tuple[str, ...], tuple[int, ...]]:
     depth = len(self._prefix)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every gin file parses, and every experiment builds, under eval_shape."""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+import re
+
+import gin
+import pytest
+from safetensors import numpy as safetensors_numpy
+
+from l2s_jax import (
+  __main__,
+  cldr,
+  gin_utils,
+  systems,
+  train,
+  vocabularies,
+)
+from l2s_jax.models import config as config_lib
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIGS = ROOT / 'gin_configs'
+EXPERIMENTS = sorted((CONFIGS / 'experiments').glob('*.gin'))
+REQUIRED = re.compile(r'^([A-Z0-9_]+) = %gin.REQUIRED', re.MULTILINE)
+
+for module in __main__.CONFIGURABLE_MODULES:
+  importlib.import_module(module)
+
+T5_CONFIG = {
+  'model_type': 't5',
+  'vocab_size': 32128,
+  'd_model': 512,
+  'd_kv': 64,
+  'd_ff': 2048,
+  'num_layers': 6,
+  'num_decoder_layers': 6,
+  'num_heads': 8,
+  'feed_forward_proj': 'relu',
+  'relative_attention_num_buckets': 32,
+  'dropout_rate': 0.1,
+  'layer_norm_epsilon': 1e-6,
+}
+
+
+@pytest.fixture(scope='module')
+def values(tmp_path_factory):
+  """What a user would set: a tokenizer, an LLM's run, HF folders."""
+  folder = tmp_path_factory.mktemp('gin_configs')
+  vocabulary = folder / 'tiny.model'
+  examples = cldr.examples('train', num_examples=500)
+  vocabularies.train_sentencepiece(
+    (text for e in examples for text in (e['prompt'], e['answer'])),
+    vocabulary,
+    vocab_size=300,
+    hard_vocab_limit=False,
+  )
+  config = config_lib.TransformerConfig(
+    vocab_size=400,
+    emb_dim=8,
+    num_heads=2,
+    head_dim=4,
+    mlp_dim=16,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+  )
+  tower = systems.Tower(config=config, vocabulary=str(vocabulary))
+  systems.save(systems.language_model_system(tower), folder / 'llm')
+  hugging_face = folder / 't5'
+  hugging_face.mkdir()
+  (hugging_face / 'config.json').write_text(json.dumps(T5_CONFIG))
+  # A dry run looks at the config alone.
+  safetensors_numpy.save_file({}, hugging_face / 'model.safetensors')
+  (hugging_face / 'spiece.model').write_bytes(vocabulary.read_bytes())
+  return {
+    'MODEL_DIR': folder / 'run',
+    'LLM_VOCABULARY': vocabulary,
+    'SLM_VOCABULARY': vocabulary,
+    'LLM_PATH': folder / 'llm',
+    'SLM_PATH': hugging_face,
+    'DATA_DIR': folder,
+    'CHECKPOINT_PATH': folder / 'llm',
+    'INPUT': '-',
+    'DATA_FILES': "{'train': 'train.jsonl'}",
+  }
+
+
+def bindings_for(text, values):
+  """Values for the macros that the text asks the user to set."""
+  names = set(REQUIRED.findall(text))
+  # A vocabulary is asked for by the model, once it has no weights to have it.
+  for tower in ('LLM', 'SLM'):
+    if re.search(rf'^{tower} = %[A-Z]', text, re.MULTILINE):
+      names.add(f'{tower}_VOCABULARY')
+  return [f'{name}={values[name]}' for name in sorted(names)]
+
+
+def text_of(path):
+  """The file with those it includes."""
+  text = path.read_text(encoding='utf-8')
+  for included in re.findall(r"^include '(.*)'", text, re.MULTILINE):
+    text = text_of(ROOT / included) + text
+  return text
+
+
+@pytest.mark.parametrize('path', EXPERIMENTS, ids=lambda path: path.stem)
+def test_experiments_build(path, values, capsys):
+  gin_utils.parse_config([str(path)], bindings_for(text_of(path), values))
+  gin_utils.check_required(train.train, given=('dry_run',))
+  train.train(dry_run=True)
+  printed = capsys.readouterr().out
+  trainable = re.search(r'^trainable parameters: ([\d,]+)$', printed, re.M)
+  assert int(trainable[1].replace(',', '')) > 0
+  assert not values['MODEL_DIR'].exists()
+
+
+@pytest.mark.parametrize('path', EXPERIMENTS, ids=lambda path: path.stem)
+def test_experiments_say_how_they_are_run(path):
+  header = path.read_text(encoding='utf-8')
+  assert f'--gin_file=gin_configs/experiments/{path.name}' in header
+
+
+@pytest.mark.parametrize(
+  'path',
+  [
+    path
+    for path in sorted(CONFIGS.rglob('*.gin'))
+    if path.parent.name in ('tasks', 'meshes', 'runs')
+  ],
+  ids=lambda path: path.stem,
+)
+def test_parts_parse(path, values):
+  # A run names macros that its neighbours bind.
+  others = {
+    'runs': ['MODEL=None', "MIXTURE_OR_TASK_NAME='cldr'"]
+    + ["TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 8}"]
+  }.get(path.parent.name, [])
+  text = text_of(path)
+  needed = [b for b in others if f'%{b.partition("=")[0]}' in text]
+  gin_utils.parse_config([str(path)], bindings_for(text, values) + needed)
+  assert gin.config_str().strip()
+
+
+def test_every_configurable_module_is_imported_without_tensorflow():
+  for verb in __main__.VERBS.values():
+    assert verb.module in __main__.CONFIGURABLE_MODULES
+
+
+def test_defaults_live_in_the_dataclass():
+  fields = {f.name for f in dataclasses.fields(config_lib.TransformerConfig)}
+  for path in sorted((CONFIGS / 'models').glob('*.gin')):
+    text = path.read_text(encoding='utf-8')
+    block = re.findall(r'^  (\w+) = ', text, re.MULTILINE)
+    assert set(block) <= fields, path
