@@ -36,7 +36,7 @@ class MetricWriter:
       str(folder / 'tensorboard'), purge_step=first_step + 1
     )
 
-  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+  def write(self, step: int, scalars: Mapping[str, float | int]) -> None:
     """Logs named numbers; the JSONL line is on disk when this returns."""
     if self._jsonl is None:
       return

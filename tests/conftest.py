@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all tests share: eight CPU devices, checked shapes, real data."""
 
-import dataclasses
 import functools
 import os
 import pathlib
@@ -22,20 +21,20 @@ jax.config.update('jax_disable_most_optimizations', True)
 def checked(function):
   """Returns `function` with its annotations checked at every call.
 
-  But not those of a pytree's `__init__` where JAX fills the tree with what
-  stands for its arrays: shapes, shardings, or placeholders.
+  But not where JAX fills a state's fields with what stands for its arrays:
+  shapes, shardings, or None.
   """
   check = beartype.beartype(function)
 
   @functools.wraps(function)
-  def call(self, *args, **kwargs):
-    leaves = jax.tree.leaves((args, kwargs))
-    if dataclasses.is_dataclass(self) and not jax.tree_util.all_leaves([self]):
-      if not all(isinstance(leaf, jax.Array) for leaf in leaves):
-        return function(self, *args, **kwargs)
+  def init(self, *args, **kwargs):
+    leaves = jax.tree.leaves((args, kwargs), is_leaf=lambda x: x is None)
+    is_state = hasattr(type(self), '_flax_dataclass')
+    if is_state and not all(isinstance(leaf, jax.Array) for leaf in leaves):
+      return function(self, *args, **kwargs)
     return check(self, *args, **kwargs)
 
-  return call if function.__name__ == '__init__' else check
+  return init if function.__name__ == '__init__' else check
 
 
 # Before the package is first imported.
