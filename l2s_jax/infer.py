@@ -87,7 +87,8 @@ def read_prompts(
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: names file and line of broken JSON or a missing column.
+    ValueError: names file and line of what is not UTF-8, broken JSON, or
+      without the column.
   """
   file = pathlib.Path(path)
   if not file.is_file():
@@ -97,9 +98,15 @@ def read_prompts(
     )
   is_jsonl = file.name.removesuffix('.gz').endswith('.jsonl')
   opener = gzip.open if file.name.endswith('.gz') else open
-  with opener(file, 'rt', encoding='utf-8') as lines:
-    for number, line in enumerate(lines, start=1):
-      line = line.rstrip('\n')
+  with opener(file, 'rb') as lines:
+    for number, raw in enumerate(lines, start=1):
+      try:
+        line = raw.decode().rstrip('\r\n')
+      except UnicodeDecodeError as error:
+        raise ValueError(
+          f'{path}:{number}: not UTF-8 ({error}). Convert the file first, '
+          'such as with iconv.'
+        ) from error
       if not is_jsonl:
         yield {'prompt': template.replace('{prompt}', line)}
         continue

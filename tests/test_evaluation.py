@@ -3,11 +3,13 @@
 
 import json
 import math
+import random
+import string
 
 import numpy as np
 import pytest
 
-from l2s_jax import cldr, data, evaluation, metrics, tasks, vocabularies
+from l2s_jax import data, evaluation, metrics, tasks, vocabularies
 from l2s_jax.features import seqio
 
 LENGTHS = {'inputs': 16, 'targets': 8}
@@ -19,25 +21,32 @@ PROMPTS = [f'number {n}' for n in range(6)] + ['number ' * 30]
 
 @pytest.fixture(scope='module')
 def vocabulary(tmp_path_factory):
-  """Returns a T5-like vocabulary of English, which knows no `ș`."""
+  """Returns a T5-like vocabulary of letters, which knows no `ș`."""
+  rng = random.Random(0)
+  letters = string.ascii_letters + string.digits
+  texts = [' '.join(rng.choices(letters, k=20)) for _ in range(200)]
   path = tmp_path_factory.mktemp('vocabulary') / 'spiece.model'
-  return vocabularies.train_sentencepiece(
-      (example['source'] for example in cldr.examples('validation')), path,
-      vocab_size=300)
+  return vocabularies.train_sentencepiece(texts, path, vocab_size=100)
 
 
 @pytest.fixture(scope='module')
 def bind(tmp_path_factory):
-  """Returns a function that binds the Romanian task."""
+  """Returns a function that binds a Romanian task, or a mixture of two."""
   path = tmp_path_factory.mktemp('jsonl') / 'test.jsonl'
   path.write_text('\n'.join(
       json.dumps({'source': prompt, 'target': answer})
       for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)))
-  seqio.TaskRegistry.add_provider(
-      'romanian', tasks.local_task(
-          {'test': str(path)}, name='romanian'))
-  yield lambda vocabulary: tasks.bind('romanian', vocabulary, vocabulary)
-  seqio.TaskRegistry.remove('romanian')
+  names = ('romanian', 'more_romanian')
+  for name in names:
+    seqio.TaskRegistry.add_provider(
+        name, tasks.local_task({'test': str(path)}, name=name))
+  seqio.MixtureRegistry.add_provider(
+      'both', seqio.Mixture('both', [(name, 1) for name in names]))
+  yield lambda vocabulary, name='romanian': tasks.bind(
+      name, vocabulary, vocabulary)
+  seqio.MixtureRegistry.remove('both')
+  for name in names:
+    seqio.TaskRegistry.remove(name)
 
 
 @pytest.fixture(scope='module')
@@ -172,17 +181,10 @@ def test_num_examples_takes_the_first(bind, vocabulary):
 
 
 def test_mixture_is_scored_task_by_task(bind, vocabulary):
-  bind(vocabulary)
-  mixture = seqio.Mixture('both', [('romanian', 1), ('cldr', 1)])
-  seqio.MixtureRegistry.add_provider('both', mixture)
-  try:
-    evaluator = make_evaluator(
-        tasks.bind('both', vocabulary, vocabulary), num_examples=5)
-  finally:
-    seqio.MixtureRegistry.remove('both')
+  evaluator = make_evaluator(bind(vocabulary, 'both'), num_examples=5)
   scores = evaluator.evaluate(lambda batch: np.ones((4, 3), int), step=0)
   assert {name: score['num_examples'] for name, score in scores.items()} == {
-      'cldr': 5, 'romanian': 5}
+      'more_romanian': 5, 'romanian': 5}
 
 
 def test_nothing_stays_registered(evaluator):

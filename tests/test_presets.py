@@ -124,7 +124,7 @@ def test_every_preset_is_tested():
 def load_preset(name):
   parse('slm_baseline', name, bindings=[f'SLM=%{name.upper()}'])
   with gin.config_scope('slm'):
-    return systems.Tower().load_config()
+    return gin.get_configurable(systems.Tower)().load_config()
 
 
 @pytest.mark.parametrize('name', NUM_PARAMETERS)

@@ -4,6 +4,8 @@
 import gzip
 import json
 import os
+import random
+import string
 import subprocess
 import sys
 
@@ -18,11 +20,12 @@ LENGTHS = {'inputs': 64, 'targets': 64}
 
 @pytest.fixture(scope='module')
 def vocabulary(tmp_path_factory):
-  """Returns a T5-like vocabulary of the CLDR task, which knows no `ș`."""
+  """Returns a T5-like vocabulary of letters and digits."""
+  rng = random.Random(0)
+  letters = string.ascii_letters + string.digits
+  texts = [' '.join(rng.choices(letters, k=20)) for _ in range(200)]
   path = tmp_path_factory.mktemp('vocabulary') / 'spiece.model'
-  return vocabularies.train_sentencepiece(
-      (example['prompt'] for example in cldr.examples('validation')), path,
-      vocab_size=300)
+  return vocabularies.train_sentencepiece(texts, path, vocab_size=100)
 
 
 @pytest.fixture
@@ -72,10 +75,10 @@ def bind_local(vocabulary, tmp_path, files, **kwargs):
 
 def test_cldr_gives_its_text_and_ids(vocabulary):
   task = tasks.bind('cldr', vocabulary, vocabulary)
-  expected = list(cldr.examples('validation'))
   examples = read(task, 'validation')
-  assert len(examples) == len(expected)
-  for example, source in zip(examples, expected, strict=True):
+  assert len(examples) == cldr.SIZES['validation']
+  expected = cldr.examples('validation', num_examples=50)
+  for example, source in zip(examples, expected, strict=False):
     assert example['inputs_pretokenized'].decode() == source['prompt']
     assert example['targets_pretokenized'].decode() == source['answer']
     assert example['targets'].tolist() == [

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of checkpoints: whole or absent, bit for bit, any part of them."""
+
+import shutil
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2s_jax import checkpoint, optim
+from l2s_jax import state as state_lib
+
+OPTIMIZER = optim.adamw().transform
+
+
+def make_state(step=0, seed=0) -> state_lib.TrainState:
+  generator = np.random.default_rng(seed)
+  params = {
+    'slm': {'layers': {'kernel': generator.normal(size=(2, 3, 4))}},
+    'projector': {'bias': generator.normal(size=(4,))},
+  }
+  params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+  params['projector']['scale'] = jnp.arange(3, dtype=jnp.bfloat16)
+  state = state_lib.create(params, OPTIMIZER, seed)
+  return state.replace(step=jnp.int32(step))
+
+
+def restore(run_dir, like):
+  checkpointer = checkpoint.Checkpointer(run_dir)
+  restored = checkpointer.restore(
+    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like),
+    jax.tree.map(lambda x: x.sharding, like),
+  )
+  checkpointer.close()
+  return restored
+
+
+def save(run_dir, *states, keep=None):
+  checkpointer = checkpoint.Checkpointer(run_dir, keep=keep)
+  for state in states:
+    checkpointer.save(state, {'batches': int(state.step)})
+  checkpointer.close()
+
+
+def test_what_is_restored_is_what_was_saved_last(tmp_path):
+  states = [make_state(step, seed=step) for step in (3, 11, 7)]
+  save(tmp_path, states[0], states[2], states[1])
+  restored, position = restore(tmp_path, states[0])
+  helpers.assert_trees_equal(restored, states[1])
+  assert position == {'batches': 11}
+  assert checkpoint.steps(tmp_path) == [3, 7, 11]
+  for saved, found in zip(
+    jax.tree.leaves(states[1]), jax.tree.leaves(restored), strict=True
+  ):
+    assert saved.dtype == found.dtype
+
+
+def test_a_run_without_checkpoints_restores_nothing(tmp_path):
+  assert restore(tmp_path, make_state()) is None
+  assert checkpoint.steps(tmp_path) == []
+  assert checkpoint.steps(tmp_path / 'absent') == []
+  assert not (tmp_path / 'absent').exists()
+
+
+def test_only_the_newest_are_kept(tmp_path):
+  save(tmp_path, *(make_state(step) for step in (1, 2, 3, 4)), keep=2)
+  assert checkpoint.steps(tmp_path) == [3, 4]
+
+
+def test_a_step_saved_twice_is_the_first(tmp_path):
+  save(tmp_path, make_state(5, seed=0), make_state(5, seed=1))
+  restored, _ = restore(tmp_path, make_state())
+  helpers.assert_trees_equal(restored, make_state(5, seed=0))
+
+
+def test_a_state_may_be_donated_once_save_has_returned(tmp_path):
+  state = make_state(1)
+  # Large enough to be written for longer than the update takes.
+  table = jnp.ones((1000, 1000))
+  state = state.replace(trainable={**state.trainable, 'table': table})
+  state = state.replace(opt_state=OPTIMIZER.init(state.trainable))
+  expected = jax.tree.map(np.array, state)
+  update = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+
+  checkpointer = checkpoint.Checkpointer(tmp_path)
+  checkpointer.save(state, {'batches': 1})
+  new = update(state)
+  assert state.trainable['table'].is_deleted()
+  for _ in range(3):
+    new = update(new)
+  checkpointer.close()
+  restored, _ = restore(tmp_path, new)
+  helpers.assert_trees_equal(restored, expected)
+
+
+@pytest.mark.parametrize(
+  'name', ['9.orbax-checkpoint-tmp-1234', '9.orbax-checkpoint-tmp', 'nine']
+)
+def test_unfinished_checkpoints_are_not_read(tmp_path, name):
+  save(tmp_path, make_state(4))
+  folder = tmp_path / checkpoint.FOLDER
+  shutil.copytree(folder / '4', folder / name)
+  assert checkpoint.steps(tmp_path) == [4]
+  assert checkpoint.params_folder(tmp_path)[1] == 4
+  restored, _ = restore(tmp_path, make_state())
+  assert restored.step == 4
+
+
+def test_the_folder_of_the_parameters(tmp_path):
+  save(tmp_path, make_state(2), make_state(10))
+  folder, step = checkpoint.params_folder(tmp_path)
+  assert step == 10 and folder.is_dir()
+  assert folder == tmp_path / 'checkpoints' / '10' / 'params'
+  assert checkpoint.params_folder(tmp_path, 2)[1] == 2
+  with pytest.raises(FileNotFoundError, match=r'checkpoint 3; .*\[2, 10\]'):
+    checkpoint.params_folder(tmp_path, 3)
+  with pytest.raises(FileNotFoundError, match=r'a checkpoint; .*\[\]'):
+    checkpoint.params_folder(tmp_path / 'absent')
+
+
+def test_parameters_alone_are_restored_at_any_step(tmp_path):
+  states = [make_state(step, seed=step) for step in (1, 2)]
+  save(tmp_path, *states)
+  for state in states:
+    shapes = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.trainable
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, state.trainable)
+    params = checkpoint.restore_params(
+      tmp_path, int(state.step), shapes, shardings
+    )
+    helpers.assert_trees_equal(params, state.trainable)
+  # The optimizer's state is not needed for it.
+  shutil.rmtree(tmp_path / 'checkpoints' / '2' / 'optimizer')
+  params = checkpoint.restore_params(tmp_path, 2, shapes, shardings)
+  helpers.assert_trees_equal(params, states[1].trainable)
+
+
+def test_single_arrays_are_read_into_host_memory(tmp_path):
+  state = make_state(1)
+  save(tmp_path, state)
+  folder, _ = checkpoint.params_folder(tmp_path)
+  assert checkpoint.array_shapes(folder) == {
+    ('slm', 'layers', 'kernel'): jax.ShapeDtypeStruct((2, 3, 4), jnp.float32),
+    ('projector', 'bias'): jax.ShapeDtypeStruct((4,), jnp.float32),
+    ('projector', 'scale'): jax.ShapeDtypeStruct((3,), jnp.bfloat16),
+  }
+  paths = [('slm', 'layers', 'kernel'), ('projector', 'scale')]
+  arrays = checkpoint.read_arrays(folder, paths)
+  assert set(arrays) == set(paths)
+  for path, array in arrays.items():
+    assert isinstance(array, np.ndarray)
+    expected = state.trainable
+    for name in path:
+      expected = expected[name]
+    np.testing.assert_array_equal(array, expected)
+    assert array.dtype == expected.dtype
+
+
+def test_parameters_of_another_shape_are_not_restored(tmp_path):
+  """Never cut or padded in silence to fit the model."""
+  save(tmp_path, make_state(1))
+  trainable = make_state().trainable
+  for rows in (2, 6):
+    shapes = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainable
+    )
+    shapes['projector']['bias'] = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    with pytest.raises(ValueError, match='shape'):
+      checkpoint.restore_params(
+        tmp_path, 1, shapes, jax.tree.map(lambda x: x.sharding, trainable)
+      )

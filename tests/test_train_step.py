@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of a training step: what it sums, what it changes, what it leaves."""
+
+import dataclasses
+import functools
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from l2s_jax import checkpoint, losses, optim, parameters, partition, train
+from l2s_jax import state as state_lib
+
+SGD = optax.sgd(1.0)  # the update is the gradient
+
+
+@functools.partial(jax.jit, static_argnames=('module', 'optimizer'))
+def step(state, frozen, batch, *, module, optimizer=SGD):
+  return train.train_step(
+    state, frozen, batch, module=module, optimizer=optimizer
+  )
+
+
+def start(module, frozen=('llm',), optimizer=SGD, seed=0):
+  """Returns the frozen parameters and the state before the first step."""
+  frozen, trainable = state_lib.split(helpers.random_params(module), frozen)
+  return frozen, state_lib.create(trainable, optimizer, seed)
+
+
+@pytest.fixture(scope='module')
+def plain():
+  """Returns LLM-to-SLM without dropout, and a batch."""
+  module = helpers.llm_to_slm('gpt2', 'add', 'foreign')
+  return module, helpers.batch_for(module)
+
+
+@pytest.fixture(scope='module')
+def dropping():
+  """Returns a small model with dropout, and a batch."""
+  config = dataclasses.replace(helpers.GPT2, dropout_rate=0.3)
+  module = helpers.MODULES['gpt2'].clone(config=config)
+  return module, helpers.random_batch()
+
+
+def assert_close(a, b, tolerance=1e-5):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+def test_the_gradient_is_that_of_the_mean_over_target_tokens(plain):
+  module, batch = plain
+  frozen, state = start(module)
+
+  def mean_nats(trainable):
+    logits = helpers.logits(module, frozen | trainable, batch)
+    chosen = jnp.take_along_axis(
+      jax.nn.log_softmax(logits), batch['decoder_target_tokens'][..., None], -1
+    )[..., 0]
+    # 6 + 2 + 4 + 1 target tokens.
+    return -jnp.sum(chosen * batch['decoder_segment_ids']) / 13
+
+  mean, grads = jax.jit(jax.value_and_grad(mean_nats))(state.trainable)
+  new_state, sums = step(state, frozen, batch, module=module)
+  assert_close(
+    jax.tree.map(jnp.subtract, state.trainable, new_state.trainable), grads
+  )
+  assert new_state.step == 1
+  assert sums['loss_weight'] == 13
+  np.testing.assert_allclose(sums['loss'] / 13, mean, rtol=1e-5)
+  np.testing.assert_allclose(
+    sums['grad_norm'],
+    np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(grads))),
+    rtol=1e-5,
+  )
+
+
+def test_sums_of_halves_are_the_sums_of_the_batch(plain):
+  module, batch = plain
+  frozen, state = start(module)
+  _, whole = step(state, frozen, batch, module=module)
+  halves = [
+    step(
+      state,
+      frozen,
+      {key: value[rows] for key, value in batch.items()},
+      module=module,
+    )[1]
+    for rows in (slice(0, 2), slice(2, 4))
+  ]
+  for name in ('loss', 'loss_weight', 'num_correct'):
+    np.testing.assert_allclose(
+      halves[0][name] + halves[1][name], whole[name], rtol=1e-5
+    )
+
+
+def test_rows_of_weight_zero_change_nothing(plain):
+  module, batch = plain
+  frozen, state = start(module)
+  expected, _ = step(state, frozen, batch, module=module)
+  # What a short batch is filled up with: its last row, at weight 0.
+  filled = {
+    key: jnp.concatenate([value, value[-1:], value[-1:]])
+    for key, value in batch.items()
+  }
+  weights = filled['decoder_loss_weights'].at[4:].set(0)
+  found, sums = step(
+    state, frozen, filled | {'decoder_loss_weights': weights}, module=module
+  )
+  assert sums['loss_weight'] == 13
+  assert_close(found.trainable, expected.trainable)
+
+  nothing = {**batch, 'decoder_loss_weights': jnp.zeros((4, 6))}
+  found, sums = step(state, frozen, nothing, module=module)
+  helpers.assert_trees_equal(found.trainable, state.trainable)
+  assert sums['loss_weight'] == sums['loss'] == sums['grad_norm'] == 0
+
+
+@pytest.mark.parametrize(
+  'slm, injection, vocabulary',
+  [('t5_1_0', 'add', 'shared'), ('gpt2', 'add', 'foreign')],
+)
+def test_training_changes_every_trainable_leaf_and_no_frozen_one(
+  slm, injection, vocabulary
+):
+  module = helpers.llm_to_slm(slm, injection, vocabulary)
+  optimizer = optim.adamw(0.01).transform
+  frozen, state = start(module, optimizer=optimizer)
+  before = jax.tree.map(np.array, (frozen, state.trainable))
+  for seed in range(2):
+    state, _ = step(
+      state,
+      frozen,
+      helpers.batch_for(module, seed=seed),
+      module=module,
+      optimizer=optimizer,
+    )
+  helpers.assert_trees_equal(frozen, before[0])
+  assert set(state.trainable) | {'llm'} == set(helpers.random_params(module))
+  unchanged = [
+    jax.tree_util.keystr(path)
+    for (path, a), b in zip(
+      jax.tree_util.tree_leaves_with_path(before[1]),
+      jax.tree.leaves(state.trainable),
+      strict=True,
+    )
+    if np.array_equal(a, b)
+  ]
+  # A bias on keys moves all logits of a query alike: its gradient is zero but
+  # for rounding, which Adam may or may not blow up.
+  assert [name for name in unchanged if 'key' not in name] == []
+
+
+def test_the_optimizer_has_no_slot_for_what_is_frozen(plain):
+  module, _ = plain
+  frozen, state = start(module, optimizer=optim.adamw().transform)
+  paths = [
+    jax.tree_util.keystr(path)
+    for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)
+  ]
+  assert not any("'llm'" in path for path in paths)
+  assert any("'slm'" in path for path in paths)
+  trained = state_lib.num_params(state.trainable)
+  slots = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
+  assert slots == 2 * trained  # two moments
+
+
+def shapes_computed(jaxpr):
+  """Returns the shapes of all that a program computes, loops included."""
+  shapes = set()
+  for equation in jaxpr.eqns:
+    shapes |= {v.aval.shape for v in equation.outvars}
+    for inner in jax.tree.leaves(
+      list(equation.params.values()),
+      is_leaf=lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr'),
+    ):
+      inner = getattr(inner, 'jaxpr', inner)
+      if hasattr(inner, 'eqns'):
+        shapes |= shapes_computed(inner)
+  return shapes
+
+
+def test_no_gradient_of_the_llm_is_computed(plain):
+  """Nothing shaped like a stack of its kernels comes out of the step."""
+  module, batch = plain
+  kernels = {
+    path[-2].key: leaf.shape
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+      helpers.random_params(module)
+    )
+    if path[0].key == 'llm' and 'layers' in [p.key for p in path]
+  }
+  kernels = {shape for shape in kernels.values() if len(shape) > 2}
+  assert (3, 24, 40) in kernels  # its first MLP kernel: layers, embed, mlp
+
+  def program(frozen_names):
+    frozen, state = start(module, frozen_names)
+    return shapes_computed(
+      jax.make_jaxpr(
+        functools.partial(train.train_step, module=module, optimizer=SGD)
+      )(state, frozen, batch).jaxpr
+    )
+
+  # Were it trained, all of them would.
+  assert kernels <= program(())
+  assert kernels.isdisjoint(program(('llm',)))
+
+
+def test_dropout_differs_by_step_and_key_and_by_nothing_else(dropping):
+  module, batch = dropping
+  frozen, state = start(module)
+
+  def loss(state):
+    return float(step(state, frozen, batch, module=module)[1]['loss'])
+
+  assert loss(state) == loss(state)
+  later = state.replace(step=state.step + 1)
+  other = state.replace(key=jax.random.key_data(jax.random.key(1)))
+  assert len({loss(state), loss(later), loss(other)}) == 3
+  # Off, it is the plain loss.
+  logits = helpers.logits(module, state.trainable, batch)
+  plain, _ = losses.token_cross_entropy(
+    logits, batch['decoder_target_tokens'], batch['decoder_loss_weights']
+  )
+  assert abs(loss(state) - float(plain)) > 1e-2
+
+
+def test_two_steps_from_a_restored_state_are_those_of_an_uninterrupted_run(
+  dropping, tmp_path
+):
+  module, _ = dropping
+  schedule = optim.learning_rate_schedule(0.01, warmup_steps=3)
+  optimizer = optim.adamw(schedule, weight_decay=0.1).transform
+  frozen, state = start(module, optimizer=optimizer)
+
+  def advance(state, seeds):
+    sums = {}
+    for seed in seeds:
+      state, sums = step(
+        state,
+        frozen,
+        helpers.random_batch(seed=seed),
+        module=module,
+        optimizer=optimizer,
+      )
+    return state, sums
+
+  checkpointer = checkpoint.Checkpointer(tmp_path)
+  state, _ = advance(state, range(2))
+  checkpointer.save(state, {'batches': 2})
+  expected, expected_sums = advance(state, range(2, 4))
+  checkpointer.close()
+
+  checkpointer = checkpoint.Checkpointer(tmp_path)
+  restored, position = checkpointer.restore(
+    jax.eval_shape(lambda: state), jax.tree.map(lambda x: x.sharding, state)
+  )
+  checkpointer.close()
+  assert position == {'batches': 2}
+  helpers.assert_trees_equal(restored, state)
+  found, sums = advance(restored, range(2, 4))
+  helpers.assert_trees_equal(found, expected)
+  helpers.assert_trees_equal(sums, expected_sums)
+
+
+def test_a_run_that_has_no_checkpoint_starts_from_its_seed(tmp_path):
+  """`restore_or_create`: fresh, then what was saved, on any seed."""
+  module = helpers.MODULES['gpt2']
+  system = helpers.system(module)
+  config = partition.MeshConfig()
+  mesh = partition.make_mesh(config, jax.devices()[:1])
+  optimizer = optim.adamw().transform
+  with partition.use_mesh(mesh):
+    layout = parameters.layout(system, mesh, config)
+    checkpointer = checkpoint.Checkpointer(tmp_path)
+
+    def state_of(seed):
+      return train.restore_or_create(
+        system, layout, optimizer, mesh, checkpointer, seed
+      )
+
+    state, position = state_of(0)
+    assert position == {'batches': 0} and state.step == 0
+    helpers.assert_trees_equal(state, state_of(0)[0])
+    other, _ = state_of(1)
+    table = ('token_embedder', 'embedding')
+    assert (
+      state.trainable[table[0]][table[1]] != other.trainable[table[0]][table[1]]
+    ).any()
+    assert (state.key != other.key).any()
+
+    state = state.replace(step=state.step + 5)
+    checkpointer.save(state, {'batches': 5})
+    checkpointer.wait()
+    restored, position = state_of(1)
+    assert position == {'batches': 5}
+    helpers.assert_trees_equal(restored, state)
+    checkpointer.close()
+
+
+# --- splitting and merging parameters ---
+
+
+def test_split_and_merge_are_inverse():
+  params = {'llm': {'a': 1}, 'slm': {'b': {'c': 2}}, 'projector': {'d': 3}}
+  frozen, trainable = state_lib.split(params, ('llm',))
+  assert frozen == {'llm': {'a': 1}} and 'llm' not in trainable
+  assert state_lib.merge(frozen, trainable) == params
+  assert state_lib.split(params, ()) == ({}, params)
+
+
+def test_merge_joins_by_path_and_refuses_a_path_twice():
+  merged = state_lib.merge({'slm': {'a': 1}}, {'slm': {'b': 2}})
+  assert merged == {'slm': {'a': 1, 'b': 2}}
+  with pytest.raises(ValueError, match="'a'"):
+    state_lib.merge({'slm': {'a': 1}}, {'slm': {'a': 2}})
+  with pytest.raises(ValueError, match="'slm'"):
+    state_lib.merge({'slm': 1}, {'slm': {'a': 2}})
+
+
+def test_progress_divides_sums_by_their_weight():
+  progress = train.Progress(start_secs=0.0)
+  for loss, weight in ((6.0, 2.0), (1.0, 8.0)):
+    progress.add(
+      {
+        'loss': jnp.float32(loss),
+        'loss_weight': jnp.float32(weight),
+        'num_correct': jnp.float32(1),
+        'grad_norm': jnp.float32(weight),
+      },
+      prompt_tokens=3,
+    )
+  summary = progress.summary()
+  assert summary['train/loss'] == pytest.approx(0.7)  # not (3 + 1/8) / 2
+  assert summary['train/accuracy'] == pytest.approx(0.2)
+  assert summary['train/grad_norm'] == pytest.approx(5.0)
+  ratio = (
+    summary['train/prompt_tokens_per_sec']
+    / summary['train/target_tokens_per_sec']
+  )
+  assert ratio == pytest.approx(6 / 10)
