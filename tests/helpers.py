@@ -10,6 +10,8 @@ import dataclasses
 import functools
 import pathlib
 import tempfile
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,9 @@ import tokenizers
 
 from l2s_jax import parameters, partition, systems, vocabularies
 from l2s_jax.models import config as config_lib
-from l2s_jax.models import l2s
+from l2s_jax.models import l2s, language_model
+
+Module = l2s.LlmToSlm | language_model.LanguageModel
 
 BATCH_SIZE, PROMPT_LENGTH, ANSWER_LENGTH = 4, 7, 6
 PROMPT_LENGTHS = (3, 7, 1, 5)
@@ -62,12 +66,17 @@ GPT2 = config_lib.TransformerConfig(
 SLMS = {'t5_1_0': T5_1_0, 't5_1_1': T5_1_1, 'gpt2': GPT2}
 
 LLM = dataclasses.replace(
-  T5_1_1, emb_dim=24, num_heads=4, mlp_dim=40, num_encoder_layers=3
+  T5_1_1,
+  emb_dim=24,
+  num_heads=4,
+  head_dim=6,
+  mlp_dim=40,
+  num_encoder_layers=3,
 )
 
 
 def llm_to_slm(
-  slm: str, injection: str, vocabulary: str, **slm_changes
+  slm: str, injection: str, vocabulary: str, **slm_changes: Any
 ) -> l2s.LlmToSlm:
   """Returns a module whose LLM has more ids if the vocabulary is foreign."""
   shared = vocabulary == 'shared'
@@ -79,7 +88,9 @@ def llm_to_slm(
   )
 
 
-MODULES = {name: l2s.build(config) for name, config in SLMS.items()} | {
+MODULES: dict[str, Module] = {
+  name: l2s.build(config) for name, config in SLMS.items()
+} | {
   f'llm_to_{slm}-{injection}-{vocabulary}': llm_to_slm(
     slm, injection, vocabulary
   )
@@ -89,25 +100,28 @@ MODULES = {name: l2s.build(config) for name, config in SLMS.items()} | {
 }
 
 
-def writer_of(module):
+def writer_of(
+  module: Module,
+) -> tuple[language_model.LanguageModel, str | None]:
   """Returns the module that decodes and its name, as systems have them."""
   if isinstance(module, l2s.LlmToSlm):
     return l2s.build(module.slm_config), 'slm'
   return module, None
 
 
-def prompt_ids(module) -> int:
+def prompt_ids(module: Module) -> int:
   """Returns how many ids the module's prompts are drawn from."""
-  config = module.llm_config if hasattr(module, 'llm_config') else module.config
-  return config.vocab_size
+  if isinstance(module, l2s.LlmToSlm):
+    return module.llm_config.vocab_size
+  return module.config.vocab_size
 
 
-def random_params(module, seed: int = 0):
+def random_params(module: Module, seed: int = 0) -> dict[str, Any]:
   """Returns parameters of which none is a zero, a one, or too small to see."""
   shapes, _ = partition.abstract_params(
     functools.partial(module.init, deterministic=True),
     jax.random.key(0),
-    example_shapes(),
+    parameters.example_batch(1, 2, 2),
   )
   generator = np.random.default_rng(seed)
 
@@ -124,11 +138,7 @@ def random_params(module, seed: int = 0):
   )
 
 
-def example_shapes():
-  return parameters.example_batch(1, 2, 2)
-
-
-def segments(lengths, total: int):
+def segments(lengths: Sequence[int], total: int) -> np.ndarray:
   return (np.arange(total) < np.asarray(lengths)[:, None]).astype(np.int32)
 
 
@@ -136,8 +146,8 @@ def random_batch(
   num_prompt_ids: int = 264,
   num_answer_ids: int = 264,
   *,
-  prompt_lengths=PROMPT_LENGTHS,
-  answer_lengths=ANSWER_LENGTHS,
+  prompt_lengths: Sequence[int] = PROMPT_LENGTHS,
+  answer_lengths: Sequence[int] = ANSWER_LENGTHS,
   seed: int = 0,
 ) -> dict[str, jax.Array]:
   """Returns ragged rows whose padding holds ids as random as the rest."""
@@ -164,7 +174,7 @@ def random_batch(
   }
 
 
-def batch_for(module, **options) -> dict[str, jax.Array]:
+def batch_for(module: Module, **options: Any) -> dict[str, jax.Array]:
   return random_batch(prompt_ids(module), **options)
 
 
@@ -198,7 +208,7 @@ def vocabulary() -> vocabularies.Vocabulary:
     return vocabularies.load(str(folder))
 
 
-def system(module, **options) -> systems.System:
+def system(module: Module) -> systems.System:
   """Returns a system of a module, with a vocabulary that it has room for."""
   writer, writer_name = writer_of(module)
   return systems.System(
@@ -208,17 +218,23 @@ def system(module, **options) -> systems.System:
     prompt_vocabulary=vocabulary(),
     answer_vocabulary=vocabulary(),
     frozen=() if writer_name is None else ('llm',),
-    **options,
   )
+
+
+def assert_close(found, expected):
+  """Compares float32 numbers, in absolute and in relative terms."""
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def assert_trees_equal(a, b):
   """Compares paths, shapes and bits."""
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  jax.tree_util.tree_map_with_path(
-    lambda path, x, y: np.testing.assert_array_equal(
-      np.asarray(x), np.asarray(y), jax.tree_util.keystr(path)
-    ),
-    a,
-    b,
+  a, b = (
+    {
+      jax.tree_util.keystr(path): np.asarray(leaf)
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    for tree in (a, b)
   )
+  assert a.keys() == b.keys()
+  for name, leaf in a.items():
+    np.testing.assert_array_equal(leaf, b[name], name)

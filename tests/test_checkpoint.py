@@ -15,7 +15,7 @@ from l2s_jax import state as state_lib
 OPTIMIZER = optim.adamw().transform
 
 
-def make_state(step=0, seed=0) -> state_lib.TrainState:
+def make_state(step: int = 0, seed: int = 0) -> state_lib.TrainState:
   generator = np.random.default_rng(seed)
   params = {
     'slm': {'layers': {'kernel': generator.normal(size=(2, 3, 4))}},

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2s_jax import parameters, partition, systems
+from l2s_jax import parameters, partition
 from l2s_jax.models import l2s, projector
 
 SHORT = helpers.segments((1, 2, 3, 4), helpers.PROMPT_LENGTH)
@@ -33,7 +33,8 @@ def other_prompt(module, segment_ids):
   """Returns the batch keys that put another prompt before the LLM."""
   tokens = helpers.batch_for(module, seed=9)['encoder_input_tokens']
   return {
-    'llm_input_tokens': tokens, 'llm_segment_ids': jnp.asarray(segment_ids)
+    'llm_input_tokens': tokens,
+    'llm_segment_ids': jnp.asarray(segment_ids),
   }
 
 
@@ -42,12 +43,12 @@ def test_projector_against_numpy():
   module = projector.Projector(2, config)
   params = {
     'wi': {
-      'kernel': np.float32([[1, 0, -2], [0, 1, 1]]),
-      'bias': np.float32([0, -5, 1]),
+      'kernel': np.array([[1, 0, -2], [0, 1, 1]], np.float32),
+      'bias': np.array([0, -5, 1], np.float32),
     },
     'wo': {
-      'kernel': np.float32([[1, 2, 0], [0, 1, 0], [3, 0, 1]]),
-      'bias': np.float32([10, 20, 30]),
+      'kernel': np.array([[1, 2, 0], [0, 1, 0], [3, 0, 1]], np.float32),
+      'bias': np.array([10, 20, 30], np.float32),
     },
   }
   states = jnp.array([[[1.0, 2.0], [-1.0, 6.0]]])
@@ -59,9 +60,9 @@ def test_projector_against_numpy():
 
 def test_projector_starts_scaled_by_fan_in_with_zero_biases():
   """GPT-2's initial 0.02 would make Z too small to matter."""
-  module = projector.Projector(400, dataclasses.replace(
-    helpers.GPT2, emb_dim=100
-  ))
+  module = projector.Projector(
+    400, dataclasses.replace(helpers.GPT2, emb_dim=100)
+  )
   params = partition.unbox(
     module.init(jax.random.key(0), jnp.zeros((1, 1, 400)))['params']
   )
@@ -90,15 +91,13 @@ def test_without_z_the_model_is_the_slm(slm):
   module, params, batch = model(slm, 'add', 'shared')
   alone = helpers.logits(l2s.build(module.slm_config), params['slm'], batch)
   silent = {**batch, 'llm_scale': jnp.zeros(helpers.BATCH_SIZE)}
-  np.testing.assert_array_equal(
-    helpers.logits(module, params, silent), alone
-  )
+  np.testing.assert_array_equal(helpers.logits(module, params, silent), alone)
   # One row's scale is that row's alone.
   scale = jnp.array([0.0, 1.0, 0.0, 1.0])
   found = helpers.logits(module, params, {**batch, 'llm_scale': scale})
   full = helpers.logits(module, params, batch)
-  np.testing.assert_allclose(found[::2], alone[::2], rtol=1e-5, atol=1e-5)
-  np.testing.assert_allclose(found[1::2], full[1::2], rtol=1e-5, atol=1e-5)
+  helpers.assert_close(found[::2], alone[::2])
+  helpers.assert_close(found[1::2], full[1::2])
   assert np.abs(full - alone)[:, 0].max(-1).min() > 1e-2
 
 
@@ -118,12 +117,16 @@ def test_the_llm_reads_the_prompt_that_the_control_gives_it(
   module, params, batch = model('t5_1_0', injection, vocabulary)
   logits = helpers.logits(module, params, batch)
   # Naming its own prompt changes nothing; naming another's does.
-  same = helpers.logits(module, params, {
-    **batch,
-    'llm_input_tokens': batch['encoder_input_tokens'],
-    'llm_segment_ids': batch['encoder_segment_ids'],
-  })
-  np.testing.assert_allclose(same, logits, rtol=1e-5, atol=1e-5)
+  same = helpers.logits(
+    module,
+    params,
+    {
+      **batch,
+      'llm_input_tokens': batch['encoder_input_tokens'],
+      'llm_segment_ids': batch['encoder_segment_ids'],
+    },
+  )
+  helpers.assert_close(same, logits)
   other = {**batch, **other_prompt(module, LONG)}
   found = helpers.logits(module, params, other)
   assert np.abs(found - logits)[:, 0].max(-1).min() > 1e-3
@@ -142,11 +145,9 @@ def test_replace_takes_length_and_mask_of_the_other_prompt(segment_ids):
   embeddings, found_segments = encode_prompt(module, params, controlled)
   np.testing.assert_array_equal(found_segments, segment_ids)
   assert (embeddings[segment_ids == 0] == 0).all()
-  np.testing.assert_allclose(
+  helpers.assert_close(
     helpers.logits(module, params, controlled),
     helpers.logits(module, params, plain),
-    rtol=1e-5,
-    atol=1e-5,
   )
 
 
@@ -162,7 +163,7 @@ def test_add_cuts_or_fills_the_other_z_to_the_prompts_length(segment_ids):
   z, _ = encode_prompt(replace, params, {**batch, **other})
   table = params['slm']['token_embedder']['embedding']
   own = table[batch['encoder_input_tokens']]
-  np.testing.assert_allclose(found, own + z, rtol=1e-5, atol=1e-5)
+  helpers.assert_close(found, own + z)
   assert (z[segment_ids == 0] == 0).all()
   assert (np.abs(z[segment_ids == 1]).max(-1) > 1e-3).all()
 
@@ -174,10 +175,9 @@ def test_foreign_prompt_embeddings_are_the_llms_through_a_linear_layer():
   llm_table = np.asarray(params['llm']['token_embedder']['embedding'])
   linear = jax.tree.map(np.asarray, params['prompt_embedder'])
   own = (
-    llm_table[batch['encoder_input_tokens']] @ linear['kernel']
-    + linear['bias']
+    llm_table[batch['encoder_input_tokens']] @ linear['kernel'] + linear['bias']
   )
-  np.testing.assert_allclose(embeddings, own + z, rtol=1e-5, atol=1e-5)
+  helpers.assert_close(embeddings, own + z)
 
 
 @pytest.mark.parametrize(
@@ -214,9 +214,7 @@ def test_the_llm_reads_without_dropout_even_in_training():
     )
 
   logits = helpers.logits(module, params, batch)
-  np.testing.assert_allclose(
-    training_logits(0.5, 0.0), logits, rtol=1e-5, atol=1e-5
-  )
+  helpers.assert_close(training_logits(0.5, 0.0), logits)
   assert np.abs(training_logits(0.0, 0.5) - logits).max() > 1e-2
 
 
@@ -239,12 +237,8 @@ def test_a_decoder_only_llm_encodes_too():
     ),
   }
   found, _ = encode_prompt(module, params, longer)
-  np.testing.assert_allclose(
-    found[1:, :7], embeddings[1:], rtol=1e-5, atol=1e-5
-  )
-  np.testing.assert_allclose(
-    found[0, :2], embeddings[0, :2], rtol=1e-5, atol=1e-5
-  )
+  helpers.assert_close(found[1:, :7], embeddings[1:])
+  helpers.assert_close(found[0, :2], embeddings[0, :2])
   assert np.abs(found[0, 2] - embeddings[0, 2]).max() > 1e-3
 
 

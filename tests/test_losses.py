@@ -55,7 +55,7 @@ def test_gradient_is_probability_minus_target():
   grads, _ = jax.grad(losses.token_cross_entropy, has_aux=True)(
     LOGITS, jnp.array([[0, 1, 1]]), jnp.array([[1.0, 0.0, 2.0]])
   )
-  expected = [[[-0.5, 0.25, 0.25], [0, 0, 0], [0.4, -0.6, 0.2]]]
+  expected = [[[-0.5, 0.25, 0.25], [0.0, 0.0, 0.0], [0.4, -0.6, 0.2]]]
   np.testing.assert_allclose(grads, expected, atol=1e-6)
 
 

@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from l2s_jax import partition
+from l2s_jax import parameters, partition
 from l2s_jax.models import attention, l2s, layers
-
-TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope='module', params=helpers.MODULES)
@@ -49,20 +47,16 @@ def test_more_padding_and_what_it_holds_change_nothing(model):
   padded = helpers.logits(module, params, longer)
 
   real = np.asarray(batch['decoder_segment_ids'] > 0)
-  np.testing.assert_allclose(
-    padded[:, : helpers.ANSWER_LENGTH][real], logits[real], **TOLERANCE
-  )
+  helpers.assert_close(padded[:, : helpers.ANSWER_LENGTH][real], logits[real])
   assert np.isfinite(padded).all()
 
 
 def test_other_rows_change_nothing(model):
   module, params, batch, logits = model
   others = helpers.batch_for(module, seed=1)
-  mixed = {
-    key: value.at[0].set(batch[key][0]) for key, value in others.items()
-  }
+  mixed = {key: value.at[0].set(batch[key][0]) for key, value in others.items()}
   found = helpers.logits(module, params, mixed)
-  np.testing.assert_allclose(found[0], logits[0], **TOLERANCE)
+  helpers.assert_close(found[0], logits[0])
   assert np.abs(found[3] - logits[3]).max() > 1e-2
 
 
@@ -78,7 +72,7 @@ def test_prompt_and_earlier_answer_matter_and_later_answer_does_not(model):
     )[row]
 
   later = change('decoder_input_tokens', step)
-  np.testing.assert_allclose(later[:step], logits[row, :step], **TOLERANCE)
+  helpers.assert_close(later[:step], logits[row, :step])
   assert (np.abs(later[step:] - logits[row, step:]).max(1) > 1e-4).all()
   for slot in range(helpers.PROMPT_LENGTHS[row]):
     found = change('encoder_input_tokens', slot)
@@ -96,7 +90,7 @@ def test_cached_decoding_equals_teacher_forcing(model):
     )
     # Rows whose answer is over by now have no logits to compare with.
     real = np.asarray(batch['decoder_segment_ids'][:, t] > 0)
-    np.testing.assert_allclose(found[real], logits[real, t], **TOLERANCE)
+    helpers.assert_close(found[real], logits[real, t])
 
 
 @pytest.mark.parametrize('name', ['t5_1_1', 'gpt2', 'llm_to_gpt2-add-foreign'])
@@ -117,10 +111,8 @@ def test_scanned_and_unrolled_stacks_are_one_model(name):
   params = helpers.random_params(module)
   helpers.assert_trees_equal(params, helpers.random_params(other))
   batch = helpers.batch_for(module)
-  np.testing.assert_allclose(
-    helpers.logits(other, params, batch),
-    helpers.logits(module, params, batch),
-    **TOLERANCE,
+  helpers.assert_close(
+    helpers.logits(other, params, batch), helpers.logits(module, params, batch)
   )
 
 
@@ -131,7 +123,7 @@ def test_parameters_are_stacked_along_layers(slm, scan_layers):
   shapes, axes = partition.abstract_params(
     lambda key, batch: l2s.build(config).init(key, batch, deterministic=True),
     jax.random.key(0),
-    helpers.example_shapes(),
+    parameters.example_batch(1, 2, 2),
   )
   shapes = traverse_util.flatten_dict(shapes)
   axes = traverse_util.flatten_dict(axes)
@@ -145,9 +137,9 @@ def test_parameters_are_stacked_along_layers(slm, scan_layers):
 
 def test_every_layer_starts_from_values_of_its_own():
   module = helpers.MODULES['t5_1_0']
-  init = jax.jit(lambda key: module.init(
-    key, helpers.random_batch(), deterministic=True
-  ))
+  init = jax.jit(
+    lambda key: module.init(key, helpers.random_batch(), deterministic=True)
+  )
   params = partition.unbox(init(jax.random.key(0))['params'])
   kernel = params['encoder']['layers']['mlp']['wi']['kernel']
   assert np.abs(kernel[0] - kernel[1]).max() > 0.1
@@ -183,7 +175,8 @@ def test_norms_against_numpy(norm):
     helpers.T5_1_0, norm=norm, norm_epsilon=0.5, dtype='bfloat16'
   )
   x = np.array([[1.0, 2.0, 3.0, -4.0]], np.float32)
-  scale, bias = np.float32([1, 2, 3, 4]), np.float32([4, 3, 2, 1])
+  scale = np.array([1, 2, 3, 4], np.float32)
+  bias = np.array([4, 3, 2, 1], np.float32)
   params = {'scale': scale} | ({'bias': bias} if norm == 'layer' else {})
   if norm == 'rms':  # mean square 30 / 4
     expected = x / np.sqrt(7.5 + 0.5) * scale
@@ -202,13 +195,13 @@ def test_gated_mlp_against_numpy():
   wo = generator.normal(size=(32, 16)).astype(np.float32)
   x = generator.normal(size=(1, 2, 16)).astype(np.float32)
   params = {
-    'wi_0': {'kernel': wi_0}, 'wi_1': {'kernel': wi_1}, 'wo': {'kernel': wo}
+    'wi_0': {'kernel': wi_0},
+    'wi_1': {'kernel': wi_1},
+    'wo': {'kernel': wo},
   }
   h = x @ wi_0
   gelu = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
-  found = module.apply(
-    {'params': params}, jnp.asarray(x), deterministic=True
-  )
+  found = module.apply({'params': params}, jnp.asarray(x), deterministic=True)
   np.testing.assert_allclose(
     found, (gelu * (x @ wi_1)) @ wo, rtol=1e-4, atol=1e-4
   )
@@ -305,16 +298,14 @@ def test_a_bidirectional_prefix_sees_its_end_and_nothing_else_changes():
   # The answer stays causal.
   logits = helpers.logits(module, params, batch)
   later = dict(batch)
-  later['decoder_input_tokens'] = (
-    batch['decoder_input_tokens'].at[0, 3].add(1)
-  )
+  later['decoder_input_tokens'] = batch['decoder_input_tokens'].at[0, 3].add(1)
   found = helpers.logits(module, params, later)
-  np.testing.assert_allclose(found[0, :3], logits[0, :3], **TOLERANCE)
+  helpers.assert_close(found[0, :3], logits[0, :3])
   assert np.abs(found[0, 3:] - logits[0, 3:]).max() > 1e-3
 
   # A prompt of one token is the same either way, and longer ones are not.
   expected = helpers.logits(causal, params, batch)
-  np.testing.assert_allclose(logits[2, :4], expected[2, :4], **TOLERANCE)
+  helpers.assert_close(logits[2, :4], expected[2, :4])
   assert np.abs(logits[1, 0] - expected[1, 0]).max() > 1e-3
 
   # Its prefill reads the prompt the same way.
@@ -324,9 +315,7 @@ def test_a_bidirectional_prefix_sees_its_end_and_nothing_else_changes():
       module, params, batch['decoder_input_tokens'][:, t], cache
     )
     real = np.asarray(batch['decoder_segment_ids'][:, t] > 0)
-    np.testing.assert_allclose(
-      step_logits[real], logits[real, t], **TOLERANCE
-    )
+    helpers.assert_close(step_logits[real], logits[real, t])
 
 
 def test_positions_count_real_tokens():
@@ -340,9 +329,7 @@ def test_positions_count_real_tokens():
   def change(rows):
     # By one number alone: a layer norm would take a constant back out.
     other = {'embedding': table.at[rows, 0].add(1.0)}
-    found = helpers.logits(
-      module, params | {'position_embedder': other}, batch
-    )
+    found = helpers.logits(module, params | {'position_embedder': other}, batch)
     return np.abs(found - logits)[0].max(-1)
 
   assert (change(slice(length + steps, None)) == 0).all()
@@ -379,9 +366,7 @@ def test_a_prompt_alone_beyond_the_position_table_is_refused():
   params = jax.eval_shape(lambda: helpers.random_params(module))
   batch = jax.eval_shape(lambda: helpers.random_batch(prompt_lengths=(25,) * 4))
   with pytest.raises(ValueError, match='25 .* 24'):
-    jax.eval_shape(
-      lambda p, b: states_of_prompt(module, p, b), params, batch
-    )
+    jax.eval_shape(lambda p, b: states_of_prompt(module, p, b), params, batch)
 
 
 @pytest.mark.parametrize(

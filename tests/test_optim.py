@@ -76,9 +76,7 @@ def constant_grads(value):
 
 
 def test_kernels_and_embeddings_decay_and_nothing_else():
-  params = updated(
-    optim.adamw(0.5, weight_decay=0.1), constant_grads(0.0)
-  )
+  params = updated(optim.adamw(0.5, weight_decay=0.1), constant_grads(0.0))
   assert params['layer']['kernel'] == pytest.approx(2 - 0.5 * 0.1 * 2)
   assert params['embedder']['embedding'] == pytest.approx(1.9)
   assert params['layer']['bias'] == 2

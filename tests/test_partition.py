@@ -4,7 +4,9 @@
 import contextlib
 import dataclasses
 import functools
+import pathlib
 import re
+from typing import Any
 
 import helpers
 import jax
@@ -24,6 +26,7 @@ from l2s_jax import (
   train,
 )
 from l2s_jax import state as state_lib
+from l2s_jax.models import l2s
 
 NUM_STEPS = 4
 
@@ -31,10 +34,20 @@ NUM_STEPS = 4
 FSDP_ONLY = (
   ('batch', ('data', 'fsdp')),
   ('embed', 'fsdp'),
-  *((axis, None) for axis in (
-    'vocab', 'heads', 'mlp', 'llm_embed', 'length', 'kv', 'layers',
-    'relpos_buckets', 'abspos_buckets',
-  )),
+  *(
+    (axis, None)
+    for axis in (
+      'vocab',
+      'heads',
+      'mlp',
+      'llm_embed',
+      'length',
+      'kv',
+      'layers',
+      'relpos_buckets',
+      'abspos_buckets',
+    )
+  ),
 )
 CUBE = partition.MeshConfig(data=2, fsdp=2, tensor=2, llm_rules=FSDP_ONLY)
 ONE = partition.MeshConfig(data=1)
@@ -74,7 +87,11 @@ def batch_of_eight(module, seed):
   return {key: np.asarray(value) for key, value in batch.items()}
 
 
-def train_on(mesh_config, module, run_dir) -> Run:
+def train_on(
+  mesh_config: partition.MeshConfig,
+  module: l2s.LlmToSlm,
+  run_dir: pathlib.Path,
+) -> Run:
   """Trains a few steps as `train.train` does, saves, and generates."""
   mesh, context = entered(mesh_config)
   optimizer = optim.adamw(0.01, weight_decay=0.1).transform
@@ -131,7 +148,10 @@ def train_on(mesh_config, module, run_dir) -> Run:
   return Run(layout, state, losses, np.asarray(tokens))
 
 
-@pytest.fixture(scope='module', params=['t5_1_1-add-shared', 'gpt2-add-foreign'])
+PAIRS = ['t5_1_1-add-shared', 'gpt2-add-foreign']
+
+
+@pytest.fixture(scope='module', params=PAIRS)
 def runs(request, tmp_path_factory):
   """Returns one run on one device, one on a cube of eight, and folders."""
   module = helpers.llm_to_slm(*request.param.split('-'), dropout_rate=0.1)
@@ -161,14 +181,10 @@ def test_parameters_and_slots_are_really_spread(runs):
   assert len(shards) == 8
 
   moments = optax.tree_utils.tree_get(cube.state.opt_state, 'mu')
-  jax.tree.map(
-    lambda moment, param: (
-      moment.sharding.is_equivalent_to(param.sharding, param.ndim)
-      or pytest.fail(f'{moment.sharding} is not {param.sharding}')
-    ),
-    moments,
-    cube.state.trainable,
-  )
+  for moment, param in zip(
+    jax.tree.leaves(moments), jax.tree.leaves(cube.state.trainable), strict=True
+  ):
+    assert moment.sharding.is_equivalent_to(param.sharding, param.ndim)
 
 
 def test_the_llm_follows_rules_of_its_own(runs):
@@ -213,20 +229,17 @@ def test_a_checkpoint_of_one_mesh_restores_on_another(runs, saved, restored):
   run, folder = (one, one_folder) if saved is ONE else (cube, cube_folder)
   target = (cube if restored is CUBE else one).state
   checkpointer = checkpoint.Checkpointer(folder)
-  state, position = checkpointer.restore(
+  found = checkpointer.restore(
     jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), target),
     jax.tree.map(lambda x: x.sharding, target),
   )
   checkpointer.close()
+  assert found is not None
+  state, position = found
   assert position == {'batches': NUM_STEPS}
   helpers.assert_trees_equal(state, run.state)
-  jax.tree.map(
-    lambda x, y: (
-      x.sharding == y.sharding or pytest.fail(f'{x.sharding}, {y.sharding}')
-    ),
-    state,
-    target,
-  )
+  for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(target), strict=True):
+    assert x.sharding == y.sharding
 
 
 # --- what is refused ---
@@ -273,7 +286,9 @@ def test_parameters_that_do_not_divide_are_all_listed():
   module = helpers.MODULES['t5_1_0'].clone(config=config)
   mesh_config = partition.MeshConfig(data=2, tensor=4)
   with pytest.raises(ValueError) as error:
-    parameters.layout(helpers.system(module), make_mesh(mesh_config), mesh_config)
+    parameters.layout(
+      helpers.system(module), make_mesh(mesh_config), mesh_config
+    )
   message = str(error.value)
   line = 'token_embedder/embedding (257, 16): 257 does not divide over 4'
   assert line in message
@@ -307,7 +322,7 @@ def test_every_axis_of_a_parameter_has_a_rule(name):
   _, axes = partition.abstract_params(
     functools.partial(helpers.MODULES[name].init, deterministic=True),
     jax.random.key(0),
-    helpers.example_shapes(),
+    parameters.example_batch(1, 2, 2),
   )
   used = set()
   for spec in jax.tree.leaves(
@@ -320,10 +335,16 @@ def test_every_axis_of_a_parameter_has_a_rule(name):
 
 
 def test_rules_may_come_from_gin_as_lists():
-  lists = [['batch', ['data', 'fsdp']], ['embed', None], ['mlp', 'tensor']]
+  lists: list[list[Any]] = [
+    ['batch', ['data', 'fsdp']],
+    ['embed', None],
+    ['mlp', 'tensor'],
+  ]
   config = partition.MeshConfig(llm_rules=lists)
   assert config.rules('llm') == (
-    ('batch', ('data', 'fsdp')), ('embed', None), ('mlp', 'tensor')
+    ('batch', ('data', 'fsdp')),
+    ('embed', None),
+    ('mlp', 'tensor'),
   )
   assert config.rules('slm') == partition.DEFAULT_RULES
   assert config.rules('projector') == partition.DEFAULT_RULES
