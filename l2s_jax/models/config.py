@@ -8,6 +8,11 @@ from typing import Any
 import gin
 import jax.numpy as jnp
 
+ACTIVATIONS = ('relu', 'gelu', 'silu', 'linear')
+# Fields that may change between two starts of a run: how it is computed, not
+# what its parameters mean.
+RUNTIME_FIELDS = ('dropout_rate', 'dtype', 'scan_layers', 'remat')
+
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
@@ -79,6 +84,18 @@ class TransformerConfig:
   def __post_init__(self):
     # Gin and JSON give lists; the config is a hashable module field.
     object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
+    for activation in self.mlp_activations:
+      if activation not in ACTIVATIONS:
+        raise ValueError(
+          f'TransformerConfig.mlp_activations has {activation!r}, which is '
+          f'not one of {ACTIVATIONS}.'
+        )
+    for field in ('vocab_size', 'emb_dim', 'num_heads', 'head_dim', 'mlp_dim'):
+      if getattr(self, field) < 1:
+        raise ValueError(
+          f'TransformerConfig.{field}={getattr(self, field)}: it must be '
+          'positive.'
+        )
     choices = {
       'norm': ('rms', 'layer'),
       'positions': ('relative', 'learned'),
@@ -91,6 +108,13 @@ class TransformerConfig:
         raise ValueError(
           f'TransformerConfig.{field}={value!r} is not one of {allowed}.'
         )
+    expected = 'relative' if self.is_encoder_decoder else 'learned'
+    if self.positions != expected:
+      raise ValueError(
+        f'TransformerConfig.positions={self.positions!r} with '
+        f'num_encoder_layers={self.num_encoder_layers}: an encoder-decoder has '
+        "'relative' positions, a decoder-only model 'learned' ones."
+      )
     if self.positions == 'learned' and self.max_positions < 1:
       raise ValueError(
         "TransformerConfig.positions='learned' needs max_positions > 0, the "

@@ -7,7 +7,6 @@ real tokens, so it moves nothing.
 """
 
 import jax.numpy as jnp
-from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from l2s_jax.models import attention, language_model, layers, transformer
@@ -25,14 +24,7 @@ class DecoderOnly(language_model.LanguageModel):
         config, config.max_positions, ('abspos_buckets', 'embed')
       )
     self.decoder = transformer.Stack(config, config.num_decoder_layers)
-    if not config.logits_via_embedding:
-      self.logits_dense = layers.Einsum(
-        'btd,dv->btv',
-        (config.emb_dim, config.vocab_size),
-        ('embed', 'vocab'),
-        config.emb_dim,
-        config,
-      )
+    self.logits_dense = layers.Head(config)
 
   def embed(self, tokens):
     return self.token_embedder(tokens)
@@ -40,6 +32,7 @@ class DecoderOnly(language_model.LanguageModel):
   def encode(self, embeddings, segment_ids, *, deterministic):
     valid = segment_ids > 0
     length = embeddings.shape[1]
+    self._check_length(length, 0)
     states, _ = self.decoder(
       self._add_positions(embeddings, _positions(valid)),
       transformer.Context(self._bias(valid, length, length)),
@@ -62,7 +55,9 @@ class DecoderOnly(language_model.LanguageModel):
       transformer.Context(self._bias(valid, valid.shape[1], prompt_length)),
       deterministic=deterministic,
     )
-    return self._head(states[:, prompt_length:])
+    return self.logits_dense(
+      states[:, prompt_length:], self.token_embedder
+    )
 
   def start(self, prompt_embeddings, prompt_segment_ids, *, max_decode_len):
     batch_size, prompt_length = prompt_segment_ids.shape
@@ -94,7 +89,8 @@ class DecoderOnly(language_model.LanguageModel):
       kv=cache.kv,
       deterministic=True,
     )
-    return self._head(states)[:, 0], cache.replace(kv=kv)
+    logits = self.logits_dense(states, self.token_embedder)
+    return logits[:, 0], cache.replace(kv=kv)
 
   def _bias(
     self, valid: Bool[Array, 'batch slots'], num_queries: int, prefix: int
@@ -125,18 +121,8 @@ class DecoderOnly(language_model.LanguageModel):
         f'A prompt of {prompt_length} tokens and an answer of {answer_length} '
         f'make {prompt_length + answer_length} positions, but the model has '
         f'{rows} (TransformerConfig.max_positions). Shorten '
-        'TASK_FEATURE_LENGTHS or the decoding length.'
+        'TASK_FEATURE_LENGTHS (in inference PROMPT_LENGTH or MAX_DECODE_LEN).'
       )
-
-  def _head(
-    self, states: Float[Array, 'batch length embed']
-  ) -> Float[Array, 'batch length vocab']:
-    if self.config.logits_via_embedding:
-      logits = self.token_embedder.attend(states)
-    else:
-      logits = self.logits_dense(states)
-    logits = nn.with_logical_constraint(logits, ('batch', 'length', 'vocab'))
-    return logits.astype(jnp.float32)
 
 
 def _positions(valid: Bool[Array, 'batch slots']) -> Int[Array, 'batch slots']:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from l2s_jax.models import config as config_lib
 
-ACTIVATIONS = {
+_ACTIVATIONS = {
   'relu': nn.relu,
   'gelu': functools.partial(nn.gelu, approximate=True),
   'silu': nn.silu,
@@ -135,6 +135,38 @@ class Embed(nn.Module):
     )
 
 
+class Head(nn.Module):
+  """From states to float32 logits, by a kernel or by the embedding table."""
+
+  config: config_lib.TransformerConfig
+
+  @nn.compact
+  def __call__(
+    self, states: Float[Array, 'batch length embed'], embedder: Embed
+  ) -> Float[Array, 'batch length vocab']:
+    config = self.config
+    if config.logits_via_embedding:
+      if config.scale_logits:
+        states *= config.emb_dim**-0.5
+      logits = embedder.attend(states)
+    else:
+      stddev = config.kernel_init_stddev or config.emb_dim**-0.5
+      kernel = self.param(
+        'kernel',
+        nn.with_logical_partitioning(
+          nn.initializers.normal(stddev), ('embed', 'vocab')
+        ),
+        (config.emb_dim, config.vocab_size),
+      )
+      logits = jnp.einsum(
+        'btd,dv->btv',
+        states,
+        kernel.astype(states.dtype),
+        preferred_element_type=jnp.float32,
+      )
+    return nn.with_logical_constraint(logits, ('batch', 'length', 'vocab'))
+
+
 class Mlp(nn.Module):
   """Two projections with an activation, or a product of two, between."""
 
@@ -154,7 +186,7 @@ class Mlp(nn.Module):
       branch = Einsum(
         'btd,df->btf', (d, f), ('embed', 'mlp'), d, config, bias_axes, name=name
       )(inputs)
-      branch = ACTIVATIONS[activation](branch)
+      branch = _ACTIVATIONS[activation](branch)
       hidden = branch if hidden is None else hidden * branch
     hidden = Dropout(config.dropout_rate)(hidden, deterministic=deterministic)
     hidden = nn.with_logical_constraint(hidden, ('batch', 'length', 'mlp'))

@@ -7,7 +7,6 @@ for the gated MLP.
 """
 
 import jax.numpy as jnp
-from flax import linen as nn
 from jaxtyping import Array, Float
 
 from l2s_jax.models import attention, language_model, layers, transformer
@@ -27,14 +26,7 @@ class EncoderDecoder(language_model.LanguageModel):
       config, config.num_decoder_layers, has_cross_attention=True
     )
     self.dropout = layers.Dropout(config.dropout_rate)
-    if not config.logits_via_embedding:
-      self.logits_dense = layers.Einsum(
-        'btd,dv->btv',
-        (config.emb_dim, config.vocab_size),
-        ('embed', 'vocab'),
-        config.emb_dim,
-        config,
-      )
+    self.logits_dense = layers.Head(config)
 
   def embed(self, tokens):
     return self.token_embedder(tokens)
@@ -109,11 +101,4 @@ class EncoderDecoder(language_model.LanguageModel):
     self, states: Float[Array, 'batch length embed'], *, deterministic: bool
   ) -> Float[Array, 'batch length vocab']:
     states = self.dropout(states, deterministic=deterministic)
-    if self.config.logits_via_embedding:
-      if self.config.scale_logits:
-        states *= self.config.emb_dim**-0.5
-      logits = self.token_embedder.attend(states)
-    else:
-      logits = self.logits_dense(states)
-    logits = nn.with_logical_constraint(logits, ('batch', 'length', 'vocab'))
-    return logits.astype(jnp.float32)
+    return self.logits_dense(states, self.token_embedder)
