@@ -41,8 +41,7 @@ Content = tuple[str | int, ...]
 # The contents of one example, all of one split, and their text in a locale.
 Drawing = tuple[list[Content], Callable[[str], str]]
 DateStyle = Literal['short', 'medium', 'long', 'full']
-TimeUnit = Literal[
-    'year', 'month', 'week', 'day', 'hour', 'minute', 'second']
+TimeUnit = Literal['year', 'month', 'week', 'day', 'hour', 'minute', 'second']
 
 _NUM_BUCKETS = 20
 _HELD_OUT_BUCKETS = {0: 'validation', 1: 'test'}
@@ -51,35 +50,48 @@ _HELD_OUT_BUCKETS = {0: 'validation', 1: 'test'}
 _FIRST_DAY = datetime.date(1950, 1, 1)
 _NUM_DAYS = (datetime.date(2050, 1, 1) - _FIRST_DAY).days
 _SECONDS: dict[TimeUnit, int] = {
-    'year': 365 * 86400, 'month': 30 * 86400, 'week': 7 * 86400,
-    'day': 86400, 'hour': 3600, 'minute': 60, 'second': 1}
+  'year': 365 * 86400,
+  'month': 30 * 86400,
+  'week': 7 * 86400,
+  'day': 86400,
+  'hour': 3600,
+  'minute': 60,
+  'second': 1,
+}
 _COMPOUNDS: tuple[tuple[TimeUnit, TimeUnit, int], ...] = (
-    ('year', 'month', 12), ('week', 'day', 7), ('day', 'hour', 24),
-    ('hour', 'minute', 60), ('minute', 'second', 60))
+  ('year', 'month', 12),
+  ('week', 'day', 7),
+  ('day', 'hour', 24),
+  ('hour', 'minute', 60),
+  ('minute', 'second', 60),
+)
 _CURRENCIES = 'USD EUR GBP JPY CHF RON CAD PLN SEK CZK'.split()
 # Units whose long and short forms Babel has in all four languages; it lacks,
 # say, a Romanian 'kWh' in words and French cups.
 _UNITS = (
-    'length-kilometer length-centimeter length-millimeter length-mile '
-    'length-foot length-inch length-yard mass-kilogram mass-ounce mass-pound '
-    'mass-tonne volume-milliliter volume-gallon temperature-celsius '
-    'temperature-fahrenheit speed-kilometer-per-hour speed-mile-per-hour '
-    'speed-meter-per-second power-watt power-kilowatt electric-volt '
-    'digital-megabyte digital-gigabyte frequency-hertz area-hectare').split()
+  'length-kilometer length-centimeter length-millimeter length-mile '
+  'length-foot length-inch length-yard mass-kilogram mass-ounce mass-pound '
+  'mass-tonne volume-milliliter volume-gallon temperature-celsius '
+  'temperature-fahrenheit speed-kilometer-per-hour speed-mile-per-hour '
+  'speed-meter-per-second power-watt power-kilowatt electric-volt '
+  'digital-megabyte digital-gigabyte frequency-hertz area-hectare'
+).split()
 _COUNTRIES = (
-    'AL AM AR AT AU BE BG BR BY CA CH CL CN CO CU CY CZ DE DK DZ EC EE EG ES '
-    'ET FI FR GE GR HR HU ID IE IN IQ IS IT JM JO JP KE KH KR LB LT LU LV LY '
-    'MA MN MX NG NL NO NP PE PH PK PL PT RO RS RU SE SI SK SN SY TD TH TN TR '
-    'UA UZ VN YE ZA').split()
+  'AL AM AR AT AU BE BG BR BY CA CH CL CN CO CU CY CZ DE DK DZ EC EE EG ES '
+  'ET FI FR GE GR HR HU ID IE IN IQ IS IT JM JO JP KE KH KR LB LT LU LV LY '
+  'MA MN MX NG NL NO NP PE PH PK PL PT RO RS RU SE SI SK SN SY TD TH TN TR '
+  'UA UZ VN YE ZA'
+).split()
 _LANGUAGES = (
-    'ar be bg ca cs da de el en es et eu fa fi fr ga he hi hr hu hy id is it '
-    'ja ka ko la lt lv mn nl no pl pt ro ru sk sl sq sr sv th tr uk vi '
-    'zh').split()
+  'ar be bg ca cs da de el en es et eu fa fi fr ga he hi hr hu hy id is it '
+  'ja ka ko la lt lv mn nl no pl pt ro ru sk sl sq sr sv th tr uk vi '
+  'zh'
+).split()
 
 
 def examples(
-    split: str, *, seed: int = 0,
-    num_examples: int | None = None) -> Iterator[dict[str, str]]:
+  split: str, *, seed: int = 0, num_examples: int | None = None
+) -> Iterator[dict[str, str]]:
   """Returns an iterator over the examples of a split, made as it is read.
 
   Each is `{'prompt': 'translate English to German: 3 days', 'answer': '3 Tage',
@@ -99,13 +111,15 @@ def examples(
   """
   if split not in SIZES:
     raise ValueError(
-        f'no split {split!r} in the CLDR task; choose one of {list(SIZES)}.')
+      f'no split {split!r} in the CLDR task; choose one of {list(SIZES)}.'
+    )
   if num_examples is None:
     num_examples = SIZES[split]
   if not 0 <= num_examples <= SIZES[split]:
     raise ValueError(
-        f'num_examples={num_examples} of the CLDR split {split!r}, which has '
-        f'{SIZES[split]}; ask for 0 to {SIZES[split]}.')
+      f'num_examples={num_examples} of the CLDR split {split!r}, which has '
+      f'{SIZES[split]}; ask for 0 to {SIZES[split]}.'
+    )
   return itertools.islice(_generate(split, seed), num_examples)
 
 
@@ -135,7 +149,7 @@ def _generate(split: str, seed: int) -> Iterator[dict[str, str]]:
 
 
 def _draw_example(
-    rng: random.Random, split: str, kind: str, language: str
+  rng: random.Random, split: str, kind: str, language: str
 ) -> dict[str, str]:
   while True:
     contents, render = KINDS[kind](rng)
@@ -143,11 +157,12 @@ def _draw_example(
       break
   source = _plain(render('en'))
   return {
-      'prompt': f'translate English to {LANGUAGES[language]}: {source}',
-      'answer': _plain(render(language)),
-      'source': source,
-      'language': language,
-      'kind': kind}
+    'prompt': f'translate English to {LANGUAGES[language]}: {source}',
+    'answer': _plain(render(language)),
+    'source': source,
+    'language': language,
+    'kind': kind,
+  }
 
 
 def _plain(text: str) -> str:
@@ -165,8 +180,7 @@ def _draw_day(rng: random.Random) -> tuple[datetime.date, Content]:
 
 
 def _draw_minute(rng: random.Random) -> tuple[datetime.time, Content]:
-  time = datetime.time(
-      rng.randrange(24), rng.randrange(60), rng.randrange(60))
+  time = datetime.time(rng.randrange(24), rng.randrange(60), rng.randrange(60))
   return time, ('time', time.hour, time.minute)
 
 
@@ -182,23 +196,25 @@ def _unambiguous(style: DateStyle, day: datetime.date) -> DateStyle:
 def _draw_date(rng: random.Random) -> Drawing:
   day, content = _draw_day(rng)
   if rng.random() < 0.6:
-    style = _unambiguous(
-        rng.choice(('short', 'medium', 'long', 'full')), day)
+    style = _unambiguous(rng.choice(('short', 'medium', 'long', 'full')), day)
     return [content], lambda locale: dates.format_date(day, style, locale)
-  skeleton, part = rng.choice((
+  skeleton, part = rng.choice(
+    (
       ('yMMMM', ('month', day.year, day.month)),
       ('MMMMd', ('day', day.month, day.day)),
-      ('yQQQQ', ('quarter', day.year, (day.month + 2) // 3))))
+      ('yQQQQ', ('quarter', day.year, (day.month + 2) // 3)),
+    )
+  )
   moment = datetime.datetime.combine(day, datetime.time())
   return [part], lambda locale: dates.format_skeleton(
-      skeleton, moment, locale=locale)
+    skeleton, moment, locale=locale
+  )
 
 
 def _draw_time(rng: random.Random) -> Drawing:
   time, content = _draw_minute(rng)
   style = rng.choice(('short', 'medium'))
-  return [content], lambda locale: dates.format_time(
-      time, style, locale=locale)
+  return [content], lambda locale: dates.format_time(time, style, locale=locale)
 
 
 def _draw_datetime(rng: random.Random) -> Drawing:
@@ -209,21 +225,30 @@ def _draw_datetime(rng: random.Random) -> Drawing:
   def render(locale: str) -> str:
     # Not `format_datetime`: its long time names the time zone.
     return str(dates.get_datetime_format(style, locale)).format(
-        dates.format_time(time, 'short', locale=locale),
-        dates.format_date(day, style, locale))
+      dates.format_time(time, 'short', locale=locale),
+      dates.format_date(day, style, locale),
+    )
 
   return [day_content, time_content], render
 
 
 def _format_duration(
-    count: int, unit: TimeUnit, locale: str, *,
-    style: Literal['long', 'short'] = 'long',
-    add_direction: bool = False) -> str:
+  count: int,
+  unit: TimeUnit,
+  locale: str,
+  *,
+  style: Literal['long', 'short'] = 'long',
+  add_direction: bool = False,
+) -> str:
   # The infinite threshold keeps the unit: 90 seconds, not 2 minutes.
   return dates.format_timedelta(
-      datetime.timedelta(seconds=count * _SECONDS[unit]), granularity=unit,
-      threshold=math.inf, add_direction=add_direction, format=style,
-      locale=locale)
+    datetime.timedelta(seconds=count * _SECONDS[unit]),
+    granularity=unit,
+    threshold=math.inf,
+    add_direction=add_direction,
+    format=style,
+    locale=locale,
+  )
 
 
 def _draw_duration(rng: random.Random) -> Drawing:
@@ -232,22 +257,29 @@ def _draw_duration(rng: random.Random) -> Drawing:
     first, second = rng.randrange(1, 31), rng.randrange(1, limit)
     content = ('durations', first, large, second, small)
     return [content], lambda locale: lists.format_list(
-        [_format_duration(first, large, locale),
-         _format_duration(second, small, locale)],
-        style='unit', locale=locale)
+      [
+        _format_duration(first, large, locale),
+        _format_duration(second, small, locale),
+      ],
+      style='unit',
+      locale=locale,
+    )
   count, unit = rng.randrange(1, 100), rng.choice(list(_SECONDS))
   # English has one form for a day, '3 days', where the others have two.
   style: Literal['long', 'short'] = (
-      'long' if unit == 'day' else rng.choice(('long', 'short')))
+    'long' if unit == 'day' else rng.choice(('long', 'short'))
+  )
   return [('duration', count, unit)], functools.partial(
-      _format_duration, count, unit, style=style)
+    _format_duration, count, unit, style=style
+  )
 
 
 def _draw_relative(rng: random.Random) -> Drawing:
   count, unit = rng.randrange(1, 100), rng.choice(list(_SECONDS))
   sign = rng.choice((1, -1))
   return [('duration', count, unit)], functools.partial(
-      _format_duration, sign * count, unit, add_direction=True)
+    _format_duration, sign * count, unit, add_direction=True
+  )
 
 
 def _draw_number(rng: random.Random) -> int:
@@ -257,7 +289,8 @@ def _draw_number(rng: random.Random) -> int:
 def _draw_cardinal(rng: random.Random) -> Drawing:
   number = _draw_number(rng)
   return [('number', number)], lambda locale: num2words.num2words(
-      number, lang=locale)
+    number, lang=locale
+  )
 
 
 def _draw_ordinal(rng: random.Random) -> Drawing:
@@ -267,7 +300,8 @@ def _draw_ordinal(rng: random.Random) -> Drawing:
   while number % 100 in (0, 80) or (number % 10 == 8 and number % 100 != 18):
     number = _draw_number(rng)
   return [('number', number)], lambda locale: num2words.num2words(
-      number, lang=locale, to='ordinal')
+    number, lang=locale, to='ordinal'
+  )
 
 
 def _draw_currency(rng: random.Random) -> Drawing:
@@ -284,8 +318,12 @@ def _draw_currency(rng: random.Random) -> Drawing:
     amount = decimal.Decimal(rng.randrange(1, limit))
     cents = 100 * int(amount)
   return [('amount', currency, cents)], lambda locale: numbers.format_currency(
-      amount, currency, locale=locale, format_type=style,
-      currency_digits=style == 'standard' or has_cents)
+    amount,
+    currency,
+    locale=locale,
+    format_type=style,
+    currency_digits=style == 'standard' or has_cents,
+  )
 
 
 def _draw_unit(rng: random.Random) -> Drawing:
@@ -300,38 +338,45 @@ def _draw_unit(rng: random.Random) -> Drawing:
     tenths = 10 * rng.randrange(1, 100) + rng.randrange(1, 10)
     value = decimal.Decimal(tenths).scaleb(-1)
   return [('measure', unit, tenths)], lambda locale: units.format_unit(
-      value, unit, length, locale=locale)
+    value, unit, length, locale=locale
+  )
 
 
 def _draw_names(
-    rng: random.Random, codes: list[str],
-    names_in: Callable[[str], Mapping[str, str]]) -> Drawing:
+  rng: random.Random,
+  codes: list[str],
+  names_in: Callable[[str], Mapping[str, str]],
+) -> Drawing:
   chosen = rng.sample(codes, rng.choice((1, 2, 2, 3, 3)))
   style: Literal['standard', 'or'] = rng.choice(('standard', 'or'))
   content: Content = ('name' if len(chosen) == 1 else 'names', *sorted(chosen))
   return [content], lambda locale: lists.format_list(
-      [names_in(locale)[code] for code in chosen], style=style, locale=locale)
+    [names_in(locale)[code] for code in chosen], style=style, locale=locale
+  )
 
 
 def _draw_countries(rng: random.Random) -> Drawing:
   return _draw_names(
-      rng, _COUNTRIES, lambda locale: babel.Locale.parse(locale).territories)
+    rng, _COUNTRIES, lambda locale: babel.Locale.parse(locale).territories
+  )
 
 
 def _draw_languages(rng: random.Random) -> Drawing:
   return _draw_names(
-      rng, _LANGUAGES, lambda locale: babel.Locale.parse(locale).languages)
+    rng, _LANGUAGES, lambda locale: babel.Locale.parse(locale).languages
+  )
 
 
 KINDS: dict[str, Callable[[random.Random], Drawing]] = {
-    'date': _draw_date,
-    'time': _draw_time,
-    'datetime': _draw_datetime,
-    'duration': _draw_duration,
-    'relative': _draw_relative,
-    'cardinal': _draw_cardinal,
-    'ordinal': _draw_ordinal,
-    'currency': _draw_currency,
-    'unit': _draw_unit,
-    'countries': _draw_countries,
-    'languages': _draw_languages}
+  'date': _draw_date,
+  'time': _draw_time,
+  'datetime': _draw_datetime,
+  'duration': _draw_duration,
+  'relative': _draw_relative,
+  'cardinal': _draw_cardinal,
+  'ordinal': _draw_ordinal,
+  'currency': _draw_currency,
+  'unit': _draw_unit,
+  'countries': _draw_countries,
+  'languages': _draw_languages,
+}

@@ -32,8 +32,12 @@ Batch = dict[str, Int32[np.ndarray, '...'] | Float32[np.ndarray, '...']]
 
 
 def prompt_batch(
-    prompt_ids: Sequence[Sequence[int]], *, length: int, pad_id: int,
-    batch_size: int | None = None) -> Batch:
+  prompt_ids: Sequence[Sequence[int]],
+  *,
+  length: int,
+  pad_id: int,
+  batch_size: int | None = None,
+) -> Batch:
   """Returns the encoder's half of a batch.
 
   Args:
@@ -49,14 +53,20 @@ def prompt_batch(
   """
   tokens, segment_ids = _pad(prompt_ids, length, pad_id)
   return pad_rows(
-      {'encoder_input_tokens': tokens, 'encoder_segment_ids': segment_ids},
-      batch_size)
+    {'encoder_input_tokens': tokens, 'encoder_segment_ids': segment_ids},
+    batch_size,
+  )
 
 
 def pad_and_shift(
-    prompt_ids: Sequence[Sequence[int]], answer_ids: Sequence[Sequence[int]],
-    *, task_feature_lengths: Mapping[str, int], prompt_vocabulary: Vocabulary,
-    answer_vocabulary: Vocabulary, batch_size: int | None = None) -> Batch:
+  prompt_ids: Sequence[Sequence[int]],
+  answer_ids: Sequence[Sequence[int]],
+  *,
+  task_feature_lengths: Mapping[str, int],
+  prompt_vocabulary: Vocabulary,
+  answer_vocabulary: Vocabulary,
+  batch_size: int | None = None,
+) -> Batch:
   """Returns a whole batch, the same as SeqIO's of the same ids.
 
   Args:
@@ -72,23 +82,30 @@ def pad_and_shift(
   """
   if len(prompt_ids) != len(answer_ids):
     raise ValueError(
-        f'{len(prompt_ids)} prompts and {len(answer_ids)} answers; expected as '
-        'many of one as of the other.')
+      f'{len(prompt_ids)} prompts and {len(answer_ids)} answers; expected as '
+      'many of one as of the other.'
+    )
   prompts, prompt_segments = _pad(
-      prompt_ids, task_feature_lengths['inputs'], prompt_vocabulary.pad_id)
+    prompt_ids, task_feature_lengths['inputs'], prompt_vocabulary.pad_id
+  )
   length, pad_id = task_feature_lengths['targets'], answer_vocabulary.pad_id
   targets, target_segments = _pad(answer_ids, length, pad_id)
   shifted, _ = _pad(
-      [[answer_vocabulary.start_id, *ids[:length][:-1]] for ids in answer_ids],
-      length, pad_id)
-  return pad_rows({
+    [[answer_vocabulary.start_id, *ids[:length][:-1]] for ids in answer_ids],
+    length,
+    pad_id,
+  )
+  return pad_rows(
+    {
       'encoder_input_tokens': prompts,
       'encoder_segment_ids': prompt_segments,
       'decoder_input_tokens': shifted,
       'decoder_target_tokens': targets,
       'decoder_segment_ids': target_segments,
       'decoder_loss_weights': target_segments.astype(np.float32),
-  }, batch_size)
+    },
+    batch_size,
+  )
 
 
 def pad_rows(batch: Batch, batch_size: int | None) -> Batch:
@@ -102,8 +119,9 @@ def pad_rows(batch: Batch, batch_size: int | None) -> Batch:
     return batch
   if not 0 < num_rows < batch_size:
     raise ValueError(
-        f'{num_rows} rows do not make a batch of {batch_size}; give at least '
-        'one and at most batch_size.')
+      f'{num_rows} rows do not make a batch of {batch_size}; give at least '
+      'one and at most batch_size.'
+    )
   rows = np.minimum(np.arange(batch_size), num_rows - 1)
   padded = {key: value[rows] for key, value in batch.items()}
   if 'decoder_loss_weights' in padded:
@@ -112,7 +130,7 @@ def pad_rows(batch: Batch, batch_size: int | None) -> Batch:
 
 
 def _pad(
-    sequences: Sequence[Sequence[int]], length: int, pad_id: int
+  sequences: Sequence[Sequence[int]], length: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns tokens and segment ids, both [row, length] and int32."""
   tokens = np.full((len(sequences), length), pad_id, np.int32)
@@ -120,7 +138,8 @@ def _pad(
   for row, ids in enumerate(sequences):
     if not len(ids):
       raise ValueError(
-          f'sequence {row} is empty; append the EOS before batching.')
+        f'sequence {row} is empty; append the EOS before batching.'
+      )
     size = min(len(ids), length)
     tokens[row, :size] = ids[:size]
     segment_ids[row, :size] = 1
@@ -143,8 +162,9 @@ def control_partners(prompts: Sequence[Sequence[int]]) -> list[int]:
   texts = [tuple(map(int, prompt)) for prompt in prompts]
   if len(set(texts)) < 2:
     raise ValueError(
-        f"the control 'other' needs two different prompts; all "
-        f'{len(texts)} are the same.')
+      f"the control 'other' needs two different prompts; all "
+      f'{len(texts)} are the same.'
+    )
   order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
   partners = [-1] * len(texts)
   # Backwards, and around twice: whoever comes after an equal prompt has
@@ -161,7 +181,8 @@ _END = object()
 
 
 def prefetch(
-    batches: Iterator[Batch], size: int = 2) -> Generator[Batch, None, None]:
+  batches: Iterator[Batch], size: int = 2
+) -> Generator[Batch, None, None]:
   """Yields the same batches, made ahead of time by one thread.
 
   What the other thread raises is raised here, in its place. Closing the
@@ -184,10 +205,9 @@ def prefetch(
 
 
 class TaskBatches(Iterator[Batch]):
-  """One process's batches of a task, and what was cut in making them.
+  """Batches of a task, and what was cut in making them.
 
-  The counts are of all processes' rows, up to the batch last returned, and
-  start at `start_batch`.
+  The counts go up to the batch last returned and start at `start_example`.
 
   Attributes:
     num_examples: examples seen, copies that fill up a batch excluded.
@@ -197,12 +217,18 @@ class TaskBatches(Iterator[Batch]):
   """
 
   def __init__(
-      self, batches: Iterator[Batch], batch_size: int, *, process_index: int,
-      process_count: int):
+    self,
+    batches: Iterator[Batch],
+    batch_size: int,
+    *,
+    process_index: int,
+    process_count: int,
+  ):
     if batch_size % process_count:
       raise ValueError(
-          f'batch_size={batch_size} does not divide over {process_count} '
-          f'processes; set BATCH_SIZE to a multiple of {process_count}.')
+        f'batch_size={batch_size} does not divide over {process_count} '
+        f'processes; set BATCH_SIZE to a multiple of {process_count}.'
+      )
     local = batch_size // process_count
     # With a Hugging Face tokenizer TensorFlow's threads run Python, and most
     # often hang the process if the interpreter ends first; so end them before.
@@ -223,15 +249,24 @@ class TaskBatches(Iterator[Batch]):
     self.num_examples += len(prompts)
     self.num_truncated_prompts += int(prompts.sum())
     self.num_truncated_targets += int(targets.sum())
-    return {key: value[self._rows]
-            for key, value in pad_rows(batch, self._batch_size).items()}
+    return {
+      key: value[self._rows]
+      for key, value in pad_rows(batch, self._batch_size).items()
+    }
 
 
 def train_batches(
-    task: 'seqio.Task | seqio.Mixture', *,
-    task_feature_lengths: Mapping[str, int], batch_size: int, seed: int,
-    split: str = 'train', start_batch: int = 0, num_epochs: int | None = None,
-    process_index: int = 0, process_count: int = 1) -> TaskBatches:
+  task: 'seqio.Task | seqio.Mixture',
+  *,
+  task_feature_lengths: Mapping[str, int],
+  batch_size: int,
+  seed: int,
+  split: str = 'train',
+  start_batch: int = 0,
+  num_epochs: int | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> TaskBatches:
   """Returns shuffled batches, the same for the same arguments.
 
   Each epoch is a fresh order of the whole split (within the task's shuffle
@@ -260,32 +295,48 @@ def train_batches(
   """
   from l2s_jax import features
   from l2s_jax.features import seqio, tf
+
   _check_task(task, split, task_feature_lengths)
-  options = {'sequence_length': task_feature_lengths, 'split': split,
-             'shuffle': True, 'seed': seed,
-             # SeqIO's cache would keep the order of the first epoch.
-             'try_in_mem_cache': False}
+  options = {
+    'sequence_length': task_feature_lengths,
+    'split': split,
+    'shuffle': True,
+    'seed': seed,
+    # SeqIO's cache would keep the order of the first epoch.
+    'try_in_mem_cache': False,
+  }
   if isinstance(task, seqio.Mixture):
     dataset = task.get_dataset(
-        num_epochs=num_epochs,
-        passthrough_features=['inputs_length', 'targets_length'], **options)
+      num_epochs=num_epochs,
+      passthrough_features=['inputs_length', 'targets_length'],
+      **options,
+    )
   else:
     # Not SeqIO's num_epochs: it repeats before it shuffles, and mixes epochs.
     dataset = task.get_dataset(num_epochs=1, **options).repeat(num_epochs)
   converter = features.make_converter(task)
   dataset = converter(
-      dataset.skip(start_batch * batch_size), task_feature_lengths)
+    dataset.skip(start_batch * batch_size), task_feature_lengths
+  )
   dataset = dataset.batch(batch_size, drop_remainder=True)
   return TaskBatches(
-      dataset.prefetch(tf.data.AUTOTUNE).as_numpy_iterator(), batch_size,
-      process_index=process_index, process_count=process_count)
+    dataset.prefetch(tf.data.AUTOTUNE).as_numpy_iterator(),
+    batch_size,
+    process_index=process_index,
+    process_count=process_count,
+  )
 
 
 def eval_batches(
-    task: 'seqio.Task | seqio.Mixture', *,
-    task_feature_lengths: Mapping[str, int], batch_size: int,
-    split: str = 'validation', num_examples: int | None = None,
-    process_index: int = 0, process_count: int = 1) -> TaskBatches:
+  task: 'seqio.Task | seqio.Mixture',
+  *,
+  task_feature_lengths: Mapping[str, int],
+  batch_size: int,
+  split: str = 'validation',
+  num_examples: int | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> TaskBatches:
   """Returns one pass over a split in its own order, task after task.
 
   Every example is there once, at its weight; the last batch is filled up.
@@ -304,30 +355,41 @@ def eval_batches(
   """
   from l2s_jax import features
   from l2s_jax.features import seqio, tf
+
   _check_task(task, split, task_feature_lengths)
   converter = features.make_converter(task)
   datasets = [
-      converter(
-          part.get_dataset(
-              task_feature_lengths, split=split, shuffle=False, num_epochs=1
-          ).take(-1 if num_examples is None else num_examples),
-          task_feature_lengths)
-      for part in seqio.get_subtasks(task) if split in part.splits]
+    converter(
+      part.get_dataset(
+        task_feature_lengths, split=split, shuffle=False, num_epochs=1
+      ).take(-1 if num_examples is None else num_examples),
+      task_feature_lengths,
+    )
+    for part in seqio.get_subtasks(task)
+    if split in part.splits
+  ]
   dataset = functools.reduce(lambda one, two: one.concatenate(two), datasets)
   dataset = dataset.batch(batch_size).prefetch(tf.data.AUTOTUNE)
   return TaskBatches(
-      dataset.as_numpy_iterator(), batch_size, process_index=process_index,
-      process_count=process_count)
+    dataset.as_numpy_iterator(),
+    batch_size,
+    process_index=process_index,
+    process_count=process_count,
+  )
 
 
 def _check_task(
-    task: 'seqio.Task | seqio.Mixture', split: str,
-    task_feature_lengths: Mapping[str, int]) -> None:
+  task: 'seqio.Task | seqio.Mixture',
+  split: str,
+  task_feature_lengths: Mapping[str, int],
+) -> None:
   if split not in task.splits:
     raise ValueError(
-        f'task {task.name!r} has no split {split!r}; it has '
-        f'{", ".join(sorted(task.splits))}.')
+      f'task {task.name!r} has no split {split!r}; it has '
+      f'{", ".join(sorted(task.splits))}.'
+    )
   if set(task_feature_lengths) != {'inputs', 'targets'}:
     raise ValueError(
-        f'TASK_FEATURE_LENGTHS has {", ".join(task_feature_lengths)}; expected '
-        'inputs and targets, in tokens.')
+      f'TASK_FEATURE_LENGTHS has {", ".join(task_feature_lengths)}; expected '
+      'inputs and targets, in tokens.'
+    )

@@ -139,9 +139,7 @@ class Evaluator:
       split=self.split,
       num_examples=self._num_examples,
     ):
-      step_sums = self._loss_step(
-        params, partition.put_batch(batch, self.mesh)
-      )
+      step_sums = self._loss_step(params, partition.put_batch(batch, self.mesh))
       for name, value in step_sums.items():
         sums[name] = sums.get(name, 0.0) + float(value)
     tokens = max(sums['loss_weight'], 1.0)
@@ -244,9 +242,10 @@ def evaluate(
         )
         results[step][control] = scores
         label = '' if control == 'none' else f' (Z: {control})'
-        print(f'step {step}{label}: ' + ', '.join(
-          f'{name} {value:.4g}' for name, value in scores.items()
-        ))
+        print(
+          f'step {step}{label}: '
+          + ', '.join(f'{name} {value:.4g}' for name, value in scores.items())
+        )
     print(f'BLEU signature: {_bleu_signature()}')
     (folder / 'eval').mkdir(parents=True, exist_ok=True)
     systems.write_json(

@@ -34,9 +34,14 @@ class TaskEvaluator:
   """
 
   def __init__(
-      self, task: seqio.Task | seqio.Mixture, *,
-      task_feature_lengths: Mapping[str, int], split: str, batch_size: int,
-      num_examples: int | None = None):
+    self,
+    task: seqio.Task | seqio.Mixture,
+    *,
+    task_feature_lengths: Mapping[str, int],
+    split: str,
+    batch_size: int,
+    num_examples: int | None = None,
+  ):
     """Reads and tokenizes the split.
 
     Args:
@@ -57,14 +62,20 @@ class TaskEvaluator:
     self._batch_size = batch_size
     _check_evaluable(task, split)
     registry = (
-        seqio.MixtureRegistry if isinstance(task, seqio.Mixture)
-        else seqio.TaskRegistry)
+      seqio.MixtureRegistry
+      if isinstance(task, seqio.Mixture)
+      else seqio.TaskRegistry
+    )
     registry.add_provider(_REGISTERED_NAME, task)
     try:
       self._evaluator = seqio.Evaluator(
-          _REGISTERED_NAME, features.make_converter(task), eval_split=split,
-          sequence_length=task_feature_lengths, num_examples=num_examples,
-          async_compute_metrics=False)
+        _REGISTERED_NAME,
+        features.make_converter(task),
+        eval_split=split,
+        sequence_length=task_feature_lengths,
+        num_examples=num_examples,
+        async_compute_metrics=False,
+      )
     finally:
       registry.remove(_REGISTERED_NAME)
     for name, dataset in self._evaluator.cached_task_datasets.items():
@@ -72,13 +83,18 @@ class TaskEvaluator:
         raise ValueError(f'task {name!r} has no examples in split {split!r}.')
       if 'targets_pretokenized' not in dataset.element_spec:
         raise ValueError(
-            f'task {name!r} drops the raw answers, and what the tokenizer '
-            'makes of them is no reference; give seqio.preprocessors.tokenize '
-            'copy_pretokenized=True.')
+          f'task {name!r} drops the raw answers, and what the tokenizer '
+          'makes of them is no reference; give seqio.preprocessors.tokenize '
+          'copy_pretokenized=True.'
+        )
 
   def evaluate(
-      self, predict: Predict, *, step: int, control: str = 'none',
-      output_dir: str | os.PathLike[str] | None = None
+    self,
+    predict: Predict,
+    *,
+    step: int,
+    control: str = 'none',
+    output_dir: str | os.PathLike[str] | None = None,
   ) -> dict[str, dict[str, float]]:
     """Returns each task's metrics, and counts of its examples.
 
@@ -100,56 +116,71 @@ class TaskEvaluator:
       ValueError: if `predict` returns another shape than [batch, steps].
     """
     metrics, outputs = self._evaluator.evaluate(
-        compute_metrics=True, step=step,
-        predict_fn=functools.partial(self._predict, predict, control))
+      compute_metrics=True,
+      step=step,
+      predict_fn=functools.partial(self._predict, predict, control),
+    )
     results = {}
     for task in self._evaluator.eval_tasks:
       (predictions,) = outputs[task.name].values()
       examples = list(
-          self._evaluator.cached_task_datasets[task.name].as_numpy_iterator())
+        self._evaluator.cached_task_datasets[task.name].as_numpy_iterator()
+      )
       vocabulary = task.output_features['targets'].vocabulary
       results[task.name] = {
-          **_scalars(metrics.result()[task.name]),
-          'num_examples': len(examples),
-          'num_truncated_prompts': self._count_longer(examples, 'inputs'),
-          'num_truncated_targets': self._count_longer(examples, 'targets'),
-          'num_without_eos': sum(
-              vocabulary.eos_id not in ids for ids in predictions)}
+        **_scalars(metrics.result()[task.name]),
+        'num_examples': len(examples),
+        'num_truncated_prompts': self._count_longer(examples, 'inputs'),
+        'num_truncated_targets': self._count_longer(examples, 'targets'),
+        'num_without_eos': sum(
+          vocabulary.eos_id not in ids for ids in predictions
+        ),
+      }
       if output_dir is not None:
         suffix = '' if control == 'none' else f'-{control}'
         _write_predictions(
-            pathlib.Path(
-                output_dir, f'{task.name}-{self._split}-{step}{suffix}.jsonl'),
-            examples, [vocabulary.decode(ids) for ids in predictions])
+          pathlib.Path(
+            output_dir, f'{task.name}-{self._split}-{step}{suffix}.jsonl'
+          ),
+          examples,
+          [vocabulary.decode(ids) for ids in predictions],
+        )
     return results
 
   def _predict(
-      self, predict: Predict, control: str, dataset: tf.data.Dataset
+    self, predict: Predict, control: str, dataset: tf.data.Dataset
   ) -> list[tuple[int, Int[np.ndarray, ' steps']]]:
     """Returns index and ids of each example, as SeqIO asks for."""
     indices, examples = next(dataset.batch(len(dataset)).as_numpy_iterator())
-    examples = {key: value for key, value in examples.items()
-                if not key.endswith('_truncated')}
+    examples = {
+      key: value
+      for key, value in examples.items()
+      if not key.endswith('_truncated')
+    }
     if control == 'other':
       tokens = examples['encoder_input_tokens']
       segment_ids = examples['encoder_segment_ids']
-      partners = data.control_partners([
+      partners = data.control_partners(
+        [
           row[segments > 0].tolist()
-          for row, segments in zip(tokens, segment_ids, strict=True)])
+          for row, segments in zip(tokens, segment_ids, strict=True)
+        ]
+      )
       examples['llm_input_tokens'] = tokens[partners]
       examples['llm_segment_ids'] = segment_ids[partners]
     predictions: list[np.ndarray] = []
     for start in range(0, len(indices), self._batch_size):
       rows = slice(start, start + self._batch_size)
       batch = data.pad_rows(
-          {key: value[rows] for key, value in examples.items()},
-          self._batch_size)
+        {key: value[rows] for key, value in examples.items()}, self._batch_size
+      )
       ids = np.asarray(predict(batch))
       if ids.ndim != 2 or len(ids) != self._batch_size:
         raise ValueError(
-            f'predict returned shape {ids.shape}, expected '
-            f'({self._batch_size}, steps).')
-      predictions.extend(ids[:len(indices[rows])])
+          f'predict returned shape {ids.shape}, expected '
+          f'({self._batch_size}, steps).'
+        )
+      predictions.extend(ids[: len(indices[rows])])
     return list(zip(indices.tolist(), predictions, strict=True))
 
   def _count_longer(self, examples: list[dict[str, Any]], key: str) -> int:
@@ -162,29 +193,37 @@ def _check_evaluable(task: seqio.Task | seqio.Mixture, split: str) -> None:
   scored = [part for part in parts if part.metric_objs and split in part.splits]
   if not scored:
     found = '; '.join(
-        f'{part.name} has splits {", ".join(part.splits)} and '
-        f'{len(part.metric_objs)} metrics' for part in parts)
+      f'{part.name} has splits {", ".join(part.splits)} and '
+      f'{len(part.metric_objs)} metrics'
+      for part in parts
+    )
     raise ValueError(
-        f'nothing to evaluate in split {split!r} of {task.name!r}: {found}.')
+      f'nothing to evaluate in split {split!r} of {task.name!r}: {found}.'
+    )
   for part in scored:
     kinds = {metric.model_output_type.name for metric in part.metric_objs}
     if kinds != {'PREDICTION'}:
       raise ValueError(
-          f'task {part.name!r} has metrics of {", ".join(sorted(kinds))}; only '
-          'those of (targets, predictions) can be evaluated.')
+        f'task {part.name!r} has metrics of {", ".join(sorted(kinds))}; only '
+        'those of (targets, predictions) can be evaluated.'
+      )
 
 
 def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
   """Returns the numbers; texts and images are for SeqIO's own loggers."""
   values = {
-      name: metric.value if isinstance(metric, seqio.metrics.Scalar) else metric
-      for name, metric in metrics.items()}
-  return {name: float(value) for name, value in values.items()
-          if not isinstance(value, seqio.metrics.MetricValue)}
+    name: metric.value if isinstance(metric, seqio.metrics.Scalar) else metric
+    for name, metric in metrics.items()
+  }
+  return {
+    name: float(value)
+    for name, value in values.items()
+    if not isinstance(value, seqio.metrics.MetricValue)
+  }
 
 
 def _write_predictions(
-    path: pathlib.Path, examples: list[dict[str, Any]], predictions: list[str]
+  path: pathlib.Path, examples: list[dict[str, Any]], predictions: list[str]
 ) -> None:
   """Writes the file whole or not at all."""
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,9 +232,10 @@ def _write_predictions(
     with temporary.open('w', encoding='utf-8') as file:
       for example, prediction in zip(examples, predictions, strict=True):
         line = {
-            'prompt': example['inputs_pretokenized'].decode(),
-            'prediction': prediction,
-            'target': example['targets_pretokenized'].decode()}
+          'prompt': example['inputs_pretokenized'].decode(),
+          'prediction': prediction,
+          'target': example['targets_pretokenized'].decode(),
+        }
         file.write(json.dumps(line, ensure_ascii=False) + '\n')
     os.replace(temporary, path)
   finally:

@@ -42,8 +42,9 @@ def _silence() -> Iterator[None]:
 def _is_worth_reading(record: logging.LogRecord) -> bool:
   """Drops advice of SeqIO and TFDS that does not apply to how we use them."""
   return record.levelno >= logging.ERROR or not any(
-      f'{os.sep}{package}{os.sep}' in record.pathname
-      for package in ('seqio', 'tensorflow_datasets'))
+    f'{os.sep}{package}{os.sep}' in record.pathname
+    for package in ('seqio', 'tensorflow_datasets')
+  )
 
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
@@ -51,6 +52,7 @@ with _silence():
   import seqio
   import tensorflow as tf
   import tensorflow_text
+
   tf.config.set_visible_devices([], 'GPU')
 logging.getLogger('absl').addFilter(_is_worth_reading)
 
@@ -101,8 +103,9 @@ class SeqioVocabulary(seqio.Vocabulary):
 
   def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
     def decode(rows: np.ndarray) -> np.ndarray:
-      texts = [self.decode(row).encode()
-               for row in rows.reshape(-1, rows.shape[-1])]
+      texts = [
+        self.decode(row).encode() for row in rows.reshape(-1, rows.shape[-1])
+      ]
       return np.array(texts, object).reshape(rows.shape[:-1])
 
     texts = tf.numpy_function(decode, [ids], tf.string, stateful=False)
@@ -135,7 +138,7 @@ def wrap_vocabulary(vocabulary: vocabularies.Vocabulary) -> SeqioVocabulary:
 
 
 def tokenize_and_measure(
-    dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]
+  dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]
 ) -> tf.data.Dataset:
   """Turns text into ids with EOS and notes their lengths, before any trimming.
 
@@ -183,24 +186,37 @@ class L2SFeatureConverter(seqio.FeatureConverter):
   """
 
   TASK_FEATURES = {
-      'inputs': seqio.FeatureConverter.FeatureSpec(dtype=tf.int32),
-      'targets': seqio.FeatureConverter.FeatureSpec(dtype=tf.int32),
+    'inputs': seqio.FeatureConverter.FeatureSpec(dtype=tf.int32),
+    'targets': seqio.FeatureConverter.FeatureSpec(dtype=tf.int32),
   }
   MODEL_FEATURES = {
-      **{key: seqio.FeatureConverter.FeatureSpec(dtype=tf.int32) for key in (
-          'encoder_input_tokens', 'encoder_segment_ids',
-          'decoder_input_tokens', 'decoder_target_tokens',
-          'decoder_segment_ids')},
-      'decoder_loss_weights': seqio.FeatureConverter.FeatureSpec(
-          dtype=tf.float32),
-      **{key: seqio.FeatureConverter.FeatureSpec(dtype=tf.int32, rank=0)
-         for key in ('encoder_truncated', 'decoder_truncated')},
+    **{
+      key: seqio.FeatureConverter.FeatureSpec(dtype=tf.int32)
+      for key in (
+        'encoder_input_tokens',
+        'encoder_segment_ids',
+        'decoder_input_tokens',
+        'decoder_target_tokens',
+        'decoder_segment_ids',
+      )
+    },
+    'decoder_loss_weights': seqio.FeatureConverter.FeatureSpec(
+      dtype=tf.float32
+    ),
+    **{
+      key: seqio.FeatureConverter.FeatureSpec(dtype=tf.int32, rank=0)
+      for key in ('encoder_truncated', 'decoder_truncated')
+    },
   }
   PACKING_FEATURE_DTYPES: Mapping[str, tf.DType] = {}
 
   def __init__(
-      self, prompt_vocabulary: SeqioVocabulary,
-      answer_vocabulary: SeqioVocabulary, *, pack: bool = False):
+    self,
+    prompt_vocabulary: SeqioVocabulary,
+    answer_vocabulary: SeqioVocabulary,
+    *,
+    pack: bool = False,
+  ):
     """Keeps the ids that pad and start.
 
     Raises:
@@ -208,23 +224,23 @@ class L2SFeatureConverter(seqio.FeatureConverter):
     """
     if pack:
       raise ValueError(
-          'pack=True: several examples in one row are not supported, since a '
-          'prompt and its answer must share a row; set pack=False.')
+        'pack=True: several examples in one row are not supported, since a '
+        'prompt and its answer must share a row; set pack=False.'
+      )
     super().__init__(
-        pack=False, apply_length_check=False,
-        bos_id=answer_vocabulary.start_id)
+      pack=False, apply_length_check=False, bos_id=answer_vocabulary.start_id
+    )
     self._prompt_pad_id = prompt_vocabulary.pad_id
     self._answer_pad_id = answer_vocabulary.pad_id
 
   def _convert_features(
-      self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
+    self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
   ) -> tf.data.Dataset:
     prompt_length = task_feature_lengths['inputs']
     answer_length = task_feature_lengths['targets']
 
     def pad(ids: tf.Tensor, length: int, pad_id: int) -> tf.Tensor:
-      padded = tf.pad(
-          ids, [[0, length - tf.size(ids)]], constant_values=pad_id)
+      padded = tf.pad(ids, [[0, length - tf.size(ids)]], constant_values=pad_id)
       return tf.ensure_shape(padded, [length])
 
     def convert(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
@@ -232,30 +248,39 @@ class L2SFeatureConverter(seqio.FeatureConverter):
       shifted = tf.concat([[self.bos_id], answer[:-1]], 0)
       answer_mask = tf.sequence_mask(tf.size(answer), answer_length)
       return {
-          'encoder_input_tokens': pad(
-              prompt, prompt_length, self._prompt_pad_id),
-          'encoder_segment_ids': tf.sequence_mask(
-              tf.size(prompt), prompt_length, tf.int32),
-          'decoder_input_tokens': pad(
-              shifted, answer_length, self._answer_pad_id),
-          'decoder_target_tokens': pad(
-              answer, answer_length, self._answer_pad_id),
-          'decoder_segment_ids': tf.cast(answer_mask, tf.int32),
-          'decoder_loss_weights': tf.cast(answer_mask, tf.float32),
-          'encoder_truncated': tf.cast(
-              example['inputs_length'] > prompt_length, tf.int32),
-          'decoder_truncated': tf.cast(
-              example['targets_length'] > answer_length, tf.int32),
+        'encoder_input_tokens': pad(prompt, prompt_length, self._prompt_pad_id),
+        'encoder_segment_ids': tf.sequence_mask(
+          tf.size(prompt), prompt_length, tf.int32
+        ),
+        'decoder_input_tokens': pad(
+          shifted, answer_length, self._answer_pad_id
+        ),
+        'decoder_target_tokens': pad(
+          answer, answer_length, self._answer_pad_id
+        ),
+        'decoder_segment_ids': tf.cast(answer_mask, tf.int32),
+        'decoder_loss_weights': tf.cast(answer_mask, tf.float32),
+        'encoder_truncated': tf.cast(
+          example['inputs_length'] > prompt_length, tf.int32
+        ),
+        'decoder_truncated': tf.cast(
+          example['targets_length'] > answer_length, tf.int32
+        ),
       }
 
     return ds.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
 
   def get_model_feature_lengths(
-      self, task_feature_lengths: Mapping[str, int]) -> Mapping[str, int]:
-    lengths = {'encoder': task_feature_lengths['inputs'],
-               'decoder': task_feature_lengths['targets']}
-    return {key: lengths[key.split('_')[0]] if spec.rank else 0
-            for key, spec in self.MODEL_FEATURES.items()}
+    self, task_feature_lengths: Mapping[str, int]
+  ) -> Mapping[str, int]:
+    lengths = {
+      'encoder': task_feature_lengths['inputs'],
+      'decoder': task_feature_lengths['targets'],
+    }
+    return {
+      key: lengths[key.split('_')[0]] if spec.rank else 0
+      for key, spec in self.MODEL_FEATURES.items()
+    }
 
 
 def make_converter(task: seqio.Task | seqio.Mixture) -> L2SFeatureConverter:
@@ -264,12 +289,17 @@ def make_converter(task: seqio.Task | seqio.Mixture) -> L2SFeatureConverter:
   Raises:
     ValueError: if none of ours are.
   """
-  bound = [feature.vocabulary for key, feature in task.output_features.items()
-           if key in L2SFeatureConverter.TASK_FEATURES]
+  bound = [
+    feature.vocabulary
+    for key, feature in task.output_features.items()
+    if key in L2SFeatureConverter.TASK_FEATURES
+  ]
   if not all(isinstance(vocabulary, SeqioVocabulary) for vocabulary in bound):
     raise ValueError(
-        f'task {task.name!r} has its own vocabularies, '
-        f'{", ".join(map(str, bound))}; pass it through tasks.bind first.')
+      f'task {task.name!r} has its own vocabularies, '
+      f'{", ".join(map(str, bound))}; pass it through tasks.bind first.'
+    )
   return L2SFeatureConverter(
-      task.output_features['inputs'].vocabulary,
-      task.output_features['targets'].vocabulary)
+    task.output_features['inputs'].vocabulary,
+    task.output_features['targets'].vocabulary,
+  )

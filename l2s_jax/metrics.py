@@ -13,7 +13,8 @@ import sacrebleu.metrics
 
 
 def bleu(
-    targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+  targets: Sequence[str], predictions: Sequence[str]
+) -> dict[str, float]:
   """Returns corpus BLEU: 13a tokens, mixed case, exponential smoothing.
 
   Raises:
@@ -24,7 +25,8 @@ def bleu(
 
 
 def chrf(
-    targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+  targets: Sequence[str], predictions: Sequence[str]
+) -> dict[str, float]:
   """Returns corpus chrF2: character 6-grams, no word n-grams, beta 2.
 
   Raises:
@@ -35,7 +37,8 @@ def chrf(
 
 
 def exact_match(
-    targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+  targets: Sequence[str], predictions: Sequence[str]
+) -> dict[str, float]:
   """Returns the percentage of predictions equal to their target.
 
   Raises:
@@ -58,15 +61,15 @@ def chrf_signature() -> str:
 
 def _bleu() -> sacrebleu.metrics.BLEU:
   return sacrebleu.metrics.BLEU(
-      tokenize='13a', lowercase=False, smooth_method='exp')
+    tokenize='13a', lowercase=False, smooth_method='exp'
+  )
 
 
 def _chrf() -> sacrebleu.metrics.CHRF:
   return sacrebleu.metrics.CHRF(char_order=6, word_order=0, beta=2)
 
 
-def _signature(
-    metric: sacrebleu.metrics.BLEU | sacrebleu.metrics.CHRF) -> str:
+def _signature(metric: sacrebleu.metrics.BLEU | sacrebleu.metrics.CHRF) -> str:
   # A metric learns its number of references, 1 here, from its first score.
   metric.corpus_score([''], [['']])
   return str(metric.get_signature())
@@ -75,5 +78,6 @@ def _signature(
 def _check_pairs(targets: Sequence[str], predictions: Sequence[str]) -> None:
   if not len(targets) == len(predictions) > 0:
     raise ValueError(
-        f'{len(targets)} targets and {len(predictions)} predictions: expected '
-        'as many of one as of the other, and at least one.')
+      f'{len(targets)} targets and {len(predictions)} predictions: expected '
+      'as many of one as of the other, and at least one.'
+    )

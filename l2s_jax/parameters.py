@@ -80,7 +80,9 @@ def layout(
   return Layout(shapes, shardings)
 
 
-def load_frozen(system: systems.System, layout: Layout) -> tuple[systems.System, PyTree]:
+def load_frozen(
+  system: systems.System, layout: Layout
+) -> tuple[systems.System, PyTree]:
   """Reads the frozen LLM; returns the system with its fingerprint.
 
   Raises:
@@ -149,7 +151,9 @@ def load_params(
 
 
 def check_lengths(
-  system: systems.System, layout: Layout, task_feature_lengths: Mapping[str, int]
+  system: systems.System,
+  layout: Layout,
+  task_feature_lengths: Mapping[str, int],
 ) -> None:
   """Refuses lengths that the model has no positions for.
 

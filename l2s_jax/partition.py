@@ -96,7 +96,9 @@ def make_mesh(
     known = math.prod(n for n in shape if n != -1)
     shape[shape.index(-1)] = max(len(devices) // known, 1)
   if math.prod(shape) != len(devices):
-    sizes = ' x '.join(f'{a}={n}' for a, n in zip(MESH_AXES, shape, strict=True))
+    sizes = ' x '.join(
+      f'{a}={n}' for a, n in zip(MESH_AXES, shape, strict=True)
+    )
     raise ValueError(
       f'The mesh {sizes} takes {math.prod(shape)} devices, but there are '
       f'{len(devices)}. Set MeshConfig.data, .fsdp and .tensor so that they '

@@ -6,9 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
-def greedy(
-  logits: Float[Array, 'vocab'], key: PRNGKeyArray
-) -> Int[Array, '']:
+def greedy(logits: Float[Array, 'vocab'], key: PRNGKeyArray) -> Int[Array, '']:
   """Returns the most likely token, the lowest id of several."""
   del key
   # Two reductions that vectorise; XLA:CPU's argmax does not (10x at 32,000).

@@ -65,9 +65,7 @@ class Tower:
           'SLM_VOCABULARY to a SentencePiece model or a tokenizer.json.'
         )
       run_vocabulary = pathlib.Path(self.path) / VOCABULARIES / 'answer'
-      location = str(
-        run_vocabulary if run_vocabulary.is_dir() else self.path
-      )
+      location = str(run_vocabulary if run_vocabulary.is_dir() else self.path)
     return vocabularies.load(location, extra_ids=self.extra_ids)
 
 
@@ -292,9 +290,7 @@ def _differences(a: Any, b: Any, name: str = '') -> list[tuple[str, Any, Any]]:
   return [] if a == b else [(name, a, b)]
 
 
-def load(
-  run_dir: str | pathlib.Path, *, llm_path: str | None = None
-) -> System:
+def load(run_dir: str | pathlib.Path, *, llm_path: str | None = None) -> System:
   """Returns the system that a run's folder describes.
 
   Args:

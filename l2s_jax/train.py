@@ -73,9 +73,7 @@ def train_step(
   (_, sums), grads = grad_fn(state.trainable)  # no gradient of the LLM
   weight = jnp.maximum(sums['loss_weight'], 1.0)
   grads = jax.tree.map(lambda g: g / weight, grads)
-  updates, opt_state = optimizer.update(
-    grads, state.opt_state, state.trainable
-  )
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
   new_state = state.replace(
     step=state.step + 1,
     trainable=optax.apply_updates(state.trainable, updates),
@@ -175,7 +173,9 @@ def train(
     layout = parameters.layout(system, device_mesh, mesh_config)
     parameters.check_lengths(system, layout, task_feature_lengths)
     if dry_run:
-      print(parameters.summary(system, layout, optimizer.transform, device_mesh))
+      print(
+        parameters.summary(system, layout, optimizer.transform, device_mesh)
+      )
       return {}
 
     system, frozen = parameters.load_frozen(system, layout)

@@ -24,21 +24,28 @@ import tokenizers
 
 # In the order in which a folder is searched.
 _SENTENCEPIECE_FILES = (
-    'spiece.model', 'tokenizer.model', 'sentencepiece.model')
+  'spiece.model',
+  'tokenizer.model',
+  'sentencepiece.model',
+)
 _TOKENIZER_FILE = 'tokenizer.json'
 _GPT2_FILES = ('vocab.json', 'merges.txt')
 # Name the special tokens; where both do, the second wins, as in transformers.
 _SPECIAL_FILES = ('special_tokens_map.json', 'tokenizer_config.json')
 _ALL_FILES = (
-    *_SENTENCEPIECE_FILES, _TOKENIZER_FILE, *_GPT2_FILES, *_SPECIAL_FILES)
+  *_SENTENCEPIECE_FILES,
+  _TOKENIZER_FILE,
+  *_GPT2_FILES,
+  *_SPECIAL_FILES,
+)
 
 # What to look for among a tokenizer's own special tokens when no file beside
 # it names an EOS.
 _WELL_KNOWN_TOKENS = {
-    'bos': ('<s>', '<bos>', '<|begin_of_text|>'),
-    'eos': ('</s>', '<eos>', '<|end_of_text|>', '<|endoftext|>', '<|im_end|>'),
-    'pad': ('<pad>', '[PAD]'),
-    'unk': ('<unk>', '[UNK]'),
+  'bos': ('<s>', '<bos>', '<|begin_of_text|>'),
+  'eos': ('</s>', '<eos>', '<|end_of_text|>', '<|endoftext|>', '<|im_end|>'),
+  'pad': ('<pad>', '[PAD]'),
+  'unk': ('<unk>', '[UNK]'),
 }
 _GPT2_EOS = '<|endoftext|>'
 
@@ -69,9 +76,16 @@ class Vocabulary(abc.ABC):
   unk_id: int | None
 
   def __init__(
-      self, path: pathlib.Path, files: Mapping[str, bytes], *, vocab_size: int,
-      special_ids: Mapping[str, int], start_id: int | None,
-      eos_id: int | None, pad_id: int | None):
+    self,
+    path: pathlib.Path,
+    files: Mapping[str, bytes],
+    *,
+    vocab_size: int,
+    special_ids: Mapping[str, int],
+    start_id: int | None,
+    eos_id: int | None,
+    pad_id: int | None,
+  ):
     """Keeps the files and settles the special ids.
 
     Args:
@@ -87,17 +101,22 @@ class Vocabulary(abc.ABC):
     if eos_id is None:
       if 'eos' not in special_ids:
         raise ValueError(
-            f'{path} names no end-of-sequence token; pass eos_id=.')
+          f'{path} names no end-of-sequence token; pass eos_id=.'
+        )
       eos_id = special_ids['eos']
     if pad_id is None:
       pad_id = special_ids.get('pad', 0)
     if start_id is None:
       start_id = special_ids.get('bos', special_ids.get('pad', eos_id))
     for name, value in (
-        ('start_id', start_id), ('eos_id', eos_id), ('pad_id', pad_id)):
+      ('start_id', start_id),
+      ('eos_id', eos_id),
+      ('pad_id', pad_id),
+    ):
       if not 0 <= value < vocab_size:
         raise ValueError(
-            f'{name}={value} is not an id of {path}: 0 to {vocab_size - 1}.')
+          f'{name}={value} is not an id of {path}: 0 to {vocab_size - 1}.'
+        )
     self.path = str(path)
     self.vocab_size = vocab_size
     self.start_id = start_id
@@ -139,20 +158,31 @@ class Vocabulary(abc.ABC):
         might read instead.
     """
     folder = pathlib.Path(folder)
-    strangers = [name for name in _ALL_FILES
-                 if name not in self._files and (folder / name).exists()]
+    strangers = [
+      name
+      for name in _ALL_FILES
+      if name not in self._files and (folder / name).exists()
+    ]
     if strangers:
       raise ValueError(
-          f'{folder} holds {", ".join(strangers)} of another tokenizer beside '
-          f'{", ".join(self._files)}; remove them or save elsewhere.')
+        f'{folder} holds {", ".join(strangers)} of another tokenizer beside '
+        f'{", ".join(self._files)}; remove them or save elsewhere.'
+      )
     for name, content in self._files.items():
       _write_atomically(folder / name, content)
 
   def fingerprint(self) -> str:
     """Returns the SHA-256, in hex, of the tokenizer and its special ids."""
-    digest = hashlib.sha256(repr((
-        self.start_id, self.eos_id, self.pad_id,
-        sorted(self._special_ids.items()))).encode())
+    digest = hashlib.sha256(
+      repr(
+        (
+          self.start_id,
+          self.eos_id,
+          self.pad_id,
+          sorted(self._special_ids.items()),
+        )
+      ).encode()
+    )
     for name, content in self._files.items():
       if name not in _SPECIAL_FILES:  # They act through the ids alone.
         digest.update(hashlib.sha256(content).digest())
@@ -167,9 +197,11 @@ class Vocabulary(abc.ABC):
     return hash(self.fingerprint())
 
   def __repr__(self) -> str:
-    return (f'{type(self).__name__}({self.path!r}, '
-            f'vocab_size={self.vocab_size}, start_id={self.start_id}, '
-            f'eos_id={self.eos_id}, pad_id={self.pad_id})')
+    return (
+      f'{type(self).__name__}({self.path!r}, '
+      f'vocab_size={self.vocab_size}, start_id={self.start_id}, '
+      f'eos_id={self.eos_id}, pad_id={self.pad_id})'
+    )
 
   def __getstate__(self) -> dict[str, Any]:
     return {k: v for k, v in self.__dict__.items() if k != '_processor'}
@@ -179,9 +211,14 @@ class SentencePieceVocabulary(Vocabulary):
   """A SentencePiece model. Special tokens in the text are plain text to it."""
 
   def __init__(
-      self, path: str | os.PathLike[str], *, extra_ids: int = 0,
-      start_id: int | None = None, eos_id: int | None = None,
-      pad_id: int | None = None):
+    self,
+    path: str | os.PathLike[str],
+    *,
+    extra_ids: int = 0,
+    start_id: int | None = None,
+    eos_id: int | None = None,
+    pad_id: int | None = None,
+  ):
     """Reads a SentencePiece model.
 
     Args:
@@ -200,16 +237,28 @@ class SentencePieceVocabulary(Vocabulary):
     content = _read(path)
     processor = _sentencepiece_processor(content, path)
     sentinels = [f'▁<extra_id_{n}>' for n in reversed(range(extra_ids))]
-    missing = [piece for piece in sentinels
-               if processor.piece_to_id(piece) == processor.unk_id()]
+    missing = [
+      piece
+      for piece in sentinels
+      if processor.piece_to_id(piece) == processor.unk_id()
+    ]
     content += b''.join(map(_user_defined_piece, missing))
-    ids = {'bos': processor.bos_id(), 'eos': processor.eos_id(),
-           'pad': processor.pad_id(), 'unk': processor.unk_id()}
+    ids = {
+      'bos': processor.bos_id(),
+      'eos': processor.eos_id(),
+      'pad': processor.pad_id(),
+      'unk': processor.unk_id(),
+    }
     name = path.name if path.name in _SENTENCEPIECE_FILES else 'spiece.model'
     super().__init__(
-        path, {name: content}, vocab_size=len(processor) + len(missing),
-        special_ids={k: v for k, v in ids.items() if v >= 0},
-        start_id=start_id, eos_id=eos_id, pad_id=pad_id)
+      path,
+      {name: content},
+      vocab_size=len(processor) + len(missing),
+      special_ids={k: v for k, v in ids.items() if v >= 0},
+      start_id=start_id,
+      eos_id=eos_id,
+      pad_id=pad_id,
+    )
 
   @functools.cached_property
   def _processor(self) -> sentencepiece.SentencePieceProcessor:
@@ -231,8 +280,13 @@ class HuggingFaceVocabulary(Vocabulary):
   """
 
   def __init__(
-      self, path: str | os.PathLike[str], *, start_id: int | None = None,
-      eos_id: int | None = None, pad_id: int | None = None):
+    self,
+    path: str | os.PathLike[str],
+    *,
+    start_id: int | None = None,
+    eos_id: int | None = None,
+    pad_id: int | None = None,
+  ):
     """Reads a tokenizer and the special tokens named beside it.
 
     Args:
@@ -255,16 +309,25 @@ class HuggingFaceVocabulary(Vocabulary):
       folder = path.parent
       files = {_TOKENIZER_FILE: _read(path)}
     tokenizer = _hugging_face_tokenizer(files, path)
-    side_files = {name: _read(folder / name) for name in _SPECIAL_FILES
-                  if (folder / name).exists()}
+    side_files = {
+      name: _read(folder / name)
+      for name in _SPECIAL_FILES
+      if (folder / name).exists()
+    }
     super().__init__(
-        path, {**files, **side_files},
-        vocab_size=max(tokenizer.get_vocab().values()) + 1,
-        special_ids=_special_ids(tokenizer, side_files, folder),
-        start_id=start_id, eos_id=eos_id, pad_id=pad_id)
+      path,
+      {**files, **side_files},
+      vocab_size=max(tokenizer.get_vocab().values()) + 1,
+      special_ids=_special_ids(tokenizer, side_files, folder),
+      start_id=start_id,
+      eos_id=eos_id,
+      pad_id=pad_id,
+    )
     self._silent_ids = {
-        self._special_ids[kind] for kind in ('bos', 'eos', 'pad')
-        if kind in self._special_ids}
+      self._special_ids[kind]
+      for kind in ('bos', 'eos', 'pad')
+      if kind in self._special_ids
+    }
 
   @functools.cached_property
   def _processor(self) -> tokenizers.Tokenizer:
@@ -277,14 +340,19 @@ class HuggingFaceVocabulary(Vocabulary):
     # Not skip_special_tokens: it would drop <unk> and the sentinels too, which
     # SentencePiece shows.
     return self._processor.decode(
-        [token for token in ids if token not in self._silent_ids],
-        skip_special_tokens=False)
+      [token for token in ids if token not in self._silent_ids],
+      skip_special_tokens=False,
+    )
 
 
 def load(
-    path: str | os.PathLike[str], *, extra_ids: int = 0,
-    start_id: int | None = None, eos_id: int | None = None,
-    pad_id: int | None = None) -> Vocabulary:
+  path: str | os.PathLike[str],
+  *,
+  extra_ids: int = 0,
+  start_id: int | None = None,
+  eos_id: int | None = None,
+  pad_id: int | None = None,
+) -> Vocabulary:
   """Reads a vocabulary from a file or from a folder with a known one.
 
   Args:
@@ -305,18 +373,24 @@ def load(
     return SentencePieceVocabulary(path, extra_ids=extra_ids, **overrides)
   if extra_ids:
     raise ValueError(
-        f'extra_ids={extra_ids} is for SentencePiece models; {path} has its '
-        'own special tokens. Set extra_ids=0.')
+      f'extra_ids={extra_ids} is for SentencePiece models; {path} has its '
+      'own special tokens. Set extra_ids=0.'
+    )
   if path.is_dir() or path.suffix == '.json':
     return HuggingFaceVocabulary(path, **overrides)
   raise ValueError(
-      f'{path} is not a tokenizer file: expected a SentencePiece model '
-      '(*.model), a tokenizer.json, or a folder with one of them.')
+    f'{path} is not a tokenizer file: expected a SentencePiece model '
+    '(*.model), a tokenizer.json, or a folder with one of them.'
+  )
 
 
 def train_sentencepiece(
-    texts: Iterable[str], path: str | os.PathLike[str], *, vocab_size: int,
-    **options: Any) -> SentencePieceVocabulary:
+  texts: Iterable[str],
+  path: str | os.PathLike[str],
+  *,
+  vocab_size: int,
+  **options: Any,
+) -> SentencePieceVocabulary:
   """Trains a T5-like unigram model, writes it to `path` and returns it.
 
   pad is 0, EOS 1, unknown 2, and there is no BOS. The same texts in the same
@@ -335,20 +409,28 @@ def train_sentencepiece(
   """
   model = io.BytesIO()
   settings = {
-      'model_type': 'unigram', 'pad_id': 0, 'eos_id': 1, 'unk_id': 2,
-      'bos_id': -1,
-      'num_threads': 1,  # The order of float sums must not depend on threads.
-      'max_sentence_length': 2**20,  # Bytes; longer lines are dropped unsaid.
-      'minloglevel': 2,
-      **options}
+    'model_type': 'unigram',
+    'pad_id': 0,
+    'eos_id': 1,
+    'unk_id': 2,
+    'bos_id': -1,
+    'num_threads': 1,  # The order of float sums must not depend on threads.
+    'max_sentence_length': 2**20,  # Bytes; longer lines are dropped unsaid.
+    'minloglevel': 2,
+    **options,
+  }
   try:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=_lines(texts), model_writer=model,
-        vocab_size=vocab_size, **settings)
+      sentence_iterator=_lines(texts),
+      model_writer=model,
+      vocab_size=vocab_size,
+      **settings,
+    )
   except RuntimeError as error:
     raise ValueError(
-        f'cannot train {path} with vocab_size={vocab_size}, '
-        f'options {options}: {error}') from error
+      f'cannot train {path} with vocab_size={vocab_size}, '
+      f'options {options}: {error}'
+    ) from error
   _write_atomically(pathlib.Path(path), model.getvalue())
   return SentencePieceVocabulary(path)
 
@@ -365,15 +447,17 @@ def _find(path: pathlib.Path) -> pathlib.Path:
   if all((path / name).exists() for name in _GPT2_FILES):
     return path
   raise FileNotFoundError(
-      f'{path} holds no tokenizer: looked for '
-      f'{", ".join((*_SENTENCEPIECE_FILES, _TOKENIZER_FILE))} and '
-      f'{" with ".join(_GPT2_FILES)}.')
+    f'{path} holds no tokenizer: looked for '
+    f'{", ".join((*_SENTENCEPIECE_FILES, _TOKENIZER_FILE))} and '
+    f'{" with ".join(_GPT2_FILES)}.'
+  )
 
 
 def _read(path: pathlib.Path) -> bytes:
   if not path.is_file():
     raise FileNotFoundError(
-        f'{path} is missing: expected a tokenizer file there.')
+      f'{path} is missing: expected a tokenizer file there.'
+    )
   return path.read_bytes()
 
 
@@ -393,7 +477,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _sentencepiece_processor(
-    content: bytes, path: str | os.PathLike[str]
+  content: bytes, path: str | os.PathLike[str]
 ) -> sentencepiece.SentencePieceProcessor:
   processor = sentencepiece.SentencePieceProcessor()
   try:
@@ -412,13 +496,17 @@ def _user_defined_piece(piece: str) -> bytes:
   """
   text = piece.encode()
   message = (
-      bytes([0x0A, len(text)]) + text
-      + b'\x15' + struct.pack('<f', 0.0) + b'\x18\x04')
+    bytes([0x0A, len(text)])
+    + text
+    + b'\x15'
+    + struct.pack('<f', 0.0)
+    + b'\x18\x04'
+  )
   return bytes([0x0A, len(message)]) + message
 
 
 def _hugging_face_tokenizer(
-    files: Mapping[str, bytes], path: str | os.PathLike[str]
+  files: Mapping[str, bytes], path: str | os.PathLike[str]
 ) -> tokenizers.Tokenizer:
   """Builds a tokenizer that neither truncates nor pads."""
   if _TOKENIZER_FILE in files:
@@ -429,45 +517,62 @@ def _hugging_face_tokenizer(
     tokenizer = tokenizers.Tokenizer.from_buffer(content)
   except ValueError as error:
     raise ValueError(
-        f'{path} is not a Hugging Face tokenizer: {error}') from error
+      f'{path} is not a Hugging Face tokenizer: {error}'
+    ) from error
   tokenizer.no_truncation()
   tokenizer.no_padding()
   return tokenizer
 
 
 def _gpt2_json(
-    files: Mapping[str, bytes], path: str | os.PathLike[str]) -> bytes:
+  files: Mapping[str, bytes], path: str | os.PathLike[str]
+) -> bytes:
   """Returns the `tokenizer.json` that GPT-2's two files amount to."""
   vocab_file, merges_file = (pathlib.Path(path, name) for name in _GPT2_FILES)
   vocab = _parse_json(files['vocab.json'], vocab_file)
   if _GPT2_EOS not in vocab:
     raise ValueError(
-        f'{vocab_file} has no {_GPT2_EOS}, so it is not of GPT-2, and another '
-        'model may split text otherwise; give its tokenizer.json.')
-  merges = [line.split(' ') for line in files['merges.txt'].decode().split('\n')
-            if line and not line.startswith('#version')]
+      f'{vocab_file} has no {_GPT2_EOS}, so it is not of GPT-2, and another '
+      'model may split text otherwise; give its tokenizer.json.'
+    )
+  merges = [
+    line.split(' ')
+    for line in files['merges.txt'].decode().split('\n')
+    if line and not line.startswith('#version')
+  ]
   for pair in merges:
     # The tokenizers package panics on some of these, past any `except`.
     if len(pair) != 2 or not {*pair, ''.join(pair)} <= vocab.keys():
       raise ValueError(
-          f'{merges_file} merges {pair}: expected two pieces that are, like '
-          f'what they make, in {vocab_file}.')
-  byte_level = {'type': 'ByteLevel', 'add_prefix_space': False,
-                'trim_offsets': True, 'use_regex': True}
+        f'{merges_file} merges {pair}: expected two pieces that are, like '
+        f'what they make, in {vocab_file}.'
+      )
+  byte_level = {
+    'type': 'ByteLevel',
+    'add_prefix_space': False,
+    'trim_offsets': True,
+    'use_regex': True,
+  }
   flags = dict.fromkeys(
-      ('single_word', 'lstrip', 'rstrip', 'normalized'), False)
-  return json.dumps({
-      'added_tokens': [{'id': vocab[_GPT2_EOS], 'content': _GPT2_EOS,
-                        'special': True, **flags}],
+    ('single_word', 'lstrip', 'rstrip', 'normalized'), False
+  )
+  return json.dumps(
+    {
+      'added_tokens': [
+        {'id': vocab[_GPT2_EOS], 'content': _GPT2_EOS, 'special': True, **flags}
+      ],
       'pre_tokenizer': byte_level,
       'decoder': byte_level,
       'model': {'type': 'BPE', 'vocab': vocab, 'merges': merges},
-  }).encode()
+    }
+  ).encode()
 
 
 def _special_ids(
-    tokenizer: tokenizers.Tokenizer, side_files: Mapping[str, bytes],
-    folder: pathlib.Path) -> dict[str, int]:
+  tokenizer: tokenizers.Tokenizer,
+  side_files: Mapping[str, bytes],
+  folder: pathlib.Path,
+) -> dict[str, int]:
   """Returns the ids of `bos`, `eos`, `pad` and `unk`, where they exist."""
   named: dict[str, str] = {}
   for name, content in side_files.items():
@@ -477,16 +582,22 @@ def _special_ids(
       if token is not None:
         named[kind] = token['content'] if isinstance(token, dict) else token
   vocab = tokenizer.get_vocab()
-  unknown = [f'{kind}_token {token!r}' for kind, token in named.items()
-             if token not in vocab]
+  unknown = [
+    f'{kind}_token {token!r}'
+    for kind, token in named.items()
+    if token not in vocab
+  ]
   if unknown:
     raise ValueError(
-        f'{", ".join(unknown)}: named by {" or ".join(side_files)} in {folder} '
-        'but not in the vocabulary there; correct the name or the tokenizer.')
+      f'{", ".join(unknown)}: named by {" or ".join(side_files)} in {folder} '
+      'but not in the vocabulary there; correct the name or the tokenizer.'
+    )
   if 'eos' not in named:
-    special = {token.content
-               for token in tokenizer.get_added_tokens_decoder().values()
-               if token.special}
+    special = {
+      token.content
+      for token in tokenizer.get_added_tokens_decoder().values()
+      if token.special
+    }
     for kind, names in _WELL_KNOWN_TOKENS.items():
       known = [name for name in names if name in special]
       if known:
@@ -501,5 +612,6 @@ def _parse_json(content: bytes, path: pathlib.Path) -> dict[str, Any]:
     raise ValueError(f'{path} is not JSON: {error}') from error
   if not isinstance(value, dict):
     raise ValueError(
-        f'{path} holds a JSON {type(value).__name__}, expected an object.')
+      f'{path} holds a JSON {type(value).__name__}, expected an object.'
+    )
   return value

@@ -82,14 +82,15 @@ def test_every_round_holds_each_kind_in_each_language_once(splits, split):
   cells = set(itertools.product(cldr.KINDS, cldr.LANGUAGES))
   examples = splits[split]
   for start in range(0, len(examples) - len(cells) + 1, len(cells)):
-    found = examples[start:start + len(cells)]
+    found = examples[start : start + len(cells)]
     assert {(e['kind'], e['language']) for e in found} == cells
 
 
 def test_a_reader_of_every_third_example_meets_every_language(splits):
   for first in range(3):
     counts = collections.Counter(
-        e['language'] for e in splits['train'][first::3])
+      e['language'] for e in splits['train'][first::3]
+    )
     assert min(counts[language] for language in cldr.LANGUAGES) > 2_400
 
 
@@ -100,26 +101,36 @@ def test_fewer_examples_are_a_prefix(splits):
 
 def test_hash_seed_time_zone_and_locale_change_nothing(splits):
   script = (
-      'import hashlib, json; from l2s_jax import cldr; '
-      'examples = list(cldr.examples("validation")); '
-      'print(hashlib.sha256(json.dumps(examples).encode()).hexdigest())')
+    'import hashlib, json; from l2s_jax import cldr; '
+    'examples = list(cldr.examples("validation")); '
+    'print(hashlib.sha256(json.dumps(examples).encode()).hexdigest())'
+  )
   expected = hashlib.sha256(
-      json.dumps(splits['validation']).encode()).hexdigest()
+    json.dumps(splits['validation']).encode()
+  ).hexdigest()
   for environment in (
-      {'PYTHONHASHSEED': '1', 'TZ': 'Asia/Tokyo', 'LC_ALL': 'C'},
-      {'PYTHONHASHSEED': '2', 'TZ': 'America/Lima', 'LANG': 'de_DE.UTF-8'}):
+    {'PYTHONHASHSEED': '1', 'TZ': 'Asia/Tokyo', 'LC_ALL': 'C'},
+    {'PYTHONHASHSEED': '2', 'TZ': 'America/Lima', 'LANG': 'de_DE.UTF-8'},
+  ):
     found = subprocess.run(
-        [sys.executable, '-c', script], text=True, check=True,
-        capture_output=True,
-        env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path),
-             **environment})
+      [sys.executable, '-c', script],
+      text=True,
+      check=True,
+      capture_output=True,
+      env={
+        **os.environ,
+        'PYTHONPATH': os.pathsep.join(sys.path),
+        **environment,
+      },
+    )
     assert found.stdout.strip() == expected
 
 
 def test_texts_are_short_and_plain(splits):
   for e in itertools.chain(*splits.values()):
     assert e['prompt'] == (
-        f'translate English to {cldr.LANGUAGES[e["language"]]}: {e["source"]}')
+      f'translate English to {cldr.LANGUAGES[e["language"]]}: {e["source"]}'
+    )
     for text in (e['source'], e['answer']):
       assert 0 < len(text) <= 60
       assert len(text.split()) <= 10
@@ -133,9 +144,11 @@ def test_texts_are_short_and_plain(splits):
 def test_names_alone_are_in_train_only(splits):
   def alone(split):
     return {
-        e['source'] for e in splits[split]
-        if e['kind'] in ('countries', 'languages')
-        and not {'and', 'or'} & set(e['source'].split())}
+      e['source']
+      for e in splits[split]
+      if e['kind'] in ('countries', 'languages')
+      and not {'and', 'or'} & set(e['source'].split())
+    }
 
   assert {'Germany', 'Romania', 'French'} <= alone('train')
   assert not alone('validation')
@@ -145,7 +158,8 @@ def test_names_alone_are_in_train_only(splits):
 @pytest.mark.parametrize('language', cldr.LANGUAGES)
 def test_every_name_is_in_train(splits, language):
   text = ' '.join(
-      e['answer'] for e in splits['train'] if e['language'] == language)
+    e['answer'] for e in splits['train'] if e['language'] == language
+  )
   locale = babel.Locale.parse(language)
   for code in cldr._COUNTRIES:
     assert locale.territories[code] in text
@@ -154,8 +168,11 @@ def test_every_name_is_in_train(splits, language):
 
 
 def _train(splits, kind, language):
-  return [(e['source'], e['answer']) for e in splits['train']
-          if e['kind'] == kind and e['language'] == language]
+  return [
+    (e['source'], e['answer'])
+    for e in splits['train']
+    if e['kind'] == kind and e['language'] == language
+  ]
 
 
 def test_short_dates_agree(splits):
@@ -177,8 +194,9 @@ def test_twelve_hours_become_twenty_four(splits, language):
     assert answer == f'{int(hour) % 12 + 12 * (half == "PM"):02}:{rest}'
 
 
-@pytest.mark.parametrize('language, miles', [
-    ('de', 'Meilen'), ('fr', 'miles'), ('ro', 'mile')])
+@pytest.mark.parametrize(
+  'language, miles', [('de', 'Meilen'), ('fr', 'miles'), ('ro', 'mile')]
+)
 def test_units_keep_their_number(splits, language, miles):
   number = r'\d+(?:[.,]\d)?'
   for source, answer in _train(splits, 'unit', language):
@@ -201,49 +219,122 @@ def _renderings(kind: str, content: cldr.Content) -> set[tuple[str, ...]]:
   for _ in range(100_000):
     contents, render = cldr.KINDS[kind](rng)
     if contents[0] == content:
-      found.add(tuple(
-          cldr._plain(render(locale)) for locale in ('en', *cldr.LANGUAGES)))
+      found.add(
+        tuple(cldr._plain(render(locale)) for locale in ('en', *cldr.LANGUAGES))
+      )
   return found
 
 
 # As CLDR 47 (Babel 2.18) and num2words 0.5.14 have them, checked by eye.
-@pytest.mark.parametrize('kind, content, expected', [
+@pytest.mark.parametrize(
+  'kind, content, expected',
+  [
     ('date', ('day', 7, 9), {('July 9', '9. Juli', '9 juillet', '9 iulie')}),
-    ('date', ('quarter', 1997, 3), {
-        ('3rd quarter 1997', '3. Quartal 1997', '3e trimestre 1997',
-         'trimestrul al III-lea 1997')}),
-    ('duration', ('duration', 3, 'day'), {
-        ('3 days', '3 Tage', '3 jours', '3 zile')}),
-    ('duration', ('duration', 21, 'hour'), {
+    (
+      'date',
+      ('quarter', 1997, 3),
+      {
+        (
+          '3rd quarter 1997',
+          '3. Quartal 1997',
+          '3e trimestre 1997',
+          'trimestrul al III-lea 1997',
+        )
+      },
+    ),
+    (
+      'duration',
+      ('duration', 3, 'day'),
+      {('3 days', '3 Tage', '3 jours', '3 zile')},
+    ),
+    (
+      'duration',
+      ('duration', 21, 'hour'),
+      {
         ('21 hours', '21 Stunden', '21 heures', '21 de ore'),
-        ('21 hr', '21 Std.', '21 h', '21 ore')}),
-    ('duration', ('durations', 2, 'hour', 5, 'minute'), {
-        ('2 hours, 5 minutes', '2 Stunden, 5 Minuten',
-         '2 heures et 5 minutes', '2 ore și 5 minute')}),
-    ('relative', ('duration', 3, 'day'), {
+        ('21 hr', '21 Std.', '21 h', '21 ore'),
+      },
+    ),
+    (
+      'duration',
+      ('durations', 2, 'hour', 5, 'minute'),
+      {
+        (
+          '2 hours, 5 minutes',
+          '2 Stunden, 5 Minuten',
+          '2 heures et 5 minutes',
+          '2 ore și 5 minute',
+        )
+      },
+    ),
+    (
+      'relative',
+      ('duration', 3, 'day'),
+      {
         ('in 3 days', 'in 3 Tagen', 'dans 3 jours', 'peste 3 zile'),
-        ('3 days ago', 'vor 3 Tagen', 'il y a 3 jours', 'acum 3 zile')}),
-    ('cardinal', ('number', 81), {
-        ('eighty-one', 'einundachtzig', 'quatre-vingt-un',
-         'optzeci și unu')}),
-    ('ordinal', ('number', 3), {
-        ('third', 'dritte', 'troisième', 'al treilea')}),
-    ('currency', ('amount', 'JPY', 2_100), {
+        ('3 days ago', 'vor 3 Tagen', 'il y a 3 jours', 'acum 3 zile'),
+      },
+    ),
+    (
+      'cardinal',
+      ('number', 81),
+      {('eighty-one', 'einundachtzig', 'quatre-vingt-un', 'optzeci și unu')},
+    ),
+    (
+      'ordinal',
+      ('number', 3),
+      {('third', 'dritte', 'troisième', 'al treilea')},
+    ),
+    (
+      'currency',
+      ('amount', 'JPY', 2_100),
+      {
         ('¥21', '21 ¥', '21 JPY', '21 JPY'),
-        ('21 Japanese yen', '21 Japanische Yen', '21 yens japonais',
-         '21 de yeni japonezi')}),
-    ('countries', ('name', 'NL'), {
-        ('Netherlands', 'Niederlande', 'Pays-Bas', 'Țările de Jos')}),
-    ('languages', ('names', 'da', 'nl'), {
-        ('Danish and Dutch', 'Dänisch und Niederländisch',
-         'danois et néerlandais', 'daneză și neerlandeză'),
-        ('Danish or Dutch', 'Dänisch oder Niederländisch',
-         'danois ou néerlandais', 'daneză sau neerlandeză'),
-        ('Dutch and Danish', 'Niederländisch und Dänisch',
-         'néerlandais et danois', 'neerlandeză și daneză'),
-        ('Dutch or Danish', 'Niederländisch oder Dänisch',
-         'néerlandais ou danois', 'neerlandeză sau daneză')}),
-])
+        (
+          '21 Japanese yen',
+          '21 Japanische Yen',
+          '21 yens japonais',
+          '21 de yeni japonezi',
+        ),
+      },
+    ),
+    (
+      'countries',
+      ('name', 'NL'),
+      {('Netherlands', 'Niederlande', 'Pays-Bas', 'Țările de Jos')},
+    ),
+    (
+      'languages',
+      ('names', 'da', 'nl'),
+      {
+        (
+          'Danish and Dutch',
+          'Dänisch und Niederländisch',
+          'danois et néerlandais',
+          'daneză și neerlandeză',
+        ),
+        (
+          'Danish or Dutch',
+          'Dänisch oder Niederländisch',
+          'danois ou néerlandais',
+          'daneză sau neerlandeză',
+        ),
+        (
+          'Dutch and Danish',
+          'Niederländisch und Dänisch',
+          'néerlandais et danois',
+          'neerlandeză și daneză',
+        ),
+        (
+          'Dutch or Danish',
+          'Niederländisch oder Dänisch',
+          'néerlandais ou danois',
+          'neerlandeză sau daneză',
+        ),
+      },
+    ),
+  ],
+)
 def test_contents_render_as_cldr_has_them(kind, content, expected):
   assert _renderings(kind, content) == expected
 

@@ -80,9 +80,7 @@ def folder(tmp_path_factory):
     if example['language'] == 'de'
   ]
   for split, examples in (('train', german[:300]), ('valid', german[300:])):
-    opener, suffix = (
-      (gzip.open, '.gz') if split == 'train' else (open, '')
-    )
+    opener, suffix = (gzip.open, '.gz') if split == 'train' else (open, '')
     for language, key in (('en', 'source'), ('de', 'answer')):
       with opener(path / f'{split}.{language}{suffix}', 'wt') as file:
         file.writelines(example[key] + '\n' for example in examples)

@@ -39,13 +39,17 @@ def answer_vocabulary(vocabulary):
 def task(tmp_path_factory, vocabulary, answer_vocabulary):
   """Returns a bound task of numbered JSONL examples, some of them long."""
   folder = tmp_path_factory.mktemp('jsonl')
-  rows = [{'source': f'day {n} ' * (1 + n % 7), 'target': f'{n} ' * (1 + n % 5)}
-          for n in range(NUM_EXAMPLES)]
+  rows = [
+    {'source': f'day {n} ' * (1 + n % 7), 'target': f'{n} ' * (1 + n % 5)}
+    for n in range(NUM_EXAMPLES)
+  ]
   for split in ('train', 'validation'):
     (folder / f'{split}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   local = tasks.local_task(
-      {split: f'{split}.jsonl' for split in ('train', 'validation')},
-      data_dir=str(folder), name='numbered')
+    {split: f'{split}.jsonl' for split in ('train', 'validation')},
+    data_dir=str(folder),
+    name='numbered',
+  )
   seqio.TaskRegistry.add_provider('numbered', local)
   yield tasks.bind('numbered', vocabulary, answer_vocabulary)
   seqio.TaskRegistry.remove('numbered')
@@ -58,15 +62,20 @@ def equal(batch, other):
 
 
 def rows_of(batches):
-  return [row.tobytes() for batch in batches
-          for row in np.concatenate(
-              [batch['encoder_input_tokens'], batch['decoder_target_tokens']],
-              axis=1)]
+  return [
+    row.tobytes()
+    for batch in batches
+    for row in np.concatenate(
+      [batch['encoder_input_tokens'], batch['decoder_target_tokens']], axis=1
+    )
+  ]
 
 
 def train(task, **kwargs):
-  return data.train_batches(task, **{
-      'task_feature_lengths': LENGTHS, 'batch_size': 8, 'seed': 3, **kwargs})
+  return data.train_batches(
+    task,
+    **{'task_feature_lengths': LENGTHS, 'batch_size': 8, 'seed': 3, **kwargs},
+  )
 
 
 def test_prompt_batch_masks_by_length():
@@ -77,8 +86,13 @@ def test_prompt_batch_masks_by_length():
 
 def test_short_batch_repeats_its_last_row_at_no_weight(vocabulary):
   batch = data.pad_and_shift(
-      [[5, 1], [6, 7, 1]], [[8, 1], [1]], task_feature_lengths=LENGTHS,
-      prompt_vocabulary=vocabulary, answer_vocabulary=vocabulary, batch_size=4)
+    [[5, 1], [6, 7, 1]],
+    [[8, 1], [1]],
+    task_feature_lengths=LENGTHS,
+    prompt_vocabulary=vocabulary,
+    answer_vocabulary=vocabulary,
+    batch_size=4,
+  )
   for key, value in batch.items():
     assert len(value) == 4
     if key != 'decoder_loss_weights':
@@ -87,40 +101,54 @@ def test_short_batch_repeats_its_last_row_at_no_weight(vocabulary):
   assert batch['encoder_segment_ids'].any(axis=1).all()
 
 
-@pytest.mark.parametrize('prompts, message', [
-    ([], 'no sequences'), ([[1], []], 'sequence 1 is empty'),
-    ([[1]] * 3, '3 rows do not make a batch of 2')])
+@pytest.mark.parametrize(
+  'prompts, message',
+  [
+    ([], 'no sequences'),
+    ([[1], []], 'sequence 1 is empty'),
+    ([[1]] * 3, '3 rows do not make a batch of 2'),
+  ],
+)
 def test_impossible_batches_are_refused(prompts, message):
   with pytest.raises(ValueError, match=message):
     data.prompt_batch(prompts, length=4, pad_id=0, batch_size=2)
 
 
 def test_batches_without_tensorflow_equal_seqios(
-    task, vocabulary, answer_vocabulary):
+  task, vocabulary, answer_vocabulary
+):
   examples = list(
-      task.get_dataset(None, 'validation', shuffle=False).as_numpy_iterator())
-  batches = data.eval_batches(
-      task, task_feature_lengths=LENGTHS, batch_size=8)
+    task.get_dataset(None, 'validation', shuffle=False).as_numpy_iterator()
+  )
+  batches = data.eval_batches(task, task_feature_lengths=LENGTHS, batch_size=8)
   for number, batch in enumerate(batches):
-    rows = examples[8 * number:8 * (number + 1)]
-    equal(batch, data.pad_and_shift(
+    rows = examples[8 * number : 8 * (number + 1)]
+    equal(
+      batch,
+      data.pad_and_shift(
         [row['inputs'].tolist() for row in rows],
         [row['targets'].tolist() for row in rows],
-        task_feature_lengths=LENGTHS, prompt_vocabulary=vocabulary,
-        answer_vocabulary=answer_vocabulary, batch_size=8))
+        task_feature_lengths=LENGTHS,
+        prompt_vocabulary=vocabulary,
+        answer_vocabulary=answer_vocabulary,
+        batch_size=8,
+      ),
+    )
   assert batches.num_examples == len(examples)
 
 
 def test_without_tensorflow_installed():
   code = (
-      'import sys\n'
-      'for name in ("tensorflow", "seqio", "tensorflow_datasets"):\n'
-      '  sys.modules[name] = None\n'
-      'from l2s_jax import data\n'
-      'batch = data.prompt_batch([[1]], length=2, pad_id=0)\n'
-      'print(next(data.prefetch(iter([batch])))["encoder_segment_ids"])')
+    'import sys\n'
+    'for name in ("tensorflow", "seqio", "tensorflow_datasets"):\n'
+    '  sys.modules[name] = None\n'
+    'from l2s_jax import data\n'
+    'batch = data.prompt_batch([[1]], length=2, pad_id=0)\n'
+    'print(next(data.prefetch(iter([batch])))["encoder_segment_ids"])'
+  )
   process = subprocess.run(
-      [sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  )
   assert process.stdout == '[[1 0]]\n'
 
 
@@ -132,15 +160,17 @@ def test_partners_of_the_documented_example():
 def test_partner_is_the_next_prompt_that_differs():
   for seed in range(200):
     rng = random.Random(seed)
-    prompts = [[rng.randrange(2)] * rng.randrange(1, 4)
-               for _ in range(rng.randrange(2, 12))]
+    prompts = [
+      [rng.randrange(2)] * rng.randrange(1, 4)
+      for _ in range(rng.randrange(2, 12))
+    ]
     if len(set(map(tuple, prompts))) < 2:
       with pytest.raises(ValueError, match='needs two different prompts'):
         data.control_partners(prompts)
       continue
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     for place, index in enumerate(order):
-      following = order[place + 1:] + order[:place]
+      following = order[place + 1 :] + order[:place]
       expected = next(i for i in following if prompts[i] != prompts[index])
       assert data.control_partners(prompts)[index] == expected
 
@@ -173,10 +203,11 @@ def test_prefetch_is_bounded_and_ends_its_thread():
 
 
 def test_an_epoch_has_every_example_once_in_a_fresh_order(task):
-  per_epoch = rows_of(data.eval_batches(
-      task, task_feature_lengths=LENGTHS, batch_size=1))
+  per_epoch = rows_of(
+    data.eval_batches(task, task_feature_lengths=LENGTHS, batch_size=1)
+  )
   rows = rows_of(train(task, batch_size=1, num_epochs=3))
-  epochs = [rows[i * NUM_EXAMPLES:(i + 1) * NUM_EXAMPLES] for i in range(3)]
+  epochs = [rows[i * NUM_EXAMPLES : (i + 1) * NUM_EXAMPLES] for i in range(3)]
   assert len(rows) == 3 * NUM_EXAMPLES
   for epoch in epochs:
     assert sorted(epoch) == sorted(per_epoch)
@@ -185,8 +216,8 @@ def test_an_epoch_has_every_example_once_in_a_fresh_order(task):
 
 def test_batches_are_the_same_for_the_same_seed(task):
   first, again, other = (
-      rows_of(itertools.islice(train(task, seed=seed), 6))
-      for seed in (3, 3, 4))
+    rows_of(itertools.islice(train(task, seed=seed), 6)) for seed in (3, 3, 4)
+  )
   assert first == again
   assert first != other
 
@@ -201,7 +232,8 @@ def test_resumed_batches_equal_uninterrupted_ones(task, start):
 
 def test_mixture_resumes_too(task):
   mixture = seqio.Mixture(
-      'mixture', [(task, 1), (task.replace(name='again'), 2)])
+    'mixture', [(task, 1), (task.replace(name='again'), 2)]
+  )
   whole = list(itertools.islice(train(mixture), 9))
   resumed = itertools.islice(train(mixture, start_batch=5), 4)
   for batch, expected in zip(resumed, whole[5:], strict=True):
@@ -213,23 +245,28 @@ def test_processes_share_the_rows_of_a_batch(task):
   parts = [train(task, process_index=p, process_count=4) for p in range(4)]
   for _ in range(6):
     batches = [next(part) for part in parts]
-    equal(next(whole), {
+    equal(
+      next(whole),
+      {
         key: np.concatenate([batch[key] for batch in batches])
-        for key in batches[0]})
+        for key in batches[0]
+      },
+    )
   with pytest.raises(ValueError, match='multiple of 3'):
     train(task, process_count=3)
 
 
 def test_truncations_are_counted(task):
   examples = list(
-      task.get_dataset(None, 'validation', shuffle=False).as_numpy_iterator())
+    task.get_dataset(None, 'validation', shuffle=False).as_numpy_iterator()
+  )
   lengths = {'inputs': 9, 'targets': 5}
-  batches = data.eval_batches(
-      task, task_feature_lengths=lengths, batch_size=8)
+  batches = data.eval_batches(task, task_feature_lengths=lengths, batch_size=8)
   for batch in batches:
     assert not any(key.endswith('truncated') for key in batch)
   prompts, targets = (
-      sum(len(row[key]) > lengths[key] for row in examples) for key in lengths)
+    sum(len(row[key]) > lengths[key] for row in examples) for key in lengths
+  )
   assert 0 < prompts < NUM_EXAMPLES and 0 < targets < NUM_EXAMPLES
   assert batches.num_examples == NUM_EXAMPLES
   assert batches.num_truncated_prompts == prompts
@@ -237,10 +274,14 @@ def test_truncations_are_counted(task):
 
 
 def test_evaluation_takes_the_first_examples_at_full_batches(task):
-  every = rows_of(data.eval_batches(
-      task, task_feature_lengths=LENGTHS, batch_size=1))
-  batches = list(data.eval_batches(
-      task, task_feature_lengths=LENGTHS, batch_size=4, num_examples=10))
+  every = rows_of(
+    data.eval_batches(task, task_feature_lengths=LENGTHS, batch_size=1)
+  )
+  batches = list(
+    data.eval_batches(
+      task, task_feature_lengths=LENGTHS, batch_size=4, num_examples=10
+    )
+  )
   assert [len(batch['encoder_input_tokens']) for batch in batches] == [4] * 3
   weights = batches[-1]['decoder_loss_weights'].sum(axis=1)
   assert (weights > 0).tolist() == [True, True, False, False]
@@ -256,13 +297,18 @@ def test_missing_splits_and_lengths_are_named(task):
 
 def test_process_ends_with_python_in_its_pipeline(shared_data):
   code = (
-      'from l2s_jax import data, tasks, vocabularies\n'
-      f'gpt2 = vocabularies.load({str(shared_data / "tokenizers/gpt2")!r})\n'
-      'batches = data.prefetch(data.train_batches(\n'
-      '    tasks.bind("cldr", gpt2, gpt2), batch_size=4, seed=0,\n'
-      '    task_feature_lengths={"inputs": 32, "targets": 32}))\n'
-      'print(next(batches)["encoder_input_tokens"].shape)')
+    'from l2s_jax import data, tasks, vocabularies\n'
+    f'gpt2 = vocabularies.load({str(shared_data / "tokenizers/gpt2")!r})\n'
+    'batches = data.prefetch(data.train_batches(\n'
+    '    tasks.bind("cldr", gpt2, gpt2), batch_size=4, seed=0,\n'
+    '    task_feature_lengths={"inputs": 32, "targets": 32}))\n'
+    'print(next(batches)["encoder_input_tokens"].shape)'
+  )
   process = subprocess.run(
-      [sys.executable, '-c', code], capture_output=True, text=True, check=True,
-      timeout=60)
+    [sys.executable, '-c', code],
+    capture_output=True,
+    text=True,
+    check=True,
+    timeout=60,
+  )
   assert process.stdout == '(4, 32)\n'

@@ -14,8 +14,15 @@ from l2s_jax.features import seqio
 
 LENGTHS = {'inputs': 16, 'targets': 8}
 # Capital and small comma-below letters, and an answer longer than 8 tokens.
-ANSWERS = ['Șase școli și țări.', 'Școala „Țepeș”', 'unu', 'doi ' * 40 + '!',
-           'patru', 'cinci', 'șapte']
+ANSWERS = [
+  'Șase școli și țări.',
+  'Școala „Țepeș”',
+  'unu',
+  'doi ' * 40 + '!',
+  'patru',
+  'cinci',
+  'șapte',
+]
 PROMPTS = [f'number {n}' for n in range(6)] + ['number ' * 30]
 
 
@@ -33,17 +40,23 @@ def vocabulary(tmp_path_factory):
 def bind(tmp_path_factory):
   """Returns a function that binds a Romanian task, or a mixture of two."""
   path = tmp_path_factory.mktemp('jsonl') / 'test.jsonl'
-  path.write_text('\n'.join(
+  path.write_text(
+    '\n'.join(
       json.dumps({'source': prompt, 'target': answer})
-      for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)))
+      for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)
+    )
+  )
   names = ('romanian', 'more_romanian')
   for name in names:
     seqio.TaskRegistry.add_provider(
-        name, tasks.local_task({'test': str(path)}, name=name))
+      name, tasks.local_task({'test': str(path)}, name=name)
+    )
   seqio.MixtureRegistry.add_provider(
-      'both', seqio.Mixture('both', [(name, 1) for name in names]))
+    'both', seqio.Mixture('both', [(name, 1) for name in names])
+  )
   yield lambda vocabulary, name='romanian': tasks.bind(
-      name, vocabulary, vocabulary)
+    name, vocabulary, vocabulary
+  )
   seqio.MixtureRegistry.remove('both')
   for name in names:
     seqio.TaskRegistry.remove(name)
@@ -55,9 +68,15 @@ def evaluator(bind, vocabulary):
 
 
 def make_evaluator(task, **kwargs):
-  return evaluation.TaskEvaluator(task, **{
-      'task_feature_lengths': LENGTHS, 'split': 'test', 'batch_size': 4,
-      **kwargs})
+  return evaluation.TaskEvaluator(
+    task,
+    **{
+      'task_feature_lengths': LENGTHS,
+      'split': 'test',
+      'batch_size': 4,
+      **kwargs,
+    },
+  )
 
 
 def perfect(vocabulary, steps=64, answers=ANSWERS, prompts=PROMPTS):
@@ -70,10 +89,16 @@ def perfect(vocabulary, steps=64, answers=ANSWERS, prompts=PROMPTS):
     known[tuple(prompt_ids)] = ids + [vocabulary.pad_id] * (steps - len(ids))
 
   def predict(batch):
-    return np.array([
-        known[tuple(row[mask > 0].tolist())] for row, mask in zip(
-            batch['encoder_input_tokens'], batch['encoder_segment_ids'],
-            strict=True)])
+    return np.array(
+      [
+        known[tuple(row[mask > 0].tolist())]
+        for row, mask in zip(
+          batch['encoder_input_tokens'],
+          batch['encoder_segment_ids'],
+          strict=True,
+        )
+      ]
+    )
 
   return predict
 
@@ -85,8 +110,9 @@ def read_lines(path):
 def check_references(bind, vocabulary, folder):
   """Scores what the vocabulary makes of each answer, against the raw one."""
   evaluator = make_evaluator(bind(vocabulary))
-  scores = evaluator.evaluate(
-      perfect(vocabulary), step=3, output_dir=folder)['romanian']
+  scores = evaluator.evaluate(perfect(vocabulary), step=3, output_dir=folder)[
+    'romanian'
+  ]
   lines = read_lines(folder / 'romanian-test-3.jsonl')
   written = [vocabulary.decode(vocabulary.encode(text)) for text in ANSWERS]
   assert [line['prediction'] for line in lines][:3] == written[:3]
@@ -135,8 +161,9 @@ def test_predict_gets_full_batches_in_order(evaluator):
 def test_batch_size_changes_nothing(bind, vocabulary):
   predict = perfect(vocabulary)
   scores = [
-      make_evaluator(bind(vocabulary), batch_size=size).evaluate(
-          predict, step=0) for size in (1, 3, 7, 16)]
+    make_evaluator(bind(vocabulary), batch_size=size).evaluate(predict, step=0)
+    for size in (1, 3, 7, 16)
+  ]
   assert scores[0] == scores[1] == scores[2] == scores[3]
   assert scores[0]['romanian']['num_without_eos'] == 1
 
@@ -148,8 +175,7 @@ def test_an_evaluator_serves_again(evaluator, vocabulary):
   assert first == again != nothing
 
 
-def test_control_other_brings_another_prompt(
-    evaluator, vocabulary, tmp_path):
+def test_control_other_brings_another_prompt(evaluator, vocabulary, tmp_path):
   batches = []
 
   def predict(batch):
@@ -157,20 +183,30 @@ def test_control_other_brings_another_prompt(
     return perfect(vocabulary)(batch)
 
   scores = evaluator.evaluate(
-      predict, step=5, control='other', output_dir=tmp_path)
+    predict, step=5, control='other', output_dir=tmp_path
+  )
   assert scores == evaluator.evaluate(perfect(vocabulary), step=5)
   tokens, llm_tokens, segment_ids, llm_segment_ids = (
-      np.concatenate([batch[key] for batch in batches])[:len(PROMPTS)]
-      for key in ('encoder_input_tokens', 'llm_input_tokens',
-                  'encoder_segment_ids', 'llm_segment_ids'))
+    np.concatenate([batch[key] for batch in batches])[: len(PROMPTS)]
+    for key in (
+      'encoder_input_tokens',
+      'llm_input_tokens',
+      'encoder_segment_ids',
+      'llm_segment_ids',
+    )
+  )
   partners = data.control_partners(
-      [row[mask > 0].tolist()
-       for row, mask in zip(tokens, segment_ids, strict=True)])
+    [
+      row[mask > 0].tolist()
+      for row, mask in zip(tokens, segment_ids, strict=True)
+    ]
+  )
   np.testing.assert_array_equal(llm_tokens, tokens[partners])
   np.testing.assert_array_equal(llm_segment_ids, segment_ids[partners])
   assert (llm_tokens != tokens).any(axis=1).all()
   assert [path.name for path in tmp_path.iterdir()] == [
-      'romanian-test-5-other.jsonl']
+    'romanian-test-5-other.jsonl'
+  ]
 
 
 def test_num_examples_takes_the_first(bind, vocabulary):
@@ -184,7 +220,9 @@ def test_mixture_is_scored_task_by_task(bind, vocabulary):
   evaluator = make_evaluator(bind(vocabulary, 'both'), num_examples=5)
   scores = evaluator.evaluate(lambda batch: np.ones((4, 3), int), step=0)
   assert {name: score['num_examples'] for name, score in scores.items()} == {
-      'more_romanian': 5, 'romanian': 5}
+    'more_romanian': 5,
+    'romanian': 5,
+  }
 
 
 def test_nothing_stays_registered(evaluator):
@@ -193,13 +231,17 @@ def test_nothing_stays_registered(evaluator):
   assert not any(name.startswith('l2s_jax') for name in names)
 
 
-@pytest.mark.parametrize('changes, message', [
+@pytest.mark.parametrize(
+  'changes, message',
+  [
     ({'metric_fns': []}, 'romanian has splits test and 0 metrics'),
     ({'metric_fns': [lambda targets, scores: {}]}, 'metrics of SCORE'),
     ({'preprocessors': [lambda dataset: dataset.take(0)]}, 'no examples'),
-])
+  ],
+)
 def test_what_cannot_be_evaluated_is_refused(
-    bind, vocabulary, changes, message):
+  bind, vocabulary, changes, message
+):
   task = bind(vocabulary)
   if 'preprocessors' in changes:
     steps = [*task.preprocessors, *changes['preprocessors']]
@@ -210,9 +252,13 @@ def test_what_cannot_be_evaluated_is_refused(
 
 def test_a_task_that_drops_its_raw_answers_is_refused(bind, vocabulary):
   def drop(dataset):
-    return dataset.map(lambda example: {
-        key: value for key, value in example.items()
-        if key != 'targets_pretokenized'})
+    return dataset.map(
+      lambda example: {
+        key: value
+        for key, value in example.items()
+        if key != 'targets_pretokenized'
+      }
+    )
 
   task = bind(vocabulary)
   with pytest.raises(ValueError, match='copy_pretokenized=True'):

@@ -14,9 +14,15 @@ from l2s_jax import features, tasks, vocabularies
 from l2s_jax.features import seqio, tf
 
 TEXTS = [
-    'Two dogs run over the wet grass!', 'Șase școli, țara și ştiinţa.',
-    '  odd   spacing\t', '½ ﬁne ﬂuffy ﷺ', '', '!', '<extra_id_0> x </s>',
-    '日本語']
+  'Two dogs run over the wet grass!',
+  'Șase școli, țara și ştiinţa.',
+  '  odd   spacing\t',
+  '½ ﬁne ﬂuffy ﷺ',
+  '',
+  '!',
+  '<extra_id_0> x </s>',
+  '日本語',
+]
 
 
 @pytest.fixture(scope='module')
@@ -35,9 +41,17 @@ def encode_in_tensorflow(vocabulary, texts):
   return [ids.tolist() for ids in dataset.as_numpy_iterator()]
 
 
-@pytest.mark.parametrize('path', [
-    't5/spiece.model', 'mt5/spiece.model', 'mistral_v1/tokenizer.model',
-    't5/tokenizer.json', 'gpt2', 'smollm2/tokenizer.json'])
+@pytest.mark.parametrize(
+  'path',
+  [
+    't5/spiece.model',
+    'mt5/spiece.model',
+    'mistral_v1/tokenizer.model',
+    't5/tokenizer.json',
+    'gpt2',
+    'smollm2/tokenizer.json',
+  ],
+)
 def test_tensorflow_encodes_as_the_vocabulary_does(shared_data, path):
   vocabulary = vocabularies.load(shared_data / 'tokenizers' / path)
   texts = list(TEXTS)
@@ -66,10 +80,12 @@ def test_extra_ids_reach_tensorflow(vocabulary):
 
 def convert(example, lengths, vocabulary):
   output_features = {
-      key: seqio.Feature(features.wrap_vocabulary(vocabulary))
-      for key in ('inputs', 'targets')}
+    key: seqio.Feature(features.wrap_vocabulary(vocabulary))
+    for key in ('inputs', 'targets')
+  }
   dataset = features.tokenize_and_measure(
-      tf.data.Dataset.from_tensors(example), output_features)
+    tf.data.Dataset.from_tensors(example), output_features
+  )
   dataset = seqio.utils.trim_dataset(dataset, lengths, output_features)
   wrapped = output_features['inputs'].vocabulary
   converter = features.L2SFeatureConverter(wrapped, wrapped)
@@ -78,17 +94,18 @@ def convert(example, lengths, vocabulary):
 
 
 def test_converter_makes_the_batch_keys(vocabulary):
-  example = {
-      'inputs': tf.constant([3, 0, 4]), 'targets': tf.constant([0, 5])}
+  example = {'inputs': tf.constant([3, 0, 4]), 'targets': tf.constant([0, 5])}
   batch = convert(example, {'inputs': 6, 'targets': 4}, vocabulary)
   assert {key: value.tolist() for key, value in batch.items()} == {
-      'encoder_input_tokens': [3, 0, 4, 1, 0, 0],
-      'encoder_segment_ids': [1, 1, 1, 1, 0, 0],
-      'decoder_input_tokens': [0, 0, 5, 0],
-      'decoder_target_tokens': [0, 5, 1, 0],
-      'decoder_segment_ids': [1, 1, 1, 0],
-      'decoder_loss_weights': [1, 1, 1, 0],
-      'encoder_truncated': 0, 'decoder_truncated': 0}
+    'encoder_input_tokens': [3, 0, 4, 1, 0, 0],
+    'encoder_segment_ids': [1, 1, 1, 1, 0, 0],
+    'decoder_input_tokens': [0, 0, 5, 0],
+    'decoder_target_tokens': [0, 5, 1, 0],
+    'decoder_segment_ids': [1, 1, 1, 0],
+    'decoder_loss_weights': [1, 1, 1, 0],
+    'encoder_truncated': 0,
+    'decoder_truncated': 0,
+  }
   assert batch['decoder_loss_weights'].dtype == np.float32
   assert batch['encoder_input_tokens'].dtype == np.int32
 
@@ -96,20 +113,27 @@ def test_converter_makes_the_batch_keys(vocabulary):
 def test_start_and_pad_ids_are_the_vocabularys(vocabulary):
   answers = vocabularies.load(vocabulary.path, start_id=8, pad_id=7, eos_id=9)
   example = {
-      'inputs': tf.constant([3]), 'targets': tf.constant([0, 5], tf.int64)}
+    'inputs': tf.constant([3]),
+    'targets': tf.constant([0, 5], tf.int64),
+  }
   batch = convert(example, {'inputs': 2, 'targets': 4}, answers)
   assert batch['decoder_input_tokens'].tolist() == [8, 0, 5, 7]
   assert batch['decoder_target_tokens'].tolist() == [0, 5, 9, 7]
 
 
-@pytest.mark.parametrize('length, tokens, truncated', [
-    (4, [3, 4, 5, 1], 0), (3, [3, 4, 5], 1), (1, [3], 1)])
+@pytest.mark.parametrize(
+  'length, tokens, truncated',
+  [(4, [3, 4, 5, 1], 0), (3, [3, 4, 5], 1), (1, [3], 1)],
+)
 def test_truncation_is_longer_than_the_length_with_eos(
-    vocabulary, length, tokens, truncated):
+  vocabulary, length, tokens, truncated
+):
   ids = tf.constant([3, 4, 5])
   batch = convert(
-      {'inputs': ids, 'targets': ids}, {'inputs': length, 'targets': 9},
-      vocabulary)
+    {'inputs': ids, 'targets': ids},
+    {'inputs': length, 'targets': 9},
+    vocabulary,
+  )
   assert batch['encoder_input_tokens'].tolist() == tokens
   assert batch['encoder_truncated'] == truncated
   assert batch['decoder_truncated'] == 0
@@ -119,8 +143,8 @@ def test_eos_is_there_once(vocabulary):
   ended, open_ended = tf.constant([3, 1]), tf.constant([3])
   for ids in (ended, open_ended):
     batch = convert(
-        {'inputs': ids, 'targets': ids}, {'inputs': 4, 'targets': 4},
-        vocabulary)
+      {'inputs': ids, 'targets': ids}, {'inputs': 4, 'targets': 4}, vocabulary
+    )
     assert batch['encoder_segment_ids'].tolist() == [1, 1, 0, 0]
 
 
@@ -138,7 +162,14 @@ def test_unbound_task_is_refused():
 
 def test_importing_tensorflow_is_silent_and_leaves_the_gpu():
   process = subprocess.run(
-      [sys.executable, '-c', 'from l2s_jax.features import tf\n'
-       'print(tf.config.get_visible_devices("GPU"))'],
-      capture_output=True, text=True, check=True)
+    [
+      sys.executable,
+      '-c',
+      'from l2s_jax.features import tf\n'
+      'print(tf.config.get_visible_devices("GPU"))',
+    ],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
   assert (process.stdout, process.stderr) == ('[]\n', '')

@@ -25,14 +25,15 @@ def test_scores_of_translation_systems_are_those_of_sacrebleu(shared_data):
   for name, expected in published['scores'].items():
     pair, file = name.split('/')
     language = pair.split('-')[1]
-    targets = read_lines(
-        shared_data / 'flores' / f'flores-dev.{language}.gz')
+    targets = read_lines(shared_data / 'flores' / f'flores-dev.{language}.gz')
     predictions = read_lines(outputs / f'{pair}.{file}.gz')
     assert len(predictions) == expected['lines']
     assert metrics.bleu(targets, predictions)['bleu'] == pytest.approx(
-        expected['sacrebleu_13a'], abs=0.01), name
+      expected['sacrebleu_13a'], abs=0.01
+    ), name
     assert metrics.chrf(targets, predictions)['chrf'] == pytest.approx(
-        expected['chrf'], abs=0.01), name
+      expected['chrf'], abs=0.01
+    ), name
 
 
 @pytest.mark.parametrize('metric', METRICS)
@@ -49,7 +50,8 @@ def test_disjoint_predictions_score_0(metric):
 @pytest.mark.parametrize('metric', METRICS)
 def test_the_order_of_the_pairs_is_irrelevant(metric):
   assert metric(TARGETS[::-1], PREDICTIONS[::-1]) == metric(
-      TARGETS, PREDICTIONS)
+    TARGETS, PREDICTIONS
+  )
 
 
 def test_bleu_is_of_the_corpus_and_by_hand():
@@ -71,15 +73,20 @@ def test_exact_match_of_one_in_four_is_25():
 
 @pytest.mark.parametrize('metric', METRICS)
 @pytest.mark.parametrize(
-    'targets, predictions', [(['a', 'b'], ['a']), ([], ['a']), ([], [])])
+  'targets, predictions', [(['a', 'b'], ['a']), ([], ['a']), ([], [])]
+)
 def test_pairs_that_do_not_match_are_refused(metric, targets, predictions):
-  with pytest.raises(ValueError, match=(
-      f'{len(targets)} targets and {len(predictions)} predictions')):
+  with pytest.raises(
+    ValueError,
+    match=(f'{len(targets)} targets and {len(predictions)} predictions'),
+  ):
     metric(targets, predictions)
 
 
 def test_signatures_say_what_is_computed():
   assert metrics.bleu_signature().startswith(
-      'nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:')
+    'nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:'
+  )
   assert metrics.chrf_signature().startswith(
-      'nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:')
+    'nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:'
+  )

@@ -17,45 +17,78 @@ from l2s_jax import vocabularies
 # The special ids that each real tokenizer must be read to have:
 # (vocab_size, start_id, eos_id, pad_id, unk_id).
 REAL = {
-    't5/spiece.model': (32000, 0, 1, 0, 2),
-    'mt5/spiece.model': (250100, 0, 1, 0, 2),
-    'mistral_v1/tokenizer.model': (32000, 1, 2, 0, 0),
-    't5/tokenizer.json': (32100, 0, 1, 0, 2),
-    'gpt2': (50257, 50256, 50256, 0, None),
-    'smollm2/tokenizer.json': (49152, 0, 0, 0, None),
+  't5/spiece.model': (32000, 0, 1, 0, 2),
+  'mt5/spiece.model': (250100, 0, 1, 0, 2),
+  'mistral_v1/tokenizer.model': (32000, 1, 2, 0, 0),
+  't5/tokenizer.json': (32100, 0, 1, 0, 2),
+  'gpt2': (50257, 50256, 50256, 0, None),
+  'smollm2/tokenizer.json': (49152, 0, 0, 0, None),
 }
-TEXTS = [f'{a}{b} {b}{c} {c}{a}'
-         for a, b, c in itertools.product(
-             ['ta', 'ki', 'mo', 'run', 'ship', 'one'], repeat=3)]
+TEXTS = [
+  f'{a}{b} {b}{c} {c}{a}'
+  for a, b, c in itertools.product(
+    ['ta', 'ki', 'mo', 'run', 'ship', 'one'], repeat=3
+  )
+]
 
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
   """Returns a small SentencePiece vocabulary."""
   return vocabularies.train_sentencepiece(
-      TEXTS, tmp_path_factory.mktemp('trained') / 'spiece.model',
-      vocab_size=40)
+    TEXTS, tmp_path_factory.mktemp('trained') / 'spiece.model', vocab_size=40
+  )
 
 
 @pytest.fixture
 def small_json(tmp_path):
   """Returns a `tokenizer.json` of whole words that truncates and pads."""
   path = tmp_path / 'small' / 'tokenizer.json'
-  write_json(path, {
-      'truncation': {'max_length': 2, 'strategy': 'LongestFirst', 'stride': 0,
-                     'direction': 'Right'},
-      'padding': {'strategy': {'Fixed': 8}, 'direction': 'Right',
-                  'pad_to_multiple_of': None, 'pad_id': 0, 'pad_type_id': 0,
-                  'pad_token': '<pad>'},
+  write_json(
+    path,
+    {
+      'truncation': {
+        'max_length': 2,
+        'strategy': 'LongestFirst',
+        'stride': 0,
+        'direction': 'Right',
+      },
+      'padding': {
+        'strategy': {'Fixed': 8},
+        'direction': 'Right',
+        'pad_to_multiple_of': None,
+        'pad_id': 0,
+        'pad_type_id': 0,
+        'pad_token': '<pad>',
+      },
       'added_tokens': [
-          {'id': i, 'content': content, 'special': True, 'single_word': False,
-           'lstrip': False, 'rstrip': False, 'normalized': False}
-          for i, content in enumerate(['<pad>', '</s>', '<unk>', '<go>'])],
+        {
+          'id': i,
+          'content': content,
+          'special': True,
+          'single_word': False,
+          'lstrip': False,
+          'rstrip': False,
+          'normalized': False,
+        }
+        for i, content in enumerate(['<pad>', '</s>', '<unk>', '<go>'])
+      ],
       'pre_tokenizer': {'type': 'WhitespaceSplit'},
-      'model': {'type': 'WordLevel', 'unk_token': '<unk>', 'vocab': {
-          '<pad>': 0, '</s>': 1, '<unk>': 2, '<go>': 3, 'one': 4, 'two': 5,
-          'three': 6}},
-  })
+      'model': {
+        'type': 'WordLevel',
+        'unk_token': '<unk>',
+        'vocab': {
+          '<pad>': 0,
+          '</s>': 1,
+          '<unk>': 2,
+          '<go>': 3,
+          'one': 4,
+          'two': 5,
+          'three': 6,
+        },
+      },
+    },
+  )
   return path
 
 
@@ -71,7 +104,8 @@ def write_gpt2(folder, vocab, merges):
 
 def test_golden_encodings(shared_data):
   golden = json.loads(
-      (shared_data / 'tokenizers/expected_encodings.json').read_text())
+    (shared_data / 'tokenizers/expected_encodings.json').read_text()
+  )
   assert golden.keys() == REAL.keys()
   for name, expected in golden.items():
     vocabulary = vocabularies.load(shared_data / 'tokenizers' / name)
@@ -83,8 +117,13 @@ def test_golden_encodings(shared_data):
 @pytest.mark.parametrize('name', REAL)
 def test_special_ids_are_read_from_the_files(shared_data, name):
   vocabulary = vocabularies.load(shared_data / 'tokenizers' / name)
-  assert (vocabulary.vocab_size, vocabulary.start_id, vocabulary.eos_id,
-          vocabulary.pad_id, vocabulary.unk_id) == REAL[name]
+  assert (
+    vocabulary.vocab_size,
+    vocabulary.start_id,
+    vocabulary.eos_id,
+    vocabulary.pad_id,
+    vocabulary.unk_id,
+  ) == REAL[name]
 
 
 @pytest.mark.parametrize('name', REAL)
@@ -116,12 +155,15 @@ def test_saved_and_loaded_is_the_same(shared_data, tmp_path, name):
 
 
 def test_vocabularies_of_different_content_differ(shared_data):
-  loaded = [vocabularies.load(shared_data / 'tokenizers' / name)
-            for name in REAL]
-  loaded.append(vocabularies.load(
-      shared_data / 'tokenizers/t5/spiece.model', extra_ids=100))
-  loaded.append(vocabularies.load(
-      shared_data / 'tokenizers/t5/spiece.model', start_id=1))
+  loaded = [
+    vocabularies.load(shared_data / 'tokenizers' / name) for name in REAL
+  ]
+  loaded.append(
+    vocabularies.load(shared_data / 'tokenizers/t5/spiece.model', extra_ids=100)
+  )
+  loaded.append(
+    vocabularies.load(shared_data / 'tokenizers/t5/spiece.model', start_id=1)
+  )
   assert len(set(loaded)) == len(REAL) + 2
 
 
@@ -138,7 +180,22 @@ def test_extra_ids_are_those_of_seqio(shared_data, tmp_path):
   assert vocabulary.vocab_size == 32100
   # Ids of seqio.SentencePieceVocabulary(path, extra_ids=100), seqio 0.0.20.
   assert vocabulary.encode('<extra_id_0> <pad> </s> x < 3') == [
-      32099, 3, 2, 5612, 3155, 3, 2, 87, 7, 3155, 3, 226, 3, 2, 220]
+    32099,
+    3,
+    2,
+    5612,
+    3155,
+    3,
+    2,
+    87,
+    7,
+    3155,
+    3,
+    226,
+    3,
+    2,
+    220,
+  ]
   assert vocabulary.encode('a <extra_id_99>') == [3, 9, 32000]
   assert vocabulary.decode([32099, 5, 32000]) == '<extra_id_0>. <extra_id_99>'
   vocabulary.save(tmp_path)
@@ -154,8 +211,10 @@ def test_mt5_already_has_its_extra_ids(shared_data):
 def test_a_copy_or_pickle_is_equal_and_works(trained, small_json):
   for vocabulary in (trained, vocabularies.load(small_json)):
     ids = vocabulary.encode('one red cat')
-    for twin in (copy.deepcopy(vocabulary),
-                 pickle.loads(pickle.dumps(vocabulary))):
+    for twin in (
+      copy.deepcopy(vocabulary),
+      pickle.loads(pickle.dumps(vocabulary)),
+    ):
       assert twin == vocabulary
       assert twin.encode('one red cat') == ids
 
@@ -164,7 +223,8 @@ def test_decoding_cuts_at_the_first_eos(trained, small_json):
   for vocabulary in (trained, vocabularies.load(small_json)):
     a, b = vocabulary.vocab_size - 1, vocabulary.vocab_size - 2
     assert vocabulary.decode([a, vocabulary.eos_id, b]) == vocabulary.decode(
-        [a])
+      [a]
+    )
     assert vocabulary.decode([vocabulary.eos_id, a]) == ''
     assert vocabulary.decode([]) == ''
 
@@ -188,15 +248,17 @@ def test_a_tokenizer_neither_truncates_nor_pads(small_json):
   assert vocabularies.load(small_json).encode('one two three') == [4, 5, 6]
 
 
-def test_files_beside_a_tokenizer_name_its_special_tokens(
-    small_json, tmp_path):
+def test_files_beside_a_tokenizer_name_its_special_tokens(small_json, tmp_path):
   plain = vocabularies.load(small_json)
   assert (plain.start_id, plain.eos_id, plain.pad_id) == (0, 1, 0)
-  write_json(small_json.with_name('special_tokens_map.json'),
-             {'eos_token': '</s>', 'unk_token': '<unk>'})
-  write_json(small_json.with_name('tokenizer_config.json'), {
-      'eos_token': {'content': 'three'}, 'bos_token': '<go>',
-      'pad_token': None})
+  write_json(
+    small_json.with_name('special_tokens_map.json'),
+    {'eos_token': '</s>', 'unk_token': '<unk>'},
+  )
+  write_json(
+    small_json.with_name('tokenizer_config.json'),
+    {'eos_token': {'content': 'three'}, 'bos_token': '<go>', 'pad_token': None},
+  )
   named = vocabularies.load(small_json)
   assert (named.start_id, named.eos_id, named.pad_id) == (3, 6, 0)
   assert named.unk_id == 2
@@ -206,10 +268,14 @@ def test_files_beside_a_tokenizer_name_its_special_tokens(
 
 
 def test_a_named_special_token_must_exist(small_json):
-  write_json(small_json.with_name('tokenizer_config.json'),
-             {'eos_token': '<end>', 'bos_token': '<go>'})
-  with pytest.raises(ValueError, match=(
-      "eos_token '<end>': named by tokenizer_config.json in .*small")):
+  write_json(
+    small_json.with_name('tokenizer_config.json'),
+    {'eos_token': '<end>', 'bos_token': '<go>'},
+  )
+  with pytest.raises(
+    ValueError,
+    match=("eos_token '<end>': named by tokenizer_config.json in .*small"),
+  ):
     vocabularies.load(small_json)
 
 
@@ -224,7 +290,8 @@ def test_ids_can_be_given(trained):
 
 def test_training_reproduces_the_same_bytes(trained, tmp_path):
   twin = vocabularies.train_sentencepiece(
-      iter(TEXTS), tmp_path / 'twin.model', vocab_size=40)
+    iter(TEXTS), tmp_path / 'twin.model', vocab_size=40
+  )
   with open(trained.path, 'rb') as file:
     assert (tmp_path / 'twin.model').read_bytes() == file.read()
   assert twin == trained
@@ -233,8 +300,12 @@ def test_training_reproduces_the_same_bytes(trained, tmp_path):
 
 def test_a_trained_model_is_like_t5(trained):
   assert trained.vocab_size == 40
-  assert (trained.start_id, trained.eos_id, trained.pad_id,
-          trained.unk_id) == (0, 1, 0, 2)
+  assert (trained.start_id, trained.eos_id, trained.pad_id, trained.unk_id) == (
+    0,
+    1,
+    0,
+    2,
+  )
   for text in TEXTS:
     assert trained.decode(trained.encode(text)) == text
   assert trained.unk_id in trained.encode('Ω')
@@ -242,60 +313,72 @@ def test_a_trained_model_is_like_t5(trained):
 
 def test_byte_fallback_leaves_nothing_unknown(tmp_path):
   vocabulary = vocabularies.train_sentencepiece(
-      TEXTS, tmp_path / 'bytes.model', vocab_size=290, byte_fallback=True)
+    TEXTS, tmp_path / 'bytes.model', vocab_size=290, byte_fallback=True
+  )
   assert vocabulary.decode(vocabulary.encode('Ω ship')) == 'Ω ship'
 
 
 def test_long_lines_take_part_in_training(tmp_path):
   # SentencePiece by itself drops lines over 4192 bytes, without a word.
   vocabulary = vocabularies.train_sentencepiece(
-      ['xyz ' * 2000, *TEXTS], tmp_path / 'long.model', vocab_size=40)
+    ['xyz ' * 2000, *TEXTS], tmp_path / 'long.model', vocab_size=40
+  )
   assert vocabulary.unk_id not in vocabulary.encode('xyz')
 
 
-@pytest.mark.parametrize('texts, options, message', [
+@pytest.mark.parametrize(
+  'texts, options, message',
+  [
     ([], {'vocab_size': 40}, 'sentences'),
     (TEXTS, {'vocab_size': 5000}, 'vocab_size=5000.*too high'),
     (TEXTS, {'vocab_size': 5}, 'vocab_size=5.*smaller'),
     (TEXTS, {'vocab_size': 40, 'vocabsize': 1}, 'unknown field.*vocabsize'),
-])
-def test_training_that_fails_writes_nothing(
-    tmp_path, texts, options, message):
+  ],
+)
+def test_training_that_fails_writes_nothing(tmp_path, texts, options, message):
   with pytest.raises(ValueError, match=f'model.model with .*{message}'):
-    vocabularies.train_sentencepiece(
-        texts, tmp_path / 'model.model', **options)
+    vocabularies.train_sentencepiece(texts, tmp_path / 'model.model', **options)
   assert not list(tmp_path.iterdir())
 
 
 def test_training_prints_nothing(capfd, tmp_path):
   vocabularies.train_sentencepiece(
-      TEXTS, tmp_path / 'quiet.model', vocab_size=40)
+    TEXTS, tmp_path / 'quiet.model', vocab_size=40
+  )
   assert capfd.readouterr() == ('', '')
 
 
 def test_a_missing_path_is_named(tmp_path):
   for name in ('none', 'none.model', 'tokenizer.json'):
-    with pytest.raises(FileNotFoundError, match=re.escape(
-        f'{tmp_path / name} is missing')):
+    with pytest.raises(
+      FileNotFoundError, match=re.escape(f'{tmp_path / name} is missing')
+    ):
       vocabularies.load(tmp_path / name)
 
 
 def test_a_folder_without_tokenizer_lists_what_was_looked_for(tmp_path):
   (tmp_path / 'vocab.json').write_text('{}')  # No merges.txt.
-  with pytest.raises(FileNotFoundError, match=re.escape(
+  with pytest.raises(
+    FileNotFoundError,
+    match=re.escape(
       f'{tmp_path} holds no tokenizer: looked for spiece.model, '
       'tokenizer.model, sentencepiece.model, tokenizer.json and vocab.json '
-      'with merges.txt')):
+      'with merges.txt'
+    ),
+  ):
     vocabularies.load(tmp_path)
 
 
-@pytest.mark.parametrize('name, content, message', [
+@pytest.mark.parametrize(
+  'name, content, message',
+  [
     ('a.model', b'not a model', 'is not a SentencePiece model'),
     ('a.model', b'', 'is not a SentencePiece model'),
     ('tokenizer.json', b'{"model"', 'is not a Hugging Face tokenizer'),
     ('tokenizer.json', b'{}', 'Model missing'),
     ('a.txt', b'', r'expected a SentencePiece model \(\*.model\)'),
-])
+  ],
+)
 def test_a_broken_file_is_named(tmp_path, name, content, message):
   path = tmp_path / name
   path.write_bytes(content)
@@ -303,21 +386,27 @@ def test_a_broken_file_is_named(tmp_path, name, content, message):
     vocabularies.load(path)
 
 
-@pytest.mark.parametrize('content, message', [
+@pytest.mark.parametrize(
+  'content, message',
+  [
     ('{', 'tokenizer_config.json is not JSON'),
     ('[]', 'tokenizer_config.json holds a JSON list, expected an object'),
-])
+  ],
+)
 def test_a_broken_file_beside_is_named(small_json, content, message):
   small_json.with_name('tokenizer_config.json').write_text(content)
   with pytest.raises(ValueError, match=message):
     vocabularies.load(small_json)
 
 
-@pytest.mark.parametrize('vocab, merges, message', [
+@pytest.mark.parametrize(
+  'vocab, merges, message',
+  [
     ({'a': 0}, '', r'vocab.json has no <\|endoftext\|>'),
     ({'a': 0, 'b': 1, '<|endoftext|>': 2}, 'a b', r"merges.txt.*'a', 'b'"),
     ({'a': 0, 'b': 1, '<|endoftext|>': 2}, 'ab', r"merges.txt merges \['ab'\]"),
-])
+  ],
+)
 def test_files_that_are_not_gpt2s_are_refused(tmp_path, vocab, merges, message):
   write_gpt2(tmp_path, vocab, merges)
   with pytest.raises(ValueError, match=message):
@@ -326,8 +415,16 @@ def test_files_that_are_not_gpt2s_are_refused(tmp_path, vocab, merges, message):
 
 def test_a_tokenizer_without_eos_asks_for_one(tmp_path):
   path = tmp_path / 'tokenizer.json'
-  write_json(path, {'model': {
-      'type': 'WordLevel', 'unk_token': 'a', 'vocab': {'a': 0, 'b': 1}}})
+  write_json(
+    path,
+    {
+      'model': {
+        'type': 'WordLevel',
+        'unk_token': 'a',
+        'vocab': {'a': 0, 'b': 1},
+      }
+    },
+  )
   with pytest.raises(ValueError, match='tokenizer.json names no end.*eos_id='):
     vocabularies.load(path)
   assert vocabularies.load(path, eos_id=1).start_id == 1
@@ -339,13 +436,16 @@ def test_extra_ids_of_a_hugging_face_tokenizer_are_refused(small_json):
 
 
 def test_saving_beside_another_tokenizer_is_refused(trained, small_json):
-  with pytest.raises(ValueError, match=(
-      'small holds tokenizer.json of another tokenizer')):
+  with pytest.raises(
+    ValueError, match=('small holds tokenizer.json of another tokenizer')
+  ):
     trained.save(small_json.parent)
 
 
 def test_the_module_imports_no_tensorflow():
-  program = ('import sys, l2s_jax.vocabularies, l2s_jax.metrics; '
-             'sys.exit(any(m in sys.modules for m in '
-             '("tensorflow", "seqio", "transformers")))')
+  program = (
+    'import sys, l2s_jax.vocabularies, l2s_jax.metrics; '
+    'sys.exit(any(m in sys.modules for m in '
+    '("tensorflow", "seqio", "transformers")))'
+  )
   subprocess.run([sys.executable, '-c', program], check=True)

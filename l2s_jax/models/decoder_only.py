@@ -55,9 +55,7 @@ class DecoderOnly(language_model.LanguageModel):
       transformer.Context(self._bias(valid, valid.shape[1], prompt_length)),
       deterministic=deterministic,
     )
-    return self.logits_dense(
-      states[:, prompt_length:], self.token_embedder
-    )
+    return self.logits_dense(states[:, prompt_length:], self.token_embedder)
 
   def start(self, prompt_embeddings, prompt_segment_ids, *, max_decode_len):
     batch_size, prompt_length = prompt_segment_ids.shape

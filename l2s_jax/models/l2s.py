@@ -82,9 +82,7 @@ class LlmToSlm(nn.Module):
 
   def encode_prompt(
     self, batch: language_model.Batch
-  ) -> tuple[
-    Float[Array, 'batch prompt embed'], Int[Array, 'batch prompt']
-  ]:
+  ) -> tuple[Float[Array, 'batch prompt embed'], Int[Array, 'batch prompt']]:
     """Returns the SLM's prompt embeddings and segment ids.
 
     Two optional batch keys are for controls: `llm_input_tokens`, with

@@ -116,9 +116,7 @@ class Embed(nn.Module):
       (self.num_rows, self.config.emb_dim),
     )
 
-  def __call__(
-    self, ids: Int[Array, '*batch']
-  ) -> Float[Array, '*batch embed']:
+  def __call__(self, ids: Int[Array, '*batch']) -> Float[Array, '*batch embed']:
     return jnp.take(self.embedding, ids, axis=0).astype(
       self.config.activation_dtype
     )

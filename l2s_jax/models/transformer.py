@@ -53,9 +53,7 @@ class Block(nn.Module):
     h = self.pre_self_attention_norm(x)
     new_kv = self.self_attention.project_kv(h)
     if kv is not None:
-      kv, new_kv = cache_lib.write(
-        kv, new_kv, layer=layer, slot=context.slot
-      )
+      kv, new_kv = cache_lib.write(kv, new_kv, layer=layer, slot=context.slot)
     h = self.self_attention(
       h, new_kv, context.self_bias, deterministic=deterministic
     )
@@ -107,9 +105,7 @@ class Stack(nn.Module):
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )
     methods = {
-      '__call__': dict(
-        over_layers, in_axes=(0, 0, nn.broadcast, nn.broadcast)
-      )
+      '__call__': dict(over_layers, in_axes=(0, 0, nn.broadcast, nn.broadcast))
     }
     if self.has_cross_attention:
       methods['project_cross'] = dict(over_layers, in_axes=(nn.broadcast,))
@@ -117,9 +113,7 @@ class Stack(nn.Module):
       config, self.has_cross_attention
     )
     if config.positions == 'relative':
-      self.relpos_bias = layers.RelativePositionBias(
-        config, self.bidirectional
-      )
+      self.relpos_bias = layers.RelativePositionBias(config, self.bidirectional)
     self.final_norm = layers.Norm(config)
     self.dropout = layers.Dropout(config.dropout_rate)
 
