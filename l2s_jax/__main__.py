@@ -41,7 +41,8 @@ VERBS: Mapping[str, Verb] = {
     'train',
     'trains LLM-to-SLM, or an LLM or SLM baseline; resumes by itself',
     '--gin_file=gin_configs/experiments/multi30k.gin '
-    '--gin.DATA_DIR=data/multi30k --gin.MODEL_DIR=runs/multi30k',
+    '--gin.DATA_DIR=data/multi30k --gin.SLM_VOCABULARY=spiece.model '
+    '--gin.LLM_PATH=runs/multi30k_llm --gin.MODEL_DIR=runs/multi30k',
   ),
   'evaluate': Verb(
     'l2s_jax.evaluate',

@@ -37,7 +37,7 @@ class Checkpointer:
       options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
     )
 
-  def save(self, state: state_lib.TrainState, data: dict[str, int]) -> None:
+  def save(self, state: state_lib.TrainState, data: dict[str, Any]) -> None:
     """Starts saving; the state may be donated as soon as this returns."""
     step = int(state.step)
     if step in self._manager.all_steps():
@@ -55,7 +55,7 @@ class Checkpointer:
 
   def restore(
     self, shapes: state_lib.TrainState, shardings: state_lib.TrainState
-  ) -> tuple[state_lib.TrainState, dict[str, int]] | None:
+  ) -> tuple[state_lib.TrainState, dict[str, Any]] | None:
     """Returns the newest state and data position; None if there is none.
 
     Args:

@@ -216,26 +216,12 @@ class TaskBatches(Iterator[Batch]):
     close: a function that ends the threads behind the batches, and these.
   """
 
-  def __init__(
-    self,
-    batches: Iterator[Batch],
-    batch_size: int,
-    *,
-    process_index: int,
-    process_count: int,
-  ):
-    if batch_size % process_count:
-      raise ValueError(
-        f'batch_size={batch_size} does not divide over {process_count} '
-        f'processes; set BATCH_SIZE to a multiple of {process_count}.'
-      )
-    local = batch_size // process_count
+  def __init__(self, batches: Iterator[Batch], batch_size: int):
     # With a Hugging Face tokenizer TensorFlow's threads run Python, and most
     # often hang the process if the interpreter ends first; so end them before.
     self._iterator = [batches]
     self.close = weakref.finalize(self, self._iterator.clear)
     self._batch_size = batch_size
-    self._rows = slice(process_index * local, (process_index + 1) * local)
     self.num_examples = 0
     self.num_truncated_prompts = 0
     self.num_truncated_targets = 0
@@ -249,10 +235,7 @@ class TaskBatches(Iterator[Batch]):
     self.num_examples += len(prompts)
     self.num_truncated_prompts += int(prompts.sum())
     self.num_truncated_targets += int(targets.sum())
-    return {
-      key: value[self._rows]
-      for key, value in pad_rows(batch, self._batch_size).items()
-    }
+    return pad_rows(batch, self._batch_size)
 
 
 def train_batches(
@@ -262,10 +245,8 @@ def train_batches(
   batch_size: int,
   seed: int,
   split: str = 'train',
-  start_batch: int = 0,
+  start_example: int = 0,
   num_epochs: int | None = None,
-  process_index: int = 0,
-  process_count: int = 1,
 ) -> TaskBatches:
   """Returns shuffled batches, the same for the same arguments.
 
@@ -274,29 +255,22 @@ def train_batches(
   epochs, and an incomplete last one is dropped. Randomness in the task's own
   preprocessors is the same in every epoch, unless it is in a mixture.
 
-  Every process reads the whole stream and keeps its rows, so that the global
-  batches are the same for any number of processes; a cached task is the way to
-  have each read its own part alone.
-
   Args:
     task: from `tasks.bind`.
     task_feature_lengths: `inputs` and `targets`, in tokens; longer is cut.
-    batch_size: over all processes.
+    batch_size: over all devices.
     seed: of the order.
-    start_batch: how many batches to pass over: those of an uninterrupted run
-      follow. It costs tokenizing them again.
+    start_example: how many examples to pass over: those that follow in an
+      uninterrupted run come first. It costs tokenizing them again.
     num_epochs: None: without end.
-    process_index: process p takes the rows from p * batch_size / process_count.
-    process_count: see there.
 
   Raises:
-    ValueError: if the split or a length is missing, the task is not bound, or
-      `batch_size` does not divide over the processes.
+    ValueError: if the split or a length is missing, or the task is not bound.
   """
   from l2s_jax import features
   from l2s_jax.features import seqio, tf
 
-  _check_task(task, split, task_feature_lengths)
+  check_task(task, split, task_feature_lengths)
   options = {
     'sequence_length': task_feature_lengths,
     'split': split,
@@ -315,15 +289,10 @@ def train_batches(
     # Not SeqIO's num_epochs: it repeats before it shuffles, and mixes epochs.
     dataset = task.get_dataset(num_epochs=1, **options).repeat(num_epochs)
   converter = features.make_converter(task)
-  dataset = converter(
-    dataset.skip(start_batch * batch_size), task_feature_lengths
-  )
+  dataset = converter(dataset.skip(start_example), task_feature_lengths)
   dataset = dataset.batch(batch_size, drop_remainder=True)
   return TaskBatches(
-    dataset.prefetch(tf.data.AUTOTUNE).as_numpy_iterator(),
-    batch_size,
-    process_index=process_index,
-    process_count=process_count,
+    dataset.prefetch(tf.data.AUTOTUNE).as_numpy_iterator(), batch_size
   )
 
 
@@ -334,8 +303,6 @@ def eval_batches(
   batch_size: int,
   split: str = 'validation',
   num_examples: int | None = None,
-  process_index: int = 0,
-  process_count: int = 1,
 ) -> TaskBatches:
   """Returns one pass over a split in its own order, task after task.
 
@@ -344,11 +311,9 @@ def eval_batches(
   Args:
     task: from `tasks.bind`; of a mixture, the tasks that have the split.
     task_feature_lengths: `inputs` and `targets`, in tokens; longer is cut.
-    batch_size: over all processes.
+    batch_size: over all devices.
     split: `validation`, `test`, or another.
     num_examples: the first so many of each task; None: all.
-    process_index: see `train_batches`.
-    process_count: see `train_batches`.
 
   Raises:
     ValueError: as `train_batches`.
@@ -356,7 +321,7 @@ def eval_batches(
   from l2s_jax import features
   from l2s_jax.features import seqio, tf
 
-  _check_task(task, split, task_feature_lengths)
+  check_task(task, split, task_feature_lengths)
   converter = features.make_converter(task)
   datasets = [
     converter(
@@ -370,19 +335,19 @@ def eval_batches(
   ]
   dataset = functools.reduce(lambda one, two: one.concatenate(two), datasets)
   dataset = dataset.batch(batch_size).prefetch(tf.data.AUTOTUNE)
-  return TaskBatches(
-    dataset.as_numpy_iterator(),
-    batch_size,
-    process_index=process_index,
-    process_count=process_count,
-  )
+  return TaskBatches(dataset.as_numpy_iterator(), batch_size)
 
 
-def _check_task(
+def check_task(
   task: 'seqio.Task | seqio.Mixture',
   split: str,
   task_feature_lengths: Mapping[str, int],
 ) -> None:
+  """Refuses a split that the task does not have, and lengths that are off.
+
+  Raises:
+    ValueError: with what there is and what was asked for.
+  """
   if split not in task.splits:
     raise ValueError(
       f'task {task.name!r} has no split {split!r}; it has '
@@ -393,3 +358,9 @@ def _check_task(
       f'TASK_FEATURE_LENGTHS has {", ".join(task_feature_lengths)}; expected '
       'inputs and targets, in tokens.'
     )
+  for name, length in task_feature_lengths.items():
+    if not isinstance(length, int) or length < 1:
+      raise ValueError(
+        f'TASK_FEATURE_LENGTHS has {name}={length!r}; expected a positive '
+        'number of tokens.'
+      )

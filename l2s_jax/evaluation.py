@@ -11,10 +11,11 @@ import json
 import os
 import pathlib
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import tqdm
 from jaxtyping import Int
 
 from l2s_jax import data, features
@@ -60,7 +61,7 @@ class TaskEvaluator:
     self._task_feature_lengths = task_feature_lengths
     self._split = split
     self._batch_size = batch_size
-    _check_evaluable(task, split)
+    check_evaluable(task, split)
     registry = (
       seqio.MixtureRegistry
       if isinstance(task, seqio.Mixture)
@@ -87,6 +88,11 @@ class TaskEvaluator:
           'makes of them is no reference; give seqio.preprocessors.tokenize '
           'copy_pretokenized=True.'
         )
+
+  @property
+  def tasks(self) -> Sequence[seqio.Task]:
+    """The bound tasks that are evaluated."""
+    return self._evaluator.eval_tasks
 
   def evaluate(
     self,
@@ -169,7 +175,10 @@ class TaskEvaluator:
       examples['llm_input_tokens'] = tokens[partners]
       examples['llm_segment_ids'] = segment_ids[partners]
     predictions: list[np.ndarray] = []
-    for start in range(0, len(indices), self._batch_size):
+    starts = range(0, len(indices), self._batch_size)
+    for start in tqdm.tqdm(
+      starts, desc='decoding', unit='batch', leave=False, dynamic_ncols=True
+    ):
       rows = slice(start, start + self._batch_size)
       batch = data.pad_rows(
         {key: value[rows] for key, value in examples.items()}, self._batch_size
@@ -188,7 +197,13 @@ class TaskEvaluator:
     return sum(int(example[f'{key}_length']) > length for example in examples)
 
 
-def _check_evaluable(task: seqio.Task | seqio.Mixture, split: str) -> None:
+def check_evaluable(task: seqio.Task | seqio.Mixture, split: str) -> None:
+  """Refuses a task that could not be scored, before anything is computed.
+
+  Raises:
+    ValueError: if no task has the split and metrics, or metrics are of
+      something else than predictions.
+  """
   parts = seqio.get_subtasks(task)
   scored = [part for part in parts if part.metric_objs and split in part.splits]
   if not scored:

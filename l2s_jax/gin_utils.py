@@ -149,6 +149,25 @@ def check_required(fn: Callable[..., Any], given: Collection[str] = ()) -> None:
     )
 
 
+def check_positive(**values: int | None) -> None:
+  """Checks that numbers are positive integers, or None.
+
+  Args:
+    **values: by the name to complain about.
+
+  Raises:
+    ValueError: listing those that are not.
+  """
+  wrong = [
+    f'{name}={value!r}'
+    for name, value in values.items()
+    if value is not None
+    and (not isinstance(value, int) or isinstance(value, bool) or value < 1)
+  ]
+  if wrong:
+    raise ValueError(f'{", ".join(wrong)}: expected a positive integer.')
+
+
 def config() -> str:
   """Returns all that is bound, as the text of a gin file."""
   return gin.config_str()

@@ -6,9 +6,9 @@ which is answered line by line. Text, JSONL and standard input need no
 TensorFlow.
 """
 
-import gzip
 import itertools
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -18,13 +18,22 @@ import gin
 import jax
 import numpy as np
 import tqdm
+from etils import epath
 
-from l2s_jax import data, parameters, partition, systems
+from l2s_jax import (
+  data,
+  evaluate,
+  gin_utils,
+  parameters,
+  partition,
+  systems,
+  tasks,
+)
 
 PyTree = Any
 
 
-class Answerer:
+class PromptAnswerer:
   """Writes answers to prompts with a system and its parameters."""
 
   def __init__(
@@ -82,53 +91,33 @@ def read_prompts(
 
   Args:
     path: a text file, or one whose name ends in .jsonl; either may be .gz.
-    column: of the JSONL, that `template` calls {prompt}.
+    column: of the JSONL: what goes into the template.
     template: the prompt with `{prompt}` where the text goes.
 
   Raises:
-    FileNotFoundError: if there is no such file.
-    ValueError: names file and line of what is not UTF-8, broken JSON, or
-      without the column.
+    ValueError: names file and line of what cannot be read: not UTF-8, broken
+      JSON, or without text in the column.
   """
-  file = pathlib.Path(path)
-  if not file.is_file():
-    raise FileNotFoundError(
-      f'INPUT={path}: no such file. Give a text file, a .jsonl file (either '
-      'may be .gz), or - for standard input.'
-    )
-  is_jsonl = file.name.removesuffix('.gz').endswith('.jsonl')
-  opener = gzip.open if file.name.endswith('.gz') else open
-  with opener(file, 'rb') as lines:
-    for number, raw in enumerate(lines, start=1):
-      try:
-        line = raw.decode().rstrip('\r\n')
-      except UnicodeDecodeError as error:
-        raise ValueError(
-          f'{path}:{number}: not UTF-8 ({error}). Convert the file first, '
-          'such as with iconv.'
-        ) from error
-      if not is_jsonl:
-        yield {'prompt': template.replace('{prompt}', line)}
-        continue
-      try:
-        record = json.loads(line)
-        text = record[column]
-      except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-          f'{path}:{number}: expected a JSON object with {column!r} '
-          f'({type(error).__name__}: {error}). Mend the line, or name the '
-          'column with --gin.PROMPT_COLUMN.'
-        ) from error
-      yield record | {'prompt': template.replace('{prompt}', str(text))}
+  is_jsonl = path.removesuffix('.gz').endswith('.jsonl')
+  for number, line in enumerate(tasks.read_lines(epath.Path(path)), start=1):
+    if not is_jsonl:
+      yield {'prompt': template.replace('{prompt}', line)}
+      continue
+    try:
+      record = json.loads(line)
+    except json.JSONDecodeError as error:
+      raise ValueError(f'{path}:{number} is not JSON: {error}.') from error
+    text = record.get(column) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+      raise ValueError(
+        f'{path}:{number}: expected a JSON object with text in {column!r}, got '
+        f'{line[:200]}. PROMPT_COLUMN says which column is read.'
+      )
+    yield record | {'prompt': template.replace('{prompt}', text)}
 
 
-def _task_prompts(
-  system: systems.System, name: str, split: str
-) -> Iterator[dict[str, Any]]:
-  """Yields {'prompt': ..., 'target': ...} of a SeqIO task's split."""
-  from l2s_jax import tasks
-
-  task = tasks.bind(name, system.prompt_vocabulary, system.answer_vocabulary)
+def task_prompts(task: Any, split: str) -> Iterator[dict[str, Any]]:
+  """Yields {'prompt': ..., 'target': ...} of a bound SeqIO task's split."""
   dataset = task.get_dataset(None, split=split, shuffle=False, num_epochs=1)
   for example in dataset.as_numpy_iterator():
     yield {
@@ -138,18 +127,13 @@ def _task_prompts(
 
 
 def answer_stream(
-  answerer: Answerer, source: TextIO, sink: TextIO, template: str
+  answerer: PromptAnswerer, source: TextIO, sink: TextIO, template: str
 ) -> None:
-  """Answers each line as it comes; ends with the stream."""
+  """Answers each line as it comes, one line for one; ends with the stream."""
   for line in source:
-    text = line.rstrip('\n')
-    if not text.strip():
-      continue
-    (answer,) = answerer([template.replace('{prompt}', text)])
-    sink.write(
-      json.dumps({'prompt': text, 'prediction': answer}, ensure_ascii=False)
-      + '\n'
-    )
+    prompt = template.replace('{prompt}', line.rstrip('\r\n'))
+    (answer,) = answerer([prompt])
+    _write_record(sink, {'prompt': prompt, 'prediction': answer})
     sink.flush()
 
 
@@ -189,15 +173,39 @@ def infer(
     mesh: device mesh and axis rules.
     dry_run: prints sizes and shardings, and stops.
   """
+  gin_utils.check_positive(
+    PROMPT_LENGTH=prompt_length,
+    MAX_DECODE_LEN=max_decode_len,
+    BATCH_SIZE=batch_size,
+  )
+  if '{prompt}' not in template:
+    raise ValueError(
+      f'TEMPLATE={template!r} has no {{prompt}}, where the input goes.'
+    )
+  is_task = input.startswith('task:')
+  if input != '-' and not is_task and not pathlib.Path(input).is_file():
+    raise FileNotFoundError(
+      f'INPUT={input}: no such file. Give a text file, a .jsonl file (either '
+      'may be .gz), task:NAME, or - for standard input.'
+    )
+  systems.local_folder(checkpoint_path, 'CHECKPOINT_PATH')
   mesh_config = mesh or partition.MeshConfig()
   device_mesh = partition.make_mesh(mesh_config)
-  shards = device_mesh.shape['data'] * device_mesh.shape['fsdp']
   if input == '-':
-    batch_size = shards
+    batch_size = device_mesh.shape['data'] * device_mesh.shape['fsdp']
   partition.check_batch_size(batch_size, device_mesh)
   system = systems.with_rules(
     systems.load(checkpoint_path, llm_path=llm_path), mesh_config
   )
+  examples: Iterator[dict[str, Any]] = iter(())
+  if is_task:
+    lengths = {'inputs': prompt_length, 'targets': max_decode_len}
+    task = evaluate.bind_task(system, input.removeprefix('task:'))
+    evaluate.check_splits(task, lengths, read=(split,))
+    examples = task_prompts(task, split)
+  elif input != '-':
+    examples = read_prompts(input, column=prompt_column, template=template)
+
   with (
     partition.use_mesh(device_mesh),
     partition.axis_rules(mesh_config.rules('slm')),
@@ -209,10 +217,9 @@ def infer(
     if dry_run:
       print(parameters.summary(system, layout, None, device_mesh))
       return
-    params = parameters.load_params(system, layout, checkpoint_path, step)
-    answerer = Answerer(
+    answerer = PromptAnswerer(
       system,
-      params,
+      parameters.load_params(system, layout, checkpoint_path, step),
       device_mesh,
       prompt_length=prompt_length,
       max_decode_len=max_decode_len,
@@ -221,12 +228,7 @@ def infer(
     if input == '-':
       answer_stream(answerer, sys.stdin, sys.stdout, template)
     else:
-      examples = (
-        _task_prompts(system, input.removeprefix('task:'), split)
-        if input.startswith('task:')
-        else read_prompts(input, column=prompt_column, template=template)
-      )
-      _answer_all(answerer, examples, batch_size, output_dir)
+      answer_all(answerer, examples, batch_size, output_dir)
     if answerer.num_truncated:
       print(
         f'{answerer.num_truncated} prompts were longer than {prompt_length} '
@@ -235,26 +237,29 @@ def infer(
       )
 
 
-def _answer_all(
-  answerer: Answerer,
+def answer_all(
+  answerer: PromptAnswerer,
   examples: Iterator[dict[str, Any]],
   batch_size: int,
   output_dir: str | None,
 ) -> None:
   """Writes every example with its prediction; the file appears when whole."""
-  path = None if output_dir is None else pathlib.Path(output_dir)
-  if path is None:
+  if output_dir is None:
     _write_answers(answerer, examples, batch_size, sys.stdout)
     return
-  path.mkdir(parents=True, exist_ok=True)
-  temporary = path / 'predictions.jsonl.tmp'
-  with temporary.open('w', encoding='utf-8') as sink:
-    _write_answers(answerer, examples, batch_size, sink)
-  temporary.replace(path / 'predictions.jsonl')
+  folder = systems.local_folder(output_dir, 'INFER_OUTPUT_DIR')
+  folder.mkdir(parents=True, exist_ok=True)
+  temporary = folder / f'predictions.jsonl.{os.getpid()}.tmp'
+  try:
+    with temporary.open('w', encoding='utf-8') as sink:
+      _write_answers(answerer, examples, batch_size, sink)
+    temporary.replace(folder / 'predictions.jsonl')
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 def _write_answers(
-  answerer: Answerer,
+  answerer: PromptAnswerer,
   examples: Iterator[dict[str, Any]],
   batch_size: int,
   sink: TextIO,
@@ -263,8 +268,9 @@ def _write_answers(
     while chunk := list(itertools.islice(examples, batch_size)):
       answers = answerer([example['prompt'] for example in chunk])
       for example, answer in zip(chunk, answers, strict=True):
-        sink.write(
-          json.dumps(example | {'prediction': answer}, ensure_ascii=False)
-          + '\n'
-        )
+        _write_record(sink, example | {'prediction': answer})
       bar.update(len(chunk))
+
+
+def _write_record(sink: TextIO, record: dict[str, Any]) -> None:
+  sink.write(json.dumps(record, ensure_ascii=False) + '\n')

@@ -61,6 +61,19 @@ def read(run_dir: str | pathlib.Path) -> list[dict[str, Any]]:
   return [json.loads(line) for line in lines if line.endswith('\n')]
 
 
+def last(run_dir: str | pathlib.Path, *, prefix: str) -> dict[str, float]:
+  """Returns the newest record whose names begin so, without the prefix."""
+  for record in reversed(read(run_dir)):
+    found = {
+      name.removeprefix(prefix): value
+      for name, value in record.items()
+      if name.startswith(prefix)
+    }
+    if found:
+      return found
+  return {}
+
+
 def _drop_after(path: pathlib.Path, step: int) -> None:
   records = [r for r in read(path.parent) if r['step'] <= step]
   temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')

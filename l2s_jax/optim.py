@@ -30,7 +30,7 @@ def learning_rate_schedule(
     peak: learning rate at the end of the warm-up.
     warmup_steps: from 0 to `peak`.
     decay: 'constant'; 'rsqrt', T5's peak * sqrt(warmup / step); 'linear' or
-      'cosine', to 0 at `total_steps`.
+      'cosine', to 0 after `total_steps`.
     total_steps: where 'linear' and 'cosine' end.
 
   Raises:
@@ -59,7 +59,7 @@ def learning_rate_schedule(
       return peak * warmup
     assert total_steps is not None
     fraction = jnp.clip(
-      (step - warmup_steps) / (total_steps - warmup_steps), 0.0, 1.0
+      (step - 1 - warmup_steps) / (total_steps - warmup_steps), 0.0, 1.0
     )
     if decay == 'linear':
       return peak * warmup * (1 - fraction)

@@ -90,8 +90,9 @@ def load_frozen(
   """
   if not system.frozen:
     return system, {}
+  source = _open_llm(system.sources['llm'], system.llm_step)
   params, fingerprint = weights.load(
-    _open_llm(system.sources['llm']),
+    source,
     layout.shapes['llm'],
     layout.shardings['llm'],
   )
@@ -101,17 +102,19 @@ def load_frozen(
       f'trained with: its fingerprint is {fingerprint[:16]}, the run has '
       f'{system.llm_fingerprint[:16]}. Set LLM_PATH to the right weights.'
     )
-  system = dataclasses.replace(system, llm_fingerprint=fingerprint)
+  system = dataclasses.replace(
+    system, llm_step=source.step(), llm_fingerprint=fingerprint
+  )
   return system, {'llm': params}
 
 
-def _open_llm(path: str) -> weights.Source:
+def _open_llm(path: str, step: int | None) -> weights.Source:
   if not pathlib.Path(path).is_dir():
     raise FileNotFoundError(
       f"The LLM's weights are not at {path}. Set LLM_PATH to where they are "
       'now.'
     )
-  return weights.open_source(path)
+  return weights.open_source(path, step)
 
 
 def load_pretrained(
@@ -140,14 +143,23 @@ def load_params(
 ) -> dict[str, PyTree]:
   """Returns all parameters of a run's checkpoint, frozen and trained."""
   _, frozen = load_frozen(system, layout)
+  return state_lib.merge(frozen, load_trained(system, layout, run_dir, step))
+
+
+def load_trained(
+  system: systems.System,
+  layout: Layout,
+  run_dir: str | pathlib.Path,
+  step: int | None = None,
+) -> dict[str, PyTree]:
+  """Returns the trained parameters of a run's checkpoint."""
   _, step = checkpoint.params_folder(run_dir, step)
-  trained = checkpoint.restore_params(
+  return checkpoint.restore_params(
     run_dir,
     step,
     state_lib.split(layout.shapes, system.frozen)[1],
     state_lib.split(layout.shardings, system.frozen)[1],
   )
-  return state_lib.merge(frozen, trained)
 
 
 def check_lengths(
@@ -188,7 +200,14 @@ def summary(
   """
   frozen, trainable = state_lib.split(layout.shapes, system.frozen)
   axes = ', '.join(f'{name}={size}' for name, size in mesh.shape.items())
-  lines = [f'mesh: {axes} ({mesh.devices.flat[0].platform})', 'parameters:']
+  prompt, answer = system.prompt_vocabulary, system.answer_vocabulary
+  lines = [
+    f'mesh: {axes} ({mesh.devices.flat[0].platform})',
+    f'prompt vocabulary: {prompt.path}, {prompt.vocab_size} ids',
+    f'answer vocabulary: {answer.path}, {answer.vocab_size} ids, '
+    + ('the same' if prompt == answer else 'another'),
+    'parameters:',
+  ]
   leaves = jax.tree_util.tree_leaves_with_path(layout.shapes)
   shardings = jax.tree.leaves(layout.shardings)
   for (path, shape), sharding in zip(leaves, shardings, strict=True):

@@ -61,6 +61,16 @@ class MeshConfig:
   llm_rules: Sequence[Sequence[Any]] = DEFAULT_RULES
   slm_rules: Sequence[Sequence[Any]] = DEFAULT_RULES
 
+  def __post_init__(self):
+    for tower in ('llm', 'slm'):
+      for name, axes in self.rules(tower):
+        for axis in (axes,) if isinstance(axes, str) else axes or ():
+          if axis not in MESH_AXES:
+            raise ValueError(
+              f'MeshConfig.{tower}_rules puts {name!r} onto {axis!r}, which is '
+              f'not one of the mesh axes {MESH_AXES}.'
+            )
+
   def rules(self, tower: str) -> Rules:
     return _as_rules(self.llm_rules if tower == 'llm' else self.slm_rules)
 
@@ -211,7 +221,9 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
 
 
-def check_batch_size(batch_size: int, mesh: jax.sharding.Mesh) -> None:
+def check_batch_size(
+  batch_size: int, mesh: jax.sharding.Mesh, name: str = 'BATCH_SIZE'
+) -> None:
   """Refuses a batch whose rows do not divide over the mesh.
 
   Raises:
@@ -221,7 +233,7 @@ def check_batch_size(batch_size: int, mesh: jax.sharding.Mesh) -> None:
   if batch_size < 1 or batch_size % shards:
     nearest = max(round(batch_size / shards), 1) * shards
     raise ValueError(
-      f'BATCH_SIZE={batch_size} does not divide over the {shards} devices of '
+      f'{name}={batch_size} does not divide over the {shards} devices of '
       f"mesh axes 'data' and 'fsdp'; set it to a multiple of {shards}, such "
       f'as {nearest}.'
     )
@@ -230,10 +242,17 @@ def check_batch_size(batch_size: int, mesh: jax.sharding.Mesh) -> None:
 def put_batch(
   batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh
 ) -> dict[str, jax.Array]:
-  """Makes one global array per key from each process's rows of a batch."""
+  """Makes one global array per key; each process puts the rows it owns.
+
+  Args:
+    batch: the whole batch, the same in every process.
+    mesh: the device mesh.
+  """
   sharding = batch_sharding(mesh)
   return {
-    key: jax.make_array_from_process_local_data(sharding, np.asarray(value))
+    key: jax.make_array_from_callback(
+      value.shape, sharding, np.asarray(value).__getitem__
+    )
     for key, value in batch.items()
   }
 

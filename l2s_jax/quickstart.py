@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   for number, (name, values) in enumerate(bindings.items(), start=2):
     _say(f'{number}/7 training: {NAMES[name]}')
     if args.train_steps:
-      warmup_steps = max(args.train_steps // 10, 1)
+      warmup_steps = min(max(args.train_steps // 10, 1), args.train_steps - 1)
       values = [
         *values,
         f'TRAIN_STEPS={args.train_steps}',
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _say('7/7 five phrases that no model has seen')
     phrases = _translate(loaded, mesh)
 
-  verdict = report.says_whether_llm_is_used(
+  verdict = report.describe_controls(
     rows['llm_to_slm']['bleu'], rows['zero']['bleu'], rows['other']['bleu']
   )
   minutes = (time.perf_counter() - start_secs) / 60
@@ -267,7 +267,7 @@ def _translate(
   ]
   prompts = [example['prompt'] for example in chosen]
   answers = {
-    name: infer.Answerer(
+    name: infer.PromptAnswerer(
       system,
       params,
       mesh,

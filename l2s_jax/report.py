@@ -17,8 +17,8 @@ def markdown_table(
 
   Args:
     rows: values by key; a missing one leaves its cell empty.
-    columns: heading by key, in order. Numbers are right-aligned and rounded
-      to three significant digits, integers kept whole.
+    columns: heading by key, in order. Numbers are right-aligned; floats have
+      one digit behind the point from 10 on, two below.
   """
   cells = [[_cell(row.get(key)) for key in columns] for row in rows]
   numeric = [
@@ -52,24 +52,22 @@ def _cell(value: Any) -> str:
     return f'{value:,}'
   if isinstance(value, float):
     return f'{value:.1f}' if abs(value) >= 10 else f'{value:.2f}'
-  return str(value)
+  return str(value).replace('|', '\\|')
 
 
-def says_whether_llm_is_used(
-  bleu: float, bleu_zero: float, bleu_other: float
-) -> str:
+def describe_controls(none: float, zero: float, other: float) -> str:
   """Returns the sentence that the controls allow.
 
   Args:
-    bleu: with the LLM's states of the right prompt.
-    bleu_zero: with zeros in their place.
-    bleu_other: with the states of another prompt.
+    none: BLEU with the LLM's states of the right prompt.
+    zero: with zeros in their place.
+    other: with the states of another prompt.
   """
   figures = (
-    f'BLEU {bleu:.1f} with the right prompt read by the LLM, {bleu_other:.1f} '
-    f'with another prompt, {bleu_zero:.1f} with zeros'
+    f'BLEU {none:.1f} with the right prompt read by the LLM, {other:.1f} with '
+    f'another prompt, {zero:.1f} with zeros'
   )
-  if max(bleu_other, bleu_zero) > bleu - _NOISE_BLEU:
+  if max(other, zero) > none - _NOISE_BLEU:
     return f'The SLM does not use the LLM: {figures}.'
   return f'The SLM uses what the LLM read: {figures}.'
 

@@ -85,6 +85,7 @@ class System:
     sources: path of weights by top-level parameter name; '' stands for all.
     frozen: top-level names of parameters that are not trained.
     frozen_dtype: how those are held.
+    llm_step: the checkpoint of the LLM's run; None: the newest, or no run.
     llm_fingerprint: of the frozen weights; None until they were read.
   """
 
@@ -96,6 +97,7 @@ class System:
   sources: dict[str, str] = dataclasses.field(default_factory=dict)
   frozen: tuple[str, ...] = ()
   frozen_dtype: str = 'float32'
+  llm_step: int | None = None
   llm_fingerprint: str | None = None
 
   def describe(self) -> dict[str, Any]:
@@ -109,6 +111,7 @@ class System:
         'injection': self.module.injection,
         'shared_vocabulary': self.module.shared_vocabulary,
         'llm_path': os.path.abspath(self.sources['llm']),
+        'llm_step': self.llm_step,
         'llm_fingerprint': self.llm_fingerprint,
         'frozen_dtype': self.frozen_dtype,
       }
@@ -202,6 +205,7 @@ def _assemble(
   shared: bool,
   sources: dict[str, str],
   llm_dtype: str,
+  llm_step: int | None = None,
   llm_fingerprint: str | None = None,
 ) -> System:
   return System(
@@ -213,6 +217,7 @@ def _assemble(
     sources=sources,
     frozen=('llm',),
     frozen_dtype=llm_dtype,
+    llm_step=llm_step,
     llm_fingerprint=llm_fingerprint,
   )
 
@@ -236,17 +241,44 @@ def _check_vocabulary(
     )
 
 
+def local_folder(path: str, name: str) -> pathlib.Path:
+  """Returns a folder that the user named, which need not exist yet.
+
+  Args:
+    path: as given.
+    name: of the setting it came from, for the error.
+
+  Raises:
+    ValueError: if it is a bucket's address or a file.
+  """
+  if '://' in str(path):
+    raise ValueError(
+      f'{name}={path}: only paths of the file system are supported; mount the '
+      'bucket (such as with gcsfuse) and give the path there.'
+    )
+  folder = pathlib.Path(path)
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f'{name}={path} is a file; give a folder.')
+  return folder
+
+
+def write_text(path: pathlib.Path, content: str) -> None:
+  """Writes a text file whole or not at all."""
+  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+  temporary.write_text(content, encoding='utf-8')
+  temporary.replace(path)
+
+
 def write_json(path: pathlib.Path, content: Any) -> None:
   """Writes a JSON file whole or not at all."""
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + '\n')
-  temporary.replace(path)
+  write_text(path, json.dumps(content, indent=2, sort_keys=True) + '\n')
 
 
 def save(system: System, run_dir: str | pathlib.Path) -> None:
   """Writes the description and the vocabularies into a run's folder.
 
-  A folder that already describes the same system is left as it is.
+  In a folder that already describes the same system, only how it is computed
+  (dtypes, dropout, the form of the loop) and where the LLM is may change.
 
   Raises:
     ValueError: if it describes another; lists the differences.
@@ -257,18 +289,20 @@ def save(system: System, run_dir: str | pathlib.Path) -> None:
   if path.is_file():
     found = json.loads(path.read_text())
     # A run may have moved with its LLM; the fingerprint tells it is the same.
-    ignored = ('llm_path',)
+    ignored = ('llm_path', 'frozen_dtype', *config_lib.RUNTIME_FIELDS)
     differences = [
       f'  {name}: the run has {a!r}, the config says {b!r}'
       for name, a, b in _differences(found, description)
-      if name not in ignored
+      if name.split('.')[-1] not in ignored
     ]
     if differences:
       raise ValueError(
         f'{folder} holds another run. Choose another MODEL_DIR, or remove it '
         'to start again:\n' + '\n'.join(differences)
       )
+    write_json(path, description)
     return
+  folder.mkdir(parents=True, exist_ok=True)
   for name, vocabulary in (
     ('prompt', system.prompt_vocabulary),
     ('answer', system.answer_vocabulary),
@@ -330,8 +364,21 @@ def load(run_dir: str | pathlib.Path, *, llm_path: str | None = None) -> System:
     shared=description['shared_vocabulary'],
     sources={'llm': llm_path or description['llm_path']},
     llm_dtype=description['frozen_dtype'],
+    llm_step=description['llm_step'],
     llm_fingerprint=description['llm_fingerprint'],
   )
+
+
+def pin_llm(system: System, run_dir: str | pathlib.Path) -> System:
+  """Returns the system with the LLM's checkpoint that a run began with.
+
+  The LLM's own run may have gone on since.
+  """
+  path = pathlib.Path(run_dir) / DESCRIPTION
+  if not system.frozen or not path.is_file():
+    return system
+  description = json.loads(path.read_text())
+  return dataclasses.replace(system, llm_step=description.get('llm_step'))
 
 
 def with_rules(system: System, mesh_config: partition.MeshConfig) -> System:

@@ -393,8 +393,10 @@ def _resolve_files(
   return resolved
 
 
-def _read_lines(path: epath.Path) -> Iterator[str]:
-  """Yields lines as `tf.data.TextLineDataset` splits them.
+def read_lines(path: epath.Path) -> Iterator[str]:
+  """Yields the lines of a text file, plain or .gz.
+
+  Lines end where those of `tf.data.TextLineDataset` do.
 
   Raises:
     ValueError: naming file and line, if it is not UTF-8 or not gzip.
@@ -431,7 +433,7 @@ def _read_parallel_text(
       f'local_task.template names {", ".join(sorted(unknown))}, but the '
       f'parallel text {source} and {target} has no column but source.'
     )
-  pairs = itertools.zip_longest(_read_lines(source), _read_lines(target))
+  pairs = itertools.zip_longest(read_lines(source), read_lines(target))
   counts = [0, 0]
   for number, pair in enumerate(pairs, start=1):
     for side, line in enumerate(pair):
@@ -467,7 +469,7 @@ def _read_jsonl(path: epath.Path, columns: set[str]) -> 'tf.data.Dataset':
   from l2s_jax.features import tf
 
   values: dict[str, list[str]] = {column: [] for column in sorted(columns)}
-  for number, line in enumerate(_read_lines(path), start=1):
+  for number, line in enumerate(read_lines(path), start=1):
     try:
       row = json.loads(line)
     except json.JSONDecodeError as error:

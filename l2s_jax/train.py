@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import gin
@@ -79,7 +79,7 @@ def train_step(
     trainable=optax.apply_updates(state.trainable, updates),
     opt_state=opt_state,
   )
-  return new_state, {**sums, 'grad_norm': optax.global_norm(grads)}
+  return new_state, {**sums, 'grad_norm': optax.tree.norm(grads)}
 
 
 @dataclasses.dataclass
@@ -96,6 +96,14 @@ class Progress:
       self.sums[name] = self.sums.get(name, 0.0) + value
     self.num_steps += 1
     self.prompt_tokens += prompt_tokens
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Leaves the time inside out of the speeds."""
+    jax.block_until_ready(self.sums)
+    start_secs = time.perf_counter()
+    yield
+    self.start_secs += time.perf_counter() - start_secs
 
   def summary(self) -> dict[str, float]:
     """Returns what to log; waits for the last step."""
@@ -141,7 +149,7 @@ def train(
     task_feature_lengths: tokens of 'inputs' (prompt) and 'targets' (answer).
     train_steps: updates in all, those of earlier sessions included.
     model_dir: the run's folder. Training goes on from its newest checkpoint.
-    batch_size: examples a step, over all devices and processes.
+    batch_size: examples a step, over all devices.
     optimizer: with its schedule.
     mesh: device mesh and axis rules; None puts all devices along `data`.
     eval_period: steps between evaluations; None evaluates at the end.
@@ -152,7 +160,7 @@ def train(
     keep_checkpoints: the newest so many are kept; None keeps all.
     log_period: steps between lines in the log.
     seed: of initialisation, data order and dropout.
-    dry_run: prints the config, sizes and shardings, and stops.
+    dry_run: prints sizes and shardings, and stops.
 
   Returns:
     The last evaluation, by metric name.
@@ -160,15 +168,31 @@ def train(
   Raises:
     ValueError: for settings that do not fit each other, before compilation.
   """
+  gin_utils.check_positive(
+    TRAIN_STEPS=train_steps,
+    BATCH_SIZE=batch_size,
+    EVAL_PERIOD=eval_period,
+    CHECKPOINT_PERIOD=checkpoint_period,
+    log_period=log_period,
+    eval_batch_size=eval_batch_size,
+  )
+  run_dir = systems.local_folder(model_dir, 'MODEL_DIR')
   mesh_config = mesh or partition.MeshConfig()
   device_mesh = partition.make_mesh(mesh_config)
   partition.check_batch_size(batch_size, device_mesh)
-  partition.check_batch_size(eval_batch_size or batch_size, device_mesh)
-  system = systems.with_rules(model, mesh_config)
+  if eval_batch_size is not None:
+    partition.check_batch_size(eval_batch_size, device_mesh, 'eval_batch_size')
+  system = systems.pin_llm(systems.with_rules(model, mesh_config), run_dir)
+  task = evaluate.bind_task(system, mixture_or_task_name)
+  if not dry_run:  # which needs no data
+    evaluate.check_splits(
+      task, task_feature_lengths, read=('train',), evaluated=eval_split
+    )
 
   with (
     partition.use_mesh(device_mesh),
     partition.axis_rules(mesh_config.rules('slm')),
+    contextlib.ExitStack() as opened,
   ):
     layout = parameters.layout(system, device_mesh, mesh_config)
     parameters.check_lengths(system, layout, task_feature_lengths)
@@ -179,35 +203,40 @@ def train(
       return {}
 
     system, frozen = parameters.load_frozen(system, layout)
-    run_dir = pathlib.Path(model_dir)
-    if jax.process_index() == 0:
-      run_dir.mkdir(parents=True, exist_ok=True)
-      systems.save(system, run_dir)
-      (run_dir / 'config.gin').write_text(gin_utils.operative_config())
+    systems.save(system, run_dir)
+    systems.write_text(run_dir / 'config.gin', gin_utils.operative_config())
 
-    checkpointer = checkpoint.Checkpointer(run_dir, keep=keep_checkpoints)
+    checkpointer = opened.enter_context(
+      contextlib.closing(
+        checkpoint.Checkpointer(run_dir, keep=keep_checkpoints)
+      )
+    )
     state, position = restore_or_create(
       system, layout, optimizer.transform, device_mesh, checkpointer, seed
     )
-    writer = metric_writer.MetricWriter(run_dir, first_step=int(state.step))
+    step = int(state.step)
+    data_order = {
+      'task': mixture_or_task_name,
+      'seed': seed,
+      'task_feature_lengths': dict(task_feature_lengths),
+    }
+    num_examples = check_position(position, data_order)
 
     evaluator = evaluate.Evaluator(
       system,
       device_mesh,
-      mixture_or_task_name,
+      task,
       task_feature_lengths,
       split=eval_split,
       batch_size=eval_batch_size or batch_size,
       num_examples=num_eval_examples,
     )
     batches = data.train_batches(
-      evaluator.task,
+      task,
       task_feature_lengths=task_feature_lengths,
       batch_size=batch_size,
       seed=seed,
-      start_batch=position['batches'],
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      start_example=num_examples,
     )
     step_fn = jax.jit(
       functools.partial(
@@ -216,50 +245,80 @@ def train(
       donate_argnums=0,
       out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
     )
+    log = opened.enter_context(
+      contextlib.closing(metric_writer.MetricWriter(run_dir, first_step=step))
+    )
+    bar = opened.enter_context(_bar(run_dir, step, train_steps))
+    prefetched = opened.enter_context(
+      contextlib.closing(data.prefetch(batches))
+    )
 
-    scores: dict[str, float] = {}
+    scores = metric_writer.last(run_dir, prefix='eval/')
     progress = Progress()
-    step = int(state.step)
-    with (
-      contextlib.closing(data.prefetch(batches)) as prefetched,
-      _bar(run_dir, step, train_steps) as bar,
-    ):
-      while step < train_steps:
-        host_batch = next(prefetched)
-        batch = partition.put_batch(host_batch, device_mesh)
-        state, sums = step_fn(state, frozen, batch)
-        step += 1
-        progress.add(sums, int((host_batch['encoder_segment_ids'] > 0).sum()))
-        bar.update()
+    while step < train_steps:
+      host_batch = next(prefetched, None)
+      if host_batch is None:
+        raise ValueError(
+          f"task {mixture_or_task_name!r} has no examples in split 'train'."
+        )
+      batch = partition.put_batch(host_batch, device_mesh)
+      state, sums = step_fn(state, frozen, batch)
+      step += 1
+      num_examples += batch_size
+      progress.add(sums, int((host_batch['encoder_segment_ids'] > 0).sum()))
+      bar.update()
 
-        if step % log_period == 0 or step == train_steps:
-          summary = progress.summary()
-          summary['train/learning_rate'] = float(optimizer.schedule(step - 1))
-          writer.write(step, summary)
-          bar.set_postfix_str(
-            f'loss {summary["train/loss"]:.3f}, '
-            f'{summary["train/target_tokens_per_sec"]:.0f} target tokens/s'
-          )
-          progress = Progress()
-        if step % checkpoint_period == 0 or step == train_steps:
-          checkpointer.save(state, {'batches': step})
-        if step == train_steps or (eval_period and step % eval_period == 0):
+      if step % log_period == 0 or step == train_steps:
+        summary = progress.summary()
+        summary['train/learning_rate'] = float(optimizer.schedule(step - 1))
+        log.write(step, summary)
+        bar.set_postfix_str(
+          f'loss {summary["train/loss"]:.3f}, '
+          f'{summary["train/target_tokens_per_sec"]:.0f} target tokens/s'
+        )
+        progress = Progress()
+      # Before the save, so that a finished run has always been evaluated.
+      if step == train_steps or (eval_period and step % eval_period == 0):
+        with progress.paused():
           params = state_lib.merge(frozen, state.trainable)
           scores = evaluator.evaluate(params, step=step, output_dir=run_dir)
-          writer.write(step, {f'eval/{k}': v for k, v in scores.items()})
-          bar.write(f'step {step}: {format_scores(scores)}')
-          progress = Progress()
+        log.write(step, {f'eval/{k}': v for k, v in scores.items()})
+        bar.write(f'step {step}: {evaluate.format_scores(scores)}')
+      if step % checkpoint_period == 0 or step == train_steps:
+        checkpointer.save(state, data_order | {'num_examples': num_examples})
 
     if batches.num_truncated_prompts or batches.num_truncated_targets:
-      print(
+      bar.write(
         f'Of {batches.num_examples} examples, '
         f'{batches.num_truncated_prompts} prompts and '
         f'{batches.num_truncated_targets} answers were longer than '
         f'{dict(task_feature_lengths)} tokens and were cut.'
       )
-    checkpointer.close()
-    writer.close()
     return scores
+
+
+def check_position(
+  position: Mapping[str, Any] | None, data_order: Mapping[str, Any]
+) -> int:
+  """Returns how many examples were trained on, in the order that goes on.
+
+  Args:
+    position: from the checkpoint; None at the start.
+    data_order: what determines the order of examples now.
+
+  Raises:
+    ValueError: if the checkpoint's order was another.
+  """
+  if position is None:
+    return 0
+  found = {name: position[name] for name in data_order}
+  if found != data_order:
+    raise ValueError(
+      f'The run has read its data as {found}, and is now to read them as '
+      f'{dict(data_order)}; the position in one order means nothing in the '
+      'other. Set these as they were, or choose another MODEL_DIR.'
+    )
+  return position['num_examples']
 
 
 def restore_or_create(
@@ -269,8 +328,11 @@ def restore_or_create(
   mesh: jax.sharding.Mesh,
   checkpointer: checkpoint.Checkpointer,
   seed: int,
-) -> tuple[state_lib.TrainState, dict[str, int]]:
-  """Returns the newest state of the run, or its first, and data position."""
+) -> tuple[state_lib.TrainState, dict[str, Any] | None]:
+  """Returns the newest state of the run and its data position.
+
+  Of a run that begins: the first state, and None.
+  """
   _, trainable_shapes = state_lib.split(layout.shapes, system.frozen)
   _, trainable_shardings = state_lib.split(layout.shardings, system.frozen)
   shapes, shardings = state_lib.shardings(
@@ -290,11 +352,7 @@ def restore_or_create(
     lambda trainable: state_lib.create(trainable, optimizer, seed),
     out_shardings=shardings,
   )
-  return create(params), {'batches': 0}
-
-
-def format_scores(scores: Mapping[str, float]) -> str:
-  return ', '.join(f'{name} {value:.2f}' for name, value in scores.items())
+  return create(params), None
 
 
 def _bar(run_dir: pathlib.Path, step: int, train_steps: int) -> tqdm.tqdm:

@@ -159,6 +159,8 @@ def test_single_arrays_are_read_into_host_memory(tmp_path):
     assert array.dtype == expected.dtype
 
 
+# Orbax drops what it had begun to read, and TensorStore says so.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 def test_parameters_of_another_shape_are_not_restored(tmp_path):
   """Never cut or padded in silence to fit the model."""
   save(tmp_path, make_state(1))

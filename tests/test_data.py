@@ -225,7 +225,9 @@ def test_batches_are_the_same_for_the_same_seed(task):
 @pytest.mark.parametrize('start', [0, 1, 4, 11])
 def test_resumed_batches_equal_uninterrupted_ones(task, start):
   whole = list(itertools.islice(train(task), 14))
-  resumed = list(itertools.islice(train(task, start_batch=start), 14 - start))
+  resumed = list(
+    itertools.islice(train(task, start_example=8 * start), 14 - start)
+  )
   for batch, expected in zip(resumed, whole[start:], strict=True):
     equal(batch, expected)
 
@@ -235,25 +237,9 @@ def test_mixture_resumes_too(task):
     'mixture', [(task, 1), (task.replace(name='again'), 2)]
   )
   whole = list(itertools.islice(train(mixture), 9))
-  resumed = itertools.islice(train(mixture, start_batch=5), 4)
+  resumed = itertools.islice(train(mixture, start_example=8 * 5), 4)
   for batch, expected in zip(resumed, whole[5:], strict=True):
     equal(batch, expected)
-
-
-def test_processes_share_the_rows_of_a_batch(task):
-  whole = train(task)
-  parts = [train(task, process_index=p, process_count=4) for p in range(4)]
-  for _ in range(6):
-    batches = [next(part) for part in parts]
-    equal(
-      next(whole),
-      {
-        key: np.concatenate([batch[key] for batch in batches])
-        for key in batches[0]
-      },
-    )
-  with pytest.raises(ValueError, match='multiple of 3'):
-    train(task, process_count=3)
 
 
 def test_truncations_are_counted(task):

@@ -2,6 +2,7 @@
 """Every gin file parses, and every experiment builds, under eval_shape."""
 
 import dataclasses
+import gzip
 import importlib
 import json
 import pathlib
@@ -24,7 +25,7 @@ from l2s_jax.models import config as config_lib
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = ROOT / 'gin_configs'
 EXPERIMENTS = sorted((CONFIGS / 'experiments').glob('*.gin'))
-REQUIRED = re.compile(r'^([A-Z0-9_]+) = %gin.REQUIRED', re.MULTILINE)
+MACRO = re.compile(r'^([A-Z0-9_]+) = (.*)', re.MULTILINE)
 
 for module in __main__.CONFIGURABLE_MODULES:
   importlib.import_module(module)
@@ -68,6 +69,10 @@ def values(tmp_path_factory):
   )
   tower = systems.Tower(config=config, vocabulary=str(vocabulary))
   systems.save(systems.language_model_system(tower), folder / 'llm')
+  for split in ('train', 'val', 'test_2016_flickr'):
+    for language in ('en', 'de'):
+      with gzip.open(folder / f'{split}.{language}.gz', 'wt') as file:
+        file.write('Two words.\n')
   hugging_face = folder / 't5'
   hugging_face.mkdir()
   (hugging_face / 'config.json').write_text(json.dumps(T5_CONFIG))
@@ -89,7 +94,8 @@ def values(tmp_path_factory):
 
 def bindings_for(text, values):
   """Values for the macros that the text asks the user to set."""
-  names = set(REQUIRED.findall(text))
+  last = dict(MACRO.findall(text))  # a later line overrides
+  names = {name for name, value in last.items() if value == '%gin.REQUIRED'}
   # A vocabulary is asked for by the model, once it has no weights to have it.
   for tower in ('LLM', 'SLM'):
     if re.search(rf'^{tower} = %[A-Z]', text, re.MULTILINE):
@@ -112,7 +118,7 @@ def test_experiments_build(path, values, capsys):
   train.train(dry_run=True)
   printed = capsys.readouterr().out
   trainable = re.search(r'^trainable parameters: ([\d,]+)$', printed, re.M)
-  assert int(trainable[1].replace(',', '')) > 0
+  assert trainable and int(trainable[1].replace(',', '')) > 0
   assert not values['MODEL_DIR'].exists()
 
 

@@ -41,15 +41,15 @@ ORDER = (
   'parameters',
   'metric_writer',
   'gin_utils',
+  'report',
   'evaluate',
   'train',
   'infer',
   'benchmark',
-  'report',
   '__main__',
   'quickstart',
 )
-# The one step back: a task's metrics come before it, its wrapping after.
+# The kinds of sources know the interface of all sources.
 EXCEPTIONS = {('weights.huggingface', 'weights'), ('weights.runs', 'weights')}
 PACKAGES_ONLY = {'', 'models'}
 

@@ -3,7 +3,9 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
+import pytest
 
 from l2s_jax import losses
 
@@ -81,3 +83,9 @@ def test_logits_far_apart_stay_finite():
     logits, jnp.array([[1]]), jnp.ones((1, 1))
   )
   np.testing.assert_allclose(loss, 2e4)
+
+
+def test_a_shape_that_is_not_the_annotations_is_refused_in_tests():
+  """Else the checker that conftest.py turns on is off."""
+  with pytest.raises(jaxtyping.TypeCheckError, match='targets'):
+    losses.token_cross_entropy(LOGITS, jnp.array([[0, 1]]), jnp.ones((1, 3)))

@@ -30,7 +30,7 @@ def test_table_aligns_numbers_and_leaves_missing_cells_empty():
   ],
 )
 def test_verdict_needs_both_controls_to_be_worse(right, zero, other, used):
-  sentence = report.says_whether_llm_is_used(right, zero, other)
+  sentence = report.describe_controls(right, zero, other)
   assert sentence.startswith(
     'The SLM uses what the LLM read' if used else 'The SLM does not use'
   )

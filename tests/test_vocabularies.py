@@ -231,6 +231,7 @@ def test_decoding_cuts_at_the_first_eos(trained, small_json):
 
 def test_ids_outside_the_vocabulary_decode_as_unknown(trained, small_json):
   for vocabulary in (trained, vocabularies.load(small_json)):
+    assert vocabulary.unk_id is not None
     unknown = vocabulary.decode([vocabulary.unk_id])
     assert unknown
     assert vocabulary.decode([vocabulary.vocab_size]) == unknown

@@ -60,11 +60,11 @@ with partition.use_mesh(mesh):
       train.train_step, module=system.module, optimizer=optimizer))
   state, sums = step(state, {}, partition.put_batch(batch, mesh))
   assert np.isfinite(float(sums['loss'])) and float(sums['loss_weight']) > 0
-  checkpointer.save(state, {'batches': 1})
+  checkpointer.save(state, {'num_examples': 4})
   checkpointer.wait()
   again, position = train.restore_or_create(
       system, layout, optimizer, mesh, checkpointer, 0)
-  assert position == {'batches': 1} and int(again.step) == 1
+  assert position == {'num_examples': 4} and int(again.step) == 1
   jax.tree.map(np.testing.assert_array_equal, state.trainable, again.trainable)
   checkpointer.close()
 

@@ -95,7 +95,7 @@ class Stack(nn.Module):
     if config.remat == 'full':
       block = nn.remat(
         Block,
-        methods={'__call__': dict(static_argnums=(5,), prevent_cse=False)},
+        methods={'__call__': dict(static_argnums=(4,), prevent_cse=False)},
       )
     over_layers = dict(
       variable_axes={'params': 0},

@@ -27,6 +27,9 @@ class Source(Protocol):
   config: config_lib.TransformerConfig
   location: str
 
+  def step(self) -> int | None:
+    """Returns the checkpoint's step; None where there is only one."""
+
   def shapes(self) -> dict[Path, tuple[int, ...]]:
     """Returns the shape of every tensor, by canonical name."""
 
@@ -34,8 +37,12 @@ class Source(Protocol):
     """Returns one tensor as stored: no cast, layers stacked."""
 
 
-def open_source(location: str) -> Source:
+def open_source(location: str, step: int | None = None) -> Source:
   """Opens a run of ours or a Hugging Face folder.
+
+  Args:
+    location: the folder.
+    step: the checkpoint of a run; None takes the newest.
 
   Raises:
     FileNotFoundError: if the folder is neither.
@@ -44,7 +51,7 @@ def open_source(location: str) -> Source:
 
   folder = pathlib.Path(location)
   if (folder / 'model.json').is_file():
-    return runs.Run(folder)
+    return runs.Run(folder, step)
   if (folder / 'config.json').is_file():
     return huggingface.Folder(folder)
   raise FileNotFoundError(

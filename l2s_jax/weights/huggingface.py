@@ -407,6 +407,9 @@ class Folder:
     }
     self._check(family)
 
+  def step(self) -> int | None:
+    return None
+
   def shapes(self) -> dict[tuple[str, ...], tuple[int, ...]]:
     shapes = {}
     for path, row in self._rows.items():

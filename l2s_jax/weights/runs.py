@@ -12,11 +12,18 @@ from l2s_jax.models import config as config_lib
 
 
 class Run:
-  """The newest checkpoint of a run; of an LLM-to-SLM run, its SLM."""
+  """A checkpoint of a run; of an LLM-to-SLM run, its SLM."""
 
-  def __init__(self, folder: pathlib.Path):
+  def __init__(self, folder: pathlib.Path, step: int | None = None):
+    """Opens a run's folder.
+
+    Args:
+      folder: the one with `model.json`.
+      step: the checkpoint; None takes the newest.
+    """
     self.location = str(folder)
     self._folder = folder
+    self._step = step
     description = json.loads((folder / 'model.json').read_text())
     self._prefix: tuple[str, ...] = ()
     if description['kind'] == 'llm_to_slm':
@@ -25,9 +32,16 @@ class Run:
     else:
       self.config = config_lib.TransformerConfig(**description['config'])
 
-  @functools.cached_property
+  def step(self) -> int | None:
+    return self._found[1]
+
+  @property
   def _params(self) -> pathlib.Path:
-    return checkpoint.params_folder(self._folder)[0]
+    return self._found[0]
+
+  @functools.cached_property
+  def _found(self) -> tuple[pathlib.Path, int]:
+    return checkpoint.params_folder(self._folder, self._step)
 
   def shapes(self) -> dict[tuple[str, ...], tuple[int, ...]]:
     depth = len(self._prefix)
