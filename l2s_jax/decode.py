@@ -86,7 +86,7 @@ def decode_loop(
 
   Args:
     params: of the writing model.
-    cache: from prefill; consumed.
+    cache: from prefill.
     has_prompt: rows without one count as ended from the start.
     row_keys: one a row.
     model: the writing model.
@@ -161,8 +161,6 @@ class Generator:
         method='prefill',
       )
     )
-    # The cache cannot be donated into a result of another shape, but XLA
-    # reuses its buffers for the loop's state.
     self.decode = jax.jit(
       functools.partial(
         decode_loop,

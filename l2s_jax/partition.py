@@ -4,8 +4,9 @@
 Modules name the axes of their parameters and activations (`batch`, `embed`,
 `heads`, ...); the rules here say onto which mesh axes (`data`, `fsdp`,
 `tensor`) they go. The LLM and the SLM use the same names and may have rules
-of their own: a tower's rules are entered around its own call. This module is
-also the only place where Flax's metadata boxes are taken off parameters.
+of their own: the SLM's are entered around everything, the LLM's around its own
+call. This module is also the only place where Flax's metadata boxes are taken
+off parameters.
 """
 
 import contextlib

@@ -68,9 +68,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Runs the quickstart; `--help` lists its flags."""
   args = _parse_args(argv)
   start_secs = time.perf_counter()
+  # One folder for each kind of quickstart: each goes on where it was.
   output_dir = args.output_dir
   if args.slm == 'decoder':
     output_dir = output_dir.with_name(output_dir.name + '_decoder')
+  if args.train_steps is not None:
+    gin_utils.check_positive(train_steps=args.train_steps)
+    output_dir = output_dir.with_name(f'{output_dir.name}_{args.train_steps}')
   output_dir.mkdir(parents=True, exist_ok=True)
   # Training, evaluation and the phrases compile the same functions.
   jax.config.update('jax_compilation_cache_dir', str(output_dir / 'compiled'))
@@ -92,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   }
   for number, (name, values) in enumerate(bindings.items(), start=2):
     _say(f'{number}/7 training: {NAMES[name]}')
-    if args.train_steps:
+    if args.train_steps is not None:
       warmup_steps = min(max(args.train_steps // 10, 1), args.train_steps - 1)
       values = [
         *values,
@@ -144,8 +148,8 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     '--output_dir',
     type=pathlib.Path,
     default=gin_utils.REPO_ROOT / 'runs' / 'quickstart',
-    help='where everything goes; `_decoder` is appended for that SLM '
-    '(default: %(default)s)',
+    help='where everything goes; `_decoder` and the number of --train_steps '
+    'are appended (default: %(default)s)',
   )
   parser.add_argument(
     '--train_steps',
@@ -211,7 +215,7 @@ def _evaluate(name: str, label: str, run_dir: pathlib.Path) -> dict[str, Row]:
   results = json.loads(
     (run_dir / 'eval' / 'metrics-cldr-test.json').read_text()
   )
-  (by_control,) = results.values()
+  by_control = results[max(results, key=int)]
   return {
     name if control == 'none' else control: {
       'system': labels[control],

@@ -4,7 +4,7 @@
 SentencePiece models (T5, mT5, Llama, Mistral), Hugging Face `tokenizer.json`
 files and GPT-2's `vocab.json` + `merges.txt`. Not here: batching, truncation
 and appending EOS, which belong to the data pipeline, and the wrapper that makes
-one of these a `seqio.Vocabulary`, which is in `tasks.py`.
+one of these a `seqio.Vocabulary`, which is in `features.py`.
 """
 
 import abc
