@@ -36,7 +36,7 @@ from l2s_jax import (
 )
 from l2s_jax import state as state_lib
 
-PROMPT_LENGTH, ANSWER_LENGTH = 32, 24  # as in gin_configs/experiments
+PROMPT_LENGTH, ANSWER_LENGTH = 30, 20  # as in gin_configs/experiments
 VOCAB_SIZES = {'llm': 1200, 'slm': 800}
 NAMES = {
   'llm': 'LLM baseline',
@@ -209,7 +209,7 @@ def _evaluate(name: str, label: str, run_dir: pathlib.Path) -> dict[str, Row]:
       f'EVAL_CONTROLS={tuple(labels)}',
       f"TASK_FEATURE_LENGTHS={{'inputs': {PROMPT_LENGTH}, "
       f"'targets': {ANSWER_LENGTH}}}",
-      'BATCH_SIZE=64',
+      'BATCH_SIZE=32',
     ],
   )
   results = json.loads(
