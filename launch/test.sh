@@ -13,5 +13,6 @@ if (($# > 0)); then
   exec python -m pytest "$@"
 fi
 ruff check .
+ruff format --check .
 mypy
 python -m pytest --durations=15

@@ -4,6 +4,8 @@
 import functools
 import os
 import pathlib
+import random
+import string
 
 os.environ['JAX_PLATFORMS'] = 'cpu'  # also of the processes that tests start
 
@@ -52,3 +54,15 @@ def shared_data() -> pathlib.Path:
   if not folder.is_dir():
     pytest.skip(f'no data at {folder}; set L2S_SHARED_DATA to its folder')
   return folder
+
+
+@pytest.fixture(scope='session')
+def vocabulary(tmp_path_factory):
+  """Returns a T5-like vocabulary of letters and digits, which knows no `ș`."""
+  from l2s_jax import vocabularies
+
+  rng = random.Random(0)
+  letters = string.ascii_letters + string.digits
+  texts = [' '.join(rng.choices(letters, k=20)) for _ in range(200)]
+  path = tmp_path_factory.mktemp('vocabulary') / 'spiece.model'
+  return vocabularies.train_sentencepiece(texts, path, vocab_size=100)

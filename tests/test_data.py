@@ -4,7 +4,6 @@
 import itertools
 import json
 import random
-import string
 import subprocess
 import sys
 import threading
@@ -17,16 +16,6 @@ from l2s_jax.features import seqio
 
 LENGTHS = {'inputs': 24, 'targets': 12}
 NUM_EXAMPLES = 37
-
-
-@pytest.fixture(scope='module')
-def vocabulary(tmp_path_factory):
-  """Returns a T5-like vocabulary of letters and digits."""
-  rng = random.Random(0)
-  letters = string.ascii_letters + string.digits
-  texts = [' '.join(rng.choices(letters, k=20)) for _ in range(200)]
-  path = tmp_path_factory.mktemp('vocabulary') / 'spiece.model'
-  return vocabularies.train_sentencepiece(texts, path, vocab_size=100)
 
 
 @pytest.fixture(scope='module')

@@ -3,8 +3,6 @@
 
 import json
 import math
-import random
-import string
 
 import numpy as np
 import pytest
@@ -24,16 +22,6 @@ ANSWERS = [
   'șapte',
 ]
 PROMPTS = [f'number {n}' for n in range(6)] + ['number ' * 30]
-
-
-@pytest.fixture(scope='module')
-def vocabulary(tmp_path_factory):
-  """Returns a T5-like vocabulary of letters, which knows no `ș`."""
-  rng = random.Random(0)
-  letters = string.ascii_letters + string.digits
-  texts = [' '.join(rng.choices(letters, k=20)) for _ in range(200)]
-  path = tmp_path_factory.mktemp('vocabulary') / 'spiece.model'
-  return vocabularies.train_sentencepiece(texts, path, vocab_size=100)
 
 
 @pytest.fixture(scope='module')

@@ -2,8 +2,6 @@
 """Laws of the SeqIO boundary: vocabularies, EOS, lengths and batch keys."""
 
 import gzip
-import random
-import string
 import subprocess
 import sys
 
@@ -23,16 +21,6 @@ TEXTS = [
   '<extra_id_0> x </s>',
   '日本語',
 ]
-
-
-@pytest.fixture(scope='module')
-def vocabulary(tmp_path_factory):
-  """Returns a T5-like vocabulary of letters and digits."""
-  rng = random.Random(0)
-  letters = string.ascii_letters + string.digits
-  texts = [' '.join(rng.choices(letters, k=20)) for _ in range(200)]
-  path = tmp_path_factory.mktemp('vocabulary') / 'spiece.model'
-  return vocabularies.train_sentencepiece(texts, path, vocab_size=100)
 
 
 def encode_in_tensorflow(vocabulary, texts):

@@ -4,6 +4,7 @@
 import dataclasses
 import json
 
+import helpers
 import jax
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from l2s_jax import (
   vocabularies,
 )
 from l2s_jax.models import l2s
-from tests import helpers
 
 
 @pytest.fixture(scope='module')

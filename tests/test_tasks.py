@@ -4,28 +4,16 @@
 import gzip
 import json
 import os
-import random
-import string
 import subprocess
 import sys
 
 import gin
 import pytest
 
-from l2s_jax import cldr, metrics, tasks, vocabularies
+from l2s_jax import cldr, metrics, tasks
 from l2s_jax.features import seqio, tf
 
 LENGTHS = {'inputs': 64, 'targets': 64}
-
-
-@pytest.fixture(scope='module')
-def vocabulary(tmp_path_factory):
-  """Returns a T5-like vocabulary of letters and digits."""
-  rng = random.Random(0)
-  letters = string.ascii_letters + string.digits
-  texts = [' '.join(rng.choices(letters, k=20)) for _ in range(200)]
-  path = tmp_path_factory.mktemp('vocabulary') / 'spiece.model'
-  return vocabularies.train_sentencepiece(texts, path, vocab_size=100)
 
 
 @pytest.fixture
