@@ -33,18 +33,24 @@ class Tower:
   Attributes:
     path: its weights: a run of ours or a Hugging Face folder; None starts
       from random parameters.
-    config: how it is built; None takes the one that came with `path`.
+    config: how it is built; None takes the one that came with `path`. Text
+      is a name whose percent sign was forgotten, and refused.
     vocabulary: tokenizer file or folder; None takes the one in `path`.
     extra_ids: sentinels that T5 adds behind its SentencePiece model.
   """
 
   path: str | None = None
-  config: config_lib.TransformerConfig | None = None
+  config: config_lib.TransformerConfig | str | None = None
   vocabulary: str | None = None
   extra_ids: int = 0
 
   def load_config(self) -> config_lib.TransformerConfig:
     """Returns the config, from the weights unless it was given."""
+    if isinstance(self.config, str):
+      raise ValueError(
+        f'LLM / SLM is the text {self.config!r}; a config is named with a '
+        f'percent sign: %{self.config}, with its gin file beside it.'
+      )
     if self.config is not None:
       return self.config
     if self.path is None:

@@ -74,6 +74,11 @@ def test_a_tokenizer_larger_than_the_table_is_refused(config, vocabulary):
     )
 
 
+def test_a_config_without_its_percent_sign_is_named():
+  with pytest.raises(ValueError, match='percent sign: %T5_1_1_SMALL'):
+    systems.Tower(config='T5_1_1_SMALL').load_config()
+
+
 def test_a_run_keeps_to_the_llm_checkpoint_it_began_with(system, tmp_path):
   l2s_system = dataclasses.replace(
     system,
