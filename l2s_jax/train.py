@@ -204,7 +204,6 @@ def train(
 
     system, frozen = parameters.load_frozen(system, layout)
     systems.save(system, run_dir)
-    systems.write_text(run_dir / 'config.gin', gin_utils.operative_config())
 
     checkpointer = opened.enter_context(
       contextlib.closing(
@@ -221,6 +220,7 @@ def train(
       'task_feature_lengths': dict(task_feature_lengths),
     }
     num_examples = check_position(position, data_order)
+    systems.write_text(run_dir / 'config.gin', gin_utils.operative_config())
 
     evaluator = evaluate.Evaluator(
       system,
