@@ -147,7 +147,7 @@ def train(
     model: the system: LLM-to-SLM or a language model alone.
     mixture_or_task_name: SeqIO task or mixture to train on.
     task_feature_lengths: tokens of 'inputs' (prompt) and 'targets' (answer).
-    train_steps: updates in all, those of earlier sessions included.
+    train_steps: updates in all, those of earlier starts included.
     model_dir: the run's folder. Training goes on from its newest checkpoint.
     batch_size: examples a step, over all devices.
     optimizer: with its schedule.
