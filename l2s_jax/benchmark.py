@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from l2s_jax import data, decode, systems
+from l2s_jax import data, systems
 
 PyTree = Any
 
@@ -93,15 +93,7 @@ def _steps(
   num_tokens: int,
 ) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
   """Returns prefill, and decoding from its result."""
-  generator = decode.Generator(
-    system.module,
-    system.writer,
-    system.writer_name,
-    max_decode_len=num_tokens,
-    start_id=system.answer_vocabulary.start_id,
-    eos_id=-1,  # no token ends an answer
-    pad_id=system.answer_vocabulary.pad_id,
-  )
+  generator = systems.generator(system, num_tokens, ends=False)
   vocabulary = system.prompt_vocabulary
   batch = jax.device_put(
     data.prompt_batch(

@@ -14,6 +14,7 @@ import numpy as np
 from l2s_jax import (
   checkpoint,
   data,
+  files,
   gin_utils,
   losses,
   metrics,
@@ -319,4 +320,4 @@ def _record(
   """Adds scores to a metrics file, by step and control."""
   found = json.loads(path.read_text()) if path.is_file() else {}
   found.setdefault(str(step), {})[control] = dict(scores)
-  systems.write_json(path, found)
+  files.write_json(path, found)

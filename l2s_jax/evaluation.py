@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import pathlib
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 import tqdm
 from jaxtyping import Int
 
-from l2s_jax import data, features
+from l2s_jax import data, features, files
 from l2s_jax.features import seqio, tf
 
 # The name under which SeqIO's Evaluator finds a bound task, for a moment.
@@ -240,18 +239,12 @@ def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
 def _write_predictions(
   path: pathlib.Path, examples: list[dict[str, Any]], predictions: list[str]
 ) -> None:
-  """Writes the file whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
-  try:
-    with temporary.open('w', encoding='utf-8') as file:
-      for example, prediction in zip(examples, predictions, strict=True):
-        line = {
-          'prompt': example['inputs_pretokenized'].decode(),
-          'prediction': prediction,
-          'target': example['targets_pretokenized'].decode(),
-        }
-        file.write(json.dumps(line, ensure_ascii=False) + '\n')
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  """Writes a line for each example."""
+  with files.whole(path) as file:
+    for example, prediction in zip(examples, predictions, strict=True):
+      line = {
+        'prompt': example['inputs_pretokenized'].decode(),
+        'prediction': prediction,
+        'target': example['targets_pretokenized'].decode(),
+      }
+      file.write(json.dumps(line, ensure_ascii=False) + '\n')

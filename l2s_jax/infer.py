@@ -8,11 +8,10 @@ TensorFlow.
 
 import itertools
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import IO, Any
 
 import gin
 import jax
@@ -23,6 +22,7 @@ from etils import epath
 from l2s_jax import (
   data,
   evaluate,
+  files,
   gin_utils,
   parameters,
   partition,
@@ -127,7 +127,7 @@ def task_prompts(task: Any, split: str) -> Iterator[dict[str, Any]]:
 
 
 def answer_stream(
-  answerer: PromptAnswerer, source: TextIO, sink: TextIO, template: str
+  answerer: PromptAnswerer, source: IO[str], sink: IO[str], template: str
 ) -> None:
   """Answers each line as it comes, one line for one; ends with the stream."""
   for line in source:
@@ -248,21 +248,15 @@ def answer_all(
     _write_answers(answerer, examples, batch_size, sys.stdout)
     return
   folder = systems.local_folder(output_dir, 'INFER_OUTPUT_DIR')
-  folder.mkdir(parents=True, exist_ok=True)
-  temporary = folder / f'predictions.jsonl.{os.getpid()}.tmp'
-  try:
-    with temporary.open('w', encoding='utf-8') as sink:
-      _write_answers(answerer, examples, batch_size, sink)
-    temporary.replace(folder / 'predictions.jsonl')
-  finally:
-    temporary.unlink(missing_ok=True)
+  with files.whole(folder / 'predictions.jsonl') as sink:
+    _write_answers(answerer, examples, batch_size, sink)
 
 
 def _write_answers(
   answerer: PromptAnswerer,
   examples: Iterator[dict[str, Any]],
   batch_size: int,
-  sink: TextIO,
+  sink: IO[str],
 ) -> None:
   with tqdm.tqdm(unit='prompt', desc='infer', file=sys.stderr) as bar:
     while chunk := list(itertools.islice(examples, batch_size)):
@@ -272,5 +266,5 @@ def _write_answers(
       bar.update(len(chunk))
 
 
-def _write_record(sink: TextIO, record: dict[str, Any]) -> None:
+def _write_record(sink: IO[str], record: dict[str, Any]) -> None:
   sink.write(json.dumps(record, ensure_ascii=False) + '\n')

@@ -6,13 +6,14 @@ checkpoint is dropped, since those steps are done again.
 """
 
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import tensorboardX
+
+from l2s_jax import files
 
 
 class MetricWriter:
@@ -76,8 +77,5 @@ def last(run_dir: str | pathlib.Path, *, prefix: str) -> dict[str, float]:
 
 def _drop_after(path: pathlib.Path, step: int) -> None:
   records = [r for r in read(path.parent) if r['step'] <= step]
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  temporary.write_text(
-    ''.join(json.dumps(record) + '\n' for record in records), encoding='utf-8'
-  )
-  temporary.replace(path)
+  with files.whole(path) as file:
+    file.writelines(json.dumps(record) + '\n' for record in records)

@@ -25,6 +25,7 @@ from l2s_jax import (
   __main__,
   benchmark,
   cldr,
+  files,
   gin_utils,
   infer,
   metrics,
@@ -309,7 +310,7 @@ def _write_report(
     'bleu': metrics.bleu_signature(),
     'chrf': metrics.chrf_signature(),
   }
-  systems.write_json(
+  files.write_json(
     output_dir / 'results.json',
     {
       'rows': rows,

@@ -15,7 +15,7 @@ from typing import Any
 
 import gin
 
-from l2s_jax import decode, partition, vocabularies, weights
+from l2s_jax import decode, files, partition, vocabularies, weights
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s, language_model
 
@@ -268,18 +268,6 @@ def local_folder(path: str, name: str) -> pathlib.Path:
   return folder
 
 
-def write_text(path: pathlib.Path, content: str) -> None:
-  """Writes a text file whole or not at all."""
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  temporary.write_text(content, encoding='utf-8')
-  temporary.replace(path)
-
-
-def write_json(path: pathlib.Path, content: Any) -> None:
-  """Writes a JSON file whole or not at all."""
-  write_text(path, json.dumps(content, indent=2, sort_keys=True) + '\n')
-
-
 def save(system: System, run_dir: str | pathlib.Path) -> None:
   """Writes the description and the vocabularies into a run's folder.
 
@@ -306,15 +294,14 @@ def save(system: System, run_dir: str | pathlib.Path) -> None:
         f'{folder} holds another run. Choose another MODEL_DIR, or remove it '
         'to start again:\n' + '\n'.join(differences)
       )
-    write_json(path, description)
+    files.write_json(path, description)
     return
-  folder.mkdir(parents=True, exist_ok=True)
   for name, vocabulary in (
     ('prompt', system.prompt_vocabulary),
     ('answer', system.answer_vocabulary),
   ):
     vocabulary.save(folder / VOCABULARIES / name)
-  write_json(path, description)
+  files.write_json(path, description)
 
 
 def _differences(a: Any, b: Any, name: str = '') -> list[tuple[str, Any, Any]]:
@@ -395,14 +382,22 @@ def with_rules(system: System, mesh_config: partition.MeshConfig) -> System:
   return dataclasses.replace(system, module=module)
 
 
-def generator(system: System, max_decode_len: int) -> decode.Generator:
-  """Returns greedy generation for a system."""
+def generator(
+  system: System, max_decode_len: int, *, ends: bool = True
+) -> decode.Generator:
+  """Returns greedy generation for a system.
+
+  Args:
+    system: the system.
+    max_decode_len: tokens an answer at most.
+    ends: whether EOS ends an answer; if not, all have `max_decode_len` tokens.
+  """
   return decode.Generator(
     system.module,
     system.writer,
     system.writer_name,
     max_decode_len=max_decode_len,
     start_id=system.answer_vocabulary.start_id,
-    eos_id=system.answer_vocabulary.eos_id,
+    eos_id=system.answer_vocabulary.eos_id if ends else -1,
     pad_id=system.answer_vocabulary.pad_id,
   )

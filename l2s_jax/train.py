@@ -24,6 +24,7 @@ from l2s_jax import (
   checkpoint,
   data,
   evaluate,
+  files,
   gin_utils,
   losses,
   metric_writer,
@@ -220,7 +221,8 @@ def train(
       'task_feature_lengths': dict(task_feature_lengths),
     }
     num_examples = check_position(position, data_order)
-    systems.write_text(run_dir / 'config.gin', gin_utils.operative_config())
+    with files.whole(run_dir / 'config.gin') as file:
+      file.write(gin_utils.operative_config())
 
     evaluator = evaluate.Evaluator(
       system,

@@ -15,12 +15,13 @@ import json
 import os
 import pathlib
 import struct
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import sentencepiece
 import tokenizers
+
+from l2s_jax import files
 
 # In the order in which a folder is searched.
 _SENTENCEPIECE_FILES = (
@@ -169,7 +170,8 @@ class Vocabulary(abc.ABC):
         f'{", ".join(self._files)}; remove them or save elsewhere.'
       )
     for name, content in self._files.items():
-      _write_atomically(folder / name, content)
+      with files.whole(folder / name, 'wb') as file:
+        file.write(content)
 
   def fingerprint(self) -> str:
     """Returns the SHA-256, in hex, of the tokenizer and its special ids."""
@@ -431,7 +433,8 @@ def train_sentencepiece(
       f'cannot train {path} with vocab_size={vocab_size}, '
       f'options {options}: {error}'
     ) from error
-  _write_atomically(pathlib.Path(path), model.getvalue())
+  with files.whole(path, 'wb') as file:
+    file.write(model.getvalue())
   return SentencePieceVocabulary(path)
 
 
@@ -459,16 +462,6 @@ def _read(path: pathlib.Path) -> bytes:
       f'{path} is missing: expected a tokenizer file there.'
     )
   return path.read_bytes()
-
-
-def _write_atomically(path: pathlib.Path, content: bytes) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
-  try:
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from l2s_jax import parameters, partition, systems, vocabularies
+from l2s_jax import files, parameters, partition, systems, vocabularies
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s, language_model
 
@@ -203,7 +203,7 @@ def vocabulary() -> vocabularies.Vocabulary:
   ids = {piece: i for i, piece in enumerate([*alphabet, '<|endoftext|>'])}
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
-    systems.write_json(folder / 'vocab.json', ids)
+    files.write_json(folder / 'vocab.json', ids)
     (folder / 'merges.txt').write_text('#version: 0.2\n')
     return vocabularies.load(str(folder))
 
