@@ -23,6 +23,14 @@ import gin
 from l2s_jax import gin_utils
 
 
+class Flag(NamedTuple):
+  """A flag of one verb: a parameter of its function, over what gin binds."""
+
+  name: str
+  type: Callable[[str], Any]
+  help: str
+
+
 class Verb(NamedTuple):
   """Names the function behind a verb, imported only when it is asked for."""
 
@@ -30,6 +38,7 @@ class Verb(NamedTuple):
   function: str
   summary: str
   example: str
+  flags: Sequence[Flag] = ()
 
   def load(self) -> Callable[..., Any]:
     return getattr(importlib.import_module(self.module), self.function)
@@ -55,9 +64,14 @@ VERBS: Mapping[str, Verb] = {
   'infer': Verb(
     'l2s_jax.infer',
     'infer',
-    'answers the prompts of a JSONL or text file, a task, or stdin (-)',
+    'answers the prompts of a file, a task, or stdin (-); restartable',
     '--gin_file=gin_configs/runs/infer.gin '
-    '--gin.CHECKPOINT_PATH=runs/multi30k --gin.INPUT=prompts.txt',
+    '--gin.CHECKPOINT_PATH=runs/multi30k --gin.INPUT=prompts.txt '
+    '--gin.INFER_OUTPUT_DIR=answers --shard=0 --num_shards=4',
+    (
+      Flag('shard', int, 'which part of the input to answer, from 0'),
+      Flag('num_shards', int, 'into how many parts the input is divided'),
+    ),
   ),
 }
 
@@ -83,7 +97,11 @@ def main(
   verbs: Mapping[str, Verb] = VERBS,
   configurable_modules: Sequence[str] = CONFIGURABLE_MODULES,
 ) -> int:
-  """Runs one verb and returns the exit status: 0, or 2 for wrong input."""
+  """Runs one verb and returns the exit status.
+
+  0: done; 1: a loss that is not finite; 2: wrong input. Training that SIGTERM
+  ended raises SystemExit with 75.
+  """
   argv = list(sys.argv[1:] if argv is None else argv)
   if not argv or argv[0] in ('-h', '--help'):
     print(_overview(verbs))
@@ -109,30 +127,38 @@ def main(
       return 0
     for module in configurable_modules:
       importlib.import_module(module)
-    _run(fn, args, bindings)
+    given = {flag.name: getattr(args, flag.name) for flag in verbs[name].flags}
+    given = {flag: value for flag, value in given.items() if value is not None}
+    _run(fn, args, bindings, given)
   except (ValueError, FileNotFoundError) as error:
     if args.verbose or not _is_deliberate(error):
       raise
-    # Gin appends the chain of configurables that the error came through.
-    return _refuse(re.sub('\n  In call to configurable .*', '', str(error)))
+    return _refuse(_own_words(error))
+  except FloatingPointError as error:
+    if args.verbose or not _is_deliberate(error):
+      raise
+    return _refuse(_own_words(error), status=1)
   return 0
 
 
 def _run(
-  fn: Callable[..., Any], args: argparse.Namespace, bindings: Sequence[str]
+  fn: Callable[..., Any],
+  args: argparse.Namespace,
+  bindings: Sequence[str],
+  given: Mapping[str, Any],
 ) -> None:
   """Configures gin, checks that `fn` has all it needs, and calls it."""
   parsed = gin_utils.parse_config(
     args.gin_file, bindings, args.gin_search_paths
   )
-  gin_utils.check_required(fn, given=('dry_run',))
+  gin_utils.check_required(fn, given=('dry_run', *given))
   if args.dry_run:
     for macro, value in parsed.assumed_strings.items():
       print(f'# {macro}={value} was taken as a string')
     print(gin_utils.config())
     for macro, source in parsed.unread_macros.items():
       print(f'# {source}: nothing reads {macro}')
-  fn(dry_run=args.dry_run)
+  fn(dry_run=args.dry_run, **given)
 
 
 def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
@@ -140,7 +166,7 @@ def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
     prog=f'{_PROGRAM} {name}',
     usage=f'{_PROGRAM} {name} --gin_file=FILE [--gin_file=FILE ...] '
     '[--gin.NAME=VALUE ...]\n         [--gin_search_paths=DIRS] [--dry_run] '
-    '[--verbose]',
+    '[--verbose]' + ''.join(f' [--{flag.name}=N]' for flag in verb.flags),
     description=f'{name}: {verb.summary}.\n\n'
     '--gin.NAME=VALUE binds a macro (--gin.TRAIN_STEPS=10) or a parameter,\n'
     'over the files. A VALUE that is not a gin value is taken as a string.',
@@ -165,6 +191,10 @@ def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
     default=[],
     help='folders to look for gin files in, separated by commas',
   )
+  for flag in verb.flags:
+    parser.add_argument(
+      f'--{flag.name}', metavar='N', type=flag.type, help=flag.help
+    )
   parser.add_argument(
     '--dry_run',
     action='store_true',
@@ -243,9 +273,14 @@ def _is_deliberate(error: Exception) -> bool:
   ).startswith('raise')
 
 
-def _refuse(message: str) -> int:
+def _own_words(error: Exception) -> str:
+  """Returns the message without the configurables that gin adds to it."""
+  return re.sub('\n  In call to configurable .*', '', str(error))
+
+
+def _refuse(message: str, status: int = 2) -> int:
   print(f'l2s_jax: error: {message}', file=sys.stderr)
-  return 2
+  return status
 
 
 if __name__ == '__main__':

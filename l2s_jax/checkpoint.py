@@ -6,18 +6,42 @@ A step's folder holds three items: `params`, the trained parameters alone;
 last batch trained on. The frozen LLM is not among them.
 """
 
+import dataclasses
+import json
 import pathlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from l2s_jax import files
 from l2s_jax import state as state_lib
 
 PyTree = Any
 
 FOLDER = 'checkpoints'
+BEST = 'best.json'
+
+
+@dataclasses.dataclass
+class _KeepNewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
+  """Keeps the newest so many steps (None: all), and one more."""
+
+  num_newest: int | None
+  best_step: int | None = None
+
+  def should_preserve(self, checkpoints, *, context):
+    newest = ocp.checkpoint_managers.LatestN(self.num_newest)
+    return [
+      is_new or checkpoint.step == self.best_step
+      for checkpoint, is_new in zip(
+        checkpoints,
+        newest.should_preserve(checkpoints, context=context),
+        strict=True,
+      )
+    ]
 
 
 class Checkpointer:
@@ -28,13 +52,16 @@ class Checkpointer:
 
     Args:
       run_dir: the run's folder, made if absent.
-      keep: how many of the newest to keep; None keeps all.
+      keep: how many of the newest to keep, beside the best; None keeps all.
     """
     self.folder = pathlib.Path(run_dir).absolute() / FOLDER
+    self._policy = _KeepNewestAndBest(keep)
     self._manager = ocp.CheckpointManager(
       self.folder,
       item_names=('params', 'optimizer', 'data'),
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=self._policy, create=True
+      ),
     )
 
   def save(self, state: state_lib.TrainState, data: dict[str, Any]) -> None:
@@ -53,10 +80,37 @@ class Checkpointer:
       ),
     )
 
+  def keep_best(self, metric: str, scores: Mapping[int, float]) -> None:
+    """Keeps the best step from now on, and notes it for those who ask.
+
+    Args:
+      metric: its name; less is better if it ends in 'loss', more otherwise.
+      scores: by step; those of steps that are not there any more are passed
+        over.
+    """
+    sign = -1 if metric.endswith('loss') else 1
+    saved = scores.keys() & set(self._manager.all_steps())
+    if not saved:
+      return
+    best = max(saved, key=lambda step: (sign * scores[step], -step))
+    self._policy.best_step = best
+    files.write_json(
+      self.folder.parent / BEST,
+      {'metric': metric, 'score': scores[best], 'step': best},
+    )
+
+  def restore_data(self) -> dict[str, Any] | None:
+    """Returns what `save` got as `data` at the newest step, if any."""
+    step = self._manager.latest_step()
+    if step is None:
+      return None
+    args = ocp.args.Composite(data=ocp.args.JsonRestore())
+    return self._manager.restore(step, args=args)['data']
+
   def restore(
     self, shapes: state_lib.TrainState, shardings: state_lib.TrainState
-  ) -> tuple[state_lib.TrainState, dict[str, Any]] | None:
-    """Returns the newest state and data position; None if there is none.
+  ) -> state_lib.TrainState | None:
+    """Returns the newest state; None if there is none.
 
     Args:
       shapes: tree of `jax.ShapeDtypeStruct`.
@@ -83,17 +137,14 @@ class Checkpointer:
             'key': target.key,
           }
         ),
-        data=ocp.args.JsonRestore(),
       ),
     )
-    optimizer = restored['optimizer']
-    state = state_lib.TrainState(
-      step=optimizer['step'],
+    return state_lib.TrainState(
+      step=restored['optimizer']['step'],
       trainable=restored['params'],
-      opt_state=optimizer['opt_state'],
-      key=optimizer['key'],
+      opt_state=restored['optimizer']['opt_state'],
+      key=restored['optimizer']['key'],
     )
-    return state, restored['data']
 
   def wait(self) -> None:
     """Returns when the last save is on disk."""
@@ -116,22 +167,48 @@ def steps(run_dir: str | pathlib.Path) -> list[int]:
 
 
 def params_folder(
-  run_dir: str | pathlib.Path, step: int | None = None
+  run_dir: str | pathlib.Path, step: int | Literal['best'] | None = None
 ) -> tuple[pathlib.Path, int]:
-  """Returns the folder of a run's parameters at `step` (the newest if None).
+  """Returns the folder of a run's parameters at a step, and the step.
+
+  Args:
+    run_dir: the run.
+    step: None takes the newest, 'best' the best in the evaluations of the
+      training (BEST_METRIC).
 
   Raises:
     FileNotFoundError: names the run and the steps it has.
   """
   found = steps(run_dir)
-  if not found or (step is not None and step not in found):
-    wanted = 'a checkpoint' if step is None else f'the checkpoint {step}'
+  wanted = 'a checkpoint'
+  if step == 'best':
+    best = pathlib.Path(run_dir) / BEST
+    if not best.is_file():
+      raise FileNotFoundError(
+        f'{run_dir} has no best checkpoint: it was trained without '
+        f'BEST_METRIC, or not evaluated yet. It has steps {found}.'
+      )
+    step = int(json.loads(best.read_text())['step'])
+  if step is None and found:
+    step = found[-1]
+  elif step is not None:
+    wanted = f'the checkpoint {step}'
+  if step not in found:
     raise FileNotFoundError(
       f'{run_dir} does not hold {wanted}; it has steps {found}. Name the '
       'folder of a run that was trained (the one with model.json).'
     )
-  step = found[-1] if step is None else step
+  assert step is not None
   return pathlib.Path(run_dir).absolute() / FOLDER / str(step) / 'params', step
+
+
+def saved_nsecs(params: pathlib.Path) -> int:
+  """Returns when a step was saved, which a copy of it keeps.
+
+  Args:
+    params: from `params_folder`.
+  """
+  return ocp.metadata.get_step_metadata(params.parent).init_timestamp_nsecs
 
 
 def restore_params(

@@ -12,17 +12,16 @@ The first half makes batches of token ids and needs no TensorFlow. The second
 streams them from a bound SeqIO task. Putting them on devices is not done here.
 """
 
-import collections
 import functools
 import itertools
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent import futures
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from l2s_jax import tasks
 from l2s_jax.vocabularies import Vocabulary
 
 if TYPE_CHECKING:
@@ -177,37 +176,11 @@ def control_partners(prompts: Sequence[Sequence[int]]) -> list[int]:
   return partners
 
 
-_END = object()
-
-
-def prefetch(
-  batches: Iterator[Batch], size: int = 2
-) -> Generator[Batch, None, None]:
-  """Yields the same batches, made ahead of time by one thread.
-
-  What the other thread raises is raised here, in its place. Closing the
-  generator, or dropping it, waits for the batch being made and ends the thread.
-
-  Args:
-    batches: read by one thread at a time.
-    size: batches made ahead, at most.
-  """
-  pending: collections.deque[futures.Future] = collections.deque()
-  with futures.ThreadPoolExecutor(1, 'prefetch') as pool:
-    try:
-      pending.extend(pool.submit(next, batches, _END) for _ in range(size))
-      while (batch := pending.popleft().result()) is not _END:
-        pending.append(pool.submit(next, batches, _END))
-        yield batch
-    finally:
-      for future in pending:
-        future.cancel()
-
-
 class TaskBatches(Iterator[Batch]):
   """Batches of a task, and what was cut in making them.
 
-  The counts go up to the batch last returned and start at `start_example`.
+  TensorFlow makes batches ahead; the counts are of those returned so far, from
+  `start_example` on.
 
   Attributes:
     num_examples: examples seen, copies that fill up a batch excluded.
@@ -261,7 +234,10 @@ def train_batches(
     batch_size: over all devices.
     seed: of the order.
     start_example: how many examples to pass over: those that follow in an
-      uninterrupted run come first. It costs tokenizing them again.
+      uninterrupted run come first, whatever the source and the tokenizer. The
+      first batch waits until all of them have been read, shuffled and tokenized
+      again: on two busy cores 7,000 short sentences a second with T5's
+      SentencePiece model, 3,500 with GPT-2's tokenizer.
     num_epochs: None: without end.
 
   Raises:
@@ -270,7 +246,7 @@ def train_batches(
   from l2s_jax import features
   from l2s_jax.features import seqio, tf
 
-  check_task(task, split, task_feature_lengths)
+  _check_settings(task, split, task_feature_lengths)
   options = {
     'sequence_length': task_feature_lengths,
     'split': split,
@@ -321,7 +297,7 @@ def eval_batches(
   from l2s_jax import features
   from l2s_jax.features import seqio, tf
 
-  check_task(task, split, task_feature_lengths)
+  _check_settings(task, split, task_feature_lengths)
   converter = features.make_converter(task)
   datasets = [
     converter(
@@ -343,11 +319,33 @@ def check_task(
   split: str,
   task_feature_lengths: Mapping[str, int],
 ) -> None:
-  """Refuses a split that the task does not have, and lengths that are off.
+  """Refuses what could not be read, before anything is computed.
+
+  The split's files are opened; local ones are read and checked to their end.
 
   Raises:
-    ValueError: with what there is and what was asked for.
+    FileNotFoundError: if a data set, a cache or a file is not there.
+    ValueError: for a split that the task does not have, lengths that are off,
+      or what a source or a preprocessor refuses.
   """
+  from l2s_jax.features import seqio
+
+  _check_settings(task, split, task_feature_lengths)
+  for part in seqio.get_subtasks(task):
+    if split in part.splits:
+      part.get_dataset(task_feature_lengths, split=split, shuffle=False)
+
+
+def _check_settings(
+  task: 'seqio.Task | seqio.Mixture',
+  split: str,
+  task_feature_lengths: Mapping[str, int],
+) -> None:
+  """Refuses missing data, a missing split, and lengths that are off."""
+  from l2s_jax.features import seqio
+
+  for part in seqio.get_subtasks(task):
+    tasks.check_data(part, split)
   if split not in task.splits:
     raise ValueError(
       f'task {task.name!r} has no split {split!r}; it has '

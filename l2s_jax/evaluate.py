@@ -4,12 +4,14 @@
 import functools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import gin
 import jax
 import numpy as np
+import tensorboardX
+import tqdm
 
 from l2s_jax import (
   checkpoint,
@@ -30,6 +32,8 @@ PyTree = Any
 
 # Which Z the SLM gets: that of the prompt, zero, or that of another prompt.
 CONTROLS = ('none', 'zero', 'other')
+
+Stop = Callable[[], None]
 
 
 def bind_task(system: systems.System, mixture_or_task_name: str) -> Any:
@@ -85,6 +89,7 @@ class Evaluator:
     batch_size: int,
     num_examples: int | None = None,
     max_decode_len: int | None = None,
+    num_bootstrap_samples: int = 0,
   ):
     """Prepares the evaluation; nothing compiles and no data are read yet.
 
@@ -97,6 +102,7 @@ class Evaluator:
       batch_size: examples a batch, over all devices.
       num_examples: the first so many of each task; None takes all.
       max_decode_len: tokens an answer at most; None: that of 'targets'.
+      num_bootstrap_samples: for confidence intervals; 0 for none.
     """
     self.generator = systems.generator(
       system, max_decode_len or task_feature_lengths['targets']
@@ -108,6 +114,7 @@ class Evaluator:
       'split': split,
       'batch_size': batch_size,
       'num_examples': num_examples,
+      'num_bootstrap_samples': num_bootstrap_samples,
     }
 
     def loss_sums(params, batch):
@@ -133,49 +140,55 @@ class Evaluator:
     step: int,
     output_dir: str | pathlib.Path | None = None,
     control: str = 'none',
+    stop: Stop | None = None,
   ) -> dict[str, float]:
     """Returns the scores by name; of a mixture by 'task/name'.
 
-    Without a control, 'loss' (nats per target token) and 'token_accuracy',
-    both teacher-forced, are among them.
+    'loss' (nats per target token) and 'token_accuracy', both teacher-forced,
+    are among them. A score of `metrics.py` comes with the ends of its
+    confidence interval, if that was asked for.
 
     Args:
       params: all of the system's parameters.
       step: of the checkpoint, for the names of files.
       output_dir: predictions go to `eval/` in it; None writes none.
       control: one of `CONTROLS`.
+      stop: called before each batch; raises to leave.
     """
 
-    def predict(batch: Mapping[str, np.ndarray]) -> np.ndarray:
-      batch = dict(batch)
+    def put(batch: data.Batch) -> dict[str, jax.Array]:
+      if stop:
+        stop()
       if control == 'zero':
         rows = batch['encoder_input_tokens'].shape[0]
-        batch['llm_scale'] = np.zeros((rows,), np.float32)
-      return np.asarray(
-        self.generator(params, partition.put_batch(batch, self._mesh))
-      )
+        batch = batch | {'llm_scale': np.zeros((rows,), np.float32)}
+      return partition.put_batch(batch, self._mesh)
+
+    def predict(batch: data.Batch) -> np.ndarray:
+      return np.asarray(self.generator(params, put(batch)))
 
     folder = None if output_dir is None else pathlib.Path(output_dir) / 'eval'
     by_task = self._by_seqio.evaluate(
       predict, control=control, step=step, output_dir=folder
     )
-    if control == 'none':
-      for task in self._by_seqio.tasks:
-        by_task[task.name] |= self._loss(params, task)
+    for task in self._by_seqio.tasks:
+      batches = self._by_seqio.batches(task, control)
+      by_task[task.name] |= self._loss(params, map(put, batches))
     return {
       name if len(by_task) == 1 else f'{task}/{name}': value
       for task, scores in by_task.items()
       for name, value in scores.items()
     }
 
-  def _loss(self, params: PyTree, task: Any) -> dict[str, float]:
+  def _loss(
+    self, params: PyTree, batches: Iterable[dict[str, jax.Array]]
+  ) -> dict[str, float]:
     """Returns teacher-forced loss (nats per target token) and accuracy."""
     sums: dict[str, float] = {}
-    for batch in data.eval_batches(task, **self._reading):
-      step_sums = self._loss_sums(
-        params, partition.put_batch(batch, self._mesh)
-      )
-      for name, value in step_sums.items():
+    for batch in tqdm.tqdm(
+      batches, desc='loss', unit='batch', leave=False, dynamic_ncols=True
+    ):
+      for name, value in self._loss_sums(params, batch).items():
         sums[name] = sums.get(name, 0.0) + float(value)
     tokens = max(sums['loss_weight'], 1.0)
     return {
@@ -195,25 +208,32 @@ def evaluate(
   num_examples: int | None = None,
   controls: Sequence[str] = ('none',),
   max_decode_len: int | None = None,
+  num_bootstrap_samples: int = 1000,
   output_dir: str | None = None,
   llm_path: str | None = None,
   mesh: partition.MeshConfig | None = None,
   *,
   dry_run: bool = False,
 ) -> dict[int, dict[str, dict[str, float]]]:
-  """Evaluates one checkpoint of a run, or all.
+  """Evaluates one checkpoint of a run, or several.
+
+  Each evaluation is added to `eval/metrics-<task>-<split>.json` as it is done.
+  From all that are there come a table, `eval/curves-<task>-<split>.png`, and
+  TensorBoard's logs in `eval/tensorboard`.
 
   Args:
     checkpoint_path: the run's folder (MODEL_DIR of its training).
     mixture_or_task_name: SeqIO task or mixture.
     task_feature_lengths: tokens of 'inputs' and 'targets'.
     batch_size: examples a batch, over all devices.
-    steps: a checkpoint's step, 'all', or None for the newest.
+    steps: a checkpoint's step or a tuple of them, 'all', 'best' (the one that
+      training chose by BEST_METRIC), or None for the newest.
     split: of the task.
     num_examples: the first so many; None takes all.
     controls: any of 'none', 'zero', 'other': Z of the prompt, Z = 0, Z of
       another prompt.
     max_decode_len: tokens an answer at most; None: that of 'targets'.
+    num_bootstrap_samples: for 95 % confidence intervals; 0 for none.
     output_dir: where predictions and metrics go; None: the run's folder.
     llm_path: where the LLM's weights are, if not where the run says.
     mesh: device mesh and axis rules.
@@ -236,11 +256,9 @@ def evaluate(
   )
   _check_controls(controls, system)
   task = bind_task(system, mixture_or_task_name)
-  check_splits(task, task_feature_lengths, evaluated=split)
-  newest = checkpoint.params_folder(
-    checkpoint_path, None if steps == 'all' else steps
-  )[1]
-  chosen = checkpoint.steps(checkpoint_path) if steps == 'all' else [newest]
+  if not dry_run:  # which needs no data
+    check_splits(task, task_feature_lengths, evaluated=split)
+  chosen = _choose_steps(checkpoint_path, steps)
 
   with (
     partition.use_mesh(device_mesh),
@@ -265,10 +283,12 @@ def evaluate(
       batch_size=batch_size,
       num_examples=num_examples,
       max_decode_len=max_decode_len,
+      num_bootstrap_samples=num_bootstrap_samples,
     )
     _, frozen = parameters.load_frozen(system, layout)
     results: dict[int, dict[str, dict[str, float]]] = {}
     folder = pathlib.Path(output_dir or checkpoint_path)
+    name = f'{task.name}-{split}'
     for step in chosen:
       params = state_lib.merge(
         frozen, parameters.load_trained(system, layout, checkpoint_path, step)
@@ -281,28 +301,40 @@ def evaluate(
         results[step][control] = scores
         label = '' if control == 'none' else f' (Z: {control})'
         print(f'step {step}{label}: {format_scores(scores)}', flush=True)
-        _record(
-          folder / 'eval' / f'metrics-{mixture_or_task_name}-{split}.json',
-          step,
-          control,
-          scores,
-        )
-      bleu = {
-        name: row['bleu']
-        for name, row in results[step].items()
-        if 'bleu' in row
-      }
-      if set(bleu) == set(CONTROLS):
-        print(report.describe_controls(**bleu))
+        _record(folder / 'eval' / f'metrics-{name}.json', step, control, scores)
+      if set(results[step]) == set(CONTROLS):
+        print(report.describe_controls(results[step]), flush=True)
+    _write_curves(folder / 'eval', name)
   return results
 
 
 def format_scores(scores: Mapping[str, float]) -> str:
   """Returns one line; BLEU with its signature, as others can repeat it."""
-  text = ', '.join(f'{name} {value:.4g}' for name, value in scores.items())
-  if any(name.split('/')[-1] == 'bleu' for name in scores):
-    text += f' [{metrics.bleu_signature()}]'
-  return text
+  parts = []
+  for name, value in scores.items():
+    if report.is_interval_end(name, scores):
+      continue
+    text = (
+      f'{name} {value}' if isinstance(value, int) else f'{name} {value:.4g}'
+    )
+    if f'{name}_low' in scores:
+      text += f' [{scores[f"{name}_low"]:.4g}, {scores[f"{name}_high"]:.4g}]'
+    if name == 'bleu' or name.endswith('/bleu'):
+      task = name.removesuffix('bleu')
+      least = int(scores.get(f'{task}min_references', 1))
+      most = int(scores.get(f'{task}max_references', 1))
+      text += f' ({metrics.bleu_signature(least if least == most else None)})'
+    parts.append(text)
+  return ', '.join(parts)
+
+
+def _choose_steps(run_dir: str, steps: Any) -> list[int]:
+  """Returns the steps to evaluate, all of which are there."""
+  if steps == 'all':
+    checkpoint.params_folder(run_dir)  # raises if there is none
+    return checkpoint.steps(run_dir)
+  wanted = steps if isinstance(steps, tuple | list) else [steps]
+  return [checkpoint.params_folder(run_dir, step)[1] for step in wanted]
 
 
 def _check_controls(controls: Sequence[str], system: systems.System) -> None:
@@ -321,3 +353,28 @@ def _record(
   found = json.loads(path.read_text()) if path.is_file() else {}
   found.setdefault(str(step), {})[control] = dict(scores)
   files.write_json(path, found)
+
+
+def _write_curves(folder: pathlib.Path, name: str) -> None:
+  """Makes a table, a plot and TensorBoard's logs of a metrics file."""
+  found = json.loads((folder / f'metrics-{name}.json').read_text())
+  by_control: dict[str, dict[int, dict[str, float]]] = {}
+  for step in sorted(found, key=int):
+    for control, scores in found[step].items():
+      by_control.setdefault(control, {})[int(step)] = scores
+  for control, by_step in by_control.items():
+    label = name if control == 'none' else f'{name}-{control}'
+    logs = folder / 'tensorboard' / label
+    # Written anew: an event file that was begun cannot be changed.
+    for event_file in logs.glob('events.out.tfevents.*'):
+      event_file.unlink()
+    with tensorboardX.SummaryWriter(str(logs)) as writer:
+      for step, scores in by_step.items():
+        for score in report.score_names(scores):
+          writer.add_scalar(f'eval/{score}', scores[score], step)
+  if len(found) > 1:
+    if 'none' in by_control:
+      print(f'\n{report.steps_table(by_control["none"])}')
+    path = folder / f'curves-{name}.png'
+    report.plot_curves(by_control, path, title=name)
+    print(f'See {path}')

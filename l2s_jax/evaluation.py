@@ -2,22 +2,23 @@
 """Scores a model's answers with SeqIO's Evaluator, against the raw text.
 
 It turns a function from batches to token ids into metrics, a file of
-predictions, and counts of what was cut. Which model answers, and how it
-decodes, is the caller's business; losses are not measured here.
+predictions, and counts of what was cut, and gives the batches to whoever
+measures losses. Which model answers, and how it decodes, is the caller's
+business.
 """
 
 import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tqdm
 from jaxtyping import Int
 
-from l2s_jax import data, features, files
+from l2s_jax import data, features, files, metrics
 from l2s_jax.features import seqio, tf
 
 # The name under which SeqIO's Evaluator finds a bound task, for a moment.
@@ -41,6 +42,7 @@ class TaskEvaluator:
     split: str,
     batch_size: int,
     num_examples: int | None = None,
+    num_bootstrap_samples: int = 0,
   ):
     """Reads and tokenizes the split.
 
@@ -51,6 +53,8 @@ class TaskEvaluator:
       split: `validation`, `test`, or another.
       batch_size: of the batches that are predicted.
       num_examples: the first so many of each task; None: all.
+      num_bootstrap_samples: for a confidence interval beside each score, see
+        `metrics.with_intervals`; 0: none.
 
     Raises:
       ValueError: if the task is not bound, no task has the split and metrics,
@@ -60,13 +64,13 @@ class TaskEvaluator:
     self._task_feature_lengths = task_feature_lengths
     self._split = split
     self._batch_size = batch_size
-    check_evaluable(task, split)
-    registry = (
-      seqio.MixtureRegistry
-      if isinstance(task, seqio.Mixture)
-      else seqio.TaskRegistry
+    scored = check_evaluable(task, split)
+    if num_bootstrap_samples:
+      scored = [_with_intervals(part, num_bootstrap_samples) for part in scored]
+    seqio.MixtureRegistry.add_provider(
+      _REGISTERED_NAME,
+      seqio.Mixture(_REGISTERED_NAME, [(part, 1.0) for part in scored]),
     )
-    registry.add_provider(_REGISTERED_NAME, task)
     try:
       self._evaluator = seqio.Evaluator(
         _REGISTERED_NAME,
@@ -77,7 +81,7 @@ class TaskEvaluator:
         async_compute_metrics=False,
       )
     finally:
-      registry.remove(_REGISTERED_NAME)
+      seqio.MixtureRegistry.remove(_REGISTERED_NAME)
     for name, dataset in self._evaluator.cached_task_datasets.items():
       if not len(dataset):
         raise ValueError(f'task {name!r} has no examples in split {split!r}.')
@@ -93,6 +97,21 @@ class TaskEvaluator:
     """The bound tasks that are evaluated."""
     return self._evaluator.eval_tasks
 
+  def batches(
+    self, task: seqio.Task, control: str = 'none'
+  ) -> Iterator[data.Batch]:
+    """Yields the split of one of `tasks` as `evaluate` predicts it.
+
+    Each example is there once, in order; the last batch is filled up.
+
+    Args:
+      task: one of `tasks`.
+      control: `other` adds `llm_input_tokens` and `llm_segment_ids`, another
+        example's prompt; other names change nothing.
+    """
+    dataset = self._evaluator.cached_model_datasets[task.name]
+    return self._batches(_stack(dataset)[1], control)
+
   def evaluate(
     self,
     predict: Predict,
@@ -106,21 +125,24 @@ class TaskEvaluator:
     The counts: `num_examples`; `num_truncated_prompts` and
     `num_truncated_targets`, longer than their feature length (a reference is
     scored whole all the same); `num_without_eos`, answers that did not end.
+    Where the task's `postprocess_fn` gives several references,
+    `min_references` and `max_references` of an example.
 
     Args:
       predict: from a batch of exactly `batch_size` rows, in the order of the
-        split, to ids whose first EOS ends the answer.
+        split, to ids whose first EOS ends the answer. What it raises, such as
+        to leave, ends the evaluation before any file is written.
       step: of the checkpoint, for the name of the file.
-      control: `other` adds `llm_input_tokens` and `llm_segment_ids`, another
-        example's prompt; other names change nothing but the file's.
+      control: as `batches` has it, and for the name of the file.
       output_dir: gets `<task>-<split>-<step>[-<control>].jsonl`, a line for
-        each example with `prompt`, `prediction` and `target` as text; None:
-        no file, as on every process but one.
+        each example with `prompt`, `prediction` and `target` as text, and all
+        `references` where there are several; None: no file, as on every
+        process but one.
 
     Raises:
       ValueError: if `predict` returns another shape than [batch, steps].
     """
-    metrics, outputs = self._evaluator.evaluate(
+    task_metrics, outputs = self._evaluator.evaluate(
       compute_metrics=True,
       step=step,
       predict_fn=functools.partial(self._predict, predict, control),
@@ -132,8 +154,10 @@ class TaskEvaluator:
         self._evaluator.cached_task_datasets[task.name].as_numpy_iterator()
       )
       vocabulary = task.output_features['targets'].vocabulary
+      references = [_references(task, example) for example in examples]
+      num_references = [len(texts) for texts in references if texts]
       results[task.name] = {
-        **_scalars(metrics.result()[task.name]),
+        **_scalars(task_metrics.result()[task.name]),
         'num_examples': len(examples),
         'num_truncated_prompts': self._count_longer(examples, 'inputs'),
         'num_truncated_targets': self._count_longer(examples, 'targets'),
@@ -141,6 +165,11 @@ class TaskEvaluator:
           vocabulary.eos_id not in ids for ids in predictions
         ),
       }
+      if num_references:
+        results[task.name] |= {
+          'min_references': min(num_references),
+          'max_references': max(num_references),
+        }
       if output_dir is not None:
         suffix = '' if control == 'none' else f'-{control}'
         _write_predictions(
@@ -149,6 +178,7 @@ class TaskEvaluator:
           ),
           examples,
           [vocabulary.decode(ids) for ids in predictions],
+          references,
         )
     return results
 
@@ -156,48 +186,47 @@ class TaskEvaluator:
     self, predict: Predict, control: str, dataset: tf.data.Dataset
   ) -> list[tuple[int, Int[np.ndarray, ' steps']]]:
     """Returns index and ids of each example, as SeqIO asks for."""
-    indices, examples = next(dataset.batch(len(dataset)).as_numpy_iterator())
-    examples = {
-      key: value
-      for key, value in examples.items()
-      if not key.endswith('_truncated')
-    }
-    if control == 'other':
-      tokens = examples['encoder_input_tokens']
-      segment_ids = examples['encoder_segment_ids']
-      partners = data.control_partners(
-        [
-          row[segments > 0].tolist()
-          for row, segments in zip(tokens, segment_ids, strict=True)
-        ]
-      )
-      examples['llm_input_tokens'] = tokens[partners]
-      examples['llm_segment_ids'] = segment_ids[partners]
+    indices, examples = _stack(dataset)
     predictions: list[np.ndarray] = []
-    starts = range(0, len(indices), self._batch_size)
-    for start in tqdm.tqdm(
-      starts, desc='decoding', unit='batch', leave=False, dynamic_ncols=True
+    for batch in tqdm.tqdm(
+      self._batches(examples, control),
+      total=-(-len(indices) // self._batch_size),
+      desc='decoding',
+      unit='batch',
+      leave=False,
+      dynamic_ncols=True,
     ):
-      rows = slice(start, start + self._batch_size)
-      batch = data.pad_rows(
-        {key: value[rows] for key, value in examples.items()}, self._batch_size
-      )
       ids = np.asarray(predict(batch))
       if ids.ndim != 2 or len(ids) != self._batch_size:
         raise ValueError(
           f'predict returned shape {ids.shape}, expected '
           f'({self._batch_size}, steps).'
         )
-      predictions.extend(ids[: len(indices[rows])])
+      predictions.extend(ids)
+    predictions = predictions[: len(indices)]  # without the copies at the end
     return list(zip(indices.tolist(), predictions, strict=True))
+
+  def _batches(
+    self, examples: data.Batch, control: str
+  ) -> Iterator[data.Batch]:
+    if control == 'other':
+      examples = _with_partners(examples)
+    num_examples = len(examples['encoder_input_tokens'])
+    for start in range(0, num_examples, self._batch_size):
+      rows = slice(start, start + self._batch_size)
+      yield data.pad_rows(
+        {key: value[rows] for key, value in examples.items()}, self._batch_size
+      )
 
   def _count_longer(self, examples: list[dict[str, Any]], key: str) -> int:
     length = self._task_feature_lengths[key]
     return sum(int(example[f'{key}_length']) > length for example in examples)
 
 
-def check_evaluable(task: seqio.Task | seqio.Mixture, split: str) -> None:
-  """Refuses a task that could not be scored, before anything is computed.
+def check_evaluable(
+  task: seqio.Task | seqio.Mixture, split: str
+) -> list[seqio.Task]:
+  """Returns the tasks that can be scored, before anything is computed.
 
   Raises:
     ValueError: if no task has the split and metrics, or metrics are of
@@ -221,13 +250,60 @@ def check_evaluable(task: seqio.Task | seqio.Mixture, split: str) -> None:
         f'task {part.name!r} has metrics of {", ".join(sorted(kinds))}; only '
         'those of (targets, predictions) can be evaluated.'
       )
+  return scored
 
 
-def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+def _with_intervals(task: seqio.Task, num_samples: int) -> seqio.Task:
+  return task.replace(
+    metric_fns=[
+      metrics.with_intervals(metric_fn, num_samples=num_samples)
+      for metric_fn in task.metric_fns
+    ]
+  )
+
+
+def _stack(dataset: tf.data.Dataset) -> tuple[np.ndarray, data.Batch]:
+  """Returns the indices and all rows of a cached, enumerated dataset."""
+  indices, examples = next(dataset.batch(len(dataset)).as_numpy_iterator())
+  return indices, {
+    key: value
+    for key, value in examples.items()
+    if not key.endswith('_truncated')
+  }
+
+
+def _with_partners(examples: data.Batch) -> data.Batch:
+  """Adds another example's prompt for the LLM to read."""
+  tokens = examples['encoder_input_tokens']
+  segment_ids = examples['encoder_segment_ids']
+  partners = data.control_partners(
+    [
+      row[segments > 0].tolist()
+      for row, segments in zip(tokens, segment_ids, strict=True)
+    ]
+  )
+  return {
+    **examples,
+    'llm_input_tokens': tokens[partners],
+    'llm_segment_ids': segment_ids[partners],
+  }
+
+
+def _references(task: seqio.Task, example: Mapping[str, Any]) -> list[str]:
+  """Returns the references of an example, if its task gives a list."""
+  target = task.postprocess_fn(
+    example['targets_pretokenized'].decode(), example=example, is_target=True
+  )
+  if not isinstance(target, list | tuple):
+    return []
+  return [text for text in target if isinstance(text, str)]
+
+
+def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
   """Returns the numbers; texts and images are for SeqIO's own loggers."""
   values = {
-    name: metric.value if isinstance(metric, seqio.metrics.Scalar) else metric
-    for name, metric in metrics.items()
+    name: value.value if isinstance(value, seqio.metrics.Scalar) else value
+    for name, value in values.items()
   }
   return {
     name: float(value)
@@ -237,14 +313,21 @@ def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _write_predictions(
-  path: pathlib.Path, examples: list[dict[str, Any]], predictions: list[str]
+  path: pathlib.Path,
+  examples: list[dict[str, Any]],
+  predictions: list[str],
+  references: list[list[str]],
 ) -> None:
   """Writes a line for each example."""
   with files.whole(path) as file:
-    for example, prediction in zip(examples, predictions, strict=True):
+    for example, prediction, texts in zip(
+      examples, predictions, references, strict=True
+    ):
       line = {
         'prompt': example['inputs_pretokenized'].decode(),
         'prediction': prediction,
         'target': example['targets_pretokenized'].decode(),
       }
+      if texts:
+        line['references'] = texts
       file.write(json.dumps(line, ensure_ascii=False) + '\n')

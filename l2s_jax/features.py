@@ -13,8 +13,9 @@ import functools
 import logging
 import os
 import pathlib
+import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,10 +52,21 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 with _silence():
   import seqio
   import tensorflow as tf
+  import tensorflow_datasets as tfds  # noqa: F401, for sources.py
   import tensorflow_text
+  from sentencepiece import sentencepiece_model_pb2
 
   tf.config.set_visible_devices([], 'GPU')
 logging.getLogger('absl').addFilter(_is_worth_reading)
+
+EOS_STEPS = (
+  seqio.preprocessors.append_eos,
+  seqio.preprocessors.append_eos_after_trim,
+)
+_TOKENIZE_STEPS = (
+  seqio.preprocessors.tokenize,
+  seqio.preprocessors.tokenize_and_append_eos,
+)
 
 
 class SeqioVocabulary(seqio.Vocabulary):
@@ -119,12 +131,17 @@ class SentencePieceVocabulary(SeqioVocabulary):
   """Encodes in TensorFlow's own op: no Python in the input pipeline."""
 
   @functools.cached_property
-  def _tokenizer(self) -> tensorflow_text.SentencepieceTokenizer:
+  def model(self) -> bytes:
+    """The model, with the extra ids, unlike the file at `vocabulary.path`."""
     with tempfile.TemporaryDirectory() as folder:
-      self.vocabulary.save(folder)  # With the extra ids, unlike its `path`.
-      (model,) = pathlib.Path(folder).iterdir()
-      with tf.init_scope():
-        return tensorflow_text.SentencepieceTokenizer(model.read_bytes())
+      self.vocabulary.save(folder)
+      (path,) = pathlib.Path(folder).iterdir()
+      return path.read_bytes()
+
+  @functools.cached_property
+  def _tokenizer(self) -> tensorflow_text.SentencepieceTokenizer:
+    with tf.init_scope():
+      return tensorflow_text.SentencepieceTokenizer(self.model)
 
   def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
     return self._tokenizer.tokenize(s)
@@ -135,6 +152,25 @@ def wrap_vocabulary(vocabulary: vocabularies.Vocabulary) -> SeqioVocabulary:
   if isinstance(vocabulary, vocabularies.SentencePieceVocabulary):
     return SentencePieceVocabulary(vocabulary)
   return SeqioVocabulary(vocabulary)
+
+
+def encodes_alike(vocabulary: seqio.Vocabulary, bound: SeqioVocabulary) -> bool:
+  """Returns whether ids of a task's own vocabulary are those of a bound one.
+
+  False also where it cannot be known.
+  """
+  if isinstance(vocabulary, SeqioVocabulary):
+    return vocabulary.vocabulary == bound.vocabulary
+  if not (
+    isinstance(vocabulary, seqio.SentencePieceVocabulary)
+    and isinstance(bound, SentencePieceVocabulary)
+  ):
+    return False
+  models = [
+    sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+    for model in (vocabulary.sp_model, bound.model)
+  ]
+  return vocabulary.eos_id == bound.eos_id and models[0] == models[1]
 
 
 def tokenize_and_measure(
@@ -160,6 +196,150 @@ def tokenize_and_measure(
     return measured
 
   return dataset.map(measure, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+class CachedSource(seqio.DataSource):
+  """What `seqio_cache_tasks` has written of a task, found at first use.
+
+  A cache is a folder, named after the task, with a file COMPLETED, and for
+  each split `info.SPLIT.json`, `stats.SPLIT.json` and TFRecord files.
+  """
+
+  supports_arbitrary_sharding = False
+
+  def __init__(self, task: seqio.Task, cache_dirs: Sequence[str]):
+    """Keeps where to look.
+
+    Args:
+      task: whose output before its CacheDatasetPlaceholder is cached.
+      cache_dirs: folders that may hold the task's; the first that does is
+        read.
+    """
+    super().__init__(splits=())
+    self._task = task
+    self._folders = [
+      os.path.join(folder, seqio.utils.get_task_dir_from_name(task.name))
+      for folder in cache_dirs
+    ]
+
+  @functools.cached_property
+  def folder(self) -> str:
+    """Where the cache is.
+
+    Raises:
+      FileNotFoundError: if there is none, with the command that makes it.
+    """
+    for folder in self._folders:
+      if tf.io.gfile.exists(os.path.join(folder, 'COMPLETED')):
+        return folder
+    raise FileNotFoundError(
+      f'USE_CACHED_TASKS: task {self._task.name!r} has no whole cache; looked '
+      f'for {" and ".join(self._folders) or "none"}, in TASK_CACHE_DIRS, with '
+      'a file COMPLETED. Make one with\n'
+      f'  seqio_cache_tasks --tasks={self._task.name} '
+      '--output_cache_dir=FOLDER --module_import=YOUR_TASKS\n'
+      'and name FOLDER in TASK_CACHE_DIRS, or set USE_CACHED_TASKS=False.'
+    )
+
+  @functools.cached_property
+  def splits(self) -> Sequence[str]:
+    names = (
+      re.fullmatch(r'info\.(.+)\.json', name)
+      for name in tf.io.gfile.listdir(self.folder)
+    )
+    return sorted(name[1] for name in names if name)
+
+  def list_shards(self, split: str) -> Sequence[str]:
+    return self._open(split).list_shards(split)
+
+  def num_input_examples(self, split: str) -> int:
+    return self._open(split).num_input_examples(split)
+
+  def get_dataset(
+    self,
+    split: str = 'train',
+    shuffle: bool = True,
+    seed: int | None = None,
+    shard_info: seqio.ShardInfo | None = None,
+    **unused: Any,
+  ) -> tf.data.Dataset:
+    return self._open(split).get_dataset(
+      split=split, shuffle=shuffle, seed=seed, shard_info=shard_info
+    )
+
+  def _open(self, split: str) -> seqio.DataSource:
+    placeholder = self._task._cache_dataset_placerholder
+    return seqio.dataset_providers._CachedDataSource(
+      self.folder,
+      split,
+      file_shuffle_buffer_size=placeholder.file_shuffle_buffer_size,
+    )
+
+
+def translate_cached_ids(task: seqio.Task) -> Callable[..., tf.data.Dataset]:
+  """Returns a preprocessor that makes a cache fit the bound vocabularies.
+
+  It is the first after the cache. Cached text stays as it is, and so do ids of
+  a vocabulary that encodes as the bound one does; other ids are replaced by
+  those of the text they were made from, which SeqIO's `tokenize` keeps in the
+  cache as `*_pretokenized`.
+
+  Args:
+    task: as it was when cached, with its own vocabularies.
+  """
+  steps = [
+    step.func if isinstance(step, functools.partial) else step
+    for step in task.preprocessors[: task._cache_step_idx]
+  ]
+  tokenizers = [n for n, step in enumerate(steps) if step in _TOKENIZE_STEPS]
+  # Ids that a later step has changed are no longer those of the text.
+  are_of_text = bool(tokenizers) and all(
+    step in EOS_STEPS for step in steps[tokenizers[0] + 1 :]
+  )
+
+  def translate(
+    dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]
+  ) -> tf.data.Dataset:
+    spec = dataset.element_spec
+    foreign = [
+      key
+      for key, feature in output_features.items()
+      if key in spec
+      and spec[key].dtype != tf.string
+      and not encodes_alike(
+        task.output_features[key].vocabulary, feature.vocabulary
+      )
+    ]
+    for key in foreign:
+      has_text = f'{key}_pretokenized' in spec
+      if not (are_of_text and has_text):
+        raise ValueError(
+          f'the cache of task {task.name!r} holds {key!r} as ids of '
+          f'{task.output_features[key].vocabulary}, which mean nothing to the '
+          f"model's {output_features[key].vocabulary}; and "
+          + (
+            'steps after the tokenizer have changed them'
+            if has_text
+            else f'no text to encode anew, {key}_pretokenized'
+          )
+          + '. Cache the task as text, with CacheDatasetPlaceholder before '
+          'its tokenizer, or set USE_CACHED_TASKS=False.'
+        )
+    if not foreign:
+      return dataset
+
+    def encode(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+      ids = {
+        key: output_features[key].vocabulary.encode_tf(
+          example[f'{key}_pretokenized']
+        )
+        for key in foreign
+      }
+      return {**example, **ids}
+
+    return dataset.map(encode, num_parallel_calls=tf.data.AUTOTUNE)
+
+  return translate
 
 
 class L2SFeatureConverter(seqio.FeatureConverter):

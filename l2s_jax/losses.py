@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses as sums with their weights, so that any split adds up exactly."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -10,28 +12,69 @@ def token_cross_entropy(
   logits: Float[Array, 'batch length vocab'],
   targets: Int[Array, 'batch length'],
   weights: Float[Array, 'batch length'],
+  *,
+  label_smoothing: float = 0.0,
+  z_loss: float = 0.0,
 ) -> tuple[Float[Array, ''], dict[str, Float[Array, '']]]:
-  """Returns the summed cross-entropy in nats, and the sums to report.
+  """Returns the sum to differentiate, in nats, and the sums to report.
 
   Args:
     logits: float32, of the answer's vocabulary.
     targets: ids to predict; anything where the weight is 0.
     weights: 1 for a target token, 0 for padding.
+    label_smoothing: probability that the target gives up to all other ids in
+      equal parts. The entropy of these soft targets is taken off, so that the
+      least value is 0.
+    z_loss: times the squared log of the softmax's denominator is added; keeps
+      the logits near log-probabilities.
 
   Returns:
-    The sum, and 'loss' (the same sum), 'loss_weight' (target tokens) and
-    'num_correct' (targets that no other token is more likely than).
+    The sum of cross-entropy, smoothed or not, and z-loss; and 'loss' (the
+    plain cross-entropy, comparable whatever the settings), 'z_loss' (what was
+    added), 'loss_weight' (target tokens) and 'num_correct' (targets that no
+    other token is more likely than).
+
+  Raises:
+    ValueError: for a `label_smoothing` outside [0, 1).
+
+  Source: smoothing and z-loss are those of t5x/losses.py.
   """
+  if not 0 <= label_smoothing < 1:
+    raise ValueError(
+      f'label_smoothing={label_smoothing} is not a probability below 1.'
+    )
   # A comparison summed over the vocabulary, not a gather: it stays local
   # where the vocabulary is sharded, and fuses.
   is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
   target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-  nats = jax.nn.logsumexp(logits, axis=-1) - target_logits
+  log_z = jax.nn.logsumexp(logits, axis=-1)
+  nats = log_z - target_logits
   # Not an argmax: XLA:CPU takes ten times as long for it as for a maximum.
   correct = target_logits >= jnp.max(logits, axis=-1)
-  loss = jnp.sum(nats * weights)
-  return loss, {
+  loss = total = jnp.sum(nats * weights)
+  if label_smoothing:
+    smoothed = _smoothed(logits, target_logits, log_z, label_smoothing)
+    total = jnp.sum(smoothed * weights)
+  added = z_loss * jnp.sum(jnp.square(log_z) * weights)
+  return total + added, {
     'loss': loss,
+    'z_loss': added,
     'loss_weight': jnp.sum(weights),
     'num_correct': jnp.sum(correct * weights),
   }
+
+
+def _smoothed(
+  logits: Float[Array, 'batch length vocab'],
+  target_logits: Float[Array, 'batch length'],
+  log_z: Float[Array, 'batch length'],
+  label_smoothing: float,
+) -> Float[Array, 'batch length']:
+  """Returns the divergence of soft targets from the softmax, in nats."""
+  num_others = logits.shape[-1] - 1
+  on, off = 1 - label_smoothing, label_smoothing / num_others
+  entropy = -on * math.log(on) - num_others * off * math.log(off)
+  # The soft targets sum to 1, so that log_z comes in once; their one-hot
+  # table is never made.
+  expected_logit = (on - off) * target_logits + off * jnp.sum(logits, axis=-1)
+  return log_z - expected_logit - entropy

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run's numbers go: `metrics.jsonl` and TensorBoard.
+"""Where a run's numbers go: `metrics.jsonl`, and from there TensorBoard.
 
 After a restart both hold each step once: what was logged beyond the restored
 checkpoint is dropped, since those steps are done again.
@@ -7,6 +7,7 @@ checkpoint is dropped, since those steps are done again.
 
 import json
 import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,9 @@ import jax
 import tensorboardX
 
 from l2s_jax import files
+
+FILE = 'metrics.jsonl'
+_NOT_SCALARS = ('step', 'time')
 
 
 class MetricWriter:
@@ -29,23 +33,40 @@ class MetricWriter:
     self._jsonl = None
     if jax.process_index():
       return
-    folder = pathlib.Path(run_dir)
-    path = folder / 'metrics.jsonl'
-    _drop_after(path, first_step)
+    path = pathlib.Path(run_dir) / FILE
+    kept = [r for r in read(run_dir) if r['step'] <= first_step]
+    with files.whole(path) as file:
+      file.writelines(json.dumps(record) + '\n' for record in kept)
     self._jsonl = path.open('a', encoding='utf-8')
+
+    # Written anew: an event file that was begun cannot be shortened.
+    folder = pathlib.Path(run_dir) / 'tensorboard'
+    old = list(folder.glob('events.out.tfevents.*'))
     self._tensorboard = tensorboardX.SummaryWriter(
-      str(folder / 'tensorboard'), purge_step=first_step + 1
+      str(folder), filename_suffix=f'.{time.time_ns()}'
     )
+    for record in kept:
+      self._add(record)
+    self._tensorboard.flush()
+    for event_file in old:
+      event_file.unlink()
 
   def write(self, step: int, scalars: Mapping[str, float | int]) -> None:
     """Logs named numbers; the JSONL line is on disk when this returns."""
     if self._jsonl is None:
       return
-    record = {'step': step} | {k: float(v) for k, v in scalars.items()}
+    record = {'step': step, 'time': time.time()}
+    record |= {name: float(value) for name, value in scalars.items()}
     self._jsonl.write(json.dumps(record) + '\n')
     self._jsonl.flush()
-    for name, value in scalars.items():
-      self._tensorboard.add_scalar(name, float(value), step)
+    self._add(record)
+
+  def _add(self, record: Mapping[str, Any]) -> None:
+    for name, value in record.items():
+      if name not in _NOT_SCALARS:
+        self._tensorboard.add_scalar(
+          name, value, record['step'], walltime=record['time']
+        )
 
   def close(self) -> None:
     if self._jsonl is not None:
@@ -54,28 +75,28 @@ class MetricWriter:
 
 
 def read(run_dir: str | pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the records of a run, in order; a torn last line is left out."""
-  path = pathlib.Path(run_dir) / 'metrics.jsonl'
+  """Returns the records of a run, in order; a torn last line is left out.
+
+  Each has its 'step', and its 'time' in seconds since the epoch.
+  """
+  path = pathlib.Path(run_dir) / FILE
   if not path.is_file():
     return []
   lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
   return [json.loads(line) for line in lines if line.endswith('\n')]
 
 
-def last(run_dir: str | pathlib.Path, *, prefix: str) -> dict[str, float]:
-  """Returns the newest record whose names begin so, without the prefix."""
-  for record in reversed(read(run_dir)):
-    found = {
+def by_step(
+  run_dir: str | pathlib.Path, *, prefix: str
+) -> dict[int, dict[str, float]]:
+  """Returns what was logged under a prefix, by step, without the prefix."""
+  found: dict[int, dict[str, float]] = {}
+  for record in read(run_dir):
+    scalars = {
       name.removeprefix(prefix): value
       for name, value in record.items()
       if name.startswith(prefix)
     }
-    if found:
-      return found
-  return {}
-
-
-def _drop_after(path: pathlib.Path, step: int) -> None:
-  records = [r for r in read(path.parent) if r['step'] <= step]
-  with files.whole(path) as file:
-    file.writelines(json.dumps(record) + '\n' for record in records)
+    if scalars:
+      found[record['step']] = scalars
+  return found

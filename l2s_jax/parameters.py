@@ -35,9 +35,10 @@ def example_batch(
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """Shapes and shardings of a system's parameters on a mesh."""
+  """Shapes, logical axes and shardings of a system's parameters."""
 
   shapes: dict[str, PyTree]
+  axes: dict[str, PyTree]
   shardings: dict[str, PyTree]
 
 
@@ -63,7 +64,7 @@ def layout(
   mesh: jax.sharding.Mesh,
   mesh_config: partition.MeshConfig,
 ) -> Layout:
-  """Returns shapes and shardings of all parameters, checked to divide."""
+  """Returns the layout of all parameters on a mesh, checked to divide."""
   shapes, axes = partition.abstract_params(
     functools.partial(init, system), jax.random.key(0)
   )
@@ -77,7 +78,7 @@ def layout(
   }
   shardings = partition.param_shardings(axes, mesh, mesh_config)
   partition.check_divisible(shapes, shardings)
-  return Layout(shapes, shardings)
+  return Layout(shapes, axes, shardings)
 
 
 def load_frozen(

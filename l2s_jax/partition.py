@@ -183,6 +183,24 @@ def param_shardings(
   }
 
 
+def slot_sharding(
+  shape: tuple[int, ...],
+  param_shape: tuple[int, ...],
+  param_sharding: NamedSharding,
+) -> NamedSharding:
+  """Returns the sharding of an optimizer's slot, given its parameter's.
+
+  Axes along which the slot has another size, such as means, are not split.
+  """
+  if shape == param_shape:
+    return param_sharding
+  if len(shape) != len(param_shape):
+    return NamedSharding(param_sharding.mesh, PartitionSpec())
+  sizes = zip(shape, param_shape, param_sharding.spec, strict=False)
+  spec = (axes if size == of_param else None for size, of_param, axes in sizes)
+  return NamedSharding(param_sharding.mesh, PartitionSpec(*spec))
+
+
 def check_divisible(shapes: PyTree, shardings: PyTree) -> None:
   """Refuses shapes that do not divide over the mesh, all at once.
 

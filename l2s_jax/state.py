@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What changes from one training step to the next, and its shardings."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -78,23 +79,34 @@ def shardings(
 ) -> tuple[PyTree, PyTree]:
   """Returns shapes and shardings of a `TrainState`; slots follow parameters.
 
+  A slot is known by its parameter's path, which is part of its own, and is
+  split as its parameter is along the axes where it has the same size.
+
   Both are a `TrainState` with something else in the place of its arrays.
   """
   shapes = jax.eval_shape(
     lambda params: create(params, optimizer, 0), trainable_shapes
   )
   whole = partition.replicated(mesh)
-  opt_shardings = optax.tree_map_params(
-    optimizer,
-    lambda _, sharding: sharding,
-    shapes.opt_state,
-    trainable_shardings,
-    transform_non_params=lambda _: whole,
-  )
+  params = {
+    path: (shape.shape, sharding)
+    for (path, shape), sharding in zip(
+      jax.tree_util.tree_leaves_with_path(trainable_shapes),
+      jax.tree.leaves(trainable_shardings),
+      strict=True,
+    )
+  }
+
+  def slot_sharding(path, slot):
+    for start, end in itertools.combinations(range(len(path) + 1), 2):
+      if path[start:end] in params:
+        return partition.slot_sharding(slot.shape, *params[path[start:end]])
+    return whole
+
   return shapes, shapes.replace(
     step=whole,
     trainable=trainable_shardings,
-    opt_state=opt_shardings,
+    opt_state=jax.tree_util.tree_map_with_path(slot_sharding, shapes.opt_state),
     key=whole,
   )
 

@@ -135,15 +135,17 @@ class System:
 
 @gin.configurable(module='l2s_jax')
 def language_model_system(
-  tower: Tower, dropout_rate: float | None = None
+  tower: Tower, dropout_rate: float | None = None, dtype: str | None = None
 ) -> System:
   """Returns a language model alone: the LLM or the SLM baseline.
 
   Args:
     tower: the model.
     dropout_rate: in training; None keeps the config's.
+    dtype: of activations, 'float32' or 'bfloat16'; None keeps the config's.
+      Parameters are float32.
   """
-  config = _with_dropout(tower.load_config(), dropout_rate)
+  config = _with_runtime(tower.load_config(), dropout_rate, dtype)
   vocabulary = tower.load_vocabulary()
   _check_vocabulary(vocabulary, config)
   module = l2s.build(config)
@@ -163,6 +165,7 @@ def llm_to_slm_system(
   slm: Tower,
   injection: str = 'add',
   dropout_rate: float | None = None,
+  dtype: str | None = None,
   llm_dtype: str = 'float32',
 ) -> System:
   """Returns a frozen LLM's encoder, a projector, and the SLM that writes.
@@ -172,6 +175,8 @@ def llm_to_slm_system(
     slm: the SLM; the vocabulary counts as shared if both are the same.
     injection: 'add' or 'replace'.
     dropout_rate: of the SLM in training; None keeps the config's.
+    dtype: of the SLM's activations, 'float32' or 'bfloat16'; None keeps the
+      config's. Trained parameters are float32.
     llm_dtype: in which the LLM is held and run: 'float32' or 'bfloat16'.
 
   Raises:
@@ -185,7 +190,7 @@ def llm_to_slm_system(
   if injection not in l2s.INJECTIONS:
     raise ValueError(f'INJECTION={injection!r} is not one of {l2s.INJECTIONS}.')
   llm_config = dataclasses.replace(llm.load_config(), dtype=llm_dtype)
-  slm_config = _with_dropout(slm.load_config(), dropout_rate)
+  slm_config = _with_runtime(slm.load_config(), dropout_rate, dtype)
   llm_vocabulary, slm_vocabulary = llm.load_vocabulary(), slm.load_vocabulary()
   _check_vocabulary(llm_vocabulary, llm_config)
   _check_vocabulary(slm_vocabulary, slm_config)
@@ -228,10 +233,15 @@ def _assemble(
   )
 
 
-def _with_dropout(config, dropout_rate):
-  if dropout_rate is None:
-    return config
-  return dataclasses.replace(config, dropout_rate=dropout_rate)
+def _with_runtime(
+  config: config_lib.TransformerConfig,
+  dropout_rate: float | None,
+  dtype: str | None,
+) -> config_lib.TransformerConfig:
+  given: dict[str, Any] = {'dropout_rate': dropout_rate, 'dtype': dtype}
+  return dataclasses.replace(
+    config, **{name: x for name, x in given.items() if x is not None}
+  )
 
 
 def _check_vocabulary(
@@ -281,14 +291,12 @@ def save(system: System, run_dir: str | pathlib.Path) -> None:
   path = folder / DESCRIPTION
   description = system.describe()
   if path.is_file():
-    found = json.loads(path.read_text())
     # A run may have moved with its LLM; the fingerprint tells it is the same.
-    ignored = ('llm_path', 'frozen_dtype', *config_lib.RUNTIME_FIELDS)
-    differences = [
-      f'  {name}: the run has {a!r}, the config says {b!r}'
-      for name, a, b in _differences(found, description)
-      if name.split('.')[-1] not in ignored
-    ]
+    differences = files.differences(
+      json.loads(path.read_text()),
+      description,
+      ignored=('llm_path', 'frozen_dtype', *config_lib.RUNTIME_FIELDS),
+    )
     if differences:
       raise ValueError(
         f'{folder} holds another run. Choose another MODEL_DIR, or remove it '
@@ -302,19 +310,6 @@ def save(system: System, run_dir: str | pathlib.Path) -> None:
   ):
     vocabulary.save(folder / VOCABULARIES / name)
   files.write_json(path, description)
-
-
-def _differences(a: Any, b: Any, name: str = '') -> list[tuple[str, Any, Any]]:
-  if isinstance(a, dict) and isinstance(b, dict):
-    return [
-      difference
-      for key in sorted(a.keys() | b.keys())
-      for difference in _differences(
-        a.get(key), b.get(key), f'{name}.{key}' if name else key
-      )
-    ]
-  a, b = (list(x) if isinstance(x, tuple) else x for x in (a, b))
-  return [] if a == b else [(name, a, b)]
 
 
 def load(run_dir: str | pathlib.Path, *, llm_path: str | None = None) -> System:

@@ -3,72 +3,97 @@
 
 A task is text to text and knows no vocabulary. `bind` gives any registered
 SeqIO task or mixture, a user's own included, the two vocabularies of a model:
-(LLM, SLM) for LLM-to-SLM, (LLM, LLM) and (SLM, SLM) for the baselines. Lengths,
-padding and batches are in `features.py` and `data.py`. Importing this module,
-as reading a gin file does, does not import TensorFlow.
+(LLM, SLM) for LLM-to-SLM, (LLM, LLM) and (SLM, SLM) for the baselines. Where
+the columns of text come from is in `sources.py`; lengths, padding and batches
+are in `features.py` and `data.py`. Importing this module, as reading a gin file
+does, does not import TensorFlow.
 """
 
+import dataclasses
 import difflib
 import functools
-import gzip
 import inspect
-import itertools
 import json
-import string
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gin
-from etils import epath
 
-from l2s_jax import cldr, vocabularies
 from l2s_jax import metrics as metrics_lib
+from l2s_jax import sources, templates, vocabularies
+from l2s_jax.sources import DataFiles
 
 if TYPE_CHECKING:
   import seqio
-  import tensorflow as tf
 
-# name: (TFDS name, prompt template over its languages, language of the answer)
-_WMT_TASKS = {
-  'wmt16_en_de': (
-    'wmt16_translate/de-en:1.0.0',
-    'translate English to German: {en}',
-    'de',
+_TRANSLATION_METRICS = ('bleu', 'chrf', 'exact_match')
+_SUMMARIZATION_METRICS = ('rouge',)
+
+
+class _TfdsTask(NamedTuple):
+  """A task from TFDS, with T5's prefix in its template."""
+
+  tfds_name: str
+  template: str
+  source_column: str
+  target_column: str
+  metrics: Sequence[str]
+
+
+def _translation(tfds_name: str, language: str, code: str) -> _TfdsTask:
+  """Returns a task from English to another language."""
+  template = f'translate English to {language}: {{source}}'
+  return _TfdsTask(tfds_name, template, 'en', code, _TRANSLATION_METRICS)
+
+
+_TFDS_TASKS = {
+  'wmt14_en_de': _translation('wmt14_translate/de-en:1.0.0', 'German', 'de'),
+  'wmt14_en_fr': _translation('wmt14_translate/fr-en:1.0.0', 'French', 'fr'),
+  'wmt16_en_de': _translation('wmt16_translate/de-en:1.0.0', 'German', 'de'),
+  'wmt16_en_ro': _translation('wmt16_translate/ro-en:1.0.0', 'Romanian', 'ro'),
+  'cnn_dailymail': _TfdsTask(
+    'cnn_dailymail:3.4.0',
+    'summarize: {source}',
+    'article',
+    'highlights',
+    _SUMMARIZATION_METRICS,
   ),
 }
-_TRANSLATION_METRICS = ('bleu', 'chrf', 'exact_match')
-# Lines. SeqIO shuffles tokenized examples, 1,000 at a time, which leaves a
-# sorted corpus sorted; text takes less memory and time, about 50 MB here.
-_SHUFFLE_BUFFER_SIZE = 200_000
-
-# A pair of parallel text files, one JSONL file, or a list of either.
-DataFiles = str | tuple[str, str] | list[str | tuple[str, str]]
 
 
 def register() -> None:
-  """Adds `cldr` and the WMT tasks to SeqIO's registry, once."""
+  """Adds `cldr`, the WMT tasks and `cnn_dailymail` to SeqIO's registry, once.
+
+  What `seqio_cache_tasks` caches of them is their columns of text, so that one
+  cache serves any template and any vocabulary.
+  """
   from l2s_jax.features import seqio
 
   if 'cldr' in seqio.TaskRegistry.names():
     return
+  prompt = templates.Template('{prompt}')
   seqio.TaskRegistry.add_provider(
     'cldr',
     _make_task(
       'cldr',
-      _make_source(_read_cldr, splits=tuple(cldr.SIZES)),
-      _text_to_text('{prompt}', 'answer'),
+      sources.cldr_source(),
+      [
+        seqio.CacheDatasetPlaceholder(),
+        templates.text_to_text(prompt, prompt, 'answer'),
+      ],
       _TRANSLATION_METRICS,
     ),
   )
-  for name, (tfds_name, template, target_column) in _WMT_TASKS.items():
+  for name, task in _TFDS_TASKS.items():
     seqio.TaskRegistry.add_provider(
       name,
       _make_task(
         name,
-        seqio.TfdsDataSource(tfds_name),
-        _text_to_text(template, target_column),
-        _TRANSLATION_METRICS,
+        seqio.TfdsDataSource(task.tfds_name),
+        _tfds_preprocessors(task, task.template),
+        task.metrics,
       ),
     )
 
@@ -79,29 +104,44 @@ def local_task(
   *,
   data_dir: str | None = None,
   template: str = '{source}',
+  fallback_template: str | None = None,
   source_column: str = 'source',
   target_column: str = 'target',
+  reference_columns: Sequence[str] = (),
+  column_names: Sequence[str] | None = None,
+  bad_lines: str = 'refuse',
   metrics: Sequence[str] = _TRANSLATION_METRICS,
   name: str = 'local',
 ) -> 'seqio.Task':
   """Makes a task out of the user's own files.
 
-  `bind('local', ...)` calls it with what gin binds; to mix several, register
-  each, under its name, with SeqIO.
+  `bind('local', ...)` calls it with what gin binds, and `bind('NAME/local')`
+  with what gin binds in the scope NAME: `NAME/local_task.data_files = ...`.
 
   Parallel text is streamed, after one pass that checks it when its split is
-  first used; JSONL is read into memory. File names that end in `.gz` are gzip.
+  first used; JSONL, TSV and CSV are read into memory. File names that end in
+  `.gz` are gzip.
 
   Args:
     data_files: for each split its files. A tuple of two is a pair of parallel
-      text files, prompts then answers, line by line; a string is a JSONL file,
-      `*.jsonl` or `*.jsonl.gz`; a list holds several of either.
+      text files, prompts then answers, line by line; a string is a file
+      `*.jsonl`, `*.tsv` or `*.csv`, as `text_files.py` reads it; a list holds
+      several of either.
     data_dir: where relative paths start; None: the working directory.
     template: the prompt. `{source}` stands for the column `source_column`, any
-      other name in braces for the JSONL column of that name; braces meant
-      literally are doubled.
+      other name in braces for the column of that name; braces meant literally
+      are doubled.
+    fallback_template: the prompt of rows that lack text in a column which
+      `template` alone names, as Alpaca's instructions without input do; None:
+      such rows are bad lines.
     source_column: column of the prompt's text.
     target_column: column of the answer.
+    reference_columns: columns with a text or a list of texts, if any, that are
+      as good as the answer when one is scored.
+    column_names: of TSV and CSV files whose first line does not name them.
+    bad_lines: 'refuse' them, or 'skip' them, with one line that counts them on
+      standard error. Bad is what is not UTF-8 or not of the file's kind, or
+      has no text where the task needs it.
     metrics: names of functions in `metrics.py`.
     name: of the task.
 
@@ -110,35 +150,107 @@ def local_task(
     ValueError: if a file's kind, the template or a metric is not understood;
       later, from the dataset, if what a file holds is not.
   """
-  files = {
-    split: _resolve_files(split, value, data_dir)
-    for split, value in data_files.items()
-  }
-  template = _rename_source(template, source_column)
-  columns = {*_columns_of(template), target_column}
-
-  @functools.cache
-  def read(split: str) -> 'tf.data.Dataset':
-    datasets = [
-      _read_jsonl(paths[0], columns)
-      if len(paths) == 1
-      else _read_parallel_text(paths, (source_column, target_column), columns)
-      for paths in files[split]
-    ]
-    return functools.reduce(lambda one, two: one.concatenate(two), datasets)
-
+  prompt = templates.Template(template, source_column)
+  fallback = templates.Template(fallback_template or template, source_column)
+  required = {*fallback.columns, target_column}
+  source = sources.local_source(
+    data_files,
+    data_dir=data_dir,
+    columns=sources.Columns(
+      required=sorted(required),
+      optional=sorted(set(prompt.columns) - required),
+      references=reference_columns,
+      names=column_names,
+    ),
+    pair=(source_column, target_column),
+    bad_lines=bad_lines,
+    name=name,
+  )
   return _make_task(
     name,
-    _make_source(read, splits=tuple(files)),
-    _text_to_text(template, target_column),
+    source,
+    [templates.text_to_text(prompt, fallback, target_column)],
     metrics,
+    postprocess_fn=_with_references if reference_columns else None,
   )
 
 
+@gin.configurable(module='l2s_jax')
+def mixture(
+  tasks: Mapping[str, float | str], name: str = 'mixture'
+) -> 'seqio.Mixture':
+  """Makes a mixture out of tasks by name.
+
+  `bind('mixture', ...)` calls it with what gin binds. Each example is drawn
+  from a task with the probability of its rate in the sum of all rates.
+
+  Args:
+    tasks: the rate of each task: a number, or 'proportional' for its number of
+      training examples. The names are those that `bind` takes: SeqIO's tasks
+      and mixtures, `local`, and `NAME/local` for several local tasks.
+    name: of the mixture.
+
+  Raises:
+    ValueError: if there are no tasks, two of one name, or a rate is neither.
+  """
+  from l2s_jax.features import seqio
+
+  rates = dict(tasks)
+  bad = {
+    task: rate
+    for task, rate in rates.items()
+    if rate != 'proportional'
+    and not (isinstance(rate, int | float) and 0 < rate < float('inf'))
+  }
+  if bad or not rates:
+    raise ValueError(
+      f"mixture.tasks={rates!r}: expected {{'task': rate, ...}}, each rate "
+      "positive or 'proportional'."
+    )
+  parts = [
+    (_find(task), _num_train_examples if rate == 'proportional' else rate)
+    for task, rate in rates.items()
+  ]
+  names = [part.name for part, _ in parts]
+  if len(set(names)) < len(names):
+    raise ValueError(
+      f'mixture.tasks={rates!r} are named {", ".join(names)}; each name must '
+      'be another.'
+    )
+  return seqio.Mixture(name, parts)
+
+
 @gin.configurable('tfds', module='l2s_jax')
-def _tfds_data_dir(data_dir: str | None = None) -> str | None:
-  """Returns where TFDS finds and puts its data; None: its own default."""
-  return data_dir
+@dataclasses.dataclass(frozen=True)
+class TfdsConfig:
+  """How tasks from TFDS are read; in a gin scope, the task of that name.
+
+  Attributes:
+    data_dir: the folder with TFDS data sets; None: TFDS's own default.
+    template: the prompt of this module's TFDS tasks, with `{source}` or the
+      data set's columns in braces; None: each one's own, with T5's prefix.
+    download: whether a data set that is not there is downloaded and prepared,
+      which takes from minutes to days; otherwise it is refused.
+  """
+
+  data_dir: str | None = None
+  template: str | None = None
+  download: bool = False
+
+
+@gin.configurable('cached_tasks', module='l2s_jax')
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+  """Whether tasks are read from what `seqio_cache_tasks` wrote of them.
+
+  Attributes:
+    use: reads every task that has a CacheDatasetPlaceholder from its cache.
+    cache_dirs: folders that hold caches, searched before those registered by
+      `seqio.add_global_cache_dirs`.
+  """
+
+  use: bool = False
+  cache_dirs: Sequence[str] = ()
 
 
 def bind(
@@ -148,19 +260,23 @@ def bind(
 ) -> 'seqio.Task | seqio.Mixture':
   """Returns a task or mixture that speaks the given vocabularies.
 
-  Source, preprocessors, postprocessing and metrics are the registered task's.
-  The result has its name and is not registered. EOS is appended before
-  trimming, whatever the task did, so that a truncated sequence has none and can
-  be counted; the raw answer stays beside the ids as `targets_pretokenized`.
+  Source, preprocessors, postprocessing and metrics are the registered task's;
+  of a cached task, source and preprocessors are those after the cache. The
+  result has its name and is not registered. EOS is appended before trimming,
+  whatever the task did, so that a truncated sequence has none and can be
+  counted; the raw answer stays beside the ids as `targets_pretokenized`.
+
+  No data are read yet; `data.check_task` looks for them.
 
   Args:
-    name: of a SeqIO task or mixture, or `local`.
+    name: of a SeqIO task or mixture, `local`, `mixture`, or either of these
+      with a gin scope before it, such as `news/local`.
     prompt_vocabulary: for `inputs`.
     answer_vocabulary: for `targets`.
 
   Raises:
-    ValueError: if there is no such name, or a task has no `inputs` or no
-      `targets`.
+    ValueError: if there is no such name, a task has no `inputs` or no
+      `targets`, or must be cached and is not to be read from a cache.
   """
   from l2s_jax import features
   from l2s_jax.features import seqio, tf
@@ -176,11 +292,6 @@ def bind(
       ('targets', answer_vocabulary),
     )
   }
-  eos_steps = (
-    seqio.preprocessors.append_eos,
-    seqio.preprocessors.append_eos_after_trim,
-  )
-  data_dir = _tfds_data_dir()
 
   @functools.cache  # Two mixtures may share a task, which must stay one task.
   def bind_provider(
@@ -196,22 +307,145 @@ def bind(
         ],
         sample_fn=provider._sample_fn,
       )
-    missing = output_features.keys() - provider.output_features.keys()
-    if missing:
-      raise ValueError(
-        f'task {provider.name!r} gives {", ".join(provider.output_features)} '
-        f'and no {", ".join(sorted(missing))}; a prompt and an answer are '
-        'needed: let a preprocessor make them.'
-      )
-    if data_dir and isinstance(provider.source, seqio.TfdsDataSource):
-      provider.source.tfds_dataset.override_data_dir(data_dir)
-    steps = [step for step in provider.preprocessors if step not in eos_steps]
-    return provider.replace(
-      output_features=output_features,
-      preprocessors=[*steps, features.tokenize_and_measure],
-    )
+    return _bind_task(provider, output_features)
 
   return bind_provider(_find(name))
+
+
+def _bind_task(
+  task: 'seqio.Task', output_features: Mapping[str, 'seqio.Feature']
+) -> 'seqio.Task':
+  """Returns a task that ends with the ids of the given vocabularies."""
+  from l2s_jax import features
+
+  missing = output_features.keys() - task.output_features.keys()
+  if missing:
+    raise ValueError(
+      f'task {task.name!r} gives {", ".join(task.output_features)} and no '
+      f'{", ".join(sorted(missing))}; a prompt and an answer are needed: let a '
+      'preprocessor make them.'
+    )
+  task = _read_from_cache(_set_up_tfds(task), CacheConfig())
+  steps = [
+    step for step in task.preprocessors if step not in features.EOS_STEPS
+  ]
+  return task.replace(
+    output_features=output_features,
+    preprocessors=[*steps, features.tokenize_and_measure],
+  )
+
+
+def data_settings(name: str) -> dict[str, Any]:
+  """Returns the settings in gin that a task's training examples depend on.
+
+  As JSON has them. Where data lie is left out, and so is how answers are
+  scored. Two runs with the same settings, files, seed and lengths see the same
+  examples in the same order.
+
+  Args:
+    name: as for `bind`.
+  """
+  scope, _, kind = name.rpartition('/')
+  if kind == 'mixture':
+    with gin.config_scope(scope or None):
+      rates = gin.get_bindings(mixture).get('tasks', {})
+    settings: dict[str, Any] = {'tasks': dict(rates)}
+    for task in rates:
+      settings |= data_settings(task)
+  elif kind == 'local':
+    with gin.config_scope(scope or None):
+      bound = gin.get_bindings(local_task)
+    skipped = ('data_dir', 'metrics', 'reference_columns')
+    bound = {key: bound[key] for key in bound.keys() - set(skipped)}
+    bound['data_files'] = bound.get('data_files', {}).get('train')
+    settings = {name: bound}
+  else:
+    settings = {name: {'template': _tfds_config(name).template}}
+  settings['cached'] = CacheConfig().use
+  return json.loads(json.dumps(settings))
+
+
+def check_data(task: 'seqio.Task', split: str) -> None:
+  """Refuses a TFDS task whose data are not there, without any network.
+
+  Raises:
+    FileNotFoundError: saying what was looked for where, and how to get it.
+  """
+  from l2s_jax.features import seqio
+
+  if isinstance(task.source, seqio.TfdsDataSource):
+    if not _tfds_config(task.name).download:
+      sources.check_tfds(task.source, split, task.name)
+
+
+def _tfds_config(task_name: str) -> TfdsConfig:
+  with gin.config_scope(task_name):
+    return TfdsConfig()
+
+
+def _set_up_tfds(task: 'seqio.Task') -> 'seqio.Task':
+  """Returns a task with the data folder and template that gin has for it."""
+  from l2s_jax.features import seqio
+
+  if not isinstance(task.source, seqio.TfdsDataSource):
+    return task
+  config = _tfds_config(task.name)
+  data_dir = config.data_dir
+  task.source.tfds_dataset.override_data_dir(
+    data_dir and os.path.expanduser(data_dir)
+  )
+  if config.template is None or task.name not in _TFDS_TASKS:
+    return task
+  return task.replace(
+    preprocessors=_tfds_preprocessors(_TFDS_TASKS[task.name], config.template)
+  )
+
+
+def _read_from_cache(task: 'seqio.Task', config: CacheConfig) -> 'seqio.Task':
+  """Returns a task that begins at its cache, if it is to be read from one.
+
+  Raises:
+    ValueError: if it is not, and must be.
+  """
+  from l2s_jax import features
+  from l2s_jax.features import seqio
+
+  if not config.use:
+    if task.requires_caching:
+      raise ValueError(
+        f'task {task.name!r} can be read from a cache only: set '
+        'USE_CACHED_TASKS=True, and TASK_CACHE_DIRS to the folders of caches.'
+      )
+    return task
+  if not task.supports_caching:
+    print(
+      f'task {task.name!r} has no CacheDatasetPlaceholder; it is read without '
+      'a cache.',
+      file=sys.stderr,
+    )
+    return task
+  cache_dirs = [*config.cache_dirs, *seqio.get_global_cache_dirs()]
+  return task.replace(
+    source=features.CachedSource(task, cache_dirs),
+    preprocessors=[
+      features.translate_cached_ids(task),
+      *task.preprocessors[task._cache_step_idx + 1 :],
+    ],
+  )
+
+
+def _num_train_examples(task: 'seqio.Task') -> float:
+  """Returns the rate of a task that is mixed in proportion to its size."""
+  check_data(task, 'train')
+  number = task.num_input_examples('train')
+  if number is None:
+    number = int(task.source.get_dataset('train', shuffle=False).cardinality())
+  if number <= 0:
+    raise ValueError(
+      f"mixture.tasks: the rate 'proportional' needs the number of examples "
+      f'of task {task.name!r}, which its source does not know; give a number.'
+    )
+  return float(number)
 
 
 def _find(name: str) -> 'seqio.Task | seqio.Mixture':
@@ -221,9 +455,13 @@ def _find(name: str) -> 'seqio.Task | seqio.Mixture':
   registered = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
   if name in registered:
     return seqio.get_mixture_or_task(name)
-  if name == 'local':  # Not registered: its files come with the config.
-    return local_task()
-  names = sorted(registered | {'local'})
+  # Not registered: what they are comes with the config.
+  made = {'local': local_task, 'mixture': mixture}
+  scope, _, kind = name.rpartition('/')
+  if kind in made:
+    with gin.config_scope(scope or None):
+      return made[kind](name=scope.replace('/', '.') or kind)
+  names = sorted(registered | made.keys())
   near = difflib.get_close_matches(name, names)
   raise ValueError(
     f'MIXTURE_OR_TASK_NAME={name!r} is not registered with SeqIO'
@@ -236,8 +474,10 @@ def _find(name: str) -> 'seqio.Task | seqio.Mixture':
 def _make_task(
   name: str,
   source: 'seqio.DataSource',
-  preprocessor: Callable[..., Any],
+  preprocessors: Sequence[Callable[..., Any]],
   metric_names: Sequence[str],
+  *,
+  postprocess_fn: Callable[..., Any] | None = None,
 ) -> 'seqio.Task':
   """Returns a task that stops at text; `bind` adds the tokens."""
   from l2s_jax.features import seqio, tf
@@ -262,232 +502,35 @@ def _make_task(
     name,
     source,
     output_features={'inputs': text, 'targets': text},
-    preprocessors=[preprocessor],
+    preprocessors=preprocessors,
+    postprocess_fn=postprocess_fn,
     metric_fns=[getattr(metrics_lib, metric) for metric in metric_names],
   )
 
 
-def _make_source(
-  read: Callable[[str], 'tf.data.Dataset'], splits: Sequence[str]
-) -> 'seqio.DataSource':
-  """Returns a source of a split's columns of text, shuffled when training."""
+def _tfds_preprocessors(
+  task: _TfdsTask, template: str
+) -> list[Callable[..., Any]]:
   from l2s_jax.features import seqio
 
-  def dataset_fn(
-    split: str, shuffle_files: bool, seed: int | None = None
-  ) -> 'tf.data.Dataset':
-    dataset = read(split)
-    if not shuffle_files:
-      return dataset
-    return dataset.shuffle(_SHUFFLE_BUFFER_SIZE, seed)
-
-  return seqio.FunctionDataSource(dataset_fn, splits)
+  prompt = templates.Template(template, task.source_column)
+  # The template comes after the cache, which then serves any.
+  return [
+    seqio.CacheDatasetPlaceholder(),
+    templates.text_to_text(prompt, prompt, task.target_column),
+  ]
 
 
-@functools.cache
-def _read_cldr(split: str) -> 'tf.data.Dataset':
-  from l2s_jax.features import tf
+def _with_references(
+  text: str,
+  *,
+  example: Mapping[str, Any] | None = None,
+  is_target: bool = False,
+) -> str | list[str]:
+  """Returns a target with the references beside it; a prediction as it is.
 
-  examples = list(cldr.examples(split))
-  return tf.data.Dataset.from_tensor_slices(
-    {
-      column: [example[column] for example in examples]
-      for column in ('prompt', 'answer')
-    }
-  )
-
-
-def _text_to_text(template: str, target_column: str) -> Callable[..., Any]:
-  """Returns a SeqIO preprocessor from columns to `inputs` and `targets`."""
-  parts = list(_parse_template(template))
-
-  def fill(example: Mapping[str, 'tf.Tensor']) -> dict[str, 'tf.Tensor']:
-    from l2s_jax.features import tf
-
-    prompt = [
-      piece
-      for literal, column in parts
-      for piece in (literal, example[column] if column else '')
-    ]
-    return {
-      'inputs': tf.strings.join(prompt),
-      'targets': example[target_column],
-    }
-
-  def fill_all(dataset: 'tf.data.Dataset') -> 'tf.data.Dataset':
-    return dataset.map(fill)
-
-  return fill_all
-
-
-def _parse_template(template: str) -> Iterator[tuple[str, str | None]]:
-  """Yields pairs of literal text and the column that follows it, if any.
-
-  Raises:
-    ValueError: if it is not literal text and plain names in braces.
+  A SeqIO `postprocess_fn`.
   """
-  try:
-    for literal, column, spec, conversion in string.Formatter().parse(template):
-      if column is not None and (spec or conversion or not column.strip()):
-        raise ValueError('only a plain {name} may stand in braces')
-      yield literal, column
-  except ValueError as error:
-    raise ValueError(
-      f'local_task.template={template!r}: {error}. Write a column as '
-      '{name} and a literal brace twice.'
-    ) from error
-
-
-def _columns_of(template: str) -> list[str]:
-  return [column for _, column in _parse_template(template) if column]
-
-
-def _rename_source(template: str, source_column: str) -> str:
-  """Returns the template with `{source}` as the column it stands for."""
-
-  def escape(text: str) -> str:
-    return text.replace('{', '{{').replace('}', '}}')
-
-  return ''.join(
-    escape(literal)
-    + (
-      ''
-      if column is None
-      else '{%s}' % (source_column if column == 'source' else column)
-    )
-    for literal, column in _parse_template(template)
-  )
-
-
-def _resolve_files(
-  split: str, value: DataFiles, data_dir: str | None
-) -> list[list[epath.Path]]:
-  """Returns one path for each JSONL file, two for each parallel text.
-
-  Raises:
-    FileNotFoundError: naming the gin key and every missing path.
-    ValueError: if the value is of another form.
-  """
-  folder = epath.Path(data_dir or '')
-  resolved = []
-  for item in value if isinstance(value, list) else [value]:
-    is_jsonl = isinstance(item, str)
-    names = (item,) if isinstance(item, str) else item
-    if len(names) != (1 if is_jsonl else 2) or any(
-      name.endswith(('.jsonl', '.jsonl.gz')) != is_jsonl for name in names
-    ):
-      raise ValueError(
-        f'DATA_FILES[{split!r}] has {item!r}; expected a JSONL file, '
-        "'x.jsonl' or 'x.jsonl.gz', or a pair of parallel text files in "
-        "parentheses, ('x.en', 'x.de'); or a list, in brackets, of "
-        'several of them.'
-      )
-    paths = [folder / name for name in names]
-    missing = [str(path) for path in paths if not path.exists()]
-    if missing:
-      raise FileNotFoundError(
-        f'DATA_FILES[{split!r}]: no file {", ".join(missing)}. Relative '
-        f'names start at DATA_DIR, which is {data_dir!r}.'
-      )
-    resolved.append(paths)
-  return resolved
-
-
-def read_lines(path: epath.Path) -> Iterator[str]:
-  """Yields the lines of a text file, plain or .gz.
-
-  Lines end where those of `tf.data.TextLineDataset` do.
-
-  Raises:
-    ValueError: naming file and line, if it is not UTF-8 or not gzip.
-  """
-  number = 0
-  with path.open('rb') as raw:
-    lines = gzip.open(raw) if path.name.endswith('.gz') else raw
-    try:
-      for line in lines:
-        number += 1
-        yield line.rstrip(b'\r\n').decode()
-    except UnicodeDecodeError as error:
-      raise ValueError(
-        f'{path}:{number} is not UTF-8: {error}. Convert the file, or remove '
-        'the line.'
-      ) from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-      raise ValueError(
-        f'{path} is not a whole gzip file (after line {number}): {error}. '
-        'Fetch it again, or drop .gz from its name.'
-      ) from error
-
-
-def _read_parallel_text(
-  paths: Sequence[epath.Path], names: tuple[str, str], columns: set[str]
-) -> 'tf.data.Dataset':
-  """Streams the columns of two files, checked from end to end first."""
-  from l2s_jax.features import tf
-
-  source, target = paths
-  unknown = columns - set(names)
-  if unknown:
-    raise ValueError(
-      f'local_task.template names {", ".join(sorted(unknown))}, but the '
-      f'parallel text {source} and {target} has no column but source.'
-    )
-  pairs = itertools.zip_longest(read_lines(source), read_lines(target))
-  counts = [0, 0]
-  for number, pair in enumerate(pairs, start=1):
-    for side, line in enumerate(pair):
-      counts[side] += line is not None
-      if line is not None and not line.strip():
-        raise ValueError(
-          f'{paths[side]}:{number} is empty; an example needs a '
-          'prompt and an answer. Remove the line from both files.'
-        )
-  if counts[0] != counts[1]:
-    raise ValueError(
-      f'{source} has {counts[0]} lines and {target} has {counts[1]}; '
-      'parallel text needs as many in both, line by line.'
-    )
-
-  def stream(path: epath.Path) -> 'tf.data.Dataset':
-    return tf.data.TextLineDataset(
-      str(path), 'GZIP' if path.name.endswith('.gz') else None
-    )
-
-  path_of = dict(zip(names, paths, strict=True))
-  return tf.data.Dataset.zip(
-    {column: stream(path_of[column]) for column in columns}
-  )
-
-
-def _read_jsonl(path: epath.Path, columns: set[str]) -> 'tf.data.Dataset':
-  """Reads the named columns of a JSONL file into memory.
-
-  In memory because parsing it inside the pipeline would need Python there, and
-  such an iterator can be neither saved nor relied on to let the process exit.
-  """
-  from l2s_jax.features import tf
-
-  values: dict[str, list[str]] = {column: [] for column in sorted(columns)}
-  for number, line in enumerate(read_lines(path), start=1):
-    try:
-      row = json.loads(line)
-    except json.JSONDecodeError as error:
-      raise ValueError(f'{path}:{number} is not JSON: {error}.') from error
-    if not isinstance(row, dict):
-      raise ValueError(
-        f'{path}:{number} holds a JSON {type(row).__name__}, expected an '
-        'object.'
-      )
-    for column, texts in values.items():
-      text = row.get(column)
-      if not isinstance(text, str) or not text.strip():
-        found = f'is {text!r}' if column in row else 'is missing'
-        raise ValueError(
-          f'{path}:{number}: column {column!r} {found}, expected text that '
-          f'is not empty. The line has {", ".join(row)}; '
-          'local_task.source_column, target_column and template say which '
-          'are read.'
-        )
-      texts.append(text)
-  return tf.data.Dataset.from_tensor_slices(values)
+  if not is_target or example is None:
+    return text
+  return [text, *(reference.decode() for reference in example['references'])]

@@ -7,11 +7,10 @@ and never comes out.
 """
 
 import contextlib
-import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gin
@@ -31,8 +30,11 @@ from l2s_jax import (
   optim,
   parameters,
   partition,
+  preemption,
   systems,
+  tasks,
 )
+from l2s_jax import progress as progress_lib
 from l2s_jax import state as state_lib
 
 PyTree = Any
@@ -45,6 +47,8 @@ def train_step(
   *,
   module: Any,
   optimizer: optax.GradientTransformation,
+  loss: Callable[..., Any] = losses.token_cross_entropy,
+  num_microbatches: int = 1,
 ) -> tuple[state_lib.TrainState, dict[str, jax.Array]]:
   """Returns the state after one update, and sums to log.
 
@@ -54,24 +58,31 @@ def train_step(
     batch: the keys of `features.py`.
     module: computes logits from all parameters and the batch.
     optimizer: of the trainable parameters.
+    loss: `losses.token_cross_entropy`, perhaps with other weights in it.
+    num_microbatches: parts of the batch that are computed one after another,
+      in less memory; sums and gradients add up to those of the whole.
   """
   dropout_key = jax.random.fold_in(
     jax.random.wrap_key_data(state.key), state.step
   )
 
-  def loss_fn(trainable):
+  def loss_fn(trainable, batch, key):
     logits = module.apply(
       {'params': state_lib.merge(frozen, trainable)},
       batch,
       deterministic=False,
-      rngs={'dropout': dropout_key},
+      rngs={'dropout': key},
     )
-    return losses.token_cross_entropy(
+    return loss(
       logits, batch['decoder_target_tokens'], batch['decoder_loss_weights']
     )
 
-  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-  (_, sums), grads = grad_fn(state.trainable)  # no gradient of the LLM
+  def gradient_sums(batch, key):  # no gradient of the LLM
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    (_, sums), grads = grad_fn(state.trainable, batch, key)
+    return sums, grads
+
+  sums, grads = _add_up(gradient_sums, batch, dropout_key, num_microbatches)
   weight = jnp.maximum(sums['loss_weight'], 1.0)
   grads = jax.tree.map(lambda g: g / weight, grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
@@ -83,42 +94,37 @@ def train_step(
   return new_state, {**sums, 'grad_norm': optax.tree.norm(grads)}
 
 
-@dataclasses.dataclass
-class Progress:
-  """Sums since the last log, and the clock they are divided by."""
+def _add_up(
+  fn: Callable[[Mapping[str, jax.Array], jax.Array], PyTree],
+  batch: Mapping[str, jax.Array],
+  key: jax.Array,
+  num_microbatches: int,
+) -> PyTree:
+  """Returns the sum of `fn` over microbatches, each with a key of its own."""
+  if num_microbatches == 1:
+    return fn(batch, key)
 
-  sums: dict[str, Any] = dataclasses.field(default_factory=dict)
-  num_steps: int = 0
-  prompt_tokens: int = 0
-  start_secs: float = dataclasses.field(default_factory=time.perf_counter)
+  def divide(x):  # Every n-th row to each, so that rows stay on their devices.
+    rows = x.reshape(-1, num_microbatches, *x.shape[1:])
+    return jnp.moveaxis(rows, 1, 0)
 
-  def add(self, step_sums: Mapping[str, jax.Array], prompt_tokens: int) -> None:
-    for name, value in step_sums.items():
-      self.sums[name] = self.sums.get(name, 0.0) + value
-    self.num_steps += 1
-    self.prompt_tokens += prompt_tokens
-
-  @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
-    """Leaves the time inside out of the speeds."""
-    jax.block_until_ready(self.sums)
-    start_secs = time.perf_counter()
-    yield
-    self.start_secs += time.perf_counter() - start_secs
-
-  def summary(self) -> dict[str, float]:
-    """Returns what to log; waits for the last step."""
-    sums = {k: float(v) for k, v in self.sums.items()}
-    secs = time.perf_counter() - self.start_secs
-    tokens = max(sums['loss_weight'], 1.0)
-    return {
-      'train/loss': sums['loss'] / tokens,
-      'train/accuracy': sums['num_correct'] / tokens,
-      'train/grad_norm': sums['grad_norm'] / self.num_steps,
-      'train/target_tokens_per_sec': tokens / secs,
-      'train/prompt_tokens_per_sec': self.prompt_tokens / secs,
-      'train/secs_per_step': secs / self.num_steps,
-    }
+  microbatches = (
+    jax.tree.map(divide, batch),
+    jax.random.split(key, num_microbatches),
+  )
+  first = jax.tree.map(lambda x: x[0], microbatches)
+  zeros = jax.tree.map(
+    lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, *first)
+  )
+  total, _ = jax.lax.scan(
+    lambda total, inputs: (
+      jax.tree.map(jnp.add, total, fn(*inputs)),
+      None,
+    ),
+    zeros,
+    microbatches,
+  )
+  return total
 
 
 @gin.configurable(module='l2s_jax')
@@ -131,18 +137,27 @@ def train(
   batch_size: int = gin.REQUIRED,
   optimizer: optim.Optimizer = gin.REQUIRED,
   mesh: partition.MeshConfig | None = None,
+  num_microbatches: int = 1,
+  label_smoothing: float = 0.0,
+  z_loss: float = 0.0,
   eval_period: int | None = None,
   eval_split: str = 'validation',
   num_eval_examples: int | None = None,
   eval_batch_size: int | None = None,
   checkpoint_period: int = 1000,
   keep_checkpoints: int | None = 3,
+  best_metric: str | None = None,
   log_period: int = 50,
   seed: int = 0,
+  preemption_grace_secs: int = 60,
   *,
   dry_run: bool = False,
 ) -> dict[str, float]:
   """Trains a system and evaluates it as it goes; resumes by itself.
+
+  A checkpoint is saved every `checkpoint_period` steps, before every
+  evaluation, at the end, and at SIGTERM, which ends the process with exit code
+  75: start it again to go on.
 
   Args:
     model: the system: LLM-to-SLM or a language model alone.
@@ -153,14 +168,20 @@ def train(
     batch_size: examples a step, over all devices.
     optimizer: with its schedule.
     mesh: device mesh and axis rules; None puts all devices along `data`.
+    num_microbatches: parts a batch is computed in, one after another.
+    label_smoothing: probability given to all tokens in equal parts.
+    z_loss: weight of the squared log of the softmax's denominator.
     eval_period: steps between evaluations; None evaluates at the end.
     eval_split: of the task.
     num_eval_examples: the first so many of the split; None takes all.
     eval_batch_size: examples a decoding batch; None takes `batch_size`.
-    checkpoint_period: steps between saves; the last step is always saved.
+    checkpoint_period: steps between saves.
     keep_checkpoints: the newest so many are kept; None keeps all.
+    best_metric: the best checkpoint by it is kept as well, such as 'bleu' or
+      'loss'; None keeps none.
     log_period: steps between lines in the log.
     seed: of initialisation, data order and dropout.
+    preemption_grace_secs: between SIGTERM and the end of the process.
     dry_run: prints sizes and shardings, and stops.
 
   Returns:
@@ -168,19 +189,25 @@ def train(
 
   Raises:
     ValueError: for settings that do not fit each other, before compilation.
+    FloatingPointError: if a loss is not finite.
+    SystemExit: after SIGTERM.
   """
   gin_utils.check_positive(
     TRAIN_STEPS=train_steps,
     BATCH_SIZE=batch_size,
+    NUM_MICROBATCHES=num_microbatches,
     EVAL_PERIOD=eval_period,
     CHECKPOINT_PERIOD=checkpoint_period,
+    KEEP_CHECKPOINTS=keep_checkpoints,
+    PREEMPTION_GRACE_SECS=preemption_grace_secs,
     log_period=log_period,
     eval_batch_size=eval_batch_size,
   )
+  _check_best_metric(best_metric, eval_split)
   run_dir = systems.local_folder(model_dir, 'MODEL_DIR')
   mesh_config = mesh or partition.MeshConfig()
   device_mesh = partition.make_mesh(mesh_config)
-  partition.check_batch_size(batch_size, device_mesh)
+  _check_batch_size(batch_size, num_microbatches, device_mesh)
   if eval_batch_size is not None:
     partition.check_batch_size(eval_batch_size, device_mesh, 'eval_batch_size')
   system = systems.pin_llm(systems.with_rules(model, mesh_config), run_dir)
@@ -196,13 +223,13 @@ def train(
     contextlib.ExitStack() as opened,
   ):
     layout = parameters.layout(system, device_mesh, mesh_config)
+    transform = optimizer.make(state_lib.split(layout.axes, system.frozen)[1])
     parameters.check_lengths(system, layout, task_feature_lengths)
     if dry_run:
-      print(
-        parameters.summary(system, layout, optimizer.transform, device_mesh)
-      )
+      print(parameters.summary(system, layout, transform, device_mesh))
       return {}
 
+    watcher = opened.enter_context(preemption.Watcher(preemption_grace_secs))
     system, frozen = parameters.load_frozen(system, layout)
     systems.save(system, run_dir)
 
@@ -211,16 +238,18 @@ def train(
         checkpoint.Checkpointer(run_dir, keep=keep_checkpoints)
       )
     )
-    state, position = restore_or_create(
-      system, layout, optimizer.transform, device_mesh, checkpointer, seed
-    )
-    step = int(state.step)
-    data_order = {
+    kind = {
       'task': mixture_or_task_name,
+      'data': tasks.data_settings(mixture_or_task_name),
       'seed': seed,
       'task_feature_lengths': dict(task_feature_lengths),
+      'optimizer': optimizer.description,
     }
-    num_examples = check_position(position, data_order)
+    position = check_position(checkpointer.restore_data(), kind)
+    state = restore_or_create(
+      system, layout, transform, device_mesh, checkpointer, seed
+    )
+    step, num_examples = int(state.step), position['num_examples']
     with files.whole(run_dir / 'config.gin') as file:
       file.write(gin_utils.operative_config())
 
@@ -233,61 +262,114 @@ def train(
       batch_size=eval_batch_size or batch_size,
       num_examples=num_eval_examples,
     )
-    batches = data.train_batches(
-      task,
-      task_feature_lengths=task_feature_lengths,
-      batch_size=batch_size,
-      seed=seed,
-      start_example=num_examples,
-    )
-    step_fn = jax.jit(
-      functools.partial(
-        train_step, module=system.module, optimizer=optimizer.transform
-      ),
-      donate_argnums=0,
-      out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
+    batches = opened.enter_context(
+      contextlib.closing(
+        data.train_batches(
+          task,
+          task_feature_lengths=task_feature_lengths,
+          batch_size=batch_size,
+          seed=seed,
+          start_example=num_examples,
+        )
+      )
     )
     log = opened.enter_context(
       contextlib.closing(metric_writer.MetricWriter(run_dir, first_step=step))
     )
+    evaluations = metric_writer.by_step(run_dir, prefix='eval/')
     bar = opened.enter_context(_bar(run_dir, step, train_steps))
-    prefetched = opened.enter_context(
-      contextlib.closing(data.prefetch(batches))
+    step_fn = jax.jit(
+      functools.partial(
+        train_step,
+        module=system.module,
+        optimizer=transform,
+        loss=functools.partial(
+          losses.token_cross_entropy,
+          label_smoothing=label_smoothing,
+          z_loss=z_loss,
+        ),
+        num_microbatches=num_microbatches,
+      ),
+      donate_argnums=0,
+      out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
     )
-
-    scores = metric_writer.last(run_dir, prefix='eval/')
-    progress = Progress()
-    while step < train_steps:
-      host_batch = next(prefetched, None)
+    host_batch: data.Batch | None = None
+    if step < train_steps:
+      start_secs = time.perf_counter()
+      host_batch = next(batches, None)
       if host_batch is None:
         raise ValueError(
           f"task {mixture_or_task_name!r} has no examples in split 'train'."
         )
-      batch = partition.put_batch(host_batch, device_mesh)
-      state, sums = step_fn(state, frozen, batch)
-      step += 1
-      num_examples += batch_size
-      progress.add(sums, int((host_batch['encoder_segment_ids'] > 0).sum()))
-      bar.update()
-
-      if step % log_period == 0 or step == train_steps:
-        summary = progress.summary()
-        summary['train/learning_rate'] = float(optimizer.schedule(step - 1))
-        log.write(step, summary)
-        bar.set_postfix_str(
-          f'loss {summary["train/loss"]:.3f}, '
-          f'{summary["train/target_tokens_per_sec"]:.0f} target tokens/s'
+      if step:
+        bar.write(
+          f'Goes on at step {step}; {num_examples} examples were passed over '
+          f'in {time.perf_counter() - start_secs:.1f} s.'
         )
-        progress = Progress()
-      # Before the save, so that a finished run has always been evaluated.
-      if step == train_steps or (eval_period and step % eval_period == 0):
-        with progress.paused():
-          params = state_lib.merge(frozen, state.trainable)
-          scores = evaluator.evaluate(params, step=step, output_dir=run_dir)
-        log.write(step, {f'eval/{k}': v for k, v in scores.items()})
-        bar.write(f'step {step}: {evaluate.format_scores(scores)}')
-      if step % checkpoint_period == 0 or step == train_steps:
-        checkpointer.save(state, data_order | {'num_examples': num_examples})
+      # Ahead of the loop: compilation holds no lock and enters no timing.
+      compiled_step = step_fn.lower(
+        state, frozen, partition.put_batch(host_batch, device_mesh)
+      ).compile()
+    progress = progress_lib.Progress(run_dir, position['sums'])
+
+    def save() -> None:
+      with watcher.lock:
+        progress.settle()
+        checkpointer.save(
+          state,
+          kind | {'num_examples': num_examples, 'sums': progress.sums},
+        )
+
+    def save_and_wait() -> None:
+      save()
+      checkpointer.wait()
+
+    def is_evaluated() -> bool:
+      return step == train_steps or bool(eval_period and not step % eval_period)
+
+    watcher.save = save_and_wait
+    _keep_best(checkpointer, best_metric, evaluations)
+    try:
+      while True:
+        # Also after a restart: a kill may have come before the evaluation.
+        if step and is_evaluated() and step not in evaluations:
+          with progress.paused():
+            params = state_lib.merge(frozen, state.trainable)
+            scores = evaluator.evaluate(
+              params, step=step, output_dir=run_dir, stop=watcher.check
+            )
+          log.write(step, {f'eval/{k}': v for k, v in scores.items()})
+          evaluations[step] = scores
+          bar.write(f'step {step}: {evaluate.format_scores(scores)}')
+          _keep_best(checkpointer, best_metric, evaluations)
+        if step >= train_steps:
+          break
+        watcher.check()
+
+        host_batch = host_batch or next(batches)
+        batch = partition.put_batch(host_batch, device_mesh)
+        with watcher.lock:
+          state, sums = compiled_step(state, frozen, batch)
+          step += 1
+          num_examples += batch_size
+          progress.add(step, sums, host_batch)
+          if step % log_period == 0 or step == train_steps:
+            summary = progress.flush()
+            summary['train/learning_rate'] = float(optimizer.schedule(step - 1))
+            log.write(step, summary)
+            bar.set_postfix_str(
+              f'loss {summary["train/loss"]:.3f}, '
+              f'{summary["train/target_tokens_per_sec"]:.0f} target tokens/s'
+            )
+        host_batch = None
+        bar.update()
+        if step % checkpoint_period == 0 or is_evaluated():
+          save()
+    except preemption.Preempted:
+      watcher.leave()
+      save_and_wait()
+      bar.write(f'Saved step {step}. Start again to go on from there.')
+      raise SystemExit(preemption.EXIT_CODE) from None
 
     if batches.num_truncated_prompts or batches.num_truncated_targets:
       bar.write(
@@ -296,31 +378,76 @@ def train(
         f'{batches.num_truncated_targets} answers were longer than '
         f'{dict(task_feature_lengths)} tokens and were cut.'
       )
-    return scores
+    return evaluations[max(evaluations)] if evaluations else {}
 
 
 def check_position(
-  position: Mapping[str, Any] | None, data_order: Mapping[str, Any]
-) -> int:
-  """Returns how many examples were trained on, in the order that goes on.
+  position: Mapping[str, Any] | None, kind: Mapping[str, Any]
+) -> Mapping[str, Any]:
+  """Returns where training goes on: 'num_examples' and 'sums'.
 
   Args:
     position: from the checkpoint; None at the start.
-    data_order: what determines the order of examples now.
+    kind: what the order of examples and the optimizer's slots depend on.
 
   Raises:
-    ValueError: if the checkpoint's order was another.
+    ValueError: if that was otherwise at the checkpoint; lists the differences.
   """
   if position is None:
-    return 0
-  found = {name: position[name] for name in data_order}
-  if found != data_order:
+    return {'num_examples': 0, 'sums': {}}
+  differences = files.differences(
+    {name: position.get(name) for name in kind}, kind
+  )
+  if differences:
     raise ValueError(
-      f'The run has read its data as {found}, and is now to read them as '
-      f'{dict(data_order)}; the position in one order means nothing in the '
-      'other. Set these as they were, or choose another MODEL_DIR.'
+      'The run was trained otherwise so far: its place in the data, or what '
+      'its optimizer holds, means nothing now. Set these as they were, or '
+      'choose another MODEL_DIR:\n' + '\n'.join(differences)
     )
-  return position['num_examples']
+  return position
+
+
+def _check_best_metric(best_metric: str | None, eval_split: str) -> None:
+  if best_metric is not None and 'test' in eval_split:
+    raise ValueError(
+      f'BEST_METRIC={best_metric!r} with eval_split={eval_split!r}: a '
+      'checkpoint is chosen on validation data only. Set train.eval_split to '
+      "'validation', and score the chosen checkpoint on the test split with "
+      "evaluate and EVAL_STEPS='best'."
+    )
+
+
+def _check_batch_size(
+  batch_size: int, num_microbatches: int, mesh: jax.sharding.Mesh
+) -> None:
+  if batch_size % num_microbatches:
+    raise ValueError(
+      f'BATCH_SIZE={batch_size} does not divide into NUM_MICROBATCHES='
+      f'{num_microbatches}; set one to a multiple of the other.'
+    )
+  name = 'BATCH_SIZE'
+  if num_microbatches > 1:
+    name = f'BATCH_SIZE / NUM_MICROBATCHES ({num_microbatches})'
+  partition.check_batch_size(batch_size // num_microbatches, mesh, name)
+
+
+def _keep_best(
+  checkpointer: checkpoint.Checkpointer,
+  metric: str | None,
+  evaluations: Mapping[int, Mapping[str, float]],
+) -> None:
+  if metric is None or not evaluations:
+    return
+  newest = evaluations[max(evaluations)]
+  if metric not in newest:
+    raise ValueError(
+      f'BEST_METRIC={metric!r} is not among the scores of the evaluation: '
+      f'{", ".join(newest)}.'
+    )
+  checkpointer.keep_best(
+    metric,
+    {step: row[metric] for step, row in evaluations.items() if metric in row},
+  )
 
 
 def restore_or_create(
@@ -330,11 +457,8 @@ def restore_or_create(
   mesh: jax.sharding.Mesh,
   checkpointer: checkpoint.Checkpointer,
   seed: int,
-) -> tuple[state_lib.TrainState, dict[str, Any] | None]:
-  """Returns the newest state of the run and its data position.
-
-  Of a run that begins: the first state, and None.
-  """
+) -> state_lib.TrainState:
+  """Returns the newest state of the run, or of a run that begins the first."""
   _, trainable_shapes = state_lib.split(layout.shapes, system.frozen)
   _, trainable_shardings = state_lib.split(layout.shardings, system.frozen)
   shapes, shardings = state_lib.shardings(
@@ -354,7 +478,7 @@ def restore_or_create(
     lambda trainable: state_lib.create(trainable, optimizer, seed),
     out_shardings=shardings,
   )
-  return create(params), None
+  return create(params)
 
 
 def _bar(run_dir: pathlib.Path, step: int, train_steps: int) -> tqdm.tqdm:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of checkpoints: whole or absent, bit for bit, any part of them."""
 
+import json
 import shutil
 
 import helpers
@@ -12,7 +13,7 @@ import pytest
 from l2s_jax import checkpoint, optim
 from l2s_jax import state as state_lib
 
-OPTIMIZER = optim.adamw().transform
+OPTIMIZER = optim.adamw().make({})
 
 
 def make_state(step: int = 0, seed: int = 0) -> state_lib.TrainState:
@@ -28,13 +29,15 @@ def make_state(step: int = 0, seed: int = 0) -> state_lib.TrainState:
 
 
 def restore(run_dir, like):
+  """Returns the newest state and what was saved beside it."""
   checkpointer = checkpoint.Checkpointer(run_dir)
   restored = checkpointer.restore(
     jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like),
     jax.tree.map(lambda x: x.sharding, like),
   )
+  data = checkpointer.restore_data()
   checkpointer.close()
-  return restored
+  return restored, data
 
 
 def save(run_dir, *states, keep=None):
@@ -58,7 +61,7 @@ def test_what_is_restored_is_what_was_saved_last(tmp_path):
 
 
 def test_a_run_without_checkpoints_restores_nothing(tmp_path):
-  assert restore(tmp_path, make_state()) is None
+  assert restore(tmp_path, make_state()) == (None, None)
   assert checkpoint.steps(tmp_path) == []
   assert checkpoint.steps(tmp_path / 'absent') == []
   assert not (tmp_path / 'absent').exists()
@@ -67,6 +70,38 @@ def test_a_run_without_checkpoints_restores_nothing(tmp_path):
 def test_only_the_newest_are_kept(tmp_path):
   save(tmp_path, *(make_state(step) for step in (1, 2, 3, 4)), keep=2)
   assert checkpoint.steps(tmp_path) == [3, 4]
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+  checkpointer = checkpoint.Checkpointer(tmp_path, keep=1)
+  scores = {}
+  for step, bleu in ((1, 3.0), (2, 9.0), (3, 9.0), (4, 1.0)):
+    checkpointer.save(make_state(step), {})
+    scores[step] = bleu  # Evaluated once it is saved.
+    checkpointer.keep_best('bleu', scores)
+  checkpointer.close()
+  assert checkpoint.steps(tmp_path) == [2, 4]  # Of equals the first.
+  assert checkpoint.params_folder(tmp_path, 'best')[1] == 2
+  assert json.loads((tmp_path / 'best.json').read_text()) == {
+    'metric': 'bleu',
+    'score': 9.0,
+    'step': 2,
+  }
+
+
+def test_the_least_loss_is_the_best(tmp_path):
+  save(tmp_path, make_state(1), make_state(2), make_state(3))
+  checkpointer = checkpoint.Checkpointer(tmp_path)
+  # Step 9 was evaluated, and is not there any more.
+  checkpointer.keep_best('task/loss', {1: 2.5, 2: 1.5, 3: 4.0, 9: 0.1})
+  checkpointer.close()
+  assert checkpoint.params_folder(tmp_path, 'best')[1] == 2
+
+
+def test_no_best_without_an_evaluation(tmp_path):
+  save(tmp_path, make_state(1))
+  with pytest.raises(FileNotFoundError, match=r'BEST_METRIC.*steps \[1\]'):
+    checkpoint.params_folder(tmp_path, 'best')
 
 
 def test_a_step_saved_twice_is_the_first(tmp_path):

@@ -6,7 +6,6 @@ import json
 import random
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -133,7 +132,7 @@ def test_without_tensorflow_installed():
     '  sys.modules[name] = None\n'
     'from l2s_jax import data\n'
     'batch = data.prompt_batch([[1]], length=2, pad_id=0)\n'
-    'print(next(data.prefetch(iter([batch])))["encoder_segment_ids"])'
+    'print(batch["encoder_segment_ids"])'
   )
   process = subprocess.run(
     [sys.executable, '-c', code], capture_output=True, text=True, check=True
@@ -162,33 +161,6 @@ def test_partner_is_the_next_prompt_that_differs():
       following = order[place + 1 :] + order[:place]
       expected = next(i for i in following if prompts[i] != prompts[index])
       assert data.control_partners(prompts)[index] == expected
-
-
-def test_prefetch_keeps_order_and_passes_errors_on():
-  def numbers():
-    yield from range(5)
-    raise RuntimeError('the disk is gone')
-
-  with pytest.raises(RuntimeError, match='the disk is gone'):
-    list(data.prefetch(numbers()))
-  assert list(itertools.islice(data.prefetch(numbers()), 5)) == [0, 1, 2, 3, 4]
-  assert list(data.prefetch(iter([]))) == []
-
-
-def test_prefetch_is_bounded_and_ends_its_thread():
-  made = []
-
-  def numbers():
-    for number in itertools.count():
-      made.append(number)
-      yield number
-
-  before = threading.active_count()
-  batches = data.prefetch(numbers(), size=2)
-  assert [next(batches), next(batches)] == [0, 1]
-  batches.close()
-  assert threading.active_count() == before
-  assert len(made) <= 4
 
 
 def test_an_epoch_has_every_example_once_in_a_fresh_order(task):
@@ -274,9 +246,9 @@ def test_process_ends_with_python_in_its_pipeline(shared_data):
   code = (
     'from l2s_jax import data, tasks, vocabularies\n'
     f'gpt2 = vocabularies.load({str(shared_data / "tokenizers/gpt2")!r})\n'
-    'batches = data.prefetch(data.train_batches(\n'
+    'batches = data.train_batches(\n'
     '    tasks.bind("cldr", gpt2, gpt2), batch_size=4, seed=0,\n'
-    '    task_feature_lengths={"inputs": 32, "targets": 32}))\n'
+    '    task_feature_lengths={"inputs": 32, "targets": 32})\n'
     'print(next(batches)["encoder_input_tokens"].shape)'
   )
   process = subprocess.run(

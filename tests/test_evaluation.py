@@ -197,6 +197,102 @@ def test_control_other_brings_another_prompt(evaluator, vocabulary, tmp_path):
   ]
 
 
+@pytest.mark.parametrize('name', ['romanian', 'both'])
+def test_batches_are_those_of_the_split(bind, vocabulary, name):
+  task = bind(vocabulary, name)
+  evaluator = make_evaluator(task)
+  found = [
+    batch for part in evaluator.tasks for batch in evaluator.batches(part)
+  ]
+  expected = [
+    batch
+    for part in seqio.get_subtasks(task)
+    for batch in data.eval_batches(
+      part, task_feature_lengths=LENGTHS, split='test', batch_size=4
+    )
+  ]
+  assert len(found) == len(expected) == 2 * len(evaluator.tasks)
+  for one, other in zip(found, expected, strict=True):
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+      np.testing.assert_array_equal(value, other[key], key)
+
+
+def test_control_other_is_in_the_batches_too(evaluator):
+  (task,) = evaluator.tasks
+  for batch in evaluator.batches(task, 'other'):
+    assert batch['llm_input_tokens'].shape == (4, LENGTHS['inputs'])
+    assert (batch['llm_input_tokens'] != batch['encoder_input_tokens']).any()
+
+
+def test_intervals_come_beside_the_scores(bind, vocabulary):
+  def user_metric(targets, predictions):
+    return {'agreement': targets == predictions}
+
+  task = bind(vocabulary)
+  task = task.replace(metric_fns=[*task.metric_fns, user_metric])
+  evaluator = make_evaluator(task, num_bootstrap_samples=50)
+  scores = evaluator.evaluate(perfect(vocabulary), step=0)['romanian']
+  plain = make_evaluator(task).evaluate(perfect(vocabulary), step=0)['romanian']
+  added = scores.keys() - plain.keys()
+  assert added == {
+    f'{name}_{end}'
+    for name in ('bleu', 'chrf', 'exact_match')
+    for end in ('low', 'high')
+  }
+  assert {name: scores[name] for name in plain} == plain
+  assert scores['chrf_low'] < scores['chrf'] < scores['chrf_high']
+  assert scores == evaluator.evaluate(perfect(vocabulary), step=1)['romanian']
+
+
+def test_several_references_are_scored_and_written(bind, vocabulary, tmp_path):
+  def postprocess(text, example, is_target):
+    if not is_target:
+      return text
+    prompt = example['inputs_pretokenized'].decode()
+    return [text, f'not {prompt}'] if prompt.startswith('number 2') else [text]
+
+  task = bind(vocabulary).replace(
+    postprocess_fn=postprocess,
+    metric_fns=[metrics.rouge, metrics.bleu, metrics.exact_match],
+  )
+  answers = [*ANSWERS[:2], f'not {PROMPTS[2]}', *ANSWERS[3:]]
+  scores = make_evaluator(task, num_bootstrap_samples=20).evaluate(
+    perfect(vocabulary, answers=answers), step=3, output_dir=tmp_path
+  )['romanian']
+  lines = read_lines(tmp_path / 'romanian-test-3.jsonl')
+  assert [line['target'] for line in lines] == ANSWERS
+  references = [line['references'] for line in lines]
+  assert references[2] == [ANSWERS[2], f'not {PROMPTS[2]}']
+  assert references[3] == [ANSWERS[3]]
+  predictions = [line['prediction'] for line in lines]
+  assert predictions[2] == references[2][1]
+  for metric in task.metric_fns:
+    for name, score in metric(references, predictions).items():
+      assert scores[name] == score
+  assert scores['rouge1_low'] <= scores['rouge1'] <= scores['rouge1_high']
+  assert scores['min_references'] == 1
+  assert scores['max_references'] == 2
+
+
+def test_whoever_predicts_may_leave_and_nothing_is_written(
+  evaluator, vocabulary, tmp_path
+):
+  batches: list[data.Batch] = []
+
+  def predict(batch):
+    if batches:
+      raise KeyboardInterrupt
+    batches.append(batch)
+    return perfect(vocabulary)(batch)
+
+  with pytest.raises(KeyboardInterrupt):
+    evaluator.evaluate(predict, step=0, output_dir=tmp_path)
+  assert list(tmp_path.iterdir()) == []
+  scores = evaluator.evaluate(perfect(vocabulary), step=0)
+  assert scores['romanian']['num_examples'] == len(ANSWERS)
+
+
 def test_num_examples_takes_the_first(bind, vocabulary):
   evaluator = make_evaluator(bind(vocabulary), num_examples=3)
   scores = evaluator.evaluate(perfect(vocabulary), step=0)['romanian']

@@ -1,58 +1,421 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading prompts, and what is refused before a model is loaded."""
+"""Laws of inference: a line for a line, in order, however often it stops."""
 
 import gzip
+import itertools
 import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
 
+import helpers
+import jax
+import jax.numpy as jnp
 import pytest
 
-from l2s_jax import infer
-
-TEMPLATE = 'translate: {prompt}'
-
-
-def read(path, column='prompt'):
-  return list(infer.read_prompts(str(path), column=column, template=TEMPLATE))
-
-
-def test_text_and_jsonl_plain_and_gzip_give_the_same_prompts(tmp_path):
-  texts = ['one', '', 'three {prompt} ș']
-  jsonl = ''.join(json.dumps({'prompt': t, 'id': 7}) + '\n' for t in texts)
-  plain = '\n'.join(texts) + '\n'
-  for name, content in (('a.txt', plain), ('a.jsonl', jsonl)):
-    (tmp_path / name).write_text(content, encoding='utf-8')
-    with gzip.open(tmp_path / f'{name}.gz', 'wt', encoding='utf-8') as file:
-      file.write(content)
-    expected = [f'translate: {text}' for text in texts]
-    for path in (tmp_path / name, tmp_path / f'{name}.gz'):
-      records = read(path)
-      assert [record['prompt'] for record in records] == expected
-      if name == 'a.jsonl':
-        assert {record['id'] for record in records} == {7}
-
-
-@pytest.mark.parametrize(
-  'name,content,message',
-  [
-    ('a.jsonl', b'{"prompt": "x"}\n{"prompt"\n', r'a\.jsonl:2 is not JSON'),
-    ('a.jsonl', b'{"text": "x"}\n', r"a\.jsonl:1: .* text in 'prompt'"),
-    ('a.jsonl', b'{"prompt": null}\n', r"a\.jsonl:1: .* text in 'prompt'"),
-    ('a.txt', b'fine\n\xff\n', r'a\.txt:2 is not UTF-8'),
-    ('a.txt.gz', b'not gzip', r'a\.txt\.gz is not a whole gzip file'),
-  ],
+from l2s_jax import (
+  checkpoint,
+  infer,
+  metrics,
+  parameters,
+  partition,
+  predictions,
+  state,
+  systems,
+  text_files,
 )
-def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
-  (tmp_path / name).write_bytes(content)
-  with pytest.raises(ValueError, match=message):
-    read(tmp_path / name)
+
+ROOT = pathlib.Path(__file__).parent.parent
+NUM_LINES = 41
+# Between good lines; a column beside the prompt goes along.
+BAD = {3: '{"prompt": "x"', 4: '', 11: '{"id": 11}', 40: '{"prompt": " "}'}
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """A run of a tiny model with random parameters, which writes anything."""
+  path = tmp_path_factory.mktemp('run')
+  system = helpers.system(helpers.MODULES['t5_1_1'])
+  systems.save(system, path)
+  checkpointer = checkpoint.Checkpointer(path)
+  params = helpers.random_params(system.module)
+  for step in (1, 2):
+    trained = state.TrainState(
+      step=jnp.int32(step),
+      trainable=params,
+      opt_state=(),
+      key=jax.random.key_data(jax.random.key(0)),
+    )
+    checkpointer.save(trained, {})
+  checkpointer.wait()
+  checkpointer.close()
+  return path
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+  """A JSONL file with bad lines in it, some prompts longer than others."""
+  path = tmp_path_factory.mktemp('input') / 'in.jsonl.gz'
+  lines = [
+    json.dumps({'prompt': 'ab' * (n % 7 + 1), 'id': n, 'target': f'{n} ș'})
+    for n in range(NUM_LINES)
+  ]
+  for number, line in BAD.items():
+    lines[number] = line
+  path.write_bytes(gzip.compress('\n'.join(lines).encode()))
+  return path
+
+
+def answer(run, source, output_dir, **changes):
+  """Runs `infer` and returns the bytes of its predictions."""
+  arguments = {
+    'checkpoint_path': str(run),
+    'input': str(source),
+    'output_dir': str(output_dir),
+    'prompt_length': 10,
+    'max_decode_len': 6,
+    'batch_size': 16,
+  }
+  infer.infer(**arguments | changes)
+  shard = predictions.Shard(
+    changes.get('shard', 0), changes.get('num_shards', 1)
+  )
+  name = shard.name('predictions', '.jsonl')
+  return (pathlib.Path(output_dir) / name).read_bytes()
+
+
+@pytest.fixture(scope='module')
+def whole(run, source, tmp_path_factory):
+  """The predictions of the file in one go."""
+  return answer(run, source, tmp_path_factory.mktemp('whole'))
+
+
+def test_a_line_for_a_line_in_order_with_its_columns(whole):
+  records = [json.loads(line) for line in whole.splitlines()]
+  assert len(records) == NUM_LINES
+  for number, record in enumerate(records):
+    if number in BAD:
+      assert record.keys() == {'line', 'error', 'prediction'}
+      assert record['line'] == number + 1
+      assert record['error'] and record['prediction'] is None
+      continue
+    expected = {
+      'id': number,
+      'target': f'{number} ș',
+      'prompt': 'ab' * (number % 7 + 1),
+      'prediction': record['prediction'],
+    }
+    if number % 7 + 1 >= 5:  # Ten bytes and the EOS do not fit.
+      expected['prompt_truncated'] = True
+    assert record == expected
+  assert len({record['prediction'] for record in records}) > 5
+
+
+def test_what_was_cut_anywhere_goes_on_as_if_it_were_not(
+  run, source, whole, tmp_path, capsys
+):
+  rng = random.Random(0)
+  answer(run, source, tmp_path)
+  for batch_size in (8, 24):
+    end = rng.randrange(len(whole))
+    (tmp_path / 'predictions.jsonl').unlink()
+    (tmp_path / 'predictions.jsonl.partial').write_bytes(whole[:end])
+    capsys.readouterr()
+    assert answer(run, source, tmp_path, batch_size=batch_size) == whole
+    told = capsys.readouterr().err
+    num_done = whole[:end].count(b'\n')
+    assert f'{num_done} of {NUM_LINES} lines are there' in told or not num_done
+    # The counts are of the whole file, not of what this start has done.
+    assert f'{len(BAD)} of {NUM_LINES} lines could not be answered:' in told
+    num_cut = whole.count(b'"prompt_truncated": true')
+    assert f'{num_cut} prompts were longer than 10 tokens' in told
+
+
+def test_shards_in_order_make_up_the_whole_and_start_alone(
+  run, source, whole, tmp_path
+):
+  shards = [2, 0, 1]
+  parts = {
+    shard: answer(run, source, tmp_path, shard=shard, num_shards=3)
+    for shard in shards
+  }
+  assert b''.join(parts[shard] for shard in sorted(shards)) == whole
+  middle = tmp_path / 'predictions-00001-of-00003.jsonl'
+  middle.rename(f'{middle}.partial')
+  with open(f'{middle}.partial', 'r+b') as file:
+    file.truncate(len(parts[1]) // 2)
+  others = {
+    path: path.stat().st_mtime_ns for path in tmp_path.glob('*-of-*.jsonl')
+  }
+  assert len(others) == 2
+  again = answer(run, source, tmp_path, shard=1, num_shards=3, batch_size=8)
+  assert again == parts[1]
+  for path, mtime in others.items():
+    assert path.stat().st_mtime_ns == mtime
+
+
+def test_a_finished_job_is_only_scored(run, source, whole, tmp_path, capsys):
+  answer(run, source, tmp_path)
+  before = (tmp_path / 'predictions.jsonl').stat()
+  capsys.readouterr()
+  answer(run, source, tmp_path, metrics=('chrf', 'exact_match'))
+  captured = capsys.readouterr()
+  assert 'predictions.jsonl is whole: nothing to answer' in captured.err
+  assert 'prompts/s' not in captured.err
+  after = (tmp_path / 'predictions.jsonl').stat()
+  assert (after.st_mtime_ns, after.st_ino) == (
+    before.st_mtime_ns,
+    before.st_ino,
+  )
+  scores = json.loads((tmp_path / 'scores.json').read_text())
+  pairs = [
+    (record['target'], record['prediction'])
+    for record in map(json.loads, whole.splitlines())
+    if record['prediction'] is not None
+  ]
+  assert scores['scores'] == {
+    **metrics.chrf(*zip(*pairs, strict=True)),
+    'exact_match': 0,
+  }
+  assert scores['num_scored'] == len(pairs) == NUM_LINES - len(BAD)
+  assert scores['num_bad'] == len(BAD)
+  assert f'{len(pairs)} of {NUM_LINES} lines scored, {len(BAD)} bad' in (
+    captured.out
+  )
+
+
+def test_shards_are_scored_alone_and_the_last_scores_all(run, source, tmp_path):
+  scores = []
+  for shard in (1, 0):
+    assert not (tmp_path / 'scores.json').exists()
+    answer(
+      run, source, tmp_path, shard=shard, num_shards=2, metrics=('exact_match',)
+    )
+    path = tmp_path / f'scores-0000{shard}-of-00002.json'
+    scores.append(json.loads(path.read_text()))
+  together = json.loads((tmp_path / 'scores.json').read_text())
+  assert together['num_lines'] == NUM_LINES
+  for count in ('num_lines', 'num_bad', 'num_scored', 'num_truncated_prompts'):
+    assert together[count] == sum(score[count] for score in scores)
+
+
+def test_other_settings_are_refused_and_batches_and_places_are_not(
+  run, source, whole, tmp_path
+):
+  out = tmp_path / 'out'
+  answer(run, source, out)
+  moved = tmp_path / 'moved.jsonl'
+  moved.write_bytes(gzip.decompress(source.read_bytes()))
+  assert answer(run, moved, out, batch_size=8) == whole
+  for changes, names in (
+    ({'step': 1}, ['checkpoint_saved_nsecs', 'step']),
+    ({'template': '{prompt}!'}, ['prompts_sha256', 'template']),
+    ({'max_decode_len': 7, 'prompt_length': 9}, ['max_dec', 'prompt_length']),
+    ({'num_shards': 2, 'shard': 1}, ['num_shards']),
+  ):
+    with pytest.raises(ValueError, match='the answers of another job') as error:
+      answer(run, source, out, **changes)
+    differences = str(error.value).splitlines()[1:-1]  # The last is gin's.
+    assert len(differences) == len(names)
+    for name, difference in zip(names, differences, strict=True):
+      assert difference.startswith(f'  {name}')
+  moved.write_text(moved.read_text() + '\n{"prompt": "new"}')
+  with pytest.raises(ValueError, match='num_lines: the run has 41, .* 42'):
+    answer(run, moved, out)
+
+
+def test_a_text_file_of_bad_lines_alone_has_a_line_for_each(run, tmp_path):
+  (tmp_path / 'in.txt').write_bytes(b'\n\xff\n \n')
+  lines = answer(run, tmp_path / 'in.txt', tmp_path / 'out').splitlines()
+  assert [json.loads(line)['line'] for line in lines] == [1, 2, 3]
+  (tmp_path / 'empty.txt').touch()
+  assert answer(run, tmp_path / 'empty.txt', tmp_path / 'none') == b''
+
+
+def test_a_task_is_answered_with_its_targets(run, tmp_path):
+  from l2s_jax import features
+  from l2s_jax.features import seqio, tf
+
+  def dataset(split, shuffle_files, seed=None):
+    del split, shuffle_files, seed
+    return tf.data.Dataset.from_tensor_slices(
+      {'inputs': [f'{n} a' for n in range(20)], 'targets': ['b'] * 20}
+    )
+
+  feature = seqio.Feature(features.wrap_vocabulary(helpers.vocabulary()))
+  seqio.TaskRegistry.add(
+    'task_to_infer',
+    source=seqio.FunctionDataSource(dataset, splits=('test',)),
+    preprocessors=[seqio.preprocessors.tokenize],
+    output_features={'inputs': feature, 'targets': feature},
+  )
+  lines = [
+    line
+    for shard in (0, 1)
+    for line in answer(
+      run,
+      'task:task_to_infer',
+      tmp_path,
+      shard=shard,
+      num_shards=2,
+      metrics=('exact_match',),
+    ).splitlines()
+  ]
+  seqio.TaskRegistry.remove('task_to_infer')
+  records = [json.loads(line) for line in lines]
+  assert [record['prompt'] for record in records] == [
+    f'{n} a' for n in range(20)
+  ]
+  assert all(record['target'] == 'b' for record in records)
+  assert json.loads((tmp_path / 'scores.json').read_text())['num_scored'] == 20
+
+
+def test_memory_is_for_two_batches(run):
+  """The input is read two batches ahead of what was handed out, no more."""
+  system = systems.load(run)
+  config = partition.MeshConfig()
+  mesh = partition.make_mesh(config)
+  num_read = 0
+
+  def items():
+    nonlocal num_read
+    for number in itertools.count():
+      num_read += 1
+      yield {'prompt': f'{number}'}
+
+  with partition.use_mesh(mesh), partition.axis_rules(config.rules('slm')):
+    answerer = infer.PromptAnswerer(
+      system,
+      parameters.load_params(
+        system, parameters.layout(system, mesh, config), run
+      ),
+      mesh,
+      prompt_length=4,
+      max_decode_len=2,
+      batch_size=8,
+    )
+    num_written = 0
+    for records in itertools.islice(infer.answer(answerer, items()), 20):
+      assert num_read - num_written == 16
+      assert [record['prompt'] for record in records] == [
+        str(number) for number in range(num_written, num_written + 8)
+      ]
+      num_written += len(records)
+    bad = text_files.BadLine('in', 1, 'is empty')
+    chunks = list(infer.answer(answerer, iter([bad] * 8 + [{'prompt': 'a'}])))
+    assert [len(chunk) for chunk in chunks] == [8, 1]
+
+
+def start(run, *arguments, **options):
+  """Starts `python -m l2s_jax infer` in a process of its own."""
+  return subprocess.Popen(
+    [
+      sys.executable,
+      '-m',
+      'l2s_jax',
+      'infer',
+      '--gin_file=gin_configs/runs/infer.gin',
+      f'--gin.CHECKPOINT_PATH={run}',
+      '--gin.PROMPT_LENGTH=10',
+      '--gin.MAX_DECODE_LEN=6',
+      *arguments,
+    ],
+    cwd=ROOT,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''},
+    **options,
+  )
+
+
+def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(run, tmp_path):
+  rng = random.Random(0)
+  num_lines = 8_000
+  source = tmp_path / 'in.txt'
+  source.write_text(
+    ''.join(f'{n}\n' * (n % 9 > 0) or '\n' for n in range(num_lines))
+  )
+  out = tmp_path / 'out'
+  partial = out / 'predictions-00001-of-00002.jsonl.partial'
+  arguments = (
+    f'--gin.INPUT={source}',
+    f'--gin.INFER_OUTPUT_DIR={out}',
+    '--gin.BATCH_SIZE=8',
+    '--shard=1',
+    '--num_shards=2',
+  )
+  num_kills = num_bytes = 0
+  while num_kills < 3:
+    process = start(run, *arguments, stderr=subprocess.PIPE, text=True)
+    # At some moment of its writing, and not when it has just begun.
+    num_bytes += rng.randrange(10_000, 50_000)
+    while process.poll() is None:
+      if partial.exists() and partial.stat().st_size > num_bytes:
+        process.kill()
+        break
+      time.sleep(0.001)
+    _, told = process.communicate()
+    assert process.returncode == -signal.SIGKILL, told
+    num_bytes = partial.stat().st_size
+    num_kills += 1
+  process = start(run, *arguments, stderr=subprocess.PIPE, text=True)
+  _, told = process.communicate()
+  assert process.returncode == 0, told
+  assert 'of 4000 lines are there; passing over them.' in told
+  unbroken = answer(
+    run, source, tmp_path / 'unbroken', batch_size=64, shard=1, num_shards=2
+  )
+  assert not partial.exists()
+  assert (out / 'predictions-00001-of-00002.jsonl').read_bytes() == unbroken
+
+
+def test_standard_input_is_answered_line_by_line(run):
+  pipe = subprocess.PIPE
+  process = start(
+    run, '--gin.INPUT=-', stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0
+  )
+  lines = [b'one', b'', b'\xff', b'two']
+  records = []
+  for line in lines:
+    process.stdin.write(line + b'\n')
+    records.append(json.loads(process.stdout.readline()))
+  assert [record.get('prompt') for record in records] == [
+    'one',
+    None,
+    None,
+    'two',
+  ]
+  assert records[1] == {'line': 2, 'error': 'is empty', 'prediction': None}
+  assert records[2]['line'] == 3
+  assert isinstance(records[3]['prediction'], str)
+  process.stdin.write(b'three\n')
+  process.stdout.close()  # Nobody reads any more.
+  process.stdin.close()
+  told = process.stderr.read().decode()
+  assert process.wait() == 0, told
+  assert 'Error' not in told
+  assert '2 of 4 lines could not be answered:' in told
 
 
 @pytest.mark.parametrize(
   'changes,error,message',
   [
     ({'input': 'absent.txt'}, FileNotFoundError, 'INPUT=absent.txt: no such'),
-    ({'template': 'translate {source}'}, ValueError, r'has no \{prompt\}'),
+    ({'template': 'translate'}, ValueError, r'names no column|has no \{prompt'),
+    ({'template': '{en}'}, ValueError, r'names en, but a line of INPUT=- has'),
     ({'batch_size': 0}, ValueError, 'BATCH_SIZE=0: expected a positive'),
+    (
+      {'bad_lines': 'skip'},
+      ValueError,
+      "INFER_BAD_LINES='skip': expected .* refuse",
+    ),
+    ({'shard': 2, 'num_shards': 2}, ValueError, 'shard=2 of num_shards=2'),
+    ({'num_shards': 2}, ValueError, 'standard input .* cannot be divided'),
+    ({'metrics': ('blue',)}, ValueError, r"\('blue',\): .* of bleu, chrf"),
+    ({'metrics': 'bleu'}, ValueError, "INFER_METRICS='bleu': expected a tuple"),
+    ({'metrics': ('bleu',)}, ValueError, 'set INFER_OUTPUT_DIR, and INPUT'),
     ({}, FileNotFoundError, 'is not a run: it has no model.json'),
     (
       {'checkpoint_path': 'gs://bucket/run'},
@@ -70,3 +433,44 @@ def test_refused_before_a_model_is_loaded(tmp_path, changes, error, message):
   }
   with pytest.raises(error, match=message):
     infer.infer(**arguments | changes)
+
+
+@pytest.mark.parametrize(
+  'name,content,changes,message',
+  [
+    (
+      'a.jsonl',
+      '{"text": "a"}\n[]',
+      {},
+      r"none of its 2 lines can .*a\.jsonl:1 has no column 'prompt'; it",
+    ),
+    (
+      'a.tsv',
+      'a\tb\n',
+      {'column_names': ('prompt',)},
+      r'none of its 1 lines .*a\.tsv:1 has 2 columns, expected 1: prompt',
+    ),
+    ('a.tsv', 'text\na\n', {}, r'a\.tsv has no column prompt; its columns are'),
+    ('a.txt.gz', 'a', {}, r'a\.txt\.gz is not a whole gzip file'),
+    (
+      'a.txt',
+      'a\n\n',
+      {'bad_lines': 'refuse'},
+      r"a\.txt:2 is .* INFER_BAD_LINES='k",
+    ),
+    ('a.txt', 'a', {'metrics': ('bleu',)}, "no line of .* in column 'target'"),
+    (
+      'a.jsonl',
+      '{"prompt": "a", "prediction": "b"}',
+      {'metrics': ('bleu',), 'target_column': 'prediction'},
+      "TARGET_COLUMN='prediction' is where the output has its own",
+    ),
+  ],
+)
+def test_refused_before_anything_is_computed(
+  run, tmp_path, name, content, changes, message
+):
+  (tmp_path / name).write_text(content)
+  with pytest.raises(ValueError, match=message):
+    answer(run, tmp_path / name, tmp_path / 'out', **changes)
+  assert not (tmp_path / 'out').exists()

@@ -61,16 +61,85 @@ def test_gradient_is_probability_minus_target():
   np.testing.assert_allclose(grads, expected, atol=1e-6)
 
 
+def in_float64(logits, targets, weights, label_smoothing, z_loss):
+  """The definition, with the table of soft targets written out."""
+  logits = np.asarray(logits, np.float64)
+  num_ids = logits.shape[-1]
+  log_z = np.log(np.exp(logits).sum(-1))
+  soft = np.full(logits.shape, label_smoothing / (num_ids - 1))
+  np.put_along_axis(soft, targets[..., None], 1 - label_smoothing, axis=-1)
+  log_soft = np.log(soft, where=soft > 0, out=np.zeros_like(soft))
+  divergence = (soft * (log_soft - (logits - log_z[..., None]))).sum(-1)
+  gradient = np.exp(logits - log_z[..., None])
+  gradient *= 1 + 2 * z_loss * log_z[..., None]
+  gradient = (gradient - soft) * weights[..., None]
+  return (divergence + z_loss * log_z**2) @ weights.T, gradient
+
+
+@pytest.mark.parametrize('label_smoothing', [0.0, 0.1, 0.6])
+@pytest.mark.parametrize('z_loss', [0.0, 1e-4, 0.1])
+def test_smoothing_and_z_loss_against_float64(label_smoothing, z_loss):
+  generator = np.random.default_rng(0)
+  logits = generator.normal(size=(1, 5, 13), scale=3).astype(np.float32)
+  targets = generator.integers(13, size=(1, 5))
+  weights = np.array([[1, 1, 0, 1, 0.5]], np.float32)
+  (total, sums), grads = jax.value_and_grad(
+    losses.token_cross_entropy, has_aux=True
+  )(
+    jnp.asarray(logits),
+    jnp.asarray(targets),
+    jnp.asarray(weights),
+    label_smoothing=label_smoothing,
+    z_loss=z_loss,
+  )
+  expected, gradient = in_float64(
+    logits, targets, weights, label_smoothing, z_loss
+  )
+  np.testing.assert_allclose(total, expected.item(), rtol=1e-5)
+  np.testing.assert_allclose(grads, gradient, atol=1e-6)
+  # What is logged does not depend on the settings.
+  plain, _ = in_float64(logits, targets, weights, 0.0, 0.0)
+  z_only, _ = in_float64(logits, targets, weights, 0.0, z_loss)
+  np.testing.assert_allclose(sums['loss'], plain.item(), rtol=1e-5)
+  np.testing.assert_allclose(
+    sums['z_loss'], (z_only - plain).item(), rtol=1e-4, atol=1e-6
+  )
+
+
+def test_a_softmax_equal_to_the_soft_targets_costs_nothing():
+  logits = jnp.log(jnp.array([[[0.7, 0.1, 0.1, 0.1]]]))
+  (total, sums), grads = jax.value_and_grad(
+    losses.token_cross_entropy, has_aux=True
+  )(logits, jnp.array([[0]]), jnp.ones((1, 1)), label_smoothing=0.3)
+  np.testing.assert_allclose(total, 0, atol=1e-6)
+  np.testing.assert_allclose(grads, np.zeros_like(logits), atol=1e-6)
+  np.testing.assert_allclose(sums['loss'], -np.log(0.7), rtol=1e-6)
+
+
+@pytest.mark.parametrize('label_smoothing', [-0.1, 1.0])
+def test_smoothing_that_is_no_probability_is_refused(label_smoothing):
+  with pytest.raises(ValueError, match=f'label_smoothing={label_smoothing} is'):
+    losses.token_cross_entropy(
+      LOGITS,
+      jnp.array([[0, 1, 1]]),
+      jnp.ones((1, 3)),
+      label_smoothing=label_smoothing,
+    )
+
+
 def test_sums_of_parts_are_the_sums_of_the_whole():
   generator = np.random.default_rng(0)
   logits = jnp.asarray(generator.normal(size=(6, 4, 9)), jnp.float32)
   targets = jnp.asarray(generator.integers(9, size=(6, 4)), jnp.int32)
   weights = jnp.asarray(generator.integers(2, size=(6, 4)), jnp.float32)
-  _, whole = losses.token_cross_entropy(logits, targets, weights)
-  parts = [
-    losses.token_cross_entropy(logits[rows], targets[rows], weights[rows])[1]
-    for rows in (slice(0, 1), slice(1, 6))
-  ]
+
+  def sums(rows):
+    return losses.token_cross_entropy(
+      logits[rows], targets[rows], weights[rows], z_loss=0.1
+    )[1]
+
+  whole = sums(slice(0, 6))
+  parts = [sums(slice(0, 1)), sums(slice(1, 6))]
   for name, value in whole.items():
     np.testing.assert_allclose(
       value, sum(part[name] for part in parts), rtol=1e-6

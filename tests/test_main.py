@@ -38,6 +38,7 @@ VERBS = {
     'polish',
     'polishes a model',
     '--gin_file=runs/polish.gin --gin.MODEL_DIR=x',
+    (command_line.Flag('num_steps', int, 'strokes'),),
   )
 }
 
@@ -83,6 +84,19 @@ def test_a_verb_is_called_with_what_files_and_flags_bind(
   captured = capsys.readouterr()
   assert captured.out == ''
   assert captured.err == ''
+
+
+def test_a_flag_of_a_verb_goes_over_what_gin_binds(capsys):
+  bindings = ('--gin.polish.model_dir="x"', '--gin.polish.num_steps=5')
+  assert run('polish', *bindings) == 0
+  assert run('polish', *bindings, '--num_steps=7') == 0
+  assert run('polish', bindings[0], '--num_steps=0') == 0
+  assert [call['num_steps'] for call in calls] == [5, 7, 0]
+  assert run('polish', '--help') == 0
+  assert '--num_steps=N' in capsys.readouterr().out
+  with pytest.raises(SystemExit):
+    run('polish', *bindings, '--num_steps=many')
+  assert 'invalid int value' in capsys.readouterr().err
 
 
 def test_dry_run_prints_the_config_and_passes_itself_on(capsys):

@@ -2,13 +2,20 @@
 """Corpus metrics: known scores of real systems, and laws checked by hand."""
 
 import gzip
+import inspect
 import json
 
 import pytest
 
 from l2s_jax import metrics
 
-METRICS = [metrics.bleu, metrics.chrf, metrics.exact_match]
+METRICS = [
+  metrics.bleu,
+  metrics.chrf,
+  metrics.rouge,
+  metrics.exact_match,
+  metrics.token_f1,
+]
 TARGETS = ['the cat sat on the mat', 'a dog ran in the big park', 'yes', 'no']
 PREDICTIONS = ['the cat sat on a mat', 'a dog ran in the park', 'yes', 'yes']
 
@@ -38,19 +45,40 @@ def test_scores_of_translation_systems_are_those_of_sacrebleu(shared_data):
 
 @pytest.mark.parametrize('metric', METRICS)
 def test_perfect_predictions_score_100(metric):
-  assert metric(TARGETS, TARGETS) == {metric.__name__: pytest.approx(100)}
+  scores = metric(TARGETS[:2], TARGETS[:2])
+  assert list(scores.values()) == pytest.approx([100] * len(scores))
 
 
 @pytest.mark.parametrize('metric', METRICS)
 def test_disjoint_predictions_score_0(metric):
   score = metric(['aaa bbb ccc ddd eee'], ['vvv www xxx yyy zzz'])
-  assert score == {metric.__name__: 0}
+  assert set(score.values()) == {0}
 
 
 @pytest.mark.parametrize('metric', METRICS)
 def test_the_order_of_the_pairs_is_irrelevant(metric):
-  assert metric(TARGETS[::-1], PREDICTIONS[::-1]) == metric(
+  assert metric(TARGETS[::-1], PREDICTIONS[::-1]) == pytest.approx(
+    metric(TARGETS, PREDICTIONS)
+  )
+
+
+@pytest.mark.parametrize('metric', METRICS)
+def test_a_list_of_one_reference_is_that_reference(metric):
+  assert metric([[target] for target in TARGETS], PREDICTIONS) == metric(
     TARGETS, PREDICTIONS
+  )
+
+
+@pytest.mark.parametrize('metric', METRICS)
+def test_the_best_of_a_varying_number_of_references_counts(metric):
+  references = [
+    ['xxx', TARGETS[0]],
+    TARGETS[1],
+    (TARGETS[2], 'yyy', 'zzz'),
+    [TARGETS[3]],
+  ]
+  assert metric(references, PREDICTIONS) == pytest.approx(
+    metric(TARGETS, PREDICTIONS)
   )
 
 
@@ -65,6 +93,70 @@ def test_bleu_tells_letter_case_and_exact_match_tells_space():
   target = ['The cat sat on the mat']
   assert metrics.bleu(target, ['the cat sat on the mat'])['bleu'] < 100
   assert metrics.exact_match(['yes'], ['yes ']) == {'exact_match': 0}
+
+
+def test_bleu_finds_an_n_gram_in_any_reference():
+  # abc and cde of 3 trigrams; none of 2 4-grams, smoothed to 1 / 2 of one.
+  references = [['a b c x y', 'z z c d e']]
+  bleu = metrics.bleu(references, ['a b c d e'])['bleu']
+  assert bleu == pytest.approx(100 * (1 * 1 * 2 / 3 * 1 / 4) ** (1 / 4))
+
+
+def test_rouge_by_hand():
+  # Of 6 words 5 are found, in order; of 5 bigrams 3.
+  assert metrics.rouge(TARGETS[:1], PREDICTIONS[:1]) == {
+    'rouge1': pytest.approx(500 / 6),
+    'rouge2': pytest.approx(60),
+    'rougeLsum': pytest.approx(500 / 6),
+  }
+  assert metrics.rouge(['The dogs ran.'], ['the DOG ran'])['rouge2'] == 100
+
+
+@pytest.mark.parametrize('end, score', [('\n', 100), (' . ', 100), (', ', 50)])
+def test_rouge_lsum_is_blind_to_the_order_of_sentences(end, score):
+  scores = metrics.rouge([f'a b c{end}d e f'], [f'd e f{end}a b c'])
+  assert scores['rougeLsum'] == pytest.approx(score)
+
+
+def test_each_rouge_takes_its_own_best_reference():
+  # All 4 words of the first; 3 of 3 bigrams, of the 4 of the second.
+  scores = metrics.rouge([['a b c d', 'b a d c x']], ['b a d c'])
+  assert scores['rouge1'] == pytest.approx(100)
+  assert scores['rouge2'] == pytest.approx(200 * 3 / (3 + 4))
+
+
+def test_token_f1_by_hand():
+  # `red dog` of `big red dog` and of `red dog barks`.
+  scores = metrics.token_f1(['The big, red dog!'], ['a RED dog barks'])
+  assert scores == {'token_f1': pytest.approx(200 * 2 / (3 + 3))}
+  # Neither has words: SQuAD 2.0 calls that equal, 1.1 does not.
+  assert metrics.token_f1(['A.', 'A.'], ['a', 'b']) == {'token_f1': 50}
+
+
+def test_human_subject_lines_against_three_others(shared_data):
+  # Numbers alone are compared: the texts are not to be printed.
+  rows = [
+    json.loads(line)
+    for line in read_lines(shared_data / 'aeslc' / 'dev.jsonl.gz')[:200]
+  ]
+  predictions = [row['summary'] for row in rows]
+  references = [row['annotations'] for row in rows]
+  for metric in (metrics.rouge, metrics.token_f1):
+    scores = metric(references, predictions)
+    for name, score in scores.items():
+      best = [
+        max(metric([text], [prediction])[name] for text in texts)
+        for texts, prediction in zip(references, predictions, strict=True)
+      ]
+      assert score == pytest.approx(sum(best) / len(best))
+      assert 10 < score < 50
+  for metric in (metrics.bleu, metrics.chrf):
+    (score,) = metric(references, predictions).values()
+    alone = [
+      metric(list(stream), predictions)[metric.__name__]
+      for stream in zip(*references, strict=True)
+    ]
+    assert len(alone) == 3 and score > max(alone)
 
 
 def test_exact_match_of_one_in_four_is_25():
@@ -83,6 +175,68 @@ def test_pairs_that_do_not_match_are_refused(metric, targets, predictions):
     metric(targets, predictions)
 
 
+@pytest.mark.parametrize('metric', METRICS)
+def test_an_example_without_references_is_refused(metric):
+  with pytest.raises(ValueError, match='example 1 has an empty list'):
+    metric(['a', []], ['a', 'b'])
+
+
+@pytest.mark.parametrize('metric', METRICS)
+def test_intervals_leave_the_scores_as_they_are(metric, shared_data):
+  name = 'flores-dev.ro.gz'
+  targets = read_lines(shared_data / 'flores' / name)[:100]
+  outputs = shared_data / 'mt_system_outputs' / 'en-ro.flores-dev.opusmt.ro.gz'
+  predictions = read_lines(outputs)[:100]
+  # Some have the system's own output as a second reference.
+  references = [
+    [target, prediction] if index % 3 == 0 else target
+    for index, (target, prediction) in enumerate(
+      zip(targets, predictions, strict=True)
+    )
+  ]
+  with_intervals = metrics.with_intervals(metric, num_samples=100)
+  scores = metric(references, predictions)
+  found = with_intervals(references, predictions)
+  assert found.keys() == {
+    f'{name}{end}' for name in scores for end in ('', '_low', '_high')
+  }
+  for name, score in scores.items():
+    assert found[name] == score  # to the last bit
+    assert found[f'{name}_low'] < score < found[f'{name}_high']
+  assert with_intervals(references, predictions) == found
+  other_seed = metrics.with_intervals(metric, num_samples=100, seed=1)
+  assert other_seed(references, predictions) != found
+
+
+def test_an_interval_is_that_of_the_binomial_distribution():
+  # 500 of 1,000: standard deviation 1.58 points, 1.96 of them either way.
+  scores = metrics.with_intervals(metrics.exact_match)(
+    ['x'] * 1000, ['x', 'y'] * 500
+  )
+  assert scores['exact_match_low'] == pytest.approx(46.9, abs=0.3)
+  assert scores['exact_match_high'] == pytest.approx(53.1, abs=0.3)
+
+
+def test_one_example_leaves_nothing_to_draw():
+  scores = metrics.with_intervals(metrics.bleu)(TARGETS[:1], PREDICTIONS[:1])
+  assert scores['bleu_low'] == scores['bleu'] == scores['bleu_high'] > 0
+
+
+def test_seqio_sees_the_arguments_through_the_intervals():
+  with_intervals = metrics.with_intervals(metrics.bleu)
+  assert list(inspect.signature(with_intervals).parameters) == [
+    'targets',
+    'predictions',
+  ]
+
+
+def test_a_metric_of_unknown_make_comes_back_as_it_is():
+  def accuracy(targets, predictions):
+    return {'accuracy': targets == predictions}
+
+  assert metrics.with_intervals(accuracy) is accuracy
+
+
 def test_signatures_say_what_is_computed():
   assert metrics.bleu_signature().startswith(
     'nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:'
@@ -90,3 +244,5 @@ def test_signatures_say_what_is_computed():
   assert metrics.chrf_signature().startswith(
     'nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:'
   )
+  assert metrics.bleu_signature(3).startswith('nrefs:3|')
+  assert metrics.chrf_signature(None).startswith('nrefs:var|')

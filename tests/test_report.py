@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables, verdicts and logs."""
-
-import json
+"""Tables, verdicts and plots."""
 
 import pytest
 
-from l2s_jax import metric_writer, report
+from l2s_jax import report
 
 
 def test_table_aligns_numbers_and_leaves_missing_cells_empty():
@@ -21,6 +19,20 @@ def test_table_aligns_numbers_and_leaves_missing_cells_empty():
   )
 
 
+def controls(right, zero, other, name='bleu', task='', **more):
+  """Returns what an evaluation found, by control; `more` with the right."""
+  values = {'none': right, 'zero': zero, 'other': other}
+  return {
+    control: {f'{task}{name}': value, f'{task}loss': 3.0}
+    | (
+      {f'{task}{key}': number for key, number in more.items()}
+      if control == 'none'
+      else {}
+    )
+    for control, value in values.items()
+  }
+
+
 @pytest.mark.parametrize(
   'right,zero,other,used',
   [
@@ -29,28 +41,89 @@ def test_table_aligns_numbers_and_leaves_missing_cells_empty():
     (30.0, 5.0, 30.2, False),  # as good with the wrong prompt
   ],
 )
-def test_verdict_needs_both_controls_to_be_worse(right, zero, other, used):
-  sentence = report.describe_controls(right, zero, other)
+@pytest.mark.parametrize('name', ['bleu', 'rougeLsum', 'token_f1'])
+def test_verdict_needs_both_controls_to_be_worse(
+  right, zero, other, used, name
+):
+  sentence = report.describe_controls(controls(right, zero, other, name))
   assert sentence.startswith(
     'The SLM uses what the LLM read' if used else 'The SLM does not use'
   )
+  assert report.MAIN_SCORES[name] in sentence
   assert f'{right:.1f}' in sentence and f'{other:.1f}' in sentence
 
 
-def test_log_holds_each_step_once_after_a_restart(tmp_path):
-  writer = metric_writer.MetricWriter(tmp_path)
-  for step in range(1, 6):
-    writer.write(step, {'loss': step})
-  writer.close()
-  # The last checkpoint was step 3; a write was torn when the process died.
-  with (tmp_path / 'metrics.jsonl').open('a') as file:
-    file.write('{"step": 6, "lo')
-  writer = metric_writer.MetricWriter(tmp_path, first_step=3)
-  for step in (4, 5):
-    writer.write(step, {'loss': 10 * step})
-  writer.close()
-  records = metric_writer.read(tmp_path)
-  assert [r['step'] for r in records] == [1, 2, 3, 4, 5]
-  assert [r['loss'] for r in records] == [1, 2, 3, 40, 50]
-  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
-  assert all(json.loads(line) for line in lines)
+@pytest.mark.parametrize('low,used', [(28.0, True), (27.0, False)])
+def test_verdict_goes_by_the_interval_where_there_is_one(low, used):
+  sentence = report.describe_controls(
+    controls(30.0, 5.0, 27.5, bleu_low=low, bleu_high=32.0)
+  )
+  assert sentence.startswith('The SLM uses') == used
+  assert f'BLEU 30.0 [{low:.1f}, 32.0] with the right prompt' in sentence
+
+
+@pytest.mark.parametrize('other,used', [(1.5, True), (1.2, False)])
+def test_verdict_of_unknown_metrics_goes_by_the_loss(other, used):
+  by_control = {
+    control: {'my_metric': 0.5, 'loss': loss}
+    for control, loss in {'none': 1.2, 'zero': 4.0, 'other': other}.items()
+  }
+  sentence = report.describe_controls(by_control)
+  assert sentence.startswith('The SLM uses') == used
+  assert 'loss 1.200 with the right prompt' in sentence
+
+
+def test_each_task_of_a_mixture_has_its_verdict():
+  one = controls(30.0, 5.0, 4.0, task='one/')
+  two = controls(20.0, 20.0, 20.0, 'rougeLsum', task='two/')
+  sentences = report.describe_controls(
+    {control: one[control] | two[control] for control in one}
+  ).splitlines()
+  assert sentences[0].startswith('one: The SLM uses what the LLM read: BLEU')
+  assert sentences[1].startswith('two: The SLM does not use the LLM: ROUGE')
+  assert len(sentences) == 2
+
+
+NUMBERS = {
+  'bleu': 12.0,
+  'bleu_low': 11.0,
+  'bleu_high': 13.0,
+  'task/min_references': 2,
+  'num_examples': 100,
+  'loss': 1.5,
+  'price_low': 3.0,
+}
+
+
+def test_counts_and_ends_of_intervals_are_no_scores():
+  assert report.score_names(NUMBERS) == ['bleu', 'loss', 'price_low']
+
+
+def test_the_first_of_equally_good_steps_is_the_best():
+  by_step = {8: {'loss': 1.0}, 4: {'loss': 1.0}, 2: {'loss': 2.0}, 1: {}}
+  assert report.best_step(by_step, 'loss') == 4
+  by_step = {8: {'bleu': 1.0}, 4: {'bleu': 3.0}, 2: {'bleu': 3.0}}
+  assert report.best_step(by_step, 'bleu') == 2
+
+
+def test_table_of_steps_marks_the_best():
+  by_step = {
+    10: {'bleu': 12.0, 'loss': 1.5, 'num_examples': 100},
+    5: {'bleu': 13.0, 'bleu_low': 12.5, 'loss': 1.75},
+  }
+  assert report.steps_table(by_step) == (
+    '| step |     bleu |     loss |\n'
+    '| ---: | -------: | -------: |\n'
+    '|    5 | **13.0** |     1.75 |\n'
+    '|   10 |     12.0 | **1.50** |\n'
+  )
+
+
+def test_curves_are_drawn_also_where_a_step_lacks_a_score(tmp_path):
+  path = tmp_path / 'curves.png'
+  by_control = {
+    'none': {4: NUMBERS, 8: {'bleu': 14.0}},
+    'zero': {8: {'bleu': 2.0, 'loss': 5.0}},
+  }
+  report.plot_curves(by_control, path, title='a task')
+  assert path.read_bytes().startswith(b'\x89PNG')

@@ -14,7 +14,6 @@ from l2s_jax import (
   parameters,
   partition,
   systems,
-  train,
   vocabularies,
 )
 from l2s_jax.models import l2s
@@ -98,14 +97,6 @@ def test_a_run_keeps_to_the_llm_checkpoint_it_began_with(system, tmp_path):
 def test_buckets_are_refused_not_written_beside_us(path):
   with pytest.raises(ValueError, match='MODEL_DIR=.*mount the bucket'):
     systems.local_folder(path, 'MODEL_DIR')
-
-
-def test_data_position_holds_for_one_order_only():
-  order = {'task': 'a', 'seed': 1, 'task_feature_lengths': {'inputs': 4}}
-  assert train.check_position(None, order) == 0
-  assert train.check_position(order | {'num_examples': 96}, order) == 96
-  with pytest.raises(ValueError, match="'seed': 1.*'seed': 2"):
-    train.check_position(order | {'num_examples': 96}, order | {'seed': 2})
 
 
 def test_summary_counts_frozen_and_trainable(system):

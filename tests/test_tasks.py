@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 
+import data_files
 import gin
+import numpy as np
 import pytest
 
-from l2s_jax import cldr, metrics, tasks
+from l2s_jax import cldr, data, evaluation, gin_utils, metrics, sources, tasks
 from l2s_jax.features import seqio, tf
 
 LENGTHS = {'inputs': 64, 'targets': 64}
@@ -60,27 +62,21 @@ def write(path, content):
 
 
 def bind_local(vocabulary, tmp_path, files, **kwargs):
-  with gin.unlock_config():
-    gin.clear_config()
-    for name, value in {
-      'data_files': files,
-      'data_dir': str(tmp_path),
-      **kwargs,
-    }.items():
-      gin.bind_parameter(f'local_task.{name}', value)
-    try:
-      return tasks.bind('local', vocabulary, vocabulary)
-    finally:
-      gin.clear_config()
+  settings = {'data_files': files, 'data_dir': str(tmp_path), **kwargs}
+  return data_files.bind(
+    vocabulary,
+    'local',
+    {f'local_task.{name}': value for name, value in settings.items()},
+  )
 
 
 @pytest.fixture
 def small_cldr(monkeypatch):
   """Makes the CLDR task small: with all types checked it is slow to make."""
   monkeypatch.setitem(cldr.SIZES, 'validation', 50)
-  tasks._read_cldr.cache_clear()
+  sources._read_cldr.cache_clear()
   yield
-  tasks._read_cldr.cache_clear()
+  sources._read_cldr.cache_clear()
 
 
 @pytest.mark.usefixtures('small_cldr')
@@ -95,48 +91,6 @@ def test_cldr_gives_its_text_and_ids(vocabulary):
       vocabulary.eos_id,
     ]
     assert example['targets_length'] == len(example['targets'])
-
-
-def test_wmt16_reads_tfds_format(vocabulary, tmp_path):
-  import tensorflow_datasets as tfds
-
-  folder = tmp_path / 'wmt16_translate' / 'de-en' / '1.0.0'
-  folder.mkdir(parents=True)
-  info = tfds.core.DatasetInfo(
-    builder=tfds.core.dataset_info.DatasetIdentity(
-      name='wmt16_translate',
-      config_name='de-en',
-      module_name='',
-      version=tfds.core.Version('1.0.0'),
-      data_dir=str(folder),
-    ),
-    features=tfds.features.Translation(languages=('de', 'en')),
-  )
-  writer = tfds.core.SequentialWriter(info, max_examples_per_shard=2)
-  splits = ('train', 'validation', 'test')
-  writer.initialize_splits(splits)
-  for split in splits:
-    writer.add_examples(
-      {
-        split: [
-          {'de': f'{split} Haus {n}', 'en': f'{split} house {n}'}
-          for n in range(3)
-        ]
-      }
-    )
-  writer.close_all()
-  with gin.unlock_config():
-    gin.bind_parameter('tfds.data_dir', str(tmp_path))
-    try:
-      task = tasks.bind('wmt16_en_de', vocabulary, vocabulary)
-    finally:
-      gin.clear_config()
-  for split in splits:
-    assert texts(task, split) == [
-      (f'translate English to German: {split} house {n}', f'{split} Haus {n}')
-      for n in range(3)
-    ]
-  assert task.metric_fns == [metrics.bleu, metrics.chrf, metrics.exact_match]
 
 
 @pytest.mark.parametrize('suffix', ['', '.gz'])
@@ -200,30 +154,197 @@ def test_bad_parallel_text_is_named(
     read(task)
 
 
-def test_broken_gzip_is_named(vocabulary, tmp_path):
+@pytest.mark.parametrize('suffix', ['', '.gz'])
+@pytest.mark.parametrize('kind', ['tsv', 'csv'])
+def test_tables_fill_the_template_from_their_columns(
+  vocabulary, tmp_path, kind, suffix
+):
+  separator = {'tsv': '\t', 'csv': ','}[kind]
+  lines = [separator.join((f'q{n}', 'note', f'a{n}')) for n in range(3)]
+  named = separator.join(('question', 'remark', 'answer'))
+  files = {
+    'train': write(tmp_path / f'x.{kind}{suffix}', '\n'.join([named, *lines])),
+    'test': write(tmp_path / f'y.{kind}{suffix}', '\n'.join(lines)),
+  }
+  settings = {
+    'source_column': 'question',
+    'target_column': 'answer',
+    'template': '{remark}: {source}',
+  }
+  expected = [(f'note: q{n}', f'a{n}') for n in range(3)]
+  task = bind_local(vocabulary, tmp_path, files, **settings)
+  assert texts(task) == expected
+  with pytest.raises(ValueError, match='no column .*COLUMN_NAMES'):
+    read(task, 'test')
+  task = bind_local(
+    vocabulary,
+    tmp_path,
+    {'test': files['test']},
+    column_names=('question', 'remark', 'answer'),
+    **settings,
+  )
+  assert texts(task, 'test') == expected
+
+
+def bad_files(tmp_path):
+  """Returns three kinds of files, each with 4 bad of 9 lines, 2nd to 5th."""
+  good = [f'{n}' for n in range(5)]
+  rows = [{'source': n, 'target': f't{n}'} for n in good]
+  jsonl = [json.dumps(row).encode() for row in rows]
+  tsv = [f'{n}\tt{n}'.encode() for n in good]
+  source, target = ([t + n.encode() for n in good] for t in (b'', b't'))
+  for path, lines, bad in (
+    ('x.jsonl', jsonl, (b'{', b'{"source": "a"}', b'\xff', b'')),
+    ('x.tsv', tsv, (b'a', b'a\tb\tc', b'\xff\tb', b' \tb')),
+    ('x.en', source, (b'', b'a', b'\xff', b' ')),
+    ('x.de', target, (b'b', b' ', b'b', b'\xff')),
+  ):
+    write(tmp_path / path, b'\n'.join([lines[0], *bad, *lines[1:]]))
+  return [(n, f't{n}') for n in good]
+
+
+BAD_FILES = {'jsonl': 'x.jsonl', 'tsv': 'x.tsv', 'text': ('x.en', 'x.de')}
+
+
+@pytest.mark.parametrize('kind', BAD_FILES)
+def test_bad_lines_are_refused(vocabulary, tmp_path, kind):
+  bad_files(tmp_path)
+  settings = {} if kind != 'tsv' else {'column_names': ('source', 'target')}
+  task = bind_local(
+    vocabulary, tmp_path, {'train': BAD_FILES[kind]}, **settings
+  )
+  with pytest.raises(ValueError, match=r"x\.\w+:2 .*BAD_LINES='skip'"):
+    data.check_task(task, 'train', LENGTHS)
+
+
+@pytest.mark.parametrize('kind', BAD_FILES)
+def test_bad_lines_are_skipped_and_counted(vocabulary, tmp_path, kind, capsys):
+  expected = bad_files(tmp_path)
+  settings = {} if kind != 'tsv' else {'column_names': ('source', 'target')}
+  task = bind_local(
+    vocabulary,
+    tmp_path,
+    {'train': [BAD_FILES[kind]] * 2},
+    bad_lines='skip',
+    **settings,
+  )
+  for _ in range(2):
+    assert texts(task) == expected * 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith(
+    "local, split 'train': 8 of 18 lines are left out (BAD_LINES='skip'): "
+  )
+  assert 'is not UTF-8 (2)' in line
+  assert line.count(f'{tmp_path}/x.') == 3 and ':2, ' in line
+
+
+def test_nothing_but_bad_lines_is_refused(vocabulary, tmp_path):
+  name = write(tmp_path / 'x.jsonl', '{"text": "a"}\n' * 3)
+  task = bind_local(vocabulary, tmp_path, {'train': name}, bad_lines='skip')
+  with pytest.raises(
+    ValueError, match=r"no column 'source' \(3\).*None remain"
+  ):
+    read(task)
+
+
+def test_other_broken_files_are_refused_though_bad_lines_are_skipped(
+  vocabulary, tmp_path
+):
   (tmp_path / 'a.en.gz').write_bytes(gzip.compress(b'a\n' * 9999)[:-9])
-  pair = ('a.en.gz', write(tmp_path / 'a.de', 'x\n' * 9999))
-  task = bind_local(vocabulary, tmp_path, {'train': pair})
-  with pytest.raises(ValueError, match=r'a\.en\.gz is not a whole gzip file'):
+  write(tmp_path / 'a.de', 'x\n' * 9999)
+  write(tmp_path / 'b.en', 'a\n')
+  for files, message in (
+    (('a.en.gz', 'a.de'), r'a\.en\.gz is not a whole gzip file'),
+    (('b.en', 'a.de'), r'b\.en has 1 lines and .*a\.de has 9999'),
+  ):
+    task = bind_local(vocabulary, tmp_path, {'train': files}, bad_lines='skip')
+    with pytest.raises(ValueError, match=message):
+      read(task)
+
+
+def test_fallback_template_is_for_rows_without_text(
+  vocabulary, tmp_path, capsys
+):
+  rows = [
+    {'instruction': 'add', 'input': '1 2', 'output': '3'},
+    {'instruction': 'sing', 'input': ' ', 'output': 'la'},
+    {'instruction': 'wait', 'output': 'yes'},
+    {'instruction': 'go', 'input': None, 'output': 'no'},
+  ]
+  write(tmp_path / 'x.jsonl', '\n'.join(map(json.dumps, rows)))
+  write(tmp_path / 'y.jsonl', json.dumps(rows[2]))
+  settings = {
+    'target_column': 'output',
+    'template': '{instruction}: {input}',
+    'fallback_template': '{instruction}!',
+  }
+  task = bind_local(
+    vocabulary, tmp_path, {'train': 'x.jsonl', 'test': 'y.jsonl'}, **settings
+  )
+  assert texts(task) == [
+    ('add: 1 2', '3'),
+    ('sing!', 'la'),
+    ('wait!', 'yes'),
+    ('go!', 'no'),
+  ]
+  assert not capsys.readouterr().err
+  assert texts(task, 'test') == [('wait!', 'yes')]
+  assert "no line has text in column 'input'" in capsys.readouterr().err
+  write(tmp_path / 'z.jsonl', '{"instruction": "a", "input": 3, "output": "b"}')
+  task = bind_local(vocabulary, tmp_path, {'train': 'z.jsonl'}, **settings)
+  with pytest.raises(
+    ValueError, match=r'z\.jsonl:1 has something else .*input'
+  ):
     read(task)
 
 
-@pytest.mark.parametrize(
-  'line, message',
-  [
-    ('{"source": "a", "target": ', r'x\.jsonl:2 is not JSON'),
-    ('["a", "b"]', r'x\.jsonl:2 holds a JSON list, expected an object'),
-    ('{"source": "a"}', r"x\.jsonl:2: column 'target' is missing.*has source"),
-    ('{"source": " ", "target": "b"}', r"x\.jsonl:2: column 'source' is ' '"),
-    ('{"source": "a", "target": 3}', r"x\.jsonl:2: column 'target' is 3"),
-  ],
-)
-def test_bad_jsonl_is_named(vocabulary, tmp_path, line, message):
-  good = json.dumps({'source': 'a', 'target': 'b'})
-  name = write(tmp_path / 'x.jsonl', f'{good}\n{line}\n')
-  task = bind_local(vocabulary, tmp_path, {'train': name})
-  with pytest.raises(ValueError, match=message):
-    read(task)
+def test_references_stand_beside_the_target(vocabulary, tmp_path, capsys):
+  rows = [
+    {'source': 'a', 'target': 't', 'others': ['u', ' ', 'v'], 'last': 'w'},
+    {'source': 'b', 'target': 't', 'others': 'u'},
+    {'source': 'c', 'target': 't', 'others': None},
+  ]
+  write(tmp_path / 'x.jsonl', '\n'.join(map(json.dumps, rows)))
+  write(tmp_path / 'y.jsonl', json.dumps(rows[2]))
+  task = bind_local(
+    vocabulary,
+    tmp_path,
+    {'train': 'y.jsonl', 'test': 'x.jsonl', 'validation': 'y.jsonl'},
+    reference_columns=('others', 'last'),
+  )
+  expected = [['t', 'u', 'v', 'w'], ['t', 'u'], ['t']]
+  for example, references in zip(read(task, 'test'), expected, strict=True):
+    target = example['targets_pretokenized'].decode()
+    kwargs = {'example': example, 'is_target': True}
+    assert task.postprocess_fn(target, **kwargs) == references
+    assert task.postprocess_fn('t', example=example, is_target=False) == 't'
+  read(task)  # Its answers are not scored.
+  assert not capsys.readouterr().err
+  read(task, 'validation')
+  assert 'no line has text in any of others, last' in capsys.readouterr().err
+
+
+def test_metrics_get_the_references(vocabulary, tmp_path):
+  rows = [{'source': 'a', 'target': 'b', 'others': ['c d']}]
+  write(tmp_path / 'x.jsonl', json.dumps(rows[0]))
+  task = bind_local(
+    vocabulary,
+    tmp_path,
+    {'test': 'x.jsonl'},
+    reference_columns=('others',),
+    metrics=('exact_match',),
+  )
+  evaluator = evaluation.TaskEvaluator(
+    task, task_feature_lengths=LENGTHS, split='test', batch_size=2
+  )
+  for text, score in (('c d', 100), ('b', 100), ('c', 0)):
+    ids = np.array([[*vocabulary.encode(text), vocabulary.eos_id]] * 2)
+
+    def predict(batch, ids=ids):
+      return ids
+
+    scores = evaluator.evaluate(predict, step=0)
+    assert scores['local']['exact_match'] == score
 
 
 @pytest.mark.parametrize(
@@ -237,11 +358,14 @@ def test_bad_jsonl_is_named(vocabulary, tmp_path, line, message):
     (
       {'files': {'train': ['a.en', 'a.de']}},
       ValueError,
-      r"DATA_FILES\['train'\] has 'a\.en'; expected a JSONL file",
+      r"DATA_FILES\['train'\] has 'a\.en'; expected a JSONL, TSV or CSV",
     ),
     ({'files': {'train': ('a.jsonl', 'b.jsonl')}}, ValueError, 'expected a'),
     ({'template': '{source'}, ValueError, r"template='\{source'"),
     ({'template': '{source:>9}'}, ValueError, r'only a plain \{name\}'),
+    ({'template': 'source'}, ValueError, 'it names no column'),
+    ({'bad_lines': 'keep'}, ValueError, "BAD_LINES='keep': expected 'refuse'"),
+    ({'column_names': ('a', 'b')}, ValueError, 'COLUMN_NAMES=.*is for TSV and'),
     ({'metrics': ('blue',)}, ValueError, r'names blue; there are bleu, chrf'),
   ],
 )
@@ -344,6 +468,125 @@ def test_mixture_is_bound_with_all_its_parts(vocabulary, registered):
   assert example['inputs'].tolist()[-1] == vocabulary.eos_id
 
 
+def local_settings(tmp_path, name):
+  write(
+    tmp_path / f'{name}.jsonl', f'{{"source": "{name}", "target": "t"}}\n' * 3
+  )
+  return {f'{name}/local_task.data_files': {'train': f'{name}.jsonl'}}
+
+
+def test_mixture_by_gin_alone(vocabulary, tmp_path, registered):
+  registered(users_task('registered', TOKENIZE))
+  task = data_files.bind(
+    vocabulary,
+    'mixture',
+    {
+      'mixture.tasks': {
+        'one/local': 2.0,
+        'two/local': 'proportional',
+        'registered': 1,
+      },
+      'local_task.data_dir': str(tmp_path),
+      'local_task.template': '{source} again',
+      'two/local_task.template': '{source}',
+      **local_settings(tmp_path, 'one'),
+      **local_settings(tmp_path, 'two'),
+    },
+  )
+  rates = {part.name: task.get_rate(part) for part in task.tasks}
+  assert rates == {'one': 2, 'two': 3, 'registered': 1}
+  prompts = {part.name: texts(part)[0][0] for part in task.tasks}
+  assert prompts == {
+    'one': 'one again',
+    'two': 'two',
+    'registered': 'registered one two',
+  }
+  dataset = task.get_dataset(LENGTHS, seed=0, num_epochs=None)
+  drawn = [
+    vocabulary.decode(example['inputs'].tolist())
+    for example in dataset.take(600).as_numpy_iterator()
+  ]
+  for name, rate in rates.items():
+    share = sum(text == prompts[name] for text in drawn) / len(drawn)
+    assert abs(share - rate / 6) < 0.06, name
+
+
+def test_mixture_of_the_users_files_by_gin_file(vocabulary, tmp_path):
+  write(tmp_path / 'a.jsonl', '{"source": "a", "target": "b"}')
+  write(tmp_path / 'x.en', 'one')
+  write(tmp_path / 'x.de', 'eins')
+  config = tmp_path / 'mine.gin'
+  config.write_text(f"""
+include 'gin_configs/tasks/mixture.gin'
+MIXTURE = {{'news/local': 2.0, 'chat/local': 1, 'cldr': 0.5}}
+local_task.data_dir = '{tmp_path}'
+news/local_task.data_files = {{'train': 'a.jsonl'}}
+chat/local_task.data_files = {{'train': ('x.en', 'x.de')}}
+chat/local_task.template = 'to German: {{source}}'
+""")
+  gin_utils.parse_config([str(config)])
+  try:
+    mixture = tasks.bind('mixture', vocabulary, vocabulary)
+  finally:
+    with gin.unlock_config():
+      gin.clear_config()
+  parts = {task.name: mixture.get_rate(task) for task in mixture.tasks}
+  assert parts == {'chat': 1, 'cldr': 0.5, 'news': 2}
+  assert texts(mixture.tasks[0]) == [('to German: one', 'eins')]
+
+
+def test_settings_are_those_that_examples_depend_on():
+  base = {
+    'local_task.data_files': {'train': ('x.en', 'x.de')},
+    'local_task.data_dir': 'here',
+    'mixture.tasks': {'a/local': 1.0, 'wmt16_en_de': 2},
+    'tfds.data_dir': 'here',
+  }
+
+  def settings(name, **changes):
+    with gin.unlock_config():
+      gin.clear_config()
+      for key, value in (base | changes).items():
+        gin.bind_parameter(key, value)
+      try:
+        return tasks.data_settings(name)
+      finally:
+        gin.clear_config()
+
+  for key, value, changed in (
+    ('local_task.data_dir', 'there', set()),
+    ('tfds.data_dir', 'there', set()),
+    ('local_task.metrics', ('rouge',), set()),
+    ('local_task.data_files', {'train': 'y.jsonl'}, {'local', 'mixture'}),
+    ('a/local_task.template', 'in {source}', {'mixture'}),
+    ('mixture.tasks', {'cldr': 1.0}, {'mixture'}),
+    ('tfds.template', '{en}', {'wmt16_en_de', 'mixture'}),
+    ('cached_tasks.use', True, {'local', 'mixture', 'wmt16_en_de'}),
+  ):
+    for name in ('local', 'mixture', 'wmt16_en_de'):
+      is_same = settings(name) == settings(name, **{key: value})
+      assert is_same == (name not in changed), (key, name)
+  saved = json.loads(json.dumps(settings('mixture')))
+  assert saved == settings('mixture')
+
+
+@pytest.mark.parametrize(
+  'rates, message',
+  [
+    ({}, "expected {'task': rate"),
+    ({'cldr': 0.0}, 'each rate positive'),
+    ({'cldr': 'equal'}, "or 'proportional'"),
+    ({'cldr': 1.0, 'cldr/local': 1.0}, 'are named cldr, cldr; each name must'),
+    ({'no_task': 1.0}, "'no_task' is not registered"),
+  ],
+)
+def test_bad_mixtures_are_named(vocabulary, tmp_path, rates, message):
+  settings = local_settings(tmp_path, 'cldr')
+  settings['local_task.data_dir'] = str(tmp_path)
+  with pytest.raises(ValueError, match=message):
+    data_files.bind(vocabulary, 'mixture', {'mixture.tasks': rates, **settings})
+
+
 def test_task_without_prompt_is_refused(vocabulary, registered):
   registered(
     seqio.Task(
@@ -358,11 +601,11 @@ def test_task_without_prompt_is_refused(vocabulary, registered):
 
 def test_reading_a_config_does_not_import_tensorflow():
   code = (
-    'import sys, gin\n'
+    'import glob, sys, gin\n'
     'from l2s_jax import data, tasks\n'
-    'for name in ("cldr", "wmt16_en_de", "parallel_text", "jsonl"):\n'
+    'for name in glob.glob("gin_configs/tasks/*.gin"):\n'
     '  gin.clear_config()\n'
-    '  gin.parse_config_file(f"gin_configs/tasks/{name}.gin")\n'
+    '  gin.parse_config_file(name)\n'
     'print({"tensorflow", "seqio"} & set(sys.modules))'
   )
   root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -386,3 +629,106 @@ def test_real_parallel_text(vocabulary, shared_data):
     for name in pair
   )
   assert texts(task, 'test') == list(zip(english, german, strict=True))
+
+
+def bind_config(vocabulary, folder, config, bindings):
+  """Binds the task of a gin file, as the command line does."""
+  gin_utils.parse_config(
+    [f'gin_configs/tasks/{config}.gin'], [f'DATA_DIR={folder}', *bindings]
+  )
+  try:
+    return tasks.bind('local', vocabulary, vocabulary)
+  finally:
+    with gin.unlock_config():
+      gin.clear_config()
+
+
+def rows_of(path):
+  content = path.read_bytes()
+  content = gzip.decompress(content) if path.suffix == '.gz' else content
+  return [json.loads(line) for line in content.splitlines()]
+
+
+@pytest.mark.parametrize(
+  'name', ['alpaca_en_demo', 'alpaca_eval_davinci003', 'gsm8k_alpaca_format']
+)
+def test_real_instructions(vocabulary, shared_data, name):
+  file = f'instructions/{name}.jsonl.gz'
+  task = bind_config(
+    vocabulary,
+    shared_data,
+    'instructions',
+    [f'DATA_FILES={{"train": "{file}"}}'],
+  )
+  for row, (prompt, answer) in zip(
+    rows_of(shared_data / file), texts(task), strict=True
+  ):
+    has_input = bool(row.get('input', '').strip())
+    assert prompt.startswith('Below is an instruction that describes a task')
+    assert ('paired with an input' in prompt) == has_input
+    assert f'\n\n### Instruction:\n{row["instruction"]}\n\n### ' in prompt
+    if has_input:
+      assert f'### Input:\n{row["input"]}\n\n### Response:' in prompt
+    assert prompt.endswith('\n\n### Response:')
+    assert answer == row['output']
+
+
+def test_real_prompts_and_completions(vocabulary, shared_data, capsys):
+  file = 'instructions/t0_prompt_mix.jsonl.gz'
+  task = bind_config(
+    vocabulary,
+    shared_data,
+    'prompt_completion',
+    [f'DATA_FILES={{"train": "{file}"}}', 'BAD_LINES=skip'],
+  )
+  rows = rows_of(shared_data / file)
+  good = [row for row in rows if row['completion'].strip()]
+  assert texts(task) == [(row['prompt'], row['completion']) for row in good]
+  summary = capsys.readouterr().err
+  assert f'{len(rows) - len(good)} of {len(rows):,} lines' in summary
+  assert "has an empty column 'completion'" in summary
+
+
+def test_real_summaries_and_references(vocabulary, shared_data):
+  for file, references in (
+    ('news_dialogue_summ/cnn_dailymail.jsonl.gz', ()),
+    ('aeslc/dev.jsonl.gz', ('annotations',)),
+  ):
+    task = bind_config(
+      vocabulary,
+      shared_data,
+      'summarization_jsonl',
+      [
+        f'DATA_FILES={{"test": "{file}"}}',
+        f'local_task.reference_columns={references}',
+      ],
+    )
+    rows = rows_of(shared_data / file)
+    # Not by `assert ==`, which would print private letters.
+    if texts(task, 'test') != [
+      (f'summarize: {row["document"]}', row['summary']) for row in rows
+    ]:
+      pytest.fail(f'{file}: other texts than in the file')
+    if not references:
+      continue
+    for row, example in zip(rows, read(task, 'test'), strict=True):
+      found = task.postprocess_fn('x', example=example, is_target=True)
+      if found != ['x', *row['annotations']]:
+        pytest.fail(f'{file}: other references than in the file')
+
+
+def test_real_table(vocabulary, shared_data):
+  file = 'tatoeba_en_ro/test.tsv.gz'
+  task = bind_config(
+    vocabulary,
+    shared_data,
+    'table',
+    [
+      f'DATA_FILES={{"test": "{file}"}}',
+      "COLUMN_NAMES=('source', 'target', 'attribution')",
+    ],
+  )
+  lines = gzip.decompress((shared_data / file).read_bytes()).decode()
+  assert texts(task, 'test') == [
+    tuple(line.split('\t')[:2]) for line in lines.splitlines()
+  ]

@@ -126,7 +126,7 @@ def test_training_changes_every_trainable_leaf_and_no_frozen_one(
   slm, injection, vocabulary
 ):
   module = helpers.llm_to_slm(slm, injection, vocabulary)
-  optimizer = optim.adamw(0.01).transform
+  optimizer = optim.adamw(0.01).make({})
   frozen, state = start(module, optimizer=optimizer)
   before = jax.tree.map(np.array, (frozen, state.trainable))
   for seed in range(2):
@@ -155,7 +155,7 @@ def test_training_changes_every_trainable_leaf_and_no_frozen_one(
 
 def test_the_optimizer_has_no_slot_for_what_is_frozen(plain):
   module, _ = plain
-  frozen, state = start(module, optimizer=optim.adamw().transform)
+  frozen, state = start(module, optimizer=optim.adamw().make({}))
   paths = [
     jax.tree_util.keystr(path)
     for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)
@@ -226,7 +226,7 @@ def test_two_steps_from_a_restored_state_are_those_of_an_uninterrupted_run(
 ):
   module, _ = dropping
   schedule = optim.learning_rate_schedule(0.01, warmup_steps=3)
-  optimizer = optim.adamw(schedule, weight_decay=0.1).transform
+  optimizer = optim.adamw(schedule, weight_decay=0.1).make({})
   frozen, state = start(module, optimizer=optimizer)
 
   def advance(state, seeds):
@@ -248,13 +248,12 @@ def test_two_steps_from_a_restored_state_are_those_of_an_uninterrupted_run(
   checkpointer.close()
 
   checkpointer = checkpoint.Checkpointer(tmp_path)
-  saved = checkpointer.restore(
+  restored = checkpointer.restore(
     jax.eval_shape(lambda: state), jax.tree.map(lambda x: x.sharding, state)
   )
+  assert checkpointer.restore_data() == {'batches': 2}
   checkpointer.close()
-  assert saved is not None
-  restored, position = saved
-  assert position == {'batches': 2}
+  assert restored is not None
   helpers.assert_trees_equal(restored, state)
   found, sums = advance(restored, range(2, 4))
   helpers.assert_trees_equal(found, expected)
@@ -267,7 +266,7 @@ def test_a_run_that_has_no_checkpoint_starts_from_its_seed(tmp_path):
   system = helpers.system(module)
   config = partition.MeshConfig()
   mesh = partition.make_mesh(config, jax.devices()[:1])
-  optimizer = optim.adamw().transform
+  optimizer = optim.adamw().make({})
   with partition.use_mesh(mesh):
     layout = parameters.layout(system, mesh, config)
     checkpointer = checkpoint.Checkpointer(tmp_path)
@@ -277,10 +276,10 @@ def test_a_run_that_has_no_checkpoint_starts_from_its_seed(tmp_path):
         system, layout, optimizer, mesh, checkpointer, seed
       )
 
-    state, position = state_of(0)
-    assert position is None and state.step == 0
-    helpers.assert_trees_equal(state, state_of(0)[0])
-    other, _ = state_of(1)
+    state = state_of(0)
+    assert state.step == 0
+    helpers.assert_trees_equal(state, state_of(0))
+    other = state_of(1)
     table = ('token_embedder', 'embedding')
     assert (
       state.trainable[table[0]][table[1]] != other.trainable[table[0]][table[1]]
@@ -290,8 +289,7 @@ def test_a_run_that_has_no_checkpoint_starts_from_its_seed(tmp_path):
     state = state.replace(step=state.step + 5)
     checkpointer.save(state, {'batches': 5})
     checkpointer.wait()
-    restored, position = state_of(1)
-    assert position == {'batches': 5}
+    restored = state_of(1)
     helpers.assert_trees_equal(restored, state)
     checkpointer.close()
 
@@ -316,24 +314,89 @@ def test_merge_joins_by_path_and_refuses_a_path_twice():
     state_lib.merge({'slm': 1}, {'slm': {'a': 2}})
 
 
-def test_progress_divides_sums_by_their_weight():
-  progress = train.Progress(start_secs=0.0)
-  for loss, weight in ((6.0, 2.0), (1.0, 8.0)):
-    progress.add(
-      {
-        'loss': jnp.float32(loss),
-        'loss_weight': jnp.float32(weight),
-        'num_correct': jnp.float32(1),
-        'grad_norm': jnp.float32(weight),
-      },
-      prompt_tokens=3,
-    )
-  summary = progress.summary()
-  assert summary['train/loss'] == pytest.approx(0.7)  # not (3 + 1/8) / 2
-  assert summary['train/accuracy'] == pytest.approx(0.2)
-  assert summary['train/grad_norm'] == pytest.approx(5.0)
-  ratio = (
-    summary['train/prompt_tokens_per_sec']
-    / summary['train/target_tokens_per_sec']
+# --- microbatches ---
+
+
+@pytest.mark.parametrize('num_microbatches', [2, 4])
+def test_microbatches_add_up_to_the_whole_batch(plain, num_microbatches):
+  """Weights differ between rows, so that means of means would not do."""
+  module, batch = plain
+  assert len(set(batch['decoder_loss_weights'].sum(1).tolist())) > 1
+  optimizer = optax.sgd(0.1)
+
+  def step(num_microbatches):
+    frozen, state = start(module, optimizer=optimizer)
+    return jax.jit(
+      functools.partial(
+        train.train_step,
+        module=module,
+        optimizer=optimizer,
+        num_microbatches=num_microbatches,
+      )
+    )(state, frozen, batch)
+
+  whole, whole_sums = step(1)
+  parts, parts_sums = step(num_microbatches)
+  for name, value in whole_sums.items():
+    np.testing.assert_allclose(parts_sums[name], value, rtol=1e-5)
+  for a, b in zip(
+    jax.tree.leaves(whole.trainable),
+    jax.tree.leaves(parts.trainable),
+    strict=True,
+  ):
+    np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_each_microbatch_has_its_own_key():
+  key = jax.random.key(0)
+  rows = {'x': jnp.ones((4, 3))}
+  total = train._add_up(
+    lambda batch, key: {
+      'drawn': jax.random.uniform(key),
+      'rows': batch['x'].sum(),
+    },
+    rows,
+    key,
+    2,
   )
-  assert ratio == pytest.approx(6 / 10)
+  assert total['rows'] == 12
+  one, two = (jax.random.uniform(k) for k in jax.random.split(key, 2))
+  assert one != two
+  np.testing.assert_allclose(total['drawn'], one + two, rtol=1e-6)
+
+
+# --- settings that do not fit ---
+
+
+def test_another_order_of_the_data_is_refused_with_the_differences():
+  order = {'task': 'cldr', 'seed': 0, 'task_feature_lengths': {'inputs': 8}}
+  position = order | {'num_examples': 32, 'sums': {'loss': 1.0}}
+  assert train.check_position(position, order) == position
+  assert train.check_position(None, order) == {'num_examples': 0, 'sums': {}}
+  with pytest.raises(ValueError) as error:
+    train.check_position(
+      position,
+      order | {'task': 'wmt16_en_de', 'task_feature_lengths': {'inputs': 16}},
+    )
+  assert str(error.value).splitlines()[1:] == [
+    "  task: the run has 'cldr', the config says 'wmt16_en_de'",
+    '  task_feature_lengths.inputs: the run has 8, the config says 16',
+  ]
+
+
+def test_the_best_is_chosen_on_validation_data_only():
+  train._check_best_metric('bleu', 'validation')
+  train._check_best_metric(None, 'test')
+  with pytest.raises(ValueError, match="BEST_METRIC='bleu'.*EVAL_STEPS='best'"):
+    train._check_best_metric('bleu', 'test')
+
+
+def test_a_batch_divides_into_microbatches_and_those_over_the_devices():
+  mesh = partition.make_mesh(partition.MeshConfig(), jax.devices()[:2])
+  train._check_batch_size(8, 4, mesh)
+  with pytest.raises(ValueError, match='BATCH_SIZE=9 .*NUM_MICROBATCHES=2'):
+    train._check_batch_size(9, 2, mesh)
+  with pytest.raises(
+    ValueError, match=r'BATCH_SIZE / NUM_MICROBATCHES \(4\)=1'
+  ):
+    train._check_batch_size(4, 4, mesh)

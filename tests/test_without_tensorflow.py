@@ -42,12 +42,12 @@ system = systems.language_model_system(
     systems.Tower(config=config, vocabulary=str(folder / 'v.model')))
 mesh_config = partition.MeshConfig()
 mesh = partition.make_mesh(mesh_config)
-optimizer = optim.adamw(1e-3).transform
+optimizer = optim.adamw(1e-3).make({})
 with partition.use_mesh(mesh):
   layout = parameters.layout(system, mesh, mesh_config)
   systems.save(system, folder)
   checkpointer = checkpoint.Checkpointer(folder)
-  state, position = train.restore_or_create(
+  state = train.restore_or_create(
       system, layout, optimizer, mesh, checkpointer, 0)
   vocabulary = system.prompt_vocabulary
   ids = lambda text: [*vocabulary.encode(text), vocabulary.eos_id]
@@ -62,9 +62,10 @@ with partition.use_mesh(mesh):
   assert np.isfinite(float(sums['loss'])) and float(sums['loss_weight']) > 0
   checkpointer.save(state, {'num_examples': 4})
   checkpointer.wait()
-  again, position = train.restore_or_create(
+  again = train.restore_or_create(
       system, layout, optimizer, mesh, checkpointer, 0)
-  assert position == {'num_examples': 4} and int(again.step) == 1
+  assert checkpointer.restore_data() == {'num_examples': 4}
+  assert int(again.step) == 1
   jax.tree.map(np.testing.assert_array_equal, state.trainable, again.trainable)
   checkpointer.close()
 

@@ -96,6 +96,12 @@ class TransformerConfig:
           f'TransformerConfig.{field}={getattr(self, field)}: it must be '
           'positive.'
         )
+    if self.dtype == 'float16' and self.is_encoder_decoder:
+      raise ValueError(
+        "TransformerConfig.dtype='float16': T5's residual stream, trained in "
+        'bfloat16, goes beyond the largest float16, 65504, and the loss '
+        "becomes NaN. Take 'bfloat16', with the exponents of float32."
+      )
     choices = {
       'norm': ('rms', 'layer'),
       'positions': ('relative', 'learned'),

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder of answers: files that grow by lines, stop anywhere, and go on.
+
+    settings.json                      what the answers depend on
+    predictions.jsonl                  whole, a line for each line of the input
+    predictions.jsonl.partial          the same on its way there
+    predictions-00001-of-00004.jsonl   a shard, likewise; in order they make up
+                                       predictions.jsonl
+    scores.json                        likewise scores-00001-of-00004.json
+
+A line with the prediction null stands for a line that could not be answered.
+Which model answers is not known here.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import IO, Any
+
+from l2s_jax import files, metrics, prompts, text_files
+
+Record = dict[str, Any]
+
+SETTINGS = 'settings.json'
+FORMAT_VERSION = 1
+# What a record has beside the columns of its line, or in their place.
+OWN_COLUMNS = ('prompt', 'prediction', 'prompt_truncated')
+# Where things are, which may change as long as what they hold does not.
+_PLACES = ('checkpoint_path', 'input')
+_SIGNATURES = {
+  'bleu': metrics.bleu_signature,
+  'chrf': metrics.chrf_signature,
+}
+_NUM_NAMED = 5
+_SYNC_PERIOD_SECS = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """One of `count` contiguous parts of the input."""
+
+  index: int = 0
+  count: int = 1
+
+  def check(self) -> None:
+    """Refuses what is no shard.
+
+    Raises:
+      ValueError: says what may be asked for.
+    """
+    if self.count < 1 or not 0 <= self.index < self.count:
+      raise ValueError(
+        f'shard={self.index} of num_shards={self.count}: expected one of 0 to '
+        'num_shards - 1.'
+      )
+
+  def lines(self, num_lines: int) -> range:
+    """Returns which lines of the input, from 0, are in the shard."""
+    return range(
+      self.index * num_lines // self.count,
+      (self.index + 1) * num_lines // self.count,
+    )
+
+  def name(self, stem: str, suffix: str) -> str:
+    """Returns the name of the shard's file."""
+    if self.count == 1:
+      return stem + suffix
+    return f'{stem}-{self.index:05}-of-{self.count:05}{suffix}'
+
+
+class Tally:
+  """Counts records as they are written or read.
+
+  Attributes:
+    num_lines: all of them.
+    num_bad: those without an answer.
+    num_truncated: those whose prompt was cut.
+  """
+
+  def __init__(self):
+    """Starts at nothing."""
+    self.num_lines = self.num_bad = self.num_truncated = 0
+    self._named: list[str] = []
+
+  def add(self, record: Record) -> None:
+    """Counts one record."""
+    self.num_lines += 1
+    self.num_truncated += record.get('prompt_truncated') is True
+    if record['prediction'] is None:
+      self.num_bad += 1
+      if len(self._named) < _NUM_NAMED:
+        self._named.append(f'  line {record["line"]} {record["error"]}')
+
+  def describe(self, prompt_length: int) -> str:
+    """Returns what the user should know of; '' if all went well."""
+    lines = []
+    if self.num_truncated:
+      lines.append(
+        f'{self.num_truncated} prompts were longer than {prompt_length} tokens '
+        'and were cut; their lines have "prompt_truncated": true.'
+      )
+    if self.num_bad:
+      lines += [
+        f'{self.num_bad} of {self.num_lines} lines could not be answered:',
+        *self._named,
+      ]
+      if self.num_bad > len(self._named):
+        lines.append(f'  and {self.num_bad - len(self._named)} more')
+    return '\n'.join(lines)
+
+
+def answered(row: Mapping[str, Any], prediction: str, was_cut: bool) -> Record:
+  """Returns the record of a line that was answered: its columns and more."""
+  record = {**row, 'prediction': prediction}
+  record.pop('prompt_truncated', None)  # Of an earlier inference.
+  return record | {'prompt_truncated': True} if was_cut else record
+
+
+def unanswered(bad: text_files.BadLine) -> Record:
+  """Returns the record of a line that could not be."""
+  return {'line': bad.number, 'error': bad.reason, 'prediction': None}
+
+
+def dump(records: Iterable[Record]) -> str:
+  """Returns a line of JSON for each record."""
+  return ''.join(
+    json.dumps(record, ensure_ascii=False) + '\n' for record in records
+  )
+
+
+def settle(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
+  """Says what the folder's answers depend on, or sees that it says the same.
+
+  Args:
+    folder: made if absent.
+    settings: of the job, the same for all its shards.
+
+  Raises:
+    ValueError: lists the differences, if the folder holds another job.
+  """
+  settings = {'format_version': FORMAT_VERSION, **settings}
+  path = folder / SETTINGS
+  if not path.is_file():
+    strangers = sorted(path.name for path in folder.glob('predictions*'))
+    if strangers:
+      raise ValueError(
+        f'INFER_OUTPUT_DIR={folder} holds {", ".join(strangers)} without the '
+        f'{SETTINGS} that says how they were made. Choose another folder.'
+      )
+    files.write_json(path, settings)
+    return
+  differences = files.differences(
+    json.loads(path.read_text()), settings, ignored=_PLACES
+  )
+  if differences:
+    raise ValueError(
+      f'INFER_OUTPUT_DIR={folder} holds the answers of another job. Choose '
+      'another folder, or remove it to start again:\n' + '\n'.join(differences)
+    )
+
+
+class GrowingFile:
+  """JSON lines that stay, once written, and get their name when all are there.
+
+      with GrowingFile(folder / 'predictions.jsonl') as file:
+        for records in answers(start=file.tally.num_lines):
+          file.append(records)
+        file.finish()
+
+  Attributes:
+    path: of the whole file.
+    tally: of the lines that are there, those of earlier starts included.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    """Prepares; nothing is read or written yet."""
+    self.path = path
+    self.tally = Tally()
+    self._partial = path.with_name(f'{path.name}.partial')
+    self._last_sync = time.monotonic()
+
+  def __enter__(self) -> 'GrowingFile':
+    """Opens the file, cuts off a torn end, and counts what is left.
+
+    Raises:
+      ValueError: if another process is writing it.
+    """
+    self._file: IO[bytes] = self._partial.open('ab+')
+    try:
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      self._file.close()
+      raise ValueError(
+        f'another process is writing {self._partial}. Wait for it, or give '
+        'each its own shard.'
+      ) from error
+    except OSError:
+      pass  # A file system without locks; the user keeps to one writer.
+    end = 0
+    self._file.seek(0)
+    for line in self._file:
+      record = _parse(line)
+      if record is None:
+        break
+      self.tally.add(record)
+      end += len(line)
+    if num_torn := self._file.seek(0, os.SEEK_END) - end:
+      print(
+        f'{self._partial}: cut off {num_torn} bytes of a torn line.',
+        file=sys.stderr,
+      )
+      self._file.truncate(end)
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._file.close()
+
+  def append(self, records: Sequence[Record]) -> None:
+    """Writes records; a process that is killed later does not lose them."""
+    self._file.write(dump(records).encode())
+    self._file.flush()
+    # Flushed lines outlive the process; only a crash of the machine needs more.
+    if time.monotonic() - self._last_sync > _SYNC_PERIOD_SECS:
+      self._sync()
+    for record in records:
+      self.tally.add(record)
+
+  def finish(self) -> None:
+    """Gives the file, which is whole, its name."""
+    self._sync()
+    self._partial.replace(self.path)
+
+  def _sync(self) -> None:
+    os.fsync(self._file.fileno())
+    self._last_sync = time.monotonic()
+
+
+def _parse(line: bytes) -> Record | None:
+  """Returns a line's record; None if it is torn."""
+  try:
+    record = json.loads(line) if line.endswith(b'\n') else None
+  except ValueError:
+    return None
+  is_record = isinstance(record, dict) and 'prediction' in record
+  return record if is_record else None
+
+
+def read(paths: Iterable[pathlib.Path]) -> Iterator[Record]:
+  """Yields the records of whole files."""
+  for path in paths:
+    with path.open(encoding='utf-8') as file:
+      yield from map(json.loads, file)
+
+
+def count(records: Iterable[Record]) -> Tally:
+  """Returns the counts of records."""
+  tally = Tally()
+  for record in records:
+    tally.add(record)
+  return tally
+
+
+def score(
+  records: Iterable[Record], metric_names: Sequence[str], target_column: str
+) -> dict[str, Any]:
+  """Returns what a `scores.json` holds: scores, signatures and counts.
+
+  Only answered lines with a target are scored.
+  """
+  tally = Tally()
+  pairs = []
+  for record in records:
+    tally.add(record)
+    target = prompts.reference(record, target_column)
+    if target is not None and record['prediction'] is not None:
+      pairs.append((target, record['prediction']))
+  results: dict[str, Any] = {
+    'num_lines': tally.num_lines,
+    'num_bad': tally.num_bad,
+    'num_scored': len(pairs),
+    'num_truncated_prompts': tally.num_truncated,
+    'scores': {},
+    'signatures': {},
+  }
+  if not pairs:
+    return results
+  targets, answers = zip(*pairs, strict=True)
+  sizes = {1 if isinstance(t, str) else len(t) for t in targets}
+  num_references = sizes.pop() if len(sizes) == 1 else None
+  for name in metric_names:
+    results['scores'] |= metrics.METRICS[name](targets, answers)
+    if name in _SIGNATURES:
+      results['signatures'][name] = _SIGNATURES[name](num_references)
+  return results
+
+
+def write_scores(
+  folder: pathlib.Path,
+  part: Shard,
+  metric_names: Sequence[str],
+  target_column: str,
+) -> dict[pathlib.Path, dict[str, Any]]:
+  """Scores a shard and, if it is the last to be whole, all together.
+
+  Returns:
+    What each file of scores holds, by its path.
+  """
+  scored = {}
+  every = [Shard(index, part.count) for index in range(part.count)]
+  for name, parts in {part: [part], Shard(): every}.items():
+    paths = [folder / shard.name('predictions', '.jsonl') for shard in parts]
+    if all(path.is_file() for path in paths):
+      path = folder / name.name('scores', '.json')
+      scored[path] = score(read(paths), metric_names, target_column)
+      files.write_json(path, scored[path])
+  return scored
+
+
+def describe_scores(results: Mapping[str, Any]) -> str:
+  """Returns on one line what `score` returns."""
+  values = [f'{name} {value:.4g}' for name, value in results['scores'].items()]
+  return (
+    f'{", ".join(values) or "no scores"}; {results["num_scored"]} of '
+    f'{results["num_lines"]} lines scored, {results["num_bad"]} bad'
+  )

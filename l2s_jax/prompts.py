@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts to be answered: where they come from, and which cannot be.
+
+Text, JSONL, TSV, CSV, a SeqIO task and standard input all become the same: for
+each line, in order, either its columns with the `prompt` made of them, or a
+`BadLine` that says what is wrong with it. What becomes of that is the caller's
+choice. No TensorFlow.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from l2s_jax import text_files
+from l2s_jax.templates import Template
+from l2s_jax.text_files import BadLine
+
+Item = dict[str, Any] | BadLine
+Reader = Callable[[], Iterator[Item]]  # Starts from the first, at each call.
+
+
+def parse_template(text: str, prompt_column: str = 'prompt') -> Template:
+  """Returns a template in which `{prompt}` stands for the prompt column.
+
+  Raises:
+    ValueError: as `Template`.
+  """
+  return Template(text, prompt_column, placeholder='prompt')
+
+
+def read_file(
+  path: str,
+  template: Template,
+  *,
+  fallback: Template | None = None,
+  column_names: Sequence[str] | None = None,
+) -> Iterator[Item]:
+  """Yields an item for each line of a file that `text_files` can read.
+
+  Args:
+    path: of the file.
+    template: what to make of the columns; of plain text, a line is `prompt`.
+    fallback: what to make of lines without text in a column that `template`
+      alone names; None: such a line is bad.
+    column_names: of a TSV or CSV file whose first line does not name them.
+
+  Raises:
+    ValueError: as `text_files.read_rows`.
+  """
+  if text_files.kind(path) == 'text':
+    column_names = ('prompt',)
+  fallback = fallback or template
+  rows = text_files.read_rows(
+    epath.Path(path), columns=fallback.columns, column_names=column_names
+  )
+  for row in rows:
+    if isinstance(row, BadLine):
+      yield row
+      continue
+    texts = (row.get(column) for column in template.columns)
+    has_all = all(isinstance(text, str) and text.strip() for text in texts)
+    chosen = template if has_all else fallback
+    yield row | {'prompt': chosen.fill_text(row)}
+
+
+def read_task(task: Any, split: str) -> Iterator[Item]:
+  """Yields {'prompt': ..., 'target': ...} of a bound SeqIO task's split.
+
+  The target is a list where the task has more than one reference.
+  """
+  dataset = task.get_dataset(None, split=split, shuffle=False, num_epochs=1)
+  for number, example in enumerate(dataset.as_numpy_iterator(), start=1):
+    try:
+      prompt = example['inputs_pretokenized'].decode()
+      answer = example['targets_pretokenized'].decode()
+      references = [text.decode() for text in example.get('references', ())]
+    except UnicodeDecodeError as error:
+      yield BadLine(f'{task.name}:{split}', number, f'is not UTF-8: {error}')
+      continue
+    if prompt.strip():
+      target = [answer, *references] if references else answer
+      yield {'prompt': prompt, 'target': target}
+    else:
+      yield BadLine(f'{task.name}:{split}', number, 'is empty')
+
+
+def read_stream(stream: Iterable[bytes], template: Template) -> Iterator[Item]:
+  """Yields an item for each line of text, as it comes."""
+  for number, line in enumerate(stream, start=1):
+    try:
+      text = line.rstrip(b'\r\n').decode()
+    except UnicodeDecodeError as error:
+      yield BadLine('standard input', number, f'is not UTF-8: {error}')
+      continue
+    if text.strip():
+      yield {'prompt': template.fill_text({'prompt': text})}
+    else:
+      yield BadLine('standard input', number, 'is empty')
+
+
+class Survey(NamedTuple):
+  """What one pass over the items finds, before anything is computed.
+
+  Attributes:
+    num_lines: the bad ones included.
+    num_bad: of these.
+    first_bad: names the first of these.
+    num_targets: lines with something to score their answer against.
+    sha256: of all items, in hex: the same if these are the same.
+  """
+
+  num_lines: int
+  num_bad: int
+  first_bad: BadLine | None
+  num_targets: int
+  sha256: str
+
+
+def survey(items: Iterable[Item], target_column: str) -> Survey:
+  """Reads all items once."""
+  num_lines = num_bad = num_targets = 0
+  first_bad = None
+  digest = hashlib.sha256()
+  for item in items:
+    num_lines += 1
+    if isinstance(item, BadLine):
+      num_bad += 1
+      first_bad = first_bad or item
+      digest.update(f'bad {item.number} {item.reason}\n'.encode())
+    else:
+      num_targets += reference(item, target_column) is not None
+      digest.update(json.dumps(item).encode() + b'\n')
+  return Survey(num_lines, num_bad, first_bad, num_targets, digest.hexdigest())
+
+
+def refusing(read: Reader) -> Reader:
+  """Returns a reader that raises ValueError at the first bad line."""
+
+  def read_good() -> Iterator[Item]:
+    for item in read():
+      if isinstance(item, BadLine):
+        raise ValueError(
+          f"{item} INFER_BAD_LINES='keep' leaves an error in its place."
+        )
+      yield item
+
+  return read_good
+
+
+def reference(row: Mapping[str, Any], column: str) -> str | list[str] | None:
+  """Returns what a row's answer is scored against, if the row has it.
+
+  A list of texts are several references, each as good as the others.
+  """
+  value = row.get(column)
+  references = value if isinstance(value, list) else [value]
+  if references and all(isinstance(text, str) for text in references):
+    return value
+  return None

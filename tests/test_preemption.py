@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of ends that nobody chose: nothing is lost, repeated or half-written.
+
+Real processes get real signals, at moments that the run's own files show.
+"""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import helpers
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny_runs
+
+from l2s_jax import checkpoint, metric_writer, preemption
+
+STEPS = 300
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  path = tmp_path_factory.mktemp('preemption')
+  tiny_runs.write_experiments(path)
+  return path
+
+
+def start(folder, run, *bindings):
+  """Starts the training of an SLM baseline that saves every 20 steps."""
+  arguments, environment = tiny_runs.command(
+    *tiny_runs.train_arguments(
+      folder,
+      'slm_baseline',
+      run,
+      f'--gin.TRAIN_STEPS={STEPS}',
+      '--gin.CHECKPOINT_PERIOD=20',
+      '--gin.EVAL_PERIOD=100',
+      '--gin.train.log_period=3',
+      "--gin.BEST_METRIC='loss'",
+      *bindings,
+    )
+  )
+  return subprocess.Popen(
+    arguments,
+    env=environment,
+    cwd=tiny_runs.ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def wait_for(process, condition):
+  """Returns when the condition holds; fails if the process ends before."""
+  while not condition():
+    if process.poll() is not None:
+      raise AssertionError(process.stdout.read())
+    time.sleep(0.01)
+
+
+def wait_for_records(process, run, number):
+  wait_for(process, lambda: len(metric_writer.read(run)) >= number)
+
+
+def finish(process, status):
+  output, _ = process.communicate(timeout=120)
+  assert process.returncode == status, output
+  return output
+
+
+def losses(run_dir):
+  return [
+    (record['step'], record['train/loss'], record['train/grad_norm'])
+    for record in metric_writer.read(run_dir)
+    if 'train/loss' in record
+  ]
+
+
+def evaluations(run_dir):
+  return metric_writer.by_step(run_dir, prefix='eval/')
+
+
+def assert_same_run(found, expected):
+  """Parameters, optimizer, data position, losses, scores: all bits."""
+  assert losses(found) == losses(expected)
+  assert evaluations(found) == evaluations(expected)
+  assert json.loads((found / checkpoint.BEST).read_text()) == json.loads(
+    (expected / checkpoint.BEST).read_text()
+  )
+  for item in ('params', 'optimizer'):
+    with ocp.StandardCheckpointer() as checkpointer:
+      trees = [
+        checkpointer.restore(run / checkpoint.FOLDER / str(STEPS) / item)
+        for run in (found, expected)
+      ]
+    helpers.assert_trees_equal(*trees)
+  data = [
+    checkpoint.Checkpointer(run).restore_data() for run in (found, expected)
+  ]
+  assert data[0] == data[1] and data[0]['num_examples'] == 8 * STEPS
+
+
+@pytest.fixture(scope='module')
+def unbroken(folder):
+  finish(start(folder, 'unbroken'), 0)
+  assert [step for step, *_ in losses(folder / 'unbroken')] == list(
+    range(3, STEPS + 1, 3)
+  )
+  assert list(evaluations(folder / 'unbroken')) == [100, 200, 300]
+  return folder / 'unbroken'
+
+
+def test_a_run_killed_five_times_equals_its_unbroken_twin(folder, unbroken):
+  """SIGKILL and SIGTERM in turn, after any step, saving or evaluating."""
+  run = folder / 'killed'
+  moments = random.Random()
+  for number in range(5):
+    process = start(folder, 'killed')
+    wait_for_records(process, run, len(metric_writer.read(run)) + 1)
+    time.sleep(moments.uniform(0, 0.5))
+    process.send_signal(signal.SIGTERM if number % 2 else signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode in (
+      (preemption.EXIT_CODE, 0) if number % 2 else (-signal.SIGKILL, 0)
+    )
+  output = finish(start(folder, 'killed'), 0)
+  assert 'Goes on at step' in output or losses(run)[-1][0] == STEPS
+  assert_same_run(run, unbroken)
+
+
+def test_sigterm_between_steps_saves_the_last_one(folder):
+  run = folder / 'between'
+  process = start(folder, 'between', '--gin.CHECKPOINT_PERIOD=1000000')
+  wait_for_records(process, run, 5)
+  process.terminate()
+  process.terminate()  # A second one harms nothing.
+  output = finish(process, preemption.EXIT_CODE)
+  (step,) = checkpoint.steps(run)
+  assert step >= losses(run)[-1][0] >= 15
+  assert f'Saved step {step}.' in output
+  assert evaluations(run) == {}
+
+
+@pytest.mark.parametrize('grace_secs', [1, 60])
+def test_sigterm_while_compiling_ends_the_run(folder, grace_secs):
+  """By the thread that watches, if the main one cannot listen in time."""
+  name = f'compiling-{grace_secs}'
+  process = start(folder, name, f'--gin.PREEMPTION_GRACE_SECS={grace_secs}')
+  wait_for(process, (folder / name / 'config.gin').exists)
+  start_secs = time.monotonic()
+  process.terminate()
+  finish(process, preemption.EXIT_CODE)
+  assert time.monotonic() - start_secs < grace_secs
+  assert not list((folder / name / 'checkpoints').glob('*tmp*'))
+
+
+def test_sigterm_while_evaluating_keeps_the_step_and_evaluates_it_again(
+  folder, unbroken
+):
+  run = folder / 'evaluating'
+  process = start(folder, 'evaluating')
+  wait_for(process, lambda: 200 in checkpoint.steps(run))
+  process.terminate()
+  process.communicate(timeout=120)
+  assert process.returncode == preemption.EXIT_CODE
+  finish(start(folder, 'evaluating'), 0)
+  assert_same_run(run, unbroken)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder):
+  """With the step, its batch in a file, and the last good checkpoint."""
+  run = folder / 'diverged'
+  process = start(
+    folder,
+    'diverged',
+    '--gin.LEARNING_RATE=1e30',
+    '--gin.CHECKPOINT_PERIOD=1',
+  )
+  output = finish(process, 1)
+  (path,) = (run / 'non_finite').iterdir()
+  step = int(path.stem.removeprefix('step-'))
+  assert f'Step {step} has a loss of ' in output
+  assert 'nan' in output and str(path) in output
+  assert 'Traceback' not in output and 'configurable' not in output
+  batch = np.load(path)
+  assert batch['decoder_target_tokens'].shape == (8, 32)
+  assert max(checkpoint.steps(run)) < step
+  arrays = checkpoint.read_arrays(
+    checkpoint.params_folder(run)[0], [('token_embedder', 'embedding')]
+  )
+  assert all(np.isfinite(array).all() for array in arrays.values())
+
+
+# --- the watcher alone ---
+
+
+def run_python(source):
+  return subprocess.run(
+    [sys.executable, '-c', source],
+    cwd=tiny_runs.ROOT,
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+
+
+def test_the_watcher_saves_where_the_main_thread_cannot_listen(tmp_path):
+  result = run_python(f"""
+import os, pathlib, signal, time
+from l2s_jax import preemption
+with preemption.Watcher(grace_secs=2) as watcher:
+  watcher.save = pathlib.Path({str(tmp_path / 'saved')!r}).touch
+  os.kill(os.getpid(), signal.SIGTERM)
+  while True:
+    time.sleep(100)  # Interrupted sleeps go on: nobody asks `requested`.
+""")
+  assert result.returncode == preemption.EXIT_CODE, result.stderr
+  assert (tmp_path / 'saved').exists()
+
+
+def test_the_watcher_waits_for_the_lock(tmp_path):
+  result = run_python(f"""
+import os, pathlib, signal, threading, time
+from l2s_jax import preemption
+path = pathlib.Path({str(tmp_path / 'saved')!r})
+with preemption.Watcher(grace_secs=0.4) as watcher:
+  watcher.save = lambda: path.write_text(str(steps))
+  with watcher.lock:
+    steps = None  # The old state is gone, the new one not yet there.
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1)
+    steps = 7
+  time.sleep(100)
+""")
+  assert result.returncode == preemption.EXIT_CODE, result.stderr
+  assert (tmp_path / 'saved').read_text() == '7'
+
+
+def test_a_watcher_leaves_sigterm_as_it_found_it():
+  before = signal.getsignal(signal.SIGTERM)
+  with preemption.Watcher(grace_secs=1) as watcher:
+    assert signal.getsignal(signal.SIGTERM) != before
+    assert not watcher.requested
+    watcher.check()
+  assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_watcher_in_another_thread_changes_nothing():
+  before = signal.getsignal(signal.SIGTERM)
+  seen = []
+
+  def enter():
+    with preemption.Watcher(grace_secs=1):
+      seen.append(signal.getsignal(signal.SIGTERM))
+
+  thread = threading.Thread(target=enter)
+  thread.start()
+  thread.join()
+  assert seen == [before]

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of several processes: real ones, joined on this machine."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import tiny_runs
+
+# Prints the rows that this process has put on its devices, three batches of
+# them, from an example on.
+FEED = """
+import itertools, json, sys
+import jax
+address, num_processes, index, vocabulary, start = sys.argv[1:]
+if int(num_processes) > 1:
+  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  jax.distributed.initialize(address, int(num_processes), int(index))
+from l2s_jax import data, partition, tasks, vocabularies
+vocabulary = vocabularies.load(vocabulary)
+mesh = partition.make_mesh(partition.MeshConfig())
+batches = data.train_batches(
+  tasks.bind('cldr', vocabulary, vocabulary),
+  task_feature_lengths={'inputs': 16, 'targets': 16},
+  batch_size=8,
+  seed=3,
+  start_example=int(start),
+)
+for host_batch in itertools.islice(batches, 3):
+  batch = partition.put_batch(host_batch, mesh)
+  assert all(x.shape[0] == 8 for x in batch.values())
+  shards = batch['encoder_input_tokens'].addressable_shards
+  print(json.dumps({s.index[0].start or 0: s.data.tolist() for s in shards}))
+batches.close()
+"""
+
+
+def feed(vocabulary, *, num_processes, start):
+  """Returns three batches of prompts, put together from all processes."""
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'localhost:{free.getsockname()[1]}'
+  processes = [
+    subprocess.Popen(
+      [sys.executable, '-c', FEED, address, str(num_processes), str(index)]
+      + [vocabulary.path, str(start)],
+      cwd=tiny_runs.ROOT,
+      env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''},
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for index in range(num_processes)
+  ]
+  outputs = [process.communicate(timeout=120)[0] for process in processes]
+  assert [process.returncode for process in processes] == [0] * num_processes
+  batches = []
+  for lines in zip(*(output.splitlines() for output in outputs), strict=True):
+    rows: dict[int, list] = {}
+    for line in lines:
+      rows |= {int(k): v for k, v in json.loads(line).items()}
+    batches.append([row for first in sorted(rows) for row in rows[first]])
+  return batches
+
+
+def test_any_number_of_processes_goes_on_in_the_same_order(vocabulary):
+  """The position in a checkpoint counts examples of all processes."""
+  alone = feed(vocabulary, num_processes=1, start=0)
+  assert len(alone) == 3 and all(len(batch) == 8 for batch in alone)
+  together = feed(vocabulary, num_processes=2, start=8)
+  assert together[:2] == alone[1:]
