@@ -102,7 +102,8 @@ def assert_same_run(found, expected):
   data = [
     checkpoint.Checkpointer(run).restore_data() for run in (found, expected)
   ]
-  assert data[0] == data[1] and data[0]['num_examples'] == 8 * STEPS
+  assert data[0] == data[1]
+  assert data[0] is not None and data[0]['num_examples'] == 8 * STEPS
 
 
 @pytest.fixture(scope='module')
