@@ -129,7 +129,8 @@ def main(
       importlib.import_module(module)
     given = {flag.name: getattr(args, flag.name) for flag in verbs[name].flags}
     given = {flag: value for flag, value in given.items() if value is not None}
-    _run(fn, args, bindings, given)
+    others = [verb.load() for key, verb in verbs.items() if key != name]
+    _run(fn, args, bindings, given, others)
   except (ValueError, FileNotFoundError) as error:
     if args.verbose or not _is_deliberate(error):
       raise
@@ -146,12 +147,13 @@ def _run(
   args: argparse.Namespace,
   bindings: Sequence[str],
   given: Mapping[str, Any],
+  others: Sequence[Callable[..., Any]],
 ) -> None:
   """Configures gin, checks that `fn` has all it needs, and calls it."""
   parsed = gin_utils.parse_config(
     args.gin_file, bindings, args.gin_search_paths
   )
-  gin_utils.check_required(fn, given=('dry_run', *given))
+  gin_utils.check_required(fn, ('dry_run', *given), parsed.required, others)
   if args.dry_run:
     for macro, value in parsed.assumed_strings.items():
       print(f'# {macro}={value} was taken as a string')

@@ -18,7 +18,15 @@ import inspect
 import os
 import pathlib
 import tokenize
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+import types
+from collections.abc import (
+  Callable,
+  Collection,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 from typing import Any, TextIO
 
 import gin
@@ -44,11 +52,14 @@ class ParsedConfig:
       was therefore taken as a string, name to that string.
     unread_macros: macros bound in files that nothing reads, name to
       `FILE:LINE`. No error: another verb may read them.
+    required: macros and parameters left to the user, `%gin.REQUIRED`, name to
+      `FILE:LINE`. No error unless a call needs them: see `check_required`.
   """
 
   files: tuple[pathlib.Path, ...]
   assumed_strings: dict[str, str]
   unread_macros: dict[str, str]
+  required: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +107,8 @@ def parse_config(
     FileNotFoundError: if a file is in none of these places.
     ValueError: naming file and line (or flag) and near misses, if a line does
       not parse; a module cannot be imported; a configurable or parameter does
-      not exist; a macro is read and not bound, is `%gin.REQUIRED` still, or
-      was bound in `bindings` and is read by nothing.
+      not exist; a macro is read and not bound, or was bound in `bindings` and
+      is read by nothing.
   """
   gin.clear_config()
   roots = [pathlib.Path.cwd(), *map(pathlib.Path, search_paths), REPO_ROOT]
@@ -110,7 +121,6 @@ def parse_config(
     elif isinstance(statement, config_parser.BindingStatement):
       key = _binding_key(statement, source)
       value = _resolve(statement.value, source)
-      gin.bind_parameter(key, value)
       bound[key] = _Binding(_display_name(key), value, source)
 
   for name in gin_files:
@@ -125,21 +135,45 @@ def parse_config(
       assumed_strings[source.removeprefix('--gin.')] = statement.value
 
   unread_macros = _check_macros(bound)
+  required = {}
+  for key, found in bound.items():
+    value = found.value
+    if _is_required(value):
+      required[found.name] = found.source
+      value = gin.REQUIRED  # Of a reference to it gin complains in any case.
+    gin.bind_parameter(key, value)
   gin.finalize()
-  return ParsedConfig(tuple(files), assumed_strings, unread_macros)
+  return ParsedConfig(tuple(files), assumed_strings, unread_macros, required)
 
 
-def check_required(fn: Callable[..., Any], given: Collection[str] = ()) -> None:
+def check_required(
+  fn: Callable[..., Any],
+  given: Collection[str] = (),
+  required: Mapping[str, str] = types.MappingProxyType({}),
+  others: Iterable[Callable[..., Any]] = (),
+) -> None:
   """Checks that a call of `fn` finds all its arguments, however deep.
 
   Args:
     fn: a configurable. Those it calls through bound `@name()` are checked too.
     given: parameters that the caller of `fn` passes.
+    required: what was left to the user, from `parse_config`.
+    others: configurables that are not called: what they alone would need may
+      be missing.
 
   Raises:
-    ValueError: listing each parameter without default that nothing binds.
+    ValueError: listing each parameter without default that nothing binds, and
+      each macro that is left to the user.
   """
   missing = list(dict.fromkeys(_missing_parameters(fn, [], given)))
+  of_others = {name for fn in others for name in _missing_parameters(fn, [])}
+  left = [
+    f'{source}: {name} must be set: add --gin.{name}=VALUE.'
+    for name, source in required.items()
+    if name in missing or name not in of_others
+  ]
+  if left:
+    raise ValueError('\n'.join(left))
   if missing:
     raise ValueError(
       'nothing binds these parameters, which have no default:\n'
@@ -381,25 +415,16 @@ def _check_macros(bound: dict[_Key, _Binding]) -> dict[str, str]:
     if selector == _MACRO
   }
   read: dict[str, str] = {}
-  required: list[_Binding] = []
   for binding in bound.values():
     for reference in gin.config.iterate_references([binding.value]):
-      name = '/'.join(reference.scopes)
       if reference.configurable.selector == _MACRO:
-        read.setdefault(name, binding.source)
-      elif repr(reference) == _REQUIRED:
-        required.append(binding)
+        read.setdefault('/'.join(reference.scopes), binding.source)
 
   problems = [
     f'{source}: %{name} is bound nowhere{near_misses(name, macros)} '
     f'Set it with --gin.{name}=VALUE, or add the gin file that binds it.'
     for name, source in read.items()
     if name not in macros
-  ]
-  problems += [
-    f'{binding.source}: {binding.name} must be set: '
-    f'add --gin.{binding.name}=VALUE.'
-    for binding in required
   ]
   unread = {name: macros[name].source for name in macros if name not in read}
   problems += [
@@ -413,6 +438,11 @@ def _check_macros(bound: dict[_Key, _Binding]) -> dict[str, str]:
   return unread
 
 
+def _is_required(value: Any) -> bool:
+  references = gin.config.iterate_references([value])
+  return any(repr(reference) == _REQUIRED for reference in references)
+
+
 def _missing_parameters(
   fn: Callable[..., Any], scope: list[str], given: Collection[str] = ()
 ) -> Iterator[str]:
@@ -421,15 +451,15 @@ def _missing_parameters(
     bindings = gin.get_bindings(fn, resolve_references=False)
   name = f'{"/".join(scope)}/{fn.__name__}'.lstrip('/')
   for parameter in inspect.signature(fn).parameters.values():
+    value = bindings.get(parameter.name, parameter.default)
     has_value = (
-      parameter.name in (*given, *bindings)
+      parameter.name in given
       or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-      or all(
-        parameter.default is not x for x in (parameter.empty, gin.REQUIRED)
-      )
+      or all(value is not x for x in (parameter.empty, gin.REQUIRED))
     )
     if not has_value:
-      yield f'{name}.{parameter.name}'
+      is_macro = fn is gin.config.macro
+      yield '/'.join(scope) if is_macro else f'{name}.{parameter.name}'
   for reference in gin.config.iterate_references(
     [value for key, value in bindings.items() if key not in given]
   ):

@@ -48,6 +48,11 @@ def write(tmp_path, monkeypatch):
   return write_file
 
 
+@gin.configurable(module='test_gin_utils')
+def ring(num_times=1):
+  return num_times
+
+
 RUN = """
 MODEL_DIR = %gin.REQUIRED
 TRAIN_STEPS = 10
@@ -226,11 +231,17 @@ def test_a_macro_of_a_file_may_be_unread_and_is_reported(write):
 
 def test_a_required_macro_names_the_flag_that_sets_it(write):
   run = write('run.gin', RUN)
+  parsed = gin_utils.parse_config([run])
+  assert parsed.required == {'MODEL_DIR': 'run.gin:2'}
   with pytest.raises(ValueError) as error:
-    gin_utils.parse_config([run])
+    gin_utils.check_required(fit, (), parsed.required)
   assert str(error.value) == (
     'run.gin:2: MODEL_DIR must be set: add --gin.MODEL_DIR=VALUE.'
   )
+  # Another verb does not read it; but something else may, which it calls.
+  gin_utils.check_required(ring, (), parsed.required, others=[fit])
+  with pytest.raises(ValueError, match='MODEL_DIR must be set'):
+    gin_utils.check_required(ring, (), parsed.required)
   gin_utils.parse_config([run], ['MODEL_DIR=x'])
   assert fit()[0] == 'x'
 
