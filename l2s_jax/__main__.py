@@ -13,6 +13,7 @@ import logging
 import os
 import pathlib
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 
 import gin
 
-from l2s_jax import gin_utils
+from l2s_jax import gin_utils, preemption
 
 
 class Flag(NamedTuple):
@@ -99,8 +100,8 @@ def main(
 ) -> int:
   """Runs one verb and returns the exit status.
 
-  0: done; 1: a loss that is not finite; 2: wrong input. Training that SIGTERM
-  ended raises SystemExit with 75.
+  0: done; 1: a loss that is not finite; 2: wrong input. What SIGTERM ended
+  ends with 75.
   """
   argv = list(sys.argv[1:] if argv is None else argv)
   if not argv or argv[0] in ('-h', '--help'):
@@ -285,5 +286,13 @@ def _refuse(message: str, status: int = 2) -> int:
   return status
 
 
+def _process() -> int:
+  """Runs the command line; SIGTERM means to start again until it is done."""
+  with preemption.Watcher(grace_secs=60):
+    status = main()
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Nothing is left to do.
+  return status
+
+
 if __name__ == '__main__':
-  sys.exit(main())
+  sys.exit(_process())

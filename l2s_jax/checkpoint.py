@@ -9,6 +9,7 @@ last batch trained on. The frozen LLM is not among them.
 import dataclasses
 import json
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ PyTree = Any
 
 FOLDER = 'checkpoints'
 BEST = 'best.json'
+_DELETED = 'deleted'
 
 
 @dataclasses.dataclass
@@ -55,20 +57,28 @@ class Checkpointer:
       keep: how many of the newest to keep, beside the best; None keeps all.
     """
     self.folder = pathlib.Path(run_dir).absolute() / FOLDER
-    self._policy = _KeepNewestAndBest(keep)
+    self._policy = _KeepNewestAndBest(keep, best_step(run_dir))
     self._manager = ocp.CheckpointManager(
       self.folder,
       item_names=('params', 'optimizer', 'data'),
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=self._policy, create=True
+        preservation_policy=self._policy,
+        create=True,
+        # By a rename: a kill must not leave a step with files missing.
+        todelete_subdir=_DELETED,
       ),
     )
+    self._empty_deleted()
+
+  def _empty_deleted(self) -> None:
+    shutil.rmtree(self.folder / _DELETED, ignore_errors=True)
 
   def save(self, state: state_lib.TrainState, data: dict[str, Any]) -> None:
     """Starts saving; the state may be donated as soon as this returns."""
     step = int(state.step)
     if step in self._manager.all_steps():
       return
+    self._empty_deleted()
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -98,6 +108,17 @@ class Checkpointer:
       self.folder.parent / BEST,
       {'metric': metric, 'score': scores[best], 'step': best},
     )
+    # What it was kept for until now may go; Orbax looks when it saves alone.
+    self.wait()
+    steps = self._manager.all_steps()
+    newest = (
+      steps
+      if self._policy.num_newest is None
+      else steps[-self._policy.num_newest :]
+    )
+    for step in set(steps) - {*newest, best}:
+      self._manager.delete(step)
+    self._empty_deleted()
 
   def restore_data(self) -> dict[str, Any] | None:
     """Returns what `save` got as `data` at the newest step, if any."""
@@ -152,6 +173,7 @@ class Checkpointer:
 
   def close(self) -> None:
     self._manager.close()
+    self._empty_deleted()
 
 
 def steps(run_dir: str | pathlib.Path) -> list[int]:
@@ -164,6 +186,12 @@ def steps(run_dir: str | pathlib.Path) -> list[int]:
     for path in folder.iterdir()
     if path.name.isdigit() and ocp.path.step.is_checkpoint_finalized(path)
   )
+
+
+def best_step(run_dir: str | pathlib.Path) -> int | None:
+  """Returns the best step by the evaluations of the training, if it chose."""
+  path = pathlib.Path(run_dir) / BEST
+  return json.loads(path.read_text())['step'] if path.is_file() else None
 
 
 def params_folder(
@@ -182,13 +210,12 @@ def params_folder(
   found = steps(run_dir)
   wanted = 'a checkpoint'
   if step == 'best':
-    best = pathlib.Path(run_dir) / BEST
-    if not best.is_file():
+    step = best_step(run_dir)
+    if step is None:
       raise FileNotFoundError(
         f'{run_dir} has no best checkpoint: it was trained without '
         f'BEST_METRIC, or not evaluated yet. It has steps {found}.'
       )
-    step = int(json.loads(best.read_text())['step'])
   if step is None and found:
     step = found[-1]
   elif step is not None:

@@ -71,6 +71,30 @@ def check_splits(
     evaluation.check_evaluable(task, evaluated)
 
 
+def check_score(name: str, score: str | None, task: Any, split: str) -> None:
+  """Refuses a score that no evaluation of a task will give.
+
+  Args:
+    name: of the setting, for the error.
+    score: as evaluations name it; None is none.
+    task: from `bind_task`.
+    split: to be evaluated.
+
+  Raises:
+    ValueError: with those that there are.
+  """
+  from l2s_jax import evaluation
+
+  if score is None:
+    return
+  known = evaluation.score_names(task, split)
+  if known is not None and score not in known:
+    raise ValueError(
+      f'{name}={score!r} is not a score of this task; there are '
+      f'{", ".join(known)}.'
+    )
+
+
 class Evaluator:
   """Evaluates one system on one split, as often as asked.
 
@@ -289,6 +313,12 @@ def evaluate(
     results: dict[int, dict[str, dict[str, float]]] = {}
     folder = pathlib.Path(output_dir or checkpoint_path)
     name = f'{task.name}-{split}'
+    # Scores are compared with those of the same settings alone.
+    settings = {
+      'num_examples': num_examples,
+      'task_feature_lengths': dict(task_feature_lengths),
+      'max_decode_len': max_decode_len or task_feature_lengths['targets'],
+    }
     for step in chosen:
       params = state_lib.merge(
         frozen, parameters.load_trained(system, layout, checkpoint_path, step)
@@ -301,10 +331,15 @@ def evaluate(
         results[step][control] = scores
         label = '' if control == 'none' else f' (Z: {control})'
         print(f'step {step}{label}: {format_scores(scores)}', flush=True)
-        _record(folder / 'eval' / f'metrics-{name}.json', step, control, scores)
+        _record(
+          folder / 'eval' / f'metrics-{name}.json',
+          step,
+          control,
+          scores | {'settings': settings},
+        )
       if set(results[step]) == set(CONTROLS):
         print(report.describe_controls(results[step]), flush=True)
-    _write_curves(folder / 'eval', name)
+    _write_curves(folder / 'eval', name, settings)
   return results
 
 
@@ -334,6 +369,11 @@ def _choose_steps(run_dir: str, steps: Any) -> list[int]:
     checkpoint.params_folder(run_dir)  # raises if there is none
     return checkpoint.steps(run_dir)
   wanted = steps if isinstance(steps, tuple | list) else [steps]
+  if not all(s is None or s == 'best' or isinstance(s, int) for s in wanted):
+    raise ValueError(
+      f'EVAL_STEPS={steps!r}: expected a step, a tuple of steps such as '
+      "(1000, 2000), 'all', 'best', or None for the newest."
+    )
   return [checkpoint.params_folder(run_dir, step)[1] for step in wanted]
 
 
@@ -347,7 +387,7 @@ def _check_controls(controls: Sequence[str], system: systems.System) -> None:
 
 
 def _record(
-  path: pathlib.Path, step: int, control: str, scores: Mapping[str, float]
+  path: pathlib.Path, step: int, control: str, scores: Mapping[str, Any]
 ) -> None:
   """Adds scores to a metrics file, by step and control."""
   found = json.loads(path.read_text()) if path.is_file() else {}
@@ -355,13 +395,19 @@ def _record(
   files.write_json(path, found)
 
 
-def _write_curves(folder: pathlib.Path, name: str) -> None:
-  """Makes a table, a plot and TensorBoard's logs of a metrics file."""
+def _write_curves(
+  folder: pathlib.Path, name: str, settings: Mapping[str, Any]
+) -> None:
+  """Makes a table, a plot and TensorBoard's logs of a metrics file.
+
+  Evaluations with other settings stay in the file alone.
+  """
   found = json.loads((folder / f'metrics-{name}.json').read_text())
   by_control: dict[str, dict[int, dict[str, float]]] = {}
   for step in sorted(found, key=int):
     for control, scores in found[step].items():
-      by_control.setdefault(control, {})[int(step)] = scores
+      if scores.pop('settings', None) == settings:
+        by_control.setdefault(control, {})[int(step)] = scores
   for control, by_step in by_control.items():
     label = name if control == 'none' else f'{name}-{control}'
     logs = folder / 'tensorboard' / label
@@ -372,7 +418,7 @@ def _write_curves(folder: pathlib.Path, name: str) -> None:
       for step, scores in by_step.items():
         for score in report.score_names(scores):
           writer.add_scalar(f'eval/{score}', scores[score], step)
-  if len(found) > 1:
+  if max(map(len, by_control.values())) > 1:
     if 'none' in by_control:
       print(f'\n{report.steps_table(by_control["none"])}')
     path = folder / f'curves-{name}.png'

@@ -223,6 +223,30 @@ class TaskEvaluator:
     return sum(int(example[f'{key}_length']) > length for example in examples)
 
 
+def score_names(
+  task: seqio.Task | seqio.Mixture, split: str
+) -> list[str] | None:
+  """Returns the scores that an evaluation will have; of a mixture 'task/score'.
+
+  None if a task has metrics that are not of `metrics.py`.
+  """
+  parts = [
+    part
+    for part in seqio.get_subtasks(task)
+    if part.metric_objs and split in part.splits
+  ]
+  names = []
+  for part in parts:
+    scores = ['loss', 'token_accuracy']
+    for function in part.predict_metric_fns:
+      if metrics.METRICS.get(function.__name__) != function:
+        return None
+      scores += function(['a'], ['a'])
+    prefix = f'{part.name}/' if len(parts) > 1 else ''
+    names += [prefix + score for score in scores]
+  return names
+
+
 def check_evaluable(
   task: seqio.Task | seqio.Mixture, split: str
 ) -> list[seqio.Task]:

@@ -68,4 +68,5 @@ def differences(
   )
   if found == wanted:
     return []
-  return [f'  {name}: the run has {found!r}, the config says {wanted!r}']
+  have, want = ('nothing' if x is None else repr(x) for x in (found, wanted))
+  return [f'  {name}: the run has {have}, the config says {want}']

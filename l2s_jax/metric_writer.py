@@ -23,18 +23,34 @@ _NOT_SCALARS = ('step', 'time')
 class MetricWriter:
   """Writes scalars by step; does nothing in processes other than the first."""
 
-  def __init__(self, run_dir: str | pathlib.Path, *, first_step: int = 0):
+  def __init__(
+    self,
+    run_dir: str | pathlib.Path,
+    *,
+    first_step: int = 0,
+    drop: tuple[str, ...] = (),
+  ):
     """Opens the logs.
 
     Args:
       run_dir: the run's folder.
       first_step: the restored step; later records are dropped.
+      drop: prefixes of names whose records of the restored step are dropped
+        as well.
     """
     self._jsonl = None
     if jax.process_index():
       return
     path = pathlib.Path(run_dir) / FILE
-    kept = [r for r in read(run_dir) if r['step'] <= first_step]
+    kept = [
+      record
+      for record in read(run_dir)
+      if record['step'] < first_step
+      or (
+        record['step'] == first_step
+        and not any(name.startswith(drop) for name in record)
+      )
+    ]
     with files.whole(path) as file:
       file.writelines(json.dumps(record) + '\n' for record in kept)
     self._jsonl = path.open('a', encoding='utf-8')

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import threading
-import time
+import traceback
 from collections.abc import Callable
 
 # "Try again", EX_TEMPFAIL of sysexits.h. Tells a launcher that the run has more
@@ -21,7 +21,7 @@ EXIT_CODE = 75
 
 # The part of the grace period that the main thread has to react in.
 _REACTION = 0.25
-# The part after which a process that has saved but does not end is ended.
+# The part after which the process is ended in any case.
 _LAST_MOMENT = 0.9
 
 
@@ -39,12 +39,14 @@ class Watcher:
           with watcher.lock:  # the old state is gone, the new not yet there
             state = step(state)
 
-  A further SIGTERM changes nothing. Signals reach the main thread's program
-  alone: entered elsewhere, it leaves SIGTERM as it is.
+  As long as there is nothing to save, SIGTERM ends the process at once. A
+  further one changes nothing. Only the main thread may handle signals: entered
+  in another, it leaves SIGTERM as it is.
 
   Attributes:
     save: saves the last finished step and returns when that is on disk; None
-      while there is none. Called by the watching thread, with `lock`.
+      while there is none. Called by the watching thread, with `lock`; what it
+      raises is printed, and the exit code is 1.
     lock: held by whoever changes what `save` reads.
   """
 
@@ -94,38 +96,36 @@ class Watcher:
       return
     signal.signal(signal.SIGTERM, self._old_handler)
     signal.set_wakeup_fd(self._old_fd)
-    self._writer.close()  # Ends the thread, if it still waits.
+    self._writer.close()  # Ends the thread, which still waits.
 
   def _watch(self) -> None:
-    with self._reader:
-      while True:
-        numbers = self._reader.recv(1)
-        if not numbers:
-          return
-        if numbers[0] == signal.SIGTERM:
-          break
-    start = time.monotonic()
+    while (numbers := self._reader.recv(1)) != bytes([signal.SIGTERM]):
+      if not numbers:
+        self._reader.close()
+        return
     self._requested.set()
+    # Whatever hangs, a save or a library's thread: the platform would be worse.
+    last_moment = threading.Timer(self._grace_secs * _LAST_MOMENT, _end)
+    last_moment.daemon = True
+    last_moment.start()
+    save = self.save
+    if save is None:
+      _end()
+      return
     print('SIGTERM: saving the last step and ending.', file=sys.stderr)
-    if not self._left.wait(self._grace_secs * _REACTION):
-      self._save_and_end()
-    # The main thread saves. Threads of libraries may keep it from ending.
-    time.sleep(
-      max(0.0, start + self._grace_secs * _LAST_MOMENT - time.monotonic())
-    )
-    _end()
-
-  def _save_and_end(self) -> None:
+    if self._left.wait(self._grace_secs * _REACTION):
+      return  # The main thread saves.
     try:
       with self.lock:
-        if self.save is not None:
-          self.save()
-    finally:
-      _end()
+        save()
+    except BaseException:
+      traceback.print_exc()
+      _end(1)
+    _end()
 
 
-def _end() -> None:
+def _end(status: int = EXIT_CODE) -> None:
   """Ends the process at once, without waiting for the main thread."""
   sys.stdout.flush()
   sys.stderr.flush()
-  os._exit(EXIT_CODE)
+  os._exit(status)

@@ -41,7 +41,7 @@ class Progress:
     self._underway: collections.deque[tuple[int, Any, data.Batch]] = (
       collections.deque()
     )
-    self._restart()
+    self._start_clock()
 
   def add(
     self, step: int, sums: Mapping[str, jax.Array], batch: data.Batch
@@ -61,14 +61,15 @@ class Progress:
     """Waits for all steps but the last `leave`.
 
     Raises:
-      FloatingPointError: if the loss or the gradients are not finite; names
-        the step and a file with its batch.
+      FloatingPointError: if the loss, the gradients or the new parameters are
+        not finite; names the step and a file with its batch.
     """
     while len(self._underway) > leave:
       step, device_sums, batch = self._underway.popleft()
       sums = {k: float(v) for k, v in jax.device_get(device_sums).items()}
-      if not math.isfinite(sums['loss']) or not math.isfinite(
-        sums['grad_norm']
+      if not all(
+        math.isfinite(sums[name])
+        for name in ('loss', 'grad_norm', 'param_norm')
       ):
         raise FloatingPointError(self._describe_failure(step, sums, batch))
       sums['num_steps'] = 1
@@ -83,8 +84,9 @@ class Progress:
     with files.whole(path, 'wb') as file:
       np.savez(file, **dict[str, Any](batch))
     return (
-      f'Step {step} has a loss of {sums["loss"]} and a gradient norm of '
-      f'{sums["grad_norm"]}. Its batch is in {path}. No checkpoint holds what '
+      f'Step {step} has a loss of {sums["loss"]}, a gradient norm of '
+      f'{sums["grad_norm"]}, and leaves a parameter norm of '
+      f'{sums["param_norm"]}. Its batch is in {path}. No checkpoint holds what '
       'came of it. A lower LEARNING_RATE, or DTYPE=float32, may help.'
     )
 
@@ -95,8 +97,8 @@ class Progress:
     yield
     self._start_secs += time.perf_counter() - start_secs
 
-  def flush(self) -> dict[str, float]:
-    """Returns what to log, of all steps so far, and starts again."""
+  def summary(self) -> dict[str, float]:
+    """Returns what to log, of all steps so far."""
     self.settle()
     secs = time.perf_counter() - self._start_secs
     sums, before = self.sums, self._sums_before
@@ -106,16 +108,20 @@ class Progress:
       'train/loss': sums['loss'] / tokens,
       'train/accuracy': sums['num_correct'] / tokens,
       'train/grad_norm': sums['grad_norm'] / sums['num_steps'],
+      'train/param_norm': sums['param_norm'] / sums['num_steps'],
       'train/target_tokens_per_sec': here['loss_weight'] / secs,
       'train/prompt_tokens_per_sec': here['num_prompt_tokens'] / secs,
       'train/secs_per_step': secs / max(here['num_steps'], 1.0),
     }
-    if 'z_loss' in sums:
+    if sums.get('z_loss'):
       summary['train/z_loss'] = sums['z_loss'] / tokens
-    self.sums = {}
-    self._restart()
     return summary
 
-  def _restart(self) -> None:
+  def restart(self) -> None:
+    """Starts again from nothing."""
+    self.sums = {}
+    self._start_clock()
+
+  def _start_clock(self) -> None:
     self._sums_before = dict(self.sums)
     self._start_secs = time.perf_counter()

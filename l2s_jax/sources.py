@@ -9,10 +9,11 @@ TensorFlow.
 
 import collections
 import functools
+import hashlib
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -112,6 +113,13 @@ def local_source(
   """
   if bad_lines not in ('refuse', 'skip'):
     raise ValueError(f"BAD_LINES={bad_lines!r}: expected 'refuse' or 'skip'.")
+  if not isinstance(data_files, Mapping):
+    raise ValueError(
+      f'DATA_FILES={data_files!r}: expected the files of each split, such as '
+      "{'train': 'train.jsonl', 'validation': 'val.jsonl'}."
+    )
+  check_sequence('COLUMN_NAMES', columns.names)
+  check_sequence('local_task.reference_columns', columns.references)
   files = {
     split: _resolve_files(split, value, data_dir)
     for split, value in data_files.items()
@@ -141,6 +149,40 @@ def local_source(
     return functools.reduce(lambda one, two: one.concatenate(two), datasets)
 
   return _make_source(read, splits=tuple(files))
+
+
+def check_sequence(name: str, value: Any) -> None:
+  """Refuses a text where several are meant; it would be taken by letters.
+
+  Args:
+    name: of the setting.
+    value: what it is.
+
+  Raises:
+    ValueError: with how to write it.
+  """
+  if isinstance(value, str):
+    raise ValueError(
+      f'{name}={value!r}: expected a tuple, with a comma even for one: '
+      f"('{value}',)."
+    )
+
+
+def fingerprint(data_files: DataFiles, data_dir: str | None) -> str:
+  """Returns a hash of the contents of a split's files, in their order.
+
+  Args:
+    data_files: see `tasks.local_task`.
+    data_dir: where relative names start.
+  """
+  digest = hashlib.sha256()
+  for paths in _resolve_files('train', data_files, data_dir):
+    for path in paths:
+      with path.open('rb') as file:
+        while block := file.read(1 << 20):
+          digest.update(block)
+      digest.update(b'end of file')
+  return digest.hexdigest()
 
 
 class _Lines:

@@ -12,7 +12,6 @@ does, does not import TensorFlow.
 import dataclasses
 import difflib
 import functools
-import inspect
 import json
 import os
 import sys
@@ -336,11 +335,11 @@ def _bind_task(
 
 
 def data_settings(name: str) -> dict[str, Any]:
-  """Returns the settings in gin that a task's training examples depend on.
+  """Returns what a task's training examples depend on, as JSON has it.
 
-  As JSON has them. Where data lie is left out, and so is how answers are
-  scored. Two runs with the same settings, files, seed and lengths see the same
-  examples in the same order.
+  Local files stand here with a hash of their contents, not with their names.
+  How answers are scored is left out. Two runs with the same, and with the same
+  seed and lengths, see the same examples in the same order.
 
   Args:
     name: as for `bind`.
@@ -355,9 +354,12 @@ def data_settings(name: str) -> dict[str, Any]:
   elif kind == 'local':
     with gin.config_scope(scope or None):
       bound = gin.get_bindings(local_task)
-    skipped = ('data_dir', 'metrics', 'reference_columns')
-    bound = {key: bound[key] for key in bound.keys() - set(skipped)}
-    bound['data_files'] = bound.get('data_files', {}).get('train')
+    data_files = bound.pop('data_files', {}).get('train')
+    data_dir = bound.pop('data_dir', None)
+    for scoring in ('metrics', 'reference_columns'):
+      bound.pop(scoring, None)
+    if data_files is not None:
+      bound['train_files'] = sources.fingerprint(data_files, data_dir)
     settings = {name: bound}
   else:
     settings = {name: {'template': _tfds_config(name).template}}
@@ -424,6 +426,7 @@ def _read_from_cache(task: 'seqio.Task', config: CacheConfig) -> 'seqio.Task':
       file=sys.stderr,
     )
     return task
+  sources.check_sequence('TASK_CACHE_DIRS', config.cache_dirs)
   cache_dirs = [*config.cache_dirs, *seqio.get_global_cache_dirs()]
   return task.replace(
     source=features.CachedSource(task, cache_dirs),
@@ -482,18 +485,12 @@ def _make_task(
   """Returns a task that stops at text; `bind` adds the tokens."""
   from l2s_jax.features import seqio, tf
 
-  functions = inspect.getmembers(metrics_lib, inspect.isfunction)
-  known = [
-    metric
-    for metric, function in functions
-    if not metric.startswith('_')
-    and 'predictions' in inspect.signature(function).parameters
-  ]
-  unknown = [metric for metric in metric_names if metric not in known]
+  sources.check_sequence('local_task.metrics', metric_names)
+  unknown = [name for name in metric_names if name not in metrics_lib.METRICS]
   if unknown:
     raise ValueError(
       f'local_task.metrics names {", ".join(unknown)}; there are '
-      f'{", ".join(known)}.'
+      f'{", ".join(metrics_lib.METRICS)}.'
     )
   text = seqio.Feature(
     seqio.PassThroughVocabulary(size=0), add_eos=False, dtype=tf.string, rank=0
@@ -504,7 +501,7 @@ def _make_task(
     output_features={'inputs': text, 'targets': text},
     preprocessors=preprocessors,
     postprocess_fn=postprocess_fn,
-    metric_fns=[getattr(metrics_lib, metric) for metric in metric_names],
+    metric_fns=[metrics_lib.METRICS[name] for name in metric_names],
   )
 
 

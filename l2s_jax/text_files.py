@@ -22,6 +22,7 @@ Row = dict[str, Any]
 KINDS = ('jsonl', 'tsv', 'csv')
 _BYTE_ORDER_MARK = b'\xef\xbb\xbf'
 # What a byte that is not UTF-8 becomes under errors='surrogateescape'.
+_LONGEST_COLUMN_NAME = 30
 _ESCAPED_BYTE = re.compile('[\udc80-\udcff]')
 
 
@@ -274,8 +275,11 @@ def _check_columns(
 ) -> None:
   missing = [column for column in required if column not in names]
   if missing:
+    # A first line that is no header is data, which no message shows.
+    is_header = all(len(name) <= _LONGEST_COLUMN_NAME for name in names)
+    found = ', '.join(names) if is_header else f'{len(names)} long texts'
     raise ValueError(
-      f'{path} has no column {", ".join(missing)}; its columns are '
-      f'{", ".join(names)}. Name one of these, or, for a TSV or CSV file whose '
-      'first line is no header, set COLUMN_NAMES.'
+      f'{path} has no column {", ".join(missing)}; its first line has {found}. '
+      'Name columns that are there, or, for a TSV or CSV file whose first line '
+      'is no header, set COLUMN_NAMES.'
     )

@@ -91,7 +91,11 @@ def train_step(
     trainable=optax.apply_updates(state.trainable, updates),
     opt_state=opt_state,
   )
-  return new_state, {**sums, 'grad_norm': optax.tree.norm(grads)}
+  return new_state, {
+    **sums,
+    'grad_norm': optax.tree.norm(grads),
+    'param_norm': optax.tree.norm(new_state.trainable),
+  }
 
 
 def _add_up(
@@ -203,7 +207,7 @@ def train(
     log_period=log_period,
     eval_batch_size=eval_batch_size,
   )
-  _check_best_metric(best_metric, eval_split)
+  _check_best_split(best_metric, eval_split)
   run_dir = systems.local_folder(model_dir, 'MODEL_DIR')
   mesh_config = mesh or partition.MeshConfig()
   device_mesh = partition.make_mesh(mesh_config)
@@ -216,6 +220,7 @@ def train(
     evaluate.check_splits(
       task, task_feature_lengths, read=('train',), evaluated=eval_split
     )
+    evaluate.check_score('BEST_METRIC', best_metric, task, eval_split)
 
   with (
     partition.use_mesh(device_mesh),
@@ -245,7 +250,7 @@ def train(
       'task_feature_lengths': dict(task_feature_lengths),
       'optimizer': optimizer.description,
     }
-    position = check_position(checkpointer.restore_data(), kind)
+    position = check_position(checkpointer.restore_data(), kind, run_dir)
     state = restore_or_create(
       system, layout, transform, device_mesh, checkpointer, seed
     )
@@ -274,7 +279,14 @@ def train(
       )
     )
     log = opened.enter_context(
-      contextlib.closing(metric_writer.MetricWriter(run_dir, first_step=step))
+      contextlib.closing(
+        metric_writer.MetricWriter(
+          run_dir,
+          first_step=step,
+          # The end of a run that goes on now was no end of a period.
+          drop=('train/',) if step % log_period and step < train_steps else (),
+        )
+      )
     )
     evaluations = metric_writer.by_step(run_dir, prefix='eval/')
     bar = opened.enter_context(_bar(run_dir, step, train_steps))
@@ -354,7 +366,9 @@ def train(
           num_examples += batch_size
           progress.add(step, sums, host_batch)
           if step % log_period == 0 or step == train_steps:
-            summary = progress.flush()
+            summary = progress.summary()
+            if step % log_period == 0:
+              progress.restart()
             summary['train/learning_rate'] = float(optimizer.schedule(step - 1))
             log.write(step, summary)
             bar.set_postfix_str(
@@ -382,13 +396,16 @@ def train(
 
 
 def check_position(
-  position: Mapping[str, Any] | None, kind: Mapping[str, Any]
+  position: Mapping[str, Any] | None,
+  kind: Mapping[str, Any],
+  run_dir: pathlib.Path,
 ) -> Mapping[str, Any]:
   """Returns where training goes on: 'num_examples' and 'sums'.
 
   Args:
     position: from the checkpoint; None at the start.
     kind: what the order of examples and the optimizer's slots depend on.
+    run_dir: the run's folder, for the error.
 
   Raises:
     ValueError: if that was otherwise at the checkpoint; lists the differences.
@@ -400,14 +417,14 @@ def check_position(
   )
   if differences:
     raise ValueError(
-      'The run was trained otherwise so far: its place in the data, or what '
-      'its optimizer holds, means nothing now. Set these as they were, or '
-      'choose another MODEL_DIR:\n' + '\n'.join(differences)
+      f'{run_dir} holds a run that was trained otherwise so far: its place in '
+      'the data, or what its optimizer holds, means nothing now. Set these as '
+      'they were, or choose another MODEL_DIR:\n' + '\n'.join(differences)
     )
   return position
 
 
-def _check_best_metric(best_metric: str | None, eval_split: str) -> None:
+def _check_best_split(best_metric: str | None, eval_split: str) -> None:
   if best_metric is not None and 'test' in eval_split:
     raise ValueError(
       f'BEST_METRIC={best_metric!r} with eval_split={eval_split!r}: a '
@@ -436,18 +453,17 @@ def _keep_best(
   metric: str | None,
   evaluations: Mapping[int, Mapping[str, float]],
 ) -> None:
-  if metric is None or not evaluations:
+  if metric is None:
     return
-  newest = evaluations[max(evaluations)]
-  if metric not in newest:
+  scores = {
+    step: row[metric] for step, row in evaluations.items() if metric in row
+  }
+  if evaluations and not scores:  # Of a metric that is not of metrics.py.
     raise ValueError(
       f'BEST_METRIC={metric!r} is not among the scores of the evaluation: '
-      f'{", ".join(newest)}.'
+      f'{", ".join(evaluations[max(evaluations)])}.'
     )
-  checkpointer.keep_best(
-    metric,
-    {step: row[metric] for step, row in evaluations.items() if metric in row},
-  )
+  checkpointer.keep_best(metric, scores)
 
 
 def restore_or_create(

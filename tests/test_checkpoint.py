@@ -89,6 +89,21 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
   }
 
 
+def test_what_is_best_no_more_goes_at_once_and_the_best_stays(tmp_path):
+  """Also under a later start that chooses nothing."""
+  checkpointer = checkpoint.Checkpointer(tmp_path, keep=1)
+  for step, scores in ((2, {2: 1.0}), (4, {2: 1.0, 4: 5.0})):
+    checkpointer.save(make_state(step), {})
+    checkpointer.keep_best('bleu', scores)
+  checkpointer.close()
+  assert checkpoint.steps(tmp_path) == [4]
+  save(tmp_path, make_state(6), make_state(8), keep=1)
+  assert checkpoint.steps(tmp_path) == [4, 8]
+  assert checkpoint.params_folder(tmp_path, 'best')[1] == 4
+  names = {path.name for path in (tmp_path / checkpoint.FOLDER).iterdir()}
+  assert names == {'4', '8'}
+
+
 def test_the_least_loss_is_the_best(tmp_path):
   save(tmp_path, make_state(1), make_state(2), make_state(3))
   checkpointer = checkpoint.Checkpointer(tmp_path)

@@ -170,3 +170,18 @@ def test_dry_run_prints_sizes_and_writes_nothing(folder, llm_run):
   )
   assert 'bytes per device' in result.stdout
   assert not (folder / 'never').exists()
+
+
+def test_files_of_no_split_are_refused(folder):
+  result = train(
+    folder,
+    'llm_baseline',
+    'never',
+    '--gin.DATA_FILES=train.jsonl',
+    '--dry_run',
+    check=False,
+  )
+  assert result.returncode == 2
+  assert "DATA_FILES='train.jsonl': expected the files of each split" in (
+    result.stderr
+  )

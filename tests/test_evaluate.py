@@ -185,6 +185,8 @@ def test_all_checkpoints_give_a_curve(run, tmp_path, capsys):
   results = evaluate_run(run, steps='all', output_dir=str(tmp_path))
   assert list(results) == [5, 10]
   found = json.loads((tmp_path / 'eval/metrics-numbers-test.json').read_text())
+  settings = [found[step]['none'].pop('settings') for step in ('5', '10')]
+  assert settings[0] == settings[1] and 'max_decode_len' in settings[0]
   assert found == {str(step): scores for step, scores in results.items()}
   scores = results[10]['none']
   assert {'rouge2', 'exact_match', 'loss', 'rouge1_low'} <= scores.keys()
@@ -226,6 +228,18 @@ def test_what_was_evaluated_before_stays_in_the_curve(run, tmp_path, capsys):
   assert not any(tag.endswith('_low') for tag, _, _ in scalars)
 
 
+def test_evaluations_with_other_settings_are_not_compared(
+  run, tmp_path, capsys
+):
+  evaluate_run(run, steps='all', output_dir=str(tmp_path))
+  assert '|    5 |' in capsys.readouterr().out
+  evaluate_run(run, steps=10, output_dir=str(tmp_path), num_examples=2)
+  assert '|    5 |' not in capsys.readouterr().out
+  found = json.loads((tmp_path / 'eval/metrics-numbers-test.json').read_text())
+  assert [found[step]['none']['num_examples'] for step in ('5', '10')] != [2, 2]
+  assert found['10']['none']['settings']['num_examples'] == 2
+
+
 @pytest.mark.parametrize(
   'steps, message',
   [
@@ -237,6 +251,11 @@ def test_what_was_evaluated_before_stays_in_the_curve(run, tmp_path, capsys):
 def test_steps_that_are_not_there_are_refused(run, steps, message):
   with pytest.raises(FileNotFoundError, match=message):
     evaluate_run(run, steps=steps)
+
+
+def test_a_word_that_is_no_step_is_refused(run):
+  with pytest.raises(ValueError, match="EVAL_STEPS='newest': expected a step"):
+    evaluate_run(run, steps='newest')
 
 
 def test_a_run_without_checkpoints_is_refused(run, tmp_path):

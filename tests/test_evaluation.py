@@ -7,7 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from l2s_jax import data, evaluation, metrics, tasks, vocabularies
+from l2s_jax import (
+  data,
+  evaluate,
+  evaluation,
+  metrics,
+  tasks,
+  vocabularies,
+)
 from l2s_jax.features import seqio
 
 LENGTHS = {'inputs': 16, 'targets': 8}
@@ -352,3 +359,21 @@ def test_a_task_that_drops_its_raw_answers_is_refused(bind, vocabulary):
 def test_wrong_shapes_are_named(evaluator):
   with pytest.raises(ValueError, match=r'shape \(4,\), expected \(4, steps\)'):
     evaluator.evaluate(lambda batch: np.ones(4, int), step=0)
+
+
+def test_the_names_of_scores_are_known_ahead(bind, vocabulary):
+  """So that a misspelt BEST_METRIC is refused before anything is computed."""
+  task = bind(vocabulary)
+  scores = make_evaluator(task).evaluate(perfect(vocabulary), step=1)
+  names = evaluation.score_names(task, 'test')
+  assert names is not None
+  assert set(names) - {'loss', 'token_accuracy'} <= scores['romanian'].keys()
+  assert 'bleu' in names and 'num_examples' not in names
+  both = evaluation.score_names(bind(vocabulary, 'both'), 'test')
+  assert both is not None and sorted(both) == sorted(
+    f'{part}/{name}' for part in ('romanian', 'more_romanian') for name in names
+  )
+  evaluate.check_score('BEST_METRIC', 'chrf', task, 'test')
+  evaluate.check_score('BEST_METRIC', None, task, 'test')
+  with pytest.raises(ValueError, match="BEST_METRIC='blue'.*bleu, chrf"):
+    evaluate.check_score('BEST_METRIC', 'blue', task, 'test')

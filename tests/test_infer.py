@@ -450,7 +450,12 @@ def test_refused_before_a_model_is_loaded(tmp_path, changes, error, message):
       {'column_names': ('prompt',)},
       r'none of its 1 lines .*a\.tsv:1 has 2 columns, expected 1: prompt',
     ),
-    ('a.tsv', 'text\na\n', {}, r'a\.tsv has no column prompt; its columns are'),
+    (
+      'a.tsv',
+      'text\na\n',
+      {},
+      r'a\.tsv has no column prompt; its first line has text',
+    ),
     ('a.txt.gz', 'a', {}, r'a\.txt\.gz is not a whole gzip file'),
     (
       'a.txt',

@@ -141,6 +141,7 @@ def test_sigterm_between_steps_saves_the_last_one(folder):
   process.terminate()
   process.terminate()  # A second one harms nothing.
   output = finish(process, preemption.EXIT_CODE)
+  assert 'Exception' not in output and 'Traceback' not in output
   (step,) = checkpoint.steps(run)
   assert step >= losses(run)[-1][0] >= 15
   assert f'Saved step {step}.' in output
@@ -173,13 +174,17 @@ def test_sigterm_while_evaluating_keeps_the_step_and_evaluates_it_again(
   assert_same_run(run, unbroken)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(folder):
-  """With the step, its batch in a file, and the last good checkpoint."""
-  run = folder / 'diverged'
+@pytest.mark.parametrize('learning_rate', ['1e30', '1e39'])
+def test_what_is_not_finite_stops_the_run(folder, learning_rate):
+  """With the step, its batch in a file, and the last good checkpoint.
+
+  1e30 makes the next loss infinite, 1e39 the parameters of this step.
+  """
+  run = folder / f'diverged-{learning_rate}'
   process = start(
     folder,
-    'diverged',
-    '--gin.LEARNING_RATE=1e30',
+    run.name,
+    f'--gin.LEARNING_RATE={learning_rate}',
     '--gin.CHECKPOINT_PERIOD=1',
   )
   output = finish(process, 1)
@@ -190,11 +195,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder):
   assert 'Traceback' not in output and 'configurable' not in output
   batch = np.load(path)
   assert batch['decoder_target_tokens'].shape == (8, 32)
-  assert max(checkpoint.steps(run)) < step
-  arrays = checkpoint.read_arrays(
-    checkpoint.params_folder(run)[0], [('token_embedder', 'embedding')]
-  )
-  assert all(np.isfinite(array).all() for array in arrays.values())
+  assert checkpoint.steps(run) == list(range(1, step))[-3:]
+  for saved in checkpoint.steps(run):
+    params, _ = checkpoint.params_folder(run, saved)
+    arrays = checkpoint.read_arrays(
+      params, list(checkpoint.array_shapes(params))
+    )
+    assert all(np.isfinite(array).all() for array in arrays.values())
 
 
 # --- the watcher alone ---
@@ -229,7 +236,7 @@ def test_the_watcher_waits_for_the_lock(tmp_path):
 import os, pathlib, signal, threading, time
 from l2s_jax import preemption
 path = pathlib.Path({str(tmp_path / 'saved')!r})
-with preemption.Watcher(grace_secs=0.4) as watcher:
+with preemption.Watcher(grace_secs=2) as watcher:
   watcher.save = lambda: path.write_text(str(steps))
   with watcher.lock:
     steps = None  # The old state is gone, the new one not yet there.
@@ -240,6 +247,46 @@ with preemption.Watcher(grace_secs=0.4) as watcher:
 """)
   assert result.returncode == preemption.EXIT_CODE, result.stderr
   assert (tmp_path / 'saved').read_text() == '7'
+
+
+@pytest.mark.parametrize('hanging', ['watcher.lock.acquire()', 'None'])
+def test_the_process_ends_in_time_though_nothing_can_be_saved(hanging):
+  start_secs = time.monotonic()
+  result = run_python(f"""
+import os, signal, time
+from l2s_jax import preemption
+with preemption.Watcher(grace_secs=2) as watcher:
+  watcher.save = lambda: time.sleep(100)
+  {hanging}
+  os.kill(os.getpid(), signal.SIGTERM)
+  time.sleep(100)
+""")
+  assert result.returncode == preemption.EXIT_CODE, result.stderr
+  assert time.monotonic() - start_secs < 10
+
+
+def test_a_save_that_fails_is_no_preemption():
+  """A launcher that starts again at 75 would do so for ever."""
+  result = run_python("""
+import os, signal, time
+from l2s_jax import preemption
+def save():
+  raise OSError('No space left on device')
+with preemption.Watcher(grace_secs=1) as watcher:
+  watcher.save = save
+  os.kill(os.getpid(), signal.SIGTERM)
+  time.sleep(100)
+""")
+  assert result.returncode == 1
+  assert 'OSError: No space left on device' in result.stderr
+
+
+def test_sigterm_before_there_is_anything_to_save_means_to_start_again(folder):
+  process = start(folder, 'early')
+  time.sleep(1.5)  # Imports.
+  process.terminate()
+  finish(process, preemption.EXIT_CODE)
+  assert not (folder / 'early').exists()
 
 
 def test_a_watcher_leaves_sigterm_as_it_found_it():

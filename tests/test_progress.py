@@ -18,6 +18,7 @@ def step_sums(loss, weight, grad_norm=1.0):
     'loss_weight': jnp.float32(weight),
     'num_correct': jnp.float32(1),
     'grad_norm': jnp.float32(grad_norm),
+    'param_norm': jnp.float32(1),
   }
 
 
@@ -25,7 +26,7 @@ def test_progress_divides_sums_by_their_weight(tmp_path):
   done = progress.Progress(tmp_path, {})
   done.add(1, step_sums(6.0, 2.0, grad_norm=2.0), PROMPTS)
   done.add(2, step_sums(1.0, 8.0, grad_norm=8.0), PROMPTS)
-  summary = done.flush()
+  summary = done.summary()
   assert summary['train/loss'] == pytest.approx(0.7)  # not (3 + 1/8) / 2
   assert summary['train/accuracy'] == pytest.approx(0.2)
   assert summary['train/grad_norm'] == pytest.approx(5.0)
@@ -34,6 +35,7 @@ def test_progress_divides_sums_by_their_weight(tmp_path):
     / summary['train/target_tokens_per_sec']
   )
   assert ratio == pytest.approx(6 / 10)
+  done.restart()
   assert done.sums == {}
 
 
@@ -48,7 +50,7 @@ def test_progress_from_a_checkpoint_logs_what_one_run_would(tmp_path):
   second = progress.Progress(tmp_path, saved)
   for step in (2, 3):
     second.add(step, step_sums(step / 3, step), PROMPTS)
-  expected, found = whole.flush(), second.flush()
+  expected, found = whole.summary(), second.summary()
   for name in ('train/loss', 'train/accuracy', 'train/grad_norm'):
     assert found[name] == expected[name]
 

@@ -56,6 +56,7 @@ def texts(task, split='train'):
 
 
 def write(path, content):
+  path.parent.mkdir(exist_ok=True)
   data = content.encode() if isinstance(content, str) else content
   path.write_bytes(gzip.compress(data) if path.suffix == '.gz' else data)
   return path.name
@@ -535,10 +536,14 @@ chat/local_task.template = 'to German: {{source}}'
   assert texts(mixture.tasks[0]) == [('to German: one', 'eins')]
 
 
-def test_settings_are_those_that_examples_depend_on():
+def test_settings_are_those_that_examples_depend_on(tmp_path):
+  for folder, lines in (('here', 'a\nb'), ('same', 'a\nb'), ('other', 'b\na')):
+    for name in ('x.en', 'x.de', 'x2.en'):
+      write(tmp_path / folder / name, lines)
+    write(tmp_path / folder / 'y.jsonl', '{"source": "a", "target": "b"}')
   base = {
     'local_task.data_files': {'train': ('x.en', 'x.de')},
-    'local_task.data_dir': 'here',
+    'local_task.data_dir': str(tmp_path / 'here'),
     'mixture.tasks': {'a/local': 1.0, 'wmt16_en_de': 2},
     'tfds.data_dir': 'here',
   }
@@ -554,7 +559,9 @@ def test_settings_are_those_that_examples_depend_on():
         gin.clear_config()
 
   for key, value, changed in (
-    ('local_task.data_dir', 'there', set()),
+    ('local_task.data_dir', str(tmp_path / 'same'), set()),
+    ('local_task.data_dir', str(tmp_path / 'other'), {'local', 'mixture'}),
+    ('local_task.data_files', {'train': ('x2.en', 'x.de'), 'test': 1}, set()),
     ('tfds.data_dir', 'there', set()),
     ('local_task.metrics', ('rouge',), set()),
     ('local_task.data_files', {'train': 'y.jsonl'}, {'local', 'mixture'}),
@@ -732,3 +739,23 @@ def test_real_table(vocabulary, shared_data):
   assert texts(task, 'test') == [
     tuple(line.split('\t')[:2]) for line in lines.splitlines()
   ]
+
+
+@pytest.mark.parametrize(
+  'settings, message',
+  [
+    (
+      {'reference_columns': 'notes'},
+      r"reference_columns='notes'.*\('notes',\)",
+    ),
+    ({'metrics': 'bleu'}, r"metrics='bleu'.*\('bleu',\)"),
+  ],
+)
+def test_text_is_not_taken_letter_by_letter(
+  vocabulary, tmp_path, settings, message
+):
+  files = {
+    'train': write(tmp_path / 'x.jsonl', '{"source": "a", "target": "b"}')
+  }
+  with pytest.raises(ValueError, match=message):
+    bind_local(vocabulary, tmp_path, files, **settings)

@@ -163,7 +163,11 @@ def test_bad_text_lines_are_named_and_passed_over(write):
     ('x.tsv', '', r'x\.tsv:1 is empty; expected a line with the names'),
     ('x.csv', b'\xff', r'x\.csv:1 is not UTF-8'),
     ('x.tsv', 'a\ta\n', r'x\.tsv has more than one column a'),
-    ('x.tsv', 'a\tb\n', r'no column source; its columns are a, b\. .*COLUMN_'),
+    (
+      'x.tsv',
+      'a\tb\n',
+      r'no column source; its first line has a, b\. .*COLUMN_',
+    ),
     ('x.csv', 'source\na\n"b\nc\n', r'x\.csv:3 opens a quote that nothing'),
   ],
 )

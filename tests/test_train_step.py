@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import pathlib
 
 import helpers
 import jax
@@ -368,16 +369,24 @@ def test_each_microbatch_has_its_own_key():
 # --- settings that do not fit ---
 
 
+RUN = pathlib.Path('runs/mine')
+
+
 def test_another_order_of_the_data_is_refused_with_the_differences():
   order = {'task': 'cldr', 'seed': 0, 'task_feature_lengths': {'inputs': 8}}
   position = order | {'num_examples': 32, 'sums': {'loss': 1.0}}
-  assert train.check_position(position, order) == position
-  assert train.check_position(None, order) == {'num_examples': 0, 'sums': {}}
+  assert train.check_position(position, order, RUN) == position
+  assert train.check_position(None, order, RUN) == {
+    'num_examples': 0,
+    'sums': {},
+  }
   with pytest.raises(ValueError) as error:
     train.check_position(
       position,
       order | {'task': 'wmt16_en_de', 'task_feature_lengths': {'inputs': 16}},
+      RUN,
     )
+  assert str(error.value).startswith('runs/mine holds a run')
   assert str(error.value).splitlines()[1:] == [
     "  task: the run has 'cldr', the config says 'wmt16_en_de'",
     '  task_feature_lengths.inputs: the run has 8, the config says 16',
@@ -385,10 +394,10 @@ def test_another_order_of_the_data_is_refused_with_the_differences():
 
 
 def test_the_best_is_chosen_on_validation_data_only():
-  train._check_best_metric('bleu', 'validation')
-  train._check_best_metric(None, 'test')
+  train._check_best_split('bleu', 'validation')
+  train._check_best_split(None, 'test')
   with pytest.raises(ValueError, match="BEST_METRIC='bleu'.*EVAL_STEPS='best'"):
-    train._check_best_metric('bleu', 'test')
+    train._check_best_split('bleu', 'test')
 
 
 def test_a_batch_divides_into_microbatches_and_those_over_the_devices():
