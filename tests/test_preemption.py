@@ -174,11 +174,11 @@ def test_sigterm_while_evaluating_keeps_the_step_and_evaluates_it_again(
   assert_same_run(run, unbroken)
 
 
-@pytest.mark.parametrize('learning_rate', ['1e30', '1e39'])
+@pytest.mark.parametrize('learning_rate', ['1e15', '1e39'])
 def test_what_is_not_finite_stops_the_run(folder, learning_rate):
   """With the step, its batch in a file, and the last good checkpoint.
 
-  1e30 makes the next loss infinite, 1e39 the parameters of this step.
+  1e15 makes the next gradients infinite, 1e39 the parameters of this step.
   """
   run = folder / f'diverged-{learning_rate}'
   process = start(
@@ -191,7 +191,7 @@ def test_what_is_not_finite_stops_the_run(folder, learning_rate):
   (path,) = (run / 'non_finite').iterdir()
   step = int(path.stem.removeprefix('step-'))
   assert f'Step {step} has a loss of ' in output
-  assert 'nan' in output and str(path) in output
+  assert ('nan' in output or 'inf' in output) and str(path) in output
   assert 'Traceback' not in output and 'configurable' not in output
   batch = np.load(path)
   assert batch['decoder_target_tokens'].shape == (8, 32)
