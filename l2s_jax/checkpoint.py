@@ -6,6 +6,7 @@ A step's folder holds three items: `params`, the trained parameters alone;
 last batch trained on. The frozen LLM is not among them.
 """
 
+import copy
 import dataclasses
 import json
 import pathlib
@@ -74,7 +75,7 @@ class Checkpointer:
     shutil.rmtree(self.folder / _DELETED, ignore_errors=True)
 
   def save(self, state: state_lib.TrainState, data: dict[str, Any]) -> None:
-    """Starts saving; the state may be donated as soon as this returns."""
+    """Starts saving; once this returns, both may be changed or donated."""
     step = int(state.step)
     if step in self._manager.all_steps():
       return
@@ -86,7 +87,8 @@ class Checkpointer:
         optimizer=ocp.args.StandardSave(
           {'opt_state': state.opt_state, 'step': state.step, 'key': state.key}
         ),
-        data=ocp.args.JsonSave(data),
+        # Orbax writes it later, when training has changed it.
+        data=ocp.args.JsonSave(copy.deepcopy(data)),
       ),
     )
 

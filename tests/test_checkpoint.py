@@ -136,13 +136,16 @@ def test_a_state_may_be_donated_once_save_has_returned(tmp_path):
 
   checkpointer = checkpoint.Checkpointer(tmp_path)
   state = update(state)
-  checkpointer.save(state, {'batches': 2})
+  data = {'sums': {'loss': 2.0}}
+  checkpointer.save(state, data)
   new = update(state)
+  data['sums']['loss'] = 3.0
   for _ in range(3):
     new = update(new)
   checkpointer.close()
-  restored, _ = restore(tmp_path, new)
+  restored, restored_data = restore(tmp_path, new)
   helpers.assert_trees_equal(restored, expected)
+  assert restored_data == {'sums': {'loss': 2.0}}
 
 
 @pytest.mark.parametrize(

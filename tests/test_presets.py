@@ -204,8 +204,9 @@ def test_a_hugging_face_folder_brings_config_and_tokenizer(vocabulary):
 
 
 def test_llm_to_slm_must_be_told_where_its_llm_is():
+  required = parse('llm_to_slm').required
   with pytest.raises(ValueError, match='add --gin.LLM_PATH=VALUE'):
-    parse('llm_to_slm')
+    gin_utils.check_required(systems.llm_to_slm_system, (), required)
 
 
 @pytest.mark.parametrize('tower', ['LLM', 'SLM'])
