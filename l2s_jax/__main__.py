@@ -9,6 +9,7 @@ before the command line is understood. What a verb does is its module's affair.
 import argparse
 import importlib
 import inspect
+import keyword
 import logging
 import os
 import pathlib
@@ -25,11 +26,57 @@ from l2s_jax import gin_utils, preemption
 
 
 class Flag(NamedTuple):
-  """A flag of one verb: a parameter of its function, over what gin binds."""
+  """A flag of one verb: a parameter of its function, over what gin binds.
+
+  Attributes:
+    name: of the flag; in capitals it is what stands without one.
+    type: of its value; bool takes none.
+    help: what it means.
+    choices: the values that it can have.
+    required: whether the verb does nothing without it.
+  """
 
   name: str
   type: Callable[[str], Any]
   help: str
+  choices: Sequence[str] | None = None
+  required: bool = False
+
+  @property
+  def parameter(self) -> str:
+    """The function's name for it: `from` is no name in Python, `from_` is."""
+    name = self.name.lower()
+    return f'{name}_' if keyword.iskeyword(name) else name
+
+  @property
+  def usage(self) -> str:
+    if self.name.isupper():
+      return self.name
+    value = '|'.join(self.choices) if self.choices else self.metavar
+    text = f'--{self.name}' + ('' if self.type is bool else f'={value}')
+    return text if self.required else f'[{text}]'
+
+  @property
+  def metavar(self) -> str:
+    return 'N' if self.type is int else self.name.upper()
+
+  def add_to(self, parser: argparse.ArgumentParser) -> None:
+    if self.name.isupper():
+      parser.add_argument(self.parameter, metavar=self.name, help=self.help)
+    elif self.type is bool:
+      parser.add_argument(
+        f'--{self.name}', action='store_true', default=None, help=self.help
+      )
+    else:
+      parser.add_argument(
+        f'--{self.name}',
+        dest=self.parameter,
+        metavar=None if self.choices else self.metavar,
+        type=self.type,
+        choices=self.choices,
+        required=self.required,
+        help=self.help,
+      )
 
 
 class Verb(NamedTuple):
@@ -41,9 +88,18 @@ class Verb(NamedTuple):
   example: str
   flags: Sequence[Flag] = ()
 
+  @property
+  def is_all_flags(self) -> bool:
+    """Whether it needs no gin file: all that it must know, flags say."""
+    return any(flag.required for flag in self.flags)
+
   def load(self) -> Callable[..., Any]:
     return getattr(importlib.import_module(self.module), self.function)
 
+
+_VERIFY = Flag(
+  'verify_weights', bool, "compare the LLM's weights with their digests"
+)
 
 VERBS: Mapping[str, Verb] = {
   'train': Verb(
@@ -53,6 +109,7 @@ VERBS: Mapping[str, Verb] = {
     '--gin_file=gin_configs/experiments/multi30k.gin '
     '--gin.DATA_DIR=data/multi30k --gin.SLM_VOCABULARY=spiece.model '
     '--gin.LLM_PATH=runs/multi30k_llm --gin.MODEL_DIR=runs/multi30k',
+    (_VERIFY,),
   ),
   'evaluate': Verb(
     'l2s_jax.evaluate',
@@ -61,6 +118,7 @@ VERBS: Mapping[str, Verb] = {
     '--gin_file=gin_configs/tasks/multi30k.gin '
     '--gin_file=gin_configs/runs/evaluate.gin '
     '--gin.DATA_DIR=data/multi30k --gin.CHECKPOINT_PATH=runs/multi30k',
+    (_VERIFY,),
   ),
   'infer': Verb(
     'l2s_jax.infer',
@@ -72,6 +130,40 @@ VERBS: Mapping[str, Verb] = {
     (
       Flag('shard', int, 'which part of the input to answer, from 0'),
       Flag('num_shards', int, 'into how many parts the input is divided'),
+      _VERIFY,
+    ),
+  ),
+  'convert': Verb(
+    'l2s_jax.convert',
+    'convert',
+    'Hugging Face, T5X and GGUF weights in; Hugging Face and T5X out',
+    'downloads/flan-t5-xxl weights/flan-t5-xxl '
+    '--from=hf --to=l2s --dtype=bfloat16',
+    (
+      Flag(
+        'from',
+        str,
+        'the form of SOURCE; l2s is a run of ours or a converted folder',
+        ('hf', 't5x', 'gguf', 'l2s'),
+        required=True,
+      ),
+      Flag('to', str, 'the form of DESTINATION', ('l2s', 'hf', 't5x'), True),
+      Flag('SOURCE', str, 'a folder, a file, or a name on the Hub'),
+      Flag('DESTINATION', str, 'a folder that is not there yet'),
+      Flag(
+        'dtype',
+        str,
+        'what to store; as stored in SOURCE if not given',
+        ('float32', 'bfloat16'),
+      ),
+      Flag('step', int, 'the checkpoint of a run; the newest if not given'),
+      Flag(
+        'config',
+        str,
+        'a preset (t5_1_1_small) for a T5X checkpoint without its own',
+      ),
+      Flag('vocabulary', str, 'the tokenizer, where SOURCE has none'),
+      Flag('verify', bool, 'compare logits with those of transformers'),
     ),
   ),
 }
@@ -87,9 +179,19 @@ CONFIGURABLE_MODULES = (
   'l2s_jax.train',
   'l2s_jax.evaluate',
   'l2s_jax.infer',
+  'l2s_jax.convert',
 )
 
 _PROGRAM = 'python -m l2s_jax'
+_GIN_USAGE = (
+  '--gin_file=FILE [--gin_file=FILE ...]',
+  '[--gin.NAME=VALUE ...]',
+  '[--gin_search_paths=DIRS]',
+)
+_GIN_HELP = (
+  '\n\n--gin.NAME=VALUE binds a macro (--gin.TRAIN_STEPS=10) or a parameter,\n'
+  'over the files. A VALUE that is not a gin value is taken as a string.'
+)
 
 
 def main(
@@ -114,6 +216,9 @@ def main(
       f'Verbs: {", ".join(verbs)}.'
     )
   parser = _parser(name, verbs[name])
+  if not {'-h', '--help'}.isdisjoint(argv[1:]):
+    print(parser.format_help() + _gin_help(name, verbs[name]))
+    return 0
   args, bindings = _parse_args(parser, argv[1:])
   # TensorFlow reads this when it is imported: warnings, or errors alone.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '1' if args.verbose else '2')
@@ -123,14 +228,18 @@ def main(
     logging.getLogger('absl').setLevel(logging.ERROR)
   try:
     fn = verbs[name].load()
-    if args.help:
-      print(parser.format_help() + _gin_help(name, fn))
-      return 0
     for module in configurable_modules:
       importlib.import_module(module)
-    given = {flag.name: getattr(args, flag.name) for flag in verbs[name].flags}
-    given = {flag: value for flag, value in given.items() if value is not None}
-    others = [verb.load() for key, verb in verbs.items() if key != name]
+    given = {
+      flag.parameter: getattr(args, flag.parameter)
+      for flag in verbs[name].flags
+      if getattr(args, flag.parameter) is not None
+    }
+    others = [
+      verb.load()
+      for key, verb in verbs.items()
+      if key != name and not verb.is_all_flags
+    ]
     _run(fn, args, bindings, given, others)
   except (ValueError, FileNotFoundError) as error:
     if args.verbose or not _is_deliberate(error):
@@ -167,12 +276,9 @@ def _run(
 def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog=f'{_PROGRAM} {name}',
-    usage=f'{_PROGRAM} {name} --gin_file=FILE [--gin_file=FILE ...] '
-    '[--gin.NAME=VALUE ...]\n         [--gin_search_paths=DIRS] [--dry_run] '
-    '[--verbose]' + ''.join(f' [--{flag.name}=N]' for flag in verb.flags),
-    description=f'{name}: {verb.summary}.\n\n'
-    '--gin.NAME=VALUE binds a macro (--gin.TRAIN_STEPS=10) or a parameter,\n'
-    'over the files. A VALUE that is not a gin value is taken as a string.',
+    usage=_usage(name, verb),
+    description=f'{name}: {verb.summary}.'
+    + ('' if verb.is_all_flags else _GIN_HELP),
     epilog='example:\n  '
     + f'{_PROGRAM} {name} {verb.example}'.replace(' --', ' \\\n    --'),
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -195,13 +301,11 @@ def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
     help='folders to look for gin files in, separated by commas',
   )
   for flag in verb.flags:
-    parser.add_argument(
-      f'--{flag.name}', metavar='N', type=flag.type, help=flag.help
-    )
+    flag.add_to(parser)
   parser.add_argument(
     '--dry_run',
     action='store_true',
-    help='print the config, parameter counts and shardings, and stop',
+    help='print what would be done (config, sizes, shardings), and stop',
   )
   parser.add_argument(
     '--verbose',
@@ -210,6 +314,21 @@ def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
   )
   parser.add_argument('-h', '--help', action='store_true', help='this text')
   return parser
+
+
+def _usage(name: str, verb: Verb) -> str:
+  words = [
+    *(() if verb.is_all_flags else _GIN_USAGE),
+    *(flag.usage for flag in verb.flags),
+    '[--dry_run]',
+    '[--verbose]',
+  ]
+  lines = [f'{_PROGRAM} {name}']
+  for word in words:
+    if len(lines[-1]) + len(word) > 78:
+      lines.append(' ' * 8)
+    lines[-1] += f' {word}'
+  return '\n'.join(lines)
 
 
 def _parse_args(
@@ -228,7 +347,7 @@ def _parse_args(
         f'what is {arg}? A gin name is set in one word: '
         f'--gin.{name.lstrip("-")}=VALUE.'
       )
-    known = [f'--{flag}' for flag in vars(args)]
+    known = [f'--{flag.rstrip("_")}' for flag in vars(args)]
     parser.error(f'what is {arg}?{gin_utils.near_misses(name, known)[:-1]}')
   return args, bindings
 
@@ -238,7 +357,7 @@ def _overview(verbs: Mapping[str, Verb]) -> str:
   lines = [f'  {name:{width}}  {verb.summary}' for name, verb in verbs.items()]
   return '\n'.join(
     [
-      f'usage: {_PROGRAM} VERB --gin_file=FILE [--gin.NAME=VALUE ...]',
+      f'usage: {_PROGRAM} VERB [--gin_file=FILE ...] [--gin.NAME=VALUE ...]',
       '',
       'verbs:',
       *lines,
@@ -248,8 +367,9 @@ def _overview(verbs: Mapping[str, Verb]) -> str:
   )
 
 
-def _gin_help(name: str, fn: Callable[..., Any]) -> str:
+def _gin_help(name: str, verb: Verb) -> str:
   """Returns what gin can bind of a verb: its parameters and their meaning."""
+  fn = verb.load()
   lines = [f'\ngin names of {name} (--gin.{name}.NAME=VALUE, or in a file):']
   for parameter in inspect.signature(fn).parameters.values():
     if parameter.name == 'dry_run':
@@ -257,6 +377,8 @@ def _gin_help(name: str, fn: Callable[..., Any]) -> str:
     if parameter.default is gin.REQUIRED:
       parameter = parameter.replace(default=parameter.empty)
     lines.append(f'  {parameter}')
+  if verb.is_all_flags:
+    lines = []
   return '\n'.join([*lines, '', inspect.getdoc(fn) or ''])
 
 

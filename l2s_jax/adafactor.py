@@ -25,7 +25,7 @@ Slots = dict[str, Array]
 
 STACK_AXES = ('layers',)
 ROW_AXES = ('embed', 'llm_embed')
-COLUMN_AXES = ('vocab', 'mlp', 'heads', 'kv')
+COLUMN_AXES = ('vocab', 'mlp', 'heads', 'kv_heads', 'kv')
 OTHER_AXES = ('relpos_buckets', 'abspos_buckets')
 
 

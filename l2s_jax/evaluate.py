@@ -236,6 +236,7 @@ def evaluate(
   output_dir: str | None = None,
   llm_path: str | None = None,
   mesh: partition.MeshConfig | None = None,
+  verify_weights: bool = False,
   *,
   dry_run: bool = False,
 ) -> dict[int, dict[str, dict[str, float]]]:
@@ -261,6 +262,8 @@ def evaluate(
     output_dir: where predictions and metrics go; None: the run's folder.
     llm_path: where the LLM's weights are, if not where the run says.
     mesh: device mesh and axis rules.
+    verify_weights: compare the frozen LLM's weights with the digests that are
+      kept beside them.
     dry_run: prints sizes and shardings, and stops.
 
   Returns:
@@ -309,7 +312,7 @@ def evaluate(
       max_decode_len=max_decode_len,
       num_bootstrap_samples=num_bootstrap_samples,
     )
-    _, frozen = parameters.load_frozen(system, layout)
+    _, frozen = parameters.load_frozen(system, layout, verify=verify_weights)
     results: dict[int, dict[str, dict[str, float]]] = {}
     folder = pathlib.Path(output_dir or checkpoint_path)
     name = f'{task.name}-{split}'

@@ -264,6 +264,7 @@ def infer(
   num_shards: int = 1,
   llm_path: str | None = None,
   mesh: partition.MeshConfig | None = None,
+  verify_weights: bool = False,
   *,
   dry_run: bool = False,
 ) -> None:
@@ -301,6 +302,8 @@ def infer(
     num_shards: how many there are.
     llm_path: where the LLM's weights are, if not where the run says.
     mesh: device mesh and axis rules.
+    verify_weights: compare the frozen LLM's weights with the digests that are
+      kept beside them.
     dry_run: prints sizes and shardings, and stops.
   """
   gin_utils.check_positive(
@@ -351,7 +354,9 @@ def infer(
     def load() -> PromptAnswerer:
       return PromptAnswerer(
         system,
-        parameters.load_params(system, layout, checkpoint_path, step),
+        parameters.load_params(
+          system, layout, checkpoint_path, step, verify=verify_weights
+        ),
         device_mesh,
         prompt_length=prompt_length,
         max_decode_len=max_decode_len,

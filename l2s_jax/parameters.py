@@ -76,18 +76,24 @@ def layout(
     else tree
     for name, tree in shapes.items()
   }
-  shardings = partition.param_shardings(axes, mesh, mesh_config)
+  shardings = partition.param_shardings(shapes, axes, mesh, mesh_config)
   partition.check_divisible(shapes, shardings)
   return Layout(shapes, axes, shardings)
 
 
 def load_frozen(
-  system: systems.System, layout: Layout
+  system: systems.System, layout: Layout, *, verify: bool = False
 ) -> tuple[systems.System, PyTree]:
   """Reads the frozen LLM; returns the system with its fingerprint.
 
+  Args:
+    system: the system.
+    layout: of its parameters.
+    verify: compare every tensor with the digest that is kept beside it.
+
   Raises:
-    ValueError: if the weights are not those that the run was trained with.
+    ValueError: if the weights are not those that the run was trained with, or
+      not what their digests say.
   """
   if not system.frozen:
     return system, {}
@@ -96,6 +102,7 @@ def load_frozen(
     source,
     layout.shapes['llm'],
     layout.shardings['llm'],
+    verify=verify,
   )
   if system.llm_fingerprint not in (None, fingerprint):
     raise ValueError(
@@ -141,9 +148,11 @@ def load_params(
   layout: Layout,
   run_dir: str | pathlib.Path,
   step: int | None = None,
+  *,
+  verify: bool = False,
 ) -> dict[str, PyTree]:
   """Returns all parameters of a run's checkpoint, frozen and trained."""
-  _, frozen = load_frozen(system, layout)
+  _, frozen = load_frozen(system, layout, verify=verify)
   return state_lib.merge(frozen, load_trained(system, layout, run_dir, step))
 
 

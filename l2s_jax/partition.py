@@ -32,6 +32,7 @@ DEFAULT_RULES: Rules = (
   ('batch', ('data', 'fsdp')),
   ('vocab', 'tensor'),
   ('heads', 'tensor'),
+  ('kv_heads', 'tensor'),
   ('mlp', 'tensor'),
   ('embed', 'fsdp'),
   ('llm_embed', 'fsdp'),
@@ -51,7 +52,8 @@ class MeshConfig:
     data: replicas of the parameters; -1 takes all devices that are left.
     fsdp: shards of the parameters along `embed`; the batch is split over it
       too.
-    tensor: shards along `heads`, `mlp` and `vocab`.
+    tensor: shards along `heads`, `mlp` and `vocab`, and along `kv_heads`
+      where these divide.
     llm_rules: logical axis to mesh axis for the LLM.
     slm_rules: the same for the SLM, the projector and everything else.
   """
@@ -125,6 +127,36 @@ def axis_rules(rules: Rules) -> contextlib.AbstractContextManager[None]:
   return nn.logical_axis_rules(rules)
 
 
+def axes_that_divide(
+  axes: Sequence[str | None],
+  shape: Sequence[int],
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
+  rules: Rules | None = None,
+) -> tuple[str | None, ...]:
+  """Returns the axes, without `kv_heads` where it does not divide.
+
+  With grouped queries a model has fewer heads of keys and values than a mesh
+  may have devices along `tensor`; each then holds all of them, as is usual.
+
+  Args:
+    axes: logical names.
+    shape: of the array that has them.
+    mesh: None takes the one in use.
+    rules: None takes those in use.
+  """
+  mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+  mesh_axes = nn.logical_to_mesh_axes(tuple(axes), rules)
+
+  def divides(size, names):
+    names = (names,) if isinstance(names, str) else names or ()
+    return size % math.prod(mesh.shape.get(name, 1) for name in names) == 0
+
+  return tuple(
+    None if axis == 'kv_heads' and not divides(size, names) else axis
+    for axis, size, names in zip(axes, shape, mesh_axes, strict=True)
+  )
+
+
 @contextlib.contextmanager
 def use_mesh(mesh: jax.sharding.Mesh) -> Iterator[None]:
   """Makes `mesh` the one that logical constraints inside refer to."""
@@ -165,6 +197,7 @@ def abstract_params(
 
 
 def param_shardings(
+  shapes: Mapping[str, PyTree],
   logical_axes: Mapping[str, PyTree],
   mesh: jax.sharding.Mesh,
   config: MeshConfig,
@@ -172,15 +205,25 @@ def param_shardings(
   """Returns the sharding of each parameter, each tower by its own rules.
 
   Args:
+    shapes: of the parameters.
     logical_axes: tree of logical `PartitionSpec`; the subtree `llm` follows
       the LLM's rules, everything else the SLM's.
     mesh: the mesh they refer to.
     config: has the rules.
   """
-  return {
-    name: nn.logical_to_mesh_sharding(axes, mesh, config.rules(name))
-    for name, axes in logical_axes.items()
-  }
+
+  def place(tower):
+    rules = config.rules(tower)
+    axes = jax.tree.map(
+      lambda shape, spec: PartitionSpec(
+        *axes_that_divide(tuple(spec), shape.shape, mesh, rules)
+      ),
+      shapes[tower],
+      logical_axes[tower],
+    )
+    return nn.logical_to_mesh_sharding(axes, mesh, rules)
+
+  return {tower: place(tower) for tower in logical_axes}
 
 
 def slot_sharding(

@@ -147,7 +147,7 @@ def language_model_system(
   """
   config = _with_runtime(tower.load_config(), dropout_rate, dtype)
   vocabulary = tower.load_vocabulary()
-  _check_vocabulary(vocabulary, config)
+  check_vocabulary(vocabulary, config)
   module = l2s.build(config)
   return System(
     module=module,
@@ -192,8 +192,8 @@ def llm_to_slm_system(
   llm_config = dataclasses.replace(llm.load_config(), dtype=llm_dtype)
   slm_config = _with_runtime(slm.load_config(), dropout_rate, dtype)
   llm_vocabulary, slm_vocabulary = llm.load_vocabulary(), slm.load_vocabulary()
-  _check_vocabulary(llm_vocabulary, llm_config)
-  _check_vocabulary(slm_vocabulary, slm_config)
+  check_vocabulary(llm_vocabulary, llm_config)
+  check_vocabulary(slm_vocabulary, slm_config)
   return _assemble(
     llm_config,
     slm_config,
@@ -244,7 +244,7 @@ def _with_runtime(
   )
 
 
-def _check_vocabulary(
+def check_vocabulary(
   vocabulary: vocabularies.Vocabulary, config: config_lib.TransformerConfig
 ) -> None:
   """Refuses a tokenizer with more ids than the table has rows."""

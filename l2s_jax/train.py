@@ -154,6 +154,7 @@ def train(
   log_period: int = 50,
   seed: int = 0,
   preemption_grace_secs: int = 60,
+  verify_weights: bool = False,
   *,
   dry_run: bool = False,
 ) -> dict[str, float]:
@@ -186,6 +187,8 @@ def train(
     log_period: steps between lines in the log.
     seed: of initialisation, data order and dropout.
     preemption_grace_secs: between SIGTERM and the end of the process.
+    verify_weights: compare the frozen LLM's weights with the digests that are
+      kept beside them.
     dry_run: prints sizes and shardings, and stops.
 
   Returns:
@@ -235,7 +238,9 @@ def train(
       return {}
 
     watcher = opened.enter_context(preemption.Watcher(preemption_grace_secs))
-    system, frozen = parameters.load_frozen(system, layout)
+    system, frozen = parameters.load_frozen(
+      system, layout, verify=verify_weights
+    )
     systems.save(system, run_dir)
 
     checkpointer = opened.enter_context(

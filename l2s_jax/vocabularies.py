@@ -33,7 +33,7 @@ _TOKENIZER_FILE = 'tokenizer.json'
 _GPT2_FILES = ('vocab.json', 'merges.txt')
 # Name the special tokens; where both do, the second wins, as in transformers.
 _SPECIAL_FILES = ('special_tokens_map.json', 'tokenizer_config.json')
-_ALL_FILES = (
+ALL_FILES = (
   *_SENTENCEPIECE_FILES,
   _TOKENIZER_FILE,
   *_GPT2_FILES,
@@ -161,7 +161,7 @@ class Vocabulary(abc.ABC):
     folder = pathlib.Path(folder)
     strangers = [
       name
-      for name in _ALL_FILES
+      for name in ALL_FILES
       if name not in self._files and (folder / name).exists()
     ]
     if strangers:

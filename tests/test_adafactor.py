@@ -236,3 +236,17 @@ def test_a_sharded_update_is_the_unsharded_one():
     found,
     expected,
   )
+
+
+@pytest.mark.parametrize('name', helpers.MODULES)
+def test_every_family_can_be_trained_with_it(name):
+  """Each axis that a model names plays a part."""
+  shapes, axes = partition.abstract_params(
+    functools.partial(helpers.MODULES[name].init, deterministic=True),
+    jax.random.key(0),
+    parameters.example_batch(1, 2, 2),
+  )
+  optimizer = optim.adafactor().make(axes)
+  slots = jax.eval_shape(optimizer.init, shapes)
+  num_slots = sum(slot.size for slot in jax.tree.leaves(slots))
+  assert num_slots < sum(shape.size for shape in jax.tree.leaves(shapes))

@@ -86,7 +86,7 @@ def test_fuse_by_hand():
   )
 
 
-@pytest.mark.parametrize('slm', helpers.SLMS)
+@pytest.mark.parametrize('slm', [*helpers.SLMS, 'gemma3', 't5gemma'])
 def test_without_z_the_model_is_the_slm(slm):
   module, params, batch = model(slm, 'add', 'shared')
   alone = helpers.logits(l2s.build(module.slm_config), params['slm'], batch)

@@ -15,6 +15,7 @@ ORDER = (
   'partition',
   'models.config',
   'models.layers',
+  'models.positions',
   'models.cache',
   'models.attention',
   'models.transformer',
@@ -39,8 +40,19 @@ ORDER = (
   'optim',
   'state',
   'checkpoint',
+  'weights.rows',
+  'weights.t5_names',
+  'weights.decoder_names',
+  'weights.llama_names',
+  'weights.tensor_files',
   'weights.huggingface',
   'weights.runs',
+  'weights.converted',
+  'weights.t5x',
+  'weights.gguf_file',
+  'weights.hub',
+  'weights.to_huggingface',
+  'weights.to_t5x',
   'weights',
   'sampling',
   'decode',
@@ -55,11 +67,23 @@ ORDER = (
   'train',
   'infer',
   'benchmark',
+  'parity',
+  'convert',
   '__main__',
   'quickstart',
 )
 # The kinds of sources know the interface of all sources.
-EXCEPTIONS = {('weights.huggingface', 'weights'), ('weights.runs', 'weights')}
+EXCEPTIONS = {
+  (f'weights.{kind}', 'weights')
+  for kind in (
+    'huggingface',
+    'runs',
+    'converted',
+    't5x',
+    'to_huggingface',
+    'to_t5x',
+  )
+}
 PACKAGES_ONLY = {'', 'models'}
 
 MAY_IMPORT_LINEN = ('models/', 'interop/', 'partition.py')

@@ -32,6 +32,14 @@ def polish(model_dir, num_steps=3, fail_with=None, dry_run=False):
     int('not a number')
 
 
+@gin.configurable(module='test_main')
+def trade(mine, yours, from_, count=1, haste=False, dry_run=False):
+  """Trades a model."""
+  calls.append(
+    dict(mine=mine, yours=yours, from_=from_, count=count, haste=haste)
+  )
+
+
 VERBS = {
   'polish': command_line.Verb(
     __name__,
@@ -39,7 +47,20 @@ VERBS = {
     'polishes a model',
     '--gin_file=runs/polish.gin --gin.MODEL_DIR=x',
     (command_line.Flag('num_steps', int, 'strokes'),),
-  )
+  ),
+  'trade': command_line.Verb(
+    __name__,
+    'trade',
+    'trades one model for another',
+    'mine yours --from=wood',
+    (
+      command_line.Flag('from', str, 'made of', ('wood', 'tin'), True),
+      command_line.Flag('MINE', str, 'what you have'),
+      command_line.Flag('YOURS', str, 'what you get'),
+      command_line.Flag('count', int, 'how many'),
+      command_line.Flag('haste', bool, 'whether it is urgent'),
+    ),
+  ),
 }
 
 
@@ -114,7 +135,10 @@ def test_dry_run_prints_the_config_and_passes_itself_on(capsys):
 @pytest.mark.parametrize(
   ('argv', 'message'),
   [
-    (['polihs'], "'polihs' is no verb; did you mean polish? Verbs: polish."),
+    (
+      ['polihs'],
+      "'polihs' is no verb; did you mean polish? Verbs: polish, trade.",
+    ),
     (['polish', '--gin_flie=x'], '--gin_flie=x?; did you mean --gin_file'),
     (['polish', '--MODEL_DIR=x'], 'in one word: --gin.MODEL_DIR=VALUE.'),
     (['polish', '--gin.MODEL_DIR', 'x'], 'what is x?'),
@@ -171,6 +195,36 @@ def test_help_of_a_verb_shows_an_example_and_its_gin_names(capsys):
   assert calls == []
 
 
+def test_flags_of_a_verb_are_parameters_of_its_function(capsys):
+  assert run('trade', 'a', '--from=tin', 'b', '--haste') == 0
+  call = dict(mine='a', yours='b', from_='tin', count=1, haste=True)
+  assert calls == [call]
+  assert run('trade', 'a', 'b', '--from=wood', '--gin.trade.count=3') == 0
+  assert calls[1] == call | dict(from_='wood', count=3, haste=False)
+  assert run('trade', '--help') == 0
+  text = capsys.readouterr().out
+  assert 'trade --from=wood|tin MINE YOURS [--count=N] [--haste]' in text
+  assert 'gin_file=FILE' not in text.split('\n\n')[0]
+
+
+@pytest.mark.parametrize(
+  ('argv', 'message'),
+  [
+    (['a', 'b'], 'required: --from'),
+    (['a', '--from=tin'], 'required: YOURS'),
+    (['a', 'b', '--from=gold'], "invalid choice: 'gold'"),
+    (['a', 'b', 'c', '--from=tin'], 'what is c?'),
+    (['a', 'b', '--frm=tin', '--from=tin'], 'did you mean --from'),
+  ],
+)
+def test_wrong_flags_are_one_message_and_status_2(argv, message, capsys):
+  with pytest.raises(SystemExit) as end:
+    run('trade', *argv)
+  assert end.value.code == 2
+  assert calls == []
+  assert message in capsys.readouterr().err
+
+
 def test_help_is_quick_since_it_imports_nothing_heavy():
   result = python_m('--help')
   assert result.returncode == 0
@@ -197,4 +251,5 @@ def test_the_example_of_a_verb_binds_all_that_it_needs(name):
   parser = command_line._parser(name, verb)
   args, bindings = command_line._parse_args(parser, verb.example.split())
   gin_utils.parse_config(args.gin_file, bindings)
-  gin_utils.check_required(verb.load(), given=('dry_run',))
+  given = [flag.parameter for flag in verb.flags]
+  gin_utils.check_required(verb.load(), given=('dry_run', *given))

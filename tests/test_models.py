@@ -13,7 +13,7 @@ import pytest
 from flax import traverse_util
 
 from l2s_jax import parameters, partition
-from l2s_jax.models import attention, l2s, layers
+from l2s_jax.models import attention, l2s, layers, positions
 from l2s_jax.models import config as config_lib
 
 
@@ -95,7 +95,10 @@ def test_cached_decoding_equals_teacher_forcing(model):
     helpers.assert_close(found[real], logits[real, t])
 
 
-@pytest.mark.parametrize('name', ['t5_1_1', 'gpt2', 'llm_to_gpt2-add-foreign'])
+@pytest.mark.parametrize(
+  'name',
+  ['t5_1_1', 'gpt2', 'llm_to_gpt2-add-foreign', *helpers.FAMILIES],
+)
 def test_scanned_and_unrolled_stacks_are_one_model(name):
   module = helpers.MODULES[name]
 
@@ -153,7 +156,7 @@ def test_every_layer_starts_from_values_of_its_own():
   )
 
 
-@pytest.mark.parametrize('name', ['t5_1_1', 'gpt2'])
+@pytest.mark.parametrize('name', ['t5_1_1', 'gpt2', 'gemma3'])
 def test_remat_changes_neither_logits_nor_gradients(name):
   module = helpers.MODULES[name]
   remat = module.clone(config=dataclasses.replace(module.config, remat='full'))
@@ -226,7 +229,7 @@ def test_relative_position_buckets_against_a_table_made_by_hand():
   # 4 + floor(log(d / 4) / log(16 / 4) * 4): d=5 -> 4.6, d=6 -> 5.2,
   # d=8 -> 6 (2 to the half), d=12 -> 7.2.
   offset = -jnp.array([[0, 1, 2, 3, 4, 5, 6, 9, 12, 16, 99, -1, -9]])
-  found = layers.relative_position_bucket(
+  found = positions.relative_position_bucket(
     offset, bidirectional=False, num_buckets=8, max_distance=16
   )
   expected = [[0, 1, 2, 3, 4, 4, 5, 6, 7, 7, 7, 0, 0]]
@@ -235,11 +238,65 @@ def test_relative_position_buckets_against_a_table_made_by_hand():
   # Half for each direction: 0, 1 exact, then 2 + floor(log(d/2)/log(8) * 2):
   # d=5 -> 2.9, d=6 -> 3.06. Keys after the query start at 4.
   offset = jnp.array([[0, -1, -2, -5, -6, -99, 1, 2, 5, 6, 99]])
-  found = layers.relative_position_bucket(
+  found = positions.relative_position_bucket(
     offset, bidirectional=True, num_buckets=8, max_distance=16
   )
   expected = [[0, 1, 2, 2, 3, 3, 5, 6, 6, 7, 7]]
   np.testing.assert_array_equal(found, expected)
+
+
+def test_rotary_angles_against_a_table_made_by_hand():
+  # Two pairs: a radian a token, and base**-0.5 = 1/2 radian.
+  config = dataclasses.replace(
+    helpers.PYTHIA, head_dim=6, rope_dim=4, rope_base=4.0
+  )
+  by = positions.rotation(config, jnp.array([[0, 3]])).of_layer(jnp.array(True))
+  helpers.assert_close(by.cos[0], np.cos([[0.0, 0.0], [3.0, 1.5]]))
+  x = jnp.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) * jnp.ones((1, 1, 2, 1))
+  found = positions.rotate(x, by)[0, 0]
+  np.testing.assert_array_equal(found[0], x[0, 0, 0])
+  # Feature i and i + 2 are a pair; the last two stay.
+  turned = np.array([1 + 3j, 2 + 4j]) * np.exp([3j, 1.5j])
+  helpers.assert_close(found[1], [*turned.real, *turned.imag, 5.0, 6.0])
+
+
+def test_stretched_angles_against_a_table_made_by_hand():
+  # Turns in a context of 2 pi * 8: 8, 2 and 1/2. Above 4 they stay, below 1
+  # they are a tenth; 2 is a third of the way from 1 to 4.
+  config = dataclasses.replace(
+    helpers.LLAMA,
+    head_dim=6,
+    rope_base=64.0,
+    rope_scaling=(10.0, 1.0, 4.0, 16 * np.pi),
+  )
+  by = positions.rotation(config, jnp.array([[1]])).of_layer(jnp.array(True))
+  angles = [1, (1 / 3 + 2 / 3 / 10) / 4, 1 / 16 / 10]
+  helpers.assert_close(by.sin[0, 0], np.sin(angles))
+
+
+def test_windows_by_hand():
+  offset = positions.offsets(jnp.array([[3, 4]]), jnp.arange(7)[None])
+  np.testing.assert_array_equal(
+    positions.window_mask(offset, 2)[0],
+    np.array([[0, 0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 0]], bool),
+  )
+
+
+def test_grouped_queries_are_heads_with_keys_and_values_repeated():
+  grouped = helpers.MODULES['llama']  # 6 heads, 2 of keys and values
+  module = l2s.build(dataclasses.replace(grouped.config, num_kv_heads=None))
+  params, batch = helpers.random_params(grouped), helpers.random_batch()
+  flat = traverse_util.flatten_dict(params)
+  repeated = {
+    path: jnp.repeat(x, 3, axis=-2) if 'key' in path or 'value' in path else x
+    for path, x in flat.items()
+  }
+  helpers.assert_close(
+    helpers.logits(grouped, params, batch),
+    helpers.logits(module, traverse_util.unflatten_dict(repeated), batch),
+  )
+  cache = helpers.prefill(grouped, params, batch, 2)
+  assert cache.kv.key.shape == (2, 4, 2, 9, 8)  # kv_heads, not heads
 
 
 def test_segment_mask_by_hand():
@@ -381,7 +438,22 @@ def test_a_prompt_alone_beyond_the_position_table_is_refused():
     ('t5_1_0', dict(mlp_activations=['tanh']), "'tanh'.*relu"),
     ('t5_1_0', dict(mlp_activations='relu'), "'r'.*relu"),
     ('t5_1_0', dict(mlp_dim=0), 'mlp_dim=0.*positive'),
+    ('t5_1_0', dict(num_kv_heads=3), 'num_heads=2 .*num_kv_heads=3'),
+    ('gpt2', dict(attention_bias='some'), "attention_bias='some'.*qkv"),
     ('gpt2', dict(max_positions=0), 'max_positions > 0.*got 0'),
+    ('gpt2', dict(positions='rotary', rope_dim=3), 'rope_dim=3 .*pairs'),
+    ('gpt2', dict(positions='rotary', rope_dim=10), 'rope_dim=10 .*at most'),
+    ('gpt2', dict(rope_scaling=[8.0]), r'rope_scaling=\(8.0,\).*empty or'),
+    (
+      'gpt2',
+      dict(positions='rotary', relpos_per_layer=True),
+      "relpos_per_layer is of 'relative' positions",
+    ),
+    (
+      'gpt2',
+      dict(positions='rotary', rope_local_base=5.0, global_layer_period=2),
+      'global_layer_period and rope_local_base need sliding_window',
+    ),
     # Either would build a model that cannot tell the order of its tokens.
     ('gpt2', dict(positions='relative'), "'relative'.*decoder-only.*'learned'"),
     (
@@ -397,7 +469,7 @@ def test_configs_that_mean_nothing_are_refused(slm, changes, message):
 
 
 def test_a_config_survives_json():
-  for config in helpers.SLMS.values():
+  for config in (helpers.SLMS | helpers.FAMILIES).values():
     fields = json.loads(json.dumps(config.to_json()))
     assert config_lib.TransformerConfig(**fields) == config
     assert hash(config_lib.TransformerConfig(**fields)) == hash(config)

@@ -39,6 +39,7 @@ FSDP_ONLY = (
     for axis in (
       'vocab',
       'heads',
+      'kv_heads',
       'mlp',
       'llm_embed',
       'length',
@@ -148,7 +149,7 @@ def train_on(
   return Run(layout, state, losses, np.asarray(tokens))
 
 
-PAIRS = ['t5_1_1-add-shared', 'gpt2-add-foreign']
+PAIRS = ['t5_1_1-add-shared', 'gpt2-add-foreign', 'gemma3-add-foreign']
 
 
 @pytest.fixture(scope='module', params=PAIRS)
@@ -174,9 +175,9 @@ def test_parameters_and_slots_are_really_spread(runs):
   _, (cube, _) = runs
   mlp = cube.state.trainable['slm']['decoder']['layers']['mlp']
   kernel = mlp.get('wi', mlp.get('wi_0'))['kernel']
-  assert kernel.shape == (2, 16, 32)  # layers, embed, mlp
+  assert kernel.shape[1:] == (16, 32)  # embed, mlp
   shards = kernel.addressable_shards
-  assert {shard.data.shape for shard in shards} == {(2, 8, 16)}
+  assert {shard.data.shape[1:] for shard in shards} == {(8, 16)}
   assert len({str(shard.index) for shard in shards}) == 4
   assert len(shards) == 8
 
@@ -292,6 +293,24 @@ def test_parameters_that_do_not_divide_are_all_listed():
   assert line in message
   assert 'decoder/layers/mlp/wi/kernel (2, 16, 33): 33 does not' in message
   assert "'tensor'" in message and 'attention' not in message
+
+
+@pytest.mark.parametrize('num_kv_heads, axis', [(2, 'tensor'), (1, None)])
+def test_few_heads_of_keys_and_values_stay_whole(num_kv_heads, axis):
+  config = dataclasses.replace(
+    helpers.LLAMA, num_heads=6, num_kv_heads=num_kv_heads
+  )
+  layout = parameters.layout(
+    helpers.system(l2s.build(config)), make_mesh(CUBE), CUBE
+  )
+  attention = layout.shardings['decoder']['layers']['self_attention']
+  assert attention['query']['kernel'].spec == PartitionSpec(
+    None, 'fsdp', 'tensor', None
+  )
+  assert attention['key']['kernel'].spec == PartitionSpec(
+    None, 'fsdp', axis, None
+  )
+  assert attention['value']['bias'].spec == PartitionSpec(None, axis, None)
 
 
 def test_put_batch_splits_rows_over_data_and_fsdp():

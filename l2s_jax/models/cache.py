@@ -16,8 +16,8 @@ from l2s_jax.models import config as config_lib
 class KeyValues(struct.PyTreeNode):
   """Keys and values, `[batch, heads, slots, kv]` or stacked by `layers`."""
 
-  key: Float[Array, '*layers batch heads slots kv']
-  value: Float[Array, '*layers batch heads slots kv']
+  key: Float[Array, '*layers batch kv_heads slots kv']
+  value: Float[Array, '*layers batch kv_heads slots kv']
 
 
 class Cache(struct.PyTreeNode):
@@ -48,7 +48,7 @@ def empty(
   shape = (
     config.num_decoder_layers,
     batch_size,
-    config.num_heads,
+    config.kv_heads,
     num_slots,
     config.head_dim,
   )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one configuration that T5 and the decoder-only families share."""
+"""The one configuration that all families share, a field a difference."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import gin
 import jax.numpy as jnp
 
-ACTIVATIONS = ('relu', 'gelu', 'silu', 'linear')
+ACTIVATIONS = ('relu', 'gelu', 'gelu_exact', 'silu', 'linear')
 # Fields that may change between two starts of a run: how it is computed, not
 # what its parameters mean.
 RUNTIME_FIELDS = ('dropout_rate', 'dtype', 'scan_layers', 'remat')
@@ -23,24 +23,65 @@ class TransformerConfig:
       released T5 tables are padded to a multiple of 128.
     emb_dim: width of the residual stream.
     num_heads: attention heads.
+    num_kv_heads: heads of keys and values; None is as many as num_heads. Fewer
+      are shared by groups of query heads: less cache to read for every token
+      (grouped queries, Ainslie et al. 2023; Llama, Qwen, Gemma).
     head_dim: width of a head; num_heads * head_dim need not be emb_dim.
     mlp_dim: width of the MLP's hidden layer.
     num_decoder_layers: layers of the decoder, or of a decoder-only model.
     num_encoder_layers: layers of the encoder; 0 means decoder-only.
     mlp_activations: ('relu',) in T5 v1.0; ('gelu', 'linear') multiplies a
-      gate in (T5 v1.1, Flan, mT5); ('gelu',) in GPT-2. `gelu` is the tanh
-      approximation, which is what all of these were trained with.
-    norm: 'rms' (T5: no mean, no bias) or 'layer' (GPT-2).
+      gate in (T5 v1.1, Flan, mT5, Gemma), as does ('silu', 'linear') (Llama,
+      Qwen); ('gelu',) in GPT-2. `gelu` is the tanh approximation, which is what
+      all of these were trained with, `gelu_exact` the error function (Pythia).
+    norm: 'rms' (T5, Llama: no mean, no bias) or 'layer' (GPT-2, Pythia).
     norm_epsilon: added to the variance.
-    use_bias: biases in projections and MLP (GPT-2).
+    norm_unit_offset: multiply by 1 + scale, so that weight decay pulls to 1
+      and not to 0 (Gemma).
+    post_norm: norm what attention and MLP give, too, before it is added
+      (Gemma: steadier training).
+    parallel_residual: attention and MLP read the same input and are added
+      together: one sum between devices less (Pythia, after GPT-J).
+    use_bias: biases in all projections and the MLP (GPT-2, OPT, Pythia).
+    attention_bias: where use_bias is off: 'none', 'qkv', biases on query, key
+      and value (Qwen2), or 'all', on the output, too.
+    qk_norm: norm each query and key, which bounds attention logits (Qwen3,
+      Gemma 3).
     positions: 'relative' (T5: a bias per bucket of offsets, shared by all
-      layers of a stack) or 'learned' (GPT-2: a table added to embeddings).
+      layers of a stack), 'learned' (GPT-2: a table added to embeddings) or
+      'rotary' (queries and keys turned by an angle that grows with the
+      position, Su et al. 2021).
     relpos_buckets: number of buckets of relative offsets.
     relpos_max_distance: offset in tokens from which all share a bucket.
-    max_positions: rows of the learned position table; unused otherwise.
-    scale_attention: divide attention logits by sqrt(head_dim) (GPT-2). T5
-      does not: its query initialisation has that factor.
-    logits_via_embedding: the output head is the embedding table (tied).
+    relpos_per_layer: a bias of relative positions for each layer (umT5).
+    max_positions: rows of the learned position table; of a model with rotary
+      positions the longest context it was trained on, which nothing checks.
+    position_offset: rows of the table before that of position 0 (OPT has 2,
+      which its padding used to take).
+    rope_base: of the angles of rotary positions.
+    rope_local_base: the same in layers with a window; None for rope_base.
+      Gemma 3 has a small one there, for the base of the others grew with the
+      context.
+    rope_dim: how many features of each head are turned, None for all. Pythia
+      turns a quarter.
+    rope_scaling: what stretched the context after pretraining: nothing, or
+      Llama 3's factor, low_freq_factor, high_freq_factor and
+      original_max_position_embeddings.
+    sliding_window: tokens that a layer sees backwards, itself included (and
+      forwards in an encoder); 0 is all.
+    global_layer_period: every so many layers one sees all (Gemma 2: 2, Gemma
+      3: 6); 0 is none. Without a window all do.
+    scale_attention: divide attention logits by sqrt(head_dim) (GPT-2, Llama).
+      T5 does not: its query initialisation has that factor.
+    query_pre_attn_scalar: divide by the square root of this instead (Gemma).
+    attention_softcap: bound attention logits to this by tanh (Gemma 2); 0 is
+      not.
+    logits_softcap: the same for the logits of the output head.
+    scale_embeddings: multiply embeddings by sqrt(emb_dim) (Gemma).
+    decoder_embedding: the answer has an embedding table of its own (T5Gemma,
+      an encoder and a decoder that were two models).
+    logits_via_embedding: the output head is the (decoder's) embedding table
+      (tied).
     scale_logits: divide tied logits by sqrt(emb_dim) (T5 v1.0).
     bidirectional_prefix: decoder-only: prompt tokens see the whole prompt.
       Off, since released models were pretrained causally.
@@ -62,15 +103,34 @@ class TransformerConfig:
   mlp_dim: int
   num_decoder_layers: int
   num_encoder_layers: int = 0
+  num_kv_heads: int | None = None
   mlp_activations: Sequence[str] = ('relu',)
   norm: str = 'rms'
   norm_epsilon: float = 1e-6
+  norm_unit_offset: bool = False
+  post_norm: bool = False
+  parallel_residual: bool = False
   use_bias: bool = False
+  attention_bias: str = 'none'
+  qk_norm: bool = False
   positions: str = 'relative'
   relpos_buckets: int = 32
   relpos_max_distance: int = 128
+  relpos_per_layer: bool = False
   max_positions: int = 0
+  position_offset: int = 0
+  rope_base: float = 10_000.0
+  rope_local_base: float | None = None
+  rope_dim: int | None = None
+  rope_scaling: Sequence[float] = ()
+  sliding_window: int = 0
+  global_layer_period: int = 0
   scale_attention: bool = False
+  query_pre_attn_scalar: float | None = None
+  attention_softcap: float = 0.0
+  logits_softcap: float = 0.0
+  scale_embeddings: bool = False
+  decoder_embedding: bool = False
   logits_via_embedding: bool = True
   scale_logits: bool = True
   bidirectional_prefix: bool = False
@@ -83,7 +143,8 @@ class TransformerConfig:
 
   def __post_init__(self):
     # Gin and JSON give lists; the config is a hashable module field.
-    object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
+    for field in ('mlp_activations', 'rope_scaling'):
+      object.__setattr__(self, field, tuple(getattr(self, field)))
     for activation in self.mlp_activations:
       if activation not in ACTIVATIONS:
         raise ValueError(
@@ -104,7 +165,8 @@ class TransformerConfig:
       )
     choices = {
       'norm': ('rms', 'layer'),
-      'positions': ('relative', 'learned'),
+      'attention_bias': ('none', 'qkv', 'all'),
+      'positions': ('relative', 'learned', 'rotary'),
       'remat': ('none', 'full'),
       'dtype': ('float32', 'bfloat16'),
     }
@@ -114,18 +176,62 @@ class TransformerConfig:
         raise ValueError(
           f'TransformerConfig.{field}={value!r} is not one of {allowed}.'
         )
+    if self.num_heads % self.kv_heads:
+      raise ValueError(
+        f'TransformerConfig.num_heads={self.num_heads} does not divide over '
+        f'num_kv_heads={self.num_kv_heads}.'
+      )
+    self._check_positions()
+
+  def _check_positions(self):
     expected = 'relative' if self.is_encoder_decoder else 'learned'
-    if self.positions != expected:
+    if self.positions not in (expected, 'rotary'):
       raise ValueError(
         f'TransformerConfig.positions={self.positions!r} with '
         f'num_encoder_layers={self.num_encoder_layers}: an encoder-decoder has '
-        "'relative' positions, a decoder-only model 'learned' ones."
+        "'relative' or 'rotary' positions, a decoder-only model 'learned' or "
+        "'rotary' ones."
       )
     if self.positions == 'learned' and self.max_positions < 1:
       raise ValueError(
         "TransformerConfig.positions='learned' needs max_positions > 0, the "
         f'rows of the table; got {self.max_positions}.'
       )
+    if self.relpos_per_layer and self.positions != 'relative':
+      raise ValueError(
+        "TransformerConfig.relpos_per_layer is of 'relative' positions, but "
+        f'positions={self.positions!r}.'
+      )
+    if not self.sliding_window and (
+      self.global_layer_period or self.rope_local_base is not None
+    ):
+      raise ValueError(
+        'TransformerConfig.global_layer_period and rope_local_base need '
+        'sliding_window: without it all layers see all.'
+      )
+    if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+      raise ValueError(
+        f'TransformerConfig.rope_dim={self.rope_dim} with head_dim='
+        f'{self.head_dim}: features are turned in pairs, at most all of a head.'
+      )
+    if len(self.rope_scaling) not in (0, 4):
+      raise ValueError(
+        f'TransformerConfig.rope_scaling={self.rope_scaling}: it is empty or '
+        "Llama 3's factor, low_freq_factor, high_freq_factor and "
+        'original_max_position_embeddings.'
+      )
+
+  @property
+  def kv_heads(self) -> int:
+    """How many heads keys and values have."""
+    return self.num_kv_heads or self.num_heads
+
+  @property
+  def rotary_dim(self) -> int:
+    """How many features of a head are turned; 0 without rotary positions."""
+    if self.positions != 'rotary':
+      return 0
+    return self.head_dim if self.rope_dim is None else self.rope_dim
 
   @property
   def is_encoder_decoder(self) -> bool:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Norms, projections, embeddings, the MLP and relative positions.
+"""Norms, projections, embeddings and the MLP.
 
 Einsum letters, the same in every file: b batch, t query position, s key
-position, d embed, e LLM embed, n heads, h per-head, f mlp, v vocab.
+position, d embed, e LLM embed, n heads, k heads of keys and values, h per-head,
+f mlp, v vocab.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from l2s_jax.models import config as config_lib
 _ACTIVATIONS = {
   'relu': nn.relu,
   'gelu': functools.partial(nn.gelu, approximate=True),
+  'gelu_exact': functools.partial(nn.gelu, approximate=False),
   'silu': nn.silu,
   'linear': lambda x: x,
 }
@@ -69,43 +70,57 @@ class Einsum(nn.Module):
 
 
 class Norm(nn.Module):
-  """RMS norm (T5) or layer norm with bias (GPT-2), computed in float32."""
+  """RMS norm (T5) or layer norm with bias (GPT-2), computed in float32.
+
+  Attributes:
+    config: says which.
+    axis: logical name of the normed axis.
+  """
 
   config: config_lib.TransformerConfig
+  axis: str = 'embed'
 
   @nn.compact
   def __call__(
     self, inputs: Float[Array, '*batch embed']
   ) -> Float[Array, '*batch embed']:
+    config = self.config
     # bfloat16 has 8 bits of mantissa: a mean over `embed` needs float32.
     x = inputs.astype(jnp.float32)
-    if self.config.norm == 'layer':
+    if config.norm == 'layer':
       x -= x.mean(-1, keepdims=True)
-    x *= jax.lax.rsqrt(
-      jnp.mean(x * x, -1, keepdims=True) + self.config.norm_epsilon
-    )
+    x *= jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + config.norm_epsilon)
     shape = inputs.shape[-1:]
+    zeros, ones = nn.initializers.zeros, nn.initializers.ones
     scale = self.param(
       'scale',
-      nn.with_logical_partitioning(nn.initializers.ones, ('embed',)),
+      nn.with_logical_partitioning(
+        zeros if config.norm_unit_offset else ones, (self.axis,)
+      ),
       shape,
     )
-    x *= scale
-    if self.config.norm == 'layer':
+    x *= 1 + scale if config.norm_unit_offset else scale
+    if config.norm == 'layer':
       x += self.param(
-        'bias',
-        nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)),
-        shape,
+        'bias', nn.with_logical_partitioning(zeros, (self.axis,)), shape
       )
-    return x.astype(self.config.activation_dtype)
+    return x.astype(config.activation_dtype)
 
 
 class Embed(nn.Module):
-  """A table of embeddings; `attend` is the tied output head."""
+  """A table of embeddings; `attend` is the tied output head.
+
+  Attributes:
+    config: has the width, the initial scale and the dtype.
+    num_rows: of the table.
+    axes: logical names of its axes.
+    multiplier: of what is looked up; `attend` takes the table as it is.
+  """
 
   config: config_lib.TransformerConfig
   num_rows: int
   axes: tuple[str, str] = ('vocab', 'embed')
+  multiplier: float = 1.0
 
   def setup(self):
     self.embedding = self.param(
@@ -117,9 +132,10 @@ class Embed(nn.Module):
     )
 
   def __call__(self, ids: Int[Array, '*batch']) -> Float[Array, '*batch embed']:
-    return jnp.take(self.embedding, ids, axis=0).astype(
+    embeddings = jnp.take(self.embedding, ids, axis=0).astype(
       self.config.activation_dtype
     )
+    return embeddings * self.multiplier
 
   def attend(
     self, states: Float[Array, 'batch length embed']
@@ -131,6 +147,20 @@ class Embed(nn.Module):
       self.embedding.astype(states.dtype),
       preferred_element_type=jnp.float32,
     )
+
+
+def token_embed(config: config_lib.TransformerConfig) -> Embed:
+  """Returns the embedding table of a vocabulary."""
+  return Embed(
+    config,
+    config.vocab_size,
+    multiplier=config.emb_dim**0.5 if config.scale_embeddings else 1.0,
+  )
+
+
+def softcap(logits: Float[Array, '...'], bound: float) -> Float[Array, '...']:
+  """Bounds float32 logits smoothly; a bound of 0 is none."""
+  return bound * jnp.tanh(logits / bound) if bound else logits
 
 
 class Head(nn.Module):
@@ -162,6 +192,7 @@ class Head(nn.Module):
         kernel.astype(states.dtype),
         preferred_element_type=jnp.float32,
       )
+    logits = softcap(logits, config.logits_softcap)
     return nn.with_logical_constraint(logits, ('batch', 'length', 'vocab'))
 
 
@@ -209,69 +240,3 @@ class Dropout(nn.Module):
     return nn.Dropout(self.rate, broadcast_dims=(-2,))(
       inputs, deterministic=deterministic
     )
-
-
-def relative_position_bucket(
-  offset: Int[Array, 'query key'],
-  *,
-  bidirectional: bool,
-  num_buckets: int,
-  max_distance: int,
-) -> Int[Array, 'query key']:
-  """Maps offsets between positions to bucket ids in [0, num_buckets).
-
-  Half of the buckets of a direction hold exact offsets; the rest grow
-  logarithmically up to `max_distance`, beyond which all share the last.
-
-  Args:
-    offset: key position minus query position, in tokens.
-    bidirectional: whether keys after the query get buckets of their own
-      (encoder) or all fall into bucket 0 (decoder).
-    num_buckets: of both directions together.
-    max_distance: in tokens.
-
-  Source: Raffel et al. 2020 (arXiv:1910.10683), section 2.1. A golden test
-  holds encoder and logits to those of T5X.
-  """
-  buckets = jnp.zeros_like(offset)
-  if bidirectional:
-    num_buckets //= 2
-    buckets += (offset > 0) * num_buckets
-    distance = jnp.abs(offset)
-  else:
-    distance = jnp.maximum(-offset, 0)
-  num_exact = num_buckets // 2
-  growth = jnp.log(jnp.maximum(distance, 1) / num_exact) / math.log(
-    max_distance / num_exact
-  )
-  far = num_exact + (growth * (num_buckets - num_exact)).astype(offset.dtype)
-  far = jnp.minimum(far, num_buckets - 1)
-  return buckets + jnp.where(distance < num_exact, distance, far)
-
-
-class RelativePositionBias(nn.Module):
-  """A learned bias on attention logits per head and bucket of offsets."""
-
-  config: config_lib.TransformerConfig
-  bidirectional: bool
-
-  @nn.compact
-  def __call__(
-    self, query_positions: Int[Array, 'query'], key_positions: Int[Array, 'key']
-  ) -> Float[Array, '1 heads query key']:
-    config = self.config
-    table = self.param(
-      'rel_embedding',
-      nn.with_logical_partitioning(
-        nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
-        ('heads', 'relpos_buckets'),
-      ),
-      (config.num_heads, config.relpos_buckets),
-    )
-    buckets = relative_position_bucket(
-      key_positions[None, :] - query_positions[:, None],
-      bidirectional=self.bidirectional,
-      num_buckets=config.relpos_buckets,
-      max_distance=config.relpos_max_distance,
-    )
-    return jnp.take(table, buckets, axis=1)[None]

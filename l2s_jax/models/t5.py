@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """T5: an encoder that reads the prompt and a decoder that writes.
 
-v1.0 and v1.1 (also Flan and mT5) differ in fields of the config alone.
+v1.0 and v1.1 (also Flan, mT5, umT5 and ByT5) differ in fields of the config
+alone, and so does T5Gemma, which is Gemma 2 made into an encoder-decoder.
 Source: Raffel et al. 2020 (arXiv:1910.10683); Shazeer 2020 (arXiv:2002.05202)
-for the gated MLP.
+for the gated MLP; Zhang et al. 2025 (arXiv:2504.06225) for T5Gemma.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from l2s_jax.models import attention, language_model, layers, transformer
 from l2s_jax.models import cache as cache_lib
@@ -18,7 +19,9 @@ class EncoderDecoder(language_model.LanguageModel):
 
   def setup(self):
     config = self.config
-    self.token_embedder = layers.Embed(config, config.vocab_size)
+    self.token_embedder = layers.token_embed(config)
+    if config.decoder_embedding:
+      self.decoder_token_embedder = layers.token_embed(config)
     self.encoder = transformer.Stack(
       config, config.num_encoder_layers, bidirectional=True
     )
@@ -32,13 +35,11 @@ class EncoderDecoder(language_model.LanguageModel):
     return self.token_embedder(tokens)
 
   def encode(self, embeddings, segment_ids, *, deterministic):
-    positions = jnp.arange(embeddings.shape[1])
-    bias = attention.mask_bias(
-      attention.segment_mask(segment_ids, segment_ids)
-    ) + self.encoder.position_bias(positions, positions)
-    states, _ = self.encoder(
-      embeddings, transformer.Context(bias), deterministic=deterministic
+    positions = _positions(embeddings.shape[1])
+    context = self.encoder.context(
+      attention.segment_mask(segment_ids, segment_ids), positions, positions
     )
+    states, _ = self.encoder(embeddings, context, deterministic=deterministic)
     return self.dropout(states, deterministic=deterministic)
 
   def logits(
@@ -49,21 +50,19 @@ class EncoderDecoder(language_model.LanguageModel):
     )
     tokens = batch['decoder_input_tokens']
     segment_ids = batch['decoder_segment_ids']
-    positions = jnp.arange(tokens.shape[1])
-    mask = attention.segment_mask(
-      segment_ids, segment_ids
-    ) & attention.causal_mask(tokens.shape[1])
-    states, _ = self.decoder(
-      self.embed(tokens),
-      transformer.Context(
-        self_bias=attention.mask_bias(mask)
-        + self.decoder.position_bias(positions, positions),
-        cross_bias=attention.mask_bias(
-          attention.segment_mask(segment_ids, prompt_segment_ids)
-        ),
-        encoded=encoded,
+    positions = _positions(tokens.shape[1])
+    context = self.decoder.context(
+      attention.segment_mask(segment_ids, segment_ids)
+      & attention.causal_mask(tokens.shape[1]),
+      positions,
+      positions,
+      cross_bias=attention.mask_bias(
+        attention.segment_mask(segment_ids, prompt_segment_ids)
       ),
-      deterministic=deterministic,
+      encoded=encoded,
+    )
+    states, _ = self.decoder(
+      self._answer_embedder()(tokens), context, deterministic=deterministic
     )
     return self._head(states, deterministic=deterministic)
 
@@ -78,18 +77,18 @@ class EncoderDecoder(language_model.LanguageModel):
     )
 
   def decode_step(self, token, cache):
-    query_position = cache.slot[None]
     slot = cache.slot
     cache = cache_lib.advance(cache, jnp.ones((token.shape[0], 1), bool))
-    key_positions = jnp.arange(cache.valid.shape[1])
+    context = self.decoder.context(
+      cache.valid[:, None, None],
+      slot[None, None],
+      _positions(cache.valid.shape[1]),
+      cross_bias=attention.mask_bias(cache.cross_valid[:, None, None]),
+      slot=slot,
+    )
     states, kv = self.decoder(
-      self.embed(token[:, None]),
-      transformer.Context(
-        self_bias=attention.mask_bias(cache.valid[:, None, None])
-        + self.decoder.position_bias(query_position, key_positions),
-        cross_bias=attention.mask_bias(cache.cross_valid[:, None, None]),
-        slot=slot,
-      ),
+      self._answer_embedder()(token[:, None]),
+      context,
       kv=cache.kv,
       cross_kv=cache.cross_kv,
       deterministic=True,
@@ -97,8 +96,17 @@ class EncoderDecoder(language_model.LanguageModel):
     logits = self._head(states, deterministic=True)
     return logits[:, 0], cache.replace(kv=kv)
 
+  def _answer_embedder(self) -> layers.Embed:
+    if self.config.decoder_embedding:
+      return self.decoder_token_embedder
+    return self.token_embedder
+
   def _head(
     self, states: Float[Array, 'batch length embed'], *, deterministic: bool
   ) -> Float[Array, 'batch length vocab']:
     states = self.dropout(states, deterministic=deterministic)
-    return self.logits_dense(states, self.token_embedder)
+    return self.logits_dense(states, self._answer_embedder())
+
+
+def _positions(length: int) -> Int[Array, '1 length']:
+  return jnp.arange(length)[None]

@@ -1,30 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks and stacks: what every encoder and decoder here is made of."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from l2s_jax.models import attention, layers
+from l2s_jax.models import attention, layers, positions
 from l2s_jax.models import cache as cache_lib
 from l2s_jax.models import config as config_lib
 
 
 class Context(struct.PyTreeNode):
-  """What all layers of a stack share.
+  """What all layers of a stack share; `Stack.context` makes it.
 
   Attributes:
     self_bias: added to the logits of self-attention: mask and positions.
     cross_bias: the same for cross-attention; None without one.
     encoded: states to attend to, where cross keys are not projected yet.
     slot: where this call's keys and values go in the cache.
+    buckets: of relative positions, where each layer has a bias of its own.
+    offsets: of keys from queries, where some layers have a window.
+    rotation: of this call's queries and keys, where positions are rotary.
   """
 
   self_bias: Float[Array, '#batch #heads query slots']
   cross_bias: Float[Array, '#batch 1 query kv_length'] | None = None
   encoded: Float[Array, 'batch kv_length embed'] | None = None
   slot: Int[Array, ''] | None = None
+  buckets: Int[Array, '1 query slots'] | None = None
+  offsets: Int[Array, '#batch query slots'] | None = None
+  rotation: positions.Rotation | None = None
 
 
 class Block(nn.Module):
@@ -43,20 +51,32 @@ class Block(nn.Module):
     self.pre_mlp_norm = layers.Norm(config)
     self.mlp = layers.Mlp(config)
     self.dropout = layers.Dropout(config.dropout_rate)
+    if config.post_norm:
+      self.post_self_attention_norm = layers.Norm(config)
+      if self.has_cross_attention:
+        self.post_cross_attention_norm = layers.Norm(config)
+      self.post_mlp_norm = layers.Norm(config)
+    if config.relpos_per_layer:
+      self.relpos_bias = positions.RelativePositionBias(config)
 
   def project_cross(self, carry, encoded):
     return carry, self.cross_attention.project_kv(encoded)
 
   def __call__(self, carry, layer, cross_kv, context, deterministic):
+    config = self.config
     x, kv = carry  # [batch, query, embed] and the stacked cache, or None
 
+    inputs = x
     h = self.pre_self_attention_norm(x)
-    new_kv = self.self_attention.project_kv(h)
+    self_bias, rotation = self._positions(layer, context)
+    new_kv = self.self_attention.project_kv(h, rotation)
     if kv is not None:
       kv, new_kv = cache_lib.write(kv, new_kv, layer=layer, slot=context.slot)
     h = self.self_attention(
-      h, new_kv, context.self_bias, deterministic=deterministic
+      h, new_kv, self_bias, rotation, deterministic=deterministic
     )
+    if config.post_norm:
+      h = self.post_self_attention_norm(h)
     x += self.dropout(h, deterministic=deterministic)
 
     if self.has_cross_attention:
@@ -66,12 +86,34 @@ class Block(nn.Module):
       h = self.cross_attention(
         h, cross_kv, context.cross_bias, deterministic=deterministic
       )
+      if config.post_norm:
+        h = self.post_cross_attention_norm(h)
       x += self.dropout(h, deterministic=deterministic)
 
-    h = self.mlp(self.pre_mlp_norm(x), deterministic=deterministic)
+    h = self.pre_mlp_norm(inputs if config.parallel_residual else x)
+    h = self.mlp(h, deterministic=deterministic)
+    if config.post_norm:
+      h = self.post_mlp_norm(h)
     x += self.dropout(h, deterministic=deterministic)
     x = nn.with_logical_constraint(x, ('batch', 'length', 'embed'))
     return (x, kv), None
+
+  def _positions(self, layer, context):
+    """Returns bias and rotation of self-attention, as this layer has them.
+
+    Layers differ by their index alone, so that they can be scanned.
+    """
+    config, bias, rotation = self.config, context.self_bias, context.rotation
+    if config.relpos_per_layer:
+      bias += self.relpos_bias(context.buckets)
+    period = config.global_layer_period
+    is_global = (layer + 1) % period == 0 if period else jnp.array(False)
+    if config.sliding_window:
+      near = positions.window_mask(context.offsets, config.sliding_window)
+      bias += attention.mask_bias(near | is_global)[:, None]
+    if rotation is not None:
+      rotation = rotation.of_layer(is_global)
+    return bias, rotation
 
 
 class Stack(nn.Module):
@@ -112,20 +154,45 @@ class Stack(nn.Module):
     self.layers = nn.scan(block, methods=methods)(
       config, self.has_cross_attention
     )
-    if config.positions == 'relative':
-      self.relpos_bias = layers.RelativePositionBias(config, self.bidirectional)
+    if config.positions == 'relative' and not config.relpos_per_layer:
+      self.relpos_bias = positions.RelativePositionBias(config)
     self.final_norm = layers.Norm(config)
     self.dropout = layers.Dropout(config.dropout_rate)
 
-  def position_bias(
+  def context(
     self,
-    query_positions: Int[Array, 'query'],
-    key_positions: Int[Array, 'key'],
-  ) -> Float[Array, '1 #heads query key'] | float:
-    """Returns the bias of relative positions; 0 where there is none."""
-    if self.config.positions != 'relative':
-      return 0.0
-    return self.relpos_bias(query_positions, key_positions)
+    mask: Bool[Array, '#batch 1 query slots'],
+    query_positions: Int[Array, '#batch query'],
+    key_positions: Int[Array, '#batch slots'],
+    **fields: Any,
+  ) -> Context:
+    """Returns what layers are told of masks and positions.
+
+    Args:
+      mask: which slots each query may see, windows apart.
+      query_positions: of the tokens that are read now.
+      key_positions: of all slots.
+      **fields: the rest of the context.
+    """
+    config = self.config
+    bias = attention.mask_bias(mask)
+    offsets = positions.offsets(query_positions, key_positions)
+    if config.positions == 'relative':
+      buckets = positions.relative_position_bucket(
+        offsets,
+        bidirectional=self.bidirectional,
+        num_buckets=config.relpos_buckets,
+        max_distance=config.relpos_max_distance,
+      )
+      if config.relpos_per_layer:
+        fields['buckets'] = buckets
+      else:
+        bias += self.relpos_bias(buckets)
+    if config.positions == 'rotary':
+      fields['rotation'] = positions.rotation(config, query_positions)
+    if config.sliding_window:
+      fields['offsets'] = offsets
+    return Context(bias, **fields)
 
   def project_cross(
     self, encoded: Float[Array, 'batch kv_length embed']

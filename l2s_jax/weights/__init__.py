@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pretrained weights: where they are kept, read one tensor at a time.
+"""Pretrained weights: where they are kept, read one layer at a time.
 
 A source names its tensors as our parameters are named ("canonical names": the
-path in the tree, layers stacked), whatever the file calls them.
+path in the tree, layers stacked), whatever the file calls them. The digest of a
+tensor is a hash of its layers as stored, before any cast, stacking or sharding;
+the fingerprint of a set of tensors is a hash of their names and digests. So a
+file that keeps layers apart has the fingerprint of one that stacks them.
 """
 
+import functools
 import hashlib
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -22,73 +26,107 @@ Path = tuple[str, ...]
 
 @runtime_checkable  # for the tests' type checker
 class Source(Protocol):
-  """Weights of one language model on disk."""
+  """Weights of one language model on disk.
+
+  Attributes:
+    config: how the model is built.
+    location: where the weights are.
+    model_type: what transformers calls the family; None where nobody said.
+  """
 
   config: config_lib.TransformerConfig
   location: str
+  model_type: str | None
 
   def step(self) -> int | None:
     """Returns the checkpoint's step; None where there is only one."""
 
-  def shapes(self) -> dict[Path, tuple[int, ...]]:
-    """Returns the shape of every tensor, by canonical name."""
+  def shapes(self) -> dict[Path, jax.ShapeDtypeStruct]:
+    """Returns shape and dtype, as stored, of every tensor."""
 
-  def read(self, path: Path) -> np.ndarray:
-    """Returns one tensor as stored: no cast, layers stacked."""
+  def read(self, path: Path, layer: int | None = None) -> np.ndarray:
+    """Returns one tensor as stored, without a cast.
+
+    Args:
+      path: its canonical name.
+      layer: of a stack, the one to read; None reads all.
+    """
+
+  def name(self, path: Path) -> str:
+    """Returns what the files call a tensor, there or not, for errors."""
+
+  def digest(self, path: Path) -> str | None:
+    """Returns the tensor's digest where it is kept beside the weights."""
 
 
 def open_source(location: str, step: int | None = None) -> Source:
-  """Opens a run of ours or a Hugging Face folder.
+  """Opens a converted folder, a run of ours or a Hugging Face folder.
 
   Args:
     location: the folder.
     step: the checkpoint of a run; None takes the newest.
 
   Raises:
-    FileNotFoundError: if the folder is neither.
+    FileNotFoundError: if the folder is none of these.
   """
-  from l2s_jax.weights import huggingface, runs
+  from l2s_jax.weights import converted, huggingface, runs
 
   folder = pathlib.Path(location)
+  if (folder / converted.DESCRIPTION).is_file():
+    return converted.Folder(folder)
   if (folder / 'model.json').is_file():
     return runs.Run(folder, step)
   if (folder / 'config.json').is_file():
     return huggingface.Folder(folder)
   raise FileNotFoundError(
-    f'{location} is not a folder of weights: it has neither model.json (a run '
-    'of ours) nor config.json (a Hugging Face folder).'
+    f'{location} is not a folder of weights: it has neither '
+    f'{converted.DESCRIPTION} (a converted folder) nor model.json (a run of '
+    'ours) nor config.json (a Hugging Face folder).'
   )
 
 
 def load(
-  source: Source, shapes: PyTree, shardings: PyTree
+  source: Source,
+  shapes: PyTree,
+  shardings: PyTree,
+  *,
+  verify: bool = False,
 ) -> tuple[PyTree, str]:
   """Reads the tensors of a tree into their shards, one at a time.
+
+  Where the digests are kept beside the weights, nothing but what the devices
+  of this process hold is read.
 
   Args:
     source: where from.
     shapes: tree of `jax.ShapeDtypeStruct`; its dtypes are cast to.
     shardings: of each array.
+    verify: read everything and compare it with the digests that are kept.
 
   Returns:
     The parameters and their fingerprint.
 
   Raises:
-    ValueError: lists every tensor that is missing or has another shape.
+    ValueError: lists every tensor that is missing or has another shape, or
+      is not what its digest says.
   """
   wanted = traverse_util.flatten_dict(shapes)
   flat_shardings = traverse_util.flatten_dict(shardings)
   check_shapes(source, wanted)
-  loaded = {}
-  digest = hashlib.sha256()
+  loaded, digests = {}, {}
   for path in sorted(wanted):
-    array = source.read(path)
-    _update(digest, path, array)
-    array = array.astype(wanted[path].dtype)
+    kept = source.digest(path)
+    if kept is None or verify:
+      array, digests[path] = _read(source, path, wanted[path])
+    else:
+      array, digests[path] = source.read(path), kept
     loaded[path] = jax.make_array_from_callback(
-      array.shape, flat_shardings[path], array.__getitem__
+      array.shape,
+      flat_shardings[path],
+      functools.partial(_shard, array, wanted[path].dtype),
     )
-  return traverse_util.unflatten_dict(loaded), digest.hexdigest()
+  check_digests(source, digests)
+  return traverse_util.unflatten_dict(loaded), fingerprint(digests)
 
 
 def check_shapes(
@@ -99,12 +137,14 @@ def check_shapes(
   problems = []
   for path, shape in sorted(wanted.items()):
     name = '/'.join(path)
+    if source.name(path) != name:
+      name += f' ({source.name(path)})'
     if path not in found:
       problems.append(f'  {name} {tuple(shape.shape)}: missing')
-    elif tuple(found[path]) != tuple(shape.shape):
+    elif tuple(found[path].shape) != tuple(shape.shape):
       problems.append(
         f'  {name}: the model has {tuple(shape.shape)}, the weights have '
-        f'{tuple(found[path])}'
+        f'{tuple(found[path].shape)}'
       )
   if problems:
     raise ValueError(
@@ -113,14 +153,59 @@ def check_shapes(
     )
 
 
-def _update(digest: Any, path: Path, array: np.ndarray) -> None:
-  """Adds a tensor to a fingerprint, layer by layer.
+def check_digests(source: Source, digests: Mapping[Path, str]) -> None:
+  """Refuses weights whose digests are not those that are kept beside them."""
+  changed = [
+    '/'.join(path)
+    for path, digest in sorted(digests.items())
+    if source.digest(path) not in (None, digest)
+  ]
+  if changed:
+    raise ValueError(
+      f'{source.location} has changed since its digests were taken. Convert or '
+      'copy it again; these tensors differ:\n  ' + '\n  '.join(changed)
+    )
 
-  Layer by layer, so that a file that keeps layers apart and one that stacks
-  them have the same fingerprint.
-  """
-  slices = enumerate(array) if 'layers' in path else [(0, array)]
-  for index, part in slices:
-    part = np.ascontiguousarray(part)
-    digest.update(f'{"/".join(path)}[{index}]{part.dtype}{part.shape}'.encode())
-    digest.update(part.tobytes())
+
+def layers(path: Path, shape: tuple[int, ...]) -> Iterable[int | None]:
+  """Returns what `Source.read` takes to read a tensor layer by layer."""
+  return range(shape[0]) if 'layers' in path else (None,)
+
+
+def digest_layer(array: np.ndarray) -> bytes:
+  """Returns the hash of one layer of a tensor, or of one that has none."""
+  hasher = hashlib.sha256(f'{array.dtype}{array.shape}'.encode())
+  # Bytes, since NumPy exports no buffer of bfloat16.
+  hasher.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+  return hasher.digest()
+
+
+def digest(layer_digests: Iterable[bytes]) -> str:
+  """Returns the digest of a tensor from those of its layers, in order."""
+  return hashlib.sha256(b''.join(layer_digests)).hexdigest()
+
+
+def fingerprint(digests: Mapping[Path, str]) -> str:
+  """Returns the fingerprint of a set of tensors."""
+  lines = [f'{"/".join(path)} {digests[path]}\n' for path in sorted(digests)]
+  return hashlib.sha256(''.join(lines).encode()).hexdigest()
+
+
+def _shard(array: np.ndarray, dtype: Any, index: Any) -> np.ndarray:
+  return array[index].astype(dtype, copy=False)
+
+
+def _read(
+  source: Source, path: Path, wanted: jax.ShapeDtypeStruct
+) -> tuple[np.ndarray, str]:
+  """Returns a tensor, cast layer by layer, and its digest before that."""
+  if 'layers' not in path:
+    array = source.read(path)
+    return array.astype(wanted.dtype, copy=False), digest([digest_layer(array)])
+  array = np.empty(wanted.shape, wanted.dtype)
+  layer_digests = []
+  for layer in layers(path, wanted.shape):
+    part = source.read(path, layer)
+    layer_digests.append(digest_layer(part))
+    array[layer] = part
+  return array, digest(layer_digests)

@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 
+import jax
 import numpy as np
 
 from l2s_jax import checkpoint
@@ -22,15 +23,17 @@ class Run:
       step: the checkpoint; None takes the newest.
     """
     self.location = str(folder)
+    self.model_type: str | None = None
     self._folder = folder
     self._step = step
-    description = json.loads((folder / 'model.json').read_text())
+    self.description = json.loads((folder / 'model.json').read_text())
+    self._held: tuple[tuple[str, ...], np.ndarray] = ((), np.empty(0))
     self._prefix: tuple[str, ...] = ()
-    if description['kind'] == 'llm_to_slm':
+    if self.description['kind'] == 'llm_to_slm':
       self._prefix = ('slm',)
-      self.config = config_lib.TransformerConfig(**description['slm'])
+      self.config = config_lib.TransformerConfig(**self.description['slm'])
     else:
-      self.config = config_lib.TransformerConfig(**description['config'])
+      self.config = config_lib.TransformerConfig(**self.description['config'])
 
   def step(self) -> int | None:
     return self._found[1]
@@ -43,14 +46,37 @@ class Run:
   def _found(self) -> tuple[pathlib.Path, int]:
     return checkpoint.params_folder(self._folder, self._step)
 
-  def shapes(self) -> dict[tuple[str, ...], tuple[int, ...]]:
+  def shapes(self) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     depth = len(self._prefix)
     return {
-      path[depth:]: array.shape
+      path[depth:]: array
       for path, array in checkpoint.array_shapes(self._params).items()
       if path[:depth] == self._prefix
     }
 
-  def read(self, path: tuple[str, ...]) -> np.ndarray:
+  def read(self, path: tuple[str, ...], layer: int | None = None) -> np.ndarray:
     full = self._prefix + path
-    return checkpoint.read_arrays(self._params, [full])[full]
+    if self._held[0] != full:  # A stack is asked for layer after layer.
+      array = checkpoint.read_arrays(self._params, [full])[full]
+      self._held = (full, array)
+    array = self._held[1]
+    return array if layer is None else array[layer]
+
+  def name(self, path: tuple[str, ...]) -> str:
+    return '/'.join(path)
+
+  def digest(self, path: tuple[str, ...]) -> str | None:
+    del path
+    return None
+
+  def read_others(self) -> dict[tuple[str, ...], np.ndarray]:
+    """Returns what an LLM-to-SLM run trained beside its SLM: the projector."""
+    if not self._prefix:
+      return {}
+    depth = len(self._prefix)
+    paths = [
+      path
+      for path in checkpoint.array_shapes(self._params)
+      if path[:depth] != self._prefix
+    ]
+    return checkpoint.read_arrays(self._params, paths)

@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb `convert`: weights from one form into another, checked.
+
+Forms: `hf`, a Hugging Face folder or a model's name on the Hub; `t5x`, a
+checkpoint of T5X; `gguf`, a file; `l2s`, a run of ours or what `--to=l2s` left.
+Tensors go through memory layer by layer. A destination appears when it is
+whole and has been read back.
+"""
+
+import functools
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from flax import traverse_util
+
+from l2s_jax import (
+  gin_utils,
+  parameters,
+  parity,
+  partition,
+  systems,
+  vocabularies,
+  weights,
+)
+from l2s_jax.models import config as config_lib
+from l2s_jax.models import l2s
+from l2s_jax.weights import (
+  converted,
+  gguf_file,
+  hub,
+  huggingface,
+  runs,
+  t5x,
+  to_huggingface,
+  to_t5x,
+)
+
+# Beside the tokenizer's own files, what transformers keeps with them.
+_CARRIED = (
+  *vocabularies.ALL_FILES,
+  'added_tokens.json',
+  'chat_template.jinja',
+  'generation_config.json',
+)
+
+
+@gin.configurable(module='l2s_jax')
+def convert(
+  source: str,
+  destination: str,
+  *,
+  from_: str,
+  to: str,
+  dtype: str | None = None,
+  step: int | None = None,
+  config: str | None = None,
+  vocabulary: str | None = None,
+  verify: bool = False,
+  dry_run: bool = False,
+) -> None:
+  """Converts weights and says what was checked.
+
+  Every tensor must be there with the shape that the config gives it, and no
+  other; the tokenizer must fit the embedding table. The result is read back
+  and compared number by number. Of an LLM-to-SLM run, `--to=hf` writes the SLM
+  (slm/), the projector and a config.json that says how they fit; other forms
+  take the SLM alone.
+
+  Raises:
+    FileNotFoundError: if there are no weights of that form.
+    ValueError: if the weights cannot be read, are not what their config says,
+      cannot be said in the form asked for, or do not fit on the disk.
+  """
+  if verify and (not parity.is_available() or 'hf' not in (from_, to)):
+    raise ValueError(
+      '--verify compares with transformers: it needs the packages torch and '
+      'transformers, and a Hugging Face folder at one end.'
+    )
+  opened = _open(source, from_, step, config)
+  _check_is_whole(opened)
+  reading = _Reading(opened, dtype)
+  folder = pathlib.Path(destination)
+  _check_destination(folder, reading.num_bytes)
+  print(_describe(reading, from_))
+  if dry_run:
+    return
+  unfinished = folder.with_name(f'.{folder.name}.unfinished')
+  shutil.rmtree(unfinished, ignore_errors=True)  # Left by one that was killed.
+  try:
+    _write(reading, unfinished, to, vocabulary)
+    checked = _check_written(reading, unfinished, to)
+    unfinished.rename(folder)
+  finally:
+    shutil.rmtree(unfinished, ignore_errors=True)
+  print(f'wrote {folder} ({to}); {checked}')
+  if verify:
+    theirs = folder if to == 'hf' else pathlib.Path(opened.location)
+    if (theirs / to_huggingface.SLM).is_dir():
+      theirs = theirs / to_huggingface.SLM
+    print(_compare(theirs, huggingface.Folder(theirs)))
+
+
+def _open(
+  source: str, form: str, step: int | None, config: str | None
+) -> weights.Source:
+  """Opens the weights as the form that they are said to have."""
+  if config is not None and form != 't5x':
+    raise ValueError(
+      f'--config={config} is for --from=t5x; other forms bring their config.'
+    )
+  if step is not None and form in ('hf', 'gguf'):
+    raise ValueError(
+      f'--step={step} is for runs and T5X; --from={form} has one model.'
+    )
+  location = pathlib.Path(source)
+  if form == 'hf' and hub.is_name(source):
+    location = hub.download(source)
+  if not location.exists():
+    raise FileNotFoundError(f'{source} is missing: expected weights there.')
+  if form == 't5x':
+    preset = None if config is None else _preset(config)
+    return t5x.Checkpoint(location, step, preset)
+  if form == 'gguf':
+    return gguf_file.File(location)
+  if form == 'hf':
+    if not (location / huggingface.CONFIG).is_file():
+      raise FileNotFoundError(
+        f'{source} is not a Hugging Face folder: it has no '
+        f'{huggingface.CONFIG}.'
+      )
+    return huggingface.Folder(location)
+  opened = weights.open_source(source, step)
+  if isinstance(opened, huggingface.Folder):
+    raise ValueError(f'{source} is a Hugging Face folder: say --from=hf.')
+  return opened
+
+
+def _preset(name: str) -> config_lib.TransformerConfig:
+  """Returns the config in `gin_configs/models/NAME.gin`, or in a gin file."""
+  file = name if name.endswith('.gin') else f'gin_configs/models/{name}.gin'
+  gin_utils.parse_config([file])
+  macro = pathlib.Path(file).stem.upper()
+  try:
+    value = gin.query_parameter(f'{macro}/gin.macro.value')
+  except ValueError as error:
+    raise ValueError(f'{file} does not name a config {macro}.') from error
+  return value.scoped_configurable_fn()
+
+
+class _Reading:
+  """A source that takes notes: a cast, the digests, how far it has come."""
+
+  def __init__(self, source: weights.Source, dtype: str | None):
+    self.source = source
+    self.config = source.config
+    self.location = source.location
+    self.model_type = source.model_type
+    self._shapes = {
+      path: jax.ShapeDtypeStruct(shape.shape, jnp.dtype(dtype or shape.dtype))
+      for path, shape in source.shapes().items()
+    }
+    self._layers: dict[tuple[weights.Path, int], bytes] = {}
+    self.num_bytes = sum(
+      shape.size * shape.dtype.itemsize for shape in self._shapes.values()
+    )
+    self.progress: Any = None
+
+  def step(self) -> int | None:
+    return self.source.step()
+
+  def shapes(self) -> dict[weights.Path, jax.ShapeDtypeStruct]:
+    return self._shapes
+
+  def read(self, path: weights.Path, layer: int | None = None) -> np.ndarray:
+    stored = self.source.read(path, layer)
+    array = stored.astype(self._shapes[path].dtype, copy=False)
+    self._layers[path, layer or 0] = weights.digest_layer(array)
+    if self.progress is not None:
+      self.progress.update(array.nbytes)
+    return array
+
+  def name(self, path: weights.Path) -> str:
+    return self.source.name(path)
+
+  def digest(self, path: weights.Path) -> str:
+    count = len(list(weights.layers(path, self._shapes[path].shape)))
+    return weights.digest(self._layers[path, i] for i in range(count))
+
+
+def _progress(num_bytes: int, what: str) -> Any:
+  return tqdm.tqdm(
+    total=num_bytes,
+    desc=what,
+    unit='B',
+    unit_scale=True,
+    file=sys.stderr,
+    disable=None,  # Where nobody looks on.
+    leave=False,
+  )
+
+
+def _check_is_whole(source: weights.Source) -> None:
+  """Refuses weights that are not, tensor by tensor, those of their config.
+
+  An encoder may come without its decoder: an LLM needs no more.
+  """
+  module = l2s.build(source.config)
+  shapes, _ = partition.abstract_params(
+    functools.partial(module.init, deterministic=True),
+    jax.random.key(0),
+    parameters.example_batch(1, 2, 2),
+  )
+  wanted = traverse_util.flatten_dict(shapes)
+  found = source.shapes()
+  stacks = {path[0] for path in found}
+  if source.config.is_encoder_decoder and 'decoder' not in stacks:
+    wanted = {
+      path: shape for path, shape in wanted.items() if path[0] in stacks
+    }
+  weights.check_shapes(source, wanted)
+  unexpected = sorted(found.keys() - wanted.keys())
+  if unexpected:
+    raise ValueError(
+      f'The weights in {source.location} have tensors that a model of their '
+      'config has not:\n'
+      + '\n'.join(f'  {"/".join(p)} {found[p].shape}' for p in unexpected)
+    )
+
+
+def _check_destination(folder: pathlib.Path, num_bytes: int) -> None:
+  if folder.exists():
+    raise ValueError(
+      f'{folder} is there already. Name another DESTINATION, or remove it.'
+    )
+  parent = next(path for path in folder.absolute().parents if path.exists())
+  free = shutil.disk_usage(parent).free
+  if free < num_bytes:
+    raise ValueError(
+      f'{parent} has {free / 1e9:,.1f} GB free; the weights take '
+      f'{num_bytes / 1e9:,.1f} GB. Make room, name another DESTINATION, or '
+      'halve it by --dtype=bfloat16.'
+    )
+
+
+def _describe(reading: _Reading, form: str) -> str:
+  shapes = reading.shapes().values()
+  dtypes = sorted({shape.dtype.name for shape in shapes})
+  family = reading.model_type or (
+    'encoder-decoder' if reading.config.is_encoder_decoder else 'decoder-only'
+  )
+  at = f', step {reading.step()}' if reading.step() is not None else ''
+  return (
+    f'{reading.location} ({form}{at}): {family}, '
+    f'{sum(shape.size for shape in shapes):,} parameters in {len(shapes)} '
+    f'tensors; to be stored as {", ".join(dtypes)}, '
+    f'{reading.num_bytes / 1e9:,.3f} GB'
+  )
+
+
+def _write(
+  reading: _Reading,
+  folder: pathlib.Path,
+  to: str,
+  vocabulary_path: str | None,
+) -> None:
+  """Writes the whole destination into an empty folder."""
+  folder.mkdir(parents=True)
+  model_folder = folder
+  source = reading.source
+  if (
+    to == 'hf'
+    and isinstance(source, runs.Run)
+    and source.description['kind'] == 'llm_to_slm'
+  ):
+    model_folder = folder / to_huggingface.SLM
+    to_huggingface.save_run(reading, source, folder)
+    _copy_tokenizer(_vocabulary_folder(source, 'prompt'), folder)
+  vocabulary = _write_tokenizer(reading, model_folder, vocabulary_path)
+  with _progress(reading.num_bytes, 'converting') as reading.progress:
+    if to == 'hf':
+      to_huggingface.save(reading, model_folder, vocabulary)
+    elif to == 't5x':
+      to_t5x.save(reading, folder)
+    else:
+      converted.save(reading, folder)
+
+
+def _write_tokenizer(
+  reading: _Reading, folder: pathlib.Path, path: str | None
+) -> vocabularies.Vocabulary | None:
+  """Writes the tokenizer beside the weights; None where there is none.
+
+  Raises:
+    ValueError: if it has more ids than the embedding table has rows.
+  """
+  source = reading.source
+  if path is not None:
+    vocabularies.load(path).save(folder)
+  elif isinstance(source, gguf_file.File):
+    source.save_tokenizer(folder)
+  elif isinstance(source, runs.Run):
+    _copy_tokenizer(_vocabulary_folder(source, 'answer'), folder)
+  elif not isinstance(source, t5x.Checkpoint):
+    _copy_tokenizer(pathlib.Path(source.location), folder)
+  try:
+    vocabulary = vocabularies.load(folder)
+  except FileNotFoundError:
+    print(
+      f'{source.location} brings no tokenizer that is known. Give one by '
+      '--vocabulary=FILE, or by LLM_VOCABULARY / SLM_VOCABULARY at use'
+    )
+    return None
+  except ValueError as error:  # Kept all the same: transformers may read it.
+    print(f'the tokenizer is copied, and cannot be used here: {error}')
+    return None
+  systems.check_vocabulary(vocabulary, reading.config)
+  return vocabulary
+
+
+def _vocabulary_folder(run: runs.Run, name: str) -> pathlib.Path:
+  return pathlib.Path(run.location) / systems.VOCABULARIES / name
+
+
+def _copy_tokenizer(source: pathlib.Path, destination: pathlib.Path) -> None:
+  destination.mkdir(parents=True, exist_ok=True)
+  for name in _CARRIED:
+    if (source / name).is_file():
+      shutil.copyfile(source / name, destination / name)
+
+
+def _check_written(reading: _Reading, folder: pathlib.Path, to: str) -> str:
+  """Reads back what was written; returns what was found equal.
+
+  Raises:
+    ValueError: lists the tensors that are not what was read before.
+  """
+  if (folder / to_huggingface.SLM).is_dir():
+    folder = folder / to_huggingface.SLM
+  again = _Reading(_open(str(folder), to, None, None), None)
+  with _progress(again.num_bytes, 'checking') as again.progress:
+    for path, shape in again.shapes().items():
+      for layer in weights.layers(path, shape.shape):
+        again.read(path, layer)
+  written = {path: reading.digest(path) for path in reading.shapes()}
+  found = {path: again.digest(path) for path in again.shapes()}
+  if written != found:
+    differing = [
+      '/'.join(path)
+      for path in sorted(written.keys() | found.keys())
+      if written.get(path) != found.get(path)
+    ]
+    raise ValueError(
+      f'What was written to {folder} does not read back as it was. The disk '
+      'may be failing; these tensors differ:\n  ' + '\n  '.join(differing)
+    )
+  return (
+    f'read back, {len(found)} tensors are equal in name, shape and content; '
+    f'fingerprint {weights.fingerprint(found)}'
+  )
+
+
+def _compare(folder: pathlib.Path, source: weights.Source) -> str:
+  """Returns how near our logits are to those of transformers.
+
+  Raises:
+    ValueError: if they differ by more than float32 explains.
+  """
+  difference = parity.compare(folder, source)
+  if not difference < 1e-4:
+    raise ValueError(
+      f'transformers computes other logits from {folder}: they differ by '
+      f'{difference:.1e} of the largest. What was written is kept; please '
+      'report this with its config.json.'
+    )
+  return f'logits are those of transformers to {difference:.1e} of the largest'

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a token stands, as attention is told: buckets, angles, windows.
+
+Relative positions (T5) are a learned bias on attention logits, rotary ones
+(Llama, Pythia) turn queries and keys, windows (Gemma) hide what is far away.
+All of them are given positions, which count real tokens; learned tables that
+are added to embeddings are not here but with the models.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from l2s_jax.models import config as config_lib
+
+
+def count_tokens(
+  valid: Bool[Array, 'batch slots'],
+) -> Int[Array, 'batch slots']:
+  """Numbers real tokens from 0; a padded slot repeats the one before it."""
+  return jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def offsets(
+  query_positions: Int[Array, '#batch query'],
+  key_positions: Int[Array, '#batch key'],
+) -> Int[Array, '#batch query key']:
+  """Returns key position minus query position, in tokens."""
+  return key_positions[:, None, :] - query_positions[:, :, None]
+
+
+def relative_position_bucket(
+  offset: Int[Array, '*batch query key'],
+  *,
+  bidirectional: bool,
+  num_buckets: int,
+  max_distance: int,
+) -> Int[Array, '*batch query key']:
+  """Maps offsets between positions to bucket ids in [0, num_buckets).
+
+  Half of the buckets of a direction hold exact offsets; the rest grow
+  logarithmically up to `max_distance`, beyond which all share the last.
+
+  Args:
+    offset: key position minus query position, in tokens.
+    bidirectional: whether keys after the query get buckets of their own
+      (encoder) or all fall into bucket 0 (decoder).
+    num_buckets: of both directions together.
+    max_distance: in tokens.
+
+  Source: Raffel et al. 2020 (arXiv:1910.10683), section 2.1. A golden test
+  holds encoder and logits to those of T5X.
+  """
+  buckets = jnp.zeros_like(offset)
+  if bidirectional:
+    num_buckets //= 2
+    buckets += (offset > 0) * num_buckets
+    distance = jnp.abs(offset)
+  else:
+    distance = jnp.maximum(-offset, 0)
+  num_exact = num_buckets // 2
+  growth = jnp.log(jnp.maximum(distance, 1) / num_exact) / math.log(
+    max_distance / num_exact
+  )
+  far = num_exact + (growth * (num_buckets - num_exact)).astype(offset.dtype)
+  far = jnp.minimum(far, num_buckets - 1)
+  return buckets + jnp.where(distance < num_exact, distance, far)
+
+
+class RelativePositionBias(nn.Module):
+  """A learned bias on attention logits per head and bucket of offsets."""
+
+  config: config_lib.TransformerConfig
+
+  @nn.compact
+  def __call__(
+    self, buckets: Int[Array, '1 query key']
+  ) -> Float[Array, '1 heads query key']:
+    config = self.config
+    table = self.param(
+      'rel_embedding',
+      nn.with_logical_partitioning(
+        nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
+        ('heads', 'relpos_buckets'),
+      ),
+      (config.num_heads, config.relpos_buckets),
+    )
+    return jnp.take(table, buckets[0], axis=1)[None]
+
+
+class Rotation(struct.PyTreeNode):
+  """By which angles positions turn queries and keys, as cosine and sine.
+
+  `kinds` are layers that see all and, where they have a base of their own,
+  those with a window.
+  """
+
+  cos: Float[Array, '*kinds #batch length pairs']
+  sin: Float[Array, '*kinds #batch length pairs']
+
+  def of_layer(self, is_global: Bool[Array, '']) -> 'Rotation':
+    """Returns the angles of one layer."""
+    kind = jnp.where(is_global, 0, self.cos.shape[0] - 1)
+    return Rotation(self.cos[kind], self.sin[kind])
+
+
+def rotation(
+  config: config_lib.TransformerConfig,
+  positions: Int[Array, '#batch length'],
+) -> Rotation:
+  """Returns the angles of all kinds of layers at some positions."""
+  frequencies = [_stretched(config, _frequencies(config, config.rope_base))]
+  if config.rope_local_base is not None:
+    frequencies.append(_frequencies(config, config.rope_local_base))
+  angles = positions[None, :, :, None] * np.stack(frequencies)[:, None, None]
+  return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def _frequencies(
+  config: config_lib.TransformerConfig, base: float
+) -> np.ndarray:
+  """Returns radians a token, of each pair of features."""
+  exponents = np.arange(0, config.rotary_dim, 2, dtype=np.float32)
+  return (1.0 / base ** (exponents / config.rotary_dim)).astype(np.float32)
+
+
+def _stretched(
+  config: config_lib.TransformerConfig, frequencies: np.ndarray
+) -> np.ndarray:
+  """Slows down the pairs that turn slowly, as Llama 3.1 did.
+
+  Waves as long as the context of pretraining become `factor` times longer,
+  short ones stay, those between are mixed.
+  """
+  if not config.rope_scaling:
+    return frequencies
+  factor, low, high, context = config.rope_scaling
+  turns = context * frequencies / (2 * math.pi)  # in the old context
+  keep = np.clip((turns - low) / (high - low), 0, 1)
+  return (keep + (1 - keep) / factor) * frequencies
+
+
+def rotate(
+  x: Float[Array, 'batch heads length kv'], by: Rotation
+) -> Float[Array, 'batch heads length kv']:
+  """Turns the pairs (i, i + pairs) of features; those beyond stay.
+
+  In float32: bfloat16 would blur the angles of far positions.
+  """
+  cos, sin = by.cos[:, None], by.sin[:, None]
+  num_pairs = cos.shape[-1]
+  first, second, rest = jnp.split(x, [num_pairs, 2 * num_pairs], axis=-1)
+  turned = [first * cos - second * sin, second * cos + first * sin]
+  return jnp.concatenate(
+    [part.astype(x.dtype) for part in (*turned, rest)], axis=-1
+  )
+
+
+def window_mask(
+  offset: Int[Array, '#batch query key'], window: int
+) -> Bool[Array, '#batch query key']:
+  """Lets a token see those less than `window` away, in both directions."""
+  return jnp.abs(offset) < window

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights in the form that `convert --to=l2s` leaves them.
+
+A folder with `weights.json` (the config, and the digest of every tensor),
+safetensors files whose names are our canonical ones, layers stacked, and the
+tokenizer's files. Files are mapped, not read: a device takes its shard alone.
+"""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l2s_jax import files, weights
+from l2s_jax.models import config as config_lib
+from l2s_jax.weights import tensor_files
+
+DESCRIPTION = 'weights.json'
+FORMAT_VERSION = 1
+
+
+class Folder:
+  """A converted folder."""
+
+  def __init__(self, folder: pathlib.Path):
+    """Reads the description and the headers of the files.
+
+    Raises:
+      FileNotFoundError: if a file is missing.
+      ValueError: if a file is broken, or does not hold the tensors that the
+        description lists.
+    """
+    self.location = str(folder)
+    path = folder / DESCRIPTION
+    description = tensor_files.read_json(path)
+    if description['format_version'] > FORMAT_VERSION:
+      raise ValueError(
+        f'{path} has format version {description["format_version"]}; this '
+        f'l2s_jax reads up to {FORMAT_VERSION}. Update l2s_jax.'
+      )
+    self.model_type = description['model_type']
+    self.config = config_lib.TransformerConfig(**description['config'])
+    self._digests = description['digests']
+    self._tensors = tensor_files.open_folder(folder)
+    differing = self._digests.keys() ^ self._tensors.keys()
+    if differing:
+      raise ValueError(
+        f'The files in {folder} do not hold the tensors that {path} lists. '
+        'Convert again, or copy the folder whole; they differ in:\n  '
+        + '\n  '.join(sorted(differing))
+      )
+
+  def step(self) -> int | None:
+    return None
+
+  def shapes(self) -> dict[weights.Path, jax.ShapeDtypeStruct]:
+    return {
+      tuple(name.split('/')): jax.ShapeDtypeStruct(
+        tensor.shape, jnp.dtype(tensor_files.DTYPES[tensor.dtype])
+      )
+      for name, tensor in self._tensors.items()
+    }
+
+  def read(self, path: weights.Path, layer: int | None = None) -> np.ndarray:
+    array = self._tensors['/'.join(path)].read()
+    return array if layer is None else array[layer]
+
+  def name(self, path: weights.Path) -> str:
+    return '/'.join(path)
+
+  def digest(self, path: weights.Path) -> str | None:
+    return self._digests['/'.join(path)]
+
+
+def save(source: weights.Source, folder: pathlib.Path) -> None:
+  """Writes weights as a converted folder, layer by layer.
+
+  Args:
+    source: whose digests are known once its tensors are read.
+    folder: where to.
+  """
+  shapes = {'/'.join(path): shape for path, shape in source.shapes().items()}
+
+  def pieces(name):
+    path = tuple(name.split('/'))
+    for layer in weights.layers(path, shapes[name].shape):
+      yield source.read(path, layer)
+
+  tensor_files.save_safetensors(folder, shapes, pieces)
+  digests = {}
+  for path in source.shapes():
+    digest = source.digest(path)
+    assert digest is not None, path  # All were read.
+    digests[path] = digest
+  files.write_json(
+    folder / DESCRIPTION,
+    {
+      'format_version': FORMAT_VERSION,
+      'model_type': source.model_type,
+      'config': dataclasses.asdict(source.config),
+      'digests': {'/'.join(path): value for path, value in digests.items()},
+      'fingerprint': weights.fingerprint(digests),
+    },
+  )

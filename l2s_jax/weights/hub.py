@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fetches weights from the Hugging Face Hub by name, where it is reachable."""
+
+import pathlib
+import re
+
+from l2s_jax import vocabularies
+from l2s_jax.weights import tensor_files
+
+_CONFIG = 'config.json'
+# Not *.bin in general: optimizer states and training arguments end so, too.
+_PICKLES = ('pytorch_model*.bin', tensor_files.PICKLE_INDEX)
+
+
+def is_name(text: str) -> bool:
+  """Returns whether `text` may be ORGANISATION/NAME and not a folder."""
+  return (
+    re.fullmatch(r'[\w.-]+/[\w.-]+', text) is not None
+    and not pathlib.Path(text).exists()
+  )
+
+
+def download(name: str) -> pathlib.Path:
+  """Returns the folder that a model of the Hub was fetched to.
+
+  Raises:
+    ValueError: if the package is absent, the Hub out of reach, or has no such
+      model.
+  """
+  try:
+    import huggingface_hub
+    import huggingface_hub.errors
+  except ImportError as error:
+    raise ValueError(
+      f'{name} is no folder here. To fetch it from the Hugging Face Hub: pip '
+      'install huggingface_hub.'
+    ) from error
+  common = (_CONFIG, *vocabularies.ALL_FILES)
+  try:
+    for weights in (('*.safetensors', tensor_files.INDEX), _PICKLES):
+      folder = pathlib.Path(
+        huggingface_hub.snapshot_download(
+          name,
+          allow_patterns=[*common, *weights],
+          ignore_patterns=['*/*'],  # Copies for other uses are in subfolders.
+        )
+      )
+      if any(folder.glob(weights[0])):
+        break
+  except (
+    OSError,
+    huggingface_hub.errors.HTTPError,  # Of whichever package it speaks with.
+    huggingface_hub.errors.HFValidationError,
+  ) as error:
+    raise ValueError(
+      f'{name} is no folder here, and could not be fetched from the Hugging '
+      f'Face Hub: {str(error).splitlines()[0]}. Check the name and the '
+      'network, or download the files elsewhere and name their folder.'
+    ) from error
+  return folder

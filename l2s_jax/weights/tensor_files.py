@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of named tensors: safetensors, and PyTorch's pickles without code.
+
+Headers are read first, tensors one at a time, and written piece by piece, so
+that no file is ever in memory whole. What the names mean is not known here.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+WEIGHTS = 'model.safetensors'
+INDEX = 'model.safetensors.index.json'
+PICKLE = 'pytorch_model.bin'
+PICKLE_INDEX = 'pytorch_model.bin.index.json'
+# As in `save_pretrained`.
+MAX_FILE_BYTES = 5 * 10**9
+
+# By the names that safetensors gives them.
+DTYPES = {
+  'F64': 'float64',
+  'F32': 'float32',
+  'F16': 'float16',
+  'BF16': 'bfloat16',
+}
+_TAGS = {name: tag for tag, name in DTYPES.items()}
+
+
+class Tensor(NamedTuple):
+  """What a header says of a tensor, and how to read it.
+
+  Attributes:
+    shape: its shape.
+    dtype: a key of `DTYPES`, or what else the file calls it.
+    read: returns it as stored.
+  """
+
+  shape: tuple[int, ...]
+  dtype: str
+  read: Callable[[], np.ndarray]
+
+
+def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
+  """Returns the tensors of a folder of weights by the names in its files.
+
+  Raises:
+    FileNotFoundError: if it holds no weights, or not all files of its index.
+    ValueError: if a file is broken, or needs PyTorch and that is absent.
+  """
+  for single, index, read in (
+    (WEIGHTS, INDEX, open_safetensors),
+    (PICKLE, PICKLE_INDEX, _open_pickle),
+  ):
+    if (folder / single).is_file():
+      paths = [folder / single]
+    elif (folder / index).is_file():
+      paths = _shards(folder / index)
+    else:
+      continue
+    return {
+      name: tensor for path in paths for name, tensor in read(path).items()
+    }
+  found = sorted(
+    path.name
+    for path in folder.iterdir()
+    if path.suffix in ('.h5', '.msgpack', '.pt', '.ckpt', '.gguf')
+  )
+  raise FileNotFoundError(
+    f'{folder} has neither {WEIGHTS} nor {INDEX}, nor {PICKLE}'
+    + (f', only {", ".join(found)}' if found else '')
+    + '. Download one of these.'
+  )
+
+
+def _shards(index: pathlib.Path) -> list[pathlib.Path]:
+  names = sorted(set(read_json(index).get('weight_map', {}).values()))
+  missing = [name for name in names if not (index.parent / name).is_file()]
+  if missing or not names:
+    raise FileNotFoundError(
+      f'{index} lists {len(names)} files; missing: '
+      f'{", ".join(missing) or "all"}. Download them into {index.parent}.'
+    )
+  return [index.parent / name for name in names]
+
+
+def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
+  """Returns the tensors of a file, which stay there until they are read.
+
+  What `read` returns is a view of the file: only the part of it that is used
+  is ever in memory.
+
+  Raises:
+    ValueError: if the file is not whole; names it with its size.
+  """
+  try:
+    with safetensors.safe_open(path, framework='np'):
+      pass  # It checks the header against the size of the file.
+  except safetensors.SafetensorError as error:
+    raise ValueError(
+      f'{path} ({path.stat().st_size} bytes) is not a whole safetensors file: '
+      f'{error}. The download may have been cut short, or left a Git LFS '
+      'pointer; download it again.'
+    ) from error
+  with path.open('rb') as file:
+    length = int.from_bytes(file.read(8), 'little')
+    header = json.loads(file.read(length))
+  header.pop('__metadata__', None)
+
+  def tensor(entry: Mapping[str, Any]) -> Tensor:
+    shape, dtype = tuple(entry['shape']), entry['dtype']
+    offset = 8 + length + entry['data_offsets'][0]
+    return Tensor(shape, dtype, lambda: _map(path, dtype, shape, offset))
+
+  return {name: tensor(entry) for name, entry in header.items()}
+
+
+def _map(
+  path: pathlib.Path, dtype: str, shape: tuple[int, ...], offset: int
+) -> np.ndarray:
+  return np.asarray(
+    np.memmap(path, jnp.dtype(DTYPES[dtype]), 'r', offset, shape)
+  )
+
+
+def _open_pickle(path: pathlib.Path) -> dict[str, Tensor]:
+  """Returns the tensors of a PyTorch file; code in it is refused, never run."""
+  try:
+    import torch
+  except ImportError as error:
+    raise ValueError(
+      f'{path} is a pickle, which only PyTorch reads without running code that '
+      f'may be in it: pip install torch, or download {WEIGHTS} instead.'
+    ) from error
+  import pickle
+
+  try:
+    stored = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+  except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    raise ValueError(
+      f'{path} ({path.stat().st_size} bytes) was not read: it is cut short, or '
+      f'holds more than tensors, which is never unpickled. Download {WEIGHTS} '
+      f'instead. PyTorch says: {str(error).splitlines()[0]}'
+    ) from error
+
+  def tensor(value: Any) -> Tensor:
+    name = str(value.dtype).removeprefix('torch.')
+
+    def read() -> np.ndarray:
+      if name != 'bfloat16':  # NumPy alone has none.
+        return value.numpy()
+      return value.view(torch.uint16).numpy().view(jnp.bfloat16)
+
+    return Tensor(tuple(value.shape), _TAGS.get(name, name), read)
+
+  return {
+    name: tensor(value)
+    for name, value in stored.items()
+    if isinstance(value, torch.Tensor)
+  }
+
+
+def save_safetensors(
+  folder: pathlib.Path,
+  tensors: Mapping[str, jax.ShapeDtypeStruct],
+  pieces: Callable[[str], Iterable[np.ndarray]],
+  *,
+  stem: str = 'model',
+  max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+  """Writes tensors into one file, or several with an index.
+
+  Args:
+    folder: where to; made if absent.
+    tensors: shape and dtype of each.
+    pieces: returns a tensor as parts that follow each other in memory.
+    stem: of the file's name, before its suffix.
+    max_file_bytes: of one file, unless a tensor alone has more.
+  """
+  files: list[list[str]] = [[]]
+  sizes = {
+    name: tensor.size * tensor.dtype.itemsize
+    for name, tensor in tensors.items()
+  }
+  for name in sorted(tensors):
+    filled = sum(sizes[other] for other in files[-1])
+    if files[-1] and filled + sizes[name] > max_file_bytes:
+      files.append([])
+    files[-1].append(name)
+  folder.mkdir(parents=True, exist_ok=True)
+  if len(files) == 1:
+    _save_file(folder / f'{stem}.safetensors', tensors, pieces)
+    return
+  weight_map: dict[str, str] = {}
+  for i, names in enumerate(files):
+    file = f'{stem}-{i + 1:05}-of-{len(files):05}.safetensors'
+    _save_file(folder / file, {name: tensors[name] for name in names}, pieces)
+    weight_map |= dict.fromkeys(names, file)
+  index = {
+    'metadata': {'total_size': sum(sizes.values())},
+    'weight_map': dict(sorted(weight_map.items())),
+  }
+  (folder / f'{stem}.safetensors.index.json').write_text(
+    json.dumps(index, indent=2) + '\n'
+  )
+
+
+def _save_file(
+  path: pathlib.Path,
+  tensors: Mapping[str, jax.ShapeDtypeStruct],
+  pieces: Callable[[str], Iterable[np.ndarray]],
+) -> None:
+  """Writes one file, byte for byte as the package safetensors does."""
+  # Wide numbers first, so that all are aligned.
+  names = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
+  # What transformers asks for before it reads a file.
+  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+  end = 0
+  for name in names:
+    tensor = tensors[name]
+    start, end = end, end + tensor.size * tensor.dtype.itemsize
+    header[name] = {
+      'dtype': _TAGS[tensor.dtype.name],
+      'shape': list(tensor.shape),
+      'data_offsets': [start, end],
+    }
+  encoded = json.dumps(
+    header, separators=(',', ':'), ensure_ascii=False
+  ).encode()
+  encoded += b' ' * (-len(encoded) % 8)
+  with path.open('wb') as file:
+    file.write(len(encoded).to_bytes(8, 'little'))
+    file.write(encoded)
+    for name in names:
+      for piece in pieces(name):
+        file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the object in a JSON file.
+
+  Raises:
+    ValueError: if it holds something else, naming the file.
+  """
+  try:
+    content = json.loads(path.read_text())
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise ValueError(
+      f'{path} is not JSON: {error}. Download it again.'
+    ) from error
+  if not isinstance(content, dict):
+    raise ValueError(f'{path} holds no JSON object. Download it again.')
+  return content

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes weights as a Hugging Face folder, and an LLM-to-SLM run as two.
+
+The way in is `huggingface.py`; both go through the same tables of names.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+
+from l2s_jax import files, vocabularies, weights
+from l2s_jax.models import config as config_lib
+from l2s_jax.weights import huggingface, rows, runs, tensor_files
+
+SLM = 'slm'
+PROJECTOR = 'projector'
+
+# Their name, as in a torch.nn.Sequential(Linear, ReLU, Linear), of each of our
+# tensors; PyTorch's Linear keeps [out, in].
+_PROJECTOR = {
+  ('projector', 'wi', 'kernel'): 'projector.0.weight',
+  ('projector', 'wi', 'bias'): 'projector.0.bias',
+  ('projector', 'wo', 'kernel'): 'projector.2.weight',
+  ('projector', 'wo', 'bias'): 'projector.2.bias',
+  ('prompt_embedder', 'kernel'): 'prompt_embedder.weight',
+  ('prompt_embedder', 'bias'): 'prompt_embedder.bias',
+}
+
+
+def save(
+  source: weights.Source,
+  folder: pathlib.Path,
+  vocabulary: vocabularies.Vocabulary | None,
+  *,
+  max_file_bytes: int = tensor_files.MAX_FILE_BYTES,
+) -> None:
+  """Writes config.json and safetensors files, tensor by tensor.
+
+  Args:
+    source: where from.
+    folder: where to; made if absent.
+    vocabulary: whose special ids config.json names; None: T5's.
+    max_file_bytes: of one file, before another is begun.
+
+  Raises:
+    ValueError: if transformers has no family that is built so.
+  """
+  model_type = _model_type(source)
+  family = huggingface.FAMILIES[model_type]
+  config, sizes = source.config, rows.axis_sizes(source.config)
+  stored = source.shapes()
+  parts: dict[str, list[tuple[rows.Row, int | None]]] = {}
+  for row in family.rows:
+    if row.path not in stored:
+      continue
+    for layer, name in enumerate(row.names(config)):
+      # save_pretrained prefixes all but the head.
+      prefix = '' if row.path[0] == 'logits_dense' else family.prefix
+      parts.setdefault(prefix + name, []).append(
+        (row, layer if row.is_stacked else None)
+      )
+
+  def pieces(name):
+    yield rows.to_theirs(
+      [row for row, _ in parts[name]],
+      [source.read(row.path, layer) for row, layer in parts[name]],
+      sizes,
+    )
+
+  shapes = {
+    name: jax.ShapeDtypeStruct(row.shape(sizes), stored[row.path].dtype)
+    for name, ((row, _), *_) in parts.items()
+  }
+  tensor_files.save_safetensors(
+    folder, shapes, pieces, max_file_bytes=max_file_bytes
+  )
+  content = huggingface.config_json(model_type, config)
+  if config.is_encoder_decoder and not any(p[0] == 'decoder' for p in stored):
+    content['architectures'] = [
+      name.replace('ForConditionalGeneration', 'EncoderModel')
+      for name in content['architectures']
+    ]
+  dtype = stored[('token_embedder', 'embedding')].dtype.name
+  files.write_json(
+    folder / huggingface.CONFIG,
+    content | _special_ids(config, vocabulary) | {'torch_dtype': dtype},
+  )
+
+
+def _model_type(source: weights.Source) -> str:
+  """Returns the family to write: that of the source, or one that fits."""
+  fitting = huggingface.model_types(source.config)
+  if source.model_type in fitting:
+    return source.model_type
+  if not fitting:
+    raise ValueError(
+      f'No family of transformers is built like the model in {source.location}.'
+      ' Choose --to=l2s. What sets it apart from a T5 v1.0:\n  '
+      + '\n  '.join(_unusual(source.config))
+    )
+  return fitting[0]
+
+
+def _unusual(config: config_lib.TransformerConfig) -> list[str]:
+  """Returns the fields that are not as their default."""
+  return [
+    f'{field.name}={getattr(config, field.name)!r}'
+    for field in dataclasses.fields(config)
+    if getattr(config, field.name) != field.default
+  ]
+
+
+def _special_ids(
+  config: config_lib.TransformerConfig,
+  vocabulary: vocabularies.Vocabulary | None,
+) -> dict[str, int]:
+  if vocabulary is None:
+    if not config.is_encoder_decoder:
+      return {}
+    pad_id, eos_id, start_id = 0, 1, 0
+  else:
+    pad_id, eos_id = vocabulary.pad_id, vocabulary.eos_id
+    start_id = vocabulary.start_id
+  start = (
+    'decoder_start_token_id' if config.is_encoder_decoder else 'bos_token_id'
+  )
+  return {'pad_token_id': pad_id, 'eos_token_id': eos_id, start: start_id}
+
+
+def save_run(
+  source: weights.Source, run: runs.Run, folder: pathlib.Path
+) -> None:
+  """Writes what an LLM-to-SLM run has beside its SLM.
+
+  Args:
+    source: the SLM, which `save` writes into the folder `slm`.
+    run: the run.
+    folder: gets `projector.safetensors` and a config.json that says how LLM,
+      projector and SLM fit together.
+  """
+  others = run.read_others()
+  tensors = {
+    _PROJECTOR[path]: array.T if path[-1] == 'kernel' else array
+    for path, array in others.items()
+  }
+  shapes = {
+    name: jax.ShapeDtypeStruct(array.shape, array.dtype)
+    for name, array in tensors.items()
+  }
+  tensor_files.save_safetensors(
+    folder, shapes, lambda name: [tensors[name]], stem=PROJECTOR
+  )
+  files.write_json(folder / huggingface.CONFIG, _how_it_fits(source, run))
+
+
+def _how_it_fits(source: weights.Source, run: runs.Run) -> dict[str, Any]:
+  description = run.description
+  is_own = description['shared_vocabulary']
+  if description['injection'] == 'replace':
+    embeddings = 'Z'
+  elif is_own:
+    embeddings = "Z + the SLM's embeddings of the prompt"
+  else:
+    embeddings = "Z + prompt_embedder(the LLM's embeddings of the prompt)"
+  return {
+    'model_type': 'llm_to_slm',
+    'llm': {
+      'path': description['llm_path'],
+      'fingerprint': description['llm_fingerprint'],
+      'model_types': huggingface.model_types(
+        config_lib.TransformerConfig(**description['llm'])
+      ),
+      'emb_dim': description['llm']['emb_dim'],
+      'dtype': description['frozen_dtype'],
+    },
+    'projector': {
+      'file': f'{PROJECTOR}.safetensors',
+      'layers': ['Linear', 'ReLU', 'Linear'],
+      'reads': "H, the last hidden states of the LLM's encoder",
+      'gives': 'Z',
+    },
+    'slm': {
+      'path': SLM,
+      'emb_dim': source.config.emb_dim,
+      'inputs_embeds': embeddings,
+    },
+    'injection': description['injection'],
+    'shared_vocabulary': is_own,
+    'step': run.step(),
+  }

@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversion changes where weights are and never what they are."""
+
+import dataclasses
+import json
+import shutil
+import sys
+import tracemalloc
+
+import gin
+import helpers
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import traverse_util
+
+from l2s_jax import __main__ as command_line
+from l2s_jax import (
+  checkpoint,
+  convert,
+  partition,
+  state,
+  systems,
+  vocabularies,
+  weights,
+)
+from l2s_jax.models import l2s
+from l2s_jax.weights import converted, huggingface, to_huggingface
+
+CONFIGS = helpers.SLMS | helpers.FAMILIES
+
+
+def source_of(config, dtype=np.float32):
+  params = helpers.random_params(l2s.build(config))
+  return helpers.Arrays(
+    config, jax.tree.map(lambda x: np.asarray(x, dtype), params)
+  )
+
+
+def run(*arguments):
+  """Runs `convert`; returns what it refused, '' where it did not."""
+  status = command_line.main(['convert', *map(str, arguments)])
+  gin.clear_config()
+  return status
+
+
+def refusal(capsys, *arguments):
+  assert run(*arguments) == 2
+  return capsys.readouterr().err
+
+
+def load(source, names=None, **options):
+  """Returns parameters, all or of some modules, and fingerprint."""
+  shapes = {
+    path: shape
+    for path, shape in source.shapes().items()
+    if names is None or path[0] in names
+  }
+  shapes = traverse_util.unflatten_dict(shapes)
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shardings = jax.tree.map(lambda _: device, shapes)
+  return weights.load(source, shapes, shardings, **options)
+
+
+@pytest.fixture
+def t5(tmp_path):
+  """Returns the Hugging Face folder of a T5 v1.1, and its source."""
+  source = source_of(helpers.T5_1_1)
+  to_huggingface.save(source, tmp_path / 't5', None)
+  return tmp_path / 't5', source
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_hugging_face_and_back_is_the_same_to_the_byte(name, tmp_path):
+  source = source_of(CONFIGS[name])
+  first, ours, last = (tmp_path / name for name in ('hf', 'l2s', 'again'))
+  to_huggingface.save(source, first, None)
+  assert not run('--from=hf', '--to=l2s', first, ours)
+  assert not run('--from=l2s', '--to=hf', ours, last)
+
+  opened = weights.open_source(str(ours))
+  assert opened.shapes() == source.shapes()
+  for path, array in source.arrays.items():
+    np.testing.assert_array_equal(opened.read(path), array)
+  for file in first.iterdir():
+    assert file.read_bytes() == (last / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize('names', [None, ('token_embedder', 'encoder')])
+def test_a_folder_and_its_conversion_have_one_fingerprint(t5, names, tmp_path):
+  folder, _ = t5
+  run('--from=hf', '--to=l2s', folder, tmp_path / 'l2s')
+  params, fingerprint = load(weights.open_source(str(folder)), names)
+  ours, its_own = load(weights.open_source(str(tmp_path / 'l2s')), names)
+  assert its_own == fingerprint
+  jax.tree.map(np.testing.assert_array_equal, ours, params)
+
+
+def test_a_converted_folder_stands_where_its_source_stood(t5, tmp_path):
+  folder, source = t5
+  helpers.vocabulary().save(folder)
+  assert not run('--from=hf', '--to=l2s', folder, tmp_path / 'l2s')
+  for path in (folder, tmp_path / 'l2s'):
+    tower = systems.Tower(path=str(path))
+    assert tower.load_config() == source.config
+    assert tower.load_vocabulary() == helpers.vocabulary()
+
+
+def test_the_dtype_is_kept_unless_another_is_asked_for(tmp_path):
+  source = source_of(helpers.GPT2, ml_dtypes.bfloat16)
+  to_huggingface.save(source, tmp_path / 'hf', None)
+  for dtype in ('bfloat16', 'float32'):
+    flags = [] if dtype == 'bfloat16' else [f'--dtype={dtype}']
+    folder = tmp_path / dtype
+    assert not run('--from=hf', '--to=l2s', tmp_path / 'hf', folder, *flags)
+    opened = weights.open_source(str(folder))
+    for path, array in source.arrays.items():
+      assert opened.read(path).dtype == dtype
+      np.testing.assert_array_equal(opened.read(path), array.astype(dtype))
+
+
+def test_a_mesh_reads_its_shards_out_of_the_files(t5, tmp_path):
+  folder, source = t5
+  run('--from=hf', '--to=l2s', folder, tmp_path / 'l2s')
+  mesh_config = partition.MeshConfig(data=2, fsdp=2, tensor=2)
+  mesh = partition.make_mesh(mesh_config)
+  module = l2s.build(source.config)
+  shapes, axes = partition.abstract_params(
+    lambda key: module.init(key, helpers.random_batch(), deterministic=True),
+    jax.random.key(0),
+  )
+  shardings = partition.param_shardings(shapes, axes, mesh, mesh_config)
+  opened = weights.open_source(str(tmp_path / 'l2s'))
+  params, _ = weights.load(opened, shapes, shardings)
+  flat = traverse_util.flatten_dict(params)
+  assert any(not array.is_fully_replicated for array in flat.values())
+  for path, array in source.arrays.items():
+    np.testing.assert_array_equal(flat[path], array)
+
+
+def test_only_verifying_reads_what_the_digests_stand_for(t5, tmp_path):
+  folder, _ = t5
+  ours = tmp_path / 'l2s'
+  run('--from=hf', '--to=l2s', folder, ours)
+  fingerprint = load(weights.open_source(str(ours)), verify=True)[1]
+  file = ours / 'model.safetensors'
+  content = bytearray(file.read_bytes())
+  content[-1] ^= 1
+  file.write_bytes(content)
+  opened = weights.open_source(str(ours))
+  assert load(opened)[1] == fingerprint
+  with pytest.raises(ValueError) as error:
+    load(opened, verify=True)
+  name = max(json.loads((ours / 'weights.json').read_text())['digests'])
+  assert f'{ours} has changed since' in str(error.value)
+  assert str(error.value).splitlines()[1:] == [f'  {name}']
+
+
+def test_a_folder_that_lacks_a_tensor_of_its_description_is_refused(
+  t5, tmp_path
+):
+  folder, _ = t5
+  run('--from=hf', '--to=l2s', folder, tmp_path / 'l2s')
+  file = tmp_path / 'l2s' / 'model.safetensors'
+  tensors = safetensors.numpy.load_file(file)
+  del tensors['encoder/final_norm/scale']
+  safetensors.numpy.save_file(tensors, file)
+  with pytest.raises(ValueError, match='differ in:\n  encoder/final_norm'):
+    weights.open_source(str(tmp_path / 'l2s'))
+
+
+@pytest.mark.parametrize('to', ['l2s', 'hf', 't5x'])
+def test_memory_holds_layers_not_stacks(to, tmp_path):
+  config = type(helpers.T5_1_1)(
+    **helpers.T5_1_1.to_json()
+    | {'emb_dim': 128, 'mlp_dim': 2048, 'num_decoder_layers': 12}
+    | {'relpos_buckets': 32, 'relpos_max_distance': 128}
+  )
+  layer_bytes = 128 * 2048 * 4
+  to_huggingface.save(source_of(config), tmp_path / 'hf', None)
+  run('--from=hf', '--to=l2s', '--dry_run', tmp_path / 'hf', tmp_path / 'no')
+  tracemalloc.start()  # NumPy tells it of every array.
+  assert not run('--from=hf', f'--to={to}', tmp_path / 'hf', tmp_path / 'out')
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert layer_bytes < peak < 5 * layer_bytes
+
+
+# --- runs ---------------------------------------------------------------------
+
+
+def save_run(folder, system, params):
+  systems.save(system, folder)
+  checkpointer = checkpoint.Checkpointer(folder)
+  trained = state.TrainState(
+    step=jnp.int32(3),
+    trainable=params,
+    opt_state=(),
+    key=jax.random.key_data(jax.random.key(0)),
+  )
+  checkpointer.save(trained, {})
+  checkpointer.wait()
+  checkpointer.close()
+
+
+def make_pair(injection, vocabulary):
+  """Returns an LLM-to-SLM system and its trained parameters."""
+  module = helpers.llm_to_slm('gpt2', injection, vocabulary)
+  system = dataclasses.replace(
+    helpers.system(module), sources={'llm': 'llms/big'}, llm_fingerprint='abc'
+  )
+  params = helpers.random_params(module)
+  return system, {k: v for k, v in params.items() if k != 'llm'}
+
+
+@pytest.mark.parametrize(
+  ('injection', 'vocabulary'), [('add', 'foreign'), ('replace', 'shared')]
+)
+def test_a_pair_goes_out_as_slm_projector_and_how_they_fit(
+  injection, vocabulary, tmp_path
+):
+  system, params = make_pair(injection, vocabulary)
+  save_run(tmp_path / 'run', system, params)
+  out = tmp_path / 'out'
+  assert not run('--from=l2s', '--to=hf', tmp_path / 'run', out)
+
+  slm = huggingface.Folder(out / 'slm')
+  assert slm.config == system.module.slm_config
+  for path, array in traverse_util.flatten_dict(params['slm']).items():
+    np.testing.assert_array_equal(slm.read(path), array)
+
+  fits = json.loads((out / 'config.json').read_text())
+  assert fits['injection'] == injection
+  assert fits['llm']['fingerprint'] == 'abc'
+  assert vocabularies.load(out) == system.prompt_vocabulary
+  assert vocabularies.load(out / 'slm') == system.answer_vocabulary
+  tensors = safetensors.numpy.load_file(out / fits['projector']['file'])
+  # What a torch.nn.Sequential(Linear, ReLU, Linear) of these would compute.
+  llm_states = np.random.default_rng(0).normal(size=(5, 24)).astype(np.float32)
+  hidden = llm_states @ tensors['projector.0.weight'].T
+  hidden = np.maximum(hidden + tensors['projector.0.bias'], 0)
+  z = hidden @ tensors['projector.2.weight'].T + tensors['projector.2.bias']
+  ours = system.module.bind({'params': params}).projector(
+    jnp.asarray(llm_states[None])
+  )[0]
+  np.testing.assert_allclose(z, ours, rtol=1e-5, atol=1e-5)
+  assert ('prompt_embedder.weight' in tensors) == (
+    injection == 'add' and vocabulary == 'foreign'
+  )
+
+
+def test_a_run_goes_out_at_the_step_asked_for(tmp_path):
+  module = helpers.MODULES['t5_1_1']
+  params = helpers.random_params(module)
+  save_run(tmp_path / 'run', helpers.system(module), params)
+  flags = ('--from=l2s', '--to=l2s', tmp_path / 'run')
+  assert not run(*flags, tmp_path / 'out', '--step=3')
+  opened = weights.open_source(str(tmp_path / 'out'))
+  for path, array in traverse_util.flatten_dict(params).items():
+    np.testing.assert_array_equal(opened.read(path), array)
+  assert run(*flags, tmp_path / 'other', '--step=4') == 2
+
+
+# --- refusals -----------------------------------------------------------------
+
+
+def nothing_written(folder):
+  left = [path.name for path in folder.parent.iterdir()]
+  return not folder.exists() and not any('unfinished' in x for x in left)
+
+
+def test_a_destination_that_is_there_is_left_alone(t5, tmp_path, capsys):
+  folder, _ = t5
+  (tmp_path / 'out').mkdir()
+  (tmp_path / 'out' / 'precious').write_text('x')
+  error = refusal(capsys, '--from=hf', '--to=l2s', folder, tmp_path / 'out')
+  assert f'{tmp_path / "out"} is there already' in error
+  assert [p.name for p in (tmp_path / 'out').iterdir()] == ['precious']
+
+
+def test_a_disk_that_is_too_small_is_seen_before(
+  t5, tmp_path, capsys, monkeypatch
+):
+  folder, _ = t5
+  usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+  monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage)
+  error = refusal(capsys, '--from=hf', '--to=l2s', folder, tmp_path / 'out')
+  assert 'GB free; the weights take' in error
+  assert nothing_written(tmp_path / 'out')
+
+
+def test_what_a_killed_conversion_left_is_replaced(t5, tmp_path):
+  folder, _ = t5
+  left = tmp_path / '.out.unfinished'
+  left.mkdir()
+  (left / 'model-00001-of-00002.safetensors').write_text('torn')
+  assert not run('--from=hf', '--to=l2s', folder, tmp_path / 'out')
+  assert not left.exists()
+  assert {p.name for p in (tmp_path / 'out').iterdir()} == {
+    'model.safetensors',
+    'weights.json',
+  }
+
+
+def test_a_conversion_that_fails_leaves_nothing(t5, tmp_path, monkeypatch):
+  folder, _ = t5
+
+  def full(*arguments):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(converted.files, 'write_json', full)
+  with pytest.raises(OSError, match='No space left'):
+    run('--from=hf', '--to=l2s', folder, tmp_path / 'out')
+  assert nothing_written(tmp_path / 'out')
+
+
+@pytest.mark.parametrize(
+  ('spoil', 'message'),
+  [
+    ('truncated', 'is not a whole safetensors file'),
+    ('shards', 'lists 2 files; missing: model-00002-of-00002.safetensors'),
+    ('missing', 'decoder/final_norm/scale (decoder.final_layer_norm.weight)'),
+    ('unknown', 'encoder.block.9.layer.0.layer_norm.weight (16,): unknown'),
+    ('family', "model_type is 'bert'; supported are t5"),
+    ('form', 'is a Hugging Face folder: say --from=hf'),
+  ],
+)
+def test_what_cannot_be_read_is_named_and_nothing_is_written(
+  t5, tmp_path, capsys, spoil, message
+):
+  folder, source = t5
+  file = folder / 'model.safetensors'
+  tensors = safetensors.numpy.load_file(file)
+  if spoil == 'truncated':
+    file.write_bytes(file.read_bytes()[:-1])
+  elif spoil == 'shards':
+    file.unlink()
+    to_huggingface.save(source, folder, None, max_file_bytes=70_000)
+    (folder / 'model-00002-of-00002.safetensors').unlink()
+  elif spoil == 'missing':
+    del tensors['decoder.final_layer_norm.weight']
+    safetensors.numpy.save_file(tensors, file)
+  elif spoil == 'unknown':
+    norm = tensors['encoder.final_layer_norm.weight']
+    tensors['encoder.block.9.layer.0.layer_norm.weight'] = norm
+    safetensors.numpy.save_file(tensors, file)
+  elif spoil == 'family':
+    content = json.loads((folder / 'config.json').read_text())
+    content['model_type'] = 'bert'
+    (folder / 'config.json').write_text(json.dumps(content))
+  form = 'l2s' if spoil == 'form' else 'hf'
+  out = tmp_path / 'out'
+  assert message in refusal(capsys, f'--from={form}', '--to=l2s', folder, out)
+  assert nothing_written(out)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(t5, tmp_path, capsys):
+  folder, _ = t5
+  helpers.vocabulary().save(folder)
+  ids = json.loads((folder / 'vocab.json').read_text())
+  ids['one more'] = 264
+  (folder / 'vocab.json').write_text(json.dumps(ids))
+  error = refusal(capsys, '--from=hf', '--to=l2s', folder, tmp_path / 'out')
+  assert 'has 265 ids' in error and '264 rows' in error
+  assert nothing_written(tmp_path / 'out')
+
+
+def test_a_model_that_a_form_cannot_say_is_refused(tmp_path, capsys):
+  to_huggingface.save(source_of(helpers.GPT2), tmp_path / 'gpt2', None)
+  error = refusal(
+    capsys, '--from=hf', '--to=t5x', tmp_path / 'gpt2', tmp_path / 'out'
+  )
+  assert 'is decoder-only; T5X builds only T5' in error
+  assert nothing_written(tmp_path / 'out')
+  odd = type(helpers.T5_1_1)(**helpers.T5_1_1.to_json() | {'norm': 'layer'})
+  with pytest.raises(ValueError, match="from a T5 v1.0:\n(.*\n)*  norm='l"):
+    to_huggingface.save(source_of(odd), tmp_path / 'odd', None)
+
+
+def test_a_dry_run_says_what_would_be_written(t5, tmp_path, capsys):
+  folder, source = t5
+  run('--from=hf', '--to=l2s', '--dry_run', folder, tmp_path / 'out')
+  count = sum(array.size for array in source.arrays.values())
+  assert f't5, {count:,} parameters in 29 tensors' in capsys.readouterr().out
+  assert nothing_written(tmp_path / 'out')
+
+
+def test_verifying_compares_with_transformers(t5, tmp_path, capsys):
+  reason = 'parity with Hugging Face needs torch and transformers'
+  pytest.importorskip('torch', reason=reason)
+  pytest.importorskip('transformers', reason=reason)
+  folder, _ = t5
+  assert not run('--from=hf', '--to=l2s', '--verify', folder, tmp_path / 'out')
+  assert 'logits are those of transformers to' in capsys.readouterr().out
+  other = dataclasses.replace(
+    helpers.T5_1_1, mlp_activations=('silu', 'linear')
+  )
+  with pytest.raises(ValueError, match='transformers computes other logits'):
+    convert._compare(folder, source_of(other))
+
+
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    ('--step=3', '--step=3 is for runs and T5X'),
+    ('--config=t5_small', '--config=t5_small is for --from=t5x'),
+  ],
+)
+def test_a_flag_that_would_mean_nothing_is_refused(
+  t5, tmp_path, capsys, flag, message
+):
+  out = tmp_path / 'out'
+  assert message in refusal(capsys, '--from=hf', '--to=l2s', flag, t5[0], out)
+
+
+def test_without_transformers_nothing_is_verified(
+  t5, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.setitem(sys.modules, 'transformers', None)
+  flags = ('--from=hf', '--to=l2s', '--verify')
+  error = refusal(capsys, *flags, t5[0], tmp_path / 'out')
+  assert 'needs the packages torch and transformers' in error
+  assert nothing_written(tmp_path / 'out')

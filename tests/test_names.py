@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of names are whole, and a config.json that we cannot be is refused.
+
+That the tables are right is for `test_parity.py` to say.
+"""
+
+import dataclasses
+
+import helpers
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from l2s_jax import parameters, partition
+from l2s_jax.models import l2s
+from l2s_jax.weights import huggingface, rows
+
+CONFIGS = {
+  't5': helpers.T5_1_0,
+  'mt5': helpers.T5_1_1,
+  'umt5': helpers.UMT5,
+  'gpt2': helpers.GPT2,
+  'opt': helpers.OPT,
+  'gpt_neox': helpers.PYTHIA,
+  'llama': dataclasses.replace(helpers.LLAMA, attention_bias='all'),
+  'qwen2': helpers.LLAMA,
+  'qwen3': helpers.QWEN3,
+  'gemma2': dataclasses.replace(
+    helpers.GEMMA3, qk_norm=False, rope_local_base=None
+  ),
+  'gemma3_text': helpers.GEMMA3,
+  't5gemma': helpers.T5GEMMA,
+}
+
+
+def parse(model_type, **changes):
+  config = CONFIGS[model_type]
+  config_json = huggingface.config_json(model_type, config) | changes
+  family = huggingface.FAMILIES[model_type]
+  return family.parse(config_json, config.logits_via_embedding)
+
+
+def test_every_family_is_tested():
+  assert CONFIGS.keys() == huggingface.FAMILIES.keys()
+
+
+@pytest.mark.parametrize('model_type', CONFIGS)
+def test_a_config_comes_back_from_config_json(model_type):
+  config = CONFIGS[model_type]
+  assert model_type in huggingface.model_types(config)
+  found = parse(model_type)
+  if config.is_encoder_decoder and model_type != 't5gemma':
+    found = dataclasses.replace(  # T5's config.json has no such thing
+      found, kernel_init_stddev=None, embedding_init_stddev=1.0
+    )
+  assert found == config
+
+
+@pytest.mark.parametrize('model_type', CONFIGS)
+def test_a_table_has_a_row_for_every_parameter_and_fills_what_it_names(
+  model_type,
+):
+  config = CONFIGS[model_type]
+  module = l2s.build(config)
+  shapes, _ = partition.abstract_params(
+    lambda key, batch: module.init(key, batch, deterministic=True),
+    jax.random.key(0),
+    parameters.example_batch(1, 2, 2),
+  )
+  sizes = rows.axis_sizes(config)
+  table = {row.path: row for row in huggingface.FAMILIES[model_type].rows}
+  theirs: dict[str, np.ndarray] = {}
+  for path, shape in traverse_util.flatten_dict(shapes).items():
+    row = table[path]
+    layer_shape = tuple(sizes[letter] for letter in row.letters())
+    names = row.names(config)
+    assert shape.shape == ((len(names),) if row.is_stacked else ()) + (
+      layer_shape
+    )
+    for name in names:
+      theirs.setdefault(name, np.zeros(row.shape(sizes), np.int32))
+      # Where to_ours looks, to_theirs writes.
+      marks = np.arange(theirs[name].size).reshape(theirs[name].shape)
+      theirs[name].reshape(-1)[row.to_ours(marks, sizes).reshape(-1)] += 1
+  assert all((filled == 1).all() for filled in theirs.values())
+
+
+SUB_CONFIG = huggingface.config_json('t5gemma', helpers.T5GEMMA)['encoder']
+
+
+@pytest.mark.parametrize(
+  'model_type, changes, message',
+  [
+    ('opt', {'word_embed_proj_dim': 8}, 'word_embed_proj_dim=8 .*OPT-350M'),
+    ('opt', {'num_attention_heads': 3}, 'hidden_size=16 does not divide'),
+    ('gpt_neox', {'rope_scaling': {'type': 'linear'}}, "'linear'; supported"),
+    ('llama', {'rope_scaling': {'rope_type': 'yarn'}}, "'yarn'; supported"),
+    ('llama', {'hidden_act': 'mish'}, "'mish'; supported"),
+    ('qwen2', {'mlp_bias': True}, 'mlp_bias is true and attention_bias is not'),
+    (
+      'gemma3_text',
+      {'layer_types': ['sliding_attention', *['full_attention'] * 4]},
+      'not full_attention every 2 layers',
+    ),
+    (
+      'gemma3_text',
+      {'rope_scaling': {'rope_type': 'linear', 'factor': 8.0}},
+      "'linear'; supported",
+    ),
+    (
+      'gemma3_text',
+      {'use_bidirectional_attention': True},
+      'use_bidirectional_attention',
+    ),
+    (
+      't5gemma',
+      {'encoder': SUB_CONFIG | {'hidden_size': 24}},
+      'emb_dim 24 and 16',
+    ),
+    (
+      't5gemma',
+      {'encoder': {k: v for k, v in SUB_CONFIG.items() if k != 'head_dim'}},
+      'encoder lacks head_dim',
+    ),
+  ],
+)
+def test_what_we_cannot_be_is_refused_by_its_name(model_type, changes, message):
+  with pytest.raises(ValueError, match=message):
+    parse(model_type, **changes)
+
+
+def test_both_ways_to_write_rope_are_read():
+  """Of transformers 5, and of those before."""
+  new = {
+    'rope_parameters': {'rope_type': 'default', 'rope_theta': 77.0},
+    'rope_scaling': None,
+  }
+  assert parse('llama', **new).rope_base == 77.0
+  assert parse('llama', **new).rope_scaling == ()
+  kinds = {
+    'full_attention': {'rope_type': 'default', 'rope_theta': 7e5},
+    'sliding_attention': {'rope_type': 'default', 'rope_theta': 55.0},
+  }
+  config = parse('gemma3_text', rope_parameters=kinds)
+  assert (config.rope_base, config.rope_local_base) == (7e5, 55.0)
+  # A Hub config of Gemma 3 may have a number in place of the list.
+  config = parse('gemma3_text', layer_types=None, sliding_window_pattern=3)
+  assert config.global_layer_period == 3
