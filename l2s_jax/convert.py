@@ -7,10 +7,10 @@ Tensors go through memory layer by layer. A destination appears when it is
 whole and has been read back.
 """
 
-import functools
 import pathlib
 import shutil
 import sys
+import tempfile
 from typing import Any
 
 import gin
@@ -18,19 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from flax import traverse_util
 
 from l2s_jax import (
   gin_utils,
-  parameters,
   parity,
-  partition,
   systems,
   vocabularies,
   weights,
 )
 from l2s_jax.models import config as config_lib
-from l2s_jax.models import l2s
 from l2s_jax.weights import (
   converted,
   gguf_file,
@@ -76,7 +72,8 @@ def convert(
   Raises:
     FileNotFoundError: if there are no weights of that form.
     ValueError: if the weights cannot be read, are not what their config says,
-      cannot be said in the form asked for, or do not fit on the disk.
+      cannot be said in the form asked for, do not fit on the disk, or come
+      out other than they went in.
   """
   if verify and (not parity.is_available() or 'hf' not in (from_, to)):
     raise ValueError(
@@ -85,26 +82,40 @@ def convert(
     )
   opened = _open(source, from_, step, config)
   _check_is_whole(opened)
+  if verify and weights.is_encoder_alone(opened.shapes()):
+    raise ValueError(
+      f'--verify compares logits, and {opened.location} is an encoder alone: '
+      'it computes none. Leave --verify out.'
+    )
   reading = _Reading(opened, dtype)
   folder = pathlib.Path(destination)
-  _check_destination(folder, reading.num_bytes)
-  print(_describe(reading, from_))
-  if dry_run:
-    return
   unfinished = folder.with_name(f'.{folder.name}.unfinished')
   shutil.rmtree(unfinished, ignore_errors=True)  # Left by one that was killed.
+  _check_destination(folder, reading.num_bytes)
+  _check_form(opened, to)
+  print(_describe(reading, from_))
+  if dry_run:
+    with tempfile.TemporaryDirectory() as scratch:
+      _write_tokenizer(reading, pathlib.Path(scratch), vocabulary)
+    return
   try:
     _write(reading, unfinished, to, vocabulary)
     checked = _check_written(reading, unfinished, to)
+    if verify:
+      theirs = unfinished if to == 'hf' else pathlib.Path(opened.location)
+      if (theirs / to_huggingface.SLM).is_dir():
+        theirs = theirs / to_huggingface.SLM
+      checked += '; ' + _compare(theirs, huggingface.Folder(theirs))
     unfinished.rename(folder)
+  except OSError as error:
+    if error.errno is None:  # In words already.
+      raise
+    raise ValueError(
+      f'{folder} could not be written: {error}. Nothing of it is kept.'
+    ) from error
   finally:
     shutil.rmtree(unfinished, ignore_errors=True)
   print(f'wrote {folder} ({to}); {checked}')
-  if verify:
-    theirs = folder if to == 'hf' else pathlib.Path(opened.location)
-    if (theirs / to_huggingface.SLM).is_dir():
-      theirs = theirs / to_huggingface.SLM
-    print(_compare(theirs, huggingface.Folder(theirs)))
 
 
 def _open(
@@ -139,6 +150,11 @@ def _open(
   opened = weights.open_source(source, step)
   if isinstance(opened, huggingface.Folder):
     raise ValueError(f'{source} is a Hugging Face folder: say --from=hf.')
+  if step is not None and isinstance(opened, converted.Folder):
+    raise ValueError(
+      f'--step={step} is for runs and T5X; {source} is a converted folder, '
+      'which has one model.'
+    )
   return opened
 
 
@@ -162,6 +178,7 @@ class _Reading:
     self.config = source.config
     self.location = source.location
     self.model_type = source.model_type
+    self.special_ids = source.special_ids
     self._shapes = {
       path: jax.ShapeDtypeStruct(shape.shape, jnp.dtype(dtype or shape.dtype))
       for path, shape in source.shapes().items()
@@ -211,26 +228,26 @@ def _check_is_whole(source: weights.Source) -> None:
 
   An encoder may come without its decoder: an LLM needs no more.
   """
-  module = l2s.build(source.config)
-  shapes, _ = partition.abstract_params(
-    functools.partial(module.init, deterministic=True),
-    jax.random.key(0),
-    parameters.example_batch(1, 2, 2),
-  )
-  wanted = traverse_util.flatten_dict(shapes)
   found = source.shapes()
-  stacks = {path[0] for path in found}
-  if source.config.is_encoder_decoder and 'decoder' not in stacks:
-    wanted = {
-      path: shape for path, shape in wanted.items() if path[0] in stacks
-    }
-  weights.check_shapes(source, wanted)
-  unexpected = sorted(found.keys() - wanted.keys())
-  if unexpected:
+  wanted = weights.demanded(source.config, found)
+  problems = [
+    f'  {"/".join(path)} ({source.name(path)}) '
+    + (
+      f'{wanted[path].shape}: missing'
+      if path not in found
+      else f'{found[path].shape}: unknown'
+      if path not in wanted
+      else f'expected {wanted[path].shape}, found {found[path].shape}'
+    )
+    for path in sorted(found.keys() | wanted.keys())
+    if path not in found
+    or path not in wanted
+    or found[path].shape != wanted[path].shape
+  ]
+  if problems:
     raise ValueError(
-      f'The weights in {source.location} have tensors that a model of their '
-      'config has not:\n'
-      + '\n'.join(f'  {"/".join(p)} {found[p].shape}' for p in unexpected)
+      f'The weights in {source.location} are not those of their config:\n'
+      + '\n'.join(problems)
     )
 
 
@@ -240,6 +257,11 @@ def _check_destination(folder: pathlib.Path, num_bytes: int) -> None:
       f'{folder} is there already. Name another DESTINATION, or remove it.'
     )
   parent = next(path for path in folder.absolute().parents if path.exists())
+  if not parent.is_dir():
+    raise ValueError(
+      f'{parent} is a file: no folder can be made in it. Name another '
+      'DESTINATION.'
+    )
   free = shutil.disk_usage(parent).free
   if free < num_bytes:
     raise ValueError(
@@ -247,6 +269,14 @@ def _check_destination(folder: pathlib.Path, num_bytes: int) -> None:
       f'{num_bytes / 1e9:,.1f} GB. Make room, name another DESTINATION, or '
       'halve it by --dtype=bfloat16.'
     )
+
+
+def _check_form(source: weights.Source, to: str) -> None:
+  """Refuses a model that the form asked for cannot say."""
+  if to == 'hf':
+    to_huggingface.find_model_type(source)
+  elif to == 't5x':
+    to_t5x.check(source)
 
 
 def _describe(reading: _Reading, form: str) -> str:
@@ -298,7 +328,8 @@ def _write_tokenizer(
   """Writes the tokenizer beside the weights; None where there is none.
 
   Raises:
-    ValueError: if it has more ids than the embedding table has rows.
+    ValueError: if it has more ids than the embedding table has rows, or ends
+      text by another id than config.json says.
   """
   source = reading.source
   if path is not None:
@@ -321,6 +352,16 @@ def _write_tokenizer(
     print(f'the tokenizer is copied, and cannot be used here: {error}')
     return None
   systems.check_vocabulary(vocabulary, reading.config)
+  eos_ids = reading.special_ids.get('eos_token_id')
+  if isinstance(eos_ids, int):
+    eos_ids = [eos_ids]
+  if eos_ids and vocabulary.eos_id not in eos_ids:
+    raise ValueError(
+      f'The tokenizer ends text by eos_id={vocabulary.eos_id}, and the '
+      f'config.json of {source.location} says eos_token_id='
+      f'{reading.special_ids["eos_token_id"]}. Give the tokenizer that the '
+      'model was trained with (--vocabulary), or correct the wrong one of them.'
+    )
   return vocabulary
 
 
@@ -373,10 +414,10 @@ def _compare(folder: pathlib.Path, source: weights.Source) -> str:
     ValueError: if they differ by more than float32 explains.
   """
   difference = parity.compare(folder, source)
-  if not difference < 1e-4:
+  if not difference < 1e-5:
     raise ValueError(
       f'transformers computes other logits from {folder}: they differ by '
-      f'{difference:.1e} of the largest. What was written is kept; please '
-      'report this with its config.json.'
+      f'{difference:.1e} of the largest. Nothing is kept; please report this '
+      'with its config.json.'
     )
   return f'logits are those of transformers to {difference:.1e} of the largest'

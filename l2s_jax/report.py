@@ -131,9 +131,10 @@ def steps_table(by_step: Mapping[int, Mapping[str, float]]) -> str:
 def describe_controls(by_control: Mapping[str, Mapping[str, float]]) -> str:
   """Returns what the controls allow to say, a sentence for each task.
 
-  A task is judged by the first of `MAIN_SCORES` that it has. The SLM uses the
-  LLM if both controls are worse than the lower end of the right prompt's
-  interval, or, without intervals, worse by more than is noise.
+  A task is judged by the first of `MAIN_SCORES` that it has. A control is worse
+  if it is so by more than the right prompt's interval or, without intervals,
+  by more than noise. The SLM uses the LLM if both are; if only another prompt's
+  states are worse than the right ones, it does read them, to no gain.
 
   Args:
     by_control: the numbers of an evaluation by control: 'none', with the LLM's
@@ -163,10 +164,15 @@ def _describe_task(
   else:
     digits, sign = 1, 1
     bound = right.get(f'{key}_low', right[key] - _NOISE_POINTS)
-  is_used = all(
+  other_is_worse, zero_is_worse = (
     sign * by_control[control][key] < sign * bound
-    for control in ('zero', 'other')
+    for control in ('other', 'zero')
   )
+  verdict = 'does not use the LLM'
+  if other_is_worse and zero_is_worse:
+    verdict = 'uses what the LLM read'
+  elif other_is_worse:
+    verdict = 'heeds what the LLM read, and does as well without'
 
   def figure(control: str) -> str:
     scores = by_control[control]
@@ -176,7 +182,6 @@ def _describe_task(
       text += f' [{low:.{digits}f}, {high:.{digits}f}]'
     return text
 
-  verdict = 'uses what the LLM read' if is_used else 'does not use the LLM'
   return (
     f'The SLM {verdict}: {MAIN_SCORES[name]} {figure("none")} with the right '
     f'prompt read by the LLM, {figure("other")} with another prompt, '

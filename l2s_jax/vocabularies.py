@@ -2,9 +2,10 @@
 """Tokenizers behind one interface: text to ids and back, without TensorFlow.
 
 SentencePiece models (T5, mT5, Llama, Mistral), Hugging Face `tokenizer.json`
-files and GPT-2's `vocab.json` + `merges.txt`. Not here: batching, truncation
-and appending EOS, which belong to the data pipeline, and the wrapper that makes
-one of these a `seqio.Vocabulary`, which is in `features.py`.
+files and GPT-2's `vocab.json` + `merges.txt`; ByT5's bytes are in
+`byte_vocabulary.py`. Not here: batching, truncation and appending EOS, which
+belong to the data pipeline, and the wrapper that makes one of these a
+`seqio.Vocabulary`, which is in `features.py`.
 """
 
 import abc
@@ -31,8 +32,10 @@ _SENTENCEPIECE_FILES = (
 )
 _TOKENIZER_FILE = 'tokenizer.json'
 _GPT2_FILES = ('vocab.json', 'merges.txt')
+CONFIG_FILE = 'tokenizer_config.json'
+BYTE_TOKENIZER = 'ByT5Tokenizer'  # As that file names it; it has no other.
 # Name the special tokens; where both do, the second wins, as in transformers.
-_SPECIAL_FILES = ('special_tokens_map.json', 'tokenizer_config.json')
+_SPECIAL_FILES = ('special_tokens_map.json', CONFIG_FILE)
 ALL_FILES = (
   *_SENTENCEPIECE_FILES,
   _TOKENIZER_FILE,
@@ -93,7 +96,8 @@ class Vocabulary(abc.ABC):
       path: named in errors.
       files: content by the name under which `load` finds it in a folder.
       vocab_size: one more than the largest id.
-      special_ids: those of `bos`, `eos`, `pad`, `unk` that the files name.
+      special_ids: those of `bos`, `eos`, `pad`, `unk` that the files name, and
+        any others that tell this vocabulary from one of the same files.
       start_id: overrides the choice; so do `eos_id` and `pad_id`.
 
     Raises:
@@ -126,6 +130,11 @@ class Vocabulary(abc.ABC):
     self.unk_id = special_ids.get('unk')
     self._files = dict(files)
     self._special_ids = dict(special_ids)
+
+  @property
+  def has_pad(self) -> bool:
+    """Whether the files name a pad token; `pad_id` is 0 where they do not."""
+    return 'pad' in self._special_ids
 
   @abc.abstractmethod
   def encode(self, text: str) -> list[int]:
@@ -311,11 +320,7 @@ class HuggingFaceVocabulary(Vocabulary):
       folder = path.parent
       files = {_TOKENIZER_FILE: _read(path)}
     tokenizer = _hugging_face_tokenizer(files, path)
-    side_files = {
-      name: _read(folder / name)
-      for name in _SPECIAL_FILES
-      if (folder / name).exists()
-    }
+    side_files = read_special_files(folder)
     super().__init__(
       path,
       {**files, **side_files},
@@ -360,8 +365,8 @@ def load(
   Args:
     path: a SentencePiece `.model`, a Hugging Face `.json`, or a folder, where
       `spiece.model`, `tokenizer.model`, `sentencepiece.model`,
-      `tokenizer.json`, and `vocab.json` with `merges.txt` are looked for, in
-      this order.
+      `tokenizer.json`, `vocab.json` with `merges.txt`, and a
+      `tokenizer_config.json` of ByT5 are looked for, in this order.
     extra_ids: see `SentencePieceVocabulary`; other kinds bring their own.
     start_id: overrides the files; so do `eos_id` and `pad_id`.
 
@@ -369,6 +374,8 @@ def load(
     FileNotFoundError: if the path is missing, or a folder without a known file.
     ValueError: if the file is of no known kind or broken.
   """
+  from l2s_jax import byte_vocabulary
+
   path = _find(pathlib.Path(path))
   overrides = {'start_id': start_id, 'eos_id': eos_id, 'pad_id': pad_id}
   if path.suffix == '.model':
@@ -378,6 +385,8 @@ def load(
       f'extra_ids={extra_ids} is for SentencePiece models; {path} has its '
       'own special tokens. Set extra_ids=0.'
     )
+  if path.name == CONFIG_FILE:
+    return byte_vocabulary.ByteVocabulary(path, **overrides)
   if path.is_dir() or path.suffix == '.json':
     return HuggingFaceVocabulary(path, **overrides)
   raise ValueError(
@@ -439,7 +448,10 @@ def train_sentencepiece(
 
 
 def _find(path: pathlib.Path) -> pathlib.Path:
-  """Returns the file, or the GPT-2 folder, that `path` stands for."""
+  """Returns the file, or the GPT-2 folder, that `path` stands for.
+
+  A `tokenizer_config.json` stands for ByT5's bytes.
+  """
   if not path.exists():
     raise FileNotFoundError(f'{path} is missing: expected a tokenizer there.')
   if not path.is_dir():
@@ -449,11 +461,25 @@ def _find(path: pathlib.Path) -> pathlib.Path:
       return path / name
   if all((path / name).exists() for name in _GPT2_FILES):
     return path
+  config_file = path / CONFIG_FILE
+  if config_file.exists():
+    config = parse_json(_read(config_file), config_file)
+    if config.get('tokenizer_class') == BYTE_TOKENIZER:
+      return config_file
   raise FileNotFoundError(
     f'{path} holds no tokenizer: looked for '
-    f'{", ".join((*_SENTENCEPIECE_FILES, _TOKENIZER_FILE))} and '
-    f'{" with ".join(_GPT2_FILES)}.'
+    f'{", ".join((*_SENTENCEPIECE_FILES, _TOKENIZER_FILE))}, '
+    f'{" with ".join(_GPT2_FILES)} and {CONFIG_FILE} of a {BYTE_TOKENIZER}.'
   )
+
+
+def read_special_files(folder: pathlib.Path) -> dict[str, bytes]:
+  """Returns the files in a folder that name a tokenizer's special tokens."""
+  return {
+    name: _read(folder / name)
+    for name in _SPECIAL_FILES
+    if (folder / name).exists()
+  }
 
 
 def _read(path: pathlib.Path) -> bytes:
@@ -522,7 +548,7 @@ def _gpt2_json(
 ) -> bytes:
   """Returns the `tokenizer.json` that GPT-2's two files amount to."""
   vocab_file, merges_file = (pathlib.Path(path, name) for name in _GPT2_FILES)
-  vocab = _parse_json(files['vocab.json'], vocab_file)
+  vocab = parse_json(files['vocab.json'], vocab_file)
   if _GPT2_EOS not in vocab:
     raise ValueError(
       f'{vocab_file} has no {_GPT2_EOS}, so it is not of GPT-2, and another '
@@ -569,7 +595,7 @@ def _special_ids(
   """Returns the ids of `bos`, `eos`, `pad` and `unk`, where they exist."""
   named: dict[str, str] = {}
   for name, content in side_files.items():
-    values = _parse_json(content, folder / name)
+    values = parse_json(content, folder / name)
     for kind in _WELL_KNOWN_TOKENS:
       token = values.get(f'{kind}_token')
       if token is not None:
@@ -598,7 +624,8 @@ def _special_ids(
   return {kind: vocab[token] for kind, token in named.items()}
 
 
-def _parse_json(content: bytes, path: pathlib.Path) -> dict[str, Any]:
+def parse_json(content: bytes, path: pathlib.Path) -> dict[str, Any]:
+  """Returns the object that a JSON file holds, or names the file."""
   try:
     value = json.loads(content)
   except ValueError as error:

@@ -230,6 +230,7 @@ class Arrays:
 
   def __init__(self, config, params):
     self.config = config
+    self.special_ids = {}
     self.arrays = {
       path: np.asarray(array)
       for path, array in traverse_util.flatten_dict(params).items()

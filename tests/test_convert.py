@@ -99,8 +99,9 @@ def test_a_folder_and_its_conversion_have_one_fingerprint(t5, names, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, ours, params)
 
 
-def test_a_converted_folder_stands_where_its_source_stood(t5, tmp_path):
-  folder, source = t5
+def test_a_converted_folder_stands_where_its_source_stood(tmp_path):
+  folder, source = tmp_path / 't5', source_of(helpers.T5_1_1)
+  to_huggingface.save(source, folder, helpers.vocabulary())
   helpers.vocabulary().save(folder)
   assert not run('--from=hf', '--to=l2s', folder, tmp_path / 'l2s')
   for path in (folder, tmp_path / 'l2s'):
@@ -292,10 +293,16 @@ def test_a_disk_that_is_too_small_is_seen_before(
   assert nothing_written(tmp_path / 'out')
 
 
-def test_what_a_killed_conversion_left_is_replaced(t5, tmp_path):
+def test_what_a_killed_conversion_left_is_replaced(t5, tmp_path, monkeypatch):
   folder, _ = t5
   left = tmp_path / '.out.unfinished'
   left.mkdir()
+  usage = shutil.disk_usage(tmp_path)
+  monkeypatch.setattr(  # It fills the disk.
+    shutil,
+    'disk_usage',
+    lambda path: usage._replace(free=0) if left.exists() else usage,
+  )
   (left / 'model-00001-of-00002.safetensors').write_text('torn')
   assert not run('--from=hf', '--to=l2s', folder, tmp_path / 'out')
   assert not left.exists()
@@ -305,16 +312,39 @@ def test_what_a_killed_conversion_left_is_replaced(t5, tmp_path):
   }
 
 
-def test_a_conversion_that_fails_leaves_nothing(t5, tmp_path, monkeypatch):
+def test_a_conversion_that_fails_leaves_nothing(
+  t5, tmp_path, capsys, monkeypatch
+):
   folder, _ = t5
 
   def full(*arguments):
     raise OSError(28, 'No space left on device')
 
   monkeypatch.setattr(converted.files, 'write_json', full)
-  with pytest.raises(OSError, match='No space left'):
-    run('--from=hf', '--to=l2s', folder, tmp_path / 'out')
+  error = refusal(capsys, '--from=hf', '--to=l2s', folder, tmp_path / 'out')
+  assert f'{tmp_path / "out"} could not be written' in error
+  assert 'No space left' in error
   assert nothing_written(tmp_path / 'out')
+
+
+def test_a_destination_in_a_file_is_refused(t5, tmp_path, capsys):
+  (tmp_path / 'file').write_text('x')
+  out = tmp_path / 'file' / 'out'
+  error = refusal(capsys, '--from=hf', '--to=l2s', t5[0], out)
+  assert f'{tmp_path / "file"} is a file' in error
+
+
+@pytest.mark.parametrize('part', ['token_embedder', 'decoder', 'all'])
+def test_what_is_no_model_is_refused_in_any_form(part):
+  source = source_of(helpers.T5_1_1)
+  source.arrays = {
+    path: array for path, array in source.arrays.items() if path[0] == part
+  } | {('encoder', 'extra'): np.ones(3, np.float32)}
+  with pytest.raises(ValueError) as error:
+    convert._check_is_whole(source)
+  lines = str(error.value).splitlines()
+  assert '  encoder/extra (encoder/extra) (3,): unknown' in lines
+  assert any('encoder/final_norm/scale' in x and 'missing' in x for x in lines)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +352,7 @@ def test_a_conversion_that_fails_leaves_nothing(t5, tmp_path, monkeypatch):
   [
     ('truncated', 'is not a whole safetensors file'),
     ('shards', 'lists 2 files; missing: model-00002-of-00002.safetensors'),
-    ('missing', 'decoder/final_norm/scale (decoder.final_layer_norm.weight)'),
+    ('missing', 'decoder.final_layer_norm.weight (decoder/final_norm/scale)'),
     ('unknown', 'encoder.block.9.layer.0.layer_norm.weight (16,): unknown'),
     ('family', "model_type is 'bert'; supported are t5"),
     ('form', 'is a Hugging Face folder: say --from=hf'),
@@ -368,10 +398,27 @@ def test_a_tokenizer_that_does_not_fit_is_refused(t5, tmp_path, capsys):
   assert nothing_written(tmp_path / 'out')
 
 
-def test_a_model_that_a_form_cannot_say_is_refused(tmp_path, capsys):
+def test_a_tokenizer_with_another_end_is_refused(t5, tmp_path, capsys):
+  folder, _ = t5
+  helpers.vocabulary().save(folder)
+  file = folder / 'config.json'
+  content = json.loads(file.read_text())
+  its_own = helpers.vocabulary().eos_id
+  flags = ('--from=hf', '--to=l2s', folder, tmp_path / 'out')
+  file.write_text(json.dumps(content | {'eos_token_id': 99}))
+  for dry_run in ([], ['--dry_run']):
+    error = refusal(capsys, *flags, *dry_run)
+    assert f'eos_id={its_own}' in error and 'eos_token_id=99' in error
+    assert nothing_written(tmp_path / 'out')
+  file.write_text(json.dumps(content | {'eos_token_id': [99, its_own]}))
+  assert not run(*flags)
+
+
+@pytest.mark.parametrize('flags', [[], ['--dry_run']])
+def test_a_model_that_a_form_cannot_say_is_refused(tmp_path, capsys, flags):
   to_huggingface.save(source_of(helpers.GPT2), tmp_path / 'gpt2', None)
   error = refusal(
-    capsys, '--from=hf', '--to=t5x', tmp_path / 'gpt2', tmp_path / 'out'
+    capsys, '--from=hf', '--to=t5x', tmp_path / 'gpt2', tmp_path / 'out', *flags
   )
   assert 'is decoder-only; T5X builds only T5' in error
   assert nothing_written(tmp_path / 'out')
@@ -400,6 +447,33 @@ def test_verifying_compares_with_transformers(t5, tmp_path, capsys):
   )
   with pytest.raises(ValueError, match='transformers computes other logits'):
     convert._compare(folder, source_of(other))
+
+
+def test_what_transformers_computes_otherwise_is_not_kept(
+  t5, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.setattr(convert.parity, 'is_available', lambda: True)
+  monkeypatch.setattr(convert.parity, 'compare', lambda *unused: 2e-5)
+  flags = ('--from=hf', '--to=hf', '--verify', t5[0], tmp_path / 'out')
+  assert 'transformers computes other logits' in refusal(capsys, *flags)
+  assert nothing_written(tmp_path / 'out')
+
+
+def test_an_encoder_alone_has_no_logits_to_verify(
+  t5, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.setattr(convert.parity, 'is_available', lambda: True)
+  file = t5[0] / 'model.safetensors'
+  tensors = {
+    name: tensor
+    for name, tensor in safetensors.numpy.load_file(file).items()
+    if name.startswith(('shared.', 'encoder.'))
+  }
+  safetensors.numpy.save_file(tensors, file)
+  flags = ('--from=hf', '--to=l2s', t5[0], tmp_path / 'out')
+  assert 'is an encoder alone' in refusal(capsys, *flags, '--verify')
+  assert nothing_written(tmp_path / 'out')
+  assert not run(*flags)
 
 
 @pytest.mark.parametrize(

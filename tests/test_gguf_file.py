@@ -36,7 +36,9 @@ QWEN3 = dataclasses.replace(
 NAMES = {v: k for k, v in gguf_file._NAMES.items()}
 
 
-def write(path, arch, config, params, *, permute=False, quantize=None):
+def write(
+  path, arch, config, params, *, permute=False, quantize=None, metadata=None
+):
   """Writes parameters as llama.cpp's converter would."""
   family = huggingface.FAMILIES[arch]
   sizes = rows.axis_sizes(config)
@@ -51,6 +53,8 @@ def write(path, arch, config, params, *, permute=False, quantize=None):
   writer.add_key_length(config.head_dim)
   writer.add_layer_norm_rms_eps(config.norm_epsilon)
   writer.add_rope_freq_base(config.rope_base)
+  for key, value in (metadata or {}).items():
+    writer.add_key_value(f'{arch}.{key}', value, gguf_type(value))
   for row in family.rows:
     if row.path not in flat:
       continue
@@ -133,6 +137,35 @@ def test_what_cannot_be_read_is_named(tmp_path):
     ValueError, match="its architecture is 'mamba'; supported"
   ):
     gguf_file.File(path)
+
+
+def gguf_type(value):
+  kinds = gguf.GGUFValueType
+  by_type = {str: kinds.STRING, int: kinds.UINT32, float: kinds.FLOAT32}
+  return by_type[type(value)]
+
+
+def test_rotary_positions_that_are_not_turned_so_here_are_refused(tmp_path):
+  params = helpers.random_params(l2s.build(LLAMA))
+  path = tmp_path / 'model.gguf'
+  whole = {
+    'rope.scaling.type': 'none',
+    'rope.scaling.factor': 1.0,
+    'rope.dimension_count': LLAMA.head_dim,
+  }
+  write(path, 'llama', LLAMA, params, metadata=whole)
+  assert gguf_file.File(path).config.rope_scaling == ()
+  for key, value in {
+    'rope.scaling.type': 'linear',
+    'rope.scaling.factor': 4.0,
+    'rope.dimension_count': LLAMA.head_dim // 2,
+  }.items():
+    write(path, 'llama', LLAMA, params, metadata=whole | {key: value})
+    with pytest.raises(ValueError) as error:
+      gguf_file.File(path)
+    assert str(error.value).splitlines()[1:] == [
+      f'  llama.{key}: only {whole[key]!r} is supported, found {value!r}'
+    ]
 
 
 # --- tokenizers ---------------------------------------------------------------

@@ -4,13 +4,12 @@
 import dataclasses
 import gzip
 import importlib
-import json
 import pathlib
 import re
 
 import gin
+import helpers
 import pytest
-from safetensors import numpy as safetensors_numpy
 
 from l2s_jax import (
   __main__,
@@ -21,6 +20,8 @@ from l2s_jax import (
   vocabularies,
 )
 from l2s_jax.models import config as config_lib
+from l2s_jax.models import l2s
+from l2s_jax.weights import to_huggingface
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = ROOT / 'gin_configs'
@@ -29,21 +30,6 @@ MACRO = re.compile(r'^([A-Z0-9_]+) = (.*)', re.MULTILINE)
 
 for module in __main__.CONFIGURABLE_MODULES:
   importlib.import_module(module)
-
-T5_CONFIG = {
-  'model_type': 't5',
-  'vocab_size': 32128,
-  'd_model': 512,
-  'd_kv': 64,
-  'd_ff': 2048,
-  'num_layers': 6,
-  'num_decoder_layers': 6,
-  'num_heads': 8,
-  'feed_forward_proj': 'relu',
-  'relative_attention_num_buckets': 32,
-  'dropout_rate': 0.1,
-  'layer_norm_epsilon': 1e-6,
-}
 
 
 @pytest.fixture(scope='module')
@@ -74,10 +60,8 @@ def values(tmp_path_factory):
       with gzip.open(folder / f'{split}.{language}.gz', 'wt') as file:
         file.write('Two words.\n')
   hugging_face = folder / 't5'
-  hugging_face.mkdir()
-  (hugging_face / 'config.json').write_text(json.dumps(T5_CONFIG))
-  # A dry run looks at the config alone.
-  safetensors_numpy.save_file({}, hugging_face / 'model.safetensors')
+  params = helpers.random_params(l2s.build(config))
+  to_huggingface.save(helpers.Arrays(config, params), hugging_face, None)
   (hugging_face / 'spiece.model').write_bytes(vocabulary.read_bytes())
   return {
     'MODEL_DIR': folder / 'run',

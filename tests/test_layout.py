@@ -27,6 +27,7 @@ ORDER = (
   'losses',
   'metrics',
   'vocabularies',
+  'byte_vocabulary',
   'cldr',
   'features',
   'sources',

@@ -7,14 +7,13 @@ import pathlib
 from typing import Any
 
 import gin
+import helpers
 import jax
-import numpy as np
 import pytest
-import safetensors.numpy
 
 from l2s_jax import gin_utils, parameters, partition, systems, vocabularies
 from l2s_jax.models import l2s
-from l2s_jax.weights import huggingface
+from l2s_jax.weights import huggingface, to_huggingface
 
 MODELS = gin_utils.REPO_ROOT / 'gin_configs' / 'models'
 
@@ -389,9 +388,10 @@ def test_two_presets_meet_in_one_llm_to_slm(tmp_path, vocabulary):
 def test_a_hugging_face_folder_brings_config_and_tokenizer(vocabulary):
   folder = pathlib.Path(vocabulary).parent  # where spiece.model is
   config_json = RELEASED['t5_1_1_small'] | {'d_model': 16, 'vocab_size': 128}
+  config = huggingface.FAMILIES['t5'].parse(config_json, False)
+  params = helpers.random_params(l2s.build(config))
+  to_huggingface.save(helpers.Arrays(config, params), folder, None)
   (folder / 'config.json').write_text(json.dumps(config_json))
-  tensors = {'shared.weight': np.zeros((128, 16), np.float32)}
-  safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
   parse('llm_to_slm', bindings=[f'LLM_PATH={folder}', f'SLM_PATH={folder}'])
   system = make_model()
   assert system.module.llm_config.emb_dim == 16

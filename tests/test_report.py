@@ -34,21 +34,20 @@ def controls(right, zero, other, name='bleu', task='', **more):
 
 
 @pytest.mark.parametrize(
-  'right,zero,other,used',
+  'right,zero,other,verdict',
   [
-    (30.0, 5.0, 4.0, True),
-    (30.0, 29.5, 4.0, False),  # as good without the LLM
-    (30.0, 5.0, 30.2, False),  # as good with the wrong prompt
+    (30.0, 5.0, 4.0, 'uses what the LLM read'),
+    (30.0, 29.5, 4.0, 'heeds what the LLM read, and does as well without'),
+    (30.0, 5.0, 30.2, 'does not use the LLM'),
+    (30.0, 29.5, 30.2, 'does not use the LLM'),
   ],
 )
 @pytest.mark.parametrize('name', ['bleu', 'rougeLsum', 'token_f1'])
 def test_verdict_needs_both_controls_to_be_worse(
-  right, zero, other, used, name
+  right, zero, other, verdict, name
 ):
   sentence = report.describe_controls(controls(right, zero, other, name))
-  assert sentence.startswith(
-    'The SLM uses what the LLM read' if used else 'The SLM does not use'
-  )
+  assert sentence.startswith(f'The SLM {verdict}: ')
   assert report.MAIN_SCORES[name] in sentence
   assert f'{right:.1f}' in sentence and f'{other:.1f}' in sentence
 

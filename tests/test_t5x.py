@@ -244,6 +244,24 @@ def test_what_is_broken_is_named_and_nothing_is_written(
   assert sorted(path.name for path in tmp_path.iterdir()) == ['saved']
 
 
+def test_all_that_is_wrong_with_the_parameters_is_said_at_once(t5):
+  file = t5 / 'checkpoint_1' / 'checkpoint'
+  content = flax.serialization.msgpack_restore(file.read_bytes())
+  target = content['optimizer']['target']
+  del target['encoder']['encoder_norm']
+  del target['decoder']['layers_0']['mlp']['wo']
+  target['extra'] = target['decoder']['decoder_norm']
+  file.write_bytes(flax.serialization.msgpack_serialize(content))
+  with pytest.raises(ValueError) as error:
+    t5x.Checkpoint(t5)
+  assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+    'decoder/layers_0/mlp/wo/kernel (decoder/layers/mlp/wo/kernel) (32, 16): '
+    'missing',
+    'encoder/encoder_norm/scale (encoder/final_norm/scale) (16,): missing',
+    'extra/scale (16,): unknown',
+  ]
+
+
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
   with pytest.raises(FileNotFoundError, match='holds no checkpoint of T5X'):
     t5x.Checkpoint(pathlib.Path(tmp_path))

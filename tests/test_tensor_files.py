@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import sys
+import tracemalloc
 
 import jax
 import ml_dtypes
@@ -77,6 +78,19 @@ def test_a_tensor_stays_on_disk_until_its_part_is_used(tmp_path):
   assert not array.flags.owndata and not array.flags.writeable
 
 
+def test_one_piece_is_in_memory_while_a_file_is_written(tmp_path):
+  shapes = {name: jax.ShapeDtypeStruct((4, 10**6), 'float32') for name in 'ab'}
+  tracemalloc.start()  # NumPy tells it of every array.
+  tensor_files.save_safetensors(
+    tmp_path,
+    shapes,
+    lambda name: (np.ones(10**6, np.float32) for _ in range(4)),
+  )
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert 4e6 < peak < 6e6
+
+
 def test_a_folder_without_weights_says_what_it_has(tmp_path):
   (tmp_path / 'tf_model.h5').write_text('')
   with pytest.raises(FileNotFoundError) as error:
@@ -105,15 +119,22 @@ def import_torch():
   return pytest.importorskip('torch', reason='reads pytorch_model.bin')
 
 
-def test_a_pytorch_file_is_read_as_stored(tmp_path):
+@pytest.mark.parametrize('is_zip', [True, False])
+def test_a_pytorch_file_is_read_as_stored(is_zip, tmp_path):
   torch = import_torch()
   tensors = {
-    name: torch.tensor(array.astype(np.float32)).to(
-      getattr(torch, array.dtype.name)
+    name: torch.nn.Parameter(
+      torch.tensor(array.astype(np.float32)).to(
+        getattr(torch, array.dtype.name)
+      )
     )
     for name, array in TENSORS.items()
   }
-  torch.save(tensors, tmp_path / 'pytorch_model.bin')
+  torch.save(
+    tensors,
+    tmp_path / 'pytorch_model.bin',
+    _use_new_zipfile_serialization=is_zip,
+  )
   assert_equal(read(tmp_path), TENSORS)
 
 
@@ -132,12 +153,24 @@ def test_code_in_a_pickle_does_not_run(tmp_path):
   assert not mark.exists()
 
 
-def test_a_pytorch_file_that_is_cut_short_is_named(tmp_path):
+@pytest.mark.parametrize('is_zip', [True, False])
+def test_a_pytorch_file_that_is_cut_short_is_named(is_zip, tmp_path):
   torch = import_torch()
   file = tmp_path / 'pytorch_model.bin'
-  torch.save({'a': torch.zeros(300)}, file)
-  file.write_bytes(file.read_bytes()[:-50])
-  with pytest.raises(ValueError, match=f'{file} .* was not read: it is cut'):
+  tensors = {'a': torch.zeros(300), 'b': torch.zeros(1000)}
+  torch.save(tensors, file, _use_new_zipfile_serialization=is_zip)
+  content = file.read_bytes()
+  for size in (*range(0, len(content), len(content) // 40), len(content) - 50):
+    file.write_bytes(content[:size])
+    with pytest.raises(ValueError, match=f'{file} .* was not read: it is cut'):
+      tensor_files.open_folder(tmp_path)
+
+
+def test_a_pytorch_file_of_no_dict_is_named(tmp_path):
+  torch = import_torch()
+  file = tmp_path / 'pytorch_model.bin'
+  torch.save([torch.zeros(3)], file)
+  with pytest.raises(ValueError, match=f'{file} holds a list; expected a dict'):
     tensor_files.open_folder(tmp_path)
 
 

@@ -363,8 +363,8 @@ def test_a_folder_without_tokenizer_lists_what_was_looked_for(tmp_path):
     FileNotFoundError,
     match=re.escape(
       f'{tmp_path} holds no tokenizer: looked for spiece.model, '
-      'tokenizer.model, sentencepiece.model, tokenizer.json and vocab.json '
-      'with merges.txt'
+      'tokenizer.model, sentencepiece.model, tokenizer.json, vocab.json '
+      'with merges.txt and tokenizer_config.json of a ByT5Tokenizer.'
     ),
   ):
     vocabularies.load(tmp_path)

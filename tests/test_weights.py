@@ -379,15 +379,16 @@ def test_an_encoder_alone_is_an_llm_and_no_baseline(t5_folder):
     ('t5', {'tie_word_embeddings': False}, 'table', False, False),
     # Since transformers 5.
     ('t5', {'scale_decoder_outputs': False}, 'own', False, False),
-    ('t5', {'scale_decoder_outputs': False}, None, True, False),
+    ('t5', {'scale_decoder_outputs': False}, 'table', False, False),
     ('mt5', {}, 'own', False, False),
     ('mt5', {}, None, True, False),
   ],
 )
-def test_the_head_is_tied_where_the_file_has_no_other(
+def test_the_head_is_tied_where_neither_file_nor_config_has_another(
   tmp_path, model_type, fields, head, tied, scaled
 ):
   config_json = T5_JSON | {'model_type': model_type} | fields
+  config_json['feed_forward_proj'] = 'relu'
   tensors = to_theirs(T5_JSON, T5, random_params(T5))
   table = tensors['shared.weight']
   if head is not None:
@@ -397,6 +398,105 @@ def test_the_head_is_tied_where_the_file_has_no_other(
   assert (config.logits_via_embedding, config.scale_logits) == (tied, scaled)
 
 
+@pytest.mark.parametrize(
+  ('model_type', 'config', 'fields', 'head'),
+  [
+    ('t5', T5_1_1, {}, 'lm_head'),
+    # As transformers 5 writes it.
+    (
+      't5',
+      T5_1_1,
+      {'tie_word_embeddings': True, 'scale_decoder_outputs': False},
+      'lm_head',
+    ),
+    ('mt5', T5_1_1, {'tie_word_embeddings': False}, 'lm_head'),
+    ('gpt2', GPT2, {'tie_word_embeddings': False}, 'lm_head'),
+    # Families that are not tied unless they say so.
+    ('qwen2', helpers.LLAMA, {'tie_word_embeddings': None}, 'lm_head'),
+    ('gpt_neox', helpers.PYTHIA, {'tie_word_embeddings': None}, 'embed_out'),
+  ],
+)
+def test_a_head_that_is_not_the_table_is_missed(
+  tmp_path, model_type, config, fields, head
+):
+  config_json = huggingface.config_json(model_type, config) | fields
+  config_json = {k: v for k, v in config_json.items() if v is not None}
+  tensors = to_theirs(config_json, config, random_params(config))
+  tensors.pop(f'{head}.weight', None)
+  folder = write_folder(tmp_path / 'hf', config_json, tensors)
+  with pytest.raises(ValueError, match='describes') as error:
+    huggingface.Folder(folder)
+  (line,) = str(error.value).splitlines()[1:]
+  assert line.startswith(f'  {head}.weight (logits_dense/kernel)')
+  assert line.endswith(': missing')
+
+
+@pytest.mark.parametrize(
+  ('model_type', 'name'),
+  [
+    ('t5', 'qa_outputs.weight'),
+    ('gpt2', 'transformer.h.1.attn.masked_bias'),
+    ('gpt2', 'score.weight'),
+    ('gpt_neox', 'gpt_neox.layers.0.attention.rotary_emb.inv_freq'),
+    ('qwen2', 'model.layers.1.self_attn.rotary_emb.inv_freq'),
+    ('gemma3_text', 'model.rotary_emb.inv_freq'),
+  ],
+)
+def test_buffers_and_heads_for_other_uses_are_passed_over(
+  tmp_path, model_type, name
+):
+  config_json, config = FAMILIES[model_type]
+  tensors = to_theirs(config_json, config, random_params(config))
+  tensors[name] = np.ones(3, np.float32)
+  folder = write_folder(tmp_path / 'hf', config_json, tensors)
+  assert (
+    huggingface.Folder(folder).shapes().keys()
+    == weights.shapes_of(config).keys()
+  )
+
+
+@pytest.mark.parametrize(
+  ('kept', 'missing'),
+  [
+    ((), 'shared.weight'),
+    (('shared.',), 'encoder.final_layer_norm.weight'),
+    (('encoder.',), 'shared.weight'),
+    # A head alone makes no decoder, and shows that there was one.
+    (('shared.', 'encoder.', 'lm_head.'), 'decoder.final_layer_norm.weight'),
+  ],
+)
+def test_a_part_that_is_no_encoder_is_refused(t5_folder, kept, missing):
+  folder, tensors = t5_folder
+  tensors = {k: v for k, v in tensors.items() if k.startswith(kept)}
+  tensors['score.weight'] = np.ones((2, 16), np.float32)
+  write_folder(folder, T5_1_1_JSON, tensors)
+  with pytest.raises(ValueError, match=f'\n  {missing} .*: missing'):
+    huggingface.Folder(folder)
+
+
+def test_one_precision_per_stack_is_read_and_kept_in_the_fingerprint(
+  t5_folder, tmp_path
+):
+  folder, tensors = t5_folder
+  name = 'encoder.block.1.layer.0.layer_norm.weight'
+  half = tensors[name].astype(np.float16)
+  write_folder(folder, T5_1_1_JSON, tensors | {name: half})
+  source = huggingface.Folder(folder)
+  path = ('encoder', 'layers', 'pre_self_attention_norm', 'scale')
+  assert source.read(path, 1).dtype == source.shapes()[path].dtype == np.float32
+  same = tensors | {name: half.astype(np.float32)}
+  other = write_folder(tmp_path / 'other', T5_1_1_JSON, same)
+  shapes = model_shapes(T5_1_1)
+  assert load(folder, shapes)[1] == load(other, shapes)[1]
+
+
+def test_special_ids_are_those_that_the_config_has(t5_folder):
+  folder, tensors = t5_folder
+  ids = {'eos_token_id': [1, 7], 'pad_token_id': None}
+  write_folder(folder, T5_1_1_JSON | ids, tensors)
+  assert huggingface.Folder(folder).special_ids == ids
+
+
 def spoil_tensors(tensors):
   del tensors['encoder.block.1.layer.0.SelfAttention.q.weight']
   name = 'decoder.block.0.layer.2.DenseReluDense.wo.weight'
@@ -404,6 +504,11 @@ def spoil_tensors(tensors):
   name = 'decoder.block.1.layer.2.DenseReluDense.wo.weight'
   tensors[name] = tensors[name].astype(np.int8)
   tensors['encoder.block.3.layer.0.layer_norm.weight'] = np.ones(16, np.float32)
+  for layer in range(2):
+    del tensors[f'decoder.block.{layer}.layer.0.layer_norm.weight']
+  name = 'encoder.block.0.layer.1.DenseReluDense.wi.weight'
+  tensors[name] = np.ones((20, 16), np.float32)
+  tensors['adapter.weight'] = np.ones(16, np.float32)
   tensors['classification_head.weight'] = np.ones((2, 16), np.float32)
 
 
@@ -416,10 +521,17 @@ def test_all_that_is_wrong_with_the_tensors_is_said_at_once(t5_folder):
   assert str(error.value) == (
     f'The tensors in {folder} are not those that {folder}/config.json '
     'describes. Use the files as they were saved together:\n'
+    '  adapter.weight (16,): unknown\n'
+    '  decoder.block.0.layer.0.layer_norm.weight '
+    '(decoder/layers/pre_self_attention_norm/scale) (16,): missing\n'
     '  decoder.block.0.layer.2.DenseReluDense.wo.weight '
     '(decoder/layers/mlp/wo/kernel): expected (16, 20), found (20, 16)\n'
+    '  decoder.block.1.layer.0.layer_norm.weight '
+    '(decoder/layers/pre_self_attention_norm/scale) (16,): missing\n'
     '  decoder.block.1.layer.2.DenseReluDense.wo.weight: expected one of F64, '
     'F32, F16, BF16, found I8; quantized weights are not supported\n'
+    '  encoder.block.0.layer.1.DenseReluDense.wi.weight '
+    '(encoder/layers/mlp/wi/kernel) (20, 16): unknown\n'
     '  encoder.block.1.layer.0.SelfAttention.q.weight '
     '(encoder/layers/self_attention/query/kernel) (24, 16): missing\n'
     '  encoder.block.3.layer.0.layer_norm.weight (16,): unknown'

@@ -11,17 +11,29 @@ file that keeps layers apart has the fingerprint of one that stacks them.
 import functools
 import hashlib
 import pathlib
-from collections.abc import Iterable, Mapping
+import types
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from flax import traverse_util
 
+from l2s_jax import partition
 from l2s_jax.models import config as config_lib
+from l2s_jax.models import l2s
 
 PyTree = Any
 Path = tuple[str, ...]
+
+# What a T5 has beside the encoder and the embeddings that it shares.
+_DECODER = {'decoder', 'logits_dense', 'decoder_token_embedder'}
+_BATCH = (
+  'encoder_input_tokens',
+  'encoder_segment_ids',
+  'decoder_input_tokens',
+  'decoder_segment_ids',
+)
 
 
 @runtime_checkable  # for the tests' type checker
@@ -32,11 +44,13 @@ class Source(Protocol):
     config: how the model is built.
     location: where the weights are.
     model_type: what transformers calls the family; None where nobody said.
+    special_ids: what its config.json says of token ids, by its keys.
   """
 
   config: config_lib.TransformerConfig
   location: str
   model_type: str | None
+  special_ids: dict[str, Any]
 
   def step(self) -> int | None:
     """Returns the checkpoint's step; None where there is only one."""
@@ -127,6 +141,42 @@ def load(
     )
   check_digests(source, digests)
   return traverse_util.unflatten_dict(loaded), fingerprint(digests)
+
+
+@functools.cache
+def shapes_of(
+  config: config_lib.TransformerConfig,
+) -> Mapping[Path, jax.ShapeDtypeStruct]:
+  """Returns the tensors of a whole model."""
+  batch = dict.fromkeys(_BATCH, jax.ShapeDtypeStruct((1, 2), np.int32))
+  shapes, _ = partition.abstract_params(
+    functools.partial(l2s.build(config).init, deterministic=True),
+    jax.random.key(0),
+    batch,
+  )
+  return types.MappingProxyType(traverse_util.flatten_dict(shapes))
+
+
+def demanded(
+  config: config_lib.TransformerConfig, found: Collection[Path]
+) -> Mapping[Path, jax.ShapeDtypeStruct]:
+  """Returns the tensors that weights must have: of all, or of an encoder.
+
+  An encoder may come without its decoder: an LLM needs no more.
+
+  Args:
+    config: how the model is built.
+    found: the tensors that are there.
+  """
+  shapes = shapes_of(config)
+  if config.is_encoder_decoder and is_encoder_alone(found):
+    return {p: s for p, s in shapes.items() if p[0] not in _DECODER}
+  return shapes
+
+
+def is_encoder_alone(found: Collection[Path]) -> bool:
+  modules = {path[0] for path in found}
+  return 'encoder' in modules and not modules & _DECODER
 
 
 def check_shapes(

@@ -19,6 +19,7 @@ from l2s_jax.weights import tensor_files
 
 DESCRIPTION = 'weights.json'
 FORMAT_VERSION = 1
+_KEYS = {'format_version', 'model_type', 'special_ids', 'config', 'digests'}
 
 
 class Folder:
@@ -35,12 +36,19 @@ class Folder:
     self.location = str(folder)
     path = folder / DESCRIPTION
     description = tensor_files.read_json(path)
+    missing = sorted(_KEYS - description.keys())
+    if missing:
+      raise ValueError(
+        f'{path} lacks {", ".join(missing)}. Convert again, or copy the folder '
+        'whole.'
+      )
     if description['format_version'] > FORMAT_VERSION:
       raise ValueError(
         f'{path} has format version {description["format_version"]}; this '
         f'l2s_jax reads up to {FORMAT_VERSION}. Update l2s_jax.'
       )
     self.model_type = description['model_type']
+    self.special_ids = description['special_ids']
     self.config = config_lib.TransformerConfig(**description['config'])
     self._digests = description['digests']
     self._tensors = tensor_files.open_folder(folder)
@@ -99,6 +107,7 @@ def save(source: weights.Source, folder: pathlib.Path) -> None:
     {
       'format_version': FORMAT_VERSION,
       'model_type': source.model_type,
+      'special_ids': source.special_ids,
       'config': dataclasses.asdict(source.config),
       'digests': {'/'.join(path): value for path, value in digests.items()},
       'fingerprint': weights.fingerprint(digests),

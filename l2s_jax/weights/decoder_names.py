@@ -309,7 +309,8 @@ FAMILIES = {
       'add_cross_attention': False,
     },
     prefix='transformer.',
-    ignored=r'h\.\d+\.attn\.(bias|masked_bias)',  # causal masks
+    # Causal masks.
+    ignored=rf'h\.\d+\.attn\.(bias|masked_bias)|{rows.OTHER_HEADS}',
   ),
   'opt': Family(
     rows=_OPT,
@@ -332,6 +333,7 @@ FAMILIES = {
       'enable_bias': True,
     },
     prefix='model.',
+    ignored=rf'decoder\.version|{rows.OTHER_HEADS}',  # of fairseq
   ),
   'gpt_neox': Family(
     rows=_GPT_NEOX,
@@ -349,6 +351,8 @@ FAMILIES = {
     prefix='gpt_neox.',
     aliases={'embed_out.weight': ('lm_head.weight',)},
     # Causal masks and frequencies.
-    ignored=r'layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)',
+    ignored=r'layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)'
+    rf'|rotary_emb\.inv_freq|{rows.OTHER_HEADS}',
+    may_be_tied=rows.is_said_to_be_tied,
   ),
 }

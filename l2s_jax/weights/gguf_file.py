@@ -135,6 +135,7 @@ class File(huggingface.Model):
       )
     config = _config(self._metadata, architecture, stored)
     super().__init__(str(path), str(path), config, tensors)
+    _check_rope(path, self._metadata, self.config.head_dim)
 
   def save_tokenizer(self, folder: pathlib.Path) -> bool:
     """Writes the tokenizer in the metadata; returns whether it is known."""
@@ -186,6 +187,28 @@ def _config(
     }
     | dict(architecture.config)
   )
+
+
+def _check_rope(
+  path: pathlib.Path, metadata: Mapping[str, Any], head_dim: int
+) -> None:
+  """Refuses stretched contexts, and heads that are turned in part."""
+  rope = metadata['general.architecture'] + '.rope.'
+  supported = {
+    f'{rope}scaling.type': 'none',
+    f'{rope}scaling.factor': 1.0,  # Without a type it is linear.
+    f'{rope}dimension_count': head_dim,
+  }
+  problems = [
+    f'{key}: only {value!r} is supported, found {metadata[key]!r}'
+    for key, value in supported.items()
+    if metadata.get(key, value) != value
+  ]
+  if problems:
+    raise ValueError(
+      f'{path} has rotary positions that are not supported. Convert the '
+      'Hugging Face folder that it was made from:\n  ' + '\n  '.join(problems)
+    )
 
 
 def _tensor(

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from l2s_jax import weights
 from l2s_jax.models import config as config_lib
 from l2s_jax.weights import (
   decoder_names,
@@ -28,6 +29,12 @@ from l2s_jax.weights.rows import Family
 from l2s_jax.weights.tensor_files import Tensor
 
 CONFIG = 'config.json'
+_SPECIAL_IDS = (
+  'bos_token_id',
+  'eos_token_id',
+  'pad_token_id',
+  'decoder_start_token_id',
+)
 
 FAMILIES = t5_names.FAMILIES | decoder_names.FAMILIES | llama_names.FAMILIES
 
@@ -67,7 +74,12 @@ def model_types(config: config_lib.TransformerConfig) -> list[str]:
 
 
 class Model:
-  """The weights of one model by the names that transformers gives them."""
+  """The weights of one model by the names that transformers gives them.
+
+  Attributes:
+    special_ids: what config.json says of token ids, by its keys; a list of
+      ids where several end an answer.
+  """
 
   def __init__(
     self,
@@ -91,6 +103,9 @@ class Model:
     self.location = location
     family = _family(described_by, config)
     self.model_type: str | None = config['model_type']
+    self.special_ids: dict[str, Any] = {
+      key: config[key] for key in _SPECIAL_IDS if key in config
+    }
     self._tensors = _by_name_of_table(tensors, family)
     try:
       self.config = family.parse(config, self._is_tied(config, family))
@@ -98,15 +113,13 @@ class Model:
       raise ValueError(f'{described_by}: {error}.') from error
     self._sizes = rows.axis_sizes(self.config)
     self._names = {row.path: row.theirs for row in family.rows}
-    self._rows = {
-      row.path: row
+    found = {
+      row.path
       for row in family.rows
       if any(name in self._tensors for name in row.names(self.config))
-      # A tied head that is stored all the same is the table again.
-      and not (
-        row.path[0] == 'logits_dense' and self.config.logits_via_embedding
-      )
     }
+    demanded = weights.demanded(self.config, found)
+    self._rows = {row.path: row for row in family.rows if row.path in demanded}
     self._check(family, described_by)
 
   def step(self) -> int | None:
@@ -116,13 +129,16 @@ class Model:
     shapes = {}
     for path, row in self._rows.items():
       shape = tuple(self._sizes[letter] for letter in row.letters())
-      names = row.names(self.config)
       if row.is_stacked:
-        shape = (len(names), *shape)
-      stored = {tensor_files.DTYPES[self._tensors[n].dtype] for n in names}
-      dtype = functools.reduce(jnp.promote_types, map(jnp.dtype, stored))
-      shapes[path] = jax.ShapeDtypeStruct(shape, dtype)
+        shape = (len(row.names(self.config)), *shape)
+      shapes[path] = jax.ShapeDtypeStruct(shape, self._dtype(row))
     return shapes
+
+  def _dtype(self, row: rows.Row) -> np.dtype:
+    """Returns the dtype that holds all layers of a row as stored."""
+    names = row.names(self.config)
+    stored = {tensor_files.DTYPES[self._tensors[name].dtype] for name in names}
+    return functools.reduce(jnp.promote_types, map(jnp.dtype, stored))
 
   def read(self, path: tuple[str, ...], layer: int | None = None) -> np.ndarray:
     row = self._rows[path]
@@ -130,7 +146,8 @@ class Model:
     if row.is_stacked and layer is None:
       return np.stack([self.read(path, i) for i in range(len(names))])
     tensor = self._tensors[names[layer or 0]]
-    return row.to_ours(tensor.read(), self._sizes)
+    array = tensor.read().astype(self._dtype(row), copy=False)
+    return row.to_ours(array, self._sizes)
 
   def name(self, path: tuple[str, ...]) -> str:
     return self._names.get(path, '/'.join(path))
@@ -142,8 +159,8 @@ class Model:
   def _is_tied(self, config: Mapping[str, Any], family: Family) -> bool:
     """Returns whether the output head is the embedding table.
 
-    The weights have the last word: transformers 5 writes tie_word_embeddings
-    as true into the config.json of every T5, tied or not.
+    A head of its own has the last word: transformers 5 writes
+    tie_word_embeddings as true into the config.json of every T5, tied or not.
     """
     names = {row.ours: row.theirs for row in family.rows}
     head, table = (
@@ -152,10 +169,10 @@ class Model:
         'decoder_token_embedder/embedding', names['token_embedder/embedding']
       ),
     )
+    if not family.may_be_tied(config):
+      return False
     if head not in self._tensors:
       return True
-    if not config.get('tie_word_embeddings', True):
-      return False
     return table in self._tensors and np.array_equal(
       self._tensors[head].read(), self._tensors[table].read()
     )
@@ -164,11 +181,10 @@ class Model:
     """Refuses tensors that are missing, unknown, or of another shape."""
     problems = []
     known = set()
-    for row in family.rows:
-      known |= set(row.names(self.config))
     for row in self._rows.values():
       expected = row.shape(self._sizes)
       for name in row.names(self.config):
+        known.add(name)
         if name not in self._tensors:
           problems.append(f'{name} ({row.ours}) {expected}: missing')
         elif self._tensors[name].shape != expected:
@@ -181,15 +197,15 @@ class Model:
             f'{name}: expected one of {", ".join(tensor_files.DTYPES)}, found '
             f'{self._tensors[name].dtype}; quantized weights are not supported'
           )
-    # Beside a tensor that is read, one that is not (a layer more, an adapter)
-    # means another model; elsewhere it is a head for another use.
-    scopes = {row.theirs.split('.')[0] for row in self._rows.values()}
+    ours = {n: row.ours for row in family.rows for n in row.names(self.config)}
+    if self.config.logits_via_embedding:
+      # A tied head that is stored all the same is the table again.
+      known |= {n for n in ours if ours[n] == 'logits_dense/kernel'}
     problems += [
-      f'{name} {tensor.shape}: unknown'
+      f'{name}{f" ({ours[name]})" if name in ours else ""} {tensor.shape}: '
+      'unknown'
       for name, tensor in self._tensors.items()
-      if name not in known
-      and name.split('.')[0] in scopes
-      and not re.fullmatch(family.ignored, name)
+      if name not in known and not re.fullmatch(family.ignored, name)
     ]
     if problems:
       raise ValueError(
@@ -249,5 +265,5 @@ def _by_name_of_table(
   for name, aliases in family.aliases.items():
     for alias in aliases:
       if name not in named and alias in named:
-        named[name] = named[alias]
+        named[name] = named.pop(alias)
   return named

@@ -373,7 +373,10 @@ _GEMMA2_KEYS = (
   'attn_logit_softcapping',
   'final_logit_softcapping',
 )
-_FREQUENCIES = r'layers\.\d+\.self_attn\.rotary_emb\.inv_freq'
+_IGNORED = (
+  r'((en|de)coder\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq'
+  rf'|{rows.OTHER_HEADS}'
+)
 
 
 def _llama(architecture: str, *keys: str, **fixed: Any) -> Family:
@@ -385,7 +388,8 @@ def _llama(architecture: str, *keys: str, **fixed: Any) -> Family:
     required=(*_KEYS, 'hidden_act', *keys),
     fixed={'quantization_config': None, **fixed},
     prefix='model.',
-    ignored=_FREQUENCIES,
+    ignored=_IGNORED,
+    may_be_tied=rows.is_said_to_be_tied,
   )
 
 
@@ -408,6 +412,7 @@ FAMILIES = {
     required=_GEMMA2_KEYS,
     fixed={'quantization_config': None},
     prefix='model.',
+    ignored=_IGNORED,
   ),
   'gemma3_text': Family(
     rows=_GEMMA,
@@ -417,6 +422,7 @@ FAMILIES = {
     required=_GEMMA_KEYS,
     fixed={'quantization_config': None},
     prefix='model.',
+    ignored=_IGNORED,
   ),
   't5gemma': Family(
     rows=_T5GEMMA,
@@ -426,5 +432,6 @@ FAMILIES = {
     required=('encoder', 'decoder'),
     fixed={'quantization_config': None},
     prefix='model.',
+    ignored=_IGNORED,
   ),
 }

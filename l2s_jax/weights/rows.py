@@ -17,6 +17,11 @@ import numpy as np
 
 from l2s_jax.models import config as config_lib
 
+# What transformers puts on a model for another use than to write.
+OTHER_HEADS = (
+  r'(classification_head|classifier|score|qa_outputs|multiple_choice_head)\..*'
+)
+
 # As transformers names them, the usual name first.
 _ACTIVATIONS = {
   'relu': 'relu',
@@ -137,6 +142,16 @@ def axis_sizes(config: config_lib.TransformerConfig) -> dict[str, int]:
   }
 
 
+def may_be_tied(config: Mapping[str, Any]) -> bool:
+  """Returns whether config.json lets the head be the embedding table."""
+  return config.get('tie_word_embeddings', True)
+
+
+def is_said_to_be_tied(config: Mapping[str, Any]) -> bool:
+  """Returns the same, of families that are not tied unless they say so."""
+  return config.get('tie_word_embeddings', False)
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
   """What sets one `model_type` of transformers apart.
@@ -152,6 +167,8 @@ class Family:
     prefix: in front of all names but the head's, in some files.
     aliases: other names of a tensor, for files that lack its own.
     ignored: matches names that may be present and mean nothing.
+    may_be_tied: from config.json to whether the output head can be the
+      embedding table; if not, it must be in the file.
   """
 
   rows: tuple[Row, ...]
@@ -164,7 +181,8 @@ class Family:
   aliases: Mapping[str, tuple[str, ...]] = dataclasses.field(
     default_factory=dict
   )
-  ignored: str = '$'
+  ignored: str = OTHER_HEADS
+  may_be_tied: Callable[[Mapping[str, Any]], bool] = may_be_tied
 
 
 def divide(config: Mapping[str, Any], width: str, heads: str) -> int:

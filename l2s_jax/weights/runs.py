@@ -2,14 +2,15 @@
 """Weights that a run of ours has trained."""
 
 import functools
-import json
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
 
 from l2s_jax import checkpoint
 from l2s_jax.models import config as config_lib
+from l2s_jax.weights import tensor_files
 
 
 class Run:
@@ -21,12 +22,16 @@ class Run:
     Args:
       folder: the one with `model.json`.
       step: the checkpoint; None takes the newest.
+
+    Raises:
+      ValueError: if `model.json` is torn.
     """
     self.location = str(folder)
     self.model_type: str | None = None
+    self.special_ids: dict[str, Any] = {}
     self._folder = folder
     self._step = step
-    self.description = json.loads((folder / 'model.json').read_text())
+    self.description = tensor_files.read_json(folder / 'model.json')
     self._held: tuple[tuple[str, ...], np.ndarray] = ((), np.empty(0))
     self._prefix: tuple[str, ...] = ()
     if self.description['kind'] == 'llm_to_slm':

@@ -81,6 +81,11 @@ def _parse(
   scale_logits = config['model_type'] == 't5' and config.get(
     'scale_decoder_outputs', config.get('tie_word_embeddings', True)
   )
+  if config['model_type'] == 't5' and is_tied and not scale_logits:
+    raise ValueError(
+      'a T5 whose head is the embedding table scales its logits; an mT5 '
+      'need not'
+    )
   if scale_logits and not is_tied:
     raise ValueError(
       'it asks for scaled logits (scale_decoder_outputs, or '
@@ -127,9 +132,19 @@ def _unparse(config: config_lib.TransformerConfig) -> dict[str, Any]:
     'relative_attention_max_distance': config.relpos_max_distance,
     'dropout_rate': config.dropout_rate,
     'scale_decoder_outputs': config.scale_logits,
-    # transformers reads from this whether to scale, not whether to tie.
-    'tie_word_embeddings': config.scale_logits,
+    # For transformers' T5 this, too, says whether to scale.
+    'tie_word_embeddings': config.logits_via_embedding,
   }
+
+
+def _may_be_tied(config: Mapping[str, Any]) -> bool:
+  """Returns what a T5's config.json says in its own words.
+
+  Since transformers 5 tie_word_embeddings is true in each of them, tied or not.
+  """
+  if config['model_type'] == 't5' and 'scale_decoder_outputs' in config:
+    return config['scale_decoder_outputs']
+  return rows.may_be_tied(config)
 
 
 _FAMILY = Family(
@@ -155,7 +170,8 @@ _FAMILY = Family(
   # The first release gave cross-attention a bias that nothing read.
   ignored=r'(en|de)coder\.embed_tokens\.weight'
   r'|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias'
-  r'\.weight',
+  rf'\.weight|{rows.OTHER_HEADS}',
+  may_be_tied=_may_be_tied,
 )
 
 # A table of relative positions for each layer.

@@ -8,6 +8,7 @@ in umT5); and T5X's Orbax layout. Optimizer states are not read. The way out is
 `to_t5x.py`.
 """
 
+import functools
 import math
 import pathlib
 import re
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import flax.serialization
 import gin.config_parser
 import jax
+import jax.numpy as jnp
 import msgpack
 import numpy as np
 import tensorstore
@@ -131,6 +133,7 @@ class Checkpoint:
     """
     self.location = str(location)
     self.model_type: str | None = None
+    self.special_ids: dict[str, Any] = {}
     path, self._step = _find(location, step)
     self._arrays = _open(path)
     self._is_scanned = any(
@@ -138,11 +141,13 @@ class Checkpoint:
     )
     self.config = config or _config(path, self._arrays, self._is_scanned)
     self._sizes = rows.axis_sizes(self.config)
-    self._rows = {
-      row.path: row
+    found = {
+      row.path
       for row in ROWS
       if any(name in self._arrays for name in self._names(row))
     }
+    demanded = weights.demanded(self.config, found)
+    self._rows = {row.path: row for row in ROWS if row.path in demanded}
     self._held: tuple[str, np.ndarray] = ('', np.empty(0))
     self._check()
 
@@ -155,9 +160,13 @@ class Checkpoint:
       shape = tuple(self._sizes[letter] for letter in row.letters())
       if row.is_stacked:
         shape = (len(row.names(self.config)), *shape)
-      dtype = self._arrays[self._names(row)[0]].dtype
-      shapes[path] = jax.ShapeDtypeStruct(shape, dtype)
+      shapes[path] = jax.ShapeDtypeStruct(shape, self._dtype(row))
     return shapes
+
+  def _dtype(self, row: Row) -> np.dtype:
+    """Returns the dtype that holds all layers of a row as stored."""
+    stored = {self._arrays[name].dtype for name in self._names(row)}
+    return functools.reduce(jnp.promote_types, stored)
 
   def read(self, path: weights.Path, layer: int | None = None) -> np.ndarray:
     row = self._rows[path]
@@ -172,6 +181,7 @@ class Checkpoint:
       array = self._held[1][:, layer]
     else:
       array = self._arrays[names[layer or 0]].read()
+    array = array.astype(self._dtype(row), copy=False)
     return row.to_ours(array, self._sizes)
 
   def name(self, path: weights.Path) -> str:
@@ -208,8 +218,10 @@ class Checkpoint:
             f'{name} ({row.ours}): expected {expected}, found '
             f'{self._arrays[name].shape}'
           )
+    ours = {name: row.ours for row in ROWS for name in self._names(row)}
     problems += [
-      f'{name} {self._arrays[name].shape}: unknown'
+      f'{name}{f" ({ours[name]})" if name in ours else ""} '
+      f'{self._arrays[name].shape}: unknown'
       for name in self._arrays.keys() - known
     ]
     if problems:

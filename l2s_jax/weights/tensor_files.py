@@ -7,6 +7,8 @@ that no file is ever in memory whole. What the names mean is not known here.
 
 import json
 import pathlib
+import struct
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -140,15 +142,35 @@ def _open_pickle(path: pathlib.Path) -> dict[str, Tensor]:
   import pickle
 
   try:
-    stored = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-  except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    stored = torch.load(
+      path,
+      map_location='cpu',
+      weights_only=True,
+      mmap=zipfile.is_zipfile(path),  # What came before PyTorch 1.6 is no zip.
+    )
+  except (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    struct.error,
+  ) as error:
+    said = str(error).splitlines() or [type(error).__name__]
     raise ValueError(
       f'{path} ({path.stat().st_size} bytes) was not read: it is cut short, or '
       f'holds more than tensors, which is never unpickled. Download {WEIGHTS} '
-      f'instead. PyTorch says: {str(error).splitlines()[0]}'
+      f'instead. PyTorch says: {said[0]}'
     ) from error
+  if not isinstance(stored, dict):
+    raise ValueError(
+      f'{path} holds a {type(stored).__name__}; expected a dict of tensors by '
+      f'their names. Download {WEIGHTS} instead.'
+    )
 
   def tensor(value: Any) -> Tensor:
+    value = value.detach()  # A Parameter gives no array.
     name = str(value.dtype).removeprefix('torch.')
 
     def read() -> np.ndarray:
@@ -239,6 +261,7 @@ def _save_file(
     for name in names:
       for piece in pieces(name):
         file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+        del piece  # Lest two are in memory while the next is read.
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -41,23 +41,26 @@ def save(
   Args:
     source: where from.
     folder: where to; made if absent.
-    vocabulary: whose special ids config.json names; None: T5's.
+    vocabulary: whose special ids config.json names where nobody said what
+      family the source is of; None: T5's.
     max_file_bytes: of one file, before another is begun.
 
   Raises:
     ValueError: if transformers has no family that is built so.
   """
-  model_type = _model_type(source)
+  model_type = find_model_type(source)
   family = huggingface.FAMILIES[model_type]
   config, sizes = source.config, rows.axis_sizes(source.config)
   stored = source.shapes()
+  is_encoder_only = weights.is_encoder_alone(stored)
   parts: dict[str, list[tuple[rows.Row, int | None]]] = {}
   for row in family.rows:
     if row.path not in stored:
       continue
     for layer, name in enumerate(row.names(config)):
-      # save_pretrained prefixes all but the head.
-      prefix = '' if row.path[0] == 'logits_dense' else family.prefix
+      # save_pretrained prefixes all but the head, and no encoder by itself.
+      is_bare = is_encoder_only or row.path[0] == 'logits_dense'
+      prefix = '' if is_bare else family.prefix
       parts.setdefault(prefix + name, []).append(
         (row, layer if row.is_stacked else None)
       )
@@ -76,20 +79,30 @@ def save(
   tensor_files.save_safetensors(
     folder, shapes, pieces, max_file_bytes=max_file_bytes
   )
-  content = huggingface.config_json(model_type, config)
-  if config.is_encoder_decoder and not any(p[0] == 'decoder' for p in stored):
+  files.write_json(
+    folder / huggingface.CONFIG, _config_json(source, model_type, vocabulary)
+  )
+
+
+def _config_json(
+  source: weights.Source,
+  model_type: str,
+  vocabulary: vocabularies.Vocabulary | None,
+) -> dict[str, Any]:
+  """Returns what config.json says of the model, its tokens and its dtype."""
+  content = huggingface.config_json(model_type, source.config)
+  stored = source.shapes()
+  if weights.is_encoder_alone(stored):
+    content['is_encoder_decoder'] = False
     content['architectures'] = [
       name.replace('ForConditionalGeneration', 'EncoderModel')
       for name in content['architectures']
     ]
   dtype = stored[('token_embedder', 'embedding')].dtype.name
-  files.write_json(
-    folder / huggingface.CONFIG,
-    content | _special_ids(config, vocabulary) | {'torch_dtype': dtype},
-  )
+  return content | _special_ids(source, vocabulary) | {'torch_dtype': dtype}
 
 
-def _model_type(source: weights.Source) -> str:
+def find_model_type(source: weights.Source) -> str:
   """Returns the family to write: that of the source, or one that fits."""
   fitting = huggingface.model_types(source.config)
   if source.model_type in fitting:
@@ -113,20 +126,23 @@ def _unusual(config: config_lib.TransformerConfig) -> list[str]:
 
 
 def _special_ids(
-  config: config_lib.TransformerConfig,
+  source: weights.Source,
   vocabulary: vocabularies.Vocabulary | None,
-) -> dict[str, int]:
-  if vocabulary is None:
-    if not config.is_encoder_decoder:
-      return {}
-    pad_id, eos_id, start_id = 0, 1, 0
-  else:
-    pad_id, eos_id = vocabulary.pad_id, vocabulary.eos_id
-    start_id = vocabulary.start_id
-  start = (
-    'decoder_start_token_id' if config.is_encoder_decoder else 'bos_token_id'
-  )
-  return {'pad_token_id': pad_id, 'eos_token_id': eos_id, start: start_id}
+) -> dict[str, Any]:
+  """Returns the special ids as the source has them, else the tokenizer's."""
+  if source.model_type is not None:
+    return source.special_ids
+  is_encoder_decoder = source.config.is_encoder_decoder
+  start = 'decoder_start_token_id' if is_encoder_decoder else 'bos_token_id'
+  if vocabulary is not None:
+    ids = {'eos_token_id': vocabulary.eos_id, start: vocabulary.start_id}
+    # A made-up one would be masked in prompts: 0 is GPT-2's '!'.
+    if vocabulary.has_pad:
+      ids['pad_token_id'] = vocabulary.pad_id
+    return ids
+  if is_encoder_decoder:
+    return {'pad_token_id': 0, 'eos_token_id': 1, start: 0}
+  return {}
 
 
 def save_run(

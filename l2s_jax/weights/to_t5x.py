@@ -18,6 +18,9 @@ from l2s_jax import weights
 from l2s_jax.models import config as config_lib
 from l2s_jax.weights import rows, t5x
 
+# T5X looks them up among those of flax.linen, which mean the same by them.
+_ACTIVATIONS = ('gelu', 'linear', 'relu', 'silu')
+
 
 def save(source: weights.Source, folder: pathlib.Path) -> None:
   """Writes `checkpoint_STEP` as T5X does, and its config.json beside it.
@@ -30,7 +33,7 @@ def save(source: weights.Source, folder: pathlib.Path) -> None:
     ValueError: if T5X's networks are not built so; lists the fields.
   """
   config = source.config
-  _check_is_t5x(source)
+  check(source)
   step = source.step() or 1  # T5X finds no checkpoint_0.
   path = folder / f'checkpoint_{step}'
   path.mkdir(parents=True)
@@ -79,7 +82,7 @@ def save(source: weights.Source, folder: pathlib.Path) -> None:
   (folder / t5x.CONFIG).write_text(json.dumps(content, indent=1) + '\n')
 
 
-def _check_is_t5x(source: weights.Source) -> None:
+def check(source: weights.Source) -> None:
   """Refuses what T5Config has no field for, and an LLM without its decoder."""
   config = source.config
   if not config.is_encoder_decoder:
@@ -101,6 +104,11 @@ def _check_is_t5x(source: weights.Source) -> None:
     f'{name}: T5X has {value!r}, the model {getattr(config, name)!r}'
     for name, value in said.to_json().items()
     if name not in free and getattr(config, name) != value
+  ]
+  problems += [
+    f'mlp_activations: T5X has no {name!r}'
+    for name in config.mlp_activations
+    if name not in _ACTIVATIONS
   ]
   if ('decoder', 'final_norm', 'scale') not in source.shapes():
     problems.append('it has no decoder')

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ByT5's tokenizer, which has no model file: every byte of UTF-8 is an id.
+
+Found by `vocabularies.load` in a folder whose `tokenizer_config.json` names
+ByT5Tokenizer; `{"tokenizer_class": "ByT5Tokenizer"}` is enough of one.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+from l2s_jax import vocabularies
+
+_FIRST_BYTE = 3  # After pad, EOS and unknown.
+_FIRST_SENTINEL = _FIRST_BYTE + 256
+_NUM_SENTINELS = 125
+
+
+class ByteVocabulary(vocabularies.Vocabulary):
+  """Ids are bytes + 3; pad is 0, EOS 1, unknown 2, sentinels from 259 on.
+
+  A sentinel in the text, `<extra_id_0>`, encodes to its id, 259, as in
+  transformers. All else is bytes, `</s>` too, where transformers would end the
+  text, so that every text comes back as it was. Bytes that are not UTF-8, which
+  only a model writes, leave no text.
+  """
+
+  def __init__(
+    self,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    start_id: int | None = None,
+    eos_id: int | None = None,
+    pad_id: int | None = None,
+  ):
+    """Reads which sentinels there are.
+
+    Args:
+      path: a `tokenizer_config.json`; None stands for ByT5's own, with 125.
+      start_id: replaces the pad token; `eos_id` and `pad_id` replace theirs.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is not of a ByT5Tokenizer, its sentinels have gaps, or
+        as `Vocabulary`.
+    """
+    if path is None:
+      path = pathlib.Path(vocabularies.CONFIG_FILE)
+      config: dict[str, Any] = {'tokenizer_class': vocabularies.BYTE_TOKENIZER}
+      files = {path.name: json.dumps(config).encode()}
+    else:
+      path = pathlib.Path(path)
+      files = vocabularies.read_special_files(path.parent)
+      if path.name not in files:
+        raise FileNotFoundError(f'{path} is missing: expected a tokenizer.')
+      config = vocabularies.parse_json(files[path.name], path)
+    name = config.get('tokenizer_class')
+    if name != vocabularies.BYTE_TOKENIZER:
+      raise ValueError(
+        f'{path} says tokenizer_class={name!r}, expected '
+        f"{vocabularies.BYTE_TOKENIZER!r}; give that tokenizer's own file."
+      )
+    sentinels = _sentinels(config, path)
+    self._sentinel_ids = {
+      name: _FIRST_SENTINEL + n for n, name in enumerate(sentinels)
+    }
+    super().__init__(
+      path,
+      files,
+      vocab_size=_FIRST_SENTINEL + len(sentinels),
+      # Sentinels too: they are all that tells two such vocabularies apart.
+      special_ids={'pad': 0, 'eos': 1, 'unk': 2, **self._sentinel_ids},
+      start_id=start_id,
+      eos_id=eos_id,
+      pad_id=pad_id,
+    )
+
+  @functools.cached_property
+  def _processor(self) -> re.Pattern[str]:
+    # Longest first, where one begins like another.
+    names = sorted(self._sentinel_ids, key=len, reverse=True)
+    return re.compile(f'({"|".join(map(re.escape, names)) or "(?!)"})')
+
+  def encode(self, text: str) -> list[int]:
+    ids: list[int] = []
+    for part in self._processor.split(text):
+      if part in self._sentinel_ids:
+        ids.append(self._sentinel_ids[part])
+      else:
+        ids += (_FIRST_BYTE + byte for byte in part.encode())
+    return ids
+
+  def _decode(self, ids: list[int]) -> str:
+    pieces = [b'', b'', b'<unk>', *(bytes([byte]) for byte in range(256))]
+    pieces += (name.encode() for name in self._sentinel_ids)
+    return b''.join(pieces[token] for token in ids).decode(errors='ignore')
+
+
+def _sentinels(config: dict[str, Any], path: pathlib.Path) -> list[str]:
+  """Returns the tokens behind the bytes, in the order of their ids.
+
+  What transformers has saved lists them all in `added_tokens_decoder`; what
+  Google released only counts them, in `extra_ids`.
+  """
+  if 'added_tokens_decoder' not in config:
+    count = config.get('extra_ids', _NUM_SENTINELS)
+    if not isinstance(count, int):
+      raise ValueError(
+        f'{path} says extra_ids={count!r}, expected a number; ByT5 has '
+        f'{_NUM_SENTINELS}.'
+      )
+    return [f'<extra_id_{n}>' for n in range(count)]
+  added = {
+    int(token): value['content']
+    for token, value in config['added_tokens_decoder'].items()
+    if int(token) >= _FIRST_BYTE
+  }
+  expected = range(_FIRST_SENTINEL, _FIRST_SENTINEL + len(added))
+  if sorted(added) != list(expected):
+    raise ValueError(
+      f'added_tokens_decoder in {path} has the ids {sorted(added)} behind the '
+      f'special ones, expected {expected[0]} to {expected[-1]} without a gap.'
+    )
+  return [added[token] for token in expected]

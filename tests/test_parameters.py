@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's frozen LLM is the one that it was trained with, or it is refused."""
+
+import dataclasses
+import shutil
+
+import helpers
+import jax
+import pytest
+
+from l2s_jax import parameters, partition, systems
+from l2s_jax.models import l2s
+from l2s_jax.weights import converted
+
+MODULE = helpers.MODULES['llm_to_t5_1_0-add-shared']
+
+
+def write_llm(folder, seed):
+  """Writes the LLM of a seed as a converted folder; returns its source."""
+  folder.mkdir()
+  config = MODULE.llm_config
+  source = helpers.Arrays(
+    config, helpers.random_params(l2s.build(config), seed)
+  )
+  converted.save(source, folder)
+  return source
+
+
+def load_frozen(system, **options):
+  mesh_config = partition.MeshConfig(data=1)
+  mesh = partition.make_mesh(mesh_config, jax.devices()[:1])
+  layout = parameters.layout(system, mesh, mesh_config)
+  return parameters.load_frozen(system, layout, **options)
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+  """Returns a folder with two LLMs, and a run that was begun with the first."""
+  folder = tmp_path_factory.mktemp('parameters')
+  write_llm(folder / 'first', 1)
+  write_llm(folder / 'second', 2)
+  system, _ = load_frozen(fresh(folder / 'first'))
+  systems.save(system, folder / 'run')
+  return folder
+
+
+def fresh(llm_path):
+  return dataclasses.replace(
+    helpers.system(MODULE), sources={'llm': str(llm_path)}
+  )
+
+
+def change_a_byte(folder, source_path):
+  """Flips the last bit of one tensor's last number in a converted folder."""
+  (file,) = folder.glob('*.safetensors')
+  content = file.read_bytes()
+  tensor = converted.Folder(folder).read(source_path).tobytes()
+  assert content.count(tensor) == 1
+  end = content.index(tensor) + len(tensor)
+  changed = bytes([content[end - 1] ^ 1])
+  file.write_bytes(content[: end - 1] + changed + content[end:])
+
+
+def test_the_llm_of_the_run_is_taken_wherever_it_lies(folders, tmp_path):
+  moved = tmp_path / 'moved'
+  shutil.copytree(folders / 'first', moved)
+  system, frozen = load_frozen(
+    systems.load(folders / 'run', llm_path=str(moved)), verify=True
+  )
+  again, expected = load_frozen(fresh(folders / 'first'))
+  assert system.llm_fingerprint == again.llm_fingerprint
+  helpers.assert_trees_equal(frozen, expected)
+
+
+def test_evaluation_refuses_another_llm(folders):
+  run = systems.load(folders / 'run', llm_path=str(folders / 'second'))
+  other, _ = load_frozen(fresh(folders / 'second'))
+  with pytest.raises(ValueError, match='not the one .* trained with') as error:
+    load_frozen(run)
+  assert run.llm_fingerprint and other.llm_fingerprint
+  assert run.llm_fingerprint != other.llm_fingerprint
+  for text in (
+    str(folders / 'second'),
+    f'its fingerprint is {other.llm_fingerprint[:16]}',
+    f'the run has {run.llm_fingerprint[:16]}',
+    'Set LLM_PATH',
+  ):
+    assert text in str(error.value)
+
+
+def test_a_resumed_run_refuses_another_llm(folders):
+  description = (folders / 'run' / systems.DESCRIPTION).read_bytes()
+  run = systems.load(folders / 'run')
+  system = systems.pin_llm(fresh(folders / 'second'), folders / 'run')
+  other, _ = load_frozen(system)
+  with pytest.raises(ValueError, match='holds another run') as error:
+    systems.save(other, folders / 'run')
+  assert run.llm_fingerprint and other.llm_fingerprint
+  assert run.llm_fingerprint in str(error.value)
+  assert other.llm_fingerprint in str(error.value)
+  assert (folders / 'run' / systems.DESCRIPTION).read_bytes() == description
+
+  same, _ = load_frozen(fresh(folders / 'first'))
+  systems.save(same, folders / 'run')
+
+
+def test_only_verifying_finds_a_changed_byte_and_names_its_tensor(
+  folders, tmp_path
+):
+  copy = tmp_path / 'copy'
+  shutil.copytree(folders / 'first', copy)
+  run = systems.load(folders / 'run', llm_path=str(copy))
+  load_frozen(run, verify=True)
+  path = ('encoder', 'layers', 'mlp', 'wi_0', 'kernel')
+  change_a_byte(copy, path)
+  load_frozen(run)  # The digests beside the weights are believed.
+  with pytest.raises(ValueError, match='has changed since') as error:
+    load_frozen(run, verify=True)
+  head, *names = str(error.value).splitlines()
+  assert str(copy) in head
+  assert names == [f'  {"/".join(path)}']
+
+
+def test_an_llm_that_is_not_there_is_asked_for(folders):
+  run = systems.load(folders / 'run', llm_path=str(folders / 'third'))
+  with pytest.raises(FileNotFoundError, match='third. Set LLM_PATH'):
+    load_frozen(run)
