@@ -126,13 +126,12 @@ class Model:
     return None
 
   def shapes(self) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
-    shapes = {}
-    for path, row in self._rows.items():
-      shape = tuple(self._sizes[letter] for letter in row.letters())
-      if row.is_stacked:
-        shape = (len(row.names(self.config)), *shape)
-      shapes[path] = jax.ShapeDtypeStruct(shape, self._dtype(row))
-    return shapes
+    return {
+      path: jax.ShapeDtypeStruct(
+        row.our_shape(self.config, self._sizes), self._dtype(row)
+      )
+      for path, row in self._rows.items()
+    }
 
   def _dtype(self, row: rows.Row) -> np.dtype:
     """Returns the dtype that holds all layers of a row as stored."""

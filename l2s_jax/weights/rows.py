@@ -87,6 +87,13 @@ class Row:
       math.prod(sizes[letter] for letter in group) for group in self.groups()
     )
 
+  def our_shape(
+    self, config: config_lib.TransformerConfig, sizes: Mapping[str, int]
+  ) -> tuple[int, ...]:
+    """Returns the shape of ours, all layers of a stack."""
+    layer = tuple(sizes[letter] for letter in self.letters())
+    return (len(self.names(config)), *layer) if self.is_stacked else layer
+
   def to_ours(self, array: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
     """Returns our tensor, of one layer, out of theirs."""
     letters = self._split()
