@@ -7,6 +7,7 @@ Tensors go through memory layer by layer. A destination appears when it is
 whole and has been read back.
 """
 
+import contextlib
 import pathlib
 import shutil
 import sys
@@ -23,6 +24,7 @@ from l2s_jax import (
   gin_utils,
   parity,
   systems,
+  tokenizer_json,
   vocabularies,
   weights,
 )
@@ -92,6 +94,7 @@ def convert(
   unfinished = folder.with_name(f'.{folder.name}.unfinished')
   shutil.rmtree(unfinished, ignore_errors=True)  # Left by one that was killed.
   _check_destination(folder, reading.num_bytes)
+  missing = [path for path in folder.absolute().parents if not path.exists()]
   _check_form(opened, to)
   print(_describe(reading, from_))
   if dry_run:
@@ -115,6 +118,10 @@ def convert(
     ) from error
   finally:
     shutil.rmtree(unfinished, ignore_errors=True)
+    if not folder.exists():
+      for parent in missing:
+        with contextlib.suppress(OSError):  # It was not made, or is in use.
+          parent.rmdir()
   print(f'wrote {folder} ({to}); {checked}')
 
 
@@ -285,6 +292,12 @@ def _describe(reading: _Reading, form: str) -> str:
   family = reading.model_type or (
     'encoder-decoder' if reading.config.is_encoder_decoder else 'decoder-only'
   )
+  if weights.is_encoder_alone(reading.shapes()):
+    family += ', the encoder alone'
+    if (
+      isinstance(reading.source, huggingface.Model) and reading.source.left_out
+    ):
+      family += f' ({reading.source.left_out})'
   at = f', step {reading.step()}' if reading.step() is not None else ''
   return (
     f'{reading.location} ({form}{at}): {family}, '
@@ -312,7 +325,20 @@ def _write(
     model_folder = folder / to_huggingface.SLM
     to_huggingface.save_run(reading, source, folder)
     _copy_tokenizer(_vocabulary_folder(source, 'prompt'), folder)
+    prompt = vocabularies.load(folder)
+    tokenizer_json.complete(folder, prompt, adds_eos=True)
   vocabulary = _write_tokenizer(reading, model_folder, vocabulary_path)
+  is_carried = vocabulary_path is None and reading.model_type is not None
+  if vocabulary is not None and (
+    isinstance(source, gguf_file.File) or (to == 'hf' and not is_carried)
+  ):
+    is_t5 = 'relative' in reading.config.positions
+    tokenizer_json.complete(
+      model_folder,
+      vocabulary,
+      adds_eos=reading.config.is_encoder_decoder,
+      sentinels_below=reading.config.vocab_size if is_t5 else 0,
+    )
   with _progress(reading.num_bytes, 'converting') as reading.progress:
     if to == 'hf':
       to_huggingface.save(reading, model_folder, vocabulary)
@@ -352,15 +378,15 @@ def _write_tokenizer(
     print(f'the tokenizer is copied, and cannot be used here: {error}')
     return None
   systems.check_vocabulary(vocabulary, reading.config)
-  eos_ids = reading.special_ids.get('eos_token_id')
-  if isinstance(eos_ids, int):
-    eos_ids = [eos_ids]
+  ids = reading.special_ids
+  said = ids.get('eos_token_id', ids.get('decoder', {}).get('eos_token_id'))
+  eos_ids = [said] if isinstance(said, int) else said
   if eos_ids and vocabulary.eos_id not in eos_ids:
     raise ValueError(
       f'The tokenizer ends text by eos_id={vocabulary.eos_id}, and the '
-      f'config.json of {source.location} says eos_token_id='
-      f'{reading.special_ids["eos_token_id"]}. Give the tokenizer that the '
-      'model was trained with (--vocabulary), or correct the wrong one of them.'
+      f'config.json of {source.location} says eos_token_id={said}. Give the '
+      'tokenizer that the model was trained with (--vocabulary), or correct '
+      'the wrong one of them.'
     )
   return vocabulary
 

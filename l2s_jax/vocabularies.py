@@ -136,6 +136,15 @@ class Vocabulary(abc.ABC):
     """Whether the files name a pad token; `pad_id` is 0 where they do not."""
     return 'pad' in self._special_ids
 
+  @property
+  def special_ids(self) -> dict[str, int]:
+    """The ids of bos, eos, pad and unk, of those that the files name."""
+    return {
+      kind: self._special_ids[kind]
+      for kind in _WELL_KNOWN_TOKENS
+      if kind in self._special_ids
+    }
+
   @abc.abstractmethod
   def encode(self, text: str) -> list[int]:
     """Returns the ids of `text`, with neither start token nor EOS added."""

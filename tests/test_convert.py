@@ -15,12 +15,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 from flax import traverse_util
 
 from l2s_jax import __main__ as command_line
 from l2s_jax import (
   checkpoint,
   convert,
+  parameters,
   partition,
   state,
   systems,
@@ -30,6 +32,7 @@ from l2s_jax import (
 from l2s_jax.models import l2s
 from l2s_jax.weights import converted, huggingface, to_huggingface
 
+MESH = partition.MeshConfig(data=8)
 CONFIGS = helpers.SLMS | helpers.FAMILIES
 
 
@@ -87,6 +90,37 @@ def test_hugging_face_and_back_is_the_same_to_the_byte(name, tmp_path):
     np.testing.assert_array_equal(opened.read(path), array)
   for file in first.iterdir():
     assert file.read_bytes() == (last / file.name).read_bytes(), file.name
+
+
+def test_a_t5gemma_of_two_sizes_comes_in_as_its_encoder(tmp_path, capsys):
+  source = source_of(helpers.T5GEMMA)
+  folder = tmp_path / 'hf'
+  to_huggingface.save(source, folder, helpers.vocabulary())
+  helpers.vocabulary().save(folder)
+  content = json.loads((folder / 'config.json').read_text())
+  content['decoder']['num_key_value_heads'] = 1  # as many do not fit, either
+  (folder / 'config.json').write_text(json.dumps(content))
+
+  assert not run('--from=hf', '--to=l2s', folder, tmp_path / 'l2s')
+  assert (
+    't5gemma, the encoder alone (the decoder is left out, which differs in '
+    'num_kv_heads), '
+  ) in capsys.readouterr().out
+  for path in (folder, tmp_path / 'l2s'):
+    opened = weights.open_source(str(path))
+    names = {'token_embedder', 'encoder'}
+    assert {found[0] for found in opened.shapes()} == names
+    for found in opened.shapes():
+      np.testing.assert_array_equal(opened.read(found), source.arrays[found])
+    tower = systems.Tower(path=str(path))
+    slm = systems.Tower(config=helpers.GPT2, vocabulary=str(folder))
+    pair = systems.llm_to_slm_system(tower, slm)
+    layout = parameters.layout(pair, partition.make_mesh(MESH), MESH)
+    parameters.load_frozen(pair, layout)
+    with pytest.raises(ValueError, match='this is an encoder alone'):
+      systems.language_model_system(tower)
+    with pytest.raises(ValueError, match='this is an encoder alone'):
+      systems.llm_to_slm_system(tower, tower)
 
 
 @pytest.mark.parametrize('names', [None, ('token_embedder', 'encoder')])
@@ -253,6 +287,30 @@ def test_a_pair_goes_out_as_slm_projector_and_how_they_fit(
   )
 
 
+def test_a_run_goes_out_with_a_tokenizer_for_transformers(vocabulary, tmp_path):
+  config = dataclasses.replace(helpers.GPT2, num_decoder_layers=1)
+  module = l2s.build(config)
+  system = dataclasses.replace(
+    helpers.system(module),
+    prompt_vocabulary=vocabulary,
+    answer_vocabulary=vocabulary,
+  )
+  save_run(tmp_path / 'run', system, helpers.random_params(module))
+  out = tmp_path / 'out'
+  assert not run('--from=l2s', '--to=hf', tmp_path / 'run', out)
+  # GPT-2's own class would not find its files.
+  tokenizer = json.loads((out / 'tokenizer_config.json').read_text())
+  assert tokenizer['tokenizer_class'] == 'PreTrainedTokenizerFast'
+  theirs = tokenizers.Tokenizer.from_file(str(out / 'tokenizer.json'))
+  text = 'a b c 1 2 3'
+  assert theirs.encode(text).ids == vocabulary.encode(text)
+  # What is from the Hub stays as it is.
+  (out / 'tokenizer_config.json').write_text('{}')
+  assert not run('--from=hf', '--to=hf', out, tmp_path / 'again')
+  for name in ('tokenizer.json', 'spiece.model', 'tokenizer_config.json'):
+    assert (tmp_path / 'again' / name).read_bytes() == (out / name).read_bytes()
+
+
 def test_a_run_goes_out_at_the_step_asked_for(tmp_path):
   module = helpers.MODULES['t5_1_1']
   params = helpers.random_params(module)
@@ -321,10 +379,12 @@ def test_a_conversion_that_fails_leaves_nothing(
     raise OSError(28, 'No space left on device')
 
   monkeypatch.setattr(converted.files, 'write_json', full)
-  error = refusal(capsys, '--from=hf', '--to=l2s', folder, tmp_path / 'out')
-  assert f'{tmp_path / "out"} could not be written' in error
-  assert 'No space left' in error
-  assert nothing_written(tmp_path / 'out')
+  before = sorted(tmp_path.iterdir())
+  for out in (tmp_path / 'out', tmp_path / 'new' / 'folders' / 'out'):
+    error = refusal(capsys, '--from=hf', '--to=l2s', folder, out)
+    assert f'{out} could not be written' in error
+    assert 'No space left' in error
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_destination_in_a_file_is_refused(t5, tmp_path, capsys):

@@ -5,6 +5,7 @@ That the tables are right is for `test_parity.py` to say.
 """
 
 import dataclasses
+import math
 
 import helpers
 import jax
@@ -94,8 +95,13 @@ SUB_CONFIG = huggingface.config_json('t5gemma', helpers.T5GEMMA)['encoder']
   [
     ('opt', {'word_embed_proj_dim': 8}, 'word_embed_proj_dim=8 .*OPT-350M'),
     ('opt', {'num_attention_heads': 3}, 'hidden_size=16 does not divide'),
-    ('gpt_neox', {'rope_scaling': {'type': 'linear'}}, "'linear'; supported"),
-    ('llama', {'rope_scaling': {'rope_type': 'yarn'}}, "'yarn'; supported"),
+    ('gpt_neox', {'rope_scaling': {'type': 'dynamic'}}, "'dynamic'; supported"),
+    ('llama', {'rope_scaling': {'rope_type': 'linear'}}, 'without factor'),
+    (
+      'llama',
+      {'rope_scaling': {'rope_type': 'yarn', 'mscale': 2.0}},
+      'yarn with mscale=2.0',
+    ),
     ('llama', {'hidden_act': 'mish'}, "'mish'; supported"),
     ('qwen2', {'mlp_bias': True}, 'mlp_bias is true and attention_bias is not'),
     (
@@ -105,18 +111,22 @@ SUB_CONFIG = huggingface.config_json('t5gemma', helpers.T5GEMMA)['encoder']
     ),
     (
       'gemma3_text',
-      {'rope_scaling': {'rope_type': 'linear', 'factor': 8.0}},
-      "'linear'; supported",
+      {
+        'rope_parameters': {
+          'full_attention': {'rope_theta': 1e6},
+          'sliding_attention': {
+            'rope_theta': 1e4,
+            'rope_type': 'linear',
+            'factor': 8.0,
+          },
+        }
+      },
+      'layers with a window are stretched',
     ),
     (
       'gemma3_text',
       {'use_bidirectional_attention': True},
       'use_bidirectional_attention',
-    ),
-    (
-      't5gemma',
-      {'encoder': SUB_CONFIG | {'hidden_size': 24}},
-      'emb_dim 24 and 16',
     ),
     (
       't5gemma',
@@ -128,6 +138,54 @@ SUB_CONFIG = huggingface.config_json('t5gemma', helpers.T5GEMMA)['encoder']
 def test_what_we_cannot_be_is_refused_by_its_name(model_type, changes, message):
   with pytest.raises(ValueError, match=message):
     parse(model_type, **changes)
+
+
+def test_a_t5gemma_of_two_sizes_is_its_encoder():
+  config = parse('t5gemma', encoder=SUB_CONFIG | {'hidden_size': 24})
+  assert (config.emb_dim, config.num_encoder_layers) == (24, 3)
+  assert not config.has_decoder
+  assert huggingface.model_types(config) == ['t5gemma']
+  family = huggingface.FAMILIES['t5gemma']
+  whole = huggingface.config_json('t5gemma', helpers.T5GEMMA)
+  assert family.left_out(whole) == ''
+  said = family.left_out(whole | {'encoder': SUB_CONFIG | {'hidden_size': 24}})
+  assert said == 'the decoder is left out, which differs in emb_dim'
+  with pytest.raises(ValueError, match='num_decoder_layers=0: this is an enc'):
+    l2s.build(config)
+
+
+@pytest.mark.parametrize(
+  'rope, numbers',
+  [
+    ({'rope_type': 'linear', 'factor': 8.0}, (8.0,)),
+    # What YaRN's authors recommend.
+    (
+      {
+        'type': 'yarn',
+        'factor': 4.0,
+        'original_max_position_embeddings': 32768,
+      },
+      (4.0, 32.0, 1.0, 32768.0, 1 + 0.1 * math.log(4)),
+    ),
+  ],
+)
+def test_a_stretched_context_is_read_and_said(rope, numbers):
+  config = parse('qwen2', rope_scaling=rope)
+  assert config.rope_scaling == numbers
+  unparsed = huggingface.config_json('qwen2', config)['rope_scaling']
+  again = parse('qwen2', rope_scaling=unparsed)
+  assert again == config
+
+
+def test_layers_with_a_window_are_not_stretched_whatever_their_base():
+  stretched = {'rope_type': 'linear', 'factor': 8.0}
+  base = {'rope_theta': 1e4, 'rope_local_base_freq': 1e4}
+  config = parse('gemma3_text', **base, rope_scaling=stretched)
+  assert (config.rope_base, config.rope_local_base) == (1e4, 1e4)
+  assert parse('gemma3_text', **base).rope_local_base is None
+  # Which no config.json says.
+  all_stretched = dataclasses.replace(config, rope_local_base=None)
+  assert 'gemma3_text' not in huggingface.model_types(all_stretched)
 
 
 def test_both_ways_to_write_rope_are_read():

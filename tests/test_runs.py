@@ -4,8 +4,13 @@
 What a run's weights are is in `test_weights.py` and `test_convert.py`.
 """
 
+import dataclasses
+import json
+
+import helpers
 import pytest
 
+from l2s_jax import systems
 from l2s_jax.weights import runs
 
 
@@ -14,3 +19,22 @@ def test_a_torn_description_is_named(tmp_path):
   path.write_text('{"kind": "langua')
   with pytest.raises(ValueError, match=f'{path} is not JSON'):
     runs.Run(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['t5_1_1', 'llm_to_gpt2-add-shared'])
+def test_what_a_description_lacks_is_named(name, tmp_path):
+  system = helpers.system(helpers.MODULES[name])
+  systems.save(
+    dataclasses.replace(system, sources={'llm': 'llms/big'}), tmp_path
+  )
+  path = tmp_path / 'model.json'
+  whole = json.loads(path.read_text())
+  assert systems.load(tmp_path).module == system.module
+  for key in whole:
+    path.write_text(json.dumps({k: v for k, v in whole.items() if k != key}))
+    for read in (runs.Run, systems.load):
+      with pytest.raises(ValueError) as error:
+        read(tmp_path)
+      said = 'kind is None' if key == 'kind' else f'lacks {key}. Copy it'
+      assert str(error.value).startswith(f'{path}')
+      assert said in str(error.value)

@@ -3,8 +3,9 @@
 
 import builtins
 import json
-import os
+import pathlib
 import pickle
+import re
 import sys
 import tracemalloc
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from l2s_jax.weights import hub, tensor_files
+from l2s_jax.weights import tensor_files
 
 TENSORS: dict[str, np.ndarray] = {
   'wide': np.arange(6, dtype=np.float64).reshape(2, 3),
@@ -138,6 +139,26 @@ def test_a_pytorch_file_is_read_as_stored(is_zip, tmp_path):
   assert_equal(read(tmp_path), TENSORS)
 
 
+def test_a_pytorch_file_lets_go_of_what_was_read(tmp_path, monkeypatch):
+  torch = import_torch()
+  monkeypatch.setattr(tensor_files, '_MAX_MAPPED_BYTES', 3 * 2**20)
+  file = tmp_path / 'pytorch_model.bin'
+  names = [f'tensor_{i}' for i in range(12)]
+  torch.save({name: torch.ones(2**18) for name in names}, file)
+  opened = tensor_files.open_folder(tmp_path)
+  for name in names:
+    np.testing.assert_array_equal(opened[name].read(), 1)
+    # The mappings of the file: at most the one that is read from now.
+    maps = pathlib.Path('/proc/self/smaps').read_text().split('VmFlags')
+    (mapped,) = [entry for entry in maps if str(file) in entry]
+    (resident,) = re.findall(r'Rss: +(\d+) kB', mapped)
+    assert 1000 < int(resident) < 4000
+  first = opened[names[0]].read()
+  for name in names:
+    opened[name].read()
+  np.testing.assert_array_equal(first, 1)  # whoever holds it keeps it
+
+
 def test_code_in_a_pickle_does_not_run(tmp_path):
   torch = import_torch()
   mark = tmp_path / 'mark'
@@ -179,33 +200,3 @@ def test_without_torch_the_way_out_is_named(tmp_path, monkeypatch):
   (tmp_path / 'pytorch_model.bin').write_bytes(pickle.dumps({}))
   with pytest.raises(ValueError, match='or download model.safetensors instead'):
     tensor_files.open_folder(tmp_path)
-
-
-# --- the Hub ------------------------------------------------------------------
-
-
-def test_a_name_on_the_hub_is_told_from_a_folder(tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  os.makedirs('weights/t5')
-  assert hub.is_name('google-t5/t5-small')
-  assert not hub.is_name('weights/t5')
-  assert not hub.is_name('/weights/t5')
-  assert not hub.is_name('weights')
-
-
-def test_a_hub_out_of_reach_is_one_sentence(monkeypatch):
-  reason = 'fetches from the Hub'
-  constants = pytest.importorskip('huggingface_hub.constants', reason=reason)
-  monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-  with pytest.raises(ValueError) as error:
-    hub.download('google-t5/no-such-model')
-  assert 'google-t5/no-such-model is no folder here, and could not' in str(
-    error.value
-  )
-  assert '\n' not in str(error.value)
-
-
-def test_without_its_package_the_hub_is_named(monkeypatch):
-  monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-  with pytest.raises(ValueError, match='pip install huggingface_hub'):
-    hub.download('google-t5/t5-small')

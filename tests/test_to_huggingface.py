@@ -142,6 +142,22 @@ def test_special_ids_stay_as_config_json_had_them(config, tmp_path):
       assert {k: v for k, v in found.items() if 'token_id' in k} == expected
 
 
+def test_special_ids_of_t5gemma_stay_on_the_level_where_they_were(tmp_path):
+  first = tmp_path / 'first'
+  to_huggingface.save(source_of(helpers.T5GEMMA), first, helpers.vocabulary())
+  content = read_config(first)
+  # Of a model that is not transformers', its sides are told as it is.
+  eos_id = helpers.vocabulary().eos_id
+  for part in (content, content['encoder'], content['decoder']):
+    assert part['eos_token_id'] == eos_id
+    for key in [key for key in part if key.endswith('token_id')]:
+      del part[key]
+  content['decoder'] |= SPECIAL_IDS
+  content['encoder'] |= {'pad_token_id': 3}
+  (first / 'config.json').write_text(json.dumps(content))
+  assert read_config(through_ours(first, tmp_path)) == content
+
+
 def test_only_a_pad_token_that_the_tokenizer_names_is_written(tmp_path):
   source = source_of(helpers.GPT2)
   vocabulary = helpers.vocabulary()
@@ -152,7 +168,10 @@ def test_only_a_pad_token_that_the_tokenizer_names_is_written(tmp_path):
   assert found['eos_token_id'] == vocabulary.eos_id
 
 
-def test_an_encoder_of_t5gemma_is_one_of_transformers(tmp_path):
+@pytest.mark.parametrize('num_decoder_layers', [3, 0])
+def test_an_encoder_of_t5gemma_is_one_of_transformers(
+  num_decoder_layers, tmp_path
+):
   torch, transformers = helpers.import_reference()
   config = huggingface.FAMILIES['t5gemma'].parse(
     transformers.AutoConfig.for_model(**MODELS['t5gemma']).to_dict(), True
@@ -160,10 +179,12 @@ def test_an_encoder_of_t5gemma_is_one_of_transformers(tmp_path):
   config = dataclasses.replace(config, dropout_rate=0.0)
   params = helpers.random_params(l2s.build(config))
   encoder = {k: params[k] for k in ('token_embedder', 'encoder')}
+  config = dataclasses.replace(config, num_decoder_layers=num_decoder_layers)
   source = helpers.Arrays(config, encoder)
   to_huggingface.save(source, tmp_path, None)
 
   again = huggingface.Folder(tmp_path)
+  assert again.config == config
   for path, array in traverse_util.flatten_dict(encoder).items():
     np.testing.assert_array_equal(again.read(path), array)
   model, report = transformers.T5GemmaEncoderModel.from_pretrained(

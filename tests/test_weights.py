@@ -289,7 +289,12 @@ def test_a_run_of_ours_has_the_fingerprint_of_the_folder_it_came_from(
   checkpointer.save(trained, {})
   checkpointer.wait()
   checkpointer.close()
-  description = {'kind': 'language_model', 'config': config.to_json()}
+  description = {
+    'format_version': 1,
+    'kind': 'language_model',
+    'config': config.to_json(),
+    'vocabularies': {},
+  }
   (run / 'model.json').write_text(json.dumps(description))
 
   shapes = model_shapes(config)

@@ -8,10 +8,20 @@ from typing import Any
 import gin
 import jax.numpy as jnp
 
+# How many numbers `rope_scaling` has, by what they are.
+ROPE_SCALINGS = {'linear': 1, 'llama3': 4, 'yarn': 5}
+QUANTIZATIONS = ('none', 'int8', 'int8_dynamic')
 ACTIVATIONS = ('relu', 'gelu', 'gelu_exact', 'silu', 'linear')
 # Fields that may change between two starts of a run: how it is computed, not
 # what its parameters mean.
-RUNTIME_FIELDS = ('dropout_rate', 'dtype', 'scan_layers', 'remat')
+RUNTIME_FIELDS = (
+  'dropout_rate',
+  'dtype',
+  'scan_layers',
+  'remat',
+  'for_generation',
+  'quantization',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +38,8 @@ class TransformerConfig:
       (grouped queries, Ainslie et al. 2023; Llama, Qwen, Gemma).
     head_dim: width of a head; num_heads * head_dim need not be emb_dim.
     mlp_dim: width of the MLP's hidden layer.
-    num_decoder_layers: layers of the decoder, or of a decoder-only model.
+    num_decoder_layers: layers of the decoder, or of a decoder-only model; 0
+      means an encoder alone, which reads as an LLM does and writes nothing.
     num_encoder_layers: layers of the encoder; 0 means decoder-only.
     mlp_activations: ('relu',) in T5 v1.0; ('gelu', 'linear') multiplies a
       gate in (T5 v1.1, Flan, mT5, Gemma), as does ('silu', 'linear') (Llama,
@@ -64,9 +75,13 @@ class TransformerConfig:
       context.
     rope_dim: how many features of each head are turned, None for all. Pythia
       turns a quarter.
-    rope_scaling: what stretched the context after pretraining: nothing, or
-      Llama 3's factor, low_freq_factor, high_freq_factor and
-      original_max_position_embeddings.
+    rope_scaling: the numbers of what stretched the context after pretraining;
+      empty where nothing did.
+    rope_scaling_type: what they are, by the names of transformers: 'linear'
+      (factor; Gemma 3 from 4B), 'llama3' (factor, low_freq_factor,
+      high_freq_factor, original_max_position_embeddings) or 'yarn' (factor,
+      beta_fast, beta_slow, original_max_position_embeddings, attention_factor;
+      Peng et al. 2023). Layers with a window are not stretched.
     sliding_window: tokens that a layer sees backwards, itself included (and
       forwards in an encoder); 0 is all.
     global_layer_period: every so many layers one sees all (Gemma 2: 2, Gemma
@@ -94,6 +109,12 @@ class TransformerConfig:
       (longer to compile, faster to run on CPU). Parameters are stacked along
       the axis `layers` either way.
     remat: 'none', or 'full' to recompute each layer in the backward pass.
+    for_generation: parameters have the form in which
+      `language_model.params_for_generation` gives them: each layer's apart
+      (`layers_0`, ...), a tied head transposed.
+    quantization: of kernels in that form: 'none', 'int8', weights alone, one
+      scale for each output, or 'int8_dynamic', activations too, each token by
+      its own scale: products of integers, where the device has them.
   """
 
   vocab_size: int
@@ -123,6 +144,7 @@ class TransformerConfig:
   rope_local_base: float | None = None
   rope_dim: int | None = None
   rope_scaling: Sequence[float] = ()
+  rope_scaling_type: str = 'llama3'
   sliding_window: int = 0
   global_layer_period: int = 0
   scale_attention: bool = False
@@ -140,6 +162,8 @@ class TransformerConfig:
   dtype: str = 'float32'
   scan_layers: bool = True
   remat: str = 'none'
+  for_generation: bool = False
+  quantization: str = 'none'
 
   def __post_init__(self):
     # Gin and JSON give lists; the config is a hashable module field.
@@ -167,7 +191,9 @@ class TransformerConfig:
       'norm': ('rms', 'layer'),
       'attention_bias': ('none', 'qkv', 'all'),
       'positions': ('relative', 'learned', 'rotary'),
+      'rope_scaling_type': tuple(ROPE_SCALINGS),
       'remat': ('none', 'full'),
+      'quantization': QUANTIZATIONS,
       'dtype': ('float32', 'bfloat16'),
     }
     for field, allowed in choices.items():
@@ -214,11 +240,12 @@ class TransformerConfig:
         f'TransformerConfig.rope_dim={self.rope_dim} with head_dim='
         f'{self.head_dim}: features are turned in pairs, at most all of a head.'
       )
-    if len(self.rope_scaling) not in (0, 4):
+    expected_count = ROPE_SCALINGS[self.rope_scaling_type]
+    if len(self.rope_scaling) not in (0, expected_count):
       raise ValueError(
-        f'TransformerConfig.rope_scaling={self.rope_scaling}: it is empty or '
-        "Llama 3's factor, low_freq_factor, high_freq_factor and "
-        'original_max_position_embeddings.'
+        f'TransformerConfig.rope_scaling={self.rope_scaling}: it is empty or, '
+        f'with rope_scaling_type={self.rope_scaling_type!r}, {expected_count} '
+        'numbers.'
       )
 
   @property
@@ -236,6 +263,10 @@ class TransformerConfig:
   @property
   def is_encoder_decoder(self) -> bool:
     return self.num_encoder_layers > 0
+
+  @property
+  def has_decoder(self) -> bool:
+    return self.num_decoder_layers > 0
 
   @property
   def activation_dtype(self) -> Any:

@@ -78,8 +78,8 @@ class RelativePositionBias(nn.Module):
 
   @nn.compact
   def __call__(
-    self, buckets: Int[Array, '1 query key']
-  ) -> Float[Array, '1 heads query key']:
+    self, buckets: Int[Array, '#batch query key']
+  ) -> Float[Array, '#batch heads query key']:
     config = self.config
     table = self.param(
       'rel_embedding',
@@ -89,7 +89,7 @@ class RelativePositionBias(nn.Module):
       ),
       (config.num_heads, config.relpos_buckets),
     )
-    return jnp.take(table, buckets[0], axis=1)[None]
+    return jnp.moveaxis(jnp.take(table, buckets, axis=1), 0, 1)
 
 
 class Rotation(struct.PyTreeNode):
@@ -113,17 +113,27 @@ def rotation(
   positions: Int[Array, '#batch length'],
 ) -> Rotation:
   """Returns the angles of all kinds of layers at some positions."""
-  frequencies = [_stretched(config, _frequencies(config, config.rope_base))]
+  kinds = [frequencies(config)]
   if config.rope_local_base is not None:
-    frequencies.append(_frequencies(config, config.rope_local_base))
-  angles = positions[None, :, :, None] * np.stack(frequencies)[:, None, None]
-  return Rotation(jnp.cos(angles), jnp.sin(angles))
+    kinds.append(_frequencies(config, config.rope_local_base))
+  angles = positions[None, :, :, None] * np.stack(kinds)[:, None, None]
+  cos, sin = jnp.cos(angles), jnp.sin(angles)
+  if config.rope_scaling and config.rope_scaling_type == 'yarn':
+    # YaRN makes queries and keys longer as it turns them.
+    factor = config.rope_scaling[-1]
+    cos, sin = cos.at[0].multiply(factor), sin.at[0].multiply(factor)
+  return Rotation(cos, sin)
+
+
+def frequencies(config: config_lib.TransformerConfig) -> np.ndarray:
+  """Returns radians a token, of each pair, in layers that see all."""
+  return _stretched(config, _frequencies(config, config.rope_base))
 
 
 def _frequencies(
   config: config_lib.TransformerConfig, base: float
 ) -> np.ndarray:
-  """Returns radians a token, of each pair of features."""
+  """Returns the same before anything is stretched."""
   exponents = np.arange(0, config.rotary_dim, 2, dtype=np.float32)
   return (1.0 / base ** (exponents / config.rotary_dim)).astype(np.float32)
 
@@ -131,17 +141,35 @@ def _frequencies(
 def _stretched(
   config: config_lib.TransformerConfig, frequencies: np.ndarray
 ) -> np.ndarray:
-  """Slows down the pairs that turn slowly, as Llama 3.1 did.
+  """Slows down the pairs that turn slowly, or all of them (linear).
 
   Waves as long as the context of pretraining become `factor` times longer,
-  short ones stay, those between are mixed.
+  short ones stay, those between are mixed: by how often they turn in that
+  context (Llama 3.1), or by their number (YaRN).
   """
   if not config.rope_scaling:
     return frequencies
-  factor, low, high, context = config.rope_scaling
-  turns = context * frequencies / (2 * math.pi)  # in the old context
-  keep = np.clip((turns - low) / (high - low), 0, 1)
-  return (keep + (1 - keep) / factor) * frequencies
+  factor, *rest = config.rope_scaling
+  if config.rope_scaling_type == 'linear':
+    return frequencies / np.float32(factor)
+  if config.rope_scaling_type == 'llama3':
+    low, high, context = rest
+    turns = context * frequencies / (2 * math.pi)  # in the old context
+    keep = np.clip((turns - low) / (high - low), 0, 1)
+  else:
+    fast, slow, context, _ = rest
+    # Which pair turns so many times in the old context.
+    first, last = (
+      config.rotary_dim
+      * math.log(context / (turns * 2 * math.pi))
+      / (2 * math.log(config.rope_base))
+      for turns in (fast, slow)
+    )
+    first = max(math.floor(first), 0)
+    last = min(math.ceil(last), config.rotary_dim - 1)
+    pairs = np.arange(len(frequencies), dtype=np.float32)
+    keep = 1 - np.clip((pairs - first) / max(last - first, 1e-3), 0, 1)
+  return ((keep + (1 - keep) / factor) * frequencies).astype(np.float32)
 
 
 def rotate(

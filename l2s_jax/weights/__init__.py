@@ -8,6 +8,7 @@ the fingerprint of a set of tensors is a hash of their names and digests. So a
 file that keeps layers apart has the fingerprint of one that stacks them.
 """
 
+import dataclasses
 import functools
 import hashlib
 import pathlib
@@ -148,6 +149,10 @@ def shapes_of(
   config: config_lib.TransformerConfig,
 ) -> Mapping[Path, jax.ShapeDtypeStruct]:
   """Returns the tensors of a whole model."""
+  if not config.has_decoder:
+    whole = shapes_of(dataclasses.replace(config, num_decoder_layers=1))
+    encoder = {p: s for p, s in whole.items() if p[0] not in _DECODER}
+    return types.MappingProxyType(encoder)
   batch = dict.fromkeys(_BATCH, jax.ShapeDtypeStruct((1, 2), np.int32))
   shapes, _ = partition.abstract_params(
     functools.partial(l2s.build(config).init, deterministic=True),

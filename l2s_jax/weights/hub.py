@@ -25,7 +25,7 @@ def download(name: str) -> pathlib.Path:
 
   Raises:
     ValueError: if the package is absent, the Hub out of reach, or has no such
-      model.
+      model, not for everyone, or not as safetensors or pytorch_model.bin.
   """
   try:
     import huggingface_hub
@@ -46,7 +46,13 @@ def download(name: str) -> pathlib.Path:
         )
       )
       if any(folder.glob(weights[0])):
-        break
+        return folder
+  except huggingface_hub.errors.GatedRepoError as error:
+    raise ValueError(
+      f'{name} is not given to everyone. Ask for access on its page on the '
+      'Hugging Face Hub, log in (hf auth login, or HF_TOKEN) and start again, '
+      'or download the files elsewhere and name their folder.'
+    ) from error
   except (
     OSError,
     huggingface_hub.errors.HTTPError,  # Of whichever package it speaks with.
@@ -57,4 +63,7 @@ def download(name: str) -> pathlib.Path:
       f'Face Hub: {str(error).splitlines()[0]}. Check the name and the '
       'network, or download the files elsewhere and name their folder.'
     ) from error
-  return folder
+  raise ValueError(
+    f'{name} has neither *.safetensors nor pytorch_model*.bin on the Hugging '
+    'Face Hub. Name a model that has.'
+  )

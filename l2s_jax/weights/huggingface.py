@@ -29,6 +29,8 @@ from l2s_jax.weights.rows import Family
 from l2s_jax.weights.tensor_files import Tensor
 
 CONFIG = 'config.json'
+# In which T5Gemma says again what concerns one side.
+SUB_CONFIGS = ('encoder', 'decoder')
 _SPECIAL_IDS = (
   'bos_token_id',
   'eos_token_id',
@@ -78,7 +80,9 @@ class Model:
 
   Attributes:
     special_ids: what config.json says of token ids, by its keys; a list of
-      ids where several end an answer.
+      ids where several end an answer. T5Gemma's also has them a level deeper,
+      as it does here.
+    left_out: a clause on what of the model is not read; '' where all is.
   """
 
   def __init__(
@@ -103,14 +107,13 @@ class Model:
     self.location = location
     family = _family(described_by, config)
     self.model_type: str | None = config['model_type']
-    self.special_ids: dict[str, Any] = {
-      key: config[key] for key in _SPECIAL_IDS if key in config
-    }
+    self.special_ids = _special_ids(config)
     self._tensors = _by_name_of_table(tensors, family)
     try:
       self.config = family.parse(config, self._is_tied(config, family))
     except ValueError as error:
       raise ValueError(f'{described_by}: {error}.') from error
+    self.left_out = family.left_out(config)
     self._sizes = rows.axis_sizes(self.config)
     self._names = {row.path: row.theirs for row in family.rows}
     found = {
@@ -200,11 +203,14 @@ class Model:
     if self.config.logits_via_embedding:
       # A tied head that is stored all the same is the table again.
       known |= {n for n in ours if ours[n] == 'logits_dense/kernel'}
+    ignored = family.ignored
+    if not self.config.has_decoder:
+      ignored += r'|(decoder|lm_head)\..*'
     problems += [
       f'{name}{f" ({ours[name]})" if name in ours else ""} {tensor.shape}: '
       'unknown'
       for name, tensor in self._tensors.items()
-      if name not in known and not re.fullmatch(family.ignored, name)
+      if name not in known and not re.fullmatch(ignored, name)
     ]
     if problems:
       raise ValueError(
@@ -252,6 +258,12 @@ def _family(described_by: str, config: Mapping[str, Any]) -> Family:
       + '\n  '.join(problems)
     )
   return family
+
+
+def _special_ids(config: Mapping[str, Any]) -> dict[str, Any]:
+  ids = {key: config[key] for key in _SPECIAL_IDS if key in config}
+  parts = ((name, config[name]) for name in SUB_CONFIGS if name in config)
+  return ids | {name: _special_ids(part) for name, part in parts}
 
 
 def _by_name_of_table(

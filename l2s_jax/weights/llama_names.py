@@ -5,6 +5,7 @@ All have Llama's names for what Llama has; T5Gemma is two Gemma 2 beside each
 other, with cross-attention.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -184,7 +185,7 @@ def _parse_llama(
     **fields,
     qk_norm=config['model_type'] == 'qwen3',
     rope_base=float(rope['rope_theta']),
-    rope_scaling=rows.rope_scaling(rope),
+    **rows.rope_scaling(rope),
   )
 
 
@@ -193,7 +194,7 @@ def _unparse_llama(config: config_lib.TransformerConfig) -> dict[str, Any]:
     'hidden_act': rows.activation_of_theirs(config.mlp_activations[0]),
     'attention_bias': config.use_bias or config.attention_bias == 'all',
     'mlp_bias': config.use_bias,
-    'rope_scaling': rows.rope_scaling_of_theirs(config.rope_scaling),
+    'rope_scaling': rows.rope_scaling_of_theirs(config),
   }
 
 
@@ -214,7 +215,7 @@ def _parse_gemma(
     qk_norm=is_gemma3,
     rope_base=float(rope['rope_theta']),
     rope_local_base=local if window else None,
-    rope_scaling=rows.rope_scaling(rope),
+    **rows.rope_scaling(rope),
     sliding_window=window,
     global_layer_period=period,
     query_pre_attn_scalar=(
@@ -256,7 +257,11 @@ def _layer_types(period: int, num_layers: int) -> list[str]:
 def _ropes_of_gemma3(
   config: Mapping[str, Any],
 ) -> tuple[Mapping[str, Any], float | None]:
-  """Returns RoPE where a layer sees all, and its base where not, if other."""
+  """Returns RoPE where a layer sees all, and its base where not, if other.
+
+  With a window nothing is stretched, so the same base is other where a layer
+  that sees all is.
+  """
   kinds = config.get('rope_parameters') or {
     'full_attention': {
       'rope_theta': config.get('rope_theta', 1e6),
@@ -266,11 +271,12 @@ def _ropes_of_gemma3(
       'rope_theta': config.get('rope_local_base_freq', 1e4)
     },
   }
-  local = kinds['sliding_attention']
-  rows.rope_scaling(local)  # refuses what is not supported
-  if local['rope_theta'] == kinds['full_attention']['rope_theta']:
-    return kinds['full_attention'], None
-  return kinds['full_attention'], float(local['rope_theta'])
+  full, local = kinds['full_attention'], kinds['sliding_attention']
+  if rows.rope_scaling(local):
+    raise ValueError('its layers with a window are stretched, too')
+  if local['rope_theta'] == full['rope_theta'] and not rows.rope_scaling(full):
+    return full, None
+  return full, float(local['rope_theta'])
 
 
 def _unparse_gemma(config: config_lib.TransformerConfig) -> dict[str, Any]:
@@ -295,55 +301,64 @@ def _unparse_gemma(config: config_lib.TransformerConfig) -> dict[str, Any]:
 def _unparse_gemma3(config: config_lib.TransformerConfig) -> dict[str, Any]:
   return _unparse_gemma(config) | {
     'rope_local_base_freq': config.rope_local_base or config.rope_base,
-    'rope_scaling': rows.rope_scaling_of_theirs(config.rope_scaling),
+    'rope_scaling': rows.rope_scaling_of_theirs(config),
   }
 
 
 def _parse_t5gemma(
   config: Mapping[str, Any], is_tied: bool
 ) -> config_lib.TransformerConfig:
-  stacks = {}
   for name in ('encoder', 'decoder'):
     missing = [key for key in _GEMMA2_KEYS if key not in config[name]]
     if missing:
       raise ValueError(f'{name} lacks {", ".join(missing)}')
-    stack = _parse_gemma({**config[name], 'model_type': 'gemma2'}, is_tied)
-    stacks[name] = stack.to_json()
-  encoder, decoder = stacks['encoder'], stacks['decoder']
-  different = [
-    f'{field} {encoder[field]} and {decoder[field]}'
-    for field in encoder
-    if encoder[field] != decoder[field] and field != 'num_decoder_layers'
-  ]
-  if different:
-    raise ValueError(
-      'encoder and decoder differ in more than their layers, which is not '
-      f'supported: {"; ".join(different)}'
-    )
-  return config_lib.TransformerConfig(
-    **decoder
-    | {
-      'num_encoder_layers': encoder['num_decoder_layers'],
-      'decoder_embedding': True,
-      'dropout_rate': config.get('dropout_rate', 0.0),
-    }
+  encoder = _parse_side(config, 'encoder', is_tied)
+  return dataclasses.replace(
+    encoder,
+    num_encoder_layers=encoder.num_decoder_layers,
+    # 9B-2B: one config has one width. An LLM needs no more than the encoder.
+    num_decoder_layers=(
+      0 if _differing(config) else config['decoder']['num_hidden_layers']
+    ),
+    decoder_embedding=True,
+    dropout_rate=config.get('dropout_rate', 0.0),
   )
 
 
+def _parse_side(
+  config: Mapping[str, Any], name: str, is_tied: bool
+) -> config_lib.TransformerConfig:
+  return _parse_gemma({**config[name], 'model_type': 'gemma2'}, is_tied)
+
+
+def _differing(config: Mapping[str, Any]) -> list[str]:
+  """Returns our fields in which a T5Gemma's decoder is not as its encoder."""
+  if not config['decoder']['num_hidden_layers']:
+    return []
+  encoder, decoder = (
+    _parse_side(config, name, is_tied=True).to_json()
+    for name in ('encoder', 'decoder')
+  )
+  return [
+    name
+    for name in encoder
+    if name != 'num_decoder_layers' and encoder[name] != decoder[name]
+  ]
+
+
+def _left_out_of_t5gemma(config: Mapping[str, Any]) -> str:
+  fields = ', '.join(_differing(config))
+  return f'the decoder is left out, which differs in {fields}' if fields else ''
+
+
 def _unparse_t5gemma(config: config_lib.TransformerConfig) -> dict[str, Any]:
-  decoder = _unparse_gemma(config) | {'model_type': 't5_gemma_module'}
-  encoder_layers = {
-    'num_hidden_layers': config.num_encoder_layers,
-    'layer_types': _layer_types(
-      decoder['layer_types'].index('full_attention') + 1
-      if 'full_attention' in decoder['layer_types']
-      else 0,
-      config.num_encoder_layers,
-    ),
-  }
+  encoder = dataclasses.replace(
+    config, num_decoder_layers=config.num_encoder_layers
+  )
+  module = {'model_type': 't5_gemma_module'}
   return {
-    'encoder': decoder | encoder_layers,
-    'decoder': decoder | {'is_decoder': True},
+    'encoder': _unparse_gemma(encoder) | module,
+    'decoder': _unparse_gemma(config) | module | {'is_decoder': True},
     'is_encoder_decoder': True,
     'vocab_size': config.vocab_size,
     'tie_word_embeddings': config.logits_via_embedding,
@@ -433,5 +448,6 @@ FAMILIES = {
     fixed={'quantization_config': None},
     prefix='model.',
     ignored=_IGNORED,
+    left_out=_left_out_of_t5gemma,
   ),
 }

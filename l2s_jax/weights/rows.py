@@ -154,6 +154,11 @@ def may_be_tied(config: Mapping[str, Any]) -> bool:
   return config.get('tie_word_embeddings', True)
 
 
+def leave_nothing_out(config: Mapping[str, Any]) -> str:
+  del config
+  return ''
+
+
 def is_said_to_be_tied(config: Mapping[str, Any]) -> bool:
   """Returns the same, of families that are not tied unless they say so."""
   return config.get('tie_word_embeddings', False)
@@ -176,6 +181,8 @@ class Family:
     ignored: matches names that may be present and mean nothing.
     may_be_tied: from config.json to whether the output head can be the
       embedding table; if not, it must be in the file.
+    left_out: from config.json to a clause that says what of the model is not
+      read, and why; '' where all is.
   """
 
   rows: tuple[Row, ...]
@@ -190,6 +197,7 @@ class Family:
   )
   ignored: str = OTHER_HEADS
   may_be_tied: Callable[[Mapping[str, Any]], bool] = may_be_tied
+  left_out: Callable[[Mapping[str, Any]], str] = leave_nothing_out
 
 
 def divide(config: Mapping[str, Any], width: str, heads: str) -> int:
@@ -201,37 +209,61 @@ def divide(config: Mapping[str, Any], width: str, heads: str) -> int:
   return config[width] // config[heads]
 
 
-_LLAMA3_SCALING = (
-  'factor',
-  'low_freq_factor',
-  'high_freq_factor',
-  'original_max_position_embeddings',
-)
+_CONTEXT = 'original_max_position_embeddings'
+# What `TransformerConfig.rope_scaling` holds, in its order.
+_ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
+  'linear': ('factor',),
+  'llama3': ('factor', 'low_freq_factor', 'high_freq_factor', _CONTEXT),
+  'yarn': ('factor', 'beta_fast', 'beta_slow', _CONTEXT, 'attention_factor'),
+}
 
 
-def rope_scaling(rope: Mapping[str, Any]) -> tuple[float, ...]:
-  """Returns what `TransformerConfig.rope_scaling` holds."""
+def rope_scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the fields of our config that say what stretched the context."""
   kind = rope.get('rope_type', rope.get('type', 'default'))
   if kind == 'default':
-    return ()
-  if kind != 'llama3':
+    return {}
+  if kind not in _ROPE_SCALINGS:
     raise ValueError(
-      f'its rope_type is {kind!r}; supported are default and llama3'
+      f'its rope_type is {kind!r}; supported are default, '
+      f'{", ".join(_ROPE_SCALINGS)}'
     )
-  return tuple(float(rope[key]) for key in _LLAMA3_SCALING)
+  if kind == 'yarn':
+    rope = _yarn(rope)
+  missing = [key for key in _ROPE_SCALINGS[kind] if rope.get(key) is None]
+  if missing:
+    raise ValueError(f'its rope_type is {kind!r}, without {", ".join(missing)}')
+  numbers = tuple(float(rope[key]) for key in _ROPE_SCALINGS[kind])
+  return {'rope_scaling_type': kind, 'rope_scaling': numbers}
+
+
+def _yarn(rope: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what YaRN's authors recommend where config.json says nothing."""
+  for key, value in {
+    'mscale': None,
+    'mscale_all_dim': None,
+    'truncate': True,
+  }.items():
+    if rope.get(key, value) != value:
+      raise ValueError(
+        f'its rope_type is yarn with {key}={rope[key]}, which is not supported'
+      )
+  said = {key: value for key, value in rope.items() if value is not None}
+  length = 1 + 0.1 * math.log(max(said.get('factor', 1.0), 1.0))
+  return {'beta_fast': 32, 'beta_slow': 1, 'attention_factor': length} | said
 
 
 def rope_scaling_of_theirs(
-  scaling: Sequence[float],
+  config: config_lib.TransformerConfig,
 ) -> dict[str, Any] | None:
   """Returns the same for config.json."""
-  if not scaling:
+  if not config.rope_scaling:
     return None
-  *factors, context = scaling
-  return {
-    'rope_type': 'llama3',
-    **dict(zip(_LLAMA3_SCALING, (*factors, int(context)), strict=True)),
-  }
+  kind = config.rope_scaling_type
+  numbers = dict(zip(_ROPE_SCALINGS[kind], config.rope_scaling, strict=True))
+  if _CONTEXT in numbers:
+    numbers[_CONTEXT] = int(numbers[_CONTEXT])
+  return {'rope_type': kind, **numbers}
 
 
 def activation(name: str) -> str:

@@ -12,6 +12,46 @@ from l2s_jax import checkpoint
 from l2s_jax.models import config as config_lib
 from l2s_jax.weights import tensor_files
 
+# What `model.json` must hold, by kind of system.
+_KEYS = {
+  'language_model': {'format_version', 'config', 'vocabularies'},
+  'llm_to_slm': {
+    'format_version',
+    'llm',
+    'slm',
+    'injection',
+    'shared_vocabulary',
+    'llm_path',
+    'llm_step',
+    'llm_fingerprint',
+    'frozen_dtype',
+    'vocabularies',
+  },
+}
+
+
+def read_description(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns what a run's `model.json` says.
+
+  Raises:
+    ValueError: if it is torn, or lacks something.
+  """
+  path = folder / 'model.json'
+  description = tensor_files.read_json(path)
+  kind = description.get('kind')
+  if kind not in _KEYS:
+    raise ValueError(
+      f'{path}: kind is {kind!r}; known are {", ".join(_KEYS)}. Copy it again '
+      'from where the run was made, or update l2s_jax.'
+    )
+  missing = sorted(_KEYS[kind] - description.keys())
+  if missing:
+    raise ValueError(
+      f'{path} lacks {", ".join(missing)}. Copy it again from where the run '
+      'was made.'
+    )
+  return description
+
 
 class Run:
   """A checkpoint of a run; of an LLM-to-SLM run, its SLM."""
@@ -24,14 +64,14 @@ class Run:
       step: the checkpoint; None takes the newest.
 
     Raises:
-      ValueError: if `model.json` is torn.
+      ValueError: if `model.json` is torn, or lacks something.
     """
     self.location = str(folder)
     self.model_type: str | None = None
     self.special_ids: dict[str, Any] = {}
     self._folder = folder
     self._step = step
-    self.description = tensor_files.read_json(folder / 'model.json')
+    self.description = read_description(folder)
     self._held: tuple[tuple[str, ...], np.ndarray] = ((), np.empty(0))
     self._prefix: tuple[str, ...] = ()
     if self.description['kind'] == 'llm_to_slm':

@@ -93,6 +93,7 @@ def _parse(
       'embedding table. A T5 v1.1 has tie_word_embeddings=false'
     )
   num_layers = config['num_layers']
+  num_decoder_layers = config.get('num_decoder_layers')
   return config_lib.TransformerConfig(
     vocab_size=config['vocab_size'],
     emb_dim=config['d_model'],
@@ -100,7 +101,9 @@ def _parse(
     head_dim=config['d_kv'],
     mlp_dim=config['d_ff'],
     num_encoder_layers=num_layers,
-    num_decoder_layers=config.get('num_decoder_layers') or num_layers,
+    num_decoder_layers=num_layers
+    if num_decoder_layers is None
+    else num_decoder_layers,
     mlp_activations=(rows.activation(activation), 'linear')
     if is_gated
     else (rows.activation(activation),),

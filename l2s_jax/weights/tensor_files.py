@@ -23,6 +23,8 @@ PICKLE = 'pytorch_model.bin'
 PICKLE_INDEX = 'pytorch_model.bin.index.json'
 # As in `save_pretrained`.
 MAX_FILE_BYTES = 5 * 10**9
+# Of a pickle, before what was read of it is let go.
+_MAX_MAPPED_BYTES = 2**28
 
 # By the names that safetensors gives them.
 DTYPES = {
@@ -139,52 +141,83 @@ def _open_pickle(path: pathlib.Path) -> dict[str, Tensor]:
       f'{path} is a pickle, which only PyTorch reads without running code that '
       f'may be in it: pip install torch, or download {WEIGHTS} instead.'
     ) from error
-  import pickle
+  pickled = _Pickle(path)
 
-  try:
-    stored = torch.load(
-      path,
-      map_location='cpu',
-      weights_only=True,
-      mmap=zipfile.is_zipfile(path),  # What came before PyTorch 1.6 is no zip.
-    )
-  except (
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    LookupError,
-    struct.error,
-  ) as error:
-    said = str(error).splitlines() or [type(error).__name__]
-    raise ValueError(
-      f'{path} ({path.stat().st_size} bytes) was not read: it is cut short, or '
-      f'holds more than tensors, which is never unpickled. Download {WEIGHTS} '
-      f'instead. PyTorch says: {said[0]}'
-    ) from error
-  if not isinstance(stored, dict):
-    raise ValueError(
-      f'{path} holds a {type(stored).__name__}; expected a dict of tensors by '
-      f'their names. Download {WEIGHTS} instead.'
-    )
-
-  def tensor(value: Any) -> Tensor:
-    value = value.detach()  # A Parameter gives no array.
-    name = str(value.dtype).removeprefix('torch.')
+  def tensor(name: str, value: Any) -> Tensor:
+    dtype = str(value.dtype).removeprefix('torch.')
 
     def read() -> np.ndarray:
-      if name != 'bfloat16':  # NumPy alone has none.
-        return value.numpy()
-      return value.view(torch.uint16).numpy().view(jnp.bfloat16)
+      found = pickled.read(name)
+      if dtype != 'bfloat16':  # NumPy alone has none.
+        return found.numpy()
+      return found.view(torch.uint16).numpy().view(jnp.bfloat16)
 
-    return Tensor(tuple(value.shape), _TAGS.get(name, name), read)
+    return Tensor(tuple(value.shape), _TAGS.get(dtype, dtype), read)
 
   return {
-    name: tensor(value)
-    for name, value in stored.items()
+    name: tensor(name, value)
+    for name, value in pickled.tensors.items()
     if isinstance(value, torch.Tensor)
   }
+
+
+class _Pickle:
+  """A PyTorch file, mapped anew before much of it is in memory.
+
+  What was read of a mapping stays in memory as long as the mapping does, and
+  that as long as one of its tensors. A file from before PyTorch 1.6 cannot be
+  mapped: it is in memory whole.
+
+  Attributes:
+    tensors: what the file holds, by name.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+    self._is_mapped = zipfile.is_zipfile(path)
+    self._num_bytes_read = 0
+    self.tensors = self._load()
+
+  def read(self, name: str) -> Any:
+    """Returns a tensor, without what a Parameter has beside it."""
+    size = self.tensors[name].nbytes
+    if self._is_mapped and self._num_bytes_read + size > _MAX_MAPPED_BYTES:
+      self._num_bytes_read = 0
+      self.tensors = self._load()
+    self._num_bytes_read += size
+    return self.tensors[name].detach()
+
+  def _load(self) -> dict[str, Any]:
+    import pickle
+
+    import torch
+
+    path = self._path
+    try:
+      stored = torch.load(
+        path, map_location='cpu', weights_only=True, mmap=self._is_mapped
+      )
+    except (
+      pickle.UnpicklingError,
+      RuntimeError,
+      EOFError,
+      OSError,
+      ValueError,
+      LookupError,
+      struct.error,
+    ) as error:
+      said = str(error).splitlines() or [type(error).__name__]
+      raise ValueError(
+        f'{path} ({path.stat().st_size} bytes) was not read: it is cut short, '
+        'or holds more than tensors, which is never unpickled. Download '
+        f'{WEIGHTS} instead. PyTorch says: {said[0]}'
+      ) from error
+    if not isinstance(stored, dict):
+      raise ValueError(
+        f'{path} holds a {type(stored).__name__}; expected a dict of tensors '
+        f'by their names. Download {WEIGHTS} instead.'
+      )
+    return stored
 
 
 def save_safetensors(

@@ -99,7 +99,11 @@ def _config_json(
       for name in content['architectures']
     ]
   dtype = stored[('token_embedder', 'embedding')].dtype.name
-  return content | _special_ids(source, vocabulary) | {'torch_dtype': dtype}
+  ids = _special_ids(source, vocabulary)
+  for name in huggingface.SUB_CONFIGS:
+    if name in content:
+      content[name] |= ids.pop(name, ids)
+  return content | ids | {'torch_dtype': dtype}
 
 
 def find_model_type(source: weights.Source) -> str:
@@ -131,7 +135,7 @@ def _special_ids(
 ) -> dict[str, Any]:
   """Returns the special ids as the source has them, else the tokenizer's."""
   if source.model_type is not None:
-    return source.special_ids
+    return dict(source.special_ids)
   is_encoder_decoder = source.config.is_encoder_decoder
   start = 'decoder_start_token_id' if is_encoder_decoder else 'bos_token_id'
   if vocabulary is not None:
