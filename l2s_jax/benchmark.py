@@ -1,117 +1,444 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times generation: prefill and decoding apart, compilation excluded."""
+"""The verb `benchmark`: how fast the systems write, beside other engines.
 
+All contenders are in memory at once and take turns; `timing.py` says what is
+timed. Speed does not depend on what weights hold: without a checkpoint they
+are random.
+"""
+
+import collections
 import dataclasses
-import functools
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
+import gin
 import numpy as np
 
-from l2s_jax import data, systems
+from l2s_jax import (
+  contenders,
+  costs,
+  gin_utils,
+  goals,
+  report,
+  speed_report,
+  systems,
+  timing,
+)
+from l2s_jax import peers as peers_lib
+from l2s_jax.models import config as config_lib
+from l2s_jax.models import l2s
+from l2s_jax.weights import runs
 
-PyTree = Any
+Row = dict[str, Any]
+Shape = tuple[int, int, int]  # batch size, tokens of a prompt, of an answer
 
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-  """Medians over rounds, at a stated batch and lengths.
-
-  Attributes:
-    batch_size: rows generated at once.
-    prompt_length: tokens of each prompt, padding included.
-    num_tokens: tokens written to each row.
-    prefill_ms: reading the prompt, with the LLM where there is one.
-    ms_per_token: of the decoding loop.
-    total_ms: prefill and all tokens.
-  """
-
-  batch_size: int
-  prompt_length: int
-  num_tokens: int
-  prefill_ms: float
-  ms_per_token: float
-
-  @property
-  def total_ms(self) -> float:
-    return self.prefill_ms + self.num_tokens * self.ms_per_token
+BYTES = {'float32': 4, 'bfloat16': 2, 'int8': 1, 'int8_dynamic': 1}
+# The threads of some engines go on spinning for so long after their work.
+_PAUSE_SECS = 0.3
 
 
-def time_generation(
-  cases: Mapping[str, tuple[systems.System, PyTree]],
-  prompts: Sequence[str],
-  *,
-  prompt_length: int,
-  num_tokens: int,
+@gin.configurable(module='l2s_jax')
+def benchmark(
+  output_dir: str,
+  llm: systems.Tower | None = None,
+  slm: systems.Tower | None = None,
+  checkpoint_path: str | None = None,
+  injection: str = 'add',
+  draft_len: int = 0,
+  dtype: str = 'float32',
+  quantizations: Sequence[str] = ('none',),
+  prompts_path: str | None = None,
+  batch_sizes: int | Sequence[int] = (1, 8),
+  prompt_lengths: int | Sequence[int] = (128,),
+  output_lengths: int | Sequence[int] = (64,),
   rounds: int = 7,
-) -> dict[str, Timing]:
-  """Returns the timing of each system, measured in turn, round by round.
+  seed: int = 0,
+  quality: str | None = None,
+  peer_names: Sequence[str] = peers_lib.DEFAULT,
+  peers: bool = False,
+  dry_run: bool = False,
+) -> None:
+  """Times the LLM, the SLM and LLM-to-SLM, and writes what it finds.
 
-  Taking turns lets a machine whose speed drifts slow all systems alike.
-  Every answer is exactly `num_tokens` long: EOS is not looked at.
+  Prompts are random tokens, or lines of a file; all have exactly as many tokens
+  as asked for.
 
   Args:
-    cases: system and parameters by name.
-    prompts: read at once, each system with its own tokenizer.
-    prompt_length: tokens they are padded or cut to.
-    num_tokens: to write to each row.
-    rounds: measured; one more goes first and compiles.
+    output_dir: gets benchmark.json, benchmark.md and benchmark.png.
+    llm: the LLM: weights, or a config for random ones; without either, the SLM
+      is timed alone.
+    slm: the SLM, likewise.
+    checkpoint_path: an LLM-to-SLM run, which brings its LLM and SLM.
+    injection: 'add' or 'replace', where there is no run.
+    draft_len: tokens that LLM-to-SLM drafts for the LLM to verify; 0: no such
+      contender. How many stay depends on what was trained, and on prompts:
+      with `prompts_path` EOS ends its answers, and those of one more LLM.
+    dtype: of our weights and activations, 'float32' or 'bfloat16'.
+    quantizations: of our weights, one or several; see
+      `TransformerConfig.quantization`. Each is a contender.
+    prompts_path: a text file, of which the lines are taken that have as many
+      tokens as asked for, EOS included; None: random tokens.
+    batch_sizes: prompts read at once; one number or several, as are
+    prompt_lengths: tokens of a prompt, and
+    output_lengths: tokens of an answer, at least 2.
+    rounds: that are measured; one more goes first and compiles.
+    seed: of random weights and prompts.
+    quality: a task and its split, such as 'multi30k-test': adds the scores that
+      `evaluate` has left in the runs' folders, of the steps that are timed.
+    peer_names: the engines that --peers means, one or several.
+    peers: whether other engines run the LLM and the SLM, too.
+
+  Raises:
+    ValueError: if a setting is not one, before anything is loaded.
   """
-  prefills: dict[str, list[float]] = {name: [] for name in cases}
-  decodes: dict[str, list[float]] = {name: [] for name in cases}
-  timed = {
-    name: _steps(*case, prompts, prompt_length, num_tokens)
-    for name, case in cases.items()
+  if isinstance(quantizations, str):
+    quantizations = (quantizations,)
+  if isinstance(peer_names, str):
+    peer_names = (peer_names,)
+  _check(
+    dtype=dtype,
+    quantizations=quantizations,
+    peer_names=peer_names,
+    injection=injection,
+  )
+  gin_utils.check_positive(BENCHMARK_ROUNDS=rounds)
+  folder = systems.local_folder(output_dir, 'BENCHMARK_DIR')
+  shapes = _shapes(batch_sizes, prompt_lengths, output_lengths)
+  models, pair = contenders.find_models(
+    llm, slm, checkpoint_path, injection, dtype, seed
+  )
+  _check_positions(models, shapes)
+  _check_drafts(models, pair, draft_len)
+  prompts = _Prompts(seed, prompts_path, checkpoint_path)
+  for batch_size, prompt_length, _ in shapes:
+    prompts.check(batch_size, prompt_length)
+  scores = {} if quality is None else _scores(models, pair, quality)
+  if peers:
+    contenders.check_disk(models, peer_names, folder)
+  print(_describe(models, pair))
+  if dry_run:
+    return
+  entered = list(
+    contenders.ours(
+      models,
+      pair,
+      dtype,
+      quantizations,
+      draft_len,
+      to_eos=prompts_path is not None,
+    )
+  )
+  if peers:
+    # On disk, where the user has room, and not in a /tmp that may be memory.
+    scratch = folder / '.peers'
+    shutil.rmtree(scratch, ignore_errors=True)  # Left by one that was killed.
+    try:
+      entered += contenders.of_peers(models, peer_names, scratch)
+    finally:
+      shutil.rmtree(scratch, ignore_errors=True)
+  bandwidth = costs.Bandwidth()
+  rows: list[Row] = []
+  for shape in shapes:
+    rows += _time(entered, shape, rounds, prompts, bandwidth)
+  for row in rows:
+    if row['engine'] == contenders.OURS and not row['dtype'].startswith('int'):
+      row['scores'] = scores.get(row['system'], {})
+    if row['bytes_per_step'] is not None and 'prefill_ms' in row:
+      bytes_per_sec = 1e3 * row['bytes_per_step'] / row['ms_per_token']
+      row['bandwidth_fraction'] = bytes_per_sec / bandwidth.bytes_per_sec
+  settings = {
+    'dtype': dtype,
+    'injection': injection,
+    'draft_len': draft_len,
+    'prompts': prompts_path or 'random tokens',
+    'rounds': rounds,
+    'seed': seed,
+    'weights': {role: model.source.location for role, model in models.items()},
+    'checkpoint': checkpoint_path,
   }
-  for round_index in range(rounds + 1):
-    for name, (prefill, decode_from) in timed.items():
-      cache, prefill_secs = _timed(prefill)
-      _, decode_secs = _timed(functools.partial(decode_from, cache))
-      if round_index:
-        prefills[name].append(prefill_secs)
-        decodes[name].append(decode_secs)
-  return {
-    name: Timing(
-      batch_size=len(prompts),
+  machine = speed_report.machine() | {
+    'bandwidth_gb_per_sec': bandwidth.bytes_per_sec / 1e9,
+  }
+  speed_report.write(
+    folder,
+    rows,
+    goals.judge(rows),
+    goals.num_not_measured(rows),
+    machine,
+    settings,
+  )
+
+
+def _check(
+  *,
+  dtype: str,
+  quantizations: Sequence[str],
+  peer_names: Sequence[str],
+  injection: str,
+) -> None:
+  """Refuses settings that mean nothing."""
+  for name, values, known in (
+    ('DTYPE', (dtype,), ('float32', 'bfloat16')),
+    ('INJECTION', (injection,), l2s.INJECTIONS),
+    ('QUANTIZATIONS', quantizations, config_lib.QUANTIZATIONS),
+    ('BENCHMARK_PEERS', peer_names, tuple(peers_lib.PEERS)),
+  ):
+    for value in values:
+      if value not in known:
+        raise ValueError(f'{name}: {value!r} is not one of {known}.')
+
+
+def _shapes(
+  batch_sizes: int | Sequence[int],
+  prompt_lengths: int | Sequence[int],
+  output_lengths: int | Sequence[int],
+) -> list[Shape]:
+  """Returns all combinations."""
+  batch_sizes, prompt_lengths, output_lengths = (
+    (value,) if isinstance(value, int) else value
+    for value in (batch_sizes, prompt_lengths, output_lengths)
+  )
+  shapes = [
+    (batch_size, prompt_length, num_tokens)
+    for prompt_length in prompt_lengths
+    for num_tokens in output_lengths
+    for batch_size in batch_sizes
+  ]
+  if not shapes:
+    raise ValueError(
+      'Nothing to time: BATCH_SIZES, PROMPT_LENGTHS or OUTPUT_LENGTHS is empty.'
+    )
+  for batch_size, prompt_length, num_tokens in shapes:
+    gin_utils.check_positive(
+      BATCH_SIZES=batch_size, PROMPT_LENGTHS=prompt_length
+    )
+    if num_tokens < 2:
+      raise ValueError(
+        f'OUTPUT_LENGTHS={num_tokens}: a token takes what the others add to '
+        'the first; ask for 2 or more.'
+      )
+  return shapes
+
+
+def _check_positions(
+  models: Mapping[str, contenders.Model], shapes: Sequence[Shape]
+) -> None:
+  """Refuses lengths that a model has no positions for."""
+  for model in models.values():
+    module = l2s.build_reader(model.config)
+    for _, prompt_length, num_tokens in shapes:
+      module.check_lengths(prompt_length, num_tokens)
+
+
+def _check_drafts(
+  models: Mapping[str, contenders.Model],
+  pair: contenders.Pair | None,
+  draft_len: int,
+) -> None:
+  """Refuses drafts that no LLM can verify."""
+  if not draft_len:
+    return
+  gin_utils.check_positive(DRAFT_LEN=draft_len)
+  if (
+    pair is None
+    or not pair.module.shared_vocabulary
+    or not pair.module.llm_config.is_encoder_decoder
+    or not models[contenders.LLM].writes
+  ):
+    raise ValueError(
+      f'DRAFT_LEN={draft_len}: drafts are of LLM-to-SLM, whose LLM is an '
+      'encoder and a decoder, and has the vocabulary of the SLM. Set it to 0.'
+    )
+
+
+def _scores(
+  models: Mapping[str, contenders.Model],
+  pair: contenders.Pair | None,
+  name: str,
+) -> dict[str, dict[str, float]]:
+  """Returns the main scores of each system that was evaluated as it is timed.
+
+  Raises:
+    ValueError: if none was.
+  """
+  sources = {role: model.source for role, model in models.items()}
+  if pair is not None:
+    sources[contenders.LLM_TO_SLM] = pair.slm.source
+    if pair.slm is models[contenders.SLM]:
+      del sources[contenders.SLM]  # Its scores are those of LLM-to-SLM.
+  found = {}
+  for system, source in sources.items():
+    path = pathlib.Path(source.location) / 'eval' / f'metrics-{name}.json'
+    if not isinstance(source, runs.Run) or not path.is_file():
+      continue
+    scores = json.loads(path.read_text()).get(str(source.step()), {})
+    scores = scores.get('none', {})
+    found[system] = {k: scores[k] for k in report.MAIN_SCORES if k in scores}
+  if not any(found.values()):
+    raise ValueError(
+      f'BENCHMARK_QUALITY={name}: no run that is timed was evaluated on it at '
+      f'its step: eval/metrics-{name}.json is missing, or has other steps. '
+      'Run `evaluate` first.'
+    )
+  if contenders.LLM in found:  # What speculative decoding writes is the LLM's.
+    found[contenders.SPECULATIVE] = found[contenders.LLM]
+    found[contenders.SPECULATIVE_TO_EOS] = found[contenders.LLM]
+    found[contenders.LLM_TO_EOS] = found[contenders.LLM]
+  return found
+
+
+class _Prompts:
+  """Gives prompts of one length, the same to all that have as many ids."""
+
+  def __init__(self, seed: int, path: str | None, checkpoint_path: str | None):
+    """Reads the file.
+
+    Raises:
+      ValueError: if there is no run whose tokenizer the file needs.
+    """
+    self._seed = seed
+    self._path = path
+    self._rows: list[list[int]] = []
+    self._vocab_size = 0
+    if path is None:
+      return
+    if checkpoint_path is None:
+      raise ValueError(
+        f'BENCHMARK_PROMPTS={path} is read with the tokenizer of a run: set '
+        'CHECKPOINT_PATH.'
+      )
+    system = systems.load(checkpoint_path)
+    vocabulary = system.prompt_vocabulary
+    module = system.module
+    assert isinstance(module, l2s.LlmToSlm), module  # See _of_run.
+    self._vocab_size = module.llm_config.vocab_size
+    text = pathlib.Path(path).read_text(encoding='utf-8')
+    self._rows = [
+      [*vocabulary.encode(line), vocabulary.eos_id]
+      for line in text.splitlines()
+    ]
+
+  def check(self, batch_size: int, length: int) -> None:
+    """Refuses a shape that the file has not lines enough for."""
+    counts = collections.Counter(map(len, self._rows))
+    if self._path is not None and counts[length] < batch_size:
+      common = sorted(length for length, _ in counts.most_common(8))
+      raise ValueError(
+        f'{self._path} has {counts[length]} lines of {length} tokens, EOS '
+        f'included, and the batch has {batch_size}. The most lines have '
+        f'{", ".join(map(str, common))}: set PROMPT_LENGTHS to some of these.'
+      )
+
+  def __call__(
+    self, vocab_size: int, batch_size: int, length: int
+  ) -> np.ndarray:
+    """Returns token ids below `vocab_size`, [batch_size, length]."""
+    if vocab_size == self._vocab_size:
+      rows = [row for row in self._rows if len(row) == length]
+      return np.array(rows[:batch_size], np.int32)
+    generator = np.random.default_rng(self._seed)
+    return generator.integers(3, vocab_size, (batch_size, length), np.int32)
+
+
+def _describe(
+  models: Mapping[str, contenders.Model], pair: contenders.Pair | None
+) -> str:
+  lines = [
+    f'{role}: {model.name}, {model.source.location}, '
+    f'{model.num_params:,} parameters'
+    for role, model in models.items()
+  ]
+  if pair is not None:
+    number = costs.num_params(pair.module)
+    lines.append(f'{contenders.LLM_TO_SLM}: {pair.name}, {number:,} parameters')
+  return '\n'.join(lines)
+
+
+def _time(
+  entered: Sequence[contenders.Contender],
+  shape: Shape,
+  rounds: int,
+  prompts: _Prompts,
+  bandwidth: costs.Bandwidth,
+) -> list[Row]:
+  """Returns a row for each contender at one shape."""
+  batch_size, prompt_length, num_tokens = shape
+  print(
+    f'batch {batch_size}, {prompt_length} tokens in, {num_tokens} out: '
+    f'{len(entered)} contenders, {rounds} rounds',
+    flush=True,
+  )
+  started = {
+    contender.name: contender.start(
+      prompts(contender.vocab_size, batch_size, prompt_length), num_tokens
+    )
+    for contender in entered
+  }
+  has_peers = any(contender.engine != contenders.OURS for contender in entered)
+  measured = timing.measure(
+    started,
+    num_tokens=num_tokens,
+    rounds=rounds,
+    pause_secs=_PAUSE_SECS if has_peers else 0.0,
+    each_round=bandwidth.measure,
+  )
+  rows = []
+  for contender in entered:
+    times = measured[contender.name]
+    row = _row(contender, shape, times)
+    run = started[contender.name]
+    if isinstance(run, timing.OurRun):
+      row['memory_bytes'] = run.memory_bytes()
+      row['acceptance'] = run.acceptance()
+    reference = measured.get(contender.reference)
+    if reference is not None and contender.reference != contender.name:
+      row['equal_tokens'] = _equal(times, reference, contender.eos)
+    rows.append(row)
+  return rows
+
+
+def _equal(times: timing.Times, reference: timing.Times, eos: int) -> float:
+  """Returns the part of tokens that are equal; what both lack is not one."""
+  length = np.maximum(times.lengths(eos), reference.lengths(eos))
+  is_token = np.arange(times.tokens.shape[1]) < length[:, None]
+  return float(np.mean((times.tokens == reference.tokens)[is_token]))
+
+
+def _row(
+  contender: contenders.Contender, shape: Shape, times: timing.Times
+) -> Row:
+  batch_size, prompt_length, num_tokens = shape
+  ends = contender.eos >= 0
+  in_rounds = times.rounds_to_eos(contender.eos) if ends else times.rounds()
+  num_written = float(times.lengths(contender.eos).mean())
+  row: Row = {
+    'system': contender.system,
+    'model': contender.model,
+    'engine': contender.engine,
+    'dtype': contender.dtype,
+    'batch_size': batch_size,
+    'prompt_length': prompt_length,
+    'num_tokens': num_tokens,
+    'first_call_secs': times.first_call,
+    'rounds': in_rounds,
+  }
+  for name, values in in_rounds.items():
+    low, row[name], high = map(float, np.percentile(values, [25, 50, 75]))
+    row |= {f'{name}_low': low, f'{name}_high': high}
+  row['tokens_per_sec'] = 1e3 * batch_size * num_written / row['total_ms']
+  if ends:
+    row['num_written'] = num_written
+  row |= dataclasses.asdict(
+    costs.count(
+      contender.module,
+      batch_size=batch_size,
       prompt_length=prompt_length,
-      num_tokens=num_tokens,
-      prefill_ms=1e3 * statistics.median(prefills[name]),
-      ms_per_token=1e3 * statistics.median(decodes[name]) / num_tokens,
-    )
-    for name in cases
-  }
-
-
-def _steps(
-  system: systems.System,
-  params: PyTree,
-  prompts: Sequence[str],
-  prompt_length: int,
-  num_tokens: int,
-) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-  """Returns prefill, and decoding from its result."""
-  generator = systems.generator(system, num_tokens, ends=False)
-  vocabulary = system.prompt_vocabulary
-  batch = jax.device_put(
-    data.prompt_batch(
-      [[*vocabulary.encode(prompt), vocabulary.eos_id] for prompt in prompts],
-      length=prompt_length,
-      pad_id=vocabulary.pad_id,
+      num_tokens=round(num_written),
+      weight_bytes=BYTES[contender.dtype],
+      cache_bytes=BYTES[contender.cache_dtype],
     )
   )
-  has_prompt = np.ones((len(prompts),), bool)
-  keys = jax.random.split(jax.random.key(0), len(prompts))
-  writer_params = generator.writer_params(params)
-  return (
-    lambda: generator.prefill(params, batch),
-    lambda cache: generator.decode(writer_params, cache, has_prompt, keys),
-  )
-
-
-def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
-  start = time.perf_counter()
-  result = jax.block_until_ready(function())
-  return result, time.perf_counter() - start
+  return row
