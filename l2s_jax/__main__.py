@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import gin
 
-from l2s_jax import gin_utils, preemption
+from l2s_jax import compilation, gin_utils, preemption
 
 
 class Flag(NamedTuple):
@@ -133,6 +133,16 @@ VERBS: Mapping[str, Verb] = {
       _VERIFY,
     ),
   ),
+  'benchmark': Verb(
+    'l2s_jax.benchmark',
+    'benchmark',
+    'times LLM, SLM and LLM-to-SLM, beside other engines if asked',
+    '--gin_file=gin_configs/models/t5_large.gin '
+    '--gin_file=gin_configs/models/t5_small.gin '
+    '--gin_file=gin_configs/runs/benchmark.gin '
+    '--gin.LLM=%T5_LARGE --gin.SLM=%T5_SMALL --peers',
+    (Flag('peers', bool, 'time transformers and CTranslate2, too'),),
+  ),
   'convert': Verb(
     'l2s_jax.convert',
     'convert',
@@ -179,6 +189,7 @@ CONFIGURABLE_MODULES = (
   'l2s_jax.train',
   'l2s_jax.evaluate',
   'l2s_jax.infer',
+  'l2s_jax.benchmark',
   'l2s_jax.convert',
 )
 
@@ -220,6 +231,7 @@ def main(
     print(parser.format_help() + _gin_help(name, verbs[name]))
     return 0
   args, bindings = _parse_args(parser, argv[1:])
+  compilation.use_cache()
   # TensorFlow reads this when it is imported: warnings, or errors alone.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '1' if args.verbose else '2')
   if args.verbose:

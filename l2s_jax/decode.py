@@ -1,26 +1,92 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generation: prefill once, then one decode step a token.
+"""What writes an answer is a strategy; here is the plain one.
 
-Two compiled functions. Prefill reads the prompts with whatever the system has
-(LLM, projector, SLM encoder or prefix) and returns a cache; the loop sees the
-writing model and that cache alone, never the LLM.
+It writes one token to every row at a step, greedily or by sampling. `beam.py`
+and `speculative.py` have others; `generate.py` runs them.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from l2s_jax import sampling
+from l2s_jax import partition, sampling
 from l2s_jax.models import cache as cache_lib
 from l2s_jax.models import language_model
 
 PyTree = Any
-Sampler = Callable[..., Int[Array, '']]
+
+
+class Answers(struct.PyTreeNode):
+  """What was written to each prompt, the best answer first.
+
+  Attributes:
+    tokens: padding after an answer's end.
+    num_tokens: how far each row has been written, its padding behind an end
+      included.
+    scores: of each answer: the sum of its tokens' log-probabilities, in beam
+      search divided by the length penalty; None where nobody asked.
+    log_probs: of each token under the model, 0 after the end; None where
+      nobody asked.
+  """
+
+  tokens: Int[Array, 'batch answers steps']
+  num_tokens: Int[Array, 'batch']
+  scores: Float[Array, 'batch answers'] | None = None
+  log_probs: Float[Array, 'batch answers steps'] | None = None
+
+
+class Ids(struct.PyTreeNode):
+  """The token ids that generation has to know.
+
+  Attributes:
+    start: the first token read.
+    eos: ends a row; -1: nothing does.
+    pad: fills a row after its end.
+  """
+
+  start: int = struct.field(pytree_node=False)
+  eos: int = struct.field(pytree_node=False)
+  pad: int = struct.field(pytree_node=False)
+
+
+class Prompts(struct.PyTreeNode):
+  """What generation needs of a batch beside the cache.
+
+  Attributes:
+    has_prompt: rows without one have ended from the start.
+    row_keys: one PRNG key a row, so that neighbours change nothing.
+    max_lens: tokens that each may write, EOS included.
+  """
+
+  has_prompt: Bool[Array, 'batch']
+  row_keys: Key[Array, 'batch']
+  max_lens: Int[Array, 'batch']
+
+
+@runtime_checkable  # which beartype, in tests, has to ask
+class Strategy(Protocol):
+  """A way of writing: one token a row, beams, or drafts that are verified.
+
+  States have `step` (tokens written by the row that is ahead), `done`, a bool
+  for each row, and `cache`, one or a dict of several. `num_ahead` is how far
+  one step may go.
+  """
+
+  num_ahead: int
+
+  def begin(self, cache: Any, prompts: Prompts, max_decode_len: int) -> Any:
+    """Returns the state before the first token."""
+
+  def step(self, params: PyTree, state: Any) -> Any:
+    """Returns the state after one more step of every row."""
+
+  def answers(self, state: Any) -> Answers:
+    """Returns what has been written."""
 
 
 class DecodeState(struct.PyTreeNode):
@@ -29,174 +95,121 @@ class DecodeState(struct.PyTreeNode):
   Attributes:
     step: tokens written so far.
     token: the last token of each row, the next to be read.
-    tokens: what has been written; padding after a row's EOS.
-    done: rows that have written EOS, or never had a prompt.
-    row_keys: one PRNG key a row, so that neighbours change nothing.
+    tokens: what has been written; padding after a row's end.
+    log_probs: of each token under the model, before penalties and
+      temperature; None where nobody asked.
+    done: rows that have written EOS or all they may, or never had a prompt.
+    prompts: keys and limits of the rows.
     cache: the writing model's memory.
   """
 
   step: Int[Array, '']
   token: Int[Array, 'batch']
   tokens: Int[Array, 'batch steps']
+  log_probs: Float[Array, 'batch steps'] | None
   done: Bool[Array, 'batch']
-  row_keys: Key[Array, 'batch']
+  prompts: Prompts
   cache: cache_lib.Cache
 
 
 def decode_step(
-  state: DecodeState,
   params: PyTree,
+  state: DecodeState,
   *,
   model: language_model.LanguageModel,
-  sampler: Sampler,
-  eos_id: int,
-  pad_id: int,
+  decoding: sampling.Decoding,
+  ids: Ids,
 ) -> DecodeState:
   """Writes one token to every row."""
   logits, cache = model.apply(
-    {'params': params}, state.token, state.cache, method='decode_step'
+    {'params': params}, state.token[:, None], state.cache, method='extend'
   )
-  keys = jax.vmap(jax.random.fold_in, (0, None))(state.row_keys, state.step)
-  token = jnp.where(state.done, pad_id, jax.vmap(sampler)(logits, keys))
+  logits = logits[:, 0]
+  keys = jax.vmap(jax.random.fold_in, (0, None))(
+    state.prompts.row_keys, state.step
+  )
+  choose = functools.partial(
+    sampling.choose, step=state.step, decoding=decoding, eos_id=ids.eos
+  )
+  token = jax.vmap(choose)(logits, state.tokens, keys)
+  token = jnp.where(state.done, ids.pad, token)
+  log_probs = state.log_probs
+  if log_probs is not None:
+    log_prob = jnp.where(state.done, 0, _log_prob(logits, token))
+    log_probs = _write(log_probs, log_prob, state.step)
+  step = state.step + 1
   return state.replace(
-    step=state.step + 1,
+    step=step,
     token=token,
-    tokens=jax.lax.dynamic_update_slice(
-      state.tokens, token[:, None], (0, state.step)
-    ),
-    done=state.done | (token == eos_id),
+    tokens=_write(state.tokens, token, state.step),
+    log_probs=log_probs,
+    done=state.done | (token == ids.eos) | (step >= state.prompts.max_lens),
     cache=cache,
   )
 
 
-def decode_loop(
-  params: PyTree,
-  cache: cache_lib.Cache,
-  has_prompt: Bool[Array, 'batch'],
-  row_keys: Key[Array, 'batch'],
-  *,
-  model: language_model.LanguageModel,
-  sampler: Sampler,
-  max_decode_len: int,
-  start_id: int,
-  eos_id: int,
-  pad_id: int,
-) -> Int[Array, 'batch steps']:
-  """Writes until every row has ended or `max_decode_len` tokens are out.
+def _write(buffer: Array, column: Array, step: Int[Array, '']) -> Array:
+  return jax.lax.dynamic_update_slice(buffer, column[:, None], (0, step))
 
-  Args:
-    params: of the writing model.
-    cache: from prefill.
-    has_prompt: rows without one count as ended from the start.
-    row_keys: one a row.
-    model: the writing model.
-    sampler: from logits and key of one row to a token.
-    max_decode_len: tokens a row at most, EOS included.
-    start_id: the first token read.
-    eos_id: ends a row.
-    pad_id: fills a row after its end.
+
+def _log_prob(
+  logits: Float[Array, 'batch vocab'], token: Int[Array, 'batch']
+) -> Float[Array, 'batch']:
+  chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+  return chosen - jax.nn.logsumexp(logits, axis=1)
+
+
+def full_of_rows(value: float | int, shape: Sequence[int]) -> Array:
+  """Returns one value everywhere, rows over the mesh as a batch has them.
+
+  What is made of constants would else be whole on every device, and the loop
+  be compiled again for what it returns.
   """
-  batch_size = has_prompt.shape[0]
-  state = DecodeState(
-    step=jnp.zeros((), jnp.int32),
-    token=jnp.full((batch_size,), start_id, jnp.int32),
-    tokens=jnp.full((batch_size, max_decode_len), pad_id, jnp.int32),
-    done=~has_prompt,
-    row_keys=row_keys,
-    cache=cache,
-  )
-  step = functools.partial(
-    decode_step,
-    params=params,
-    model=model,
-    sampler=sampler,
-    eos_id=eos_id,
-    pad_id=pad_id,
-  )
-  return jax.lax.while_loop(
-    lambda s: (s.step < max_decode_len) & ~jnp.all(s.done), step, state
-  ).tokens
+  axes = ('batch', *[None] * (len(shape) - 1))
+  dtype = jnp.int32 if isinstance(value, int) else jnp.float32
+  return partition.constrain(jnp.full(shape, value, dtype), axes)
 
 
-class Generator:
-  """Compiled generation for one system and one decoding length.
+class OneByOne:
+  """Greedy decoding and sampling: one token a row, one answer a prompt."""
 
-  Prefill compiles once for each prompt shape, the loop once for each cache
-  shape; a second call with the same shapes compiles nothing.
-  """
+  num_ahead = 1
 
   def __init__(
     self,
-    module: Any,
-    writer: language_model.LanguageModel,
-    writer_name: str | None,
-    *,
-    max_decode_len: int,
-    start_id: int,
-    eos_id: int,
-    pad_id: int,
-    sampler: Sampler = sampling.greedy,
-    seed: int = 0,
+    model: language_model.LanguageModel,
+    decoding: sampling.Decoding,
+    ids: Ids,
   ):
-    """Prepares generation; nothing compiles yet.
-
-    Args:
-      module: the system's module; has `prefill`.
-      writer: the module that writes: the SLM, or `module` itself.
-      writer_name: where its parameters are in the system's; None for all.
-      max_decode_len: tokens a row at most, EOS included.
-      start_id: first input of the answer.
-      eos_id: ends a row.
-      pad_id: fills a row after its end.
-      sampler: from logits and key of one row to a token.
-      seed: of the row keys.
-    """
-    self.writer_name = writer_name
-    self.seed = seed
-    self.prefill = jax.jit(
-      lambda params, batch: module.apply(
-        {'params': params},
-        batch,
-        max_decode_len=max_decode_len,
-        method='prefill',
-      )
-    )
-    self.decode = jax.jit(
-      functools.partial(
-        decode_loop,
-        model=writer,
-        sampler=sampler,
-        max_decode_len=max_decode_len,
-        start_id=start_id,
-        eos_id=eos_id,
-        pad_id=pad_id,
-      )
+    self._ids = ids
+    self._decoding = decoding
+    self._step = functools.partial(
+      decode_step, model=model, decoding=decoding, ids=ids
     )
 
-  def writer_params(self, params: PyTree) -> PyTree:
-    return params if self.writer_name is None else params[self.writer_name]
-
-  def __call__(
-    self,
-    params: PyTree,
-    batch: language_model.Batch,
-    row_ids: Int[Array, 'batch'] | None = None,
-  ) -> Int[Array, 'batch steps']:
-    """Writes the answers to a batch of prompts.
-
-    Args:
-      params: all of the system's parameters.
-      batch: the encoder keys.
-      row_ids: each row's index in the input, from which its samples are
-        drawn; by default its place in the batch.
-    """
-    segment_ids = batch['encoder_segment_ids']
-    if row_ids is None:
-      row_ids = jnp.arange(segment_ids.shape[0])
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(
-      jax.random.key(self.seed), row_ids
+  def begin(
+    self, cache: cache_lib.Cache, prompts: Prompts, max_decode_len: int
+  ) -> DecodeState:
+    shape = (prompts.max_lens.shape[0], max_decode_len)
+    return DecodeState(
+      step=jnp.zeros((), jnp.int32),
+      token=full_of_rows(self._ids.start, shape[:1]),
+      tokens=full_of_rows(self._ids.pad, shape),
+      log_probs=full_of_rows(0.0, shape) if self._decoding.log_probs else None,
+      done=~prompts.has_prompt | (prompts.max_lens < 1),
+      prompts=prompts,
+      cache=cache,
     )
-    cache = self.prefill(params, batch)
-    return self.decode(
-      self.writer_params(params), cache, (segment_ids > 0).any(1), keys
+
+  def step(self, params: PyTree, state: DecodeState) -> DecodeState:
+    return self._step(params, state)
+
+  def answers(self, state: DecodeState) -> Answers:
+    answers = Answers(
+      state.tokens[:, None], jnp.full_like(state.token, state.step)
+    )
+    if state.log_probs is None:
+      return answers
+    return answers.replace(
+      scores=state.log_probs.sum(1)[:, None], log_probs=state.log_probs[:, None]
     )

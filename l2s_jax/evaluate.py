@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation of a system on a SeqIO task: loss, decoded metrics, controls."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -9,6 +10,7 @@ from typing import Any
 
 import gin
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorboardX
 import tqdm
@@ -17,12 +19,14 @@ from l2s_jax import (
   checkpoint,
   data,
   files,
+  generate,
   gin_utils,
   losses,
   metrics,
   parameters,
   partition,
   report,
+  sampling,
   systems,
   tasks,
 )
@@ -113,6 +117,7 @@ class Evaluator:
     batch_size: int,
     num_examples: int | None = None,
     max_decode_len: int | None = None,
+    decoding: sampling.Decoding | None = None,
     num_bootstrap_samples: int = 0,
   ):
     """Prepares the evaluation; nothing compiles and no data are read yet.
@@ -126,10 +131,14 @@ class Evaluator:
       batch_size: examples a batch, over all devices.
       num_examples: the first so many of each task; None takes all.
       max_decode_len: tokens an answer at most; None: that of 'targets'.
+      decoding: how answers are written; None is greedy.
       num_bootstrap_samples: for confidence intervals; 0 for none.
     """
     self.generator = systems.generator(
-      system, max_decode_len or task_feature_lengths['targets']
+      system,
+      max_decode_len or task_feature_lengths['targets'],
+      decoding=decoding,
+      unstack_llm=False,  # It may be large, and training goes on beside this.
     )
     self._mesh = mesh
     self._task = task
@@ -188,9 +197,15 @@ class Evaluator:
         batch = batch | {'llm_scale': np.zeros((rows,), np.float32)}
       return partition.put_batch(batch, self._mesh)
 
-    def predict(batch: data.Batch) -> np.ndarray:
-      return np.asarray(self.generator(params, put(batch)))
+    num_rows = 0  # before this batch
 
+    def predict(batch: data.Batch) -> np.ndarray:
+      nonlocal num_rows
+      row_ids = num_rows + jnp.arange(len(batch['encoder_segment_ids']))
+      num_rows += len(row_ids)
+      return np.asarray(self.generator(prepared, put(batch), row_ids))
+
+    prepared = self.generator.prepare(params)
     folder = None if output_dir is None else pathlib.Path(output_dir) / 'eval'
     by_task = self._by_seqio.evaluate(
       predict, control=control, step=step, output_dir=folder
@@ -236,6 +251,7 @@ def evaluate(
   output_dir: str | None = None,
   llm_path: str | None = None,
   mesh: partition.MeshConfig | None = None,
+  decoding: sampling.Decoding | None = None,
   verify_weights: bool = False,
   *,
   dry_run: bool = False,
@@ -262,6 +278,7 @@ def evaluate(
     output_dir: where predictions and metrics go; None: the run's folder.
     llm_path: where the LLM's weights are, if not where the run says.
     mesh: device mesh and axis rules.
+    decoding: how answers are written; None is greedy.
     verify_weights: compare the frozen LLM's weights with the digests that are
       kept beside them.
     dry_run: prints sizes and shardings, and stops.
@@ -282,6 +299,9 @@ def evaluate(
     systems.load(checkpoint_path, llm_path=llm_path), mesh_config
   )
   _check_controls(controls, system)
+  decoding = decoding or sampling.Decoding()
+  _check_decoding(decoding)
+  generate.check(decoding, max_decode_len or task_feature_lengths['targets'])
   task = bind_task(system, mixture_or_task_name)
   if not dry_run:  # which needs no data
     check_splits(task, task_feature_lengths, evaluated=split)
@@ -310,6 +330,7 @@ def evaluate(
       batch_size=batch_size,
       num_examples=num_examples,
       max_decode_len=max_decode_len,
+      decoding=decoding,
       num_bootstrap_samples=num_bootstrap_samples,
     )
     _, frozen = parameters.load_frozen(system, layout, verify=verify_weights)
@@ -318,6 +339,8 @@ def evaluate(
     name = f'{task.name}-{split}'
     # Scores are compared with those of the same settings alone.
     settings = {
+      # JSON knows no tuples, and these are compared with what it kept.
+      'decoding': json.loads(json.dumps(dataclasses.asdict(decoding))),
       'num_examples': num_examples,
       'task_feature_lengths': dict(task_feature_lengths),
       'max_decode_len': max_decode_len or task_feature_lengths['targets'],
@@ -386,6 +409,20 @@ def _check_controls(controls: Sequence[str], system: systems.System) -> None:
     raise ValueError(
       f'EVAL_CONTROLS={controls!r}: expected a tuple of any of {CONTROLS} for '
       "an LLM-to-SLM run, and ('none',) for a language model alone."
+    )
+
+
+def _check_decoding(decoding: sampling.Decoding) -> None:
+  if decoding.stop:
+    raise ValueError(
+      f'Decoding.stop={decoding.stop!r}: texts that end an answer are for '
+      'infer. An evaluation scores what the model ends by itself; leave it '
+      'out.'
+    )
+  if decoding.draft_len:
+    raise ValueError(
+      f'Decoding.draft_len={decoding.draft_len}: answers would be those of the '
+      'LLM, whatever the SLM drafts. Evaluate the LLM, or set it to 0.'
     )
 
 

@@ -2,245 +2,41 @@
 """Inference: prompts in, JSON lines out, in the order they came.
 
 One line for one, whatever happens: what cannot be answered leaves a line that
-says why. `prompts.py` reads, `predictions.py` writes so that a job that was
-stopped goes on where it was; here are the model between them, and the verb.
+says why. `prompts.py` reads, `pipeline.py` and `answerer.py` answer, and
+`predictions.py` writes so that a job that was stopped goes on where it was;
+here is the verb that brings them together.
 """
 
+import dataclasses
 import functools
-import itertools
 import os
 import pathlib
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import IO, Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import gin
-import jax
-import numpy as np
-import tqdm
 
 from l2s_jax import (
+  answerer,
   checkpoint,
-  data,
   evaluate,
+  generate,
   gin_utils,
   parameters,
   partition,
+  pipeline,
   predictions,
   prompts,
+  sampling,
   systems,
   text_files,
 )
 from l2s_jax import metrics as metrics_lib
 
-PyTree = Any
-
 BAD_LINES = ('keep', 'refuse')
 STDIN = '-'
 TASK = 'task:'
-
-
-class PromptAnswerer:
-  """Writes answers to prompts with a system and its parameters."""
-
-  def __init__(
-    self,
-    system: systems.System,
-    params: PyTree,
-    mesh: jax.sharding.Mesh,
-    *,
-    prompt_length: int,
-    max_decode_len: int,
-    batch_size: int,
-  ):
-    """Prepares inference; compiles at the first call.
-
-    Args:
-      system: the system.
-      params: all of its parameters.
-      mesh: the device mesh.
-      prompt_length: tokens a prompt; longer ones are cut.
-      max_decode_len: tokens an answer at most.
-      batch_size: prompts a batch; fewer are filled up with padding.
-    """
-    self._system = system
-    self._params = params
-    self._mesh = mesh
-    self._prompt_length = prompt_length
-    self.batch_size = batch_size
-    self._generator = systems.generator(system, max_decode_len)
-
-  def __call__(self, texts: Sequence[str]) -> list[str]:
-    """Returns an answer for each of at most `batch_size` prompts."""
-    batch, _ = self.encode(texts)
-    return self.decode(self.generate(batch))[: len(texts)]
-
-  def encode(self, texts: Sequence[str]) -> tuple[data.Batch, list[bool]]:
-    """Returns the prompts as a batch, and which of them were cut."""
-    vocabulary = self._system.prompt_vocabulary
-    ids = [vocabulary.encode(text) + [vocabulary.eos_id] for text in texts]
-    batch = data.prompt_batch(
-      ids,
-      length=self._prompt_length,
-      pad_id=vocabulary.pad_id,
-      batch_size=self.batch_size,
-    )
-    return batch, [len(row) > self._prompt_length for row in ids]
-
-  def generate(self, batch: data.Batch) -> jax.Array:
-    """Starts generation; returns token ids [batch, steps] to be."""
-    return self._generator(self._params, partition.put_batch(batch, self._mesh))
-
-  def decode(self, tokens: jax.Array) -> list[str]:
-    """Returns the text of each row, padding rows included."""
-    vocabulary = self._system.answer_vocabulary
-    return [vocabulary.decode(row.tolist()) for row in np.asarray(tokens)]
-
-
-def answer(
-  answerer: PromptAnswerer, items: Iterator[prompts.Item]
-) -> Iterator[list[predictions.Record]]:
-  """Yields the records of one batch of items after another.
-
-  The device works on a batch while the host decodes the one before, hands it
-  out, and tokenizes the one after.
-  """
-  running: Callable[[], list[predictions.Record]] | None = None
-  while chunk := list(itertools.islice(items, answerer.batch_size)):
-    following = _start(answerer, chunk)
-    if running is not None:
-      yield running()
-    running = following
-  if running is not None:
-    yield running()
-
-
-def _start(
-  answerer: PromptAnswerer, chunk: list[prompts.Item]
-) -> Callable[[], list[predictions.Record]]:
-  """Starts a batch; returns a function that waits for its records."""
-  texts = [item['prompt'] for item in chunk if isinstance(item, dict)]
-  batch, were_cut = answerer.encode(texts) if texts else (None, [])
-  tokens = None if batch is None else answerer.generate(batch)
-
-  def finish() -> list[predictions.Record]:
-    answers = [] if tokens is None else answerer.decode(tokens)
-    pairs = zip(answers, were_cut, strict=False)  # Without those that fill up.
-    return [
-      predictions.unanswered(item)
-      if isinstance(item, text_files.BadLine)
-      else predictions.answered(item, *next(pairs))
-      for item in chunk
-    ]
-
-  return finish
-
-
-def answer_all(
-  answerer: PromptAnswerer,
-  items: Iterator[prompts.Item],
-  *,
-  total: int,
-  done: int = 0,
-) -> Iterator[list[predictions.Record]]:
-  """Yields the records of one batch after another, with a progress bar.
-
-  Args:
-    answerer: has the batch size.
-    items: what is left to do.
-    total: how many there are, those included that are done.
-    done: how many were answered before.
-  """
-  start, num_timed = 0.0, 0
-  with tqdm.tqdm(
-    total=total,
-    initial=done,
-    unit='prompt',
-    desc='infer',
-    file=sys.stderr,
-    dynamic_ncols=True,
-  ) as bar:
-    for records in answer(answerer, items):
-      if not start:
-        start = time.perf_counter()  # The first batch has been compiling.
-      else:
-        num_timed += len(records)
-      yield records
-      bar.update(len(records))
-  if num_timed:
-    rate = num_timed / (time.perf_counter() - start)
-    print(f'{rate:.4g} prompts/s after the first batch.', file=sys.stderr)
-
-
-def answer_lines(
-  load: Callable[[], PromptAnswerer],
-  read: prompts.Reader,
-  survey: prompts.Survey,
-  part: predictions.Shard,
-  folder: pathlib.Path | None,
-  settings: Mapping[str, Any],
-) -> predictions.Tally:
-  """Answers what is missing of a shard; returns the counts of all of it.
-
-  Args:
-    load: makes the answerer, if there is anything to answer.
-    read: starts reading the input, of which the shard is a part.
-    survey: of the input.
-    part: the shard.
-    folder: of the predictions; None: standard output.
-    settings: what the answers depend on beside the input.
-
-  Raises:
-    ValueError: if the folder holds answers with other settings.
-  """
-  lines = part.lines(survey.num_lines)
-  if folder is None:
-    items = itertools.islice(read(), lines.start, lines.stop)
-    return write(answer_all(load(), items, total=len(lines)), sys.stdout)
-  predictions.settle(
-    folder,
-    {
-      **settings,
-      'num_lines': survey.num_lines,
-      'num_shards': part.count,
-      'prompts_sha256': survey.sha256,
-    },
-  )
-  path = folder / part.name('predictions', '.jsonl')
-  if path.is_file():
-    print(f'{path} is whole: nothing to answer.', file=sys.stderr)
-    return predictions.count(predictions.read([path]))
-  with predictions.GrowingFile(path) as file:
-    done = file.tally.num_lines
-    if done:
-      print(
-        f'{path}: {done} of {len(lines)} lines are there; passing over them.',
-        file=sys.stderr,
-      )
-    if done < len(lines):
-      items = itertools.islice(read(), lines.start + done, lines.stop)
-      for records in answer_all(load(), items, total=len(lines), done=done):
-        file.append(records)
-    file.finish()
-  return file.tally
-
-
-def write(
-  batches: Iterable[list[predictions.Record]], sink: IO[str]
-) -> predictions.Tally:
-  """Writes records as they come; ends quietly when nobody reads any more."""
-  tally = predictions.Tally()
-  try:
-    for records in batches:
-      sink.write(predictions.dump(records))
-      sink.flush()
-      for record in records:
-        tally.add(record)
-  except BrokenPipeError:
-    # What is left in the buffer is flushed at the end, and would fail again.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sink.fileno())
-  return tally
 
 
 @gin.configurable(module='l2s_jax')
@@ -264,6 +60,9 @@ def infer(
   num_shards: int = 1,
   llm_path: str | None = None,
   mesh: partition.MeshConfig | None = None,
+  decoding: sampling.Decoding | None = None,
+  max_decode_len_column: str | None = None,
+  stream: str | None = None,
   verify_weights: bool = False,
   *,
   dry_run: bool = False,
@@ -273,7 +72,10 @@ def infer(
   A line has the columns of its input, `prompt` and `prediction`; that of a line
   which cannot be answered has `line` (its number), `error`, and `prediction`
   null. Started again, the same command goes on where it was stopped:
-  `predictions.py` describes the output folder.
+  `predictions.py` describes the output folder. With `Decoding.num_answers`
+  there are `predictions`, the best first, and their `scores`; with
+  `Decoding.log_probs` the `score`, `token_ids` and `token_log_probs` of the
+  best. These may differ in the last digits from one batch size to another.
 
   Args:
     checkpoint_path: the run's folder (MODEL_DIR of its training).
@@ -283,7 +85,9 @@ def infer(
       to standard output.
     prompt_length: tokens a prompt; longer ones are cut, marked and counted.
     max_decode_len: tokens an answer at most.
-    batch_size: prompts a batch; standard input is answered one by one.
+    batch_size: prompts a batch if they have `prompt_length` tokens; of shorter
+      ones a batch has as many as take the same memory. Standard input is
+      answered one by one.
     step: the checkpoint; None takes the newest, 'best' that of BEST_METRIC.
     prompt_column: which column `{prompt}` in the template stands for.
     template: the prompt, with columns in braces, such as 'translate English to
@@ -302,6 +106,12 @@ def infer(
     num_shards: how many there are.
     llm_path: where the LLM's weights are, if not where the run says.
     mesh: device mesh and axis rules.
+    decoding: how answers are written; None is greedy. A sample depends on the
+      seed and on which line of the input it answers, and on nothing else.
+    max_decode_len_column: of a file: says how many tokens each line's answer
+      may have, up to `max_decode_len`.
+    stream: of standard input: 'jsonl' writes lines {"delta": TEXT} as tokens
+      come, before the line that has all; 'text' writes the text alone.
     verify_weights: compare the frozen LLM's weights with the digests that are
       kept beside them.
     dry_run: prints sizes and shardings, and stops.
@@ -312,15 +122,24 @@ def infer(
     BATCH_SIZE=batch_size,
   )
   part = predictions.Shard(shard, num_shards)
+  decoding = decoding or sampling.Decoding()
+  generate.check(decoding, max_decode_len)
   _check_input(input, bad_lines, part)
+  _check_stream(stream, input, decoding)
   folder = (
     systems.local_folder(output_dir, 'INFER_OUTPUT_DIR') if output_dir else None
   )
   _check_metrics(metrics, target_column, input, folder)
+  answer_lengths = _answer_lengths(max_decode_len_column, max_decode_len, input)
   is_task = input.startswith(TASK)
   if not is_task:
     read = _reader(
-      input, template, fallback_template, prompt_column, column_names
+      input,
+      template,
+      fallback_template,
+      prompt_column,
+      column_names,
+      answer_lengths,
     )
   systems.local_folder(checkpoint_path, 'CHECKPOINT_PATH')
   mesh_config = mesh or partition.MeshConfig()
@@ -331,6 +150,7 @@ def infer(
   system = systems.with_rules(
     systems.load(checkpoint_path, llm_path=llm_path), mesh_config
   )
+  system = systems.for_decoding(system, decoding)
   lengths = {'inputs': prompt_length, 'targets': max_decode_len}
   if is_task:
     task = evaluate.bind_task(system, input.removeprefix(TASK))
@@ -351,8 +171,8 @@ def infer(
       return
     weights, step = checkpoint.params_folder(checkpoint_path, step)
 
-    def load() -> PromptAnswerer:
-      return PromptAnswerer(
+    def load() -> answerer.PromptAnswerer:
+      return answerer.PromptAnswerer(
         system,
         parameters.load_params(
           system, layout, checkpoint_path, step, verify=verify_weights
@@ -361,24 +181,29 @@ def infer(
         prompt_length=prompt_length,
         max_decode_len=max_decode_len,
         batch_size=batch_size,
+        decoding=decoding,
+        consume=True,
       )
 
     if input == STDIN:
-      answerer = load()
-      tally = write((_start(answerer, [item])() for item in read()), sys.stdout)
+      tally = pipeline.answer_each(load(), read(), sys.stdout, stream)
     else:
       survey = prompts.survey(read(), target_column)
       _check_survey(survey, input, target_column if metrics else None)
       settings = {
         'checkpoint_path': os.path.abspath(checkpoint_path),
         'checkpoint_saved_nsecs': checkpoint.saved_nsecs(weights),
+        'decoding': dataclasses.asdict(decoding),
         'input': input,
         'max_decode_len': max_decode_len,
+        'max_decode_len_column': max_decode_len_column,
         'prompt_length': prompt_length,
         'step': step,
         'template': None if is_task else template,
       }
-      tally = answer_lines(load, read, survey, part, folder, settings)
+      tally = pipeline.answer_lines(
+        load, read, survey, part, folder, settings, answer_lengths
+      )
   if report := tally.describe(prompt_length):
     print(report, file=sys.stderr)
   if metrics and folder is not None:
@@ -405,6 +230,44 @@ def _check_input(input: str, bad_lines: str, part: predictions.Shard) -> None:
       f'INPUT={input}: no such file. Give a text, .jsonl, .tsv or .csv file '
       '(each may be .gz), task:NAME, or - for standard input.'
     )
+
+
+def _check_stream(
+  stream: str | None, input: str, decoding: sampling.Decoding
+) -> None:
+  """Refuses to show answers on the way that cannot be."""
+  if stream is None:
+    return
+  if stream not in pipeline.STREAMS:
+    raise ValueError(
+      f'INFER_STREAM={stream!r}: expected None or one of '
+      f'{", ".join(pipeline.STREAMS)}.'
+    )
+  if input != STDIN:
+    raise ValueError(
+      f'INFER_STREAM={stream!r} is of standard input, which is answered line '
+      f'by line; INPUT={input} is answered in batches. Set INPUT to -.'
+    )
+  if decoding.num_beams > 1:
+    raise ValueError(
+      f'INFER_STREAM={stream!r} with Decoding.num_beams={decoding.num_beams}: '
+      'which beam is the best is known at the end alone. Leave out one of the '
+      'two.'
+    )
+
+
+def _answer_lengths(
+  column: str | None, most: int, input: str
+) -> prompts.AnswerLengths | None:
+  """Returns which column says how long answers may be, if one does."""
+  if column is None:
+    return None
+  if not _has_columns(input):
+    raise ValueError(
+      f'MAX_DECODE_LEN_COLUMN={column!r} is of a .jsonl, .tsv or .csv file; '
+      f'INPUT={input} has no columns.'
+    )
+  return prompts.AnswerLengths(column, most)
 
 
 def _check_metrics(
@@ -445,6 +308,7 @@ def _reader(
   fallback_template: str | None,
   prompt_column: str,
   column_names: Sequence[str] | None,
+  answer_lengths: prompts.AnswerLengths | None,
 ) -> prompts.Reader:
   """Returns what starts reading a file or standard input."""
   if not _has_columns(input):
@@ -467,6 +331,7 @@ def _reader(
     filled,
     fallback=fallback,
     column_names=column_names,
+    lengths=answer_lengths,
   )
 
 

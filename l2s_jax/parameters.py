@@ -14,6 +14,7 @@ import optax
 
 from l2s_jax import checkpoint, partition, systems, weights
 from l2s_jax import state as state_lib
+from l2s_jax.models import l2s
 
 PyTree = Any
 
@@ -53,9 +54,10 @@ def init(system: systems.System, key: jax.Array) -> PyTree:
     for name, shape in example_batch(1, 2, 2).items()
   }
   params = system.module.init(key, batch, deterministic=True)['params']
-  if system.writer_name is not None:
-    writer = system.writer.init(key, batch, deterministic=True)
-    params = {**params, system.writer_name: writer['params']}
+  writer, name = l2s.writer(system.module)
+  if name is not None:
+    whole = writer.init(key, batch, deterministic=True)
+    params = {**params, name: whole['params']}
   return {'params': params}
 
 
@@ -93,17 +95,24 @@ def load_frozen(
 
   Raises:
     ValueError: if the weights are not those that the run was trained with, or
-      not what their digests say.
+      not what their digests say, or lack a decoder that is to verify.
   """
   if not system.frozen:
     return system, {}
   source = _open_llm(system.sources['llm'], system.llm_step)
-  params, fingerprint = weights.load(
-    source,
-    layout.shapes['llm'],
-    layout.shardings['llm'],
-    verify=verify,
-  )
+  shapes, shardings = layout.shapes['llm'], layout.shardings['llm']
+  decoder: dict[str, PyTree] = {}
+  if isinstance(system.module, l2s.DraftAndVerify):
+    if weights.is_encoder_alone(source.shapes()):
+      raise ValueError(
+        f'The LLM in {source.location} is an encoder alone, and drafts are '
+        'verified by its decoder. Set LLM_PATH to the whole LLM, or '
+        'Decoding.draft_len to 0.'
+      )
+    # Loaded apart: the fingerprint of a run is that of what encodes.
+    shapes, decoder = state_lib.split(shapes, l2s.ENCODER)
+    shardings, decoder_shardings = state_lib.split(shardings, l2s.ENCODER)
+  params, fingerprint = weights.load(source, shapes, shardings, verify=verify)
   if system.llm_fingerprint not in (None, fingerprint):
     raise ValueError(
       f'The LLM in {system.sources["llm"]} is not the one that this run was '
@@ -113,6 +122,9 @@ def load_frozen(
   system = dataclasses.replace(
     system, llm_step=source.step(), llm_fingerprint=fingerprint
   )
+  if decoder:
+    loaded, _ = weights.load(source, decoder, decoder_shardings, verify=verify)
+    params = params | loaded
   return system, {'llm': params}
 
 

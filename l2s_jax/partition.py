@@ -157,6 +157,11 @@ def axes_that_divide(
   )
 
 
+def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+  """Pins an array, in jit, to how its axes are sharded where they divide."""
+  return nn.with_logical_constraint(x, axes_that_divide(axes, x.shape))
+
+
 @contextlib.contextmanager
 def use_mesh(mesh: jax.sharding.Mesh) -> Iterator[None]:
   """Makes `mesh` the one that logical constraints inside refer to."""

@@ -29,7 +29,16 @@ Record = dict[str, Any]
 SETTINGS = 'settings.json'
 FORMAT_VERSION = 1
 # What a record has beside the columns of its line, or in their place.
-OWN_COLUMNS = ('prompt', 'prediction', 'prompt_truncated')
+OWN_COLUMNS = (
+  'prompt',
+  'prediction',
+  'predictions',
+  'scores',
+  'score',
+  'token_ids',
+  'token_log_probs',
+  'prompt_truncated',
+)
 # Where things are, which may change as long as what they hold does not.
 _PLACES = ('checkpoint_path', 'input')
 _SIGNATURES = {
@@ -114,9 +123,18 @@ class Tally:
     return '\n'.join(lines)
 
 
-def answered(row: Mapping[str, Any], prediction: str, was_cut: bool) -> Record:
-  """Returns the record of a line that was answered: its columns and more."""
-  record = {**row, 'prediction': prediction}
+def answered(
+  row: Mapping[str, Any], prediction: str, was_cut: bool, **details: Any
+) -> Record:
+  """Returns the record of a line that was answered: its columns and more.
+
+  Args:
+    row: the columns of its line.
+    prediction: the best answer.
+    was_cut: whether the prompt was.
+    **details: what else was asked for of the answer, by the name of its column.
+  """
+  record = {**row, 'prediction': prediction, **details}
   record.pop('prompt_truncated', None)  # Of an earlier inference.
   return record | {'prompt_truncated': True} if was_cut else record
 

@@ -22,6 +22,35 @@ Item = dict[str, Any] | BadLine
 Reader = Callable[[], Iterator[Item]]  # Starts from the first, at each call.
 
 
+class AnswerLengths(NamedTuple):
+  """A column that says how many tokens each line's answer may have.
+
+  Attributes:
+    column: holds an integer, in JSON or as text.
+    most: that it may be; named MAX_DECODE_LEN in errors.
+  """
+
+  column: str
+  most: int
+
+  def __call__(self, row: Mapping[str, Any]) -> int | None:
+    """Returns the number of a row; None if it has none that may be."""
+    value = row.get(self.column)
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+      value = int(value)
+    is_length = type(value) is int and 1 <= value <= self.most  # True is none.
+    return value if is_length else None
+
+  def problem(self, row: Mapping[str, Any]) -> str | None:
+    """Returns what is wrong with a row that has none."""
+    if self(row) is not None:
+      return None
+    return (
+      f'has no integer from 1 to MAX_DECODE_LEN={self.most} in column '
+      f'{self.column!r}'
+    )
+
+
 def parse_template(text: str, prompt_column: str = 'prompt') -> Template:
   """Returns a template in which `{prompt}` stands for the prompt column.
 
@@ -37,6 +66,7 @@ def read_file(
   *,
   fallback: Template | None = None,
   column_names: Sequence[str] | None = None,
+  lengths: AnswerLengths | None = None,
 ) -> Iterator[Item]:
   """Yields an item for each line of a file that `text_files` can read.
 
@@ -46,6 +76,7 @@ def read_file(
     fallback: what to make of lines without text in a column that `template`
       alone names; None: such a line is bad.
     column_names: of a TSV or CSV file whose first line does not name them.
+    lengths: refuses lines that do not say how long their answer may be.
 
   Raises:
     ValueError: as `text_files.read_rows`.
@@ -54,7 +85,10 @@ def read_file(
     column_names = ('prompt',)
   fallback = fallback or template
   rows = text_files.read_rows(
-    epath.Path(path), columns=fallback.columns, column_names=column_names
+    epath.Path(path),
+    columns=fallback.columns,
+    column_names=column_names,
+    problem=lengths.problem if lengths else lambda row: None,
   )
   for row in rows:
     if isinstance(row, BadLine):

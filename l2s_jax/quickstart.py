@@ -23,16 +23,16 @@ import jax
 
 from l2s_jax import (
   __main__,
-  benchmark,
+  answerer,
   cldr,
   files,
   gin_utils,
-  infer,
   metrics,
   parameters,
   partition,
   report,
   systems,
+  timing,
   vocabularies,
 )
 from l2s_jax import state as state_lib
@@ -233,28 +233,28 @@ def _load(run_dir: pathlib.Path, mesh: jax.sharding.Mesh) -> Loaded:
 def _time(rows: dict[str, Row], loaded: Mapping[str, Loaded]) -> None:
   """Adds sizes and timings to the rows of the three systems."""
   example = next(cldr.examples('test', num_examples=1))
-  timings = benchmark.time_generation(
+  timings = timing.time_generation(
     loaded,
     [example['prompt']],
     prompt_length=PROMPT_LENGTH,
     num_tokens=ANSWER_LENGTH,
     rounds=15,
   )
-  for name, timing in timings.items():
+  for name, found in timings.items():
     system, params = loaded[name]
     rows[name] |= {
       'parameters': state_lib.num_params(params),
       'trained': state_lib.num_params(
         state_lib.split(params, system.frozen)[1]
       ),
-      'prefill_ms': timing.prefill_ms,
-      'ms_per_token': timing.ms_per_token,
-      'total_ms': timing.total_ms,
-      'speedup': timings['llm'].total_ms / timing.total_ms,
+      'prefill_ms': found.prefill_ms,
+      'ms_per_token': found.ms_per_token,
+      'total_ms': found.total_ms,
+      'speedup': timings['llm'].total_ms / found.total_ms,
     }
     print(
-      f'{NAMES[name]}: prefill {timing.prefill_ms:.2f} ms, '
-      f'{timing.ms_per_token:.3f} ms per token'
+      f'{NAMES[name]}: prefill {found.prefill_ms:.2f} ms, '
+      f'{found.ms_per_token:.3f} ms per token'
     )
 
 
@@ -270,7 +270,7 @@ def _translate(
   ]
   prompts = [example['prompt'] for example in chosen]
   answers = {
-    name: infer.PromptAnswerer(
+    name: answerer.PromptAnswerer(
       system,
       params,
       mesh,

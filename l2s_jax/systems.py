@@ -15,9 +15,19 @@ from typing import Any
 
 import gin
 
-from l2s_jax import decode, files, partition, vocabularies, weights
+from l2s_jax import (
+  decode,
+  files,
+  generate,
+  partition,
+  sampling,
+  speculative,
+  vocabularies,
+  weights,
+)
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s, language_model
+from l2s_jax.weights import runs
 
 PyTree = Any
 
@@ -84,8 +94,6 @@ class System:
 
   Attributes:
     module: computes logits and prefills; see `models/language_model.py`.
-    writer: the module that decodes: the SLM, or `module` itself.
-    writer_name: where the writer's parameters are in the module's; None: all.
     prompt_vocabulary: of what the system reads.
     answer_vocabulary: of what it writes.
     sources: path of weights by top-level parameter name; '' stands for all.
@@ -96,8 +104,6 @@ class System:
   """
 
   module: l2s.LlmToSlm | language_model.LanguageModel
-  writer: language_model.LanguageModel
-  writer_name: str | None
   prompt_vocabulary: vocabularies.Vocabulary
   answer_vocabulary: vocabularies.Vocabulary
   sources: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -151,8 +157,6 @@ def language_model_system(
   module = l2s.build(config)
   return System(
     module=module,
-    writer=module,
-    writer_name=None,
     prompt_vocabulary=vocabulary,
     answer_vocabulary=vocabulary,
     sources={} if tower.path is None else {'': tower.path},
@@ -219,10 +223,9 @@ def _assemble(
   llm_step: int | None = None,
   llm_fingerprint: str | None = None,
 ) -> System:
+  l2s.build(slm_config)  # Refuses an SLM that cannot write.
   return System(
     module=l2s.LlmToSlm(llm_config, slm_config, injection, shared),
-    writer=l2s.build(slm_config),
-    writer_name='slm',
     prompt_vocabulary=llm_vocabulary,
     answer_vocabulary=slm_vocabulary,
     sources=sources,
@@ -321,7 +324,8 @@ def load(run_dir: str | pathlib.Path, *, llm_path: str | None = None) -> System:
 
   Raises:
     FileNotFoundError: if the folder is not a run.
-    ValueError: if a newer version of this project wrote it.
+    ValueError: if a newer version of this project wrote it, or it lacks
+      something.
   """
   folder = pathlib.Path(run_dir)
   path = folder / DESCRIPTION
@@ -330,7 +334,7 @@ def load(run_dir: str | pathlib.Path, *, llm_path: str | None = None) -> System:
       f'{folder} is not a run: it has no {DESCRIPTION}. Set CHECKPOINT_PATH to '
       'the MODEL_DIR of a training run.'
     )
-  description = json.loads(path.read_text())
+  description = runs.read_description(folder)
   if description['format_version'] > FORMAT_VERSION:
     raise ValueError(
       f'{path} has format version {description["format_version"]}; this '
@@ -342,7 +346,7 @@ def load(run_dir: str | pathlib.Path, *, llm_path: str | None = None) -> System:
   )
   if description['kind'] == 'language_model':
     module = l2s.build(config_lib.TransformerConfig(**description['config']))
-    return System(module, module, None, prompt, answer)
+    return System(module, prompt, answer)
   return _assemble(
     config_lib.TransformerConfig(**description['llm']),
     config_lib.TransformerConfig(**description['slm']),
@@ -377,22 +381,74 @@ def with_rules(system: System, mesh_config: partition.MeshConfig) -> System:
   return dataclasses.replace(system, module=module)
 
 
+def for_decoding(system: System, decoding: sampling.Decoding) -> System:
+  """Returns the system that answers are written with.
+
+  It is the same unless LLM-to-SLM is to draft (`Decoding.draft_len`) what the
+  LLM verifies: then the LLM's decoder belongs to it.
+
+  Raises:
+    ValueError: if there is none, it has another vocabulary, or the settings do
+      not go with drafts.
+  """
+  if not decoding.draft_len:
+    return system
+  speculative.check(decoding)
+  drafts = f'Decoding.draft_len={decoding.draft_len}'
+  module = system.module
+  if not isinstance(module, l2s.LlmToSlm):
+    raise ValueError(
+      f'{drafts}: LLM-to-SLM drafts what its LLM verifies, and this run is of '
+      'a language model alone. Set it to 0, or CHECKPOINT_PATH to an '
+      'LLM-to-SLM run.'
+    )
+  llm = module.llm_config
+  if not (llm.is_encoder_decoder and llm.has_decoder):
+    kind = 'an encoder alone' if llm.is_encoder_decoder else 'decoder-only'
+    raise ValueError(
+      f"{drafts}: drafts are verified by the decoder behind the LLM's encoder, "
+      f'and the LLM of this run is {kind} (num_encoder_layers='
+      f'{llm.num_encoder_layers}, num_decoder_layers='
+      f'{llm.num_decoder_layers}). Set it to 0.'
+    )
+  llm_vocabulary, slm_vocabulary = (
+    system.prompt_vocabulary,
+    system.answer_vocabulary,
+  )
+  if llm_vocabulary != slm_vocabulary:
+    raise ValueError(
+      f'{drafts}: the LLM can verify drafts in its own vocabulary alone, '
+      f'{llm_vocabulary.path} ({llm_vocabulary.vocab_size} ids), and the SLM '
+      f'writes in {slm_vocabulary.path} ({slm_vocabulary.vocab_size} ids). Set '
+      'it to 0, or train an SLM that shares the vocabulary of the LLM.'
+    )
+  return dataclasses.replace(system, module=l2s.with_verifier(module))
+
+
 def generator(
-  system: System, max_decode_len: int, *, ends: bool = True
-) -> decode.Generator:
-  """Returns greedy generation for a system.
+  system: System,
+  max_decode_len: int,
+  *,
+  decoding: sampling.Decoding | None = None,
+  ends: bool = True,
+  unstack_llm: bool = True,
+) -> generate.Generator:
+  """Returns generation for a system.
 
   Args:
     system: the system.
     max_decode_len: tokens an answer at most.
+    decoding: how tokens are chosen; None is greedy.
     ends: whether EOS ends an answer; if not, all have `max_decode_len` tokens.
+    unstack_llm: see `l2s.params_for_generation`.
   """
-  return decode.Generator(
+  vocabulary = system.answer_vocabulary
+  return generate.Generator(
     system.module,
-    system.writer,
-    system.writer_name,
     max_decode_len=max_decode_len,
-    start_id=system.answer_vocabulary.start_id,
-    eos_id=system.answer_vocabulary.eos_id if ends else -1,
-    pad_id=system.answer_vocabulary.pad_id,
+    ids=decode.Ids(
+      vocabulary.start_id, vocabulary.eos_id if ends else -1, vocabulary.pad_id
+    ),
+    decoding=decoding,
+    unstack_llm=unstack_llm,
   )

@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -54,6 +54,7 @@ def read_rows(
   *,
   columns: Collection[str] | None = None,
   column_names: Sequence[str] | None = None,
+  problem: Callable[[Row], str | None] = lambda row: None,
 ) -> Iterator[Row | BadLine]:
   r"""Yields what each line holds, in order; a blank line is a bad one.
 
@@ -73,6 +74,7 @@ def read_rows(
       a row.
     column_names: of TSV and CSV without a line that names them, or one name for
       the lines of plain text.
+    problem: says what else is wrong with a row, as a `BadLine` does.
 
   Raises:
     FileNotFoundError: at the first row, if there is no such file.
@@ -93,7 +95,7 @@ def read_rows(
   for number, row in rows:
     if isinstance(row, str):
       yield BadLine(str(path), number, row)
-    elif reason := _lacking_text(row, required):
+    elif reason := _lacking_text(row, required) or problem(row):
       yield BadLine(str(path), number, reason)
     else:
       yield row

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Runs the linter, the type checker and all tests, from a fresh clone with
 # Python 3.11 or 3.12. With arguments, pytest alone:
-#   ./launch/test.sh tests/test_decode.py -k cached
+#   ./launch/test.sh tests/test_generate.py -k greedy
 set -euo pipefail
 # shellcheck source=/dev/null
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -18,4 +18,4 @@ fi
 ruff check .
 ruff format --check .
 mypy
-python -m pytest --durations=15
+python -m pytest --numprocesses=2 --dist=loadfile --durations=15

@@ -8,6 +8,7 @@ import random
 import string
 
 os.environ['JAX_PLATFORMS'] = 'cpu'  # also of the processes that tests start
+os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # The user's is not ours.
 
 import beartype
 import jax

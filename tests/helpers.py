@@ -21,6 +21,7 @@ import tokenizers
 from flax import traverse_util
 
 from l2s_jax import (
+  decode,
   files,
   parameters,
   partition,
@@ -28,6 +29,7 @@ from l2s_jax import (
   vocabularies,
   weights,
 )
+from l2s_jax import generate as generate_lib
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s, language_model
 
@@ -184,15 +186,6 @@ MODULES: dict[str, Module] = (
 )
 
 
-def writer_of(
-  module: Module,
-) -> tuple[language_model.LanguageModel, str | None]:
-  """Returns the module that decodes and its name, as systems have them."""
-  if isinstance(module, l2s.LlmToSlm):
-    return l2s.build(module.slm_config), 'slm'
-  return module, None
-
-
 def prompt_ids(module: Module) -> int:
   """Returns how many ids the module's prompts are drawn from."""
   if isinstance(module, l2s.LlmToSlm):
@@ -306,16 +299,39 @@ def logits(module, params, batch):
   return module.apply({'params': params}, batch, deterministic=True)
 
 
-@functools.partial(jax.jit, static_argnames=('module', 'max_decode_len'))
-def prefill(module, params, batch, max_decode_len):
+@functools.partial(jax.jit, static_argnames=('module', 'num_slots'))
+def prefill(module, params, batch, num_slots):
+  """Returns the cache; takes parameters as training has them."""
+  module = l2s.for_generation(module)
   return module.apply(
-    {'params': params}, batch, max_decode_len=max_decode_len, method='prefill'
+    {'params': l2s.params_for_generation(module, params)},
+    batch,
+    num_slots=num_slots,
+    method='prefill',
   )
 
 
 @functools.partial(jax.jit, static_argnames='module')
-def decode_step(module, params, token, cache):
-  return module.apply({'params': params}, token, cache, method='decode_step')
+def extend(module, params, tokens, cache):
+  """Returns logits and cache; takes parameters as training has them."""
+  module = l2s.for_generation(module)
+  writer, name = l2s.writer(module)
+  params = l2s.params_for_generation(module, params)
+  return writer.apply(
+    {'params': l2s.writer_params(params, name)}, tokens, cache, method='extend'
+  )
+
+
+def generate(
+  module, params, batch, *, max_decode_len, start_id=0, eos_id=-1, pad_id=0
+):
+  """Returns greedy tokens; takes parameters as training has them."""
+  generator = generate_lib.Generator(
+    module,
+    max_decode_len=max_decode_len,
+    ids=decode.Ids(start_id, eos_id, pad_id),
+  )
+  return generator(generator.prepare(params), batch)
 
 
 @functools.cache
@@ -332,14 +348,11 @@ def vocabulary() -> vocabularies.Vocabulary:
 
 def system(module: Module) -> systems.System:
   """Returns a system of a module, with a vocabulary that it has room for."""
-  writer, writer_name = writer_of(module)
   return systems.System(
     module=module,
-    writer=writer,
-    writer_name=writer_name,
     prompt_vocabulary=vocabulary(),
     answer_vocabulary=vocabulary(),
-    frozen=() if writer_name is None else ('llm',),
+    frozen=('llm',) if isinstance(module, l2s.LlmToSlm) else (),
   )
 
 

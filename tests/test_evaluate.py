@@ -20,6 +20,7 @@ from l2s_jax import (
   evaluate,
   partition,
   report,
+  sampling,
   systems,
   tasks,
   vocabularies,
@@ -68,8 +69,7 @@ def make_evaluator(system, mesh, **options):
     evaluate.bind_task(system, 'numbers'),
     LENGTHS,
     split='test',
-    batch_size=8,
-    **options,
+    **{'batch_size': 8} | options,
   )
 
 
@@ -120,6 +120,23 @@ def test_a_model_that_does_not_use_the_llm_is_found_out(mesh, llm_to_slm):
     for control in evaluate.CONTROLS
   }
   assert len(losses) == 3
+
+
+def test_samples_do_not_depend_on_batches(mesh, llm_to_slm, tmp_path):
+  system, params = llm_to_slm
+  found = []
+  for batch_size in (8, 16):
+    evaluator = make_evaluator(
+      system,
+      mesh,
+      batch_size=batch_size,
+      decoding=sampling.Decoding(temperature=1.0),
+    )
+    evaluator.evaluate(params, step=batch_size, output_dir=tmp_path)
+    path = tmp_path / 'eval' / f'numbers-test-{batch_size}.jsonl'
+    found.append([json.loads(line)['prediction'] for line in path.open()])
+  assert found[0] == found[1]
+  assert len(set(found[0])) == NUM_EXAMPLES
 
 
 @pytest.mark.parametrize('num_batches', [0, 2, 3, 5])
@@ -256,6 +273,15 @@ def test_steps_that_are_not_there_are_refused(run, steps, message):
 def test_a_word_that_is_no_step_is_refused(run):
   with pytest.raises(ValueError, match="EVAL_STEPS='newest': expected a step"):
     evaluate_run(run, steps='newest')
+
+
+def test_decoding_that_no_evaluation_scores_is_refused(run):
+  for options, message in (
+    ({'stop': ('x',)}, r"Decoding.stop=\('x',\): .* are for infer"),
+    ({'draft_len': 2}, 'Decoding.draft_len=2: .* Evaluate the LLM'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      evaluate_run(run, decoding=sampling.Decoding(**options))
 
 
 def test_a_run_without_checkpoints_is_refused(run, tmp_path):

@@ -2,7 +2,6 @@
 """Laws of inference: a line for a line, in order, however often it stops."""
 
 import gzip
-import itertools
 import json
 import os
 import pathlib
@@ -21,12 +20,10 @@ from l2s_jax import (
   checkpoint,
   infer,
   metrics,
-  parameters,
-  partition,
   predictions,
+  sampling,
   state,
   systems,
-  text_files,
 )
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -216,6 +213,10 @@ def test_other_settings_are_refused_and_batches_and_places_are_not(
     ({'template': '{prompt}!'}, ['prompts_sha256', 'template']),
     ({'max_decode_len': 7, 'prompt_length': 9}, ['max_dec', 'prompt_length']),
     ({'num_shards': 2, 'shard': 1}, ['num_shards']),
+    (
+      {'decoding': sampling.Decoding(top_k=2, stop=['a'])},
+      ['decoding.stop', 'decoding.top_k'],
+    ),
   ):
     with pytest.raises(ValueError, match='the answers of another job') as error:
       answer(run, source, out, **changes)
@@ -226,6 +227,60 @@ def test_other_settings_are_refused_and_batches_and_places_are_not(
   moved.write_text(moved.read_text() + '\n{"prompt": "new"}')
   with pytest.raises(ValueError, match='num_lines: the run has 41, .* 42'):
     answer(run, moved, out)
+
+
+def test_samples_are_those_of_their_lines(run, source, tmp_path):
+  """Whatever the batches, the shards, and the starts."""
+  decoding = {'decoding': sampling.Decoding(temperature=1.0, seed=3)}
+  whole = answer(run, source, tmp_path / 'whole', **decoding)
+  halves = [
+    answer(
+      run,
+      source,
+      tmp_path / 'halves',
+      shard=shard,
+      num_shards=2,
+      batch_size=8,
+      **decoding,
+    )
+    for shard in (0, 1)
+  ]
+  assert b''.join(halves) == whole
+  path = tmp_path / 'whole' / 'predictions.jsonl'
+  path.unlink()
+  path.with_suffix('.jsonl.partial').write_bytes(whole[: len(whole) // 3])
+  assert answer(run, source, tmp_path / 'whole', **decoding) == whole
+  # A prompt that comes again has another sample.
+  texts = [json.loads(line).get('prediction') for line in whole.splitlines()]
+  assert texts[0] != texts[7]
+
+
+def test_a_column_says_how_long_answers_may_be(run, tmp_path):
+  path = tmp_path / 'in.jsonl'
+  values = (2, '5', 6, 7, 0, True, 2.0, None)
+  path.write_text(
+    ''.join(json.dumps({'prompt': 'abc', 'n': n}) + '\n' for n in values)
+  )
+  found = answer(
+    run,
+    path,
+    tmp_path / 'out',
+    max_decode_len_column='n',
+    decoding=sampling.Decoding(log_probs=True),
+  )
+  records = [json.loads(line) for line in found.splitlines()]
+  longest = records[2]['token_ids']
+  assert len(longest) == 6  # None of these has written its EOS.
+  for record, length in zip(records[:2], (2, 5), strict=True):
+    assert record['token_ids'] == longest[:length]
+    assert len(record['token_log_probs']) == length
+    assert record['score'] == pytest.approx(
+      sum(record['token_log_probs']), abs=1e-4
+    )
+  for record in records[3:]:
+    assert record['error'] == (
+      "has no integer from 1 to MAX_DECODE_LEN=6 in column 'n'"
+    )
 
 
 def test_a_text_file_of_bad_lines_alone_has_a_line_for_each(run, tmp_path):
@@ -272,42 +327,6 @@ def test_a_task_is_answered_with_its_targets(run, tmp_path):
   ]
   assert all(record['target'] == 'b' for record in records)
   assert json.loads((tmp_path / 'scores.json').read_text())['num_scored'] == 20
-
-
-def test_memory_is_for_two_batches(run):
-  """The input is read two batches ahead of what was handed out, no more."""
-  system = systems.load(run)
-  config = partition.MeshConfig()
-  mesh = partition.make_mesh(config)
-  num_read = 0
-
-  def items():
-    nonlocal num_read
-    for number in itertools.count():
-      num_read += 1
-      yield {'prompt': f'{number}'}
-
-  with partition.use_mesh(mesh), partition.axis_rules(config.rules('slm')):
-    answerer = infer.PromptAnswerer(
-      system,
-      parameters.load_params(
-        system, parameters.layout(system, mesh, config), run
-      ),
-      mesh,
-      prompt_length=4,
-      max_decode_len=2,
-      batch_size=8,
-    )
-    num_written = 0
-    for records in itertools.islice(infer.answer(answerer, items()), 20):
-      assert num_read - num_written == 16
-      assert [record['prompt'] for record in records] == [
-        str(number) for number in range(num_written, num_written + 8)
-      ]
-      num_written += len(records)
-    bad = text_files.BadLine('in', 1, 'is empty')
-    chunks = list(infer.answer(answerer, iter([bad] * 8 + [{'prompt': 'a'}])))
-    assert [len(chunk) for chunk in chunks] == [8, 1]
 
 
 def start(run, *arguments, **options):
@@ -399,6 +418,29 @@ def test_standard_input_is_answered_line_by_line(run):
   assert '2 of 4 lines could not be answered:' in told
 
 
+def test_standard_input_streams_what_it_would_have_written(run):
+  lines = b'one\n\ntwo\n'
+  found = {}
+  for stream in ('None', 'jsonl', 'text'):
+    process = start(
+      run,
+      '--gin.INPUT=-',
+      f'--gin.INFER_STREAM={stream}',
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+    )
+    found[stream], _ = process.communicate(lines)
+    assert process.returncode == 0
+  records = [json.loads(line) for line in found['None'].splitlines()]
+  texts = [record['prediction'] for record in records]
+  assert found['text'].decode() == ''.join(f'{t or ""}\n' for t in texts)
+  streamed = [json.loads(line) for line in found['jsonl'].splitlines()]
+  assert [x for x in streamed if 'delta' not in x] == records
+  assert len(streamed) > len(records) + 2
+  deltas = ''.join(x.get('delta', '\n') for x in streamed)
+  assert deltas == found['text'].decode()
+
+
 @pytest.mark.parametrize(
   'changes,error,message',
   [
@@ -416,6 +458,22 @@ def test_standard_input_is_answered_line_by_line(run):
     ({'metrics': ('blue',)}, ValueError, r"\('blue',\): .* of bleu, chrf"),
     ({'metrics': 'bleu'}, ValueError, "INFER_METRICS='bleu': expected a tuple"),
     ({'metrics': ('bleu',)}, ValueError, 'set INFER_OUTPUT_DIR, and INPUT'),
+    ({'stream': 'sse'}, ValueError, "INFER_STREAM='sse': .* jsonl, text"),
+    (
+      {'stream': 'text', 'input': __file__},
+      ValueError,
+      "INFER_STREAM='text' is of standard input",
+    ),
+    (
+      {'stream': 'text', 'decoding': sampling.Decoding(num_beams=2)},
+      ValueError,
+      'Decoding.num_beams=2: which beam',
+    ),
+    (
+      {'max_decode_len_column': 'n'},
+      ValueError,
+      "MAX_DECODE_LEN_COLUMN='n' is of .* INPUT=- has no columns",
+    ),
     ({}, FileNotFoundError, 'is not a run: it has no model.json'),
     (
       {'checkpoint_path': 'gs://bucket/run'},

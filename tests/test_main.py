@@ -2,6 +2,7 @@
 """Laws of the command line: what it runs, refuses, and tells."""
 
 import importlib
+import os
 import pathlib
 import re
 import subprocess
@@ -175,6 +176,20 @@ def test_wrong_input_found_by_the_verb_is_a_message_too(cause, capsys):
   assert 'In call to configurable' not in error
   with pytest.raises(FileNotFoundError):  # --verbose is for the traceback
     run(*argv, '--verbose')
+
+
+def test_compiled_programs_are_kept_where_the_user_says(monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', '/caches')
+  for given, expected in (
+    (None, '/caches/l2s_jax/compiled'),
+    ('/mine', '/mine'),
+    ('', ''),
+  ):
+    monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
+    if given is not None:
+      monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', given)
+    assert run('polish', '--gin.polish.model_dir="x"') == 0
+    assert os.environ['JAX_COMPILATION_CACHE_DIR'] == expected
 
 
 def test_a_bug_keeps_its_traceback():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from l2s_jax import parameters, partition
+from l2s_jax import decode, generate, parameters, partition
 from l2s_jax.models import attention, l2s, layers, positions
 from l2s_jax.models import config as config_lib
 
@@ -83,16 +83,14 @@ def test_prompt_and_earlier_answer_matter_and_later_answer_does_not(model):
 
 def test_cached_decoding_equals_teacher_forcing(model):
   module, params, batch, logits = model
-  writer, name = helpers.writer_of(module)
-  writer_params = params if name is None else params[name]
   cache = helpers.prefill(module, params, batch, helpers.ANSWER_LENGTH)
   for t in range(helpers.ANSWER_LENGTH):
-    found, cache = helpers.decode_step(
-      writer, writer_params, batch['decoder_input_tokens'][:, t], cache
+    found, cache = helpers.extend(
+      module, params, batch['decoder_input_tokens'][:, t : t + 1], cache
     )
     # Rows whose answer is over by now have no logits to compare with.
     real = np.asarray(batch['decoder_segment_ids'][:, t] > 0)
-    helpers.assert_close(found[real], logits[real, t])
+    helpers.assert_close(found[real, 0], logits[real, t])
 
 
 @pytest.mark.parametrize(
@@ -296,7 +294,7 @@ def test_grouped_queries_are_heads_with_keys_and_values_repeated():
     helpers.logits(module, traverse_util.unflatten_dict(repeated), batch),
   )
   cache = helpers.prefill(grouped, params, batch, 2)
-  assert cache.kv.key.shape == (2, 4, 2, 9, 8)  # kv_heads, not heads
+  assert cache.kv[0].key.shape == (4, 2, 9, 8)  # kv_heads, not heads
 
 
 def test_segment_mask_by_hand():
@@ -370,11 +368,11 @@ def test_a_bidirectional_prefix_sees_its_end_and_nothing_else_changes():
   # Its prefill reads the prompt the same way.
   cache = helpers.prefill(module, params, batch, helpers.ANSWER_LENGTH)
   for t in range(2):
-    step_logits, cache = helpers.decode_step(
-      module, params, batch['decoder_input_tokens'][:, t], cache
+    step_logits, cache = helpers.extend(
+      module, params, batch['decoder_input_tokens'][:, t : t + 1], cache
     )
     real = np.asarray(batch['decoder_segment_ids'][:, t] > 0)
-    helpers.assert_close(step_logits[real], logits[real, t])
+    helpers.assert_close(step_logits[real, 0], logits[real, t])
 
 
 def test_positions_count_real_tokens():
@@ -400,23 +398,18 @@ def test_positions_count_real_tokens():
 def test_lengths_beyond_the_position_table_are_refused_with_both_numbers():
   module = helpers.MODULES['gpt2']  # 24 positions
   params = jax.eval_shape(lambda: helpers.random_params(module))
-  batch = jax.eval_shape(
-    lambda: helpers.random_batch(prompt_lengths=(20,), answer_lengths=(5,))
-  )
+  batch = helpers.random_batch(prompt_lengths=(20,), answer_lengths=(5,))
   with pytest.raises(ValueError, match='20 tokens .* 5 make 25 .* has 24'):
     jax.eval_shape(
       lambda p, b: module.apply({'params': p}, b, deterministic=True),
       params,
       batch,
     )
+  generator = generate.Generator(
+    module, max_decode_len=5, ids=decode.Ids(0, 1, 0)
+  )
   with pytest.raises(ValueError, match='20 tokens .* 5 make 25 .* has 24'):
-    jax.eval_shape(
-      lambda p, b: module.apply(
-        {'params': p}, b, max_decode_len=5, method='prefill'
-      ),
-      params,
-      batch,
-    )
+    generator.start(params, batch)
 
 
 def test_a_prompt_alone_beyond_the_position_table_is_refused():

@@ -18,7 +18,6 @@ from jax.sharding import PartitionSpec
 
 from l2s_jax import (
   checkpoint,
-  decode,
   optim,
   parameters,
   partition,
@@ -133,18 +132,12 @@ def train_on(
     checkpointer = checkpoint.Checkpointer(run_dir)
     checkpointer.save(state, {'batches': NUM_STEPS})
     checkpointer.close()
-    generator = decode.Generator(
+    tokens = helpers.generate(
       system.module,
-      system.writer,
-      system.writer_name,
-      max_decode_len=helpers.ANSWER_LENGTH,
-      start_id=0,
-      eos_id=1,
-      pad_id=0,
-    )
-    tokens = generator(
       state_lib.merge(frozen, state.trainable),
       partition.put_batch(batch_of_eight(module, 0), mesh),
+      max_decode_len=helpers.ANSWER_LENGTH,
+      eos_id=1,
     )
   return Run(layout, state, losses, np.asarray(tokens))
 

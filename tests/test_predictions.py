@@ -33,6 +33,17 @@ def test_a_record_has_the_columns_and_the_answer():
   ]
 
 
+def test_a_record_has_what_else_was_asked_for_in_the_place_of_its_columns():
+  row = {'prompt': 'a', 'score': 1, 'scores': 2}
+  assert predictions.answered(row, 'A', True, score=-0.5) == {
+    'prompt': 'a',
+    'score': -0.5,
+    'scores': 2,
+    'prediction': 'A',
+    'prompt_truncated': True,
+  }
+
+
 def test_a_file_cut_at_any_byte_is_completed_as_if_it_were_not(tmp_path):
   path = tmp_path / 'predictions.jsonl'
   partial = tmp_path / 'predictions.jsonl.partial'

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from l2s_jax import decode, parameters, partition, weights
+from l2s_jax import parameters, partition, weights
 from l2s_jax.models import l2s
 
 NUM_TOKENS = 48
@@ -132,15 +132,12 @@ def test_a_story_goes_on_as_it_is_known_from_wherever_one_begins(stories):
   start_id = ids[3]
   begun = [i for i, token in enumerate(ids[:-NUM_TOKENS]) if token == start_id]
   assert len(begun) > 2
-  generator = decode.Generator(
+  found = helpers.generate(
     model,
-    model,
-    None,
+    params,
+    prompts([ids[:i] for i in begun]),
     max_decode_len=NUM_TOKENS,
     start_id=start_id,
-    eos_id=-1,
-    pad_id=0,
   )
-  found = generator(params, prompts([ids[:i] for i in begun]))
   known = [ids[i + 1 : i + 1 + NUM_TOKENS] for i in begun]
   np.testing.assert_array_equal(found, known)

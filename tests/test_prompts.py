@@ -86,6 +86,23 @@ def test_bad_lines_stand_where_they_were(tmp_path):
     list(prompts.refusing(lambda: iter([first, *bad]))())
 
 
+def test_a_column_of_lengths_is_numbers_in_json_and_in_text(tmp_path):
+  lengths = prompts.AnswerLengths('n', 9)
+  (tmp_path / 'a.tsv').write_text('prompt\tn\na\t9\nb\t10\nc\t\nd\t٣\n')
+  first, *bad = read(tmp_path / 'a.tsv', lengths=lengths)
+  assert lengths(first) == 9
+  assert [item.number for item in bad] == [3, 4, 5]
+  assert bad[0].reason == (
+    "has no integer from 1 to MAX_DECODE_LEN=9 in column 'n'"
+  )
+  (tmp_path / 'a.jsonl').write_text(
+    '{"prompt": "a", "n": 1}\n{"prompt": "a", "n": 1.5}\n{"prompt": "a"}\n'
+  )
+  first, *bad = read(tmp_path / 'a.jsonl', lengths=lengths)
+  assert lengths(first) == 1
+  assert [item.number for item in bad] == [2, 3]
+
+
 def test_standard_input_is_read_as_it_comes():
   stream = io.BytesIO(b'one\r\n \n\xff\ntwo')
   items = prompts.read_stream(stream, prompts.parse_template('to: {prompt}'))

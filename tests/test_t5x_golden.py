@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Holds our T5 to what T5X itself computes from the checkpoints it saved."""
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
 
-from l2s_jax import decode
 from l2s_jax.models import t5
 from l2s_jax.weights import t5x
 
@@ -72,9 +72,7 @@ def test_encoder_states_and_logits_are_those_of_t5x(golden):
 
 def test_greedy_tokens_are_those_of_t5x(golden):
   model, params, batch, expected = golden
-  generator = decode.Generator(
-    model, model, None, max_decode_len=16, start_id=0, eos_id=1, pad_id=0
-  )
   np.testing.assert_array_equal(
-    generator(params, batch), expected['greedy_tokens']
+    helpers.generate(model, params, batch, max_decode_len=16, eos_id=1),
+    expected['greedy_tokens'],
   )

@@ -27,26 +27,18 @@ class Attention(nn.Module):
     d, n, h = config.emb_dim, config.num_heads, config.head_dim
     k = config.kv_heads
     axes, kv_axes = ('embed', 'heads', 'kv'), ('embed', 'kv_heads', 'kv')
-    has_bias = config.use_bias or config.attention_bias != 'none'
-    bias = (1, 2) if has_bias else None
+    bias = config.use_bias or config.attention_bias != 'none'
     # T5 has no 1/sqrt(h) on logits: its initial query kernels are smaller.
-    query_fan_in = d if config.scale_attention else d * h
-    self.query = layers.Einsum(
-      'btd,dnh->bnth', (d, n, h), axes, query_fan_in, config, bias
-    )
-    self.key = layers.Einsum(
-      'btd,dkh->bkth', (d, k, h), kv_axes, d, config, bias
-    )
-    self.value = layers.Einsum(
-      'btd,dkh->bkth', (d, k, h), kv_axes, d, config, bias
-    )
-    self.out = layers.Einsum(
-      'bnth,nhd->btd',
-      (n, h, d),
+    fan_in = d if config.scale_attention else d * h
+    self.query = layers.Dense((d,), (n, h), axes, config, bias, fan_in)
+    self.key = layers.Dense((d,), (k, h), kv_axes, config, bias)
+    self.value = layers.Dense((d,), (k, h), kv_axes, config, bias)
+    self.out = layers.Dense(
+      (n, h),
+      (d,),
       ('heads', 'kv', 'embed'),
-      n * h,
       config,
-      (2,) if config.use_bias or config.attention_bias == 'all' else None,
+      config.use_bias or config.attention_bias == 'all',
     )
     if config.qk_norm:
       self.query_norm = layers.Norm(config, 'kv')
@@ -59,30 +51,39 @@ class Attention(nn.Module):
     rotation: positions.Rotation | None = None,
   ) -> cache_lib.KeyValues:
     """Returns keys, turned by their positions if these rotate, and values."""
-    key, value = self.key(inputs), self.value(inputs)
+    key, value = _by_head(self.key(inputs)), _by_head(self.value(inputs))
     if self.config.qk_norm:
       key = self.key_norm(key)
     if rotation is not None:
       key = positions.rotate(key, rotation)
-    axes = partition.axes_that_divide(
-      ('batch', 'kv_heads', 'length', 'kv'), key.shape
-    )
+    axes = ('batch', 'kv_heads', 'length', 'kv')
     return cache_lib.KeyValues(
-      nn.with_logical_constraint(key, axes),
-      nn.with_logical_constraint(value, axes),
+      partition.constrain(key, axes), partition.constrain(value, axes)
     )
 
   def __call__(
     self,
     inputs: Float[Array, 'batch query embed'],
     kv: cache_lib.KeyValues,
-    bias: Float[Array, '#batch #heads query slots'],
+    bias: Float[Array, '#prompts #heads #query keys'],
     rotation: positions.Rotation | None = None,
     *,
+    past: cache_lib.KeyValues | None = None,
     deterministic: bool,
   ) -> Float[Array, 'batch query embed']:
+    """Returns what the queries find at keys and values.
+
+    Args:
+      inputs: what queries are projected from.
+      kv: keys and values of this call.
+      bias: added to logits: of those in the cache first.
+      rotation: of the queries.
+      past: keys and values in the cache, which is read as it was before this
+        call: what is read and written in one step, XLA:CPU copies.
+      deterministic: no dropout.
+    """
     config = self.config
-    query = self.query(inputs)  # [batch, heads, query, kv]
+    query = _by_head(self.query(inputs))  # [batch, heads, query, kv]
     query = nn.with_logical_constraint(
       query, ('batch', 'heads', 'length', 'kv')
     )
@@ -93,22 +94,71 @@ class Attention(nn.Module):
     if config.scale_attention:
       query *= (config.query_pre_attn_scalar or config.head_dim) ** -0.5
 
+    shape = query.shape
+    query = _beams_to_queries(query, shape[0] // kv.key.shape[0])
     # The queries of a group, which share keys and values, stand in one row.
     # Without groups (T5) nothing moves.
     batch, n, t, h = query.shape
     k = config.kv_heads
     query = query.reshape(batch, k, -1, h)  # [batch, kv_heads, group*query, kv]
     # Softmax in float32: in bfloat16 a long row of small weights is lost.
-    logits = jnp.einsum(
-      'bkth,bksh->bkts', query, kv.key, preferred_element_type=jnp.float32
-    )
+    logits = _compare(query, kv.key)
+    if past is not None:
+      logits = jnp.concatenate([_compare(query, past.key), logits], axis=-1)
     logits = layers.softcap(logits, config.attention_softcap)
     logits = logits.reshape(batch, n, t, -1)  # [batch, heads, query, slots]
     weights = jax.nn.softmax(logits + bias).astype(inputs.dtype)
     weights = self.dropout(weights, deterministic=deterministic)
     weights = weights.reshape(batch, k, -1, weights.shape[-1])
-    outputs = jnp.einsum('bkts,bksh->bkth', weights, kv.value)
-    return self.out(outputs.reshape(batch, n, t, h))
+    if past is None:
+      outputs = _collect(weights, kv.value)
+    else:
+      old, new = jnp.split(weights, [past.key.shape[2]], axis=-1)
+      outputs = _collect(old, past.value) + _collect(new, kv.value)
+    outputs = outputs.reshape(batch, n, t, h)
+    return self.out(_by_head(_queries_to_beams(outputs, shape)))
+
+
+def _compare(
+  query: Float[Array, 'batch kv_heads query kv'],
+  key: Float[Array, 'batch kv_heads key kv'],
+) -> Float[Array, 'batch kv_heads query key']:
+  return jnp.einsum(
+    'bkth,bksh->bkts', query, key, preferred_element_type=jnp.float32
+  )
+
+
+def _collect(
+  weights: Float[Array, 'batch kv_heads query key'],
+  value: Float[Array, 'batch kv_heads key kv'],
+) -> Float[Array, 'batch kv_heads query kv']:
+  return jnp.einsum('bkts,bksh->bkth', weights, value)
+
+
+def _by_head(x: Float[Array, 'batch a b kv']) -> Float[Array, 'batch b a kv']:
+  """Swaps heads and length; for one token a row it moves nothing."""
+  return x.swapaxes(1, 2)
+
+
+def _beams_to_queries(
+  query: Float[Array, 'rows heads query kv'], num_beams: int
+) -> Float[Array, 'batch heads queries kv']:
+  """Makes the beams of a prompt, which share its keys, so many queries."""
+  if num_beams == 1:
+    return query
+  rows, n, t, h = query.shape
+  query = query.reshape(rows // num_beams, num_beams, n, t, h)
+  return query.swapaxes(1, 2).reshape(rows // num_beams, n, -1, h)
+
+
+def _queries_to_beams(
+  outputs: Float[Array, 'batch heads queries kv'], shape: tuple[int, ...]
+) -> Float[Array, 'rows heads query kv']:
+  if outputs.shape == shape:
+    return outputs
+  rows, n, t, h = shape
+  outputs = outputs.reshape(outputs.shape[0], n, -1, t, h)
+  return outputs.swapaxes(1, 2).reshape(shape)
 
 
 def segment_mask(

@@ -34,7 +34,7 @@ class DecoderOnly(language_model.LanguageModel):
 
   def encode(self, embeddings, segment_ids, *, deterministic):
     length = embeddings.shape[1]
-    self._check_length(length, 0)
+    self.check_lengths(length, 0)
     return self._read(
       embeddings, segment_ids > 0, length, deterministic=deterministic
     )
@@ -44,7 +44,7 @@ class DecoderOnly(language_model.LanguageModel):
   ):
     answer = self.embed(batch['decoder_input_tokens'])
     prompt_length = prompt_embeddings.shape[1]
-    self._check_length(prompt_length, answer.shape[1])
+    self.check_lengths(prompt_length, answer.shape[1])
     valid = jnp.concatenate(
       [prompt_segment_ids > 0, batch['decoder_segment_ids'] > 0], axis=1
     )  # [batch, prompt + length]
@@ -54,46 +54,32 @@ class DecoderOnly(language_model.LanguageModel):
     )
     return self.logits_dense(states[:, prompt_length:], self.token_embedder)
 
-  def start(self, prompt_embeddings, prompt_segment_ids, *, max_decode_len):
+  def start(self, prompt_embeddings, prompt_segment_ids, *, num_slots):
     batch_size, prompt_length = prompt_segment_ids.shape
-    self._check_length(prompt_length, max_decode_len)
-    cache = cache_lib.empty(
-      self.config, batch_size, prompt_length + max_decode_len
-    )
-    slot = cache.slot
-    cache = cache_lib.advance(cache, prompt_segment_ids > 0)
-    slot_positions = positions.count_tokens(cache.valid)
+    valid = prompt_segment_ids > 0
+    token_positions = positions.count_tokens(valid)
     context = self.decoder.context(
-      self._mask(cache.valid, prompt_length, prompt_length),
-      slot_positions[:, :prompt_length],
-      slot_positions,
-      slot=slot,
+      self._mask(valid, prompt_length), token_positions, token_positions
     )
-    _, kv = self.decoder(
-      self._add_positions(prompt_embeddings, slot_positions[:, :prompt_length]),
-      context,
-      kv=cache.kv,
-      deterministic=True,
+    states, kv = self.decoder.extend(
+      self._add_positions(prompt_embeddings, token_positions), context
     )
-    return cache.replace(kv=kv)
+    cache = cache_lib.empty(self.config, batch_size, prompt_length + num_slots)
+    return cache_lib.append(cache, kv, valid, after=states)
 
-  def decode_step(self, token, cache):
-    position, slot = cache.position[:, None], cache.slot
-    cache = cache_lib.advance(cache, jnp.ones((token.shape[0], 1), bool))
+  def extend(self, tokens, cache):
+    num_read = cache.valid.sum(1, keepdims=True, dtype=jnp.int32)
+    new = num_read + jnp.arange(tokens.shape[1])
+    slots = positions.count_tokens(cache.valid)
     context = self.decoder.context(
-      cache.valid[:, None, None],
-      position,
-      positions.count_tokens(cache.valid),
-      slot=slot,
+      cache.mask(tokens.shape[1]), new, jnp.concatenate([slots, new], axis=1)
     )
-    states, kv = self.decoder(
-      self._add_positions(self.embed(token[:, None]), position),
-      context,
-      kv=cache.kv,
-      deterministic=True,
+    states, kv = self.decoder.extend(
+      self._add_positions(self.embed(tokens), new), context, cache
     )
     logits = self.logits_dense(states, self.token_embedder)
-    return logits[:, 0], cache.replace(kv=kv)
+    valid = jnp.ones(tokens.shape, bool)
+    return logits, cache_lib.append(cache, kv, valid, after=states)
 
   def _read(
     self,
@@ -104,26 +90,24 @@ class DecoderOnly(language_model.LanguageModel):
     deterministic: bool,
   ) -> Float[Array, 'batch length embed']:
     """Returns the states of a whole sequence, without a cache."""
-    length = embeddings.shape[1]
     token_positions = positions.count_tokens(valid)
     context = self.decoder.context(
-      self._mask(valid, length, prefix), token_positions, token_positions
+      self._mask(valid, prefix), token_positions, token_positions
     )
-    states, _ = self.decoder(
+    return self.decoder(
       self._add_positions(embeddings, token_positions),
       context,
       deterministic=deterministic,
     )
-    return states
 
   def _mask(
-    self, valid: Bool[Array, 'batch slots'], num_queries: int, prefix: int
-  ) -> Bool[Array, 'batch 1 query slots']:
-    """Hides padding and what comes after each of the first queries."""
-    num_slots = valid.shape[1]
-    mask = jnp.tril(jnp.ones((num_queries, num_slots), bool))
+    self, valid: Bool[Array, 'batch length'], prefix: int
+  ) -> Bool[Array, 'batch 1 length length']:
+    """Hides padding and what comes after each token."""
+    length = valid.shape[1]
+    mask = jnp.tril(jnp.ones((length, length), bool))
     if self.config.bidirectional_prefix:
-      mask |= jnp.arange(num_slots) < prefix
+      mask |= jnp.arange(length) < prefix
     return mask[None, None] & valid[:, None, None]
 
   def _add_positions(
@@ -133,12 +117,14 @@ class DecoderOnly(language_model.LanguageModel):
   ) -> Float[Array, 'batch length embed']:
     if self.config.positions != 'learned':
       return embeddings
+    # Drafts may run ahead of the table, where what is read means nothing but,
+    # in the cache, must be finite.
+    last = self.config.max_positions - 1
     return embeddings + self.position_embedder(
-      token_positions + self.config.position_offset
+      jnp.minimum(token_positions, last) + self.config.position_offset
     )
 
-  def _check_length(self, prompt_length: int, answer_length: int) -> None:
-    """Refuses lengths beyond the table of positions."""
+  def check_lengths(self, prompt_length, answer_length):
     rows = self.config.max_positions
     if self.config.positions == 'learned' and (
       prompt_length + answer_length > rows

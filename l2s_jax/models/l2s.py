@@ -6,6 +6,9 @@
 Source: arXiv 2402.16844.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -16,13 +19,35 @@ from l2s_jax.models import cache as cache_lib
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import decoder_only, language_model, projector, t5
 
+PyTree = Any
+
 INJECTIONS = ('add', 'replace')
+# What of an encoder-decoder LLM's parameters encodes prompts.
+ENCODER = ('token_embedder', 'encoder')
 
 
 def build(
   config: config_lib.TransformerConfig, name: str | None = None
 ) -> language_model.LanguageModel:
-  """Returns the module of a language model's config."""
+  """Returns the module of a language model that writes.
+
+  Raises:
+    ValueError: if the config is that of an encoder alone.
+  """
+  if not config.has_decoder:
+    raise ValueError(
+      'TransformerConfig.num_decoder_layers=0: this is an encoder alone (as is '
+      'what is read of a T5Gemma whose decoder has another size, 9B-2B), which '
+      'writes nothing. It serves as the LLM of LLM-to-SLM (LLM_PATH); give '
+      'another model as baseline or SLM.'
+    )
+  return build_reader(config, name)
+
+
+def build_reader(
+  config: config_lib.TransformerConfig, name: str | None = None
+) -> language_model.LanguageModel:
+  """Returns the module of a language model, or of an encoder alone."""
   if config.is_encoder_decoder:
     return t5.EncoderDecoder(config, name=name)
   return decoder_only.DecoderOnly(config, name=name)
@@ -70,7 +95,7 @@ class LlmToSlm(nn.Module):
       raise ValueError(
         f'INJECTION={self.injection!r} is not one of {INJECTIONS}.'
       )
-    self.llm = build(self.llm_config)
+    self.llm = build_reader(self.llm_config)
     self.projector = projector.Projector(
       self.llm_config.emb_dim, self.slm_config
     )
@@ -89,26 +114,40 @@ class LlmToSlm(nn.Module):
     `llm_segment_ids`, is what the LLM reads in the prompt's place, and
     `llm_scale`, one number a row, multiplies Z.
     """
-    tokens = batch['encoder_input_tokens']
-    segment_ids = batch['encoder_segment_ids']
-    llm_tokens = batch.get('llm_input_tokens', tokens)
-    llm_segment_ids = batch.get('llm_segment_ids', segment_ids)
+    return self._project(*self._read(batch), batch)
 
+  def _read(
+    self, batch: language_model.Batch
+  ) -> tuple[
+    Float[Array, 'batch llm_prompt llm_embed'], Int[Array, 'batch llm_prompt']
+  ]:
+    """Returns the LLM's states and segment ids."""
+    tokens = batch.get('llm_input_tokens', batch['encoder_input_tokens'])
+    segment_ids = batch.get('llm_segment_ids', batch['encoder_segment_ids'])
     with partition.axis_rules(self.llm_rules):
       llm_states = self.llm.encode(
-        self.llm.embed(llm_tokens), llm_segment_ids, deterministic=True
+        self.llm.embed(tokens), segment_ids, deterministic=True
       )
+    return llm_states, segment_ids
+
+  def _project(
+    self,
+    llm_states: Float[Array, 'batch llm_prompt llm_embed'],
+    llm_segment_ids: Int[Array, 'batch llm_prompt'],
+    batch: language_model.Batch,
+  ) -> tuple[Float[Array, 'batch prompt embed'], Int[Array, 'batch prompt']]:
     projected = self.projector(jax.lax.stop_gradient(llm_states))
     if 'llm_scale' in batch:
       projected *= batch['llm_scale'][:, None, None].astype(projected.dtype)
-
     if self.injection == 'replace':
       embeddings = fuse(projected, llm_segment_ids > 0, None)
       return embeddings, llm_segment_ids
     embeddings = fuse(
-      projected, llm_segment_ids > 0, self._prompt_embeddings(tokens)
+      projected,
+      llm_segment_ids > 0,
+      self._prompt_embeddings(batch['encoder_input_tokens']),
     )
-    return embeddings, segment_ids
+    return embeddings, batch['encoder_segment_ids']
 
   def _prompt_embeddings(
     self, tokens: Int[Array, 'batch prompt']
@@ -129,10 +168,138 @@ class LlmToSlm(nn.Module):
     )
 
   def prefill(
-    self, batch: language_model.Batch, *, max_decode_len: int
-  ) -> cache_lib.Cache:
+    self, batch: language_model.Batch, *, num_slots: int
+  ) -> cache_lib.Cache | dict[str, cache_lib.Cache]:
     """Reads the prompts of a batch; from here on the SLM is alone."""
     embeddings, segment_ids = self.encode_prompt(batch)
-    return self.slm.start(
-      embeddings, segment_ids, max_decode_len=max_decode_len
+    return self.slm.start(embeddings, segment_ids, num_slots=num_slots)
+
+
+class DraftAndVerify(LlmToSlm):
+  """LLM-to-SLM, which drafts, with the LLM's own decoder, which verifies.
+
+  The LLM reads a prompt once, for both. What is written is the LLM's answer
+  (`speculative.py`), and so are the logits.
+  """
+
+  def __call__(
+    self, batch: language_model.Batch, *, deterministic: bool
+  ) -> Float[Array, 'batch length vocab']:
+    """Returns teacher-forced float32 logits of the LLM."""
+    # For the SLM's parameters and the lengths that it refuses.
+    super().__call__(batch, deterministic=deterministic)
+    with partition.axis_rules(self.llm_rules):
+      return self.llm(batch, deterministic=True)
+
+  def prefill(
+    self, batch: language_model.Batch, *, num_slots: int
+  ) -> dict[str, cache_lib.Cache]:
+    """Reads the prompts of a batch once, for both decoders."""
+    llm_states, llm_segment_ids = self._read(batch)
+    with partition.axis_rules(self.llm_rules):
+      llm_cache = self.llm.start_answer(
+        llm_states, llm_segment_ids, num_slots=num_slots
+      )
+    embeddings, segment_ids = self._project(llm_states, llm_segment_ids, batch)
+    slm_cache = self.slm.start(embeddings, segment_ids, num_slots=num_slots)
+    return {'llm': llm_cache, 'slm': slm_cache}
+
+  def draft(
+    self, tokens: Int[Array, 'batch length'], cache: cache_lib.Cache
+  ) -> tuple[Float[Array, 'batch length vocab'], cache_lib.Cache]:
+    """Reads tokens of the answer with the SLM."""
+    return self.slm.extend(tokens, cache)
+
+  def verify(
+    self, tokens: Int[Array, 'batch length'], cache: cache_lib.Cache
+  ) -> tuple[Float[Array, 'batch length vocab'], cache_lib.Cache]:
+    """Reads tokens of the answer with the LLM's decoder."""
+    with partition.axis_rules(self.llm_rules):
+      return self.llm.extend(tokens, cache)
+
+
+def with_verifier(module: LlmToSlm) -> DraftAndVerify:
+  """Returns the module that has the LLM's decoder, too."""
+  return DraftAndVerify(
+    module.llm_config,
+    module.slm_config,
+    module.injection,
+    module.shared_vocabulary,
+    module.llm_rules,
+  )
+
+
+def writer(
+  module: LlmToSlm | language_model.LanguageModel,
+) -> tuple[language_model.LanguageModel, str | None]:
+  """Returns the module that writes, and where its parameters are; None: all."""
+  if isinstance(module, LlmToSlm):
+    return build(module.slm_config), 'slm'
+  return module, None
+
+
+def for_generation(
+  module: LlmToSlm | language_model.LanguageModel,
+  *,
+  unstack_llm: bool = True,
+  llm_quantization: str = 'none',
+  quantization: str = 'none',
+) -> LlmToSlm | language_model.LanguageModel:
+  """Returns the module that reads what `params_for_generation` returns.
+
+  Args:
+    module: as it was trained.
+    unstack_llm: whether the frozen LLM takes part, as it must to verify. It
+      then reads prompts faster on CPU, and is in memory twice while the first
+      form is held.
+    llm_quantization: of the frozen LLM, if it takes part; see
+      `TransformerConfig.quantization`.
+    quantization: of the model that writes.
+  """
+  if not isinstance(module, LlmToSlm):
+    return module.clone(
+      config=language_model.for_generation(module.config, quantization)
     )
+  configs = {
+    'slm_config': language_model.for_generation(module.slm_config, quantization)
+  }
+  if unstack_llm or isinstance(module, DraftAndVerify):
+    configs['llm_config'] = language_model.for_generation(
+      module.llm_config, llm_quantization
+    )
+  return module.clone(**configs)
+
+
+def params_for_generation(
+  module: LlmToSlm | language_model.LanguageModel,
+  params: PyTree,
+  *,
+  consume: bool = False,
+) -> PyTree:
+  """Returns a system's parameters as generation reads them.
+
+  Args:
+    module: from `for_generation`.
+    params: as they were trained.
+    consume: whether to delete each array once it has been copied.
+  """
+  convert = functools.partial(
+    language_model.params_for_generation, consume=consume
+  )
+  if not isinstance(module, LlmToSlm):
+    return convert(module.config, params)
+  changed = {'slm': convert(module.slm_config, params['slm'])}
+  if module.llm_config.for_generation:
+    changed['llm'] = convert(module.llm_config, params['llm'])
+  return {**params, **changed}
+
+
+def writer_params(params: PyTree, name: str | None) -> PyTree:
+  """Returns the parameters of the module that writes; see `writer`."""
+  return params if name is None else params[name]
+
+
+def decoder_params(params: PyTree) -> PyTree:
+  """Returns the parameters with which `DraftAndVerify` writes."""
+  llm = {name: x for name, x in params['llm'].items() if name != 'encoder'}
+  return {'llm': llm, 'slm': params['slm']}

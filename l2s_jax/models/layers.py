@@ -7,6 +7,8 @@ f mlp, v vocab.
 """
 
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,49 +26,86 @@ _ACTIVATIONS = {
 }
 
 
-class Einsum(nn.Module):
-  """Contracts its input with a kernel whose axes have names.
+class Dense(nn.Module):
+  """Contracts the last axes of its input with a kernel whose axes have names.
 
   Attributes:
-    equation: einsum of input and kernel, such as 'btd,dnh->bnth'.
-    shape: of the kernel.
-    axes: logical names of the kernel's axes.
-    fan_in: inputs summed into one output; sets the default initial scale.
+    inputs: sizes of the axes that are contracted, the last of the input.
+    outputs: sizes of those that take their place.
+    axes: logical names of the kernel's axes, inputs first.
     config: has the initial scale and the dtype.
-    bias_axes: indices into `shape` of the bias's axes; None for no bias.
+    use_bias: whether to add a bias.
+    fan_in: sets the default initial scale; None is what the axes contracted
+      have in all.
   """
 
-  equation: str
-  shape: tuple[int, ...]
+  inputs: tuple[int, ...]
+  outputs: tuple[int, ...]
   axes: tuple[str, ...]
-  fan_in: int
   config: config_lib.TransformerConfig
-  bias_axes: tuple[int, ...] | None = None
+  use_bias: bool = False
+  fan_in: int | None = None
 
   @nn.compact
-  def __call__(self, inputs: Float[Array, '...']) -> Float[Array, '...']:
+  def __call__(
+    self, x: Float[Array, 'batch length ...']
+  ) -> Float[Array, 'batch length ...']:
     dtype = self.config.activation_dtype
-    stddev = self.config.kernel_init_stddev or self.fan_in**-0.5
+    fan_in = self.fan_in or math.prod(self.inputs)
+    stddev = self.config.kernel_init_stddev or fan_in**-0.5
     kernel = self.param(
       'kernel',
       nn.with_logical_partitioning(nn.initializers.normal(stddev), self.axes),
-      self.shape,
+      (*self.inputs, *self.outputs),
     )
-    outputs = jnp.einsum(
-      self.equation, inputs.astype(dtype), kernel.astype(dtype)
-    )
-    if self.bias_axes is not None:
+    x = contract(x.astype(dtype), kernel, self.config)
+    if self.use_bias:
       bias = self.param(
         'bias',
         nn.with_logical_partitioning(
-          nn.initializers.zeros, tuple(self.axes[i] for i in self.bias_axes)
+          nn.initializers.zeros, self.axes[len(self.inputs) :]
         ),
-        tuple(self.shape[i] for i in self.bias_axes),
+        self.outputs,
       )
-      if len(self.bias_axes) == 2:
-        bias = bias[:, None, :]  # [heads, 1, kv] beside [batch, heads, t, kv]
-      outputs += bias.astype(dtype)
-    return outputs
+      x += bias.astype(dtype)
+    return x
+
+
+def contract(
+  x: Float[Array, 'batch length ...'],
+  kernel: Float[Array, '...'] | Any,
+  config: config_lib.TransformerConfig,
+  dtype: Any = None,
+) -> Float[Array, 'batch length ...']:
+  """Returns the product of all but batch and length with as many of a kernel.
+
+  Args:
+    x: in the dtype in which to multiply.
+    kernel: float, or a QArray of Qwix, in int8.
+    config: says whether `x` is to be int8, too.
+    dtype: of the result; None is that of `x`.
+  """
+  num_contracted = x.ndim - 2
+  if isinstance(kernel, jax.Array):
+    # A product of two matrices: of an einsum over heads XLA:CPU makes one that
+    # copies the kernel first, at every token.
+    outputs = kernel.shape[num_contracted:]
+    matrix = kernel.reshape(-1, math.prod(outputs)).astype(x.dtype)
+    x = jnp.matmul(
+      x.reshape(*x.shape[:2], -1), matrix, preferred_element_type=dtype
+    )
+    return x.reshape(*x.shape[:2], *outputs)
+  import qwix
+
+  axes = tuple(range(num_contracted))
+  contracted = tuple(axis + 2 for axis in axes)
+  dtype = dtype or x.dtype
+  if config.quantization == 'int8_dynamic':
+    x = qwix.quantize(x, jnp.int8, channelwise_axes=(0, 1))
+  product = qwix.dot_general(
+    x, kernel, ((contracted, axes), ((), ())), preferred_element_type=dtype
+  )
+  return product.astype(dtype)
 
 
 class Norm(nn.Module):
@@ -173,9 +212,9 @@ class Head(nn.Module):
     self, states: Float[Array, 'batch length embed'], embedder: Embed
   ) -> Float[Array, 'batch length vocab']:
     config = self.config
-    if config.logits_via_embedding:
-      if config.scale_logits:
-        states *= config.emb_dim**-0.5
+    if config.logits_via_embedding and config.scale_logits:
+      states *= config.emb_dim**-0.5
+    if config.logits_via_embedding and not config.for_generation:
       logits = embedder.attend(states)
     else:
       stddev = config.kernel_init_stddev or config.emb_dim**-0.5
@@ -186,12 +225,7 @@ class Head(nn.Module):
         ),
         (config.emb_dim, config.vocab_size),
       )
-      logits = jnp.einsum(
-        'btd,dv->btv',
-        states,
-        kernel.astype(states.dtype),
-        preferred_element_type=jnp.float32,
-      )
+      logits = contract(states, kernel, config, jnp.float32)
     logits = softcap(logits, config.logits_softcap)
     return nn.with_logical_constraint(logits, ('batch', 'length', 'vocab'))
 
@@ -207,21 +241,21 @@ class Mlp(nn.Module):
   ) -> Float[Array, 'batch length embed']:
     config = self.config
     d, f = config.emb_dim, config.mlp_dim
-    bias_axes = (1,) if config.use_bias else None
+    use_bias = config.use_bias
     activations = config.mlp_activations
     hidden = None
     for i, activation in enumerate(activations):
       name = 'wi' if len(activations) == 1 else f'wi_{i}'
-      branch = Einsum(
-        'btd,df->btf', (d, f), ('embed', 'mlp'), d, config, bias_axes, name=name
-      )(inputs)
+      branch = Dense((d,), (f,), ('embed', 'mlp'), config, use_bias, name=name)(
+        inputs
+      )
       branch = _ACTIVATIONS[activation](branch)
       hidden = branch if hidden is None else hidden * branch
     hidden = Dropout(config.dropout_rate)(hidden, deterministic=deterministic)
     hidden = nn.with_logical_constraint(hidden, ('batch', 'length', 'mlp'))
-    return Einsum(
-      'btf,fd->btd', (f, d), ('mlp', 'embed'), f, config, bias_axes, name='wo'
-    )(hidden)
+    return Dense((f,), (d,), ('mlp', 'embed'), config, use_bias, name='wo')(
+      hidden
+    )
 
 
 class Dropout(nn.Module):

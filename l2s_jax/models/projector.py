@@ -25,13 +25,12 @@ class Projector(nn.Module):
   ) -> Float[Array, 'batch length embed']:
     d = self.slm_config.emb_dim
     hidden = from_llm(self.llm_emb_dim, self.slm_config, name='wi')(llm_states)
-    return layers.Einsum(
-      'btf,fd->btd',
-      (d, d),
+    return layers.Dense(
+      (d,),
+      (d,),
       ('mlp', 'embed'),
-      d,
       _scaled_by_fan_in(self.slm_config),
-      (1,),
+      use_bias=True,
       name='wo',
     )(nn.relu(hidden))
 
@@ -40,15 +39,14 @@ def from_llm(
   llm_emb_dim: int,
   slm_config: config_lib.TransformerConfig,
   name: str | None = None,
-) -> layers.Einsum:
+) -> layers.Dense:
   """Returns a linear layer with bias from the LLM's width to the SLM's."""
-  return layers.Einsum(
-    'bte,ed->btd',
-    (llm_emb_dim, slm_config.emb_dim),
+  return layers.Dense(
+    (llm_emb_dim,),
+    (slm_config.emb_dim,),
     ('llm_embed', 'mlp'),
-    llm_emb_dim,
     _scaled_by_fan_in(slm_config),
-    (1,),
+    use_bias=True,
     name=name,
   )
 

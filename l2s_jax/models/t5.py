@@ -39,7 +39,7 @@ class EncoderDecoder(language_model.LanguageModel):
     context = self.encoder.context(
       attention.segment_mask(segment_ids, segment_ids), positions, positions
     )
-    states, _ = self.encoder(embeddings, context, deterministic=deterministic)
+    states = self.encoder(embeddings, context, deterministic=deterministic)
     return self.dropout(states, deterministic=deterministic)
 
   def logits(
@@ -61,40 +61,49 @@ class EncoderDecoder(language_model.LanguageModel):
       ),
       encoded=encoded,
     )
-    states, _ = self.decoder(
+    states = self.decoder(
       self._answer_embedder()(tokens), context, deterministic=deterministic
     )
     return self._head(states, deterministic=deterministic)
 
-  def start(self, prompt_embeddings, prompt_segment_ids, *, max_decode_len):
+  def start(self, prompt_embeddings, prompt_segment_ids, *, num_slots):
     encoded = self.encode(
       prompt_embeddings, prompt_segment_ids, deterministic=True
     )
-    cache = cache_lib.empty(self.config, encoded.shape[0], max_decode_len)
+    return self.start_answer(encoded, prompt_segment_ids, num_slots=num_slots)
+
+  def start_answer(
+    self,
+    encoded: Float[Array, 'batch prompt embed'],
+    prompt_segment_ids: Int[Array, 'batch prompt'],
+    *,
+    num_slots: int,
+  ) -> cache_lib.Cache:
+    """Does the same where the prompt has been encoded."""
+    cache = cache_lib.empty(self.config, encoded.shape[0], num_slots)
     return cache.replace(
       cross_kv=self.decoder.project_cross(encoded),
       cross_valid=prompt_segment_ids > 0,
     )
 
-  def decode_step(self, token, cache):
-    slot = cache.slot
-    cache = cache_lib.advance(cache, jnp.ones((token.shape[0], 1), bool))
-    context = self.decoder.context(
-      cache.valid[:, None, None],
-      slot[None, None],
-      _positions(cache.valid.shape[1]),
-      cross_bias=attention.mask_bias(cache.cross_valid[:, None, None]),
-      slot=slot,
+  def extend(self, tokens, cache):
+    # All slots before the next are real: they are positions.
+    new = jnp.atleast_1d(cache.slot)[:, None] + _positions(tokens.shape[1])
+    slots = jnp.broadcast_to(
+      _positions(cache.num_slots), (new.shape[0], cache.num_slots)
     )
-    states, kv = self.decoder(
-      self._answer_embedder()(token[:, None]),
-      context,
-      kv=cache.kv,
-      cross_kv=cache.cross_kv,
-      deterministic=True,
+    context = self.decoder.context(
+      cache.mask(tokens.shape[1]),
+      new,
+      jnp.concatenate([slots, new], axis=1),
+      cross_bias=attention.mask_bias(cache.cross_valid[:, None, None]),
+    )
+    states, kv = self.decoder.extend(
+      self._answer_embedder()(tokens), context, cache
     )
     logits = self._head(states, deterministic=True)
-    return logits[:, 0], cache.replace(kv=kv)
+    valid = jnp.ones(tokens.shape, bool)
+    return logits, cache_lib.append(cache, kv, valid, after=states)
 
   def _answer_embedder(self) -> layers.Embed:
     if self.config.decoder_embedding:

@@ -16,22 +16,23 @@ from l2s_jax.models import config as config_lib
 class Context(struct.PyTreeNode):
   """What all layers of a stack share; `Stack.context` makes it.
 
+  Keys of self-attention are the slots of the cache, if any, and behind them the
+  tokens of this call.
+
   Attributes:
     self_bias: added to the logits of self-attention: mask and positions.
     cross_bias: the same for cross-attention; None without one.
     encoded: states to attend to, where cross keys are not projected yet.
-    slot: where this call's keys and values go in the cache.
     buckets: of relative positions, where each layer has a bias of its own.
     offsets: of keys from queries, where some layers have a window.
     rotation: of this call's queries and keys, where positions are rotary.
   """
 
-  self_bias: Float[Array, '#batch #heads query slots']
-  cross_bias: Float[Array, '#batch 1 query kv_length'] | None = None
+  self_bias: Float[Array, '#batch #heads query key']
+  cross_bias: Float[Array, '#prompts 1 #query kv_length'] | None = None
   encoded: Float[Array, 'batch kv_length embed'] | None = None
-  slot: Int[Array, ''] | None = None
-  buckets: Int[Array, '1 query slots'] | None = None
-  offsets: Int[Array, '#batch query slots'] | None = None
+  buckets: Int[Array, '#batch query key'] | None = None
+  offsets: Int[Array, '#batch query key'] | None = None
   rotation: positions.Rotation | None = None
 
 
@@ -59,21 +60,19 @@ class Block(nn.Module):
     if config.relpos_per_layer:
       self.relpos_bias = positions.RelativePositionBias(config)
 
-  def project_cross(self, carry, encoded):
-    return carry, self.cross_attention.project_kv(encoded)
+  def project_cross(
+    self, encoded: Float[Array, 'batch kv_length embed']
+  ) -> cache_lib.KeyValues:
+    return self.cross_attention.project_kv(encoded)
 
-  def __call__(self, carry, layer, cross_kv, context, deterministic):
-    config = self.config
-    x, kv = carry  # [batch, query, embed] and the stacked cache, or None
-
-    inputs = x
+  def __call__(self, x, layer, past, cross_kv, context, deterministic):
+    """Returns the states; in generation, keys and values of this call, too."""
+    config, inputs = self.config, x  # [batch, query, embed]
     h = self.pre_self_attention_norm(x)
     self_bias, rotation = self._positions(layer, context)
-    new_kv = self.self_attention.project_kv(h, rotation)
-    if kv is not None:
-      kv, new_kv = cache_lib.write(kv, new_kv, layer=layer, slot=context.slot)
+    kv = self.self_attention.project_kv(h, rotation)
     h = self.self_attention(
-      h, new_kv, self_bias, rotation, deterministic=deterministic
+      h, kv, self_bias, rotation, past=past, deterministic=deterministic
     )
     if config.post_norm:
       h = self.post_self_attention_norm(h)
@@ -96,7 +95,7 @@ class Block(nn.Module):
       h = self.post_mlp_norm(h)
     x += self.dropout(h, deterministic=deterministic)
     x = nn.with_logical_constraint(x, ('batch', 'length', 'embed'))
-    return (x, kv), None
+    return x, kv if config.for_generation else None
 
   def _positions(self, layer, context):
     """Returns bias and rotation of self-attention, as this layer has them.
@@ -107,7 +106,7 @@ class Block(nn.Module):
     if config.relpos_per_layer:
       bias += self.relpos_bias(context.buckets)
     period = config.global_layer_period
-    is_global = (layer + 1) % period == 0 if period else jnp.array(False)
+    is_global = jnp.asarray((layer + 1) % period == 0 if period else False)
     if config.sliding_window:
       near = positions.window_mask(context.offsets, config.sliding_window)
       bias += attention.mask_bias(near | is_global)[:, None]
@@ -133,45 +132,49 @@ class Stack(nn.Module):
 
   def setup(self):
     config = self.config
-    block: type[nn.Module] = Block
-    if config.remat == 'full':
-      block = nn.remat(
-        Block,
-        methods={'__call__': dict(static_argnums=(4,), prevent_cse=False)},
-      )
-    over_layers = dict(
-      variable_axes={'params': 0},
-      split_rngs={'params': True, 'dropout': True},
-      length=self.num_layers,
-      unroll=1 if config.scan_layers else self.num_layers,
-      metadata_params={nn.PARTITION_NAME: 'layers'},
-    )
-    methods = {
-      '__call__': dict(over_layers, in_axes=(0, 0, nn.broadcast, nn.broadcast))
-    }
-    if self.has_cross_attention:
-      methods['project_cross'] = dict(over_layers, in_axes=(nn.broadcast,))
-    self.layers = nn.scan(block, methods=methods)(
-      config, self.has_cross_attention
-    )
+    if config.for_generation:
+      self.layers: Any = [
+        Block(config, self.has_cross_attention) for _ in range(self.num_layers)
+      ]
+    else:
+      self.layers = self._scanned_blocks()
     if config.positions == 'relative' and not config.relpos_per_layer:
       self.relpos_bias = positions.RelativePositionBias(config)
     self.final_norm = layers.Norm(config)
     self.dropout = layers.Dropout(config.dropout_rate)
 
+  def _scanned_blocks(self) -> nn.Module:
+    """Returns one block that stands for all, its parameters stacked."""
+    config = self.config
+    block: type[nn.Module] = Block
+    if config.remat == 'full':
+      block = nn.remat(
+        Block,
+        methods={'__call__': dict(static_argnums=(5,), prevent_cse=False)},
+      )
+    return nn.scan(
+      block,
+      variable_axes={'params': 0},
+      split_rngs={'params': True, 'dropout': True},
+      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+      length=self.num_layers,
+      unroll=1 if config.scan_layers else self.num_layers,
+      metadata_params={nn.PARTITION_NAME: 'layers'},
+    )(config, self.has_cross_attention)
+
   def context(
     self,
-    mask: Bool[Array, '#batch 1 query slots'],
+    mask: Bool[Array, '#batch 1 query key'],
     query_positions: Int[Array, '#batch query'],
-    key_positions: Int[Array, '#batch slots'],
+    key_positions: Int[Array, '#batch key'],
     **fields: Any,
   ) -> Context:
     """Returns what layers are told of masks and positions.
 
     Args:
-      mask: which slots each query may see, windows apart.
+      mask: which keys each query may see, windows apart.
       query_positions: of the tokens that are read now.
-      key_positions: of all slots.
+      key_positions: of the cache's slots, if any, and of these tokens.
       **fields: the rest of the context.
     """
     config = self.config
@@ -196,23 +199,44 @@ class Stack(nn.Module):
 
   def project_cross(
     self, encoded: Float[Array, 'batch kv_length embed']
-  ) -> cache_lib.KeyValues:
+  ) -> tuple[cache_lib.KeyValues, ...]:
     """Projects the encoded prompt to every layer's keys and values, once."""
-    return self.layers.project_cross(None, encoded)[1]
+    return tuple(layer.project_cross(encoded) for layer in self.layers)
 
   def __call__(
     self,
     embeddings: Float[Array, 'batch query embed'],
     context: Context,
     *,
-    kv: cache_lib.KeyValues | None = None,
-    cross_kv: cache_lib.KeyValues | None = None,
     deterministic: bool,
-  ) -> tuple[Float[Array, 'batch query embed'], cache_lib.KeyValues | None]:
-    """Returns the normed states and the cache after this call."""
+  ) -> Float[Array, 'batch query embed']:
+    """Returns the normed states of whole sequences."""
+    if self.config.for_generation:
+      return self.extend(embeddings, context, deterministic=deterministic)[0]
+    x = self._begin(embeddings, deterministic=deterministic)
+    index = jnp.arange(self.num_layers)
+    x, _ = self.layers(x, index, None, None, context, deterministic)
+    return self.final_norm(x)
+
+  def extend(
+    self,
+    embeddings: Float[Array, 'batch query embed'],
+    context: Context,
+    cache: cache_lib.Cache | None = None,
+    *,
+    deterministic: bool = True,
+  ) -> tuple[Float[Array, 'batch query embed'], list[cache_lib.KeyValues]]:
+    """Returns the normed states of new tokens, and their keys and values."""
+    nothing = (None,) * self.num_layers
+    past = nothing if cache is None else cache.kv
+    cross_kv = (cache and cache.cross_kv) or nothing
+    x = self._begin(embeddings, deterministic=deterministic)
+    new = []
+    for i, layer in enumerate(self.layers):
+      x, kv = layer(x, i, past[i], cross_kv[i], context, deterministic)
+      new.append(kv)
+    return self.final_norm(x), new
+
+  def _begin(self, embeddings, *, deterministic):
     x = self.dropout(embeddings, deterministic=deterministic)
-    x = nn.with_logical_constraint(x, ('batch', 'length', 'embed'))
-    (x, kv), _ = self.layers(
-      (x, kv), jnp.arange(self.num_layers), cross_kv, context, deterministic
-    )
-    return self.final_norm(x), kv
+    return nn.with_logical_constraint(x, ('batch', 'length', 'embed'))
