@@ -105,7 +105,7 @@ class BeamSearch:
       # One beam, lest all write the same.
       live=nothing.replace(scores=nothing.scores.at[:, 0].set(0.0)),
       ended=nothing,
-      done=~prompts.has_prompt | (prompts.max_lens < 1),
+      done=prompts.have_ended,
       prompts=prompts,
       cache=cache_lib.map_rows(
         lambda rows: jnp.repeat(rows, num_beams, axis=0), cache

@@ -67,6 +67,11 @@ class Prompts(struct.PyTreeNode):
   row_keys: Key[Array, 'batch']
   max_lens: Int[Array, 'batch']
 
+  @property
+  def have_ended(self) -> Bool[Array, 'batch']:
+    """Rows to which nothing is written."""
+    return ~self.has_prompt | (self.max_lens < 1)
+
 
 @runtime_checkable  # which beartype, in tests, has to ask
 class Strategy(Protocol):
@@ -159,6 +164,20 @@ def _log_prob(
   return chosen - jax.nn.logsumexp(logits, axis=1)
 
 
+def one_answer(
+  tokens: Int[Array, 'batch steps'],
+  num_tokens: Int[Array, 'batch'],
+  log_probs: Float[Array, 'batch steps'] | None,
+) -> Answers:
+  """Returns what was written where each prompt has one answer."""
+  answers = Answers(tokens[:, None], num_tokens)
+  if log_probs is None:
+    return answers
+  return answers.replace(
+    scores=log_probs.sum(1)[:, None], log_probs=log_probs[:, None]
+  )
+
+
 def full_of_rows(value: float | int, shape: Sequence[int]) -> Array:
   """Returns one value everywhere, rows over the mesh as a batch has them.
 
@@ -196,7 +215,7 @@ class OneByOne:
       token=full_of_rows(self._ids.start, shape[:1]),
       tokens=full_of_rows(self._ids.pad, shape),
       log_probs=full_of_rows(0.0, shape) if self._decoding.log_probs else None,
-      done=~prompts.has_prompt | (prompts.max_lens < 1),
+      done=prompts.have_ended,
       prompts=prompts,
       cache=cache,
     )
@@ -205,11 +224,5 @@ class OneByOne:
     return self._step(params, state)
 
   def answers(self, state: DecodeState) -> Answers:
-    answers = Answers(
-      state.tokens[:, None], jnp.full_like(state.token, state.step)
-    )
-    if state.log_probs is None:
-      return answers
-    return answers.replace(
-      scores=state.log_probs.sum(1)[:, None], log_probs=state.log_probs[:, None]
-    )
+    num_tokens = jnp.full_like(state.token, state.step)
+    return one_answer(state.tokens, num_tokens, state.log_probs)

@@ -109,6 +109,10 @@ def _is_whole(value: Any) -> bool:
   return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def _is_whole_from(least: int) -> Callable[[Any], bool]:
+  return lambda value: _is_whole(value) and value >= least
+
+
 def _is_number(value: Any) -> bool:
   is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
   return is_real and math.isfinite(value)
@@ -123,7 +127,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
   ),
   'top_k': (
     'a whole number, at least 0 (all tokens)',
-    lambda x: _is_whole(x) and x >= 0,
+    _is_whole_from(0),
   ),
   'top_p': (
     'a number above 0, at most 1 (all tokens)',
@@ -144,11 +148,11 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
   ),
   'no_repeat_ngram_size': (
     'a whole number, at least 0 (any may repeat)',
-    lambda x: _is_whole(x) and x >= 0,
+    _is_whole_from(0),
   ),
   'min_decode_len': (
     'a whole number of tokens, at least 0',
-    lambda x: _is_whole(x) and x >= 0,
+    _is_whole_from(0),
   ),
   'stop': (
     'a list of texts, none of them empty',
@@ -156,11 +160,11 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
   ),
   'num_beams': (
     'a whole number, at least 1 (no beam search)',
-    lambda x: _is_whole(x) and x >= 1,
+    _is_whole_from(1),
   ),
   'num_answers': (
     'a whole number, at least 1',
-    lambda x: _is_whole(x) and x >= 1,
+    _is_whole_from(1),
   ),
   'length_penalty': ('a number; 0 is none', _is_number),
   'length_penalty_form': (
@@ -174,7 +178,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
   'log_probs': ('True or False', lambda x: isinstance(x, bool)),
   'draft_len': (
     'a whole number of tokens, at least 0 (no drafts)',
-    lambda x: _is_whole(x) and x >= 0,
+    _is_whole_from(0),
   ),
   **{
     name: (

@@ -158,7 +158,7 @@ class Speculative:
       num_unread=zeros + 1,
       num_rounds=zeros,
       num_accepted=zeros,
-      done=~prompts.has_prompt | (prompts.max_lens < 1),
+      done=prompts.have_ended,
       prompts=prompts,
       cache={
         name: cache_lib.rewind(of, zeros + of.slot)
@@ -226,12 +226,7 @@ class Speculative:
     )
 
   def answers(self, state: SpeculativeState) -> decode.Answers:
-    answers = decode.Answers(state.tokens[:, None], state.num_tokens)
-    if state.log_probs is None:
-      return answers
-    return answers.replace(
-      scores=state.log_probs.sum(1)[:, None], log_probs=state.log_probs[:, None]
-    )
+    return decode.one_answer(state.tokens, state.num_tokens, state.log_probs)
 
   def _draft(self, params: PyTree, state: SpeculativeState) -> Drafts:
     """Lets the SLM read what it has not, and write draft_len tokens."""
