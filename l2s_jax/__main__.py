@@ -7,6 +7,7 @@ before the command line is understood. What a verb does is its module's affair.
 """
 
 import argparse
+import contextlib
 import importlib
 import inspect
 import keyword
@@ -80,13 +81,23 @@ class Flag(NamedTuple):
 
 
 class Verb(NamedTuple):
-  """Names the function behind a verb, imported only when it is asked for."""
+  """Names the function behind a verb, imported only when it is asked for.
+
+  Attributes:
+    module: where the function is.
+    function: its name.
+    summary: of what it does.
+    example: of its arguments.
+    flags: beside those of all verbs.
+    joins: whether several processes run it together.
+  """
 
   module: str
   function: str
   summary: str
   example: str
   flags: Sequence[Flag] = ()
+  joins: bool = False
 
   @property
   def is_all_flags(self) -> bool:
@@ -110,6 +121,7 @@ VERBS: Mapping[str, Verb] = {
     '--gin.DATA_DIR=data/multi30k --gin.SLM_VOCABULARY=spiece.model '
     '--gin.LLM_PATH=runs/multi30k_llm --gin.MODEL_DIR=runs/multi30k',
     (_VERIFY,),
+    joins=True,
   ),
   'evaluate': Verb(
     'l2s_jax.evaluate',
@@ -119,6 +131,7 @@ VERBS: Mapping[str, Verb] = {
     '--gin_file=gin_configs/runs/evaluate.gin '
     '--gin.DATA_DIR=data/multi30k --gin.CHECKPOINT_PATH=runs/multi30k',
     (_VERIFY,),
+    joins=True,
   ),
   'infer': Verb(
     'l2s_jax.infer',
@@ -132,6 +145,7 @@ VERBS: Mapping[str, Verb] = {
       Flag('num_shards', int, 'into how many parts the input is divided'),
       _VERIFY,
     ),
+    joins=True,
   ),
   'benchmark': Verb(
     'l2s_jax.benchmark',
@@ -141,7 +155,26 @@ VERBS: Mapping[str, Verb] = {
     '--gin_file=gin_configs/models/t5_small.gin '
     '--gin_file=gin_configs/runs/benchmark.gin '
     '--gin.LLM=%T5_LARGE --gin.SLM=%T5_SMALL --peers',
-    (Flag('peers', bool, 'time transformers and CTranslate2, too'),),
+    (
+      Flag('peers', bool, 'time other engines, too'),
+      Flag('train', bool, 'time training steps, not generation'),
+    ),
+  ),
+  'precompile': Verb(
+    'l2s_jax.precompile',
+    'precompile',
+    'compiles for TPUs that are not here: memory, collectives, time bounds',
+    '--gin_file=gin_configs/models/t5_1_1_xl.gin '
+    '--gin_file=gin_configs/models/t5_1_1_small.gin '
+    '--gin_file=gin_configs/meshes/data_fsdp_tensor.gin '
+    '--gin_file=gin_configs/runs/precompile.gin '
+    '--gin.LLM=%T5_1_1_XL --gin.SLM=%T5_1_1_SMALL '
+    '--topology=v5e:2x4 --gin.FSDP=8 --gin.TENSOR=1',
+    (
+      Flag(
+        'topology', str, 'a TPU and its chips: v5e:2x4, v6e:16x16, v5p:4x4x4'
+      ),
+    ),
   ),
   'convert': Verb(
     'l2s_jax.convert',
@@ -190,6 +223,7 @@ CONFIGURABLE_MODULES = (
   'l2s_jax.evaluate',
   'l2s_jax.infer',
   'l2s_jax.benchmark',
+  'l2s_jax.precompile',
   'l2s_jax.convert',
 )
 
@@ -239,6 +273,12 @@ def main(
   else:
     logging.getLogger('absl').setLevel(logging.ERROR)
   try:
+    together = contextlib.nullcontext
+    if verbs[name].joins:
+      # Not above: SIGTERM is heeded before JAX is imported.
+      distributed = importlib.import_module('l2s_jax.distributed')
+      distributed.initialize()
+      together = distributed.together
     fn = verbs[name].load()
     for module in configurable_modules:
       importlib.import_module(module)
@@ -252,7 +292,8 @@ def main(
       for key, verb in verbs.items()
       if key != name and not verb.is_all_flags
     ]
-    _run(fn, args, bindings, given, others)
+    with together():
+      _run(fn, args, bindings, given, others)
   except (ValueError, FileNotFoundError) as error:
     if args.verbose or not _is_deliberate(error):
       raise
@@ -422,10 +463,11 @@ def _refuse(message: str, status: int = 2) -> int:
 
 def _process() -> int:
   """Runs the command line; SIGTERM means to start again until it is done."""
-  with preemption.Watcher(grace_secs=60):
-    status = main()
-  signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Nothing is left to do.
-  return status
+  try:
+    with preemption.Watcher(grace_secs=60):
+      return main()
+  finally:  # Nothing is left to do but, of several processes, to end together.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 if __name__ == '__main__':

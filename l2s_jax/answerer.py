@@ -16,6 +16,7 @@ from l2s_jax import (
   buckets,
   data,
   decode,
+  distributed,
   generate,
   partition,
   sampling,
@@ -192,7 +193,7 @@ class PromptAnswerer:
     if self._looks_for_stops:
       for _ in self._settled(writing, _STOP_PERIOD):
         pass
-    answers = jax.device_get(writing.generation.finish())
+    answers = distributed.fetch(writing.generation.finish())
     return [
       self._answer(prompt, answers, row)
       for row, prompt in enumerate(writing.prompts)
@@ -230,8 +231,9 @@ class PromptAnswerer:
     while not generation.is_over():
       answers = generation.answers()
       generation.advance(period)  # The device goes on while the host reads.
-      tokens = np.asarray(answers.tokens[:, 0])
-      sizes = np.asarray(answers.num_tokens)
+      tokens, sizes = distributed.fetch(
+        (answers.tokens[:, 0], answers.num_tokens)
+      )
       texts = [
         self._vocabulary.decode(
           tokens[row, : min(sizes[row], prompt.max_len)].tolist()

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from l2s_jax import files
+from l2s_jax import distributed, files
 from l2s_jax import state as state_lib
 
 PyTree = Any
@@ -47,6 +47,17 @@ class _KeepNewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
     ]
 
 
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, which leaves it to `preemption.py` to ask for SIGTERM.
+
+  JAX counts who asks: steps here and the checks there would be mixed up, and a
+  SIGTERM between them would be lost.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    return False
+
+
 class Checkpointer:
   """Saves and restores the state of one run."""
 
@@ -59,7 +70,7 @@ class Checkpointer:
     """
     self.folder = pathlib.Path(run_dir).absolute() / FOLDER
     self._policy = _KeepNewestAndBest(keep, best_step(run_dir))
-    self._manager = ocp.CheckpointManager(
+    self._manager = _Manager(
       self.folder,
       item_names=('params', 'optimizer', 'data'),
       options=ocp.CheckpointManagerOptions(
@@ -72,7 +83,8 @@ class Checkpointer:
     self._empty_deleted()
 
   def _empty_deleted(self) -> None:
-    shutil.rmtree(self.folder / _DELETED, ignore_errors=True)
+    if distributed.is_first():
+      shutil.rmtree(self.folder / _DELETED, ignore_errors=True)
 
   def save(self, state: state_lib.TrainState, data: dict[str, Any]) -> None:
     """Starts saving; once this returns, both may be changed or donated."""
@@ -106,10 +118,11 @@ class Checkpointer:
       return
     best = max(saved, key=lambda step: (sign * scores[step], -step))
     self._policy.best_step = best
-    files.write_json(
-      self.folder.parent / BEST,
-      {'metric': metric, 'score': scores[best], 'step': best},
-    )
+    if distributed.is_first():
+      files.write_json(
+        self.folder.parent / BEST,
+        {'metric': metric, 'score': scores[best], 'step': best},
+      )
     # What it was kept for until now may go; Orbax looks when it saves alone.
     self.wait()
     steps = self._manager.all_steps()

@@ -5,6 +5,7 @@ Nothing here imports JAX, which reads where its cache is as it is imported.
 """
 
 import contextlib
+import io
 import os
 import pathlib
 import sys
@@ -38,8 +39,13 @@ class Announcer:
     total_secs: of all programs so far, with the time to start their first run.
   """
 
-  def __init__(self):
-    """Knows of no program yet."""
+  def __init__(self, *, is_silent: bool = False):
+    """Knows of no program yet.
+
+    Args:
+      is_silent: whether to measure alone, as in all processes but one.
+    """
+    self._is_silent = is_silent
     self.total_secs = 0.0
     self._known: set[str] = set()
 
@@ -55,11 +61,12 @@ class Announcer:
       return
     self._known.add(program)
     start = time.perf_counter()
+    sink = io.StringIO() if self._is_silent else sys.stderr
     with tqdm.tqdm.external_write_mode(file=sys.stderr):
-      print(f'compiling {program} ...', end='', file=sys.stderr, flush=True)
+      print(f'compiling {program} ...', end='', file=sink, flush=True)
       try:
         yield
       finally:
         secs = time.perf_counter() - start
         self.total_secs += secs
-        print(f' {secs:.1f} s', file=sys.stderr, flush=True)
+        print(f' {secs:.1f} s', file=sink, flush=True)

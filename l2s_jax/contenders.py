@@ -476,6 +476,12 @@ def _load(
   )
 
 
+def load_params(model: Model) -> PyTree:
+  """Returns the float32 parameters of a model, as it is trained."""
+  shapes = weights.demanded(model.config, model.source.shapes())
+  return _load(model.source, shapes, shapes, 'float32')[0]
+
+
 def _our_contender(
   system: str,
   model: str,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What generation must compute and read, and how fast this machine reads.
+"""What models must compute and read, and how fast this machine reads.
 
 Formulas from the config, not measurements. FLOPs are those of matrix products
 (a product of [m, k] and [k, n] is 2mkn), of projections, attention and output
@@ -112,14 +112,14 @@ def num_params(module: Module) -> int:
   return sum(shape.size for shape in shapes_of(module).values())
 
 
-def prompt_flops(module: Module, length: int) -> Number:
+def prompt_flops(module: Module, length: Number) -> Number:
   """Returns the FLOPs of prefill of one prompt, no logits included."""
   if not isinstance(module, l2s.LlmToSlm):
     return _start_flops(module.config, length)
   if isinstance(module, l2s.DraftAndVerify):
     of_llm = _start_flops(module.llm_config, length)
   else:
-    of_llm = _encode_flops(module.llm_config, length)
+    of_llm = reading_flops(module.llm_config, length)
   return (
     of_llm
     + 2 * length * _between(module)
@@ -127,8 +127,30 @@ def prompt_flops(module: Module, length: int) -> Number:
   )
 
 
+def train_flops(
+  module: Module, prompt_length: Number, answer_length: Number
+) -> Number:
+  """Returns the FLOPs of training on one example.
+
+  Backwards costs twice as much as forwards, of what is trained. What
+  rematerialisation computes again is not counted, nor is padding.
+
+  Args:
+    module: the system's.
+    prompt_length: tokens of the prompt.
+    answer_length: those of the answer.
+  """
+  config = l2s.writer(module)[0].config
+  forward = prompt_flops(module, prompt_length) + answer_length * token_flops(
+    config, prompt_length, (answer_length + 1) / 2
+  )
+  if not isinstance(module, l2s.LlmToSlm):
+    return 3 * forward
+  return 3 * forward - 2 * reading_flops(module.llm_config, prompt_length)
+
+
 def token_flops(
-  config: config_lib.TransformerConfig, prompt_length: int, num_keys: Number
+  config: config_lib.TransformerConfig, prompt_length: Number, num_keys: Number
 ) -> Number:
   """Returns the FLOPs of one token of one row.
 
@@ -240,7 +262,10 @@ def _between(module: l2s.LlmToSlm) -> int:
   )
 
 
-def _encode_flops(config: config_lib.TransformerConfig, length: int) -> Number:
+def reading_flops(
+  config: config_lib.TransformerConfig, length: Number
+) -> Number:
+  """Returns the FLOPs of encoding a prompt, which is all a frozen LLM does."""
   stack, num_layers = 'encoder', config.num_encoder_layers
   if not config.is_encoder_decoder:
     stack, num_layers = 'decoder', config.num_decoder_layers
@@ -248,9 +273,11 @@ def _encode_flops(config: config_lib.TransformerConfig, length: int) -> Number:
   return length * (2 * kernels + _attention_flops(config, num_layers, length))
 
 
-def _start_flops(config: config_lib.TransformerConfig, length: int) -> Number:
+def _start_flops(
+  config: config_lib.TransformerConfig, length: Number
+) -> Number:
   cross_kv = _size(config, lambda p: p[-1] == 'kernel' and _is_of_cross_kv(p))
-  return _encode_flops(config, length) + 2 * length * cross_kv
+  return reading_flops(config, length) + 2 * length * cross_kv
 
 
 def _attention_flops(

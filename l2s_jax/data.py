@@ -4,7 +4,8 @@
 `encoder_input_tokens` and `encoder_segment_ids` are [batch, prompt length],
 `decoder_input_tokens`, `decoder_target_tokens`, `decoder_segment_ids` and
 `decoder_loss_weights` (float32, the others int32) [batch, answer length]. A
-segment id of 0 is padding. A short batch is filled up with copies of its last
+segment id of 0 is padding; where a row holds several examples (`packing.py`),
+they are numbered from 1. A short batch is filled up with copies of its last
 row at weight 0, never with empty rows: attention would have nothing to attend
 to, and a decode loop would wait for rows that never write an EOS.
 
@@ -21,12 +22,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from l2s_jax import tasks
+from l2s_jax import packing, tasks
 from l2s_jax.vocabularies import Vocabulary
 
 if TYPE_CHECKING:
   import seqio
+  import tensorflow as tf
 
+LengthBuckets = Sequence[Sequence[int]]
 Batch = dict[str, Int32[np.ndarray, '...'] | Float32[np.ndarray, '...']]
 
 
@@ -50,7 +53,12 @@ def prompt_batch(
     ValueError: if there are no prompts, more than `batch_size`, or an empty
       one.
   """
-  tokens, segment_ids = _pad(prompt_ids, length, pad_id)
+  tokens, segment_ids = packing.fill(
+    _cut(prompt_ids, length),
+    range(len(prompt_ids)),
+    length=length,
+    pad_id=pad_id,
+  )
   return pad_rows(
     {'encoder_input_tokens': tokens, 'encoder_segment_ids': segment_ids},
     batch_size,
@@ -84,27 +92,16 @@ def pad_and_shift(
       f'{len(prompt_ids)} prompts and {len(answer_ids)} answers; expected as '
       'many of one as of the other.'
     )
-  prompts, prompt_segments = _pad(
-    prompt_ids, task_feature_lengths['inputs'], prompt_vocabulary.pad_id
+  batch = packing.lay_out(
+    _cut(prompt_ids, task_feature_lengths['inputs']),
+    _cut(answer_ids, task_feature_lengths['targets']),
+    range(len(prompt_ids)),
+    task_feature_lengths=task_feature_lengths,
+    prompt_pad_id=prompt_vocabulary.pad_id,
+    answer_pad_id=answer_vocabulary.pad_id,
+    start_id=answer_vocabulary.start_id,
   )
-  length, pad_id = task_feature_lengths['targets'], answer_vocabulary.pad_id
-  targets, target_segments = _pad(answer_ids, length, pad_id)
-  shifted, _ = _pad(
-    [[answer_vocabulary.start_id, *ids[:length][:-1]] for ids in answer_ids],
-    length,
-    pad_id,
-  )
-  return pad_rows(
-    {
-      'encoder_input_tokens': prompts,
-      'encoder_segment_ids': prompt_segments,
-      'decoder_input_tokens': shifted,
-      'decoder_target_tokens': targets,
-      'decoder_segment_ids': target_segments,
-      'decoder_loss_weights': target_segments.astype(np.float32),
-    },
-    batch_size,
-  )
+  return pad_rows(batch, batch_size)
 
 
 def pad_rows(batch: Batch, batch_size: int | None) -> Batch:
@@ -128,23 +125,18 @@ def pad_rows(batch: Batch, batch_size: int | None) -> Batch:
   return padded
 
 
-def _pad(
-  sequences: Sequence[Sequence[int]], length: int, pad_id: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns tokens and segment ids, both [row, length] and int32."""
-  tokens = np.full((len(sequences), length), pad_id, np.int32)
-  segment_ids = np.zeros_like(tokens)
+def _cut(
+  sequences: Sequence[Sequence[int]], length: int
+) -> list[Sequence[int]]:
+  """Returns the first `length` tokens of each, which must have some."""
+  if not len(sequences):
+    raise ValueError('no sequences to make a batch of.')
   for row, ids in enumerate(sequences):
     if not len(ids):
       raise ValueError(
         f'sequence {row} is empty; append the EOS before batching.'
       )
-    size = min(len(ids), length)
-    tokens[row, :size] = ids[:size]
-    segment_ids[row, :size] = 1
-  if not len(sequences):
-    raise ValueError('no sequences to make a batch of.')
-  return tokens, segment_ids
+  return [ids[:length] for ids in sequences]
 
 
 def control_partners(prompts: Sequence[Sequence[int]]) -> list[int]:
@@ -180,7 +172,7 @@ class TaskBatches(Iterator[Batch]):
   """Batches of a task, and what was cut in making them.
 
   TensorFlow makes batches ahead; the counts are of those returned so far, from
-  `start_example` on.
+  `start_row` on.
 
   Attributes:
     num_examples: examples seen, copies that fill up a batch excluded.
@@ -205,7 +197,7 @@ class TaskBatches(Iterator[Batch]):
     batch = dict(next(self._iterator[0]))
     prompts = batch.pop('encoder_truncated')
     targets = batch.pop('decoder_truncated')
-    self.num_examples += len(prompts)
+    self.num_examples += int(batch['encoder_segment_ids'].max(axis=1).sum())
     self.num_truncated_prompts += int(prompts.sum())
     self.num_truncated_targets += int(targets.sum())
     return pad_rows(batch, self._batch_size)
@@ -218,7 +210,9 @@ def train_batches(
   batch_size: int,
   seed: int,
   split: str = 'train',
-  start_example: int = 0,
+  pack: bool = False,
+  length_buckets: LengthBuckets = (),
+  start_row: int = 0,
   num_epochs: int | None = None,
 ) -> TaskBatches:
   """Returns shuffled batches, the same for the same arguments.
@@ -228,25 +222,35 @@ def train_batches(
   epochs, and an incomplete last one is dropped. Randomness in the task's own
   preprocessors is the same in every epoch, unless it is in a mixture.
 
+  Padding costs as much as what is trained on. There is less of it with `pack`,
+  where a row holds as many examples as fit, or with `length_buckets`, where the
+  examples of a batch are of like length; one that is rare waits until its batch
+  is full.
+
   Args:
     task: from `tasks.bind`.
     task_feature_lengths: `inputs` and `targets`, in tokens; longer is cut.
-    batch_size: over all devices.
+    batch_size: rows, over all devices.
     seed: of the order.
-    start_example: how many examples to pass over: those that follow in an
-      uninterrupted run come first, whatever the source and the tokenizer. The
-      first batch waits until all of them have been read, shuffled and tokenized
-      again: on two busy cores 7,000 short sentences a second with T5's
-      SentencePiece model, 3,500 with GPT-2's tokenizer.
+    split: `train`, or another.
+    pack: whether a row holds several examples, for encoder-decoders.
+    length_buckets: as `bucket_lengths` takes them.
+    start_row: how many rows to pass over: those that follow in an uninterrupted
+      run come first, whatever the source and the tokenizer. The first batch
+      waits until all of them have been read, shuffled and tokenized again: on
+      two busy cores 7,000 short sentences a second with T5's SentencePiece
+      model, 3,500 with GPT-2's tokenizer.
     num_epochs: None: without end.
 
   Raises:
-    ValueError: if the split or a length is missing, or the task is not bound.
+    ValueError: if the split or a length is missing, or the task is not bound;
+      for buckets that are none, or with a `start_row` within a batch.
   """
   from l2s_jax import features
   from l2s_jax.features import seqio, tf
 
   _check_settings(task, split, task_feature_lengths)
+  buckets = bucket_lengths(task_feature_lengths, length_buckets)
   options = {
     'sequence_length': task_feature_lengths,
     'split': split,
@@ -264,12 +268,101 @@ def train_batches(
   else:
     # Not SeqIO's num_epochs: it repeats before it shuffles, and mixes epochs.
     dataset = task.get_dataset(num_epochs=1, **options).repeat(num_epochs)
-  converter = features.make_converter(task)
-  dataset = converter(dataset.skip(start_example), task_feature_lengths)
-  dataset = dataset.batch(batch_size, drop_remainder=True)
+  converter = features.make_converter(task, pack=pack)
+  if length_buckets:
+    num_batches, rest = divmod(start_row, batch_size)
+    if rest:
+      raise ValueError(
+        f'start_row={start_row} is in the middle of a batch of {batch_size}; '
+        'with length_buckets only whole batches can be passed over.'
+      )
+    dataset = converter(dataset, task_feature_lengths)
+    dataset = _batch_by_length(dataset, buckets, batch_size).skip(num_batches)
+  else:
+    if pack:
+      dataset = converter(dataset, task_feature_lengths).skip(start_row)
+    else:  # Not converting what is passed over saves time.
+      dataset = converter(dataset.skip(start_row), task_feature_lengths)
+    dataset = dataset.batch(batch_size, drop_remainder=True)
   return TaskBatches(
     dataset.prefetch(tf.data.AUTOTUNE).as_numpy_iterator(), batch_size
   )
+
+
+def bucket_lengths(
+  task_feature_lengths: Mapping[str, int], length_buckets: LengthBuckets
+) -> list[tuple[int, int]]:
+  """Returns the lengths, of prompt and answer, that batches may have.
+
+  Args:
+    task_feature_lengths: `inputs` and `targets`, in tokens: the last bucket.
+    length_buckets: the others, such as `((16, 24), (32, 40))`. An example goes
+      to the first that has room for both its prompt and its answer.
+
+  Raises:
+    ValueError: if they do not grow.
+  """
+  last = task_feature_lengths['inputs'], task_feature_lengths['targets']
+  buckets = [*length_buckets, last]
+  are_lengths = all(
+    len(bucket) == 2
+    and all(isinstance(length, int) and length > 0 for length in bucket)
+    for bucket in buckets
+  )
+  if not are_lengths or any(
+    shorter == longer or shorter[0] > longer[0] or shorter[1] > longer[1]
+    for shorter, longer in itertools.pairwise(buckets)
+  ):
+    raise ValueError(
+      f'LENGTH_BUCKETS={length_buckets!r}: expected pairs of lengths, in '
+      'tokens of prompt and answer, none shorter than those before it and all '
+      f'below TASK_FEATURE_LENGTHS, {last}; such as ((16, 24), (32, 40)).'
+    )
+  return [(prompt, answer) for prompt, answer in buckets]
+
+
+def lengths(batch: Batch) -> tuple[int, int]:
+  """Returns the lengths of a batch's prompts and answers, with padding."""
+  prompts, answers = (
+    batch[f'{tower}_input_tokens'].shape[1] for tower in ('encoder', 'decoder')
+  )
+  return prompts, answers
+
+
+def _batch_by_length(
+  rows: 'tf.data.Dataset', buckets: Sequence[tuple[int, int]], batch_size: int
+) -> 'tf.data.Dataset':
+  """Returns batches of rows that fit the same lengths, cut to these."""
+  from l2s_jax.features import tf
+
+  def bucket_of(row):
+    size = [
+      tf.reduce_sum(row[f'{tower}_segment_ids'])
+      for tower in ('encoder', 'decoder')
+    ]
+    has_room = tf.reduce_all(tf.constant(buckets) >= size, axis=1)
+    return tf.argmax(tf.cast(has_room, tf.int32))  # The first that has.
+
+  def make_batch(bucket, rows):
+    lengths = dict(
+      zip(
+        ('encoder', 'decoder'),
+        tf.unstack(tf.constant(buckets)[bucket]),
+        strict=True,
+      )
+    )
+
+    def cut(batch):
+      return {
+        key: value[:, : lengths[key.split('_')[0]]]
+        if len(value.shape) == 2
+        else value
+        for key, value in batch.items()
+      }
+
+    return rows.batch(batch_size, drop_remainder=True).map(cut)
+
+  return rows.group_by_window(bucket_of, make_batch, window_size=batch_size)
 
 
 def eval_batches(

@@ -10,7 +10,6 @@ from typing import Any
 
 import gin
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tensorboardX
 import tqdm
@@ -18,6 +17,7 @@ import tqdm
 from l2s_jax import (
   checkpoint,
   data,
+  distributed,
   files,
   generate,
   gin_utils,
@@ -197,16 +197,14 @@ class Evaluator:
         batch = batch | {'llm_scale': np.zeros((rows,), np.float32)}
       return partition.put_batch(batch, self._mesh)
 
-    num_rows = 0  # before this batch
-
     def predict(batch: data.Batch) -> np.ndarray:
-      nonlocal num_rows
-      row_ids = num_rows + jnp.arange(len(batch['encoder_segment_ids']))
-      num_rows += len(row_ids)
-      return np.asarray(self.generator(prepared, put(batch), row_ids))
+      row_ids = batch.pop('row_ids')
+      return distributed.fetch(self.generator(prepared, put(batch), row_ids))
 
     prepared = self.generator.prepare(params)
-    folder = None if output_dir is None else pathlib.Path(output_dir) / 'eval'
+    folder = None
+    if output_dir is not None and distributed.is_first():
+      folder = pathlib.Path(output_dir) / 'eval'
     by_task = self._by_seqio.evaluate(
       predict, control=control, step=step, output_dir=folder
     )
@@ -225,7 +223,12 @@ class Evaluator:
     """Returns teacher-forced loss (nats per target token) and accuracy."""
     sums: dict[str, float] = {}
     for batch in tqdm.tqdm(
-      batches, desc='loss', unit='batch', leave=False, dynamic_ncols=True
+      batches,
+      desc='loss',
+      unit='batch',
+      leave=False,
+      dynamic_ncols=True,
+      disable=not distributed.is_first(),
     ):
       for name, value in self._loss_sums(params, batch).items():
         sums[name] = sums.get(name, 0.0) + float(value)
@@ -305,11 +308,13 @@ def evaluate(
   task = bind_task(system, mixture_or_task_name)
   if not dry_run:  # which needs no data
     check_splits(task, task_feature_lengths, evaluated=split)
-  chosen = _choose_steps(checkpoint_path, steps)
+  # The run may go on, and save, at this moment.
+  chosen = distributed.from_first(_choose_steps(checkpoint_path, steps))
 
   with (
     partition.use_mesh(device_mesh),
     partition.axis_rules(mesh_config.rules('slm')),
+    distributed.preemptible() as stop,
   ):
     layout = parameters.layout(system, device_mesh, mesh_config)
     answer_length = max(max_decode_len or 0, task_feature_lengths['targets'])
@@ -334,6 +339,7 @@ def evaluate(
       num_bootstrap_samples=num_bootstrap_samples,
     )
     _, frozen = parameters.load_frozen(system, layout, verify=verify_weights)
+    stop()
     results: dict[int, dict[str, dict[str, float]]] = {}
     folder = pathlib.Path(output_dir or checkpoint_path)
     name = f'{task.name}-{split}'
@@ -352,20 +358,23 @@ def evaluate(
       results[step] = {}
       for control in controls:
         scores = evaluator.evaluate(
-          params, step=step, output_dir=folder, control=control
+          params, step=step, output_dir=folder, control=control, stop=stop
         )
         results[step][control] = scores
         label = '' if control == 'none' else f' (Z: {control})'
         print(f'step {step}{label}: {format_scores(scores)}', flush=True)
-        _record(
-          folder / 'eval' / f'metrics-{name}.json',
-          step,
-          control,
-          scores | {'settings': settings},
-        )
+        if distributed.is_first():
+          _record(
+            folder / 'eval' / f'metrics-{name}.json',
+            step,
+            control,
+            scores | {'settings': settings},
+          )
       if set(results[step]) == set(CONTROLS):
         print(report.describe_controls(results[step]), flush=True)
-    _write_curves(folder / 'eval', name, settings)
+    if distributed.is_first():
+      _write_curves(folder / 'eval', name, settings)
+    distributed.wait_for_all('evaluate')
   return results
 
 

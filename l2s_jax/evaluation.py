@@ -18,11 +18,13 @@ import numpy as np
 import tqdm
 from jaxtyping import Int
 
-from l2s_jax import data, features, files, metrics
+from l2s_jax import buckets, data, distributed, features, files, metrics
 from l2s_jax.features import seqio, tf
 
 # The name under which SeqIO's Evaluator finds a bound task, for a moment.
 _REGISTERED_NAME = 'l2s_jax:bound'
+# Fewer are not worth the shapes that would have to be compiled.
+_FEWEST_BATCHES_TO_SORT = 8
 
 Predict = Callable[[data.Batch], Int[np.ndarray, 'batch steps']]
 
@@ -102,7 +104,9 @@ class TaskEvaluator:
   ) -> Iterator[data.Batch]:
     """Yields the split of one of `tasks` as `evaluate` predicts it.
 
-    Each example is there once, in order; the last batch is filled up.
+    Each example is there once; the last batch is filled up. Of many batches,
+    those of like prompts come together, the longest first, and have no more
+    padding than they need.
 
     Args:
       task: one of `tasks`.
@@ -110,7 +114,8 @@ class TaskEvaluator:
         example's prompt; other names change nothing.
     """
     dataset = self._evaluator.cached_model_datasets[task.name]
-    return self._batches(_stack(dataset)[1], control)
+    for _, batch in self._batches(_stack(dataset)[1], control):
+      yield batch
 
   def evaluate(
     self,
@@ -129,9 +134,10 @@ class TaskEvaluator:
     `min_references` and `max_references` of an example.
 
     Args:
-      predict: from a batch of exactly `batch_size` rows, in the order of the
-        split, to ids whose first EOS ends the answer. What it raises, such as
-        to leave, ends the evaluation before any file is written.
+      predict: from a batch of exactly `batch_size` rows, which has `row_ids`,
+        their places in the split, beside the keys of `batches`, to ids whose
+        first EOS ends the answer. What it raises, such as to leave, ends the
+        evaluation before any file is written.
       step: of the checkpoint, for the name of the file.
       control: as `batches` has it, and for the name of the file.
       output_dir: gets `<task>-<split>-<step>[-<control>].jsonl`, a line for
@@ -187,36 +193,55 @@ class TaskEvaluator:
   ) -> list[tuple[int, Int[np.ndarray, ' steps']]]:
     """Returns index and ids of each example, as SeqIO asks for."""
     indices, examples = _stack(dataset)
-    predictions: list[np.ndarray] = []
-    for batch in tqdm.tqdm(
+    predictions: list[Any] = [None] * len(indices)
+    for rows, batch in tqdm.tqdm(
       self._batches(examples, control),
       total=-(-len(indices) // self._batch_size),
       desc='decoding',
       unit='batch',
       leave=False,
       dynamic_ncols=True,
+      disable=not distributed.is_first(),
     ):
-      ids = np.asarray(predict(batch))
+      row_ids = np.resize(rows, self._batch_size).astype(np.int32)
+      ids = np.asarray(predict(batch | {'row_ids': row_ids}))
       if ids.ndim != 2 or len(ids) != self._batch_size:
         raise ValueError(
           f'predict returned shape {ids.shape}, expected '
           f'({self._batch_size}, steps).'
         )
-      predictions.extend(ids)
-    predictions = predictions[: len(indices)]  # without the copies at the end
+      for row, answer in zip(rows, ids, strict=False):  # Not the copies.
+        predictions[row] = answer
     return list(zip(indices.tolist(), predictions, strict=True))
 
   def _batches(
     self, examples: data.Batch, control: str
-  ) -> Iterator[data.Batch]:
+  ) -> Iterator[tuple[Int[np.ndarray, ' rows'], data.Batch]]:
+    """Yields places in the split, and the batch of these examples."""
     if control == 'other':
       examples = _with_partners(examples)
-    num_examples = len(examples['encoder_input_tokens'])
-    for start in range(0, num_examples, self._batch_size):
-      rows = slice(start, start + self._batch_size)
-      yield data.pad_rows(
-        {key: value[rows] for key, value in examples.items()}, self._batch_size
-      )
+    is_read = {key: not key.startswith('decoder') for key in examples}
+    sizes = np.max(
+      [
+        (value > 0).sum(axis=1)
+        for key, value in examples.items()
+        if is_read[key] and key.endswith('segment_ids')
+      ],
+      axis=0,
+    )
+    longest = self._task_feature_lengths['inputs']
+    lengths, order = [longest], np.arange(len(sizes))
+    if len(sizes) >= _FEWEST_BATCHES_TO_SORT * self._batch_size:
+      lengths = buckets.lengths(longest)
+      order = np.argsort(-sizes, kind='stable')
+    for start in range(0, len(order), self._batch_size):
+      rows = order[start : start + self._batch_size]
+      length = min(size for size in lengths if size >= sizes[rows].max())
+      batch = {
+        key: value[rows, :length] if is_read[key] else value[rows]
+        for key, value in examples.items()
+      }
+      yield rows, data.pad_rows(batch, self._batch_size)
 
   def _count_longer(self, examples: list[dict[str, Any]], key: str) -> int:
     length = self._task_feature_lengths[key]

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from l2s_jax import vocabularies
+from l2s_jax import packing, vocabularies
 
 
 @contextlib.contextmanager
@@ -361,9 +361,30 @@ class L2SFeatureConverter(seqio.FeatureConverter):
       decoder_loss_weights:  [1., 1., 1., 0.]
       encoder_truncated: 0, decoder_truncated: 0
 
-  Masks come from lengths, so that an answer may hold id 0. `*_truncated` is 1
-  where the sequence was longer than its length; it is for counting only.
+  Masks come from lengths, so that an answer may hold id 0. `*_truncated` counts
+  the row's sequences that were longer than their length.
+
+  With `pack`, a row holds as many examples as fit. The one above and
+
+      {'inputs': [6, 1], 'targets': [9],
+       'inputs_length': 2, 'targets_length': 1}
+
+  share one, in which each keeps its start token and its number:
+
+      encoder_input_tokens:  [3, 4, 1, 6, 1]
+      encoder_segment_ids:   [1, 1, 1, 2, 2]
+      decoder_input_tokens:  [8, 0, 5, 8]
+      decoder_target_tokens: [0, 5, 9, 9]
+      decoder_segment_ids:   [1, 1, 1, 2]
+      decoder_loss_weights:  [1., 1., 1., 1.]
+
+  Each example goes to the first row that has room for it, of those that are
+  filled from the same `WINDOW` examples.
   """
+
+  # Of Multi30K's captions in rows of 64 + 64 tokens, 84 % of the slots are
+  # filled from windows of 64 examples, 87 % from 1024, and no more from 4096.
+  WINDOW = 1024
 
   TASK_FEATURES = {
     'inputs': seqio.FeatureConverter.FeatureSpec(dtype=tf.int32),
@@ -397,28 +418,26 @@ class L2SFeatureConverter(seqio.FeatureConverter):
     *,
     pack: bool = False,
   ):
-    """Keeps the ids that pad and start.
-
-    Raises:
-      ValueError: if `pack`.
-    """
-    if pack:
-      raise ValueError(
-        'pack=True: several examples in one row are not supported, since a '
-        'prompt and its answer must share a row; set pack=False.'
-      )
+    """Keeps the ids that pad and start, and whether rows hold several."""
+    # SeqIO's own packing takes id 0 for padding, and cuts what has one.
     super().__init__(
       pack=False, apply_length_check=False, bos_id=answer_vocabulary.start_id
     )
+    self._shares_rows = pack
     self._prompt_pad_id = prompt_vocabulary.pad_id
     self._answer_pad_id = answer_vocabulary.pad_id
 
   def _convert_features(
     self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
   ) -> tf.data.Dataset:
-    prompt_length = task_feature_lengths['inputs']
-    answer_length = task_feature_lengths['targets']
+    convert = self._pack_rows if self._shares_rows else self._pad_rows
+    return convert(
+      ds, task_feature_lengths['inputs'], task_feature_lengths['targets']
+    )
 
+  def _pad_rows(
+    self, ds: tf.data.Dataset, prompt_length: int, answer_length: int
+  ) -> tf.data.Dataset:
     def pad(ids: tf.Tensor, length: int, pad_id: int) -> tf.Tensor:
       padded = tf.pad(ids, [[0, length - tf.size(ids)]], constant_values=pad_id)
       return tf.ensure_shape(padded, [length])
@@ -450,6 +469,63 @@ class L2SFeatureConverter(seqio.FeatureConverter):
 
     return ds.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
 
+  def _pack_rows(
+    self, ds: tf.data.Dataset, prompt_length: int, answer_length: int
+  ) -> tf.data.Dataset:
+    lengths = {'inputs': prompt_length, 'targets': answer_length}
+    shapes = self.get_model_feature_lengths(lengths)
+    specs = {
+      key: tf.TensorSpec([None, shapes[key]][: 1 + spec.rank], spec.dtype)
+      for key, spec in self.MODEL_FEATURES.items()
+    }
+
+    def pack(
+      prompt_ids: np.ndarray,
+      prompt_splits: np.ndarray,
+      answer_ids: np.ndarray,
+      answer_splits: np.ndarray,
+      *are_cut: np.ndarray,
+    ) -> list[np.ndarray]:
+      sizes = np.stack([np.diff(prompt_splits), np.diff(answer_splits)], axis=1)
+      rows = packing.first_fit(sizes, (prompt_length, answer_length))
+      batch = packing.lay_out(
+        np.split(prompt_ids, prompt_splits[1:-1]),
+        np.split(answer_ids, answer_splits[1:-1]),
+        rows,
+        task_feature_lengths=lengths,
+        prompt_pad_id=self._prompt_pad_id,
+        answer_pad_id=self._answer_pad_id,
+        start_id=self.bos_id,
+      )
+      for key, cut in zip(('encoder', 'decoder'), are_cut, strict=True):
+        batch[f'{key}_truncated'] = np.bincount(rows, cut).astype(np.int32)
+      return [batch[key] for key in specs]
+
+    def convert(window: dict[str, Any]) -> dict[str, tf.Tensor]:
+      prompts, answers = window['inputs'], window['targets']
+      arrays = tf.numpy_function(
+        pack,
+        [
+          prompts.flat_values,
+          prompts.row_splits,
+          answers.flat_values,
+          answers.row_splits,
+          window['inputs_length'] > prompt_length,
+          window['targets_length'] > answer_length,
+        ],
+        [spec.dtype for spec in specs.values()],
+        stateful=False,
+      )
+      return {
+        key: tf.ensure_shape(array, spec.shape)
+        for (key, spec), array in zip(specs.items(), arrays, strict=True)
+      }
+
+    keys = [*lengths, *(f'{key}_length' for key in lengths)]
+    ds = ds.map(lambda example: {key: example[key] for key in keys})
+    ds = ds.ragged_batch(self.WINDOW)
+    return ds.map(convert, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
+
   def get_model_feature_lengths(
     self, task_feature_lengths: Mapping[str, int]
   ) -> Mapping[str, int]:
@@ -463,8 +539,14 @@ class L2SFeatureConverter(seqio.FeatureConverter):
     }
 
 
-def make_converter(task: seqio.Task | seqio.Mixture) -> L2SFeatureConverter:
+def make_converter(
+  task: seqio.Task | seqio.Mixture, *, pack: bool = False
+) -> L2SFeatureConverter:
   """Returns the converter for the vocabularies bound to a task.
+
+  Args:
+    task: from `tasks.bind`.
+    pack: whether rows hold several examples.
 
   Raises:
     ValueError: if none of ours are.
@@ -482,4 +564,5 @@ def make_converter(task: seqio.Task | seqio.Mixture) -> L2SFeatureConverter:
   return L2SFeatureConverter(
     task.output_features['inputs'].vocabulary,
     task.output_features['targets'].vocabulary,
+    pack=pack,
   )

@@ -17,7 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from l2s_jax import beam, compilation, decode, sampling, speculative
+from l2s_jax import (
+  beam,
+  compilation,
+  decode,
+  distributed,
+  sampling,
+  speculative,
+)
 from l2s_jax.models import cache as cache_lib
 from l2s_jax.models import l2s, language_model
 
@@ -58,7 +65,7 @@ class Generator:
     self.max_decode_len = max_decode_len
     self.decoding = decoding or sampling.Decoding()
     check(self.decoding, max_decode_len)
-    self.announce = compilation.Announcer()
+    self.announce = compilation.Announcer(is_silent=not distributed.is_first())
     module = l2s.for_generation(
       module,
       unstack_llm=unstack_llm or self.decoding.llm_quantization != 'none',

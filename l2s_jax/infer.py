@@ -16,10 +16,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import gin
+import jax
 
 from l2s_jax import (
   answerer,
   checkpoint,
+  distributed,
   evaluate,
   generate,
   gin_utils,
@@ -129,6 +131,11 @@ def infer(
   folder = (
     systems.local_folder(output_dir, 'INFER_OUTPUT_DIR') if output_dir else None
   )
+  if folder is None and jax.process_count() > 1:
+    raise ValueError(
+      f'{jax.process_count()} processes write to a folder: set '
+      'INFER_OUTPUT_DIR, or start one process.'
+    )
   _check_metrics(metrics, target_column, input, folder)
   answer_lengths = _answer_lengths(max_decode_len_column, max_decode_len, input)
   is_task = input.startswith(TASK)
@@ -163,19 +170,24 @@ def infer(
   with (
     partition.use_mesh(device_mesh),
     partition.axis_rules(mesh_config.rules('slm')),
+    distributed.preemptible() as stop,
   ):
     layout = parameters.layout(system, device_mesh, mesh_config)
     parameters.check_lengths(system, layout, lengths)
     if dry_run:
       print(parameters.summary(system, layout, None, device_mesh))
       return
-    weights, step = checkpoint.params_folder(checkpoint_path, step)
+    # The run may go on, and save, at this moment.
+    chosen: int = distributed.from_first(
+      checkpoint.params_folder(checkpoint_path, step)[1]
+    )
+    weights, _ = checkpoint.params_folder(checkpoint_path, chosen)
 
     def load() -> answerer.PromptAnswerer:
       return answerer.PromptAnswerer(
         system,
         parameters.load_params(
-          system, layout, checkpoint_path, step, verify=verify_weights
+          system, layout, checkpoint_path, chosen, verify=verify_weights
         ),
         device_mesh,
         prompt_length=prompt_length,
@@ -198,18 +210,19 @@ def infer(
         'max_decode_len': max_decode_len,
         'max_decode_len_column': max_decode_len_column,
         'prompt_length': prompt_length,
-        'step': step,
+        'step': chosen,
         'template': None if is_task else template,
       }
       tally = pipeline.answer_lines(
-        load, read, survey, part, folder, settings, answer_lengths
+        load, read, survey, part, folder, settings, answer_lengths, stop
       )
   if report := tally.describe(prompt_length):
-    print(report, file=sys.stderr)
-  if metrics and folder is not None:
+    distributed.say(report)
+  if metrics and folder is not None and distributed.is_first():
     scored = predictions.write_scores(folder, part, metrics, target_column)
     for path, results in scored.items():
       print(f'{path}: {predictions.describe_scores(results)}')
+  distributed.wait_for_all('infer')
 
 
 def _check_input(input: str, bad_lines: str, part: predictions.Shard) -> None:
@@ -220,6 +233,11 @@ def _check_input(input: str, bad_lines: str, part: predictions.Shard) -> None:
       f'INFER_BAD_LINES={bad_lines!r}: expected one of {", ".join(BAD_LINES)}.'
     )
   if input == STDIN:
+    if jax.process_count() > 1:
+      raise ValueError(
+        f'INPUT={STDIN} with {jax.process_count()} processes: standard input '
+        'is read by one. Give INPUT a file, or start one process.'
+      )
     if part.count > 1:
       raise ValueError(
         f'num_shards={part.count}: standard input has no end that is known, '

@@ -11,10 +11,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import tensorboardX
 
-from l2s_jax import files
+from l2s_jax import distributed, files
 
 FILE = 'metrics.jsonl'
 _NOT_SCALARS = ('step', 'time')
@@ -39,7 +38,7 @@ class MetricWriter:
         as well.
     """
     self._jsonl = None
-    if jax.process_index():
+    if not distributed.is_first():
       return
     path = pathlib.Path(run_dir) / FILE
     kept = [

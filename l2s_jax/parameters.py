@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from l2s_jax import checkpoint, partition, systems, weights
+from l2s_jax import checkpoint, distributed, partition, systems, weights
 from l2s_jax import state as state_lib
 from l2s_jax.models import l2s
 
@@ -20,17 +20,21 @@ PyTree = Any
 
 
 def example_batch(
-  batch_size: int, prompt_length: int, answer_length: int
+  batch_size: int,
+  prompt_length: int,
+  answer_length: int,
+  sharding: jax.sharding.Sharding | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns the shapes of a training batch."""
+  """Returns the shapes of a training batch, and where its rows are."""
   prompt, answer = (batch_size, prompt_length), (batch_size, answer_length)
+  shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
   return {
-    'encoder_input_tokens': jax.ShapeDtypeStruct(prompt, np.int32),
-    'encoder_segment_ids': jax.ShapeDtypeStruct(prompt, np.int32),
-    'decoder_input_tokens': jax.ShapeDtypeStruct(answer, np.int32),
-    'decoder_target_tokens': jax.ShapeDtypeStruct(answer, np.int32),
-    'decoder_segment_ids': jax.ShapeDtypeStruct(answer, np.int32),
-    'decoder_loss_weights': jax.ShapeDtypeStruct(answer, np.float32),
+    'encoder_input_tokens': shape(prompt, np.int32),
+    'encoder_segment_ids': shape(prompt, np.int32),
+    'decoder_input_tokens': shape(answer, np.int32),
+    'decoder_target_tokens': shape(answer, np.int32),
+    'decoder_segment_ids': shape(answer, np.int32),
+    'decoder_loss_weights': shape(answer, np.float32),
   }
 
 
@@ -118,6 +122,11 @@ def load_frozen(
       f'The LLM in {system.sources["llm"]} is not the one that this run was '
       f'trained with: its fingerprint is {fingerprint[:16]}, the run has '
       f'{system.llm_fingerprint[:16]}. Set LLM_PATH to the right weights.'
+    )
+  if distributed.from_first(fingerprint) != fingerprint:
+    raise ValueError(
+      f'The LLM in {system.sources["llm"]} was not the same to all processes: '
+      'it changes, or is not shared. Start again when it is at rest.'
     )
   system = dataclasses.replace(
     system, llm_step=source.step(), llm_fingerprint=fingerprint

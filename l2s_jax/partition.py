@@ -19,9 +19,11 @@ import gin
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+MeshAxes = str | Sequence[str] | None
+Rules = tuple[tuple[str, MeshAxes], ...]
 PyTree = Any
 
 MESH_AXES = ('data', 'fsdp', 'tensor')
@@ -42,6 +44,9 @@ DEFAULT_RULES: Rules = (
   ('relpos_buckets', None),
   ('abspos_buckets', None),
 )
+# These stay whole where they do not divide: with grouped queries a model has
+# few heads of keys and values, and vocabularies have any size (GPT-2: 50257).
+MAY_STAY_WHOLE = ('kv_heads', 'vocab')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,43 +55,53 @@ class MeshConfig:
 
   Attributes:
     data: replicas of the parameters; -1 takes all devices that are left.
+      Slices of TPUs and nodes of GPUs are told apart along it first.
     fsdp: shards of the parameters along `embed`; the batch is split over it
       too.
-    tensor: shards along `heads`, `mlp` and `vocab`, and along `kv_heads`
+    tensor: shards along `heads` and `mlp`, and along `kv_heads` and `vocab`
       where these divide.
-    llm_rules: logical axis to mesh axis for the LLM.
+    llm_rules: logical axis to mesh axis, several or None, for the LLM, where
+      it is not that of `DEFAULT_RULES`: {'embed': None} shards nothing of it
+      over `fsdp`.
     slm_rules: the same for the SLM, the projector and everything else.
   """
 
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
-  llm_rules: Sequence[Sequence[Any]] = DEFAULT_RULES
-  slm_rules: Sequence[Sequence[Any]] = DEFAULT_RULES
+  llm_rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  slm_rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    for tower in ('llm', 'slm'):
-      for name, axes in self.rules(tower):
-        for axis in (axes,) if isinstance(axes, str) else axes or ():
+    for field in ('llm_rules', 'slm_rules'):
+      for name, axes in getattr(self, field).items():
+        if name not in dict(DEFAULT_RULES):
+          raise ValueError(
+            f'MeshConfig.{field} has {name!r}, which is not one of the logical '
+            f'axes {", ".join(dict(DEFAULT_RULES))}.'
+          )
+        for axis in _names(axes):
           if axis not in MESH_AXES:
             raise ValueError(
-              f'MeshConfig.{tower}_rules puts {name!r} onto {axis!r}, which is '
-              f'not one of the mesh axes {MESH_AXES}.'
+              f'MeshConfig.{field} puts {name!r} onto {axis!r}, which is not '
+              f'one of the mesh axes {MESH_AXES}.'
             )
 
   def rules(self, tower: str) -> Rules:
-    return _as_rules(self.llm_rules if tower == 'llm' else self.slm_rules)
+    """Returns the rules of the LLM ('llm') or of everything else, in order."""
+    changed = self.llm_rules if tower == 'llm' else self.slm_rules
+    return tuple(
+      (name, tuple(axes) if isinstance(axes, list) else axes)
+      for name, axes in (dict(DEFAULT_RULES) | dict(changed)).items()
+    )
 
 
 gin.external_configurable(MeshConfig, module='l2s_jax')
 
 
-def _as_rules(rules: Sequence[Sequence[Any]]) -> Rules:
-  """Returns hashable rules from the lists that a gin file may hold."""
-  return tuple(
-    (name, tuple(axes) if isinstance(axes, list) else axes)
-    for name, axes in rules
-  )
+def _names(axes: MeshAxes) -> tuple[str, ...]:
+  """Returns the mesh axes of one dimension."""
+  return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def make_mesh(
@@ -95,30 +110,94 @@ def make_mesh(
   """Makes the mesh ('data', 'fsdp', 'tensor') over all devices.
 
   Raises:
-    ValueError: if the axis sizes do not multiply to the number of devices.
+    ValueError: if the axis sizes do not multiply to the number of devices;
+      says which would.
   """
   devices = jax.devices() if devices is None else list(devices)
-  shape = [config.data, config.fsdp, config.tensor]
-  if shape.count(-1) > 1 or any(n == 0 or n < -1 for n in shape):
+  return jax.sharding.Mesh(
+    arrange(fit(config, len(devices)), devices),
+    MESH_AXES,
+    axis_types=(AxisType.Auto,) * 3,
+  )
+
+
+def fit(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
+  """Returns the shape of the mesh over so many devices.
+
+  Raises:
+    ValueError: as `make_mesh` does.
+  """
+  asked = (config.data, config.fsdp, config.tensor)
+  if asked.count(-1) > 1 or any(n == 0 or n < -1 for n in asked):
     raise ValueError(
-      f'MeshConfig has data={config.data}, fsdp={config.fsdp}, '
-      f'tensor={config.tensor}: axis sizes are positive, and at most one of '
-      'them is -1 (all devices that are left).'
+      f'MeshConfig has {_axes_text(asked)}: axis sizes are positive, and at '
+      'most one of them is -1 (all devices that are left).'
     )
-  if -1 in shape:
-    known = math.prod(n for n in shape if n != -1)
-    shape[shape.index(-1)] = max(len(devices) // known, 1)
-  if math.prod(shape) != len(devices):
-    sizes = ' x '.join(
-      f'{a}={n}' for a, n in zip(MESH_AXES, shape, strict=True)
-    )
+  shape = _nearest_shape(asked, num_devices)
+  if any(n not in (-1, size) for n, size in zip(asked, shape, strict=True)):
     raise ValueError(
-      f'The mesh {sizes} takes {math.prod(shape)} devices, but there are '
-      f'{len(devices)}. Set MeshConfig.data, .fsdp and .tensor so that they '
-      f'multiply to {len(devices)}, or leave data at -1.'
+      f'MeshConfig has {_axes_text(asked)}, which do not multiply to the '
+      f'number of devices, {num_devices}. The nearest that do are '
+      f'{_axes_text(shape)}.'
     )
-  return jax.make_mesh(
-    tuple(shape), MESH_AXES, (AxisType.Auto,) * 3, devices=devices
+  return shape
+
+
+def _axes_text(shape: Sequence[int]) -> str:
+  return ', '.join(f'{a}={n}' for a, n in zip(MESH_AXES, shape, strict=True))
+
+
+def _nearest_shape(
+  asked: tuple[int, ...], num_devices: int
+) -> tuple[int, int, int]:
+  """Returns the mesh over so many devices that is nearest to what was asked.
+
+  That is one that changes fewest axes, and those by the least factors. A -1
+  stands for any size.
+  """
+
+  def distance(shape):
+    pairs = [(n, m) for n, m in zip(asked, shape, strict=True) if n != -1]
+    num_changed = sum(n != m for n, m in pairs)
+    return num_changed, math.prod(max(n / m, m / n) for n, m in pairs)
+
+  divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+  return min(
+    (
+      (num_devices // (fsdp * tensor), fsdp, tensor)
+      for fsdp in divisors
+      for tensor in divisors
+      if num_devices % (fsdp * tensor) == 0
+    ),
+    key=distance,
+  )
+
+
+def arrange(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
+  """Returns the devices in the shape of the mesh, as their networks have it.
+
+  Neighbours along `tensor` are the nearest, then those along `fsdp`. Several
+  slices (of TPUs, or nodes of GPUs), which a slower network connects, split
+  the outermost axis that they can: over `data`, what goes between them is the
+  sum of gradients, once a step.
+
+  Args:
+    shape: of the mesh.
+    devices: as many, or what a topology has in their place.
+  """
+  num_slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  if num_slices == 1:
+    return mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
+    )
+  outer: list[int] = []
+  for size in shape:
+    outer.append(math.gcd(size, num_slices // math.prod(outer)))
+  return mesh_utils.create_hybrid_device_mesh(
+    [size // part for size, part in zip(shape, outer, strict=True)],
+    outer,
+    devices,
+    allow_split_physical_axes=True,
   )
 
 
@@ -133,10 +212,9 @@ def axes_that_divide(
   mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
   rules: Rules | None = None,
 ) -> tuple[str | None, ...]:
-  """Returns the axes, without `kv_heads` where it does not divide.
+  """Returns the axes, without those `MAY_STAY_WHOLE` that do not divide.
 
-  With grouped queries a model has fewer heads of keys and values than a mesh
-  may have devices along `tensor`; each then holds all of them, as is usual.
+  Each device then holds all of them.
 
   Args:
     axes: logical names.
@@ -147,19 +225,43 @@ def axes_that_divide(
   mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
   mesh_axes = nn.logical_to_mesh_axes(tuple(axes), rules)
 
-  def divides(size, names):
-    names = (names,) if isinstance(names, str) else names or ()
-    return size % math.prod(mesh.shape.get(name, 1) for name in names) == 0
+  def divides(size, axes):
+    return size % math.prod(mesh.shape.get(n, 1) for n in _names(axes)) == 0
 
   return tuple(
-    None if axis == 'kv_heads' and not divides(size, names) else axis
-    for axis, size, names in zip(axes, shape, mesh_axes, strict=True)
+    None if axis in MAY_STAY_WHOLE and not divides(size, onto) else axis
+    for axis, size, onto in zip(axes, shape, mesh_axes, strict=True)
   )
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
   """Pins an array, in jit, to how its axes are sharded where they divide."""
   return nn.with_logical_constraint(x, axes_that_divide(axes, x.shape))
+
+
+def constrain_lookup(x: jax.Array, table_axes: Sequence[str]) -> jax.Array:
+  """Pins what was looked up in a table to where the rows of the batch are.
+
+  Under FSDP features and rows are split over the same devices. Told of the
+  rows alone, the partitioner makes the whole batch's embeddings on every
+  device, where `data` has several; so they are first split as the features
+  are, and over what these leave as the rows are.
+
+  Args:
+    x: [batch, ..., features].
+    table_axes: logical axes of the table.
+  """
+  if not nn.get_logical_axis_rules():
+    return x
+  features = nn.logical_to_mesh_axes(tuple(table_axes))[-1]
+  rows = _names(nn.logical_to_mesh_axes(('batch',))[0])
+  left = tuple(name for name in rows if name not in _names(features))
+  if left == rows or jax.sharding.get_abstract_mesh().empty:
+    return x
+  between = (None,) * (x.ndim - 2)
+  for spec in ((left, *between, features), (rows, *between, None)):
+    x = jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+  return x
 
 
 @contextlib.contextmanager
@@ -253,17 +355,20 @@ def check_divisible(shapes: PyTree, shardings: PyTree) -> None:
   """Refuses shapes that do not divide over the mesh, all at once.
 
   Raises:
-    ValueError: lists path, shape and the axis that does not divide.
+    ValueError: lists path, shape and the mesh axis that does not divide, and
+      says how large that axis may be.
   """
   problems = []
+  sizes: dict[tuple[str, ...], list[int]] = {}  # by the mesh axes they divide
+  refused = {}  # mesh axes to the mesh
 
   def check(path, shape, sharding):
     for size, axes in zip(shape.shape, sharding.spec, strict=False):
-      if axes is None:
-        continue
-      names = (axes,) if isinstance(axes, str) else axes
+      names = _names(axes)
       ways = math.prod(sharding.mesh.shape[name] for name in names)
+      sizes.setdefault(names, []).append(size)
       if size % ways:
+        refused[names] = sharding.mesh
         problems.append(
           f'  {jax.tree_util.keystr(path, simple=True, separator="/")} '
           f'{tuple(shape.shape)}: {size} does not divide over {ways} '
@@ -272,9 +377,16 @@ def check_divisible(shapes: PyTree, shardings: PyTree) -> None:
 
   jax.tree_util.tree_map_with_path(check, shapes, shardings)
   if problems:
+    # Of the sizes in use, these and their divisors divide all.
+    largest = ', '.join(
+      f'{" x ".join(names)}={math.gcd(mesh.size, *sizes[names])}'
+      for names, mesh in refused.items()
+    )
     raise ValueError(
-      'These parameters do not divide over the mesh; change MeshConfig or its '
-      'rules:\n' + '\n'.join(problems)
+      'These parameters do not divide over the mesh:\n'
+      + '\n'.join(problems)
+      + f'\nThe largest that divides all of them, and the devices: {largest}. '
+      'Set MeshConfig to it or a divisor, or change its rules.'
     )
 
 
@@ -289,19 +401,29 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def check_batch_size(
-  batch_size: int, mesh: jax.sharding.Mesh, name: str = 'BATCH_SIZE'
+  batch_size: int,
+  mesh: jax.sharding.Mesh,
+  name: str = 'BATCH_SIZE',
+  num_microbatches: int = 1,
 ) -> None:
-  """Refuses a batch whose rows do not divide over the mesh.
+  """Refuses a batch of which some part does not divide over the mesh.
 
   Raises:
     ValueError: with the batch size, the number of shards, and what would do.
   """
   shards = mesh.shape['data'] * mesh.shape['fsdp']
-  if batch_size < 1 or batch_size % shards:
-    nearest = max(round(batch_size / shards), 1) * shards
+  unit = shards * num_microbatches
+  if batch_size < 1 or batch_size % unit:
+    parts = (
+      f' in NUM_MICROBATCHES={num_microbatches} parts'
+      if num_microbatches > 1
+      else ''
+    )
+    below = batch_size // unit * unit
+    nearest = f'{below} or {below + unit}' if below > 0 else f'{unit}'
     raise ValueError(
-      f'{name}={batch_size} does not divide over the {shards} devices of '
-      f"mesh axes 'data' and 'fsdp'; set it to a multiple of {shards}, such "
+      f'{name}={batch_size}{parts} does not divide over the {shards} devices '
+      f"of mesh axes 'data' and 'fsdp'; set it to a multiple of {unit}, such "
       f'as {nearest}.'
     )
 

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import tqdm
 
-from l2s_jax import predictions, prompts, text_files
+from l2s_jax import distributed, predictions, prompts, text_files
 from l2s_jax.answerer import Prompt, PromptAnswerer
 
 # Lines that are sorted by length together, in batches of the greatest length;
@@ -94,6 +94,7 @@ def answer(
   *,
   first_line: int = 0,
   lengths: prompts.AnswerLengths | None = None,
+  stop: Callable[[], None] = lambda: None,
 ) -> Iterator[list[predictions.Record]]:
   """Yields records in the order of the items, as many at a time as are whole.
 
@@ -105,6 +106,7 @@ def answer(
     items: to be answered.
     first_line: the first item's index in the input, from 0.
     lengths: how long each answer may be; None: all as the answerer says.
+    stop: called before each batch; raises to leave.
   """
   items = iter(items)
   running: Callable[[], list[predictions.Record]] | None = None
@@ -113,6 +115,7 @@ def answer(
     window = _Window(answerer, chunk, first_line, lengths)
     first_line += len(chunk)
     for batch in window.batches:
+      stop()
       following = window.start(batch)
       if running is not None and (records := running()):
         yield records
@@ -187,6 +190,7 @@ def answer_all(
     desc='infer',
     file=sys.stderr,
     dynamic_ncols=True,
+    disable=not distributed.is_first(),
   ) as bar:
     for records in answer(answerer, items, **options):
       yield records
@@ -195,10 +199,9 @@ def answer_all(
     compiling = answerer.generator.announce.total_secs
     rate = (total - done) / (time.perf_counter() - start - compiling)
     padding = 1 - answerer.num_tokens / max(answerer.num_slots, 1)
-    print(
+    distributed.say(
       f'{rate:.4g} prompts/s beside {compiling:.3g} s of compiling; '
-      f'{padding:.0%} of the prompts as the model read them was padding.',
-      file=sys.stderr,
+      f'{padding:.0%} of the prompts as the model read them was padding.'
     )
 
 
@@ -210,6 +213,7 @@ def answer_lines(
   folder: pathlib.Path | None,
   settings: Mapping[str, Any],
   lengths: prompts.AnswerLengths | None = None,
+  stop: Callable[[], None] = lambda: None,
 ) -> predictions.Tally:
   """Answers what is missing of a shard; returns the counts of all of it.
 
@@ -221,6 +225,7 @@ def answer_lines(
     folder: of the predictions; None: standard output.
     settings: what the answers depend on beside the input.
     lengths: how long each answer may be; None: all as the answerer says.
+    stop: called before each batch; raises to leave.
 
   Raises:
     ValueError: if the folder holds answers with other settings.
@@ -235,6 +240,7 @@ def answer_lines(
       done=done,
       first_line=lines.start + done,
       lengths=lengths,
+      stop=stop,
     )
 
   if folder is None:
@@ -249,11 +255,18 @@ def answer_lines(
     },
   )
   path = folder / part.name('predictions', '.jsonl')
-  if path.is_file():
-    print(f'{path} is whole: nothing to answer.', file=sys.stderr)
+  if distributed.from_first(path.is_file()):
+    distributed.say(f'{path} is whole: nothing to answer.')
     return predictions.count(predictions.read([path]))
+  if not distributed.is_first():  # It computes with the first, which writes.
+    done = distributed.from_first(None)
+    tally = predictions.Tally()
+    for records in answers(done) if done < len(lines) else ():
+      for record in records:
+        tally.add(record)
+    return tally
   with predictions.GrowingFile(path) as file:
-    done = file.tally.num_lines
+    done = distributed.from_first(file.tally.num_lines)
     if done:
       print(
         f'{path}: {done} of {len(lines)} lines are there; passing over them.',

@@ -5,6 +5,9 @@ Python runs a signal's handler between two instructions of the main thread,
 which may be minutes away while XLA compiles. A thread of its own hears of the
 signal at once. It lets the main thread come to its next step and save; if that
 takes too long, it saves by itself and ends the process.
+
+Of several processes none may save, or end, by itself: JAX hears of the signal
+in any of them, and they agree on where in the program all of them leave.
 """
 
 import os
@@ -41,7 +44,7 @@ class Watcher:
 
   As long as there is nothing to save, SIGTERM ends the process at once. A
   further one changes nothing. Only the main thread may handle signals: entered
-  in another, it leaves SIGTERM as it is.
+  in another, it leaves SIGTERM as it is; and so it does with `agree`.
 
   Attributes:
     save: saves the last finished step and returns when that is on disk; None
@@ -50,17 +53,26 @@ class Watcher:
     lock: held by whoever changes what `save` reads.
   """
 
-  def __init__(self, grace_secs: int | float):
+  def __init__(
+    self,
+    grace_secs: int | float,
+    agree: Callable[[int], bool] | None = None,
+  ):
     """Prepares.
 
     Args:
       grace_secs: between SIGTERM and the end that the platform puts to it.
+      agree: of several processes, which call `check` at the same places: takes
+        the number of the call, and tells whether SIGTERM has come to one of
+        them and this is where all of them leave.
     """
     self.save: Callable[[], None] | None = None
     self.lock = threading.RLock()
     self._grace_secs = grace_secs
     self._requested = threading.Event()
     self._left = threading.Event()
+    self._agree = agree
+    self._num_checks = 0
 
   @property
   def requested(self) -> bool:
@@ -69,15 +81,33 @@ class Watcher:
 
   def check(self) -> None:
     """Raises `Preempted` if SIGTERM has come."""
+    self._num_checks += 1
+    if self._agree is not None and self._agree(self._num_checks):
+      self._requested.set()
     if self.requested:
       raise Preempted
+
+  def exit_if_requested(self) -> None:
+    """Ends the process where it has nothing to save, if SIGTERM has come.
+
+    Raises:
+      SystemExit: with the status that means to start again.
+    """
+    try:
+      self.check()
+    except Preempted:
+      raise SystemExit(EXIT_CODE) from None
 
   def leave(self) -> None:
     """Says that the main thread has reacted: it saves, and ends."""
     self._left.set()
 
   def __enter__(self) -> 'Watcher':
-    self._installed = threading.current_thread() is threading.main_thread()
+    self._installed = (
+      threading.current_thread() is threading.main_thread()
+      # A handler of ours would displace the one that tells all processes.
+      and self._agree is None
+    )
     if not self._installed:
       return self
     self._reader, self._writer = socket.socketpair()

@@ -17,6 +17,7 @@ import gin
 
 from l2s_jax import (
   decode,
+  distributed,
   files,
   generate,
   partition,
@@ -141,7 +142,10 @@ class System:
 
 @gin.configurable(module='l2s_jax')
 def language_model_system(
-  tower: Tower, dropout_rate: float | None = None, dtype: str | None = None
+  tower: Tower,
+  dropout_rate: float | None = None,
+  dtype: str | None = None,
+  remat: str | None = None,
 ) -> System:
   """Returns a language model alone: the LLM or the SLM baseline.
 
@@ -150,8 +154,10 @@ def language_model_system(
     dropout_rate: in training; None keeps the config's.
     dtype: of activations, 'float32' or 'bfloat16'; None keeps the config's.
       Parameters are float32.
+    remat: what is computed again backwards, see `TransformerConfig`; None
+      keeps the config's.
   """
-  config = _with_runtime(tower.load_config(), dropout_rate, dtype)
+  config = _with_runtime(tower.load_config(), dropout_rate, dtype, remat)
   vocabulary = tower.load_vocabulary()
   check_vocabulary(vocabulary, config)
   module = l2s.build(config)
@@ -171,6 +177,7 @@ def llm_to_slm_system(
   dropout_rate: float | None = None,
   dtype: str | None = None,
   llm_dtype: str = 'float32',
+  remat: str | None = None,
 ) -> System:
   """Returns a frozen LLM's encoder, a projector, and the SLM that writes.
 
@@ -182,6 +189,8 @@ def llm_to_slm_system(
     dtype: of the SLM's activations, 'float32' or 'bfloat16'; None keeps the
       config's. Trained parameters are float32.
     llm_dtype: in which the LLM is held and run: 'float32' or 'bfloat16'.
+    remat: what of the SLM is computed again backwards, see
+      `TransformerConfig`; None keeps the config's.
 
   Raises:
     ValueError: if the LLM has no weights, or a vocabulary does not fit.
@@ -194,7 +203,7 @@ def llm_to_slm_system(
   if injection not in l2s.INJECTIONS:
     raise ValueError(f'INJECTION={injection!r} is not one of {l2s.INJECTIONS}.')
   llm_config = dataclasses.replace(llm.load_config(), dtype=llm_dtype)
-  slm_config = _with_runtime(slm.load_config(), dropout_rate, dtype)
+  slm_config = _with_runtime(slm.load_config(), dropout_rate, dtype, remat)
   llm_vocabulary, slm_vocabulary = llm.load_vocabulary(), slm.load_vocabulary()
   check_vocabulary(llm_vocabulary, llm_config)
   check_vocabulary(slm_vocabulary, slm_config)
@@ -240,8 +249,13 @@ def _with_runtime(
   config: config_lib.TransformerConfig,
   dropout_rate: float | None,
   dtype: str | None,
+  remat: str | None,
 ) -> config_lib.TransformerConfig:
-  given: dict[str, Any] = {'dropout_rate': dropout_rate, 'dtype': dtype}
+  given: dict[str, Any] = {
+    'dropout_rate': dropout_rate,
+    'dtype': dtype,
+    'remat': remat,
+  }
   return dataclasses.replace(
     config, **{name: x for name, x in given.items() if x is not None}
   )
@@ -305,7 +319,10 @@ def save(system: System, run_dir: str | pathlib.Path) -> None:
         f'{folder} holds another run. Choose another MODEL_DIR, or remove it '
         'to start again:\n' + '\n'.join(differences)
       )
-    files.write_json(path, description)
+    if distributed.is_first():
+      files.write_json(path, description)
+    return
+  if not distributed.is_first():
     return
   for name, vocabulary in (
     ('prompt', system.prompt_vocabulary),

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -21,7 +21,9 @@ import tqdm
 
 from l2s_jax import (
   checkpoint,
+  costs,
   data,
+  distributed,
   evaluate,
   files,
   gin_utils,
@@ -31,11 +33,13 @@ from l2s_jax import (
   parameters,
   partition,
   preemption,
+  profiling,
   systems,
   tasks,
 )
 from l2s_jax import progress as progress_lib
 from l2s_jax import state as state_lib
+from l2s_jax.models import l2s, language_model
 
 PyTree = Any
 
@@ -142,6 +146,8 @@ def train(
   optimizer: optim.Optimizer = gin.REQUIRED,
   mesh: partition.MeshConfig | None = None,
   num_microbatches: int = 1,
+  pack: bool = False,
+  length_buckets: data.LengthBuckets = (),
   label_smoothing: float = 0.0,
   z_loss: float = 0.0,
   eval_period: int | None = None,
@@ -154,6 +160,7 @@ def train(
   log_period: int = 50,
   seed: int = 0,
   preemption_grace_secs: int = 60,
+  profile_steps: Sequence[int] | None = None,
   verify_weights: bool = False,
   *,
   dry_run: bool = False,
@@ -170,10 +177,13 @@ def train(
     task_feature_lengths: tokens of 'inputs' (prompt) and 'targets' (answer).
     train_steps: updates in all, those of earlier starts included.
     model_dir: the run's folder. Training goes on from its newest checkpoint.
-    batch_size: examples a step, over all devices.
+    batch_size: rows a step, over all devices.
     optimizer: with its schedule.
     mesh: device mesh and axis rules; None puts all devices along `data`.
     num_microbatches: parts a batch is computed in, one after another.
+    pack: whether a row holds as many examples as fit; for encoder-decoders.
+    length_buckets: shorter lengths that a batch may have, as
+      `data.bucket_lengths` takes them. A step is compiled for each.
     label_smoothing: probability given to all tokens in equal parts.
     z_loss: weight of the squared log of the softmax's denominator.
     eval_period: steps between evaluations; None evaluates at the end.
@@ -187,6 +197,8 @@ def train(
     log_period: steps between lines in the log.
     seed: of initialisation, data order and dropout.
     preemption_grace_secs: between SIGTERM and the end of the process.
+    profile_steps: the first and the last step to trace into `profile/`, for
+      TensorBoard's profiler.
     verify_weights: compare the frozen LLM's weights with the digests that are
       kept beside them.
     dry_run: prints sizes and shardings, and stops.
@@ -199,6 +211,7 @@ def train(
     FloatingPointError: if a loss is not finite.
     SystemExit: after SIGTERM.
   """
+  began = time.time()
   gin_utils.check_positive(
     TRAIN_STEPS=train_steps,
     BATCH_SIZE=batch_size,
@@ -211,10 +224,16 @@ def train(
     eval_batch_size=eval_batch_size,
   )
   _check_best_split(best_metric, eval_split)
+  profiling.check(profile_steps)
   run_dir = systems.local_folder(model_dir, 'MODEL_DIR')
   mesh_config = mesh or partition.MeshConfig()
   device_mesh = partition.make_mesh(mesh_config)
-  _check_batch_size(batch_size, num_microbatches, device_mesh)
+  partition.check_batch_size(
+    batch_size, device_mesh, num_microbatches=num_microbatches
+  )
+  buckets = data.bucket_lengths(task_feature_lengths, length_buckets)
+  if pack:
+    _check_packing(model.module, length_buckets)
   if eval_batch_size is not None:
     partition.check_batch_size(eval_batch_size, device_mesh, 'eval_batch_size')
   system = systems.pin_llm(systems.with_rules(model, mesh_config), run_dir)
@@ -237,10 +256,13 @@ def train(
       print(parameters.summary(system, layout, transform, device_mesh))
       return {}
 
-    watcher = opened.enter_context(preemption.Watcher(preemption_grace_secs))
+    watcher = opened.enter_context(
+      distributed.watch_preemption(preemption_grace_secs)
+    )
     system, frozen = parameters.load_frozen(
       system, layout, verify=verify_weights
     )
+    watcher.exit_if_requested()
     systems.save(system, run_dir)
 
     checkpointer = opened.enter_context(
@@ -254,14 +276,24 @@ def train(
       'seed': seed,
       'task_feature_lengths': dict(task_feature_lengths),
       'optimizer': optimizer.description,
+      'pack': pack or None,
+      # Where a batch ends in the data depends on its size, too.
+      'length_buckets': {
+        'lengths': [list(bucket) for bucket in length_buckets],
+        'batch_size': batch_size,
+      }
+      if length_buckets
+      else None,
     }
     position = check_position(checkpointer.restore_data(), kind, run_dir)
     state = restore_or_create(
       system, layout, transform, device_mesh, checkpointer, seed
     )
-    step, num_examples = int(state.step), position['num_examples']
-    with files.whole(run_dir / 'config.gin') as file:
-      file.write(gin_utils.operative_config())
+    watcher.exit_if_requested()
+    step, num_rows = int(state.step), position['num_rows']
+    if distributed.is_first():
+      with files.whole(run_dir / 'config.gin') as file:
+        file.write(gin_utils.operative_config())
 
     evaluator = evaluate.Evaluator(
       system,
@@ -279,7 +311,9 @@ def train(
           task_feature_lengths=task_feature_lengths,
           batch_size=batch_size,
           seed=seed,
-          start_example=num_examples,
+          pack=pack,
+          length_buckets=length_buckets,
+          start_row=num_rows,
         )
       )
     )
@@ -293,7 +327,12 @@ def train(
         )
       )
     )
-    evaluations = metric_writer.by_step(run_dir, prefix='eval/')
+    evaluations = {
+      int(step): scores
+      for step, scores in distributed.from_first(
+        metric_writer.by_step(run_dir, prefix='eval/')
+      ).items()
+    }
     bar = opened.enter_context(_bar(run_dir, step, train_steps))
     step_fn = jax.jit(
       functools.partial(
@@ -313,28 +352,54 @@ def train(
     host_batch: data.Batch | None = None
     if step < train_steps:
       start_secs = time.perf_counter()
-      host_batch = next(batches, None)
+      with progress_lib.reminding():
+        host_batch = next(batches, None)
+        distributed.wait_for_all('the first batch')
       if host_batch is None:
         raise ValueError(
           f"task {mixture_or_task_name!r} has no examples in split 'train'."
         )
       if step:
         bar.write(
-          f'Goes on at step {step}; {num_examples} examples were passed over '
-          f'in {time.perf_counter() - start_secs:.1f} s.'
+          f'Goes on at step {step}; {num_rows} rows were passed over in '
+          f'{time.perf_counter() - start_secs:.1f} s.'
         )
       # Ahead of the loop: compilation holds no lock and enters no timing.
-      compiled_step = step_fn.lower(
-        state, frozen, partition.put_batch(host_batch, device_mesh)
-      ).compile()
-    progress = progress_lib.Progress(run_dir, position['sums'])
+      start_secs = time.perf_counter()
+      compiled_steps = {}
+      for lengths in buckets:
+        example = parameters.example_batch(
+          batch_size,
+          *lengths,
+          sharding=partition.batch_sharding(device_mesh),
+        )
+        compiled_steps[lengths] = step_fn.lower(
+          state, frozen, example
+        ).compile()
+        watcher.exit_if_requested()
+      compile_secs = time.perf_counter() - start_secs
+      bar.write(f'Compiled the training step in {compile_secs:.1f} s.')
+    profiler = opened.enter_context(
+      contextlib.closing(profiling.Profiler(run_dir, profile_steps))
+    )
+    progress = progress_lib.Progress(
+      run_dir,
+      position['sums'],
+      clock=position.get('clock') or {'began': began, 'productive_secs': 0.0},
+      example_flops=functools.partial(costs.train_flops, system.module),
+    )
 
     def save() -> None:
       with watcher.lock:
         progress.settle()
         checkpointer.save(
           state,
-          kind | {'num_examples': num_examples, 'sums': progress.sums},
+          kind
+          | {
+            'num_rows': num_rows,
+            'sums': progress.sums,
+            'clock': progress.clock(),
+          },
         )
 
     def save_and_wait() -> None:
@@ -363,18 +428,26 @@ def train(
           break
         watcher.check()
 
-        host_batch = host_batch or next(batches)
+        if host_batch is None:
+          with progress.waiting_for_data():
+            host_batch = next(batches)
+        profiler.before(step + 1)
         batch = partition.put_batch(host_batch, device_mesh)
+        compiled_step = compiled_steps[data.lengths(host_batch)]
         with watcher.lock:
           state, sums = compiled_step(state, frozen, batch)
           step += 1
-          num_examples += batch_size
+          num_rows += batch_size
           progress.add(step, sums, host_batch)
+          if profiler.is_last(step):
+            progress.settle()
+            profiler.close()
           if step % log_period == 0 or step == train_steps:
             summary = progress.summary()
             if step % log_period == 0:
               progress.restart()
             summary['train/learning_rate'] = float(optimizer.schedule(step - 1))
+            summary['train/compile_secs'] = compile_secs
             log.write(step, summary)
             bar.set_postfix_str(
               f'loss {summary["train/loss"]:.3f}, '
@@ -405,7 +478,7 @@ def check_position(
   kind: Mapping[str, Any],
   run_dir: pathlib.Path,
 ) -> Mapping[str, Any]:
-  """Returns where training goes on: 'num_examples' and 'sums'.
+  """Returns where training goes on: 'num_rows', 'sums' and 'clock'.
 
   Args:
     position: from the checkpoint; None at the start.
@@ -416,7 +489,7 @@ def check_position(
     ValueError: if that was otherwise at the checkpoint; lists the differences.
   """
   if position is None:
-    return {'num_examples': 0, 'sums': {}}
+    return {'num_rows': 0, 'sums': {}, 'clock': None}
   differences = files.differences(
     {name: position.get(name) for name in kind}, kind
   )
@@ -439,18 +512,29 @@ def _check_best_split(best_metric: str | None, eval_split: str) -> None:
     )
 
 
-def _check_batch_size(
-  batch_size: int, num_microbatches: int, mesh: jax.sharding.Mesh
+def _check_packing(
+  module: l2s.LlmToSlm | language_model.LanguageModel,
+  length_buckets: data.LengthBuckets,
 ) -> None:
-  if batch_size % num_microbatches:
+  """Refuses a model that would read the examples of a row as one text."""
+  if length_buckets:
     raise ValueError(
-      f'BATCH_SIZE={batch_size} does not divide into NUM_MICROBATCHES='
-      f'{num_microbatches}; set one to a multiple of the other.'
+      f'PACK=True and LENGTH_BUCKETS={length_buckets!r}: packed rows are all '
+      'of one length. Set PACK=False or LENGTH_BUCKETS=().'
     )
-  name = 'BATCH_SIZE'
-  if num_microbatches > 1:
-    name = f'BATCH_SIZE / NUM_MICROBATCHES ({num_microbatches})'
-  partition.check_batch_size(batch_size // num_microbatches, mesh, name)
+  if isinstance(module, l2s.LlmToSlm):
+    configs = {'the LLM': module.llm_config, 'the SLM': module.slm_config}
+  else:
+    configs = {'the model': module.config}
+  names = [
+    name for name, config in configs.items() if not config.is_encoder_decoder
+  ]
+  if names:
+    raise ValueError(
+      'PACK=True, but what is decoder-only reads a row as one text: '
+      f'{" and ".join(names)}. Set PACK=False, and LENGTH_BUCKETS to have '
+      'batches with less padding.'
+    )
 
 
 def _keep_best(
@@ -509,5 +593,5 @@ def _bar(run_dir: pathlib.Path, step: int, train_steps: int) -> tqdm.tqdm:
     desc=run_dir.name,
     unit='step',
     dynamic_ncols=True,
-    disable=jax.process_index() > 0,
+    disable=not distributed.is_first(),
   )

@@ -67,3 +67,10 @@ def vocabulary(tmp_path_factory):
   texts = [' '.join(rng.choices(letters, k=20)) for _ in range(200)]
   path = tmp_path_factory.mktemp('vocabulary') / 'spiece.model'
   return vocabularies.train_sentencepiece(texts, path, vocab_size=100)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _forget_programs():
+  """Lets go of what a file has compiled: all files' programs take gigabytes."""
+  yield
+  jax.clear_caches()

@@ -186,9 +186,7 @@ def test_batches_are_the_same_for_the_same_seed(task):
 @pytest.mark.parametrize('start', [0, 1, 4, 11])
 def test_resumed_batches_equal_uninterrupted_ones(task, start):
   whole = list(itertools.islice(train(task), 14))
-  resumed = list(
-    itertools.islice(train(task, start_example=8 * start), 14 - start)
-  )
+  resumed = list(itertools.islice(train(task, start_row=8 * start), 14 - start))
   for batch, expected in zip(resumed, whole[start:], strict=True):
     equal(batch, expected)
 
@@ -198,7 +196,7 @@ def test_mixture_resumes_too(task):
     'mixture', [(task, 1), (task.replace(name='again'), 2)]
   )
   whole = list(itertools.islice(train(mixture), 9))
-  resumed = itertools.islice(train(mixture, start_example=8 * 5), 4)
+  resumed = itertools.islice(train(mixture, start_row=8 * 5), 4)
   for batch, expected in zip(resumed, whole[5:], strict=True):
     equal(batch, expected)
 

@@ -129,7 +129,7 @@ def train(task, start_batch=0, seed=1):
     task_feature_lengths=LENGTHS,
     batch_size=BATCH_SIZE,
     seed=seed,
-    start_example=start_batch * BATCH_SIZE,
+    start_row=start_batch * BATCH_SIZE,
   )
   for batch in batches:
     yield batch, (batches.num_truncated_prompts, batches.num_truncated_targets)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from l2s_jax import (
+  buckets,
   data,
   evaluate,
   evaluation,
@@ -151,6 +152,37 @@ def test_predict_gets_full_batches_in_order(evaluator):
   assert scores['num_truncated_prompts'] == 1
   assert scores['num_without_eos'] == len(ANSWERS)
   assert scores['exact_match'] == 0
+
+
+@pytest.mark.parametrize('control', ['none', 'other'])
+def test_of_many_batches_like_prompts_come_together(
+  bind, vocabulary, monkeypatch, control
+):
+  """Without the padding that longer ones need; nothing else changes."""
+  in_order = make_evaluator(bind(vocabulary)).evaluate(
+    perfect(vocabulary), step=0
+  )
+  monkeypatch.setattr(evaluation, '_FEWEST_BATCHES_TO_SORT', 2)
+  monkeypatch.setattr(buckets, 'lengths', lambda most: range(1, most + 1))
+  batches = []
+
+  def predict(batch):
+    batches.append(batch)
+    return perfect(vocabulary)(batch)
+
+  evaluator = make_evaluator(bind(vocabulary), batch_size=2)
+  assert evaluator.evaluate(predict, step=0, control=control) == in_order
+  keys = {'encoder_input_tokens', 'llm_input_tokens'} & batches[0].keys()
+  lengths = [{batch[key].shape[1] for key in keys} for batch in batches]
+  assert all(len(found) == 1 for found in lengths)
+  flat = [length for found in lengths for length in found]
+  assert flat == sorted(flat, reverse=True) and len(set(flat)) > 1
+  places = np.concatenate([batch['row_ids'] for batch in batches])
+  assert sorted(places[: len(PROMPTS)]) == list(range(len(PROMPTS)))
+  loss_batches = evaluator.batches(evaluator.tasks[0], control)
+  weights = [batch['decoder_loss_weights'].sum() for batch in loss_batches]
+  whole = make_evaluator(bind(vocabulary)).batches(evaluator.tasks[0])
+  assert sum(weights) == sum(b['decoder_loss_weights'].sum() for b in whole)
 
 
 def test_batch_size_changes_nothing(bind, vocabulary):

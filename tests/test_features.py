@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the SeqIO boundary: vocabularies, EOS, lengths and batch keys."""
 
+import functools
 import gzip
 import subprocess
 import sys
@@ -67,18 +68,25 @@ def test_extra_ids_reach_tensorflow(vocabulary):
 
 
 def convert(example, lengths, vocabulary):
+  (row,) = convert_all([example], lengths, vocabulary)
+  return row
+
+
+def convert_all(examples, lengths, vocabulary, *, pack=False):
+  wrapped = features.wrap_vocabulary(vocabulary)
   output_features = {
-    key: seqio.Feature(features.wrap_vocabulary(vocabulary))
-    for key in ('inputs', 'targets')
+    key: seqio.Feature(wrapped) for key in ('inputs', 'targets')
   }
-  dataset = features.tokenize_and_measure(
-    tf.data.Dataset.from_tensors(example), output_features
-  )
+  datasets = [
+    features.tokenize_and_measure(
+      tf.data.Dataset.from_tensors(example), output_features
+    )
+    for example in examples
+  ]
+  dataset = functools.reduce(lambda one, two: one.concatenate(two), datasets)
   dataset = seqio.utils.trim_dataset(dataset, lengths, output_features)
-  wrapped = output_features['inputs'].vocabulary
-  converter = features.L2SFeatureConverter(wrapped, wrapped)
-  (batch,) = converter(dataset, lengths).as_numpy_iterator()
-  return batch
+  converter = features.L2SFeatureConverter(wrapped, wrapped, pack=pack)
+  return list(converter(dataset, lengths).as_numpy_iterator())
 
 
 def test_converter_makes_the_batch_keys(vocabulary):
@@ -136,10 +144,56 @@ def test_eos_is_there_once(vocabulary):
     assert batch['encoder_segment_ids'].tolist() == [1, 1, 0, 0]
 
 
-def test_packing_is_refused(vocabulary):
-  wrapped = features.wrap_vocabulary(vocabulary)
-  with pytest.raises(ValueError, match='set pack=False'):
-    features.L2SFeatureConverter(wrapped, wrapped, pack=True)
+def test_packed_examples_keep_their_starts_numbers_and_zeros(vocabulary):
+  """With the examples of the docstring, and two more."""
+  vocabulary = vocabularies.load(
+    vocabulary.path, start_id=8, pad_id=7, eos_id=9
+  )
+  examples = [
+    {'inputs': tf.constant(prompt), 'targets': tf.constant(answer)}
+    for prompt, answer in (
+      ([3, 4], [0, 5]),
+      ([0, 0, 0, 0, 0, 0], [5]),  # longer than a row
+      ([6], tf.zeros([0], tf.int32)),
+      ([0], [0, 0, 0, 0]),  # likewise
+    )
+  ]
+  lengths = {'inputs': 6, 'targets': 4}
+  rows = convert_all(examples, lengths, vocabulary, pack=True)
+  assert [{k: v.tolist() for k, v in row.items()} for row in rows] == [
+    {
+      'encoder_input_tokens': [3, 4, 9, 6, 9, 7],
+      'encoder_segment_ids': [1, 1, 1, 2, 2, 0],
+      'decoder_input_tokens': [8, 0, 5, 8],
+      'decoder_target_tokens': [0, 5, 9, 9],
+      'decoder_segment_ids': [1, 1, 1, 2],
+      'decoder_loss_weights': [1, 1, 1, 1],
+      'encoder_truncated': 0,
+      'decoder_truncated': 0,
+    },
+    {
+      'encoder_input_tokens': [0, 0, 0, 0, 0, 0],
+      'encoder_segment_ids': [1, 1, 1, 1, 1, 1],
+      'decoder_input_tokens': [8, 5, 7, 7],
+      'decoder_target_tokens': [5, 9, 7, 7],
+      'decoder_segment_ids': [1, 1, 0, 0],
+      'decoder_loss_weights': [1, 1, 0, 0],
+      'encoder_truncated': 1,
+      'decoder_truncated': 0,
+    },
+    {
+      'encoder_input_tokens': [0, 9, 7, 7, 7, 7],
+      'encoder_segment_ids': [1, 1, 0, 0, 0, 0],
+      'decoder_input_tokens': [8, 0, 0, 0],
+      'decoder_target_tokens': [0, 0, 0, 0],
+      'decoder_segment_ids': [1, 1, 1, 1],
+      'decoder_loss_weights': [1, 1, 1, 1],
+      'encoder_truncated': 0,
+      'decoder_truncated': 1,
+    },
+  ]
+  assert rows[0]['decoder_loss_weights'].dtype == np.float32
+  assert rows[0]['encoder_truncated'].dtype == np.int32
 
 
 def test_unbound_task_is_refused():

@@ -210,6 +210,54 @@ def test_gated_mlp_against_numpy():
   )
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('is_transposed', [False, True])
+def test_products_have_the_gradients_of_jax(dtype, is_transposed):
+  """Ours are formed otherwise, for speed; see `layers.multiply`."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  x = jax.random.normal(keys[0], (2, 5, 6), dtype)
+  matrix = jax.random.normal(keys[1], (6, 7), dtype)
+  matrix = matrix.T if is_transposed else matrix
+  direction = jax.random.normal(keys[2], (2, 5, 7))
+
+  def ours(x, matrix):
+    y = layers.multiply(x, matrix, jnp.float32, is_transposed)
+    return jnp.sum(y * direction)
+
+  def plain(x, matrix):
+    matrix = matrix.T if is_transposed else matrix
+    return jnp.sum((x @ matrix).astype(jnp.float32) * direction)
+
+  found = jax.value_and_grad(ours, argnums=(0, 1))(x, matrix)
+  expected = jax.value_and_grad(plain, argnums=(0, 1))(x, matrix)
+  dtypes = [[x.dtype for x in jax.tree.leaves(y)] for y in (found, expected)]
+  assert dtypes[0] == dtypes[1]
+  tolerance = 1e-5 if dtype == 'float32' else 5e-2  # 8 bits of mantissa
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      np.float32(a), np.float32(b), rtol=tolerance, atol=tolerance
+    ),
+    found,
+    expected,
+  )
+
+
+def test_dropout_keeps_what_it_expects_and_its_gradient():
+  dropout = layers.Dropout(0.25)
+  x = jnp.ones((40, 3, 50))
+
+  def apply(x):
+    return dropout.apply(
+      {}, x, deterministic=False, rngs={'dropout': jax.random.key(0)}
+    )
+
+  dropped = apply(x)
+  np.testing.assert_allclose(jnp.unique(dropped), [0, 1 / 0.75], rtol=1e-6)
+  assert abs(float(dropped.mean()) - 1) < 0.05
+  gradient = jax.grad(lambda x: apply(x).sum())(x)
+  np.testing.assert_array_equal(gradient, dropped)
+
+
 def test_dropout_draws_one_mask_for_all_positions_of_a_row():
   dropout = layers.Dropout(0.5)
   x = jnp.ones((3, 5, 64))
@@ -431,6 +479,7 @@ def test_a_prompt_alone_beyond_the_position_table_is_refused():
     ('t5_1_0', dict(mlp_activations=['tanh']), "'tanh'.*relu"),
     ('t5_1_0', dict(mlp_activations='relu'), "'r'.*relu"),
     ('t5_1_0', dict(mlp_dim=0), 'mlp_dim=0.*positive'),
+    ('t5_1_0', dict(dropout_rate=1.0), 'dropout_rate=1.0.*probability'),
     ('t5_1_0', dict(num_kv_heads=3), 'num_heads=2 .*num_kv_heads=3'),
     ('gpt2', dict(attention_bias='some'), "attention_bias='some'.*qkv"),
     ('gpt2', dict(max_positions=0), 'max_positions > 0.*got 0'),

@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 def start(folder, run, *bindings):
   """Starts the training of an SLM baseline that saves every 20 steps."""
-  arguments, environment = tiny_runs.command(
+  return tiny_runs.start(
     *tiny_runs.train_arguments(
       folder,
       'slm_baseline',
@@ -44,14 +44,6 @@ def start(folder, run, *bindings):
       "--gin.BEST_METRIC='loss'",
       *bindings,
     )
-  )
-  return subprocess.Popen(
-    arguments,
-    env=environment,
-    cwd=tiny_runs.ROOT,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
   )
 
 
@@ -102,8 +94,11 @@ def assert_same_run(found, expected):
   data = [
     checkpoint.Checkpointer(run).restore_data() for run in (found, expected)
   ]
+  for position in data:
+    assert position is not None
+    assert position.pop('clock')['began'] < time.time()
   assert data[0] == data[1]
-  assert data[0] is not None and data[0]['num_examples'] == 8 * STEPS
+  assert data[0] is not None and data[0]['num_rows'] == 8 * STEPS
 
 
 @pytest.fixture(scope='module')

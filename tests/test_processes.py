@@ -26,7 +26,7 @@ batches = data.train_batches(
   task_feature_lengths={'inputs': 16, 'targets': 16},
   batch_size=8,
   seed=3,
-  start_example=int(start),
+  start_row=int(start),
 )
 for host_batch in itertools.islice(batches, 3):
   batch = partition.put_batch(host_batch, mesh)

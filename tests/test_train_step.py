@@ -374,11 +374,12 @@ RUN = pathlib.Path('runs/mine')
 
 def test_another_order_of_the_data_is_refused_with_the_differences():
   order = {'task': 'cldr', 'seed': 0, 'task_feature_lengths': {'inputs': 8}}
-  position = order | {'num_examples': 32, 'sums': {'loss': 1.0}}
+  position = order | {'num_rows': 32, 'sums': {'loss': 1.0}}
   assert train.check_position(position, order, RUN) == position
   assert train.check_position(None, order, RUN) == {
-    'num_examples': 0,
+    'num_rows': 0,
     'sums': {},
+    'clock': None,
   }
   with pytest.raises(ValueError) as error:
     train.check_position(
@@ -398,14 +399,3 @@ def test_the_best_is_chosen_on_validation_data_only():
   train._check_best_split(None, 'test')
   with pytest.raises(ValueError, match="BEST_METRIC='bleu'.*EVAL_STEPS='best'"):
     train._check_best_split('bleu', 'test')
-
-
-def test_a_batch_divides_into_microbatches_and_those_over_the_devices():
-  mesh = partition.make_mesh(partition.MeshConfig(), jax.devices()[:2])
-  train._check_batch_size(8, 4, mesh)
-  with pytest.raises(ValueError, match='BATCH_SIZE=9 .*NUM_MICROBATCHES=2'):
-    train._check_batch_size(9, 2, mesh)
-  with pytest.raises(
-    ValueError, match=r'BATCH_SIZE / NUM_MICROBATCHES \(4\)=1'
-  ):
-    train._check_batch_size(4, 4, mesh)

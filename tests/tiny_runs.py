@@ -69,6 +69,19 @@ def command(*arguments):
   )
 
 
+def start(*arguments):
+  """Starts `python -m l2s_jax`; what it says comes out of one pipe."""
+  argv, environment = command(*arguments)
+  return subprocess.Popen(
+    argv,
+    env=environment,
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
 def write_experiments(path):
   """Writes data, a vocabulary and a gin file for each system to a folder."""
   german = [

@@ -108,7 +108,9 @@ class TransformerConfig:
     scan_layers: compile one layer and loop over it; off, unroll the loop
       (longer to compile, faster to run on CPU). Parameters are stacked along
       the axis `layers` either way.
-    remat: 'none', or 'full' to recompute each layer in the backward pass.
+    remat: what of a layer the backward pass computes again, in less memory:
+      'none'; 'minimal', all but its products with kernels: attention, norms,
+      activations and dropout; 'full', the layer. The names are T5X's.
     for_generation: parameters have the form in which
       `language_model.params_for_generation` gives them: each layer's apart
       (`layers_0`, ...), a tied head transposed.
@@ -181,6 +183,11 @@ class TransformerConfig:
           f'TransformerConfig.{field}={getattr(self, field)}: it must be '
           'positive.'
         )
+    if not 0 <= self.dropout_rate < 1:
+      raise ValueError(
+        f'TransformerConfig.dropout_rate={self.dropout_rate}: expected a '
+        'probability below 1.'
+      )
     if self.dtype == 'float16' and self.is_encoder_decoder:
       raise ValueError(
         "TransformerConfig.dtype='float16': T5's residual stream, trained in "
@@ -192,7 +199,7 @@ class TransformerConfig:
       'attention_bias': ('none', 'qkv', 'all'),
       'positions': ('relative', 'learned', 'rotary'),
       'rope_scaling_type': tuple(ROPE_SCALINGS),
-      'remat': ('none', 'full'),
+      'remat': ('none', 'minimal', 'full'),
       'quantization': QUANTIZATIONS,
       'dtype': ('float32', 'bfloat16'),
     }

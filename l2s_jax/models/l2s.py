@@ -71,6 +71,17 @@ def fuse(
   return prompt_embeddings + projected
 
 
+def _pin(
+  embeddings: Float[Array, 'batch length embed'],
+) -> Float[Array, 'batch length embed']:
+  """Pins embeddings before they are added.
+
+  Left to choose where these two are, XLA (0.10.2) has added rows of different
+  prompts, on a mesh with several devices along each axis and a row in each.
+  """
+  return partition.constrain(embeddings, ('batch', 'length', 'embed'))
+
+
 class LlmToSlm(nn.Module):
   """A frozen LLM encoder, a projector, and the SLM that writes.
 
@@ -136,7 +147,7 @@ class LlmToSlm(nn.Module):
     llm_segment_ids: Int[Array, 'batch llm_prompt'],
     batch: language_model.Batch,
   ) -> tuple[Float[Array, 'batch prompt embed'], Int[Array, 'batch prompt']]:
-    projected = self.projector(jax.lax.stop_gradient(llm_states))
+    projected = _pin(self.projector(jax.lax.stop_gradient(llm_states)))
     if 'llm_scale' in batch:
       projected *= batch['llm_scale'][:, None, None].astype(projected.dtype)
     if self.injection == 'replace':
@@ -156,7 +167,7 @@ class LlmToSlm(nn.Module):
       return self.slm.embed(tokens)
     with partition.axis_rules(self.llm_rules):
       embeddings = jax.lax.stop_gradient(self.llm.embed(tokens))
-    return self.prompt_embedder(embeddings)
+    return _pin(self.prompt_embedder(embeddings))
 
   def __call__(
     self, batch: language_model.Batch, *, deterministic: bool

@@ -3,6 +3,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
@@ -11,6 +12,12 @@ from jaxtyping import Array, Bool, Float, Int
 from l2s_jax.models import attention, layers, positions
 from l2s_jax.models import cache as cache_lib
 from l2s_jax.models import config as config_lib
+
+# What the backward pass finds of a layer, as T5X names it, beside its input.
+_REMAT_POLICIES = {
+  'minimal': jax.checkpoint_policies.save_only_these_names(layers.PRODUCT),
+  'full': jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class Context(struct.PyTreeNode):
@@ -147,11 +154,15 @@ class Stack(nn.Module):
     """Returns one block that stands for all, its parameters stacked."""
     config = self.config
     block: type[nn.Module] = Block
-    if config.remat == 'full':
-      block = nn.remat(
-        Block,
-        methods={'__call__': dict(static_argnums=(5,), prevent_cse=False)},
+    if config.remat != 'none':
+      options = dict(
+        static_argnums=(5,),
+        policy=_REMAT_POLICIES[config.remat],
+        # In a loop the compiler cannot take what is computed again for what
+        # was computed before; unrolled, it would, and save nothing.
+        prevent_cse=not config.scan_layers,
       )
+      block = nn.remat(Block, methods={'__call__': options})
     return nn.scan(
       block,
       variable_axes={'params': 0},

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which examples share a row, and the rows that come of it.
+
+For training alone: evaluation and generation have one prompt a row. A model
+keeps the examples of a row apart by their segment ids.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float32, Int, Int32
+
+TokenIds = Sequence[int] | Int[np.ndarray, '_']  # of any length
+Rows = Sequence[int] | Int[np.ndarray, ' examples']
+
+
+def first_fit(
+  sizes: Int[np.ndarray, 'examples features'], room: Sequence[int]
+) -> Int[np.ndarray, ' examples']:
+  """Returns for each example the first row that still has room for it.
+
+  With rows of (5, 6) tokens, examples of [3, 2], [3, 4], [2, 1] and [1, 1] go
+  to rows [0, 1, 0, 1].
+
+  Args:
+    sizes: tokens of each example's features, such as prompt and answer.
+    room: of a row, in tokens of each feature.
+
+  Raises:
+    ValueError: for an example that no row has room for.
+  """
+  too_long = sizes[(sizes > room).any(axis=1)]
+  if len(too_long):
+    raise ValueError(
+      f'an example of {too_long[0].tolist()} tokens does not go into a row of '
+      f'{list(room)}; cut examples before they are packed.'
+    )
+  free = np.tile(room, (len(sizes), 1))
+  rows = np.zeros(len(sizes), np.int64)
+  num_rows = 0
+  for example, size in enumerate(sizes):
+    # One row more than there are: an empty one.
+    row = int((free[: num_rows + 1] >= size).all(axis=1).argmax())
+    free[row] -= size
+    rows[example] = row
+    num_rows = max(num_rows, row + 1)
+  return rows
+
+
+def fill(
+  sequences: Sequence[TokenIds],
+  rows: Rows,
+  *,
+  length: int,
+  pad_id: int,
+) -> tuple[Int32[np.ndarray, 'rows length'], Int32[np.ndarray, 'rows length']]:
+  """Returns tokens, and segment ids that number the examples of a row from 1.
+
+  Sequences [5, 1], [6, 7, 1] and [8, 1] in rows 0, 1 and 0 of 5 tokens, with
+  pad 0, make
+
+      [[5, 1, 8, 1, 0],  and  [[1, 1, 2, 2, 0],
+       [6, 7, 1, 0, 0]]        [1, 1, 1, 0, 0]]
+
+  Args:
+    sequences: token ids of each example.
+    rows: where each goes, as `first_fit` has it.
+    length: of a row, in tokens.
+    pad_id: of their vocabulary.
+  """
+  num_rows = max(rows) + 1
+  tokens = np.full((num_rows, length), pad_id, np.int32)
+  segment_ids = np.zeros_like(tokens)
+  num_tokens, num_examples = np.zeros((2, num_rows), np.int64)
+  for row, ids in zip(rows, sequences, strict=True):
+    start, end = num_tokens[row], num_tokens[row] + len(ids)
+    num_examples[row] += 1
+    num_tokens[row] = end
+    tokens[row, start:end] = ids
+    segment_ids[row, start:end] = num_examples[row]
+  return tokens, segment_ids
+
+
+def lay_out(
+  prompts: Sequence[TokenIds],
+  answers: Sequence[TokenIds],
+  rows: Rows,
+  *,
+  task_feature_lengths: Mapping[str, int],
+  prompt_pad_id: int,
+  answer_pad_id: int,
+  start_id: int,
+) -> dict[
+  str, Int32[np.ndarray, 'rows length'] | Float32[np.ndarray, 'rows length']
+]:
+  """Returns the batch keys of examples whose rows are known.
+
+  Args:
+    prompts: token ids, EOS included, none longer than its row.
+    answers: likewise, one for each prompt.
+    rows: of each example.
+    task_feature_lengths: of a row: `inputs` and `targets`, in tokens.
+    prompt_pad_id: of the prompts' vocabulary.
+    answer_pad_id: of the answers' vocabulary.
+    start_id: stands before each answer.
+  """
+  prompt_tokens, prompt_segment_ids = fill(
+    prompts,
+    rows,
+    length=task_feature_lengths['inputs'],
+    pad_id=prompt_pad_id,
+  )
+  target_tokens, segment_ids = fill(
+    answers,
+    rows,
+    length=task_feature_lengths['targets'],
+    pad_id=answer_pad_id,
+  )
+  # One place to the right, within each example.
+  tokens_before, ids_before = (
+    np.pad(x[:, :-1], ((0, 0), (1, 0))) for x in (target_tokens, segment_ids)
+  )
+  input_tokens = np.where(segment_ids == ids_before, tokens_before, start_id)
+  input_tokens = np.where(segment_ids > 0, input_tokens, answer_pad_id)
+  return {
+    'encoder_input_tokens': prompt_tokens,
+    'encoder_segment_ids': prompt_segment_ids,
+    'decoder_input_tokens': input_tokens,
+    'decoder_target_tokens': target_tokens,
+    'decoder_segment_ids': segment_ids,
+    'decoder_loss_weights': (segment_ids > 0).astype(np.float32),
+  }
