@@ -26,6 +26,7 @@ from l2s_jax import (
   speed_report,
   systems,
   timing,
+  train_benchmark,
 )
 from l2s_jax import peers as peers_lib
 from l2s_jax.models import config as config_lib
@@ -59,6 +60,7 @@ def benchmark(
   quality: str | None = None,
   peer_names: Sequence[str] = peers_lib.DEFAULT,
   peers: bool = False,
+  train: bool = False,
   dry_run: bool = False,
 ) -> None:
   """Times the LLM, the SLM and LLM-to-SLM, and writes what it finds.
@@ -90,6 +92,9 @@ def benchmark(
       `evaluate` has left in the runs' folders, of the steps that are timed.
     peer_names: the engines that --peers means, one or several.
     peers: whether other engines run the LLM and the SLM, too.
+    train: whether training steps are timed instead: AdamW, random tokens, and
+      `output_lengths` are those of the answers trained on. A model alone is
+      compared with peers; of an LLM and an SLM, LLM-to-SLM with its parts.
 
   Raises:
     ValueError: if a setting is not one, before anything is loaded.
@@ -112,6 +117,11 @@ def benchmark(
   )
   _check_positions(models, shapes)
   _check_drafts(models, pair, draft_len)
+  if train and (tuple(quantizations) != ('none',) or draft_len or prompts_path):
+    raise ValueError(
+      '--train times steps on random tokens: leave out QUANTIZATIONS, '
+      'DRAFT_LEN and BENCHMARK_PROMPTS.'
+    )
   prompts = _Prompts(seed, prompts_path, checkpoint_path)
   for batch_size, prompt_length, _ in shapes:
     prompts.check(batch_size, prompt_length)
@@ -120,6 +130,11 @@ def benchmark(
     contenders.check_disk(models, peer_names, folder)
   print(_describe(models, pair))
   if dry_run:
+    return
+  if train:
+    train_benchmark.run(
+      folder, models, pair, shapes, rounds=rounds, seed=seed, has_peers=peers
+    )
     return
   entered = list(
     contenders.ours(
