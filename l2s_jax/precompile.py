@@ -156,7 +156,7 @@ def precompile(
     if not row['fits'] and suggest:
       advice.append(compiler.advise(setting))
     elif row['fits'] and find_largest_batch:
-      row['largest_batch'] = compiler.largest_batch(setting)
+      row['largest_batch'] = compiler.largest_batch(setting, row)
       print(f'  the largest batch that fits: {row["largest_batch"]}')
   if precompiler.PREFILL in program_names:
     decodes = precompiler.DECODE in program_names

@@ -176,13 +176,31 @@ class Compiler:
       f'Compiled: {"; ".join(tried)}.'
     )
 
-  def largest_batch(self, setting: Setting) -> int:
-    """Returns the largest batch that fits of 1, 2, 4, ... times the given."""
-    while True:
-      larger = dataclasses.replace(setting, batch_size=2 * setting.batch_size)
-      if not self.train_step(larger)['fits']:
-        return setting.batch_size
-      setting = larger
+  def largest_batch(self, setting: Setting, row: Row) -> int:
+    """Returns the largest batch that fits of 1, 2, 4, ... times the given.
+
+    Args:
+      setting: of a train step that fits.
+      row: what that needs. As temporaries grow with the batch and arguments do
+        not, it says where to begin.
+    """
+
+    def fits(factor: int) -> bool:
+      batch_size = factor * setting.batch_size
+      larger = dataclasses.replace(setting, batch_size=batch_size)
+      return self.train_step(larger)['fits']
+
+    grows = row['peak_bytes'] - row['argument_bytes']
+    free = self._slice.chip.hbm_bytes - row['argument_bytes']
+    factor = max(2, 1 << int(math.log2(free / grows)))
+    if fits(factor):
+      while fits(2 * factor):
+        factor *= 2
+      return factor * setting.batch_size
+    factor //= 2
+    while factor > 1 and not fits(factor):
+      factor //= 2
+    return factor * setting.batch_size
 
   def _compile(
     self,

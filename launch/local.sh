@@ -44,6 +44,11 @@ if [[ -z ${L2S_PYTHON-} ]]; then
 fi
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} JAX_NUM_CPU_DEVICES=$devices
 export JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo
+if ((devices > 1)); then
+  # A device that waits for others keeps a thread of XLA's; with one for each,
+  # a busy machine can leave all of them waiting.
+  export PJRT_NPROC=${PJRT_NPROC:-$((4 * devices))}
+fi
 export TQDM_MININTERVAL=${TQDM_MININTERVAL:-5}  # seconds between them
 
 pids=()

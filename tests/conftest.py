@@ -17,6 +17,11 @@ import pytest
 
 # Not XLA_FLAGS: a process that a test starts has one device, as users have.
 jax.config.update('jax_num_cpu_devices', 8)
+# XLA has a thread for each device, and a device that waits for others keeps it.
+# With no more than these, a busy machine can leave all of them waiting.
+os.environ['PJRT_NPROC'] = '32'
+jax.devices()
+del os.environ['PJRT_NPROC']
 # Tests run a program once or twice: compiling is most of their time.
 jax.config.update('jax_disable_most_optimizations', True)
 
