@@ -17,6 +17,7 @@ from typing import Any
 
 import gin
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.experimental import mesh_utils
@@ -239,29 +240,38 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
   return nn.with_logical_constraint(x, axes_that_divide(axes, x.shape))
 
 
-def constrain_lookup(x: jax.Array, table_axes: Sequence[str]) -> jax.Array:
-  """Pins what was looked up in a table to where the rows of the batch are.
+def look_up(
+  table: jax.Array, ids: jax.Array, table_axes: Sequence[str]
+) -> jax.Array:
+  """Returns rows of a table, laid out as the batch is.
 
-  Under FSDP features and rows are split over the same devices. Told of the
-  rows alone, the partitioner makes the whole batch's embeddings on every
-  device, where `data` has several; so they are first split as the features
-  are, and over what these leave as the rows are.
+  Under FSDP features and rows are split over the same devices. Left alone, the
+  partitioner gathers the table, or makes the whole batch's embeddings on every
+  device. Here each device looks up its features, for the rows of all that it
+  shares a replica with, and gives them their rows for its own.
 
   Args:
-    x: [batch, ..., features].
+    table: [rows, features].
+    ids: [batch, ...] rows of the table.
     table_axes: logical axes of the table.
+
+  Returns:
+    [batch, ..., features].
   """
   if not nn.get_logical_axis_rules():
-    return x
+    return jnp.take(table, ids, axis=0)
   features = nn.logical_to_mesh_axes(tuple(table_axes))[-1]
   rows = _names(nn.logical_to_mesh_axes(('batch',))[0])
   left = tuple(name for name in rows if name not in _names(features))
   if left == rows or jax.sharding.get_abstract_mesh().empty:
-    return x
-  between = (None,) * (x.ndim - 2)
-  for spec in ((left, *between, features), (rows, *between, None)):
-    x = jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
-  return x
+    return jnp.take(table, ids, axis=0)
+
+  def pin(x, *axes):
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+  between = (None,) * (ids.ndim - 1)
+  found = jnp.take(table, pin(ids, left, *between), axis=0)
+  return pin(pin(found, left, *between, features), rows, *between, None)
 
 
 @contextlib.contextmanager

@@ -111,6 +111,20 @@ def test_generation(name):
   assert token.flops * 8 == pytest.approx(decode.model_flops, rel=0.05)
 
 
+@pytest.mark.parametrize('shape', [(2, 4, 1), (2, 2, 2)])
+def test_lookups_gather_no_table(shape):
+  """Devices send one another what was looked up, and keep their features."""
+  found = laid_out(MODELS['t5_to_t5'], partition.MeshConfig(*shape))
+  prefill, _ = found.generation(BATCH_SIZE, 'float32')
+  collectives = [
+    x
+    for x in hlo_costs.count(prefill.lowered.compile().as_text()).collectives
+    if 'token_embedder' in x.op_name
+  ]
+  assert collectives
+  assert not [x for x in collectives if SLM.vocab_size in x.shape]
+
+
 def test_nothing_is_allocated():
   """Arguments are shapes, even of a model that no machine here could hold."""
   huge = dataclasses.replace(LLM, emb_dim=2**14, mlp_dim=2**16)

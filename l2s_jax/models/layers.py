@@ -224,11 +224,8 @@ class Embed(nn.Module):
     )
 
   def __call__(self, ids: Int[Array, '*batch']) -> Float[Array, '*batch embed']:
-    embeddings = jnp.take(self.embedding, ids, axis=0).astype(
-      self.config.activation_dtype
-    )
-    embeddings = partition.constrain_lookup(embeddings, self.axes)
-    return embeddings * self.multiplier
+    embeddings = partition.look_up(self.embedding, ids, self.axes)
+    return embeddings.astype(self.config.activation_dtype) * self.multiplier
 
   def attend(
     self, states: Float[Array, 'batch length embed']
