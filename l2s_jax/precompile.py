@@ -154,7 +154,7 @@ def precompile(
     print(precompile_report.describe(row), flush=True)
     rows.append(row)
     if not row['fits'] and suggest:
-      advice.append(compiler.advise(setting))
+      advice.append(precompile_report.advice(*compiler.advise(setting)))
     elif row['fits'] and find_largest_batch:
       row['largest_batch'] = compiler.largest_batch(setting, row)
       print(f'  the largest batch that fits: {row["largest_batch"]}')

@@ -65,6 +65,20 @@ def refusal(row: Row) -> str:
   return '\n'.join(lines)
 
 
+def advice(text: str, row: Row | None) -> str:
+  """Returns what to do instead, and what takes most of a device then.
+
+  Args:
+    text: what to do.
+    row: of a program that fits, with the temporaries that the compiler does not
+      tell of one that does not; None: none fits.
+  """
+  if row is None:
+    return text
+  lines = [text, 'Its largest temporaries:']
+  return '\n'.join([*lines, *(f'  {_tensor(x)}' for x in row['temporaries'])])
+
+
 def write(folder: pathlib.Path, description: str, rows: Sequence[Row]) -> None:
   """Writes precompile.json and precompile.md."""
   folder.mkdir(parents=True, exist_ok=True)

@@ -153,8 +153,11 @@ class Compiler:
       program = loop.lower(prefill, compiled)
       yield self._compile(DECODE, program, found.mesh, batch_size, '')[0]
 
-  def advise(self, setting: Setting) -> str:
-    """Returns the first setting that fits of those near one that does not."""
+  def advise(self, setting: Setting) -> tuple[str, Row | None]:
+    """Returns what to do where a setting does not fit, and what that needs.
+
+    It is the first that fits of those near it; None: none does.
+    """
     tried: list[str] = []
     for other in neighbours(setting, self._slice.num_chips):
       try:
@@ -169,12 +172,13 @@ class Compiler:
         if other.num_microbatches > 1:
           rows = other.batch_size // other.num_microbatches
           text += f' So does BATCH_SIZE={rows} in one part, which holds less.'
-        return f'{text} Tried before: {"; ".join(tried) or "nothing"}.'
+        return f'{text} Tried before: {"; ".join(tried) or "nothing"}.', row
       tried.append(f'{other} ({chips.gib(row["peak_bytes"])})')
-    return (
+    text = (
       'Nothing near it fits; it takes more chips, or a smaller model. '
       f'Compiled: {"; ".join(tried)}.'
     )
+    return text, None
 
   def largest_batch(self, setting: Setting, row: Row) -> int:
     """Returns the largest batch that fits of 1, 2, 4, ... times the given.

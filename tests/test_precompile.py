@@ -125,6 +125,7 @@ def test_says_what_fits_instead():
   )
   assert 'This fits, as compiled' in message
   assert 'MeshConfig(data=1, fsdp=8, tensor=1)' in message
+  assert re.search(r'largest temporaries:\n  0\.\d+ GiB \[', message)
 
 
 def test_reads_the_compilers_error():
