@@ -75,7 +75,13 @@ class MeshConfig:
 
   def __post_init__(self):
     for field in ('llm_rules', 'slm_rules'):
-      for name, axes in getattr(self, field).items():
+      rules = getattr(self, field)
+      if not isinstance(rules, Mapping):
+        raise ValueError(
+          f'MeshConfig.{field}={rules!r} is not a dict from logical axis to mesh '
+          "axis, such as {'embed': None}; {} changes nothing."
+        )
+      for name, axes in rules.items():
         if name not in dict(DEFAULT_RULES):
           raise ValueError(
             f'MeshConfig.{field} has {name!r}, which is not one of the logical '
