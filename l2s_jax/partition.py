@@ -78,8 +78,8 @@ class MeshConfig:
       rules = getattr(self, field)
       if not isinstance(rules, Mapping):
         raise ValueError(
-          f'MeshConfig.{field}={rules!r} is not a dict from logical axis to mesh '
-          "axis, such as {'embed': None}; {} changes nothing."
+          f'MeshConfig.{field}={rules!r} is not a dict from logical axis to '
+          "mesh axis, such as {'embed': None}; {} changes nothing."
         )
       for name, axes in rules.items():
         if name not in dict(DEFAULT_RULES):

@@ -48,8 +48,10 @@ exit "$code"'
 # kill them soon.
 trap 'scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 
-# --wait: from the first task's end to the last one's.
-srun --kill-on-bad-exit=0 --wait=300 bash -c "$task" task \
+# --wait: from the first task's end to the last one's. Since Slurm 22.05 srun
+# does not take --cpus-per-task from sbatch.
+srun --kill-on-bad-exit=0 --wait=300 \
+  --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c "$task" task \
   "${L2S_PYTHON:-.venv/bin/python}" -u -m l2s_jax "$@" &
 step=$!
 # A signal ends `wait`, and not the step.
@@ -58,7 +60,10 @@ while kill -0 "$step" 2> /dev/null; do
 done
 code=0
 wait "$step" || code=$?
-if ((code == AGAIN)); then
+# A job that was cancelled is completing by now.
+if ((code == AGAIN)) \
+  && [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]
+then
   echo "launch: exit code $AGAIN, queueing again" >&2
   scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -62,9 +62,11 @@ where=(--zone="$zone" --quiet)
 [[ -z $project ]] || where+=(--project="$project")
 gcloud_tpus=(gcloud compute tpus)
 remote='cd l2s_jax && ./launch/worker.sh'
-clear_old='find . -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +'
-archive=$(mktemp --suffix=.tar.gz)
-trap 'rm -f "$archive"' EXIT
+# What an earlier copy has brought goes; .venv, runs and the like stay.
+remove_old='{ [ ! -f ../l2s_jax.files ] || xargs -r -d "\n" rm -f < ../l2s_jax.files; }'
+scratch=$(mktemp -d)
+archive=$scratch/l2s_jax.tar.gz
+trap 'rm -rf "$scratch"' EXIT
 
 # Runs a command and says so; of a dry run only the second is true.
 run() {
@@ -86,12 +88,12 @@ pod_state() {
   local kind=queued-resources field=state.state state
   [[ -n $type ]] || kind=tpu-vm field=state
   if state=$(run "${gcloud_tpus[@]}" "$kind" describe "$name" "${where[@]}" \
-    --format="value($field)" 2>&1); then
+    --format="value($field)" 2> "$scratch/errors"); then
     echo "${state/#READY/ACTIVE}"
-  elif [[ $state == *NOT_FOUND* ]]; then
+  elif grep -q NOT_FOUND "$scratch/errors"; then
     echo ABSENT
   else
-    echo "$state" >&2
+    cat "$scratch/errors" >&2
     return 1
   fi
 }
@@ -115,31 +117,42 @@ delete_pod() {
   fi
 }
 
-# Returns once the pod is active, made if it is not there.
+# Returns once the pod is active, made if it is not there. Capacity is waited
+# for by the hour: that Google does not answer ends it the 20th time in a row.
 ensure_pod() {
-  local state made=''
+  local state made='' failures=0
   while true; do
-    state=$(pod_state) || return
+    if ! state=$(pod_state); then
+      ((++failures < 20)) || return 1
+      sleep "$poll_secs"
+      continue
+    fi
+    failures=0
     case $state in
       ACTIVE) return ;;
       CREATING | ACCEPTED | WAITING_FOR_RESOURCES | PROVISIONING | \
-        SUSPENDING | DELETING)
+        SUSPENDING | DELETING | STARTING | STOPPING | RESTARTING | \
+        REIMAGING | REPAIRING)
         echo "launch: $name is $state" >&2
         sleep "$poll_secs"
         ;;
-      *)
+      SUSPENDED | FAILED | ABSENT)
         if [[ -z $type ]]; then
           echo "launch: $name is $state; --type and --runtime make it" >&2
           return 1
-        elif [[ $state != ABSENT && -z $made ]]; then
-          delete_pod || return
-        elif [[ $state != ABSENT ]]; then
-          echo "launch: $name was made and is $state" >&2
-          return 1
-        else
+        elif [[ $state == ABSENT ]]; then
           create_pod || return
           made=yes
+        elif [[ -z $made ]]; then
+          delete_pod || return
+        else
+          echo "launch: $name was made and is $state" >&2
+          return 1
         fi
+        ;;
+      *)
+        echo "launch: $name is $state, and nothing is done about that" >&2
+        return 1
         ;;
     esac
   done
@@ -161,11 +174,12 @@ on_workers() {
 copy_clone() {
   local to=(queued-resources scp "$archive" "$name:l2s_jax.tar.gz" --node=all)
   [[ -n $type ]] || to=(tpu-vm scp "$archive" "$name:l2s_jax.tar.gz")
-  run bash -c "git ls-files -z --cached --others --exclude-standard \
+  run bash -o pipefail -c \
+    "git ls-files -z --cached --others --exclude-standard \
 | tar --null --ignore-failed-read -czf $archive -T -" \
     && run "${gcloud_tpus[@]}" "${to[@]}" --worker=all "${where[@]}" \
-    && on_workers all "mkdir -p l2s_jax && cd l2s_jax && $clear_old \
-&& tar -xzf ../l2s_jax.tar.gz"
+    && on_workers all "mkdir -p l2s_jax && cd l2s_jax && $remove_old \
+&& tar -xzvf ../l2s_jax.tar.gz > ../l2s_jax.files"
 }
 
 start() {
@@ -217,8 +231,9 @@ follow() {
     fi
     sleep "$poll_secs"
   done
-  # A host that has restarted was preempted, whatever the others made of it.
-  [[ $states != *lost* ]] || return "$AGAIN"
+  # A host that has restarted, or is a new one, was preempted, whatever the
+  # others made of it.
+  [[ $states != *lost* && $states != *none* ]] || return "$AGAIN"
   mapfile -t codes < <(sed -n 's/^l2s_jax: exit //p' <<< "$states")
   unless_gone "$(verdict "${codes[@]}")"
 }

@@ -36,8 +36,9 @@ mount_bucket() {
     echo "deb [signed-by=$key] https://packages.cloud.google.com/apt" \
       "gcsfuse-$(lsb_release -cs) main" \
       | sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null
-    sudo apt-get update -qq
-    sudo apt-get install -qq -y gcsfuse
+    # A new host may be updating itself.
+    sudo apt-get -o DPkg::Lock::Timeout=600 update -qq
+    sudo apt-get -o DPkg::Lock::Timeout=600 install -qq -y gcsfuse
   fi
   mkdir -p "$at"
   mountpoint -q "$at" || gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 \

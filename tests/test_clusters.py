@@ -225,13 +225,16 @@ def slurm(tmp_path):
   launching.write_program(
     programs / 'scontrol', f'#!/bin/sh\necho "$@" >> {log}\n'
   )
+  launching.write_program(
+    programs / 'squeue', '#!/bin/sh\necho "${JOB_STATE:-RUNNING}"\n'
+  )
   task = launching.write_program(programs / 'task', TASK)
   copy = launching.write_program(
     tmp_path / 'spool' / 'script',
     (launching.LAUNCH / 'gpu_slurm.sh').read_text(),
   )
 
-  def start(words):
+  def start(words, **variables):
     return subprocess.Popen(
       [copy, 'train', words],
       cwd=tmp_path,
@@ -241,6 +244,7 @@ def slurm(tmp_path):
         SLURM_JOB_ID=17,
         L2S_PYTHON=task,
         TASKS=tmp_path / 'tasks',
+        **variables,
       ),
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
@@ -283,6 +287,15 @@ def test_slurm_hands_on_the_order_to_save(slurm, tmp_path):
   _, errors = process.communicate(timeout=30)
   assert process.returncode == launching.AGAIN, errors
   assert log.read_text() == 'requeue 17\n'
+
+
+def test_a_job_that_was_cancelled_is_not_queued_again(slurm):
+  """Its tasks have got SIGTERM, and have saved."""
+  start, log = slurm
+  process = start('75,75', JOB_STATE='COMPLETING')
+  process.communicate(timeout=30)
+  assert process.returncode == launching.AGAIN
+  assert not log.exists()
 
 
 def test_slurm_starts_a_task_for_each_gpu():
@@ -331,7 +344,7 @@ def test_a_dry_run_prints_every_command_in_order():
     '--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite '
     '--spot',
     everywhere,
-    '+ bash -c',
+    '+ bash -o pipefail -c',
     'queued-resources scp ',
     everywhere,
     everywhere,
@@ -349,7 +362,7 @@ def test_a_dry_run_prints_every_command_in_order():
     (2, 'worker.sh status'),
     (3, 'git ls-files'),
     (4, 'pod:l2s_jax.tar.gz --node=all --worker=all'),
-    (5, 'tar -xzf ../l2s_jax.tar.gz'),
+    (5, 'tar -xzvf ../l2s_jax.tar.gz'),
     (6, 'worker.sh install'),
     (7, 'worker.sh mount'),
     (8, "worker.sh start '\\''train'\\'' '\\''--gin_file=a'\\''"),
@@ -390,10 +403,14 @@ with (cloud / 'log').open('a') as log:
   print(verb, file=log)
 now = state.read_text() if state.exists() else 'ABSENT'
 if verb == 'describe':
+  print('WARNING: This command is impersonating.', file=sys.stderr)
   if now == 'ABSENT':
     sys.exit('ERROR: NOT_FOUND: Resource was not found')
+  if now == 'UNANSWERED':
+    state.write_text('PROVISIONING')
+    sys.exit('ERROR: UNAVAILABLE: Try again later')
   print(now)
-  if now == 'PROVISIONING':
+  if now in ('PROVISIONING', 'REPAIRING'):
     state.write_text('ACTIVE')
 elif verb == 'create':
   assert now == 'ABSENT'
@@ -425,9 +442,14 @@ elif verb == 'ssh':
 HOST_VERB = """#!/usr/bin/env bash
 host=${HOME##*/}
 echo "$host runs ${*:2}, $L2S_DISTRIBUTED"
+mkdir -p runs && echo step >> runs/steps
+echo "$host has $(wc -l < runs/steps) in runs"
 word=$(head -n 1 "$CLOUD/$host.words")
 sed -i 1d "$CLOUD/$host.words"
-if [[ $word == preempted ]]; then
+if [[ $word == wiped ]]; then
+  rm -r "$HOME/l2s_jax_run"
+  exit 143
+elif [[ $word == preempted ]]; then
   echo -n SUSPENDED > "$CLOUD/state"
   exit 143
 fi
@@ -468,6 +490,29 @@ def test_the_pod_is_made_and_deleted_and_the_run_goes_on(pod):
   assert log == ['create', 'scp', 'scp', 'delete']
   assert "w0 runs -m l2s_jax train --gin.X=it's, auto" in result.stdout
   assert 'w1' not in result.stdout
+  # What a run has written into the clone is there when it goes on.
+  assert 'w0 has 2 in runs' in result.stdout
+
+
+def test_a_host_that_has_lost_its_disk_has_not_finished(pod):
+  result, log = pod('wiped 0')
+  assert result.returncode == 0, result.stderr
+  assert log == ['create', 'scp', 'scp']
+
+
+@pytest.mark.parametrize('state', ['UNANSWERED', 'REPAIRING'])
+def test_a_pod_that_is_not_ready_is_waited_for(pod, tmp_path, state):
+  for name in ('w0', 'w1'):
+    (tmp_path / 'cloud' / name).mkdir()
+  result, log = pod('0', state=state)
+  assert result.returncode == 0, result.stderr
+  assert log == ['scp']
+
+
+def test_a_pod_in_a_state_of_no_meaning_is_left_alone(pod):
+  result, log = pod('0', state='HAUNTED')
+  assert result.returncode == 1 and 'pod is HAUNTED' in result.stderr
+  assert not log
 
 
 def test_a_preempted_pod_is_made_again(pod):

@@ -88,6 +88,8 @@ def local(tmp_path):
   def start(words, *arguments, rest=()):
     process = subprocess.Popen(
       [
+        # A shell cannot trap what it was started to ignore, as in background.
+        *('env', '--default-signal=INT'),
         launching.LAUNCH / 'local.sh',
         f'--processes={words.count(",") + 1}',
         *arguments,
@@ -97,8 +99,6 @@ def local(tmp_path):
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
-      # A shell cannot trap what it was started to ignore, as in background.
-      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     started.append(process)
     return process
