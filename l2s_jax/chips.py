@@ -27,6 +27,8 @@ class Chip:
     network_bytes_per_sec: its share of its host's network, one way.
     num_axes: of the torus that links make; 0 for a switch.
     torus_size: chips along an axis from which its ends are linked, too.
+    type_name: Google's, of an accelerator type, before its number; None: not
+      a TPU.
     source: of the figures.
   """
 
@@ -38,6 +40,7 @@ class Chip:
   network_bytes_per_sec: float
   num_axes: int
   torus_size: int
+  type_name: str | None
   source: str
 
 
@@ -49,27 +52,27 @@ CHIPS = {
   chip.name: chip
   for chip in (
     Chip(
-      'v5e', 197e12, 15.75 * GIB, 819e9, 50e9, 3.125e9, 2, 16,
+      'v5e', 197e12, 15.75 * GIB, 819e9, 50e9, 3.125e9, 2, 16, 'v5litepod',
       'https://docs.cloud.google.com/tpu/docs/v5e',
     ),
     Chip(
-      'v5p', 459e12, 95.74 * GIB, 2765e9, 100e9, 6.25e9, 3, 4,
+      'v5p', 459e12, 95.74 * GIB, 2765e9, 100e9, 6.25e9, 3, 4, 'v5p',
       'https://docs.cloud.google.com/tpu/docs/v5p',
     ),
     Chip(
-      'v6e', 918e12, 31.25 * GIB, 1638e9, 100e9, 12.5e9, 2, 16,
+      'v6e', 918e12, 31.25 * GIB, 1638e9, 100e9, 12.5e9, 2, 16, 'v6e',
       'https://docs.cloud.google.com/tpu/docs/v6e',
     ),
     Chip(
-      'a100', 312e12, 80e9, 2039e9, 300e9, 25e9, 0, 0,
+      'a100', 312e12, 80e9, 2039e9, 300e9, 25e9, 0, 0, None,
       'https://www.nvidia.com/en-us/data-center/a100/',
     ),
     Chip(
-      'h100', 989e12, 80e9, 3350e9, 450e9, 50e9, 0, 0,
+      'h100', 989e12, 80e9, 3350e9, 450e9, 50e9, 0, 0, None,
       'https://www.nvidia.com/en-us/data-center/h100/',
     ),
     Chip(
-      'h200', 989e12, 141e9, 4800e9, 450e9, 50e9, 0, 0,
+      'h200', 989e12, 141e9, 4800e9, 450e9, 50e9, 0, 0, None,
       'https://www.nvidia.com/en-us/data-center/h200/',
     ),
   )
@@ -94,6 +97,15 @@ class Slice:
   def name(self) -> str:
     """As the compiler has it, such as 'v5e:16x16'."""
     return f'{self.chip.name}:{"x".join(map(str, self.shape))}'
+
+  @property
+  def accelerator_type(self) -> str:
+    """As Google sells a slice, such as 'v5litepod-256'.
+
+    Of v5p it counts the cores, two a chip.
+    """
+    cores = 2 if self.chip.num_axes == 3 else 1
+    return f'{self.chip.type_name}-{cores * math.prod(self.shape)}'
 
   @property
   def num_chips(self) -> int:
@@ -164,6 +176,11 @@ def find(topology: str, num_slices: int = 1) -> Slice:
       f'TOPOLOGY={topology!r} is not a TPU and how many chips stand along each '
       f'axis of its links, such as v5e:2x4, v6e:16x16 (two axes) or v5p:4x4x4 '
       f'(three). TPUs: {", ".join(tpus)}.'
+    )
+  if chip.num_axes == 2 and max(shape) > chip.torus_size:
+    raise ValueError(
+      f'TOPOLOGY={topology!r} is larger than a pod of {chip.name}, '
+      f'{chip.torus_size}x{chip.torus_size}; NUM_SLICES joins several.'
     )
   return Slice(chip, shape, num_slices)
 

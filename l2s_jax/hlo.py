@@ -153,8 +153,15 @@ def index(x: Instruction) -> int:
   return int(match[1])
 
 
-def devices(x: Instruction) -> tuple[int, ...]:
-  """Returns one group of devices of a collective."""
+def num_devices(text: str) -> int:
+  """Returns how many devices a program runs on."""
+  header = text.partition('\n')[0]
+  sizes = re.findall(r'(?:num_partitions|replica_count)=(\d+)', header)
+  return math.prod(map(int, sizes))
+
+
+def devices(x: Instruction, num_devices: int) -> tuple[int, ...]:
+  """Returns one group of devices of a collective, in a program for so many."""
   pairs = re.search(r'source_target_pairs=\{(\{.*?\})\}', x.text)
   if pairs:
     return _ring(re.findall(r'\{(\d+),(\d+)\}', pairs[1]))
@@ -168,7 +175,8 @@ def devices(x: Instruction) -> tuple[int, ...]:
   mesh = re.search(r'replica_groups=mesh\[(.*?)\](.*?)\{([^}]*)\}', x.text)
   if mesh:
     return _mesh_group(*mesh.groups())
-  return (0,)
+  # An empty list stands for all of them.
+  return tuple(range(num_devices if 'replica_groups={}' in x.text else 1))
 
 
 def count_ids(text: str) -> int:

@@ -115,14 +115,17 @@ def count(text: str) -> Costs:
     ValueError: if the text has no entry computation.
   """
   computations, entry = hlo.parse(text)
-  return _Counter(computations).costs(entry)
+  return _Counter(computations, hlo.num_devices(text)).costs(entry)
 
 
 class _Counter:
   """Adds up computations, each as often as it runs."""
 
-  def __init__(self, computations: Mapping[str, hlo.Computation]):
+  def __init__(
+    self, computations: Mapping[str, hlo.Computation], num_devices: int
+  ):
     self._computations = computations
+    self._num_devices = num_devices
     self._callers = {
       instruction.callee('body'): (computation, instruction)
       for computation in computations.values()
@@ -194,7 +197,10 @@ class _Counter:
         'AsyncCollectiveStart' in user.text and x.name in user.operands
         for user in computation.values()
       )
-      return 0.0, () if is_part else (_collective(kind, x, computation),)
+      if is_part:
+        return 0.0, ()
+      devices = hlo.devices(x, self._num_devices)
+      return 0.0, (_collective(kind, x, computation, devices),)
     if x.opcode == 'send' and '_xla_megascale_target' in x.text:
       return 0.0, (_between_slices(x, computation),)
     if x.opcode in ('fusion', 'async-start'):
@@ -440,11 +446,13 @@ def _between_slices(
 
 
 def _collective(
-  kind: str, x: hlo.Instruction, computation: hlo.Computation
+  kind: str,
+  x: hlo.Instruction,
+  computation: hlo.Computation,
+  devices: tuple[int, ...],
 ) -> Collective:
   operands = [computation[name] for name in x.operands]
   given = sum(operand.num_bytes for operand in operands)
-  devices = hlo.devices(x)
   others = len(devices) - 1
   received = {
     'all-gather': given * others,

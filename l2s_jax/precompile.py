@@ -88,7 +88,8 @@ def precompile(
       it fits.
     output_dir: gets precompile.json and precompile.md; None: nothing is
       written.
-    dry_run: prints the mesh and what arguments take, and compiles nothing.
+    dry_run: prints the mesh and what the train step's arguments take, and
+      compiles nothing.
 
   Returns:
     A row for each program.
@@ -139,20 +140,28 @@ def precompile(
     task_feature_lengths,
     optimizer,
   )
-  description = compiler.describe(setting)
-  print(description)
-  if dry_run:
-    return []
   if decode_batch_sizes is None:
     decode_batch_sizes = batch_size
   if isinstance(decode_batch_sizes, int):
     decode_batch_sizes = (decode_batch_sizes,)
+  description = compiler.describe(setting)
+  print(description)
+  compiler.check(setting, program_names, decode_batch_sizes)
+  if dry_run:
+    print(compiler.describe_arguments(setting))
+    return []
   rows: list[Row] = []
   advice: list[str] = []
-  if precompiler.TRAIN in program_names:
-    row = compiler.train_step(setting)
+
+  def report(row: Row) -> None:
     print(precompile_report.describe(row), flush=True)
     rows.append(row)
+    if folder is not None:
+      precompile_report.write(folder, description, rows)
+
+  if precompiler.TRAIN in program_names:
+    row = compiler.train_step(setting)
+    report(row)
     if not row['fits'] and suggest:
       advice.append(precompile_report.advice(*compiler.advise(setting)))
     elif row['fits'] and find_largest_batch:
@@ -162,8 +171,7 @@ def precompile(
     decodes = precompiler.DECODE in program_names
     for size in decode_batch_sizes:
       for row in compiler.generation(setting, size, decodes=decodes):
-        print(precompile_report.describe(row), flush=True)
-        rows.append(row)
+        report(row)
   if folder is not None:
     precompile_report.write(folder, description, rows)
   too_large = [row for row in rows if not row['fits']]
@@ -196,7 +204,7 @@ def _devices(slice_: chips.Slice) -> list[Any]:
   """Returns what the TPU's compiler knows of the devices of a slice.
 
   Raises:
-    ValueError: if `libtpu` is not installed.
+    ValueError: if `libtpu` is not installed, or knows no such slice.
   """
   if importlib.util.find_spec('libtpu') is None:
     raise ValueError(
@@ -205,7 +213,7 @@ def _devices(slice_: chips.Slice) -> list[Any]:
     )
   # libtpu would ask Google's cloud which machine this is, and wait.
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-  os.environ.setdefault('TPU_ACCELERATOR_TYPE', slice_.chip.name)
+  os.environ.setdefault('TPU_ACCELERATOR_TYPE', slice_.accelerator_type)
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
   # Only one process may use TPUs; as many as like may compile for them.
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
@@ -218,11 +226,16 @@ def _devices(slice_: chips.Slice) -> list[Any]:
     options['chips_per_host_bounds'] = _along_three(slice_.shape, 1)
   if slice_.num_slices > 1:
     options['num_slices'] = slice_.num_slices
-  return list(
-    topologies.get_topology_desc(
+  try:
+    topology = topologies.get_topology_desc(
       platform='tpu', topology_name=slice_.name, **options
-    ).devices
-  )
+    )
+  except jax.errors.JaxRuntimeError as error:
+    raise ValueError(
+      f'TOPOLOGY={slice_.name!r} is no slice that the compiler knows; hosts '
+      f'have 2 x 2 chips, so that axes of more than one are even. {error}'
+    ) from None
+  return list(topology.devices)
 
 
 def _along_three(values: Sequence[Any], default: Any) -> tuple[Any, ...]:

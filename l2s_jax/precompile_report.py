@@ -36,6 +36,11 @@ def describe(row: Row) -> str:
   for name in ('arguments', 'temporaries'):
     lines.append(f'  largest {name}:')
     lines += [f'    {_tensor(tensor)}' for tensor in row[name]]
+  if row['loops_counted_once']:
+    lines.append(
+      f'  {row["loops_counted_once"]} loops turn as often as their data say, '
+      'and were counted once: all figures but the bytes held are too low'
+    )
   lines.append('  collectives:')
   for x in row['collectives'][:_NUM_COLLECTIVES]:
     lines.append(

@@ -118,6 +118,36 @@ class Compiler:
       ]
     )
 
+  def check(
+    self, setting: Setting, program_names: Sequence[str], sizes: Sequence[int]
+  ) -> None:
+    """Refuses what does not divide, before anything is compiled.
+
+    Args:
+      setting: of the train step.
+      program_names: of `PROGRAMS`.
+      sizes: of the batches that are answered.
+    """
+    mesh = partition.make_mesh(setting.mesh, self._devices)
+    if TRAIN in program_names:
+      partition.check_batch_size(
+        setting.batch_size, mesh, num_microbatches=setting.num_microbatches
+      )
+    if PREFILL in program_names:
+      for size in sizes:
+        partition.check_batch_size(size, mesh, 'DECODE_BATCH_SIZES')
+
+  def describe_arguments(self, setting: Setting) -> str:
+    """Returns what the arguments of the train step take of a device."""
+    arguments = self._lay_out(setting).train_arguments(
+      self._optimizer, setting.batch_size
+    )
+    texts = []
+    for name, tree in arguments.items():
+      num_bytes = sum(map(_shard_bytes, jax.tree.leaves(tree)))
+      texts.append(f'{name} {chips.gib(num_bytes)}')
+    return f'arguments of the train step, a device: {", ".join(texts)}'
+
   def _lay_out(self, setting: Setting) -> programs.Programs:
     mesh = partition.make_mesh(setting.mesh, self._devices)
     return programs.Programs(
@@ -126,12 +156,8 @@ class Compiler:
 
   def train_step(self, setting: Setting) -> Row:
     """Compiles the train step and returns what it needs."""
+    self.check(setting, (TRAIN,), ())
     found = self._lay_out(setting)
-    partition.check_batch_size(
-      setting.batch_size,
-      found.mesh,
-      num_microbatches=setting.num_microbatches,
-    )
     program = found.train_step(
       self._optimizer, setting.batch_size, setting.num_microbatches
     )
@@ -145,7 +171,6 @@ class Compiler:
   ) -> Iterator[Row]:
     """Compiles prefill and decode, and yields what each needs."""
     found = self._lay_out(setting)
-    partition.check_batch_size(batch_size, found.mesh, 'DECODE_BATCH_SIZES')
     prefill, loop = found.generation(batch_size, self._models.dtype)
     row, compiled = self._compile(PREFILL, prefill, found.mesh, batch_size, '')
     yield row
@@ -265,8 +290,11 @@ class Compiler:
     is_loop: bool,
   ) -> Row:
     """Returns what a device does, and the least time it takes."""
+    loops = costs.open_loops
     if is_loop:  # A token is one turn of the only loop that data end.
-      (costs,) = costs.open_loops
+      (costs,) = loops
+    else:
+      costs = sum(loops, costs)
     chip, devices = self._slice.chip, list(mesh.devices.flat)
 
     def coords(i: int) -> tuple[int, ...]:
@@ -283,14 +311,16 @@ class Compiler:
       )
       for x in costs.collectives
     )
+    per_device = model_flops / len(devices)
     secs = {
-      'compute_secs': costs.flops / chip.flops_per_sec,
+      # Of few rows the compiler makes no product of matrices that is counted.
+      'compute_secs': max(costs.flops, per_device) / chip.flops_per_sec,
       'hbm_secs': costs.hbm_bytes / chip.hbm_bytes_per_sec,
       'interconnect_secs': interconnect_secs,
     }
     bound = max(secs.values())
-    per_device = model_flops / len(devices)
     return {
+      'loops_counted_once': 0 if is_loop else len(loops),
       'flops': costs.flops,
       'model_flops': per_device,
       'hbm_bytes_moved': costs.hbm_bytes,
@@ -342,10 +372,11 @@ def out_of_memory(message: str, chip: chips.Chip) -> Row:
 
   What it calls temporaries are arguments and results, too.
   """
-  size = re.search(r'HLO temporaries \(([\d.]+)G\)', message)
+  size = re.search(r'HLO temporaries \(([\d.]+)([MGT])\)', message)
   if size is None:
     raise ValueError(f'The compiler ran out of memory, but which? {message}')
-  peak_bytes = float(size[1]) * chips.GIB
+  unit = {'M': 2**20, 'G': 2**30, 'T': 2**40}[size[2]]
+  peak_bytes = float(size[1]) * unit
   return {
     'fits': False,
     'peak_bytes': peak_bytes,
@@ -355,17 +386,22 @@ def out_of_memory(message: str, chip: chips.Chip) -> Row:
 
 def largest_arguments(arguments: Mapping[str, Any]) -> list[Row]:
   """Returns the arguments that take most of a device, by what they are."""
-  rows = []
+  rows: list[Row] = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(arguments):
-    shard = leaf.sharding.shard_shape(leaf.shape)
     rows.append(
       {
         'name': jax.tree_util.keystr(path, simple=True, separator='/'),
         'shape': f'{leaf.dtype}{list(leaf.shape)}',
-        'bytes': math.prod(shard) * leaf.dtype.itemsize,
+        'bytes': _shard_bytes(leaf),
       }
     )
   return sorted(rows, key=lambda row: -row['bytes'])[:_NUM_LARGEST]
+
+
+def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+  assert leaf.sharding is not None
+  shard = leaf.sharding.shard_shape(leaf.shape)
+  return math.prod(shard) * leaf.dtype.itemsize
 
 
 def largest_temporaries(text: str) -> list[Row]:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -131,14 +132,23 @@ class Programs:
     # Outside of the mesh, whose devices cannot run the little that this does.
     self._layout = parameters.layout(self.system, mesh, mesh_config)
 
-  def train_step(
-    self,
-    optimizer: optim.Optimizer,
-    batch_size: int,
-    num_microbatches: int = 1,
-  ) -> Program:
-    """Returns the train step, its state donated."""
-    frozen_names, module = self.system.frozen, self.system.module
+  def train_arguments(
+    self, optimizer: optim.Optimizer, batch_size: int
+  ) -> dict[str, PyTree]:
+    """Returns the arguments of the train step, by what they are."""
+    frozen, _, state = self._train_state(optimizer)
+    return {
+      'frozen': frozen,
+      'trainable': state.trainable,
+      'optimizer': state.opt_state,
+      'batch': self._batch(batch_size),
+    }
+
+  def _train_state(
+    self, optimizer: optim.Optimizer
+  ) -> tuple[PyTree, optax.GradientTransformation, state_lib.TrainState]:
+    """Returns the frozen parameters, the optimizer and the state."""
+    frozen_names = self.system.frozen
     frozen, trainable = state_lib.split(self._layout.shapes, frozen_names)
     of_frozen, of_trainable = state_lib.split(
       self._layout.shardings, frozen_names
@@ -146,12 +156,20 @@ class Programs:
     transform = optimizer.make(
       state_lib.split(self._layout.axes, frozen_names)[1]
     )
-    shapes, shardings = state_lib.shardings(
-      trainable, of_trainable, transform, self.mesh
-    )
-    state = _place(shapes, shardings)
-    llm = _place(frozen, of_frozen)
-    batch = self._batch(batch_size)
+    placed = state_lib.shardings(trainable, of_trainable, transform, self.mesh)
+    return _place(frozen, of_frozen), transform, _place(*placed)
+
+  def train_step(
+    self,
+    optimizer: optim.Optimizer,
+    batch_size: int,
+    num_microbatches: int = 1,
+  ) -> Program:
+    """Returns the train step, its state donated."""
+    module = self.system.module
+    frozen, transform, state = self._train_state(optimizer)
+    arguments = self.train_arguments(optimizer, batch_size)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
     with self.entered():
       lowered = jax.jit(
         functools.partial(
@@ -162,15 +180,10 @@ class Programs:
         ),
         donate_argnums=0,
         out_shardings=(shardings, None),
-      ).lower(state, llm, batch)
+      ).lower(state, frozen, arguments['batch'])
     return Program(
       lowered,
-      {
-        'frozen': llm,
-        'trainable': state.trainable,
-        'optimizer': state.opt_state,
-        'batch': batch,
-      },
+      arguments,
       batch_size * costs.train_flops(module, *self._lengths_of_both),
     )
 

@@ -32,6 +32,23 @@ def test_topologies(topology, num_chips, wraps):
 
 
 @pytest.mark.parametrize(
+  'topology,name',
+  [
+    ('v5e:2x4', 'v5litepod-8'),
+    ('v6e:16x16', 'v6e-256'),
+    ('v5p:4x4x4', 'v5p-128'),
+  ],
+)
+def test_what_google_calls_a_slice(topology, name):
+  assert chips.find(topology).accelerator_type == name
+
+
+def test_no_slice_is_larger_than_a_pod():
+  with pytest.raises(ValueError, match='larger than a pod of v5e, 16x16'):
+    chips.find('v5e:32x16')
+
+
+@pytest.mark.parametrize(
   'topology', ['v5e', 'v5e:8', 'v5p:4x4', 'h100:8', 'v9:2x2', 'v5e:0x4']
 )
 def test_no_topology(topology):

@@ -107,13 +107,17 @@ def test_loops_that_data_end_are_apart():
 
 def program(*lines):
   text = '\n'.join(f'  {line}' for line in lines)
-  return f'ENTRY %main () -> f32[] {{\n{text}\n}}\n'
+  return (
+    'HloModule jit_f, replica_count=1, num_partitions=8\n\n'
+    f'ENTRY %main () -> f32[] {{\n{text}\n}}\n'
+  )
 
 
 @pytest.mark.parametrize(
   'groups,devices',
   [
     ('{{0,2},{1,3}}', (0, 2)),
+    ('{}', tuple(range(8))),
     ('[2,4]<=[8]', (0, 1, 2, 3)),
     ('[4,2]<=[2,4]T(1,0)', (0, 4)),
     ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", (0, 1, 2, 3)),
