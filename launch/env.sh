@@ -6,6 +6,7 @@
 # [maxtext]  AI-Hypercomputer/maxtext, src/maxtext/configs/README.md
 # [jax]      docs.jax.dev/en/latest/gpu_performance_tips.html
 # [toolbox]  NVIDIA/JAX-Toolbox, docs/GPU_performance.md
+# [scale]    docs/scale.md: by what `precompile` found
 #
 # None of them was timed with this project. A flag that the installed XLA does
 # not know ends the run at once: remove it here.
@@ -18,6 +19,9 @@ tpu_flags=(
   --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true
   --xla_tpu_enable_async_collective_fusion_multiple_steps=true
   --xla_tpu_overlap_compute_collective_tc=true
+  # Weights are gathered whole, never by a product in as many parts as there are
+  # shards, each of which reads and writes all of the result in HBM [scale]
+  --xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000
   # Between slices: gradients' all-reduces of mesh axis data overlap, also those
   # whose sizes differ; costs memory [maxtext]
   --xla_tpu_enable_data_parallel_all_reduce_opt=true
