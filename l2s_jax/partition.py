@@ -247,7 +247,9 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
 
 
 def look_up(
-  table: jax.Array, ids: jax.Array, table_axes: Sequence[str]
+  table: jax.Array | np.ndarray,
+  ids: jax.Array | np.ndarray,
+  table_axes: Sequence[str],
 ) -> jax.Array:
   """Returns rows of a table, laid out as the batch is.
 
