@@ -153,11 +153,14 @@ def precompile(
   rows: list[Row] = []
   advice: list[str] = []
 
+  def write() -> None:
+    if folder is not None:
+      precompile_report.write(folder, description, rows)
+
   def report(row: Row) -> None:
     print(precompile_report.describe(row), flush=True)
     rows.append(row)
-    if folder is not None:
-      precompile_report.write(folder, description, rows)
+    write()
 
   if precompiler.TRAIN in program_names:
     row = compiler.train_step(setting)
@@ -167,13 +170,12 @@ def precompile(
     elif row['fits'] and find_largest_batch:
       row['largest_batch'] = compiler.largest_batch(setting, row)
       print(f'  the largest batch that fits: {row["largest_batch"]}')
+      write()
   if precompiler.PREFILL in program_names:
     decodes = precompiler.DECODE in program_names
     for size in decode_batch_sizes:
       for row in compiler.generation(setting, size, decodes=decodes):
         report(row)
-  if folder is not None:
-    precompile_report.write(folder, description, rows)
   too_large = [row for row in rows if not row['fits']]
   if too_large:
     refusals = map(precompile_report.refusal, too_large)

@@ -144,7 +144,8 @@ class Compiler:
     )
     texts = []
     for name, tree in arguments.items():
-      num_bytes = sum(map(_shard_bytes, jax.tree.leaves(tree)))
+      shardings = jax.tree.map(lambda x: x.sharding, tree)
+      num_bytes = partition.bytes_per_device(tree, shardings)
       texts.append(f'{name} {chips.gib(num_bytes)}')
     return f'arguments of the train step, a device: {", ".join(texts)}'
 
@@ -392,16 +393,10 @@ def largest_arguments(arguments: Mapping[str, Any]) -> list[Row]:
       {
         'name': jax.tree_util.keystr(path, simple=True, separator='/'),
         'shape': f'{leaf.dtype}{list(leaf.shape)}',
-        'bytes': _shard_bytes(leaf),
+        'bytes': partition.bytes_per_device(leaf, leaf.sharding),
       }
     )
   return sorted(rows, key=lambda row: -row['bytes'])[:_NUM_LARGEST]
-
-
-def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-  assert leaf.sharding is not None
-  shard = leaf.sharding.shard_shape(leaf.shape)
-  return math.prod(shard) * leaf.dtype.itemsize
 
 
 def largest_temporaries(text: str) -> list[Row]:

@@ -137,12 +137,7 @@ class Programs:
   ) -> dict[str, PyTree]:
     """Returns the arguments of the train step, by what they are."""
     frozen, _, state = self._train_state(optimizer)
-    return {
-      'frozen': frozen,
-      'trainable': state.trainable,
-      'optimizer': state.opt_state,
-      'batch': self._batch(batch_size),
-    }
+    return _by_name(frozen, state, self._batch(batch_size))
 
   def _train_state(
     self, optimizer: optim.Optimizer
@@ -168,7 +163,7 @@ class Programs:
     """Returns the train step, its state donated."""
     module = self.system.module
     frozen, transform, state = self._train_state(optimizer)
-    arguments = self.train_arguments(optimizer, batch_size)
+    batch = self._batch(batch_size)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     with self.entered():
       lowered = jax.jit(
@@ -180,10 +175,10 @@ class Programs:
         ),
         donate_argnums=0,
         out_shardings=(shardings, None),
-      ).lower(state, frozen, arguments['batch'])
+      ).lower(state, frozen, batch)
     return Program(
       lowered,
-      arguments,
+      _by_name(frozen, state, batch),
       batch_size * costs.train_flops(module, *self._lengths_of_both),
     )
 
@@ -268,6 +263,18 @@ class DecodeLoop:
     return Program(
       lowered, {'parameters': params, 'state': state}, self.model_flops
     )
+
+
+def _by_name(
+  frozen: PyTree, state: state_lib.TrainState, batch: PyTree
+) -> dict[str, PyTree]:
+  """Returns the arguments of a train step by what they are."""
+  return {
+    'frozen': frozen,
+    'trainable': state.trainable,
+    'optimizer': state.opt_state,
+    'batch': batch,
+  }
 
 
 def _place_prepared(shapes: PyTree, shardings: PyTree) -> PyTree:
