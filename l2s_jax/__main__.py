@@ -108,10 +108,6 @@ class Verb(NamedTuple):
     return getattr(importlib.import_module(self.module), self.function)
 
 
-_VERIFY = Flag(
-  'verify_weights', bool, "compare the LLM's weights with their digests"
-)
-
 VERBS: Mapping[str, Verb] = {
   'train': Verb(
     'l2s_jax.train',
@@ -120,7 +116,6 @@ VERBS: Mapping[str, Verb] = {
     '--gin_file=gin_configs/experiments/multi30k.gin '
     '--gin.DATA_DIR=data/multi30k --gin.SLM_VOCABULARY=spiece.model '
     '--gin.LLM_PATH=runs/multi30k_llm --gin.MODEL_DIR=runs/multi30k',
-    (_VERIFY,),
     joins=True,
   ),
   'evaluate': Verb(
@@ -130,7 +125,6 @@ VERBS: Mapping[str, Verb] = {
     '--gin_file=gin_configs/tasks/multi30k.gin '
     '--gin_file=gin_configs/runs/evaluate.gin '
     '--gin.DATA_DIR=data/multi30k --gin.CHECKPOINT_PATH=runs/multi30k',
-    (_VERIFY,),
     joins=True,
   ),
   'infer': Verb(
@@ -143,7 +137,6 @@ VERBS: Mapping[str, Verb] = {
     (
       Flag('shard', int, 'which part of the input to answer, from 0'),
       Flag('num_shards', int, 'into how many parts the input is divided'),
-      _VERIFY,
     ),
     joins=True,
   ),
@@ -214,6 +207,7 @@ VERBS: Mapping[str, Verb] = {
 # Their configurables can be bound whatever the verb, so that one experiment
 # file serves all of them. None imports TensorFlow.
 CONFIGURABLE_MODULES = (
+  'l2s_jax.integrity',
   'l2s_jax.partition',
   'l2s_jax.models.config',
   'l2s_jax.systems',

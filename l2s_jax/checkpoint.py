@@ -3,22 +3,27 @@
 
 A step's folder holds three items: `params`, the trained parameters alone;
 `optimizer`, with the step and the PRNG key; and `data`, the position of the
-last batch trained on. The frozen LLM is not among them.
+last batch trained on, with the digests of all arrays and of itself. The frozen
+LLM is not among them.
+
+A step is compared with its digests before it is read. Where a step was not
+asked for, the newest good one is taken, and both are named.
 """
 
-import copy
+import contextlib
 import dataclasses
-import json
+import functools
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
-from l2s_jax import distributed, files
+from l2s_jax import distributed, files, integrity
 from l2s_jax import state as state_lib
 
 PyTree = Any
@@ -26,6 +31,24 @@ PyTree = Any
 FOLDER = 'checkpoints'
 BEST = 'best.json'
 _DELETED = 'deleted'
+# Where training puts steps that are damaged, out of the way of new ones.
+DAMAGED = 'damaged'
+ITEMS = ('params', 'optimizer')
+_DIGESTS = 'digests'
+_MODEL = 'model'
+# What Orbax and TensorStore raise where files are missing, cut or changed.
+_READING_ERRORS = (
+  ValueError,
+  KeyError,
+  IndexError,
+  TypeError,
+  AttributeError,
+  OSError,
+)
+
+
+class DamagedError(ValueError):
+  """A checkpoint is not as it was saved."""
 
 
 @dataclasses.dataclass
@@ -62,17 +85,25 @@ class Checkpointer:
   """Saves and restores the state of one run."""
 
   def __init__(self, run_dir: str | pathlib.Path, *, keep: int | None = None):
-    """Opens the checkpoints of a run.
+    """Opens the checkpoints of a run; those that are damaged are set apart.
 
     Args:
       run_dir: the run's folder, made if absent.
       keep: how many of the newest to keep, beside the best; None keeps all.
+
+    Raises:
+      DamagedError: if there are checkpoints and none is good.
     """
     self.folder = pathlib.Path(run_dir).absolute() / FOLDER
+    self._step, bad = _newest_good(run_dir, ITEMS)
+    if distributed.is_first():
+      for step in bad:
+        _set_apart(self.folder, step)
+    distributed.wait_for_all('damaged checkpoints')
     self._policy = _KeepNewestAndBest(keep, best_step(run_dir))
     self._manager = _Manager(
       self.folder,
-      item_names=('params', 'optimizer', 'data'),
+      item_names=(*ITEMS, 'data'),
       options=ocp.CheckpointManagerOptions(
         preservation_policy=self._policy,
         create=True,
@@ -86,21 +117,41 @@ class Checkpointer:
     if distributed.is_first():
       shutil.rmtree(self.folder / _DELETED, ignore_errors=True)
 
-  def save(self, state: state_lib.TrainState, data: dict[str, Any]) -> None:
-    """Starts saving; once this returns, both may be changed or donated."""
+  def save(
+    self,
+    state: state_lib.TrainState,
+    data: dict[str, Any],
+    model: dict[str, Any] | None = None,
+  ) -> None:
+    """Starts saving; once this returns, all may be changed or donated.
+
+    Args:
+      state: to be saved.
+      data: for `restore_data`; that JSON can hold.
+      model: the system's description, for `description`.
+    """
     step = int(state.step)
     if step in self._manager.all_steps():
       return
     self._empty_deleted()
+    optimizer = {
+      'opt_state': state.opt_state,
+      'step': state.step,
+      'key': state.key,
+    }
+    digests = {
+      item: integrity.digests(tree)
+      for item, tree in zip(ITEMS, (state.trainable, optimizer), strict=True)
+    }
     self._manager.save(
       step,
       args=ocp.args.Composite(
         params=ocp.args.StandardSave(state.trainable),
-        optimizer=ocp.args.StandardSave(
-          {'opt_state': state.opt_state, 'step': state.step, 'key': state.key}
+        optimizer=ocp.args.StandardSave(optimizer),
+        # A copy: Orbax writes it later, when training has changed it.
+        data=ocp.args.JsonSave(
+          integrity.seal({**data, _DIGESTS: digests, _MODEL: model})
         ),
-        # Orbax writes it later, when training has changed it.
-        data=ocp.args.JsonSave(copy.deepcopy(data)),
       ),
     )
 
@@ -136,23 +187,33 @@ class Checkpointer:
     self._empty_deleted()
 
   def restore_data(self) -> dict[str, Any] | None:
-    """Returns what `save` got as `data` at the newest step, if any."""
-    step = self._manager.latest_step()
+    """Returns what `save` got as `data` at the newest good step, if any."""
+    step = self._newest()
     if step is None:
       return None
-    args = ocp.args.Composite(data=ocp.args.JsonRestore())
-    return self._manager.restore(step, args=args)['data']
+    data = _read_data(self.folder / str(step))
+    return {
+      key: value for key, value in data.items() if key not in (_DIGESTS, _MODEL)
+    }
+
+  def _newest(self) -> int | None:
+    """Returns the newest step: of those there were, the newest good one."""
+    newest = self._manager.latest_step()
+    return self._step if newest is None else newest
 
   def restore(
     self, shapes: state_lib.TrainState, shardings: state_lib.TrainState
   ) -> state_lib.TrainState | None:
-    """Returns the newest state; None if there is none.
+    """Returns the newest good state; None if there is none.
 
     Args:
       shapes: tree of `jax.ShapeDtypeStruct`.
       shardings: where to put each array; any mesh, not only that of the save.
+
+    Raises:
+      DamagedError: if what was good at the start cannot be read any more.
     """
-    step = self._manager.latest_step()
+    step = self._newest()
     if step is None:
       return None
     target = jax.tree.map(
@@ -162,19 +223,18 @@ class Checkpointer:
       shapes,
       shardings,
     )
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardRestore(target.trainable),
-        optimizer=ocp.args.StandardRestore(
-          {
-            'opt_state': target.opt_state,
-            'step': target.step,
-            'key': target.key,
-          }
-        ),
+    args = ocp.args.Composite(
+      params=ocp.args.StandardRestore(target.trainable),
+      optimizer=ocp.args.StandardRestore(
+        {
+          'opt_state': target.opt_state,
+          'step': target.step,
+          'key': target.key,
+        }
       ),
     )
+    with _reading(self.folder / str(step)):
+      restored = self._manager.restore(step, args=args)
     return state_lib.TrainState(
       step=restored['optimizer']['step'],
       trainable=restored['params'],
@@ -204,24 +264,33 @@ def steps(run_dir: str | pathlib.Path) -> list[int]:
 
 
 def best_step(run_dir: str | pathlib.Path) -> int | None:
-  """Returns the best step by the evaluations of the training, if it chose."""
+  """Returns the best step by the evaluations of the training, if it chose.
+
+  Raises:
+    ValueError: if the file that says so is broken.
+  """
   path = pathlib.Path(run_dir) / BEST
-  return json.loads(path.read_text())['step'] if path.is_file() else None
+  if not path.is_file():
+    return None
+  remedy = 'name a step, or remove the file: the next evaluation writes it anew'
+  return files.read_json(path, keys={'step': int}, remedy=remedy)['step']
 
 
 def params_folder(
   run_dir: str | pathlib.Path, step: int | Literal['best'] | None = None
 ) -> tuple[pathlib.Path, int]:
-  """Returns the folder of a run's parameters at a step, and the step.
+  """Returns the folder of a run's good parameters at a step, and the step.
 
   Args:
     run_dir: the run.
-    step: None takes the newest, 'best' the best in the evaluations of the
-      training (BEST_METRIC).
+    step: None takes the newest that is as it was saved, 'best' the best in the
+      evaluations of the training (BEST_METRIC).
 
   Raises:
     FileNotFoundError: names the run and the steps it has.
+    DamagedError: if the step that was asked for, or every step, is damaged.
   """
+  folder = pathlib.Path(run_dir).absolute() / FOLDER
   found = steps(run_dir)
   wanted = 'a checkpoint'
   if step == 'best':
@@ -232,7 +301,13 @@ def params_folder(
         f'BEST_METRIC, or not evaluated yet. It has steps {found}.'
       )
   if step is None and found:
-    step = found[-1]
+    step, _ = _newest_good(run_dir, ITEMS[:1])
+  elif step in found:
+    if wrong := problem(run_dir, step):
+      raise DamagedError(
+        f'{wrong}. Name another step of {_others(found, step)}, or copy this '
+        'one again from where it was made.'
+      )
   elif step is not None:
     wanted = f'the checkpoint {step}'
   if step not in found:
@@ -241,7 +316,191 @@ def params_folder(
       'folder of a run that was trained (the one with model.json).'
     )
   assert step is not None
-  return pathlib.Path(run_dir).absolute() / FOLDER / str(step) / 'params', step
+  return folder / str(step) / 'params', step
+
+
+def _others(found: Sequence[int], step: int | None) -> list[int]:
+  return [other for other in found if other != step]
+
+
+def _newest_good(
+  run_dir: str | pathlib.Path, items: Sequence[str]
+) -> tuple[int | None, list[int]]:
+  """Returns the newest step that is as it was saved, and the bad ones after it.
+
+  What is passed over is said, with the step that is taken instead.
+
+  Raises:
+    DamagedError: if there are steps and none is good.
+  """
+  # In all processes the same: the run may go on, and save, at this moment.
+  found = distributed.from_first(steps(run_dir))
+  bad: dict[int, str] = {}
+  for step in reversed(found):
+    if wrong := problem(run_dir, step, items):
+      bad[step] = wrong
+      continue
+    for sentence in bad.values():
+      distributed.say(f'{sentence}: step {step} is taken in its place.')
+    return step, list(bad)
+  if bad:
+    raise DamagedError(
+      'no checkpoint of this run is as it was saved: '
+      + '; '.join(bad.values())
+      + f'. Copy one again into {pathlib.Path(run_dir) / FOLDER}, or remove '
+      'that folder to train from the start.'
+    )
+  return None, []
+
+
+def problem(
+  run_dir: str | pathlib.Path, step: int, items: Sequence[str] = ITEMS[:1]
+) -> str | None:
+  """Returns a sentence on what is wrong with a step; None if it is good.
+
+  Every array is read and compared with its digest; processes share the arrays
+  out among them, and all get the same answer. A step of an earlier version has
+  no digests: it must be readable, and that it is unchecked is said.
+
+  Args:
+    run_dir: the run.
+    step: one of `steps`.
+    items: what of the step is to be read.
+  """
+  folder = pathlib.Path(run_dir).absolute() / FOLDER / str(step)
+  if not integrity.verification():
+    return None
+  return _problem(folder, tuple(items), _state_of_files(folder))
+
+
+def _state_of_files(folder: pathlib.Path) -> tuple[Any, ...]:
+  """Returns what changes when a file of a folder does."""
+  stats = ((path, path.stat()) for path in sorted(folder.rglob('*')))
+  return tuple(
+    (str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    for path, stat in stats
+  )
+
+
+@functools.lru_cache(maxsize=64)
+def _problem(
+  folder: pathlib.Path, items: tuple[str, ...], _: tuple[Any, ...]
+) -> str | None:
+  wrong = _problem_here(folder, items)
+  everywhere = distributed.gather([wrong] if wrong else [])
+  return everywhere[0] if everywhere else None
+
+
+def _problem_here(folder: pathlib.Path, items: Sequence[str]) -> str | None:
+  """Returns what this process finds wrong with its part of a step."""
+  try:
+    data = _read_data(folder)
+    saved_nsecs(folder / items[0])
+    names = {
+      item: ['/'.join(path) for path in array_shapes(folder / item)]
+      for item in items
+    }
+  except (DamagedError, FileNotFoundError) as error:
+    return f'the checkpoint {folder} is damaged: {_first_line(error)}'
+  digests = data.get(_DIGESTS)
+  if digests is None:
+    distributed.say(
+      f'{folder} was saved by an earlier version, without digests; it is read '
+      'unchecked.'
+    )
+    digests = {item: {name: {} for name in names[item]} for item in items}
+  for item in items:
+    if sorted(names[item]) != sorted(digests[item]):
+      return (
+        f'the checkpoint {folder} is damaged: {item} does not list the arrays '
+        'that were saved'
+      )
+    share = sorted(digests[item])[jax.process_index() :: jax.process_count()]
+    bad = integrity.damaged(
+      {name: digests[item][name] for name in share},
+      functools.partial(_open_array, folder / item),
+    )
+    if bad:
+      return (
+        f'the checkpoint {folder} is damaged: {len(bad)} of '
+        f'{len(names[item])} arrays of {item} are not as they were saved, '
+        f'the first {bad[0]}'
+      )
+  return None
+
+
+def _open_array(folder: pathlib.Path, name: str) -> Any:
+  """Returns an array of an item that is read where it is indexed."""
+  return tensorstore.open(
+    {
+      'driver': 'zarr',
+      'kvstore': {
+        'driver': 'ocdbt',
+        'base': f'file://{folder}/',
+        'path': f'{name.replace("/", ".")}/',
+      },
+    },
+    open=True,
+    read=True,
+  ).result()
+
+
+def _read_data(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns the item `data` of a step as it was saved.
+
+  Raises:
+    DamagedError: if it is not.
+  """
+  path = folder / 'data' / 'metadata'
+  try:
+    data = files.read_json(path, remedy='copy the checkpoint again')
+  except (ValueError, FileNotFoundError) as error:
+    raise DamagedError(str(error)) from error
+  if not integrity.is_sealed(data):
+    return data
+  if (content := integrity.unseal(data)) is None:
+    raise DamagedError(f'{path} is not as it was saved')
+  return content
+
+
+def description(run_dir: str | pathlib.Path) -> dict[str, Any] | None:
+  """Returns the model's description as the newest readable step keeps it."""
+  for step in reversed(steps(run_dir)):
+    folder = pathlib.Path(run_dir).absolute() / FOLDER / str(step)
+    with contextlib.suppress(DamagedError):
+      if model := _read_data(folder).get(_MODEL):
+        return model
+  return None
+
+
+def _set_apart(folder: pathlib.Path, step: int) -> None:
+  """Moves a damaged step to where no new one will meet it."""
+  place = folder / DAMAGED / str(step)
+  count = 1
+  while place.exists():
+    count += 1
+    place = place.with_name(f'{step}-{count}')
+  place.parent.mkdir(exist_ok=True)
+  (folder / str(step)).rename(place)
+  distributed.say(f'{folder / str(step)} was moved to {place}.')
+
+
+@contextlib.contextmanager
+def _reading(folder: pathlib.Path) -> Iterator[None]:
+  """Says what could not be read, where a library would say how."""
+  try:
+    yield
+  except DamagedError:
+    raise
+  except _READING_ERRORS as error:
+    raise DamagedError(
+      f'{folder} could not be read: {_first_line(error)}'
+    ) from error
+
+
+def _first_line(error: Exception) -> str:
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  return lines[0][:300].rstrip('.')
 
 
 def saved_nsecs(params: pathlib.Path) -> int:
@@ -250,7 +509,13 @@ def saved_nsecs(params: pathlib.Path) -> int:
   Args:
     params: from `params_folder`.
   """
-  return ocp.metadata.get_step_metadata(params.parent).init_timestamp_nsecs
+  with _reading(params.parent):
+    found = ocp.metadata.get_step_metadata(params.parent).init_timestamp_nsecs
+    if found is None:
+      raise DamagedError(
+        f'{params.parent} lacks what Orbax notes of a step: when it was saved'
+      )
+    return found
 
 
 def restore_params(
@@ -265,7 +530,7 @@ def restore_params(
     shapes,
     shardings,
   )
-  with ocp.StandardCheckpointer() as checkpointer:
+  with _reading(folder), ocp.StandardCheckpointer() as checkpointer:
     return checkpointer.restore(folder, target)
 
 
@@ -273,7 +538,7 @@ def read_arrays(
   folder: pathlib.Path, paths: list[tuple[str, ...]]
 ) -> dict[tuple[str, ...], np.ndarray]:
   """Reads single arrays of a checkpoint into host memory."""
-  with ocp.PyTreeCheckpointer() as checkpointer:
+  with _reading(folder), ocp.PyTreeCheckpointer() as checkpointer:
     item = _nest({path: 0 for path in paths})
     restored = checkpointer.restore(
       folder,
@@ -292,15 +557,15 @@ def array_shapes(
   folder: pathlib.Path,
 ) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
   """Returns path, shape and dtype of every array of a checkpoint."""
-  with ocp.PyTreeCheckpointer() as checkpointer:
+  with _reading(folder), ocp.PyTreeCheckpointer() as checkpointer:
     metadata = checkpointer.metadata(folder).item_metadata.tree
-  leaves = jax.tree_util.tree_leaves_with_path(metadata)
-  return {
-    tuple(str(key.key) for key in path): jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype
-    )
-    for path, leaf in leaves
-  }
+    leaves = jax.tree_util.tree_leaves_with_path(metadata)
+    return {
+      tuple(integrity.name(path).split('/')): jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype
+      )
+      for path, leaf in leaves
+    }
 
 
 def _nest(flat: dict[tuple[str, ...], Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pathlib
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 import gin
@@ -22,6 +23,7 @@ import tqdm
 
 from l2s_jax import (
   gin_utils,
+  integrity,
   parity,
   systems,
   tokenizer_json,
@@ -103,6 +105,7 @@ def convert(
     return
   try:
     _write(reading, unfinished, to, vocabulary)
+    reading.check_source()
     checked = _check_written(reading, unfinished, to)
     if verify:
       theirs = unfinished if to == 'hf' else pathlib.Path(opened.location)
@@ -191,6 +194,7 @@ class _Reading:
       for path, shape in source.shapes().items()
     }
     self._layers: dict[tuple[weights.Path, int], bytes] = {}
+    self._stored: dict[tuple[weights.Path, int], bytes] = {}
     self.num_bytes = sum(
       shape.size * shape.dtype.itemsize for shape in self._shapes.values()
     )
@@ -204,6 +208,8 @@ class _Reading:
 
   def read(self, path: weights.Path, layer: int | None = None) -> np.ndarray:
     stored = self.source.read(path, layer)
+    if self.source.digest(path) is not None:
+      self._stored[path, layer or 0] = weights.digest_layer(stored)
     array = stored.astype(self._shapes[path].dtype, copy=False)
     self._layers[path, layer or 0] = weights.digest_layer(array)
     if self.progress is not None:
@@ -214,8 +220,25 @@ class _Reading:
     return self.source.name(path)
 
   def digest(self, path: weights.Path) -> str:
+    return self._whole(path, self._layers)
+
+  def check_source(self) -> None:
+    """Refuses what was read if it is not what the source's digests say.
+
+    Raises:
+      ValueError: names the tensors.
+    """
+    if integrity.verification():
+      paths = {path for path, _ in self._stored}
+      weights.check_digests(
+        self.source, {path: self._whole(path, self._stored) for path in paths}
+      )
+
+  def _whole(
+    self, path: weights.Path, layers: Mapping[tuple[weights.Path, int], bytes]
+  ) -> str:
     count = len(list(weights.layers(path, self._shapes[path].shape)))
-    return weights.digest(self._layers[path, i] for i in range(count))
+    return weights.digest(layers[path, i] for i in range(count))
 
 
 def _progress(num_bytes: int, what: str) -> Any:
@@ -392,6 +415,8 @@ def _write_tokenizer(
 
 
 def _vocabulary_folder(run: runs.Run, name: str) -> pathlib.Path:
+  """Returns where a run's vocabulary is, which is as the run was trained."""
+  runs.load_vocabulary(pathlib.Path(run.location), run.description, name)
   return pathlib.Path(run.location) / systems.VOCABULARIES / name
 
 

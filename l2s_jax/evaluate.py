@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation of a system on a SeqIO task: loss, decoded metrics, controls."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -21,6 +22,7 @@ from l2s_jax import (
   files,
   generate,
   gin_utils,
+  locks,
   losses,
   metrics,
   parameters,
@@ -255,7 +257,6 @@ def evaluate(
   llm_path: str | None = None,
   mesh: partition.MeshConfig | None = None,
   decoding: sampling.Decoding | None = None,
-  verify_weights: bool = False,
   *,
   dry_run: bool = False,
 ) -> dict[int, dict[str, dict[str, float]]]:
@@ -282,8 +283,6 @@ def evaluate(
     llm_path: where the LLM's weights are, if not where the run says.
     mesh: device mesh and axis rules.
     decoding: how answers are written; None is greedy.
-    verify_weights: compare the frozen LLM's weights with the digests that are
-      kept beside them.
     dry_run: prints sizes and shardings, and stops.
 
   Returns:
@@ -315,6 +314,7 @@ def evaluate(
     partition.use_mesh(device_mesh),
     partition.axis_rules(mesh_config.rules('slm')),
     distributed.preemptible() as stop,
+    contextlib.ExitStack() as opened,
   ):
     layout = parameters.layout(system, device_mesh, mesh_config)
     answer_length = max(max_decode_len or 0, task_feature_lengths['targets'])
@@ -338,10 +338,12 @@ def evaluate(
       decoding=decoding,
       num_bootstrap_samples=num_bootstrap_samples,
     )
-    _, frozen = parameters.load_frozen(system, layout, verify=verify_weights)
+    _, frozen = parameters.load_frozen(system, layout)
     stop()
     results: dict[int, dict[str, dict[str, float]]] = {}
     folder = pathlib.Path(output_dir or checkpoint_path)
+    if distributed.is_first():
+      opened.enter_context(locks.held(folder / 'eval', 'EVAL_OUTPUT_DIR'))
     name = f'{task.name}-{split}'
     # Scores are compared with those of the same settings alone.
     settings = {
@@ -401,8 +403,12 @@ def format_scores(scores: Mapping[str, float]) -> str:
 def _choose_steps(run_dir: str, steps: Any) -> list[int]:
   """Returns the steps to evaluate, all of which are there."""
   if steps == 'all':
-    checkpoint.params_folder(run_dir)  # raises if there is none
-    return checkpoint.steps(run_dir)
+    checkpoint.params_folder(run_dir)  # raises if there is no good one
+    found = distributed.from_first(checkpoint.steps(run_dir))
+    bad = {step: checkpoint.problem(run_dir, step) for step in found}
+    for wrong in filter(None, bad.values()):
+      distributed.say(f'{wrong}: it is left out.')
+    return [step for step in found if not bad[step]]
   wanted = steps if isinstance(steps, tuple | list) else [steps]
   if not all(s is None or s == 'best' or isinstance(s, int) for s in wanted):
     raise ValueError(

@@ -228,7 +228,13 @@ _DECODER = _Decoder()
 
 
 def differences(
-  found: Any, wanted: Any, *, ignored: Collection[str] = (), name: str = ''
+  found: Any,
+  wanted: Any,
+  *,
+  ignored: Collection[str] = (),
+  name: str = '',
+  have: str = 'the run has',
+  want: str = 'the config says',
 ) -> list[str]:
   """Returns a line for each value that the run and the config have not alike.
 
@@ -237,6 +243,8 @@ def differences(
     wanted: the description now; a tuple equals the list of its items.
     ignored: keys, at any depth, that may differ.
     name: of the whole, in front of its keys.
+    have: says where `found` is from.
+    want: says where `wanted` is from.
   """
   if isinstance(found, dict) and isinstance(wanted, dict):
     return [
@@ -248,6 +256,8 @@ def differences(
         wanted.get(key),
         ignored=ignored,
         name=f'{name}.{key}' if name else key,
+        have=have,
+        want=want,
       )
     ]
   found, wanted = (
@@ -255,5 +265,5 @@ def differences(
   )
   if found == wanted:
     return []
-  have, want = ('nothing' if x is None else repr(x) for x in (found, wanted))
-  return [f'  {name}: the run has {have}, the config says {want}']
+  left, right = ('nothing' if x is None else repr(x) for x in (found, wanted))
+  return [f'  {name}: {have} {left}, {want} {right}']

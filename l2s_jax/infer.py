@@ -65,7 +65,6 @@ def infer(
   decoding: sampling.Decoding | None = None,
   max_decode_len_column: str | None = None,
   stream: str | None = None,
-  verify_weights: bool = False,
   *,
   dry_run: bool = False,
 ) -> None:
@@ -114,8 +113,6 @@ def infer(
       may have, up to `max_decode_len`.
     stream: of standard input: 'jsonl' writes lines {"delta": TEXT} as tokens
       come, before the line that has all; 'text' writes the text alone.
-    verify_weights: compare the frozen LLM's weights with the digests that are
-      kept beside them.
     dry_run: prints sizes and shardings, and stops.
   """
   gin_utils.check_positive(
@@ -186,9 +183,7 @@ def infer(
     def load() -> answerer.PromptAnswerer:
       return answerer.PromptAnswerer(
         system,
-        parameters.load_params(
-          system, layout, checkpoint_path, chosen, verify=verify_weights
-        ),
+        parameters.load_params(system, layout, checkpoint_path, chosen),
         device_mesh,
         prompt_length=prompt_length,
         max_decode_len=max_decode_len,

@@ -88,14 +88,13 @@ def layout(
 
 
 def load_frozen(
-  system: systems.System, layout: Layout, *, verify: bool = False
+  system: systems.System, layout: Layout
 ) -> tuple[systems.System, PyTree]:
   """Reads the frozen LLM; returns the system with its fingerprint.
 
   Args:
     system: the system.
     layout: of its parameters.
-    verify: compare every tensor with the digest that is kept beside it.
 
   Raises:
     ValueError: if the weights are not those that the run was trained with, or
@@ -116,7 +115,7 @@ def load_frozen(
     # Loaded apart: the fingerprint of a run is that of what encodes.
     shapes, decoder = state_lib.split(shapes, l2s.ENCODER)
     shardings, decoder_shardings = state_lib.split(shardings, l2s.ENCODER)
-  params, fingerprint = weights.load(source, shapes, shardings, verify=verify)
+  params, fingerprint = weights.load(source, shapes, shardings)
   if system.llm_fingerprint not in (None, fingerprint):
     raise ValueError(
       f'The LLM in {system.sources["llm"]} is not the one that this run was '
@@ -132,7 +131,7 @@ def load_frozen(
     system, llm_step=source.step(), llm_fingerprint=fingerprint
   )
   if decoder:
-    loaded, _ = weights.load(source, decoder, decoder_shardings, verify=verify)
+    loaded, _ = weights.load(source, decoder, decoder_shardings)
     params = params | loaded
   return system, {'llm': params}
 
@@ -169,11 +168,9 @@ def load_params(
   layout: Layout,
   run_dir: str | pathlib.Path,
   step: int | None = None,
-  *,
-  verify: bool = False,
 ) -> dict[str, PyTree]:
   """Returns all parameters of a run's checkpoint, frozen and trained."""
-  _, frozen = load_frozen(system, layout, verify=verify)
+  _, frozen = load_frozen(system, layout)
   return state_lib.merge(frozen, load_trained(system, layout, run_dir, step))
 
 

@@ -232,6 +232,9 @@ def answer_lines(
   """
   lines = part.lines(survey.num_lines)
 
+  def items() -> Iterator[prompts.Item]:
+    return itertools.islice(read(), lines.start, lines.stop)
+
   def answers(done: int) -> Iterator[list[predictions.Record]]:
     return answer_all(
       load(),
@@ -256,8 +259,9 @@ def answer_lines(
   )
   path = folder / part.name('predictions', '.jsonl')
   if distributed.from_first(path.is_file()):
+    tally = predictions.read_whole(path, items())
     distributed.say(f'{path} is whole: nothing to answer.')
-    return predictions.count(predictions.read([path]))
+    return tally
   if not distributed.is_first():  # It computes with the first, which writes.
     done = distributed.from_first(None)
     tally = predictions.Tally()
@@ -265,7 +269,7 @@ def answer_lines(
       for record in records:
         tally.add(record)
     return tally
-  with predictions.GrowingFile(path) as file:
+  with predictions.GrowingFile(path, items()) as file:
     done = distributed.from_first(file.tally.num_lines)
     if done:
       print(

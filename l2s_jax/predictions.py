@@ -7,6 +7,7 @@
     predictions-00001-of-00004.jsonl   a shard, likewise; in order they make up
                                        predictions.jsonl
     scores.json                        likewise scores-00001-of-00004.json
+    .predictions.jsonl.digests         of the lines as they were written
 
 A line with the prediction null stands for a line that could not be answered.
 Which model answers is not known here.
@@ -15,12 +16,15 @@ Which model answers is not known here.
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import pathlib
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import IO, Any
+from typing import IO, Any, NoReturn
+
+import xxhash
 
 from l2s_jax import files, metrics, prompts, text_files
 
@@ -47,6 +51,7 @@ _SIGNATURES = {
 }
 _NUM_NAMED = 5
 _SYNC_PERIOD_SECS = 10.0
+_CHUNK_BYTES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,18 +200,27 @@ class GrowingFile:
     tally: of the lines that are there, those of earlier starts included.
   """
 
-  def __init__(self, path: pathlib.Path):
-    """Prepares; nothing is read or written yet."""
+  def __init__(
+    self, path: pathlib.Path, items: Iterable[prompts.Item] | None = None
+  ):
+    """Prepares; nothing is read or written yet.
+
+    Args:
+      path: of the whole file.
+      items: that its lines are to answer, in order; None: not compared.
+    """
     self.path = path
     self.tally = Tally()
+    self._items = items
     self._partial = path.with_name(f'{path.name}.partial')
     self._last_sync = time.monotonic()
 
   def __enter__(self) -> 'GrowingFile':
-    """Opens the file, cuts off a torn end, and counts what is left.
+    """Opens the file, cuts off what is torn or damaged, counts what is left.
 
     Raises:
-      ValueError: if another process is writing it.
+      ValueError: if another process is writing it, or a line does not answer
+        the input's.
     """
     self._file: IO[bytes] = self._partial.open('ab+')
     try:
@@ -219,29 +233,44 @@ class GrowingFile:
       ) from error
     except OSError:
       pass  # A file system without locks; the user keeps to one writer.
+    size = self._file.seek(0, os.SEEK_END)
+    self._file.seek(0)
+    good, notes = _good_size(self._file, _notes_of(self.path))
     end = 0
+    matching = _Matching(self._partial, self._items)
+    self._hasher = xxhash.xxh3_128()
     self._file.seek(0)
     for line in self._file:
       record = _parse(line)
-      if record is None:
+      if record is None or end + len(line) > good:
         break
+      matching.check(record)
       self.tally.add(record)
+      self._hasher.update(line)
       end += len(line)
-    if num_torn := self._file.seek(0, os.SEEK_END) - end:
+    if end < size:
+      why = 'are not as they were written' if good < size else 'are torn'
       print(
-        f'{self._partial}: cut off {num_torn} bytes of a torn line.',
+        f'{self._partial}: cut off {size - end} bytes that {why}.',
         file=sys.stderr,
       )
       self._file.truncate(end)
+    self._notes: IO[bytes] = _notes_of(self.path).open('wb')
+    self._notes.write(b''.join(note for offset, note in notes if offset <= end))
+    self._note(end)
     return self
 
   def __exit__(self, *_: object) -> None:
+    self._notes.close()
     self._file.close()
 
   def append(self, records: Sequence[Record]) -> None:
     """Writes records; a process that is killed later does not lose them."""
-    self._file.write(dump(records).encode())
+    content = dump(records).encode()
+    self._file.write(content)
     self._file.flush()
+    self._hasher.update(content)
+    self._note(self._file.tell())
     # Flushed lines outlive the process; only a crash of the machine needs more.
     if time.monotonic() - self._last_sync > _SYNC_PERIOD_SECS:
       self._sync()
@@ -253,9 +282,97 @@ class GrowingFile:
     self._sync()
     self._partial.replace(self.path)
 
+  def _note(self, size: int) -> None:
+    self._notes.write(f'{size} {self._hasher.hexdigest()}\n'.encode())
+    self._notes.flush()
+
   def _sync(self) -> None:
     os.fsync(self._file.fileno())
+    os.fsync(self._notes.fileno())
     self._last_sync = time.monotonic()
+
+
+class _Matching:
+  """Compares records, in order, with the items that they answer."""
+
+  def __init__(self, path: pathlib.Path, items: Iterable[prompts.Item] | None):
+    self._path = path
+    self._items = None if items is None else iter(items)
+    self._count = 0
+
+  def check(self, record: Record) -> None:
+    """Refuses a record that answers another item than the next.
+
+    Raises:
+      ValueError: names file and line.
+    """
+    if self._items is None:
+      return
+    item = next(self._items, None)
+    if item is None:
+      self._refuse(f'the input has only {self._count} lines')
+    self._count += 1
+    if isinstance(item, text_files.BadLine):
+      if record['prediction'] is not None or record.get('line') != item.number:
+        self._refuse(f'line {item.number} of the input has no prompt')
+    elif record['prediction'] is None:
+      self._refuse('it has no answer to a line of the input that has a prompt')
+    elif record.get('prompt') != item['prompt']:
+      self._refuse('its prompt is not that of the line of the input')
+
+  def check_end(self) -> None:
+    """Refuses a whole file that ends before its input."""
+    num_missing = sum(1 for _ in self._items or ())
+    if num_missing:
+      raise ValueError(
+        f'{self._path} holds {self._count} lines, and its input has '
+        f'{self._count + num_missing}: it is not as it was written. Remove it '
+        'to answer again.'
+      )
+
+  def _refuse(self, why: str) -> NoReturn:
+    raise ValueError(
+      f'{self._path}, line {self._count}, is not as it was written: {why}. '
+      'Remove the file to answer again.'
+    )
+
+
+def _notes_of(path: pathlib.Path) -> pathlib.Path:
+  return path.with_name(f'.{path.name}.digests')
+
+
+def _good_size(
+  file: IO[bytes], notes: pathlib.Path
+) -> tuple[int | float, list[tuple[int, bytes]]]:
+  """Returns how much of a file is as it was written, and the notes on that.
+
+  Without notes (an earlier version left none) all may be: infinity.
+
+  Args:
+    file: from its start.
+    notes: lines of an offset and the digest of all before it.
+  """
+  try:
+    lines = notes.read_bytes().split(b'\n')[:-1]
+  except FileNotFoundError:
+    return math.inf, []
+  hasher = xxhash.xxh3_128()
+  position, good = 0, 0
+  kept: list[tuple[int, bytes]] = []
+  for line in lines:
+    offset, _, value = line.partition(b' ')
+    if not offset.isdigit() or len(offset) > 18 or int(offset) < position:
+      continue  # A damaged note.
+    while position < int(offset):
+      chunk = file.read(min(_CHUNK_BYTES, int(offset) - position))
+      if not chunk:
+        return good, kept
+      hasher.update(chunk)
+      position += len(chunk)
+    if hasher.hexdigest().encode() == value:
+      good = position
+      kept.append((position, line + b'\n'))
+  return good, kept
 
 
 def _parse(line: bytes) -> Record | None:
@@ -269,17 +386,46 @@ def _parse(line: bytes) -> Record | None:
 
 
 def read(paths: Iterable[pathlib.Path]) -> Iterator[Record]:
-  """Yields the records of whole files."""
+  """Yields the records of whole files.
+
+  Raises:
+    ValueError: names a file that is not as it was written.
+  """
   for path in paths:
-    with path.open(encoding='utf-8') as file:
-      yield from map(json.loads, file)
+    with path.open('rb') as file:
+      good, _ = _good_size(file, _notes_of(path))
+      size = file.seek(0, os.SEEK_END)
+      file.seek(0)
+      if good not in (size, math.inf):
+        raise ValueError(
+          f'{path} is not as it was written. Remove it to answer again.'
+        )
+      for number, line in enumerate(file, start=1):
+        record = _parse(line)
+        if record is None:
+          raise ValueError(
+            f'{path}, line {number}, is not as it was written. Remove the file '
+            'to answer again.'
+          )
+        yield record
 
 
-def count(records: Iterable[Record]) -> Tally:
-  """Returns the counts of records."""
-  tally = Tally()
-  for record in records:
+def read_whole(path: pathlib.Path, items: Iterable[prompts.Item]) -> Tally:
+  """Returns the counts of a whole file, which is compared with its input.
+
+  Args:
+    path: of the file.
+    items: that its lines answer, in order.
+
+  Raises:
+    ValueError: if a line is not as it was written or answers another, or lines
+      are missing or too many.
+  """
+  matching, tally = _Matching(path, items), Tally()
+  for record in read([path]):
+    matching.check(record)
     tally.add(record)
+  matching.check_end()
   return tally
 
 

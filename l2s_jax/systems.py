@@ -8,9 +8,9 @@ be evaluated, used or built upon with its path alone.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
+import shutil
 from typing import Any
 
 import gin
@@ -34,7 +34,7 @@ PyTree = Any
 
 FORMAT_VERSION = 1
 DESCRIPTION = 'model.json'
-VOCABULARIES = 'vocabularies'
+VOCABULARIES = runs.VOCABULARIES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +81,11 @@ class Tower:
           'A model without weights needs a tokenizer: set LLM_VOCABULARY / '
           'SLM_VOCABULARY to a SentencePiece model or a tokenizer.json.'
         )
-      run_vocabulary = pathlib.Path(self.path) / VOCABULARIES / 'answer'
-      location = str(run_vocabulary if run_vocabulary.is_dir() else self.path)
+      folder = pathlib.Path(self.path)
+      if (folder / VOCABULARIES / 'answer').is_dir():
+        description = runs.read_description(folder)
+        return runs.load_vocabulary(folder, description, 'answer')
+      location = self.path
     return vocabularies.load(location, extra_ids=self.extra_ids)
 
 
@@ -310,25 +313,28 @@ def save(system: System, run_dir: str | pathlib.Path) -> None:
   if path.is_file():
     # A run may have moved with its LLM; the fingerprint tells it is the same.
     differences = files.differences(
-      json.loads(path.read_text()),
-      description,
-      ignored=('llm_path', 'frozen_dtype', *config_lib.RUNTIME_FIELDS),
+      runs.read_description(folder), description, ignored=runs.MAY_CHANGE
     )
     if differences:
       raise ValueError(
         f'{folder} holds another run. Choose another MODEL_DIR, or remove it '
         'to start again:\n' + '\n'.join(differences)
       )
-    if distributed.is_first():
-      files.write_json(path, description)
-    return
   if not distributed.is_first():
     return
   for name, vocabulary in (
     ('prompt', system.prompt_vocabulary),
     ('answer', system.answer_vocabulary),
   ):
-    vocabulary.save(folder / VOCABULARIES / name)
+    place = folder / VOCABULARIES / name
+    if path.is_file():
+      try:
+        runs.load_vocabulary(folder, description, name)
+        continue
+      except (ValueError, FileNotFoundError) as error:
+        distributed.say(f'{error} It is written anew.')
+        shutil.rmtree(place, ignore_errors=True)
+    vocabulary.save(place)
   files.write_json(path, description)
 
 
@@ -358,7 +364,7 @@ def load(run_dir: str | pathlib.Path, *, llm_path: str | None = None) -> System:
       f'l2s_jax reads up to {FORMAT_VERSION}. Update l2s_jax.'
     )
   prompt, answer = (
-    vocabularies.load(str(folder / VOCABULARIES / name))
+    runs.load_vocabulary(folder, description, name)
     for name in ('prompt', 'answer')
   )
   if description['kind'] == 'language_model':
@@ -386,7 +392,7 @@ def pin_llm(system: System, run_dir: str | pathlib.Path) -> System:
   path = pathlib.Path(run_dir) / DESCRIPTION
   if not system.frozen or not path.is_file():
     return system
-  description = json.loads(path.read_text())
+  description = runs.read_description(pathlib.Path(run_dir))
   return dataclasses.replace(system, llm_step=description.get('llm_step'))
 
 

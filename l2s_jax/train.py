@@ -27,6 +27,7 @@ from l2s_jax import (
   evaluate,
   files,
   gin_utils,
+  locks,
   losses,
   metric_writer,
   optim,
@@ -161,7 +162,6 @@ def train(
   seed: int = 0,
   preemption_grace_secs: int = 60,
   profile_steps: Sequence[int] | None = None,
-  verify_weights: bool = False,
   *,
   dry_run: bool = False,
 ) -> dict[str, float]:
@@ -199,8 +199,6 @@ def train(
     preemption_grace_secs: between SIGTERM and the end of the process.
     profile_steps: the first and the last step to trace into `profile/`, for
       TensorBoard's profiler.
-    verify_weights: compare the frozen LLM's weights with the digests that are
-      kept beside them.
     dry_run: prints sizes and shardings, and stops.
 
   Returns:
@@ -259,9 +257,9 @@ def train(
     watcher = opened.enter_context(
       distributed.watch_preemption(preemption_grace_secs)
     )
-    system, frozen = parameters.load_frozen(
-      system, layout, verify=verify_weights
-    )
+    if distributed.is_first():
+      opened.enter_context(locks.held(run_dir, 'MODEL_DIR'))
+    system, frozen = parameters.load_frozen(system, layout)
     watcher.exit_if_requested()
     systems.save(system, run_dir)
 
@@ -400,6 +398,7 @@ def train(
             'sums': progress.sums,
             'clock': progress.clock(),
           },
+          system.describe(),
         )
 
     def save_and_wait() -> None:

@@ -22,6 +22,7 @@ from l2s_jax import __main__ as command_line
 from l2s_jax import (
   checkpoint,
   convert,
+  integrity,
   parameters,
   partition,
   state,
@@ -55,7 +56,7 @@ def refusal(capsys, *arguments):
   return capsys.readouterr().err
 
 
-def load(source, names=None, **options):
+def load(source, names=None):
   """Returns parameters, all or of some modules, and fingerprint."""
   shapes = {
     path: shape
@@ -65,7 +66,7 @@ def load(source, names=None, **options):
   shapes = traverse_util.unflatten_dict(shapes)
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   shardings = jax.tree.map(lambda _: device, shapes)
-  return weights.load(source, shapes, shardings, **options)
+  return weights.load(source, shapes, shardings)
 
 
 @pytest.fixture
@@ -176,22 +177,52 @@ def test_a_mesh_reads_its_shards_out_of_the_files(t5, tmp_path):
     np.testing.assert_array_equal(flat[path], array)
 
 
-def test_only_verifying_reads_what_the_digests_stand_for(t5, tmp_path):
+def test_what_the_digests_stand_for_is_compared(t5, tmp_path, monkeypatch):
   folder, _ = t5
   ours = tmp_path / 'l2s'
   run('--from=hf', '--to=l2s', folder, ours)
-  fingerprint = load(weights.open_source(str(ours)), verify=True)[1]
+  fingerprint = load(weights.open_source(str(ours)))[1]
   file = ours / 'model.safetensors'
   content = bytearray(file.read_bytes())
   content[-1] ^= 1
   file.write_bytes(content)
   opened = weights.open_source(str(ours))
-  assert load(opened)[1] == fingerprint
   with pytest.raises(ValueError) as error:
-    load(opened, verify=True)
+    load(opened)
   name = max(json.loads((ours / 'weights.json').read_text())['digests'])
   assert f'{ours} has changed since' in str(error.value)
   assert str(error.value).splitlines()[1:] == [f'  {name}']
+  monkeypatch.setattr(integrity, 'verification', lambda: False)
+  assert load(opened)[1] == fingerprint
+
+
+def test_damaged_weights_are_not_converted_into_good_ones(
+  t5, tmp_path, capsys
+):
+  folder, _ = t5
+  ours = tmp_path / 'l2s'
+  run('--from=hf', '--to=l2s', folder, ours)
+  file = ours / 'model.safetensors'
+  content = bytearray(file.read_bytes())
+  content[-1] ^= 1
+  file.write_bytes(content)
+  for form in ('l2s', 'hf'):
+    out = tmp_path / f'out_{form}'
+    words = refusal(capsys, '--from=l2s', f'--to={form}', ours, out)
+    assert f'{ours} has changed since' in words
+    assert not out.exists()
+
+
+def test_a_description_changed_by_hand_is_refused(t5, tmp_path):
+  folder, _ = t5
+  ours = tmp_path / 'l2s'
+  run('--from=hf', '--to=l2s', folder, ours)
+  path = ours / 'weights.json'
+  description = json.loads(path.read_text())
+  description['config']['norm_epsilon'] *= 2
+  path.write_text(json.dumps(description))
+  with pytest.raises(ValueError, match='weights.json is not as it was written'):
+    weights.open_source(str(ours))
 
 
 def test_a_folder_that_lacks_a_tensor_of_its_description_is_refused(

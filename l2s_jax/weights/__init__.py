@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from l2s_jax import partition
+from l2s_jax import distributed, integrity, partition
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
 
@@ -104,19 +104,18 @@ def load(
   source: Source,
   shapes: PyTree,
   shardings: PyTree,
-  *,
-  verify: bool = False,
 ) -> tuple[PyTree, str]:
   """Reads the tensors of a tree into their shards, one at a time.
 
-  Where the digests are kept beside the weights, nothing but what the devices
-  of this process hold is read.
+  Where digests are kept beside the weights, processes share the tensors out
+  among them to compare them, and read of the others what their devices hold;
+  with `integrity.verification` off they compare none. Without digests each
+  process reads all, to take them. All processes must call it.
 
   Args:
     source: where from.
     shapes: tree of `jax.ShapeDtypeStruct`; its dtypes are cast to.
     shardings: of each array.
-    verify: read everything and compare it with the digests that are kept.
 
   Returns:
     The parameters and their fingerprint.
@@ -129,9 +128,10 @@ def load(
   flat_shardings = traverse_util.flatten_dict(shardings)
   check_shapes(source, wanted)
   loaded, digests = {}, {}
-  for path in sorted(wanted):
+  for number, path in enumerate(sorted(wanted)):
     kept = source.digest(path)
-    if kept is None or verify:
+    is_mine = number % jax.process_count() == jax.process_index()
+    if kept is None or (is_mine and integrity.verification()):
       array, digests[path] = _read(source, path, wanted[path])
     else:
       array, digests[path] = source.read(path), kept
@@ -141,7 +141,8 @@ def load(
       functools.partial(_shard, array, wanted[path].dtype),
     )
   check_digests(source, digests)
-  return traverse_util.unflatten_dict(loaded), fingerprint(digests)
+  kept_digests = {path: source.digest(path) or digests[path] for path in wanted}
+  return traverse_util.unflatten_dict(loaded), fingerprint(kept_digests)
 
 
 @functools.cache
@@ -210,11 +211,13 @@ def check_shapes(
 
 def check_digests(source: Source, digests: Mapping[Path, str]) -> None:
   """Refuses weights whose digests are not those that are kept beside them."""
-  changed = [
-    '/'.join(path)
-    for path, digest in sorted(digests.items())
-    if source.digest(path) not in (None, digest)
-  ]
+  changed = distributed.gather(
+    [
+      '/'.join(path)
+      for path, digest in sorted(digests.items())
+      if source.digest(path) not in (None, digest)
+    ]
+  )
   if changed:
     raise ValueError(
       f'{source.location} has changed since its digests were taken. Convert or '

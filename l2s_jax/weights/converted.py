@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2s_jax import files, weights
+from l2s_jax import files, integrity, weights
 from l2s_jax.models import config as config_lib
 from l2s_jax.weights import tensor_files
 
@@ -36,6 +36,12 @@ class Folder:
     self.location = str(folder)
     path = folder / DESCRIPTION
     description = tensor_files.read_json(path)
+    if integrity.is_sealed(description) and integrity.verification():
+      if integrity.unseal(description) is None:
+        raise ValueError(
+          f'{path} is not as it was written. Convert again, or copy the folder '
+          'again from where it was made.'
+        )
     missing = sorted(_KEYS - description.keys())
     if missing:
       raise ValueError(
@@ -102,8 +108,7 @@ def save(source: weights.Source, folder: pathlib.Path) -> None:
     digest = source.digest(path)
     assert digest is not None, path  # All were read.
     digests[path] = digest
-  files.write_json(
-    folder / DESCRIPTION,
+  description = integrity.seal(
     {
       'format_version': FORMAT_VERSION,
       'model_type': source.model_type,
@@ -111,5 +116,6 @@ def save(source: weights.Source, folder: pathlib.Path) -> None:
       'config': dataclasses.asdict(source.config),
       'digests': {'/'.join(path): value for path, value in digests.items()},
       'fingerprint': weights.fingerprint(digests),
-    },
+    }
   )
+  files.write_json(folder / DESCRIPTION, description)

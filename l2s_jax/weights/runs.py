@@ -3,15 +3,20 @@
 
 import functools
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from l2s_jax import checkpoint
+from l2s_jax import checkpoint, files, integrity, vocabularies
 from l2s_jax.models import config as config_lib
 from l2s_jax.weights import tensor_files
 
+VOCABULARIES = 'vocabularies'
+# What may differ between starts of one run: where its LLM is, and how it is
+# computed.
+MAY_CHANGE = ('llm_path', 'frozen_dtype', *config_lib.RUNTIME_FIELDS)
 # What `model.json` must hold, by kind of system.
 _KEYS = {
   'language_model': {'format_version', 'config', 'vocabularies'},
@@ -34,7 +39,8 @@ def read_description(folder: pathlib.Path) -> dict[str, Any]:
   """Returns what a run's `model.json` says.
 
   Raises:
-    ValueError: if it is torn, or lacks something.
+    ValueError: if it is torn, lacks something, or is not the description that
+      the checkpoints were saved with.
   """
   path = folder / 'model.json'
   description = tensor_files.read_json(path)
@@ -50,7 +56,48 @@ def read_description(folder: pathlib.Path) -> dict[str, Any]:
       f'{path} lacks {", ".join(missing)}. Copy it again from where the run '
       'was made.'
     )
+  saved = checkpoint.description(folder)
+  if saved is not None and integrity.verification():
+    differences = files.differences(
+      saved,
+      description,
+      ignored=MAY_CHANGE,
+      have='the checkpoints have',
+      want=f'{path.name} says',
+    )
+    if differences:
+      raise ValueError(
+        f'{path} is not the description that the checkpoints of the run were '
+        'saved with. Copy it again from where the run was made, or set these '
+        'back:\n' + '\n'.join(differences)
+      )
   return description
+
+
+def load_vocabulary(
+  folder: pathlib.Path, description: Mapping[str, Any], name: str
+) -> vocabularies.Vocabulary:
+  """Returns a vocabulary of a run, which is the one that it began with.
+
+  Args:
+    folder: the run.
+    description: what its `model.json` says.
+    name: 'prompt' or 'answer'.
+
+  Raises:
+    FileNotFoundError: if it is missing.
+    ValueError: if it is broken, or another.
+  """
+  place = folder / VOCABULARIES / name
+  vocabulary = vocabularies.load(place)
+  expected = description['vocabularies'].get(name)
+  if vocabulary.fingerprint() != expected:
+    raise ValueError(
+      f'{place} is not the tokenizer that the run was trained with: its '
+      f'fingerprint is {vocabulary.fingerprint()[:16]}, model.json has '
+      f'{str(expected)[:16]}. Copy it again from where the run was made.'
+    )
+  return vocabulary
 
 
 class Run:
