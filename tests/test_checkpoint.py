@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from l2s_jax import checkpoint, optim
+from l2s_jax import checkpoint, integrity, optim
 from l2s_jax import state as state_lib
 
 OPTIMIZER = optim.adamw().make({})
@@ -241,3 +241,91 @@ def test_saving_does_not_ask_for_sigterm(tmp_path, monkeypatch):
   checkpointer.save(make_state(), {})
   checkpointer.close()
   assert checkpoint.steps(tmp_path)
+
+
+def damage(run_dir, step, item):
+  """Flips a bit in all files of arrays, some of which nobody reads."""
+  folder = run_dir / checkpoint.FOLDER / str(step) / item
+  for file in folder.glob('**/d/*'):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize('item', checkpoint.ITEMS)
+def test_training_goes_on_from_the_newest_good_step(tmp_path, capsys, item):
+  states = [make_state(step, seed=step) for step in (2, 4)]
+  save(tmp_path, *states)
+  damage(tmp_path, 4, item)
+  restored, position = restore(tmp_path, states[0])
+  helpers.assert_trees_equal(restored, states[0])
+  assert position == {'batches': 2}
+  said = capsys.readouterr().err
+  assert 'checkpoints/4 is damaged' in said
+  assert 'step 2 is taken in its place' in said
+  # The damaged one is kept, where it does not stand in the way of a new one.
+  assert checkpoint.steps(tmp_path) == [2]
+  assert (tmp_path / checkpoint.FOLDER / checkpoint.DAMAGED / '4').is_dir()
+  save(tmp_path, states[1])
+  restored, position = restore(tmp_path, states[0])
+  helpers.assert_trees_equal(restored, states[1])
+  assert position == {'batches': 4}
+
+
+def test_a_reader_takes_the_newest_good_step_and_moves_nothing(
+  tmp_path, capsys
+):
+  save(tmp_path, make_state(2), make_state(4))
+  damage(tmp_path, 4, 'params')
+  assert checkpoint.params_folder(tmp_path)[1] == 2
+  assert 'step 2 is taken in its place' in capsys.readouterr().err
+  assert checkpoint.steps(tmp_path) == [2, 4]
+  with pytest.raises(checkpoint.DamagedError) as error:
+    checkpoint.params_folder(tmp_path, 4)
+  for words in ('checkpoints/4 is damaged', 'Name another step of [2]'):
+    assert words in str(error.value)
+
+
+def test_a_damaged_best_step_is_refused(tmp_path):
+  checkpointer = checkpoint.Checkpointer(tmp_path)
+  for step in (2, 4):
+    checkpointer.save(make_state(step), {})
+  checkpointer.keep_best('loss', {2: 2.0, 4: 1.0})
+  checkpointer.close()
+  damage(tmp_path, 4, 'params')
+  with pytest.raises(checkpoint.DamagedError, match='checkpoints/4 is damaged'):
+    checkpoint.params_folder(tmp_path, 'best')
+
+
+def test_a_run_without_a_good_step_is_refused(tmp_path):
+  save(tmp_path, make_state(2), make_state(4))
+  for step in (2, 4):
+    damage(tmp_path, step, 'params')
+  with pytest.raises(checkpoint.DamagedError, match='no checkpoint') as error:
+    checkpoint.Checkpointer(tmp_path)
+  assert '/2 is damaged' in str(error.value)
+  assert '/4 is damaged' in str(error.value)
+  assert checkpoint.steps(tmp_path) == [2, 4]
+
+
+def test_a_step_of_an_earlier_version_is_read_with_a_word(tmp_path, capsys):
+  state = make_state(2)
+  save(tmp_path, state)
+  path = tmp_path / checkpoint.FOLDER / '2' / 'data' / 'metadata'
+  path.write_text(json.dumps({'batches': 2}))  # As versions before wrote it.
+  restored, position = restore(tmp_path, state)
+  helpers.assert_trees_equal(restored, state)
+  assert position == {'batches': 2}
+  said = capsys.readouterr().err
+  assert '2 was saved by an earlier version, without digests' in said
+  save(tmp_path, make_state(4))
+  capsys.readouterr()
+  assert checkpoint.params_folder(tmp_path)[1] == 4
+  assert not capsys.readouterr().err
+
+
+def test_without_verification_nothing_is_compared(tmp_path, monkeypatch):
+  save(tmp_path, make_state(2), make_state(4))
+  damage(tmp_path, 4, 'params')
+  monkeypatch.setattr(integrity, 'verification', lambda: False)
+  assert checkpoint.params_folder(tmp_path)[1] == 4

@@ -196,9 +196,7 @@ def test_what_the_digests_stand_for_is_compared(t5, tmp_path, monkeypatch):
   assert load(opened)[1] == fingerprint
 
 
-def test_damaged_weights_are_not_converted_into_good_ones(
-  t5, tmp_path, capsys
-):
+def test_damaged_weights_are_not_converted_into_good_ones(t5, tmp_path, capsys):
   folder, _ = t5
   ours = tmp_path / 'l2s'
   run('--from=hf', '--to=l2s', folder, ours)

@@ -87,11 +87,14 @@ def test_a_file_has_its_name_when_it_is_whole_and_lines_at_once(tmp_path):
   with predictions.GrowingFile(path) as file:
     for number in range(1, 4):
       file.append(RECORDS[:1])
-      (written,) = tmp_path.iterdir()
-      assert written.name == 'predictions.jsonl.partial'
+      written = tmp_path / 'predictions.jsonl.partial'
+      assert not path.exists()
       assert len(written.read_bytes().splitlines()) == number
     file.finish()
-  assert [p.name for p in tmp_path.iterdir()] == ['predictions.jsonl']
+  assert {p.name for p in tmp_path.iterdir()} == {
+    'predictions.jsonl',
+    '.predictions.jsonl.digests',
+  }
   assert list(predictions.read([path, path])) == RECORDS[:1] * 6
 
 
@@ -192,3 +195,82 @@ def test_a_tally_names_the_first_bad_lines_and_counts_all():
   assert cut.startswith('1 prompts were longer than 7 tokens and were cut')
   assert total == '8 of 9 lines could not be answered:'
   assert (first, last) == ('  line 1 is empty', '  and 3 more')
+
+
+ITEMS = [
+  {'prompt': 'a', 'id': 1},
+  text_files.BadLine('in.txt', 2, 'is empty'),
+  {'prompt': 'c'},
+  {'prompt': 'd'},
+]
+
+
+def partly(path, *parts):
+  """Leaves a file that is not finished, as a process that was stopped does."""
+  with predictions.GrowingFile(path, ITEMS) as file:
+    for records in parts:
+      file.append(records)
+  return path.with_name(f'{path.name}.partial')
+
+
+def test_lines_that_were_changed_are_answered_again(tmp_path, capsys):
+  path = tmp_path / 'predictions.jsonl'
+  partial = partly(path, RECORDS[:1], RECORDS[1:2], RECORDS[2:3])
+  whole = partial.read_bytes()
+  start = len(predictions.dump(RECORDS[:2]).encode())
+  for changed in (
+    whole[:-3] + b'x' + whole[-2:],
+    whole + predictions.dump(RECORDS[2:3]).encode(),
+    whole[: start // 2],
+  ):
+    partial.write_bytes(changed)
+    with predictions.GrowingFile(path, ITEMS) as file:
+      count = file.tally.num_lines
+      assert count <= 3 and whole.startswith(partial.read_bytes())
+      file.append(RECORDS[count:3])
+    assert partial.read_bytes() == whole
+    assert 'cut off' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ('records', 'words'),
+  [
+    ([*RECORDS[:1], *RECORDS[:1]], 'line 2'),  # once more
+    ([RECORDS[2]], 'line 1'),  # another's
+    ([*RECORDS, RECORDS[3]], 'the input has only 4 lines'),
+    ([RECORDS[1]], 'line 1'),
+  ],
+)
+def test_lines_that_do_not_answer_the_input_are_refused(
+  tmp_path, records, words
+):
+  """Also where an earlier version has left no digests."""
+  path = tmp_path / 'predictions.jsonl'
+  path.with_name(f'{path.name}.partial').write_text(predictions.dump(records))
+  with (
+    pytest.raises(ValueError, match='is not as it was written') as error,
+    predictions.GrowingFile(path, ITEMS),
+  ):
+    pass
+  assert words in str(error.value)
+  path.write_text(predictions.dump(records))
+  with pytest.raises(ValueError, match='is not as it was written') as error:
+    predictions.read_whole(path, ITEMS)
+  assert words in str(error.value)
+
+
+def test_a_whole_file_is_compared_with_its_input_and_its_digests(tmp_path):
+  path = tmp_path / 'predictions.jsonl'
+  write(path)
+  assert predictions.read_whole(path, ITEMS).num_lines == len(ITEMS)
+  whole = path.read_bytes()
+  for changed in (b'', whole[:40], whole.replace(b'"A', b'"B'), whole[::-1]):
+    path.write_bytes(changed)
+    with pytest.raises(ValueError, match='is not as it was written'):
+      predictions.read_whole(path, ITEMS)
+    with pytest.raises(ValueError, match='is not as it was written'):
+      list(predictions.read([path]))
+  path.write_bytes(predictions.dump(RECORDS[:2]).encode())
+  path.with_name(f'.{path.name}.digests').unlink()
+  with pytest.raises(ValueError, match='holds 2 lines, and its input has 4'):
+    predictions.read_whole(path, ITEMS)
