@@ -15,6 +15,8 @@ ORDER = (
   'compilation',
   'preemption',
   'distributed',
+  'integrity',
+  'locks',
   'text_files',
   'partition',
   'models.config',
