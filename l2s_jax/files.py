@@ -1,13 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are there whole or not at all, and what differs between them."""
+"""Files that are there whole or not at all, and JSON that is what it should be.
 
+All JSON files that the package reads, its own and others', are read here, so
+that a broken one is one sentence with the file, the key and what to do.
+"""
+
+import collections
 import contextlib
 import json
 import os
 import pathlib
+import types
 import uuid
-from collections.abc import Collection, Iterator
-from typing import IO, Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import IO, Any, NoReturn
+
+# More than any file has a reason for, and far less than Python's stack holds.
+_MOST_LEVELS = 200
+# tokenizer_config.json has 10^30 where it means that there is no limit.
+_MOST_DIGITS = 300
+
+Keys = Mapping[str, type | tuple[type, ...]]
 
 
 @contextlib.contextmanager
@@ -38,6 +51,180 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
   """Writes a JSON file, its keys sorted."""
   with whole(path) as file:
     file.write(json.dumps(content, indent=2, sort_keys=True) + '\n')
+
+
+def read_json(
+  path: str | os.PathLike[str],
+  *,
+  keys: Keys = types.MappingProxyType({}),
+  remedy: str,
+) -> dict[str, Any]:
+  """Returns the object in a JSON file.
+
+  Args:
+    keys: that it must have, and the types of their values. A key whose value
+      may be None may be missing; a whole number is a float, too, and True is
+      no number.
+    remedy: what the user can do, for errors: 'download it again'.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: one sentence with the file, what is wrong with it, and the
+      remedy.
+  """
+  try:
+    content = pathlib.Path(path).read_bytes()
+  except IsADirectoryError as error:
+    raise ValueError(
+      f'{path} is a folder, expected a JSON file; {remedy}'
+    ) from error
+  return parse_json(content, path, keys=keys, remedy=remedy)
+
+
+def parse_json(
+  content: bytes | str,
+  path: str | os.PathLike[str],
+  *,
+  keys: Keys = types.MappingProxyType({}),
+  remedy: str,
+) -> dict[str, Any]:
+  """Returns the object in the content of a JSON file; see `read_json`."""
+  if not content.strip():
+    raise ValueError(f'{path} is empty, expected JSON; {remedy}')
+  try:
+    text = content if isinstance(content, str) else content.decode('utf-8')
+    value = _DECODER.decode(text)
+    if '\\u' in text:  # Half of a surrogate pair is no text.
+      json.dumps(value, ensure_ascii=False).encode('utf-8')
+  except json.JSONDecodeError as error:
+    raise ValueError(f'{path} is not JSON ({error}); {remedy}') from error
+  except UnicodeDecodeError as error:
+    raise ValueError(
+      f'{path} is not JSON (byte {error.start} is not UTF-8); {remedy}'
+    ) from error
+  except UnicodeEncodeError as error:
+    raise ValueError(
+      f'{path} is not JSON (half of a surrogate pair in a text); {remedy}'
+    ) from error
+  except RecursionError as error:
+    raise ValueError(
+      f'{path} is not JSON as we read it (too many levels of brackets); '
+      f'{remedy}'
+    ) from error
+  except ValueError as error:  # Of the functions below.
+    raise ValueError(
+      f'{path} is not JSON as we read it ({error}); {remedy}'
+    ) from error
+  if not isinstance(value, dict):
+    raise ValueError(
+      f'{path} holds {kind_of(value)}, expected a JSON object; {remedy}'
+    )
+  check_keys(value, path, keys=keys, remedy=remedy)
+  return value
+
+
+def check_keys(
+  value: Mapping[str, Any],
+  place: str | os.PathLike[str],
+  *,
+  keys: Keys,
+  remedy: str,
+) -> None:
+  """Checks an object within a JSON file as `read_json` checks the whole.
+
+  Args:
+    place: the file, and where in it the object is.
+    keys: see `read_json`.
+    remedy: see `read_json`.
+  """
+  for key, expected in keys.items():
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    if key not in value and types.NoneType not in expected:
+      found = 'is missing'
+    elif not _has_type(value.get(key), expected):
+      found = f'is {kind_of(value[key])}'
+    else:
+      continue
+    wanted = ' or '.join(
+      'null' if kind is types.NoneType else kind.__name__ for kind in expected
+    )
+    raise ValueError(
+      f'{place}: key {key!r} {found}, expected {wanted}; {remedy}'
+    )
+
+
+def kind_of(value: Any) -> str:
+  """Returns what a JSON value is, for errors: its value if that is short."""
+  if value is None:
+    return 'null'
+  name = type(value).__name__
+  text = '' if isinstance(value, dict | list) else f' {value!r}'
+  return f'{name}{text}' if len(text) <= 40 else name
+
+
+def _has_type(value: Any, expected: tuple[type, ...]) -> bool:
+  if isinstance(value, bool):
+    return bool in expected
+  if isinstance(value, int) and float in expected:
+    return True
+  return isinstance(value, expected)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  value = dict(pairs)
+  if len(value) < len(pairs):
+    counts = collections.Counter(key for key, _ in pairs)
+    ((twice, _),) = counts.most_common(1)
+    raise ValueError(f'key {twice[:80]!r} stands there twice')
+  return value
+
+
+def _integer(text: str) -> int:
+  if len(text) > _MOST_DIGITS:
+    raise ValueError(f'a number of {len(text)} digits')
+  return int(text)
+
+
+def _float(text: str) -> float:
+  value = float(text)
+  if value - value:  # Infinity less infinity is not a number.
+    raise ValueError(f'{text[:40]} is beyond what a number can be')
+  return value
+
+
+def _constant(text: str) -> NoReturn:
+  raise ValueError(f'{text} is no number of JSON')
+
+
+class _Decoder(json.JSONDecoder):
+  """Takes what the standard has and nothing else; no key twice."""
+
+  def __init__(self) -> None:
+    super().__init__(
+      object_pairs_hook=_object,
+      parse_int=_integer,
+      parse_float=_float,
+      parse_constant=_constant,
+    )
+
+  def decode(self, text: str, *args: Any) -> Any:
+    if text.startswith('\ufeff'):
+      raise json.JSONDecodeError('a byte order mark', text, 0)
+    value = super().decode(text, *args)
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_MOST_LEVELS):
+      level = [
+        item
+        for parent in level
+        for item in (parent.values() if isinstance(parent, dict) else parent)
+        if isinstance(item, dict | list)
+      ]
+      if not level:
+        return value
+    raise RecursionError
+
+
+_DECODER = _Decoder()
 
 
 def differences(
