@@ -6,16 +6,21 @@ and `--gin.NAME=VALUE` bindings are read and checked. Nothing heavy is imported
 before the command line is understood. What a verb does is its module's affair.
 """
 
+import os
+import signal
+
+if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+  # The imports take a while; until then Ctrl-C has nothing to leave behind.
+  signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import contextlib
 import importlib
 import inspect
 import keyword
 import logging
-import os
 import pathlib
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -461,14 +466,5 @@ def _refuse(message: str, status: int = 2) -> int:
   return status
 
 
-def _process() -> int:
-  """Runs the command line; SIGTERM means to start again until it is done."""
-  try:
-    with preemption.Watcher(grace_secs=60):
-      return main()
-  finally:  # Nothing is left to do but, of several processes, to end together.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 if __name__ == '__main__':
-  sys.exit(_process())
+  sys.exit(preemption.run(main))

@@ -8,9 +8,15 @@ TensorFlow takes long to import. A quickstart that was broken off goes on
 where it was.
 """
 
+import os
+import signal
+
+if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+  # The imports take a while; until then Ctrl-C has nothing to leave behind.
+  signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import json
-import os
 import pathlib
 import platform
 import shlex
@@ -30,6 +36,7 @@ from l2s_jax import (
   metrics,
   parameters,
   partition,
+  preemption,
   report,
   systems,
   timing,
@@ -341,4 +348,4 @@ def _write_report(
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(preemption.run(main))
