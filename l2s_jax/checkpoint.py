@@ -8,7 +8,6 @@ last batch trained on. The frozen LLM is not among them.
 
 import copy
 import dataclasses
-import json
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -206,7 +205,15 @@ def steps(run_dir: str | pathlib.Path) -> list[int]:
 def best_step(run_dir: str | pathlib.Path) -> int | None:
   """Returns the best step by the evaluations of the training, if it chose."""
   path = pathlib.Path(run_dir) / BEST
-  return json.loads(path.read_text())['step'] if path.is_file() else None
+  if not path.exists():
+    return None
+  found = files.read_json(
+    path,
+    keys={'step': int},
+    remedy='remove it (training writes it anew after its next evaluation), '
+    'or name a step.',
+  )
+  return found['step']
 
 
 def params_folder(

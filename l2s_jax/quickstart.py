@@ -16,7 +16,6 @@ if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
   signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
-import json
 import pathlib
 import platform
 import shlex
@@ -31,12 +30,12 @@ from l2s_jax import (
   __main__,
   answerer,
   cldr,
+  evaluate,
   files,
   gin_utils,
   metrics,
   parameters,
   partition,
-  preemption,
   report,
   systems,
   timing,
@@ -218,9 +217,7 @@ def _evaluate(name: str, label: str, run_dir: pathlib.Path) -> dict[str, Row]:
       'BATCH_SIZE=32',
     ],
   )
-  results = json.loads(
-    (run_dir / 'eval' / 'metrics-cldr-test.json').read_text()
-  )
+  results = evaluate.read_scores(run_dir / 'eval' / 'metrics-cldr-test.json')
   by_control = results[max(results, key=int)]
   return {
     name if control == 'none' else control: {
@@ -348,4 +345,4 @@ def _write_report(
 
 
 if __name__ == '__main__':
-  sys.exit(preemption.run(main))
+  sys.exit(__main__.process(main))
