@@ -6,16 +6,21 @@ and `--gin.NAME=VALUE` bindings are read and checked. Nothing heavy is imported
 before the command line is understood. What a verb does is its module's affair.
 """
 
+import os
+import signal
+
+if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+  # The imports take a while; until then Ctrl-C has nothing to leave behind.
+  signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import contextlib
 import importlib
 import inspect
 import keyword
 import logging
-import os
 import pathlib
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +28,7 @@ from typing import Any, NamedTuple
 
 import gin
 
-from l2s_jax import compilation, gin_utils, preemption
+from l2s_jax import compilation, gin_utils, os_errors, preemption
 
 
 class Flag(NamedTuple):
@@ -241,8 +246,8 @@ def main(
 ) -> int:
   """Runs one verb and returns the exit status.
 
-  0: done; 1: a loss that is not finite; 2: wrong input. What SIGTERM ended
-  ends with 75.
+  0: done; 1: a loss that is not finite, or an error of the operating system; 2:
+  wrong input. What SIGTERM ended ends with 75, what Ctrl-C ended with 130.
   """
   argv = list(sys.argv[1:] if argv is None else argv)
   if not argv or argv[0] in ('-h', '--help'):
@@ -289,9 +294,13 @@ def main(
     with together():
       _run(fn, args, bindings, given, others)
   except (ValueError, FileNotFoundError) as error:
-    if args.verbose or not _is_deliberate(error):
+    if args.verbose:
       raise
-    return _refuse(_own_words(error))
+    if _is_deliberate(error):
+      return _refuse(_own_words(error))
+    if isinstance(error, FileNotFoundError):
+      return _refuse(os_errors.describe(error) or _own_words(error))
+    raise
   except FloatingPointError as error:
     if args.verbose or not _is_deliberate(error):
       raise
@@ -432,11 +441,9 @@ def _gin_help(name: str, verb: Verb) -> str:
 def _is_deliberate(error: Exception) -> bool:
   """Returns whether the message alone tells the user what to do.
 
-  True of what this package raises itself, and of a file that is not there. A
-  ValueError out of a library is a bug and keeps its traceback.
+  True of what this package raises itself. A ValueError out of a library is a
+  bug and keeps its traceback.
   """
-  if isinstance(error, FileNotFoundError):
-    return True
   frame = traceback.extract_tb(error.__traceback__)[-1]
   package = pathlib.Path(__file__).resolve().parent
   # JAX cuts its own frames off, so the last frame in our files is not enough.
@@ -455,14 +462,21 @@ def _refuse(message: str, status: int = 2) -> int:
   return status
 
 
-def _process() -> int:
-  """Runs the command line; SIGTERM means to start again until it is done."""
-  try:
-    with preemption.Watcher(grace_secs=60):
-      return main()
-  finally:  # Nothing is left to do but, of several processes, to end together.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def process(main: Callable[[], int | None]) -> int:
+  """Runs a program that is a process of its own; returns its exit status.
+
+  Errors of the operating system end it with one sentence, and 1; SIGTERM means
+  to start again (75) and Ctrl-C to stop (130).
+  """
+  hooks = os_errors.Hooks()
+  if '--verbose' not in sys.argv:
+    hooks.install()
+  status = preemption.run(main)
+  sys.stdout.flush()  # Here, where it can be told that nobody reads it.
+  if hooks.of_thread and not status:
+    status = _refuse(hooks.of_thread, status=1)
+  return status
 
 
 if __name__ == '__main__':
-  sys.exit(_process())
+  sys.exit(process(main))

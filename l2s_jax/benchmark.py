@@ -8,7 +8,6 @@ are random.
 
 import collections
 import dataclasses
-import json
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 from l2s_jax import (
   contenders,
   costs,
+  evaluate,
   gin_utils,
   goals,
   report,
@@ -289,7 +289,7 @@ def _scores(
     path = pathlib.Path(source.location) / 'eval' / f'metrics-{name}.json'
     if not isinstance(source, runs.Run) or not path.is_file():
       continue
-    scores = json.loads(path.read_text()).get(str(source.step()), {})
+    scores = evaluate.read_scores(path).get(str(source.step()), {})
     scores = scores.get('none', {})
     found[system] = {k: scores[k] for k in report.MAIN_SCORES if k in scores}
   if not any(found.values()):

@@ -270,10 +270,15 @@ def best_step(run_dir: str | pathlib.Path) -> int | None:
     ValueError: if the file that says so is broken.
   """
   path = pathlib.Path(run_dir) / BEST
-  if not path.is_file():
+  if not path.exists():
     return None
-  remedy = 'name a step, or remove the file: the next evaluation writes it anew'
-  return files.read_json(path, keys={'step': int}, remedy=remedy)['step']
+  found = files.read_json(
+    path,
+    keys={'step': int},
+    remedy='remove it (training writes it anew after its next evaluation), '
+    'or name a step.',
+  )
+  return found['step']
 
 
 def params_folder(

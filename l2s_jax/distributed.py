@@ -191,7 +191,7 @@ def gather(values: list[Any]) -> list[Any]:
 
 
 def watch_preemption(grace_secs: int | float) -> preemption.Watcher:
-  """Returns what watches for SIGTERM, to this process or to any of several.
+  """Returns what watches for signals, to this process or to any of several.
 
   Args:
     grace_secs: between SIGTERM and the end that the platform puts to it.
@@ -211,7 +211,8 @@ def preemptible(grace_secs: int = 60) -> Iterator[Callable[[], None]]:
     grace_secs: between SIGTERM and the end that the platform puts to it.
 
   Raises:
-    SystemExit: with the status that means to start again, after SIGTERM.
+    SystemExit: after SIGTERM, with the status that means to start again, or
+      after SIGINT.
   """
   with watch_preemption(grace_secs) as watcher:
     yield watcher.exit_if_requested

@@ -6,13 +6,13 @@ import dataclasses
 import functools
 import json
 import pathlib
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import gin
 import jax
 import numpy as np
-import tensorboardX
 import tqdm
 
 from l2s_jax import (
@@ -24,6 +24,7 @@ from l2s_jax import (
   gin_utils,
   locks,
   losses,
+  metric_writer,
   metrics,
   parameters,
   partition,
@@ -445,9 +446,30 @@ def _record(
   path: pathlib.Path, step: int, control: str, scores: Mapping[str, Any]
 ) -> None:
   """Adds scores to a metrics file, by step and control."""
-  found = json.loads(path.read_text()) if path.is_file() else {}
+  found = read_scores(path) if path.is_file() else {}
   found.setdefault(str(step), {})[control] = dict(scores)
   files.write_json(path, found)
+
+
+def read_scores(path: pathlib.Path) -> dict[str, dict[str, dict[str, Any]]]:
+  """Returns what a metrics file holds: scores by step and control.
+
+  Raises:
+    ValueError: if it is broken, naming the key.
+  """
+  remedy = 'remove it, and evaluate its steps again.'
+  found = files.read_json(path, remedy=remedy, finite=False)
+  for step, by_control in found.items():
+    if not step.isdecimal():
+      raise ValueError(f'{path}: key {step!r} is no step; {remedy}')
+    files.check_keys(found, path, keys={step: dict}, remedy=remedy)
+    for control, scores in by_control.items():
+      place = f'{path}, step {step}'
+      files.check_keys(by_control, place, keys={control: dict}, remedy=remedy)
+      kinds = {k: dict if k == 'settings' else float for k in scores}
+      place = f'{place}, {control}'
+      files.check_keys(scores, place, keys=kinds, remedy=remedy)
+  return found
 
 
 def _write_curves(
@@ -457,7 +479,7 @@ def _write_curves(
 
   Evaluations with other settings stay in the file alone.
   """
-  found = json.loads((folder / f'metrics-{name}.json').read_text())
+  found = read_scores(folder / f'metrics-{name}.json')
   by_control: dict[str, dict[int, dict[str, float]]] = {}
   for step in sorted(found, key=int):
     for control, scores in found[step].items():
@@ -466,13 +488,11 @@ def _write_curves(
   for control, by_step in by_control.items():
     label = name if control == 'none' else f'{name}-{control}'
     logs = folder / 'tensorboard' / label
-    # Written anew: an event file that was begun cannot be changed.
-    for event_file in logs.glob('events.out.tfevents.*'):
-      event_file.unlink()
-    with tensorboardX.SummaryWriter(str(logs)) as writer:
+    with contextlib.closing(metric_writer.EventFile(logs)) as writer:
       for step, scores in by_step.items():
         for score in report.score_names(scores):
-          writer.add_scalar(f'eval/{score}', scores[score], step)
+          writer.add(f'eval/{score}', scores[score], step, time.time())
+      writer.replace_others()
   if max(map(len, by_control.values())) > 1:
     if 'none' in by_control:
       print(f'\n{report.steps_table(by_control["none"])}')

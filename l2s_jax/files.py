@@ -12,7 +12,7 @@ import os
 import pathlib
 import types
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import IO, Any, NoReturn
 
 # More than any file has a reason for, and far less than Python's stack holds.
@@ -58,6 +58,7 @@ def read_json(
   *,
   keys: Keys = types.MappingProxyType({}),
   remedy: str,
+  finite: bool = True,
 ) -> dict[str, Any]:
   """Returns the object in a JSON file.
 
@@ -66,6 +67,8 @@ def read_json(
       may be None may be missing; a whole number is a float, too, and True is
       no number.
     remedy: what the user can do, for errors: 'download it again'.
+    finite: whether NaN and Infinity are refused, which JSON does not have but
+      Python writes: scores can be that.
 
   Raises:
     FileNotFoundError: if there is no such file.
@@ -78,7 +81,7 @@ def read_json(
     raise ValueError(
       f'{path} is a folder, expected a JSON file; {remedy}'
     ) from error
-  return parse_json(content, path, keys=keys, remedy=remedy)
+  return parse_json(content, path, keys=keys, remedy=remedy, finite=finite)
 
 
 def parse_json(
@@ -87,13 +90,14 @@ def parse_json(
   *,
   keys: Keys = types.MappingProxyType({}),
   remedy: str,
+  finite: bool = True,
 ) -> dict[str, Any]:
   """Returns the object in the content of a JSON file; see `read_json`."""
   if not content.strip():
     raise ValueError(f'{path} is empty, expected JSON; {remedy}')
   try:
     text = content if isinstance(content, str) else content.decode('utf-8')
-    value = _DECODER.decode(text)
+    value = (_DECODER if finite else _LENIENT_DECODER).decode(text)
     if '\\u' in text:  # Half of a surrogate pair is no text.
       json.dumps(value, ensure_ascii=False).encode('utf-8')
   except json.JSONDecodeError as error:
@@ -121,6 +125,38 @@ def parse_json(
     )
   check_keys(value, path, keys=keys, remedy=remedy)
   return value
+
+
+def read_records(
+  path: str | os.PathLike[str],
+  *,
+  keys: Keys = types.MappingProxyType({}),
+  say: Callable[[str], object] = lambda _: None,
+) -> list[dict[str, Any]]:
+  """Returns the objects of a log, a line each; broken lines are left out.
+
+  Args:
+    path: of the log.
+    keys: that each record must have; see `read_json`.
+    say: gets a sentence for each line that is left out: the last one, which a
+      kill may have torn, or one that was damaged.
+  """
+  records = []
+  lines = pathlib.Path(path).read_bytes().splitlines(keepends=True)
+  for number, line in enumerate(lines, start=1):
+    place = f'{path}, line {number}'
+    if not line.endswith(b'\n'):
+      say(f'{place}: left out {len(line)} bytes of a torn last line.')
+      continue
+    try:
+      record = parse_json(
+        line, place, keys=keys, remedy='the line is left out.', finite=False
+      )
+    except ValueError as error:
+      say(str(error))
+      continue
+    records.append(record)
+  return records
 
 
 def check_keys(
@@ -199,12 +235,12 @@ def _constant(text: str) -> NoReturn:
 class _Decoder(json.JSONDecoder):
   """Takes what the standard has and nothing else; no key twice."""
 
-  def __init__(self) -> None:
+  def __init__(self, constant: Callable[[str], float] = _constant) -> None:
     super().__init__(
       object_pairs_hook=_object,
       parse_int=_integer,
       parse_float=_float,
-      parse_constant=_constant,
+      parse_constant=constant,
     )
 
   def decode(self, text: str, *args: Any) -> Any:
@@ -225,6 +261,7 @@ class _Decoder(json.JSONDecoder):
 
 
 _DECODER = _Decoder()
+_LENIENT_DECODER = _Decoder(float)
 
 
 def differences(

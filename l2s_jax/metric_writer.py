@@ -8,10 +8,11 @@ checkpoint is dropped, since those steps are done again.
 import json
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import tensorboardX
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
 
 from l2s_jax import distributed, files
 
@@ -43,7 +44,7 @@ class MetricWriter:
     path = pathlib.Path(run_dir) / FILE
     kept = [
       record
-      for record in read(run_dir)
+      for record in read(run_dir, distributed.say)
       if record['step'] < first_step
       or (
         record['step'] == first_step
@@ -54,17 +55,10 @@ class MetricWriter:
       file.writelines(json.dumps(record) + '\n' for record in kept)
     self._jsonl = path.open('a', encoding='utf-8')
 
-    # Written anew: an event file that was begun cannot be shortened.
-    folder = pathlib.Path(run_dir) / 'tensorboard'
-    old = list(folder.glob('events.out.tfevents.*'))
-    self._tensorboard = tensorboardX.SummaryWriter(
-      str(folder), filename_suffix=f'.{time.time_ns()}'
-    )
+    self._tensorboard = EventFile(pathlib.Path(run_dir) / 'tensorboard')
     for record in kept:
       self._add(record)
-    self._tensorboard.flush()
-    for event_file in old:
-      event_file.unlink()
+    self._tensorboard.replace_others()
 
   def write(self, step: int, scalars: Mapping[str, float | int]) -> None:
     """Logs named numbers; the JSONL line is on disk when this returns."""
@@ -79,9 +73,8 @@ class MetricWriter:
   def _add(self, record: Mapping[str, Any]) -> None:
     for name, value in record.items():
       if name not in _NOT_SCALARS:
-        self._tensorboard.add_scalar(
-          name, value, record['step'], walltime=record['time']
-        )
+        self._tensorboard.add(name, value, record['step'], record['time'])
+    self._tensorboard.flush()
 
   def close(self) -> None:
     if self._jsonl is not None:
@@ -89,16 +82,67 @@ class MetricWriter:
       self._tensorboard.close()
 
 
-def read(run_dir: str | pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the records of a run, in order; a torn last line is left out.
+class EventFile:
+  """A file of TensorBoard's, written by whoever calls.
 
-  Each has its 'step', and its 'time' in seconds since the epoch.
+  tensorboardX's own writer has a thread; on a full disk that dies, and whoever
+  writes next waits for it for ever.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    """Begins a file in a folder, made if absent."""
+    folder.mkdir(parents=True, exist_ok=True)
+    self._old = list(folder.glob('events.out.tfevents.*'))
+    self._writer = event_file_writer.EventsWriter(
+      str(folder / 'events'), f'.{time.time_ns()}'
+    )
+
+  def add(self, name: str, value: float, step: int, secs: float) -> None:
+    """Adds a number; `secs` since the epoch is when it was found."""
+    self._writer.write_event(
+      event_pb2.Event(
+        summary=summary.scalar(name, value), step=step, wall_time=secs
+      )
+    )
+
+  def flush(self) -> None:
+    self._writer.flush()
+
+  def replace_others(self) -> None:
+    """Removes what the folder had before: a file cannot be shortened."""
+    self.flush()
+    for path in self._old:
+      path.unlink()
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+def read(
+  run_dir: str | pathlib.Path, say: Callable[[str], object] = lambda _: None
+) -> list[dict[str, Any]]:
+  """Returns the records of a run, in order.
+
+  Each has its 'step', and its 'time' in seconds since the epoch. Of a log that
+  was damaged the whole lines are kept.
+
+  Args:
+    run_dir: the run.
+    say: gets a sentence for each line that is left out.
   """
   path = pathlib.Path(run_dir) / FILE
   if not path.is_file():
     return []
-  lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
-  return [json.loads(line) for line in lines if line.endswith('\n')]
+  records = files.read_records(path, keys={'step': int, 'time': float}, say=say)
+  for record in records:
+    for name in [*record]:  # Damaged in a way that JSON allows.
+      if not isinstance(record[name], int | float):
+        say(
+          f'{path}, step {record["step"]}: left out {name}, which is '
+          f'{files.kind_of(record[name])} and no number.'
+        )
+        del record[name]
+  return records
 
 
 def by_step(

@@ -177,9 +177,12 @@ def settle(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
       )
     files.write_json(path, settings)
     return
-  differences = files.differences(
-    json.loads(path.read_text()), settings, ignored=_PLACES
+  found = files.read_json(
+    path,
+    remedy=f'remove INFER_OUTPUT_DIR={folder} to start again, or choose '
+    'another folder.',
   )
+  differences = files.differences(found, settings, ignored=_PLACES)
   if differences:
     raise ValueError(
       f'INFER_OUTPUT_DIR={folder} holds the answers of another job. Choose '

@@ -8,9 +8,14 @@ TensorFlow takes long to import. A quickstart that was broken off goes on
 where it was.
 """
 
-import argparse
-import json
 import os
+import signal
+
+if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+  # The imports take a while; until then Ctrl-C has nothing to leave behind.
+  signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import argparse
 import pathlib
 import platform
 import shlex
@@ -25,6 +30,7 @@ from l2s_jax import (
   __main__,
   answerer,
   cldr,
+  evaluate,
   files,
   gin_utils,
   metrics,
@@ -211,9 +217,7 @@ def _evaluate(name: str, label: str, run_dir: pathlib.Path) -> dict[str, Row]:
       'BATCH_SIZE=32',
     ],
   )
-  results = json.loads(
-    (run_dir / 'eval' / 'metrics-cldr-test.json').read_text()
-  )
+  results = evaluate.read_scores(run_dir / 'eval' / 'metrics-cldr-test.json')
   by_control = results[max(results, key=int)]
   return {
     name if control == 'none' else control: {
@@ -341,4 +345,4 @@ def _write_report(
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(__main__.process(main))

@@ -169,7 +169,7 @@ def train(
 
   A checkpoint is saved every `checkpoint_period` steps, before every
   evaluation, at the end, and at SIGTERM, which ends the process with exit code
-  75: start it again to go on.
+  75, or Ctrl-C, with 130: start it again to go on.
 
   Args:
     model: the system: LLM-to-SLM or a language model alone.
@@ -207,7 +207,7 @@ def train(
   Raises:
     ValueError: for settings that do not fit each other, before compilation.
     FloatingPointError: if a loss is not finite.
-    SystemExit: after SIGTERM.
+    SystemExit: after SIGTERM or SIGINT.
   """
   began = time.time()
   gin_utils.check_positive(
@@ -460,7 +460,7 @@ def train(
       watcher.leave()
       save_and_wait()
       bar.write(f'Saved step {step}. Start again to go on from there.')
-      raise SystemExit(preemption.EXIT_CODE) from None
+      raise SystemExit(watcher.exit_code) from None
 
     if batches.num_truncated_prompts or batches.num_truncated_targets:
       bar.write(

@@ -14,6 +14,7 @@ ORDER = (
   'chips',
   'compilation',
   'preemption',
+  'os_errors',
   'distributed',
   'integrity',
   'locks',

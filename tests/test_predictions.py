@@ -197,7 +197,7 @@ def test_a_tally_names_the_first_bad_lines_and_counts_all():
   assert (first, last) == ('  line 1 is empty', '  and 3 more')
 
 
-ITEMS = [
+ITEMS: list[prompts.Item] = [
   {'prompt': 'a', 'id': 1},
   text_files.BadLine('in.txt', 2, 'is empty'),
   {'prompt': 'c'},
