@@ -22,7 +22,6 @@ from l2s_jax import (
   generate,
   gin_utils,
   losses,
-  metrics,
   parameters,
   partition,
   report,
@@ -159,6 +158,16 @@ class Evaluator:
       )[1]
 
     self._loss_sums = jax.jit(loss_sums)
+
+  @property
+  def signatures(self) -> dict[str, str]:
+    """What gave the last scores, by their names; of ROUGE's, by rougeLsum."""
+    by_task = self._by_seqio.signatures
+    return {
+      name if len(by_task) == 1 else f'{task}/{name}': signature
+      for task, signatures in by_task.items()
+      for name, signature in signatures.items()
+    }
 
   @functools.cached_property
   def _by_seqio(self) -> Any:
@@ -362,24 +371,33 @@ def evaluate(
         )
         results[step][control] = scores
         label = '' if control == 'none' else f' (Z: {control})'
-        print(f'step {step}{label}: {format_scores(scores)}', flush=True)
+        signatures = evaluator.signatures
+        line = format_scores(scores, signatures)
+        print(f'step {step}{label}: {line}', flush=True)
         if distributed.is_first():
           _record(
             folder / 'eval' / f'metrics-{name}.json',
             step,
             control,
-            scores | {'settings': settings},
+            scores | {'settings': settings, 'signatures': signatures},
           )
       if set(results[step]) == set(CONTROLS):
         print(report.describe_controls(results[step]), flush=True)
     if distributed.is_first():
-      _write_curves(folder / 'eval', name, settings)
+      _write_curves(folder / 'eval', name, settings, evaluator.signatures)
     distributed.wait_for_all('evaluate')
   return results
 
 
-def format_scores(scores: Mapping[str, float]) -> str:
-  """Returns one line; BLEU with its signature, as others can repeat it."""
+def format_scores(
+  scores: Mapping[str, float], signatures: Mapping[str, str]
+) -> str:
+  """Returns one line; scores with their signatures, for others to repeat them.
+
+  Args:
+    scores: by name.
+    signatures: by name of a score, see `Evaluator.signatures`.
+  """
   parts = []
   for name, value in scores.items():
     if report.is_interval_end(name, scores):
@@ -389,11 +407,8 @@ def format_scores(scores: Mapping[str, float]) -> str:
     )
     if f'{name}_low' in scores:
       text += f' [{scores[f"{name}_low"]:.4g}, {scores[f"{name}_high"]:.4g}]'
-    if name == 'bleu' or name.endswith('/bleu'):
-      task = name.removesuffix('bleu')
-      least = int(scores.get(f'{task}min_references', 1))
-      most = int(scores.get(f'{task}max_references', 1))
-      text += f' ({metrics.bleu_signature(least if least == most else None)})'
+    if name in signatures:
+      text += f' ({signatures[name]})'
     parts.append(text)
   return ', '.join(parts)
 
@@ -445,17 +460,23 @@ def _record(
 
 
 def _write_curves(
-  folder: pathlib.Path, name: str, settings: Mapping[str, Any]
+  folder: pathlib.Path,
+  name: str,
+  settings: Mapping[str, Any],
+  signatures: Mapping[str, str],
 ) -> None:
   """Makes a table, a plot and TensorBoard's logs of a metrics file.
 
-  Evaluations with other settings stay in the file alone.
+  Evaluations with other settings, or scores with other signatures, stay in the
+  file alone.
   """
   found = json.loads((folder / f'metrics-{name}.json').read_text())
   by_control: dict[str, dict[int, dict[str, float]]] = {}
   for step in sorted(found, key=int):
     for control, scores in found[step].items():
-      if scores.pop('settings', None) == settings:
+      # Earlier versions kept no signatures, and had these.
+      signed = scores.pop('signatures', signatures)
+      if scores.pop('settings', None) == settings and signed == signatures:
         by_control.setdefault(control, {})[int(step)] = scores
   for control, by_step in by_control.items():
     label = name if control == 'none' else f'{name}-{control}'

@@ -31,7 +31,9 @@ from l2s_jax import (
   predictions,
   prompts,
   sampling,
+  scores,
   systems,
+  tasks,
   text_files,
 )
 from l2s_jax import metrics as metrics_lib
@@ -100,7 +102,8 @@ def infer(
     bad_lines: 'keep' leaves an error in the place of an answer and goes on,
       'refuse' stops before anything is computed.
     split: of a task.
-    metrics: names of functions in `metrics.py` to score the answers with.
+    metrics: names of metrics (`metrics.py` and `scores.functions`) to score
+      the answers with; `scores` has their settings.
     target_column: what to score against: text, or a list of references. A
       task's is `target`.
     shard: which of `num_shards` contiguous parts of the input to answer; their
@@ -136,7 +139,7 @@ def infer(
       f'{jax.process_count()} processes write to a folder: set '
       'INFER_OUTPUT_DIR, or start one process.'
     )
-  _check_metrics(metrics, target_column, input, folder)
+  scored_by = _scored_by(metrics, target_column, input, folder)
   answer_lengths = _answer_lengths(max_decode_len_column, max_decode_len, input)
   is_task = input.startswith(TASK)
   if not is_task:
@@ -219,7 +222,7 @@ def infer(
   if report := tally.describe(prompt_length):
     distributed.say(report)
   if metrics and folder is not None and distributed.is_first():
-    scored = predictions.write_scores(folder, part, metrics, target_column)
+    scored = predictions.write_scores(folder, part, scored_by, target_column)
     for path, results in scored.items():
       print(f'{path}: {predictions.describe_scores(results)}')
   distributed.wait_for_all('infer')
@@ -288,21 +291,20 @@ def _answer_lengths(
   return prompts.AnswerLengths(column, most)
 
 
-def _check_metrics(
+def _scored_by(
   names: Sequence[str],
   target_column: str,
   input: str,
   folder: pathlib.Path | None,
-) -> None:
-  """Refuses scores that could not be given in the end."""
-  known = metrics_lib.METRICS
-  if isinstance(names, str) or not set(names) <= known.keys():
-    raise ValueError(
-      f"INFER_METRICS={names!r}: expected a tuple, such as ('bleu',), of any "
-      f'of {", ".join(known)}.'
-    )
-  if not names:
-    return
+) -> list[metrics_lib.Metric]:
+  """Returns the metrics; refuses scores that could not be given in the end."""
+  if input.startswith(TASK):
+    settings = tasks.score_settings(input.removeprefix(TASK))
+  else:
+    settings = scores.Scores()
+  metrics = settings.named(names, 'INFER_METRICS')
+  if not metrics:
+    return metrics
   if folder is None or input == STDIN:
     raise ValueError(
       'INFER_METRICS are of a whole file: set INFER_OUTPUT_DIR, and INPUT to a '
@@ -313,6 +315,7 @@ def _check_metrics(
       f'TARGET_COLUMN={target_column!r} is where the output has its own '
       f'{target_column}; rename the column of {input}.'
     )
+  return metrics
 
 
 def _has_columns(input: str) -> bool:
