@@ -13,10 +13,11 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import gin
 import jax
+from etils import epath
 
 from l2s_jax import (
   answerer,
@@ -25,6 +26,7 @@ from l2s_jax import (
   evaluate,
   generate,
   gin_utils,
+  input_files,
   parameters,
   partition,
   pipeline,
@@ -83,8 +85,9 @@ def infer(
 
   Args:
     checkpoint_path: the run's folder (MODEL_DIR of its training).
-    input: a text, .jsonl, .tsv or .csv file (each may be .gz), `task:NAME` for
-      a SeqIO task, or `-`, standard input, answered line by line.
+    input: a file of text, .jsonl, .ndjson, .json, .tsv, .csv, .parquet or
+      .tfrecord (each may be .gz), `task:NAME` for a SeqIO task, or `-`,
+      standard input, answered line by line.
     output_dir: the folder of `predictions.jsonl`; None, or input `-`, writes
       to standard output.
     prompt_length: tokens a prompt; longer ones are cut, marked and counted.
@@ -93,7 +96,8 @@ def infer(
       ones a batch has as many as take the same memory. Standard input is
       answered one by one.
     step: the checkpoint; None takes the newest, 'best' that of BEST_METRIC.
-    prompt_column: which column `{prompt}` in the template stands for.
+    prompt_column: which column `{prompt}` in the template stands for; that of
+      a column within a column is written `translation.en`.
     template: the prompt, with columns in braces, such as 'translate English to
       German: {prompt}'. A task has its own.
     fallback_template: of lines that lack text in a column which `template`
@@ -164,8 +168,10 @@ def infer(
   lengths = {'inputs': prompt_length, 'targets': max_decode_len}
   if is_task:
     task = evaluate.bind_task(system, input.removeprefix(TASK))
+    _check_task(task, input)
     if not dry_run:  # which needs no data
       evaluate.check_splits(task, lengths, read=(split,))
+      prompts.check_task(task, split)
     read = functools.partial(prompts.read_task, task, split)
   if bad_lines == 'refuse':
     read = prompts.refusing(read)
@@ -246,10 +252,26 @@ def _check_input(input: str, bad_lines: str, part: predictions.Shard) -> None:
         f'num_shards={part.count}: standard input has no end that is known, '
         'and cannot be divided. Give INPUT a file.'
       )
-  elif not input.startswith(TASK) and not pathlib.Path(input).is_file():
-    raise FileNotFoundError(
-      f'INPUT={input}: no such file. Give a text, .jsonl, .tsv or .csv file '
-      '(each may be .gz), task:NAME, or - for standard input.'
+  elif not input.startswith(TASK):
+    if not pathlib.Path(input).is_file():
+      raise FileNotFoundError(
+        f'INPUT={input}: no such file. Give a file of text, '
+        f'{input_files.ENDINGS} (each may be .gz), task:NAME, or - for '
+        'standard input.'
+      )
+    with input_files.open_bytes(epath.Path(input)):
+      pass  # Which refuses what is neither text nor records.
+
+
+def _check_task(task: Any, input: str) -> None:
+  """Refuses a mixture, whose examples have no order of lines."""
+  parts = getattr(task, 'tasks', None)
+  if parts is not None:
+    raise ValueError(
+      f'INPUT={input} is a mixture, which draws its examples at random; answer '
+      'its tasks one by one: '
+      + ', '.join(f'{TASK}{part.name}' for part in parts)
+      + '.'
     )
 
 
@@ -285,8 +307,8 @@ def _answer_lengths(
     return None
   if not _has_columns(input):
     raise ValueError(
-      f'MAX_DECODE_LEN_COLUMN={column!r} is of a .jsonl, .tsv or .csv file; '
-      f'INPUT={input} has no columns.'
+      f'MAX_DECODE_LEN_COLUMN={column!r} is of a file of records '
+      f'({input_files.ENDINGS}); INPUT={input} has no columns.'
     )
   return prompts.AnswerLengths(column, most)
 
@@ -363,6 +385,12 @@ def _check_survey(
 ) -> None:
   """Refuses what would give no answer or, with a target column, no score."""
   all_bad = survey.first_bad is not None and survey.num_bad == survey.num_lines
+  if all_bad and survey.first_bad.reason.startswith('is not UTF-8'):
+    raise ValueError(
+      f'INPUT={input} is no text: none of its {survey.num_lines} lines is '
+      f'UTF-8; the first: {survey.first_bad} Text in Latin-1 is made UTF-8 '
+      'with `iconv -f LATIN1 -t UTF-8`.'
+    )
   if all_bad and _has_columns(input):  # Then a setting is wrong, not the lines.
     raise ValueError(
       f'INPUT={input}: none of its {survey.num_lines} lines can be answered; '

@@ -15,6 +15,8 @@ ORDER = (
   'compilation',
   'preemption',
   'distributed',
+  'input_files',
+  'record_files',
   'text_files',
   'partition',
   'models.config',
