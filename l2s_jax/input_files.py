@@ -7,10 +7,10 @@ file's first bytes say against its name is refused, never read as text.
 
 import contextlib
 import gzip
+import io
 import re
 import zlib
 from collections.abc import Iterator
-from typing import IO
 
 from etils import epath
 
@@ -64,7 +64,7 @@ def is_gzip(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def open_bytes(path: epath.Path) -> Iterator[IO[bytes]]:
+def open_bytes(path: epath.Path) -> Iterator[io.BufferedIOBase]:
   """Opens a file to be read, through gzip if its name says so.
 
   Raises:
@@ -102,13 +102,13 @@ def check_ending(name: str, path: str) -> None:
 
 
 @contextlib.contextmanager
-def _unpacked(path: epath.Path) -> Iterator[IO[bytes]]:
+def _unpacked(path: epath.Path) -> Iterator[io.BufferedIOBase]:
   with path.open('rb') as raw:
     if not is_gzip(path.name):
       yield raw
       return
     with gzip.open(raw) as file:
-      yield file  # type: ignore[misc]
+      yield file
 
 
 def _check_start(path: epath.Path, start: bytes) -> None:

@@ -15,7 +15,7 @@ import io
 import json
 import struct
 from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from typing import Any
 
 from etils import epath
 from google.protobuf import (
@@ -31,6 +31,7 @@ from l2s_jax import input_files
 Row = dict[str, Any]
 
 _ROWS_AT_ONCE = 1024
+_MOST_SHOWN = 80  # characters
 _CASTAGNOLI = 0x82F63B78
 _MASK_DELTA = 0xA282EAD8
 # Of tf.train.Example: TensorFlow's own classes would bring TensorFlow.
@@ -95,10 +96,10 @@ def json_list(path: epath.Path, name: str) -> Iterator[tuple[int, Row | str]]:
   except (ValueError, RecursionError) as error:
     raise ValueError(f'{path} is no JSON that can be read: {error}.') from error
   if not isinstance(values, list):
-    keys = f' of {", ".join(map(repr, values))[:80]}' if values else ''
+    keys = ', '.join(map(repr, values)) if isinstance(values, dict) else ''
     raise ValueError(
       f'{path} holds one JSON {type(values).__name__}'
-      + (keys if isinstance(values, dict) else '')
+      + (f' of {keys[:_MOST_SHOWN]}' if keys else '')
       + '; expected a list of objects, or of texts.'
     )
   has_escapes = '\\u' in text
@@ -195,7 +196,7 @@ def tfrecord(path: epath.Path) -> Iterator[tuple[int, Row | str]]:
         yield number, 'is not a tf.train.Example'
 
 
-def _records(file: IO[bytes], path: epath.Path) -> Iterator[bytes]:
+def _records(file: io.BufferedIOBase, path: epath.Path) -> Iterator[bytes]:
   """Yields what stands between lengths and checksums."""
   start = number = 0
 
