@@ -15,6 +15,7 @@ from typing import Any
 
 import gin
 import numpy as np
+from etils import epath
 
 from l2s_jax import (
   contenders,
@@ -25,6 +26,7 @@ from l2s_jax import (
   report,
   speed_report,
   systems,
+  text_files,
   timing,
   train_benchmark,
 )
@@ -330,10 +332,9 @@ class _Prompts:
     module = system.module
     assert isinstance(module, l2s.LlmToSlm), module  # See _of_run.
     self._vocab_size = module.llm_config.vocab_size
-    text = pathlib.Path(path).read_text(encoding='utf-8')
     self._rows = [
       [*vocabulary.encode(line), vocabulary.eos_id]
-      for line in text.splitlines()
+      for line in text_files.read_lines(epath.Path(path))
     ]
 
   def check(self, batch_size: int, length: int) -> None:

@@ -25,7 +25,6 @@ from l2s_jax import (
   locks,
   losses,
   metric_writer,
-  metrics,
   parameters,
   partition,
   report,
@@ -162,6 +161,16 @@ class Evaluator:
       )[1]
 
     self._loss_sums = jax.jit(loss_sums)
+
+  @property
+  def signatures(self) -> dict[str, str]:
+    """What gave the last scores, by their names; of ROUGE's, by rougeLsum."""
+    by_task = self._by_seqio.signatures
+    return {
+      name if len(by_task) == 1 else f'{task}/{name}': signature
+      for task, signatures in by_task.items()
+      for name, signature in signatures.items()
+    }
 
   @functools.cached_property
   def _by_seqio(self) -> Any:
@@ -365,24 +374,33 @@ def evaluate(
         )
         results[step][control] = scores
         label = '' if control == 'none' else f' (Z: {control})'
-        print(f'step {step}{label}: {format_scores(scores)}', flush=True)
+        signatures = evaluator.signatures
+        line = format_scores(scores, signatures)
+        print(f'step {step}{label}: {line}', flush=True)
         if distributed.is_first():
           _record(
             folder / 'eval' / f'metrics-{name}.json',
             step,
             control,
-            scores | {'settings': settings},
+            scores | {'settings': settings, 'signatures': signatures},
           )
       if set(results[step]) == set(CONTROLS):
         print(report.describe_controls(results[step]), flush=True)
     if distributed.is_first():
-      _write_curves(folder / 'eval', name, settings)
+      _write_curves(folder / 'eval', name, settings, evaluator.signatures)
     distributed.wait_for_all('evaluate')
   return results
 
 
-def format_scores(scores: Mapping[str, float]) -> str:
-  """Returns one line; BLEU with its signature, as others can repeat it."""
+def format_scores(
+  scores: Mapping[str, float], signatures: Mapping[str, str]
+) -> str:
+  """Returns one line; scores with their signatures, for others to repeat them.
+
+  Args:
+    scores: by name.
+    signatures: by name of a score, see `Evaluator.signatures`.
+  """
   parts = []
   for name, value in scores.items():
     if report.is_interval_end(name, scores):
@@ -392,11 +410,8 @@ def format_scores(scores: Mapping[str, float]) -> str:
     )
     if f'{name}_low' in scores:
       text += f' [{scores[f"{name}_low"]:.4g}, {scores[f"{name}_high"]:.4g}]'
-    if name == 'bleu' or name.endswith('/bleu'):
-      task = name.removesuffix('bleu')
-      least = int(scores.get(f'{task}min_references', 1))
-      most = int(scores.get(f'{task}max_references', 1))
-      text += f' ({metrics.bleu_signature(least if least == most else None)})'
+    if name in signatures:
+      text += f' ({signatures[name]})'
     parts.append(text)
   return ', '.join(parts)
 
@@ -466,24 +481,32 @@ def read_scores(path: pathlib.Path) -> dict[str, dict[str, dict[str, Any]]]:
     for control, scores in by_control.items():
       place = f'{path}, step {step}'
       files.check_keys(by_control, place, keys={control: dict}, remedy=remedy)
-      kinds = {k: dict if k == 'settings' else float for k in scores}
+      kinds = {
+        k: dict if k in ('settings', 'signatures') else float for k in scores
+      }
       place = f'{place}, {control}'
       files.check_keys(scores, place, keys=kinds, remedy=remedy)
   return found
 
 
 def _write_curves(
-  folder: pathlib.Path, name: str, settings: Mapping[str, Any]
+  folder: pathlib.Path,
+  name: str,
+  settings: Mapping[str, Any],
+  signatures: Mapping[str, str],
 ) -> None:
   """Makes a table, a plot and TensorBoard's logs of a metrics file.
 
-  Evaluations with other settings stay in the file alone.
+  Evaluations with other settings, or scores with other signatures, stay in the
+  file alone.
   """
   found = read_scores(folder / f'metrics-{name}.json')
   by_control: dict[str, dict[int, dict[str, float]]] = {}
   for step in sorted(found, key=int):
     for control, scores in found[step].items():
-      if scores.pop('settings', None) == settings:
+      # Earlier versions kept no signatures, and had these.
+      signed = scores.pop('signatures', signatures)
+      if scores.pop('settings', None) == settings and signed == signatures:
         by_control.setdefault(control, {})[int(step)] = scores
   for control, by_step in by_control.items():
     label = name if control == 'none' else f'{name}-{control}'

@@ -63,6 +63,8 @@ class TaskEvaluator:
         a task is empty, does not keep its raw answers, or has metrics of
         something else than predictions.
     """
+    # Of the scores of the last evaluation, by task and metric.
+    self.signatures: dict[str, dict[str, str]] = {}
     self._task_feature_lengths = task_feature_lengths
     self._split = split
     self._batch_size = batch_size
@@ -160,7 +162,14 @@ class TaskEvaluator:
         self._evaluator.cached_task_datasets[task.name].as_numpy_iterator()
       )
       vocabulary = task.output_features['targets'].vocabulary
-      references = [_references(task, example) for example in examples]
+      targets = [_target(task, example) for example in examples]
+      self.signatures[task.name] = metrics.signatures(task.metric_fns, targets)
+      references = [
+        [text for text in target if isinstance(text, str)]
+        if isinstance(target, list | tuple)
+        else []
+        for target in targets
+      ]
       num_references = [len(texts) for texts in references if texts]
       results[task.name] = {
         **_scalars(task_metrics.result()[task.name]),
@@ -264,9 +273,9 @@ def score_names(
   for part in parts:
     scores = ['loss', 'token_accuracy']
     for function in part.predict_metric_fns:
-      if metrics.METRICS.get(function.__name__) != function:
+      if not isinstance(function, metrics.Metric):
         return None
-      scores += function(['a'], ['a'])
+      scores += function.score_names
     prefix = f'{part.name}/' if len(parts) > 1 else ''
     names += [prefix + score for score in scores]
   return names
@@ -338,14 +347,11 @@ def _with_partners(examples: data.Batch) -> data.Batch:
   }
 
 
-def _references(task: seqio.Task, example: Mapping[str, Any]) -> list[str]:
-  """Returns the references of an example, if its task gives a list."""
-  target = task.postprocess_fn(
+def _target(task: seqio.Task, example: Mapping[str, Any]) -> Any:
+  """Returns what a task scores an answer against."""
+  return task.postprocess_fn(
     example['targets_pretokenized'].decode(), example=example, is_target=True
   )
-  if not isinstance(target, list | tuple):
-    return []
-  return [text for text in target if isinstance(text, str)]
 
 
 def _scalars(values: Mapping[str, Any]) -> dict[str, float]:

@@ -13,10 +13,11 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import gin
 import jax
+from etils import epath
 
 from l2s_jax import (
   answerer,
@@ -25,13 +26,16 @@ from l2s_jax import (
   evaluate,
   generate,
   gin_utils,
+  input_files,
   parameters,
   partition,
   pipeline,
   predictions,
   prompts,
   sampling,
+  scores,
   systems,
+  tasks,
   text_files,
 )
 from l2s_jax import metrics as metrics_lib
@@ -80,8 +84,9 @@ def infer(
 
   Args:
     checkpoint_path: the run's folder (MODEL_DIR of its training).
-    input: a text, .jsonl, .tsv or .csv file (each may be .gz), `task:NAME` for
-      a SeqIO task, or `-`, standard input, answered line by line.
+    input: a file of text, .jsonl, .ndjson, .json, .tsv, .csv, .parquet or
+      .tfrecord (each may be .gz), `task:NAME` for a SeqIO task, or `-`,
+      standard input, answered line by line.
     output_dir: the folder of `predictions.jsonl`; None, or input `-`, writes
       to standard output.
     prompt_length: tokens a prompt; longer ones are cut, marked and counted.
@@ -90,7 +95,8 @@ def infer(
       ones a batch has as many as take the same memory. Standard input is
       answered one by one.
     step: the checkpoint; None takes the newest, 'best' that of BEST_METRIC.
-    prompt_column: which column `{prompt}` in the template stands for.
+    prompt_column: which column `{prompt}` in the template stands for; that of
+      a column within a column is written `translation.en`.
     template: the prompt, with columns in braces, such as 'translate English to
       German: {prompt}'. A task has its own.
     fallback_template: of lines that lack text in a column which `template`
@@ -99,7 +105,8 @@ def infer(
     bad_lines: 'keep' leaves an error in the place of an answer and goes on,
       'refuse' stops before anything is computed.
     split: of a task.
-    metrics: names of functions in `metrics.py` to score the answers with.
+    metrics: names of metrics (`metrics.py` and `scores.functions`) to score
+      the answers with; `scores` has their settings.
     target_column: what to score against: text, or a list of references. A
       task's is `target`.
     shard: which of `num_shards` contiguous parts of the input to answer; their
@@ -133,7 +140,7 @@ def infer(
       f'{jax.process_count()} processes write to a folder: set '
       'INFER_OUTPUT_DIR, or start one process.'
     )
-  _check_metrics(metrics, target_column, input, folder)
+  scored_by = _scored_by(metrics, target_column, input, folder)
   answer_lengths = _answer_lengths(max_decode_len_column, max_decode_len, input)
   is_task = input.startswith(TASK)
   if not is_task:
@@ -158,8 +165,10 @@ def infer(
   lengths = {'inputs': prompt_length, 'targets': max_decode_len}
   if is_task:
     task = evaluate.bind_task(system, input.removeprefix(TASK))
+    _check_task(task, input)
     if not dry_run:  # which needs no data
       evaluate.check_splits(task, lengths, read=(split,))
+      prompts.check_task(task, split)
     read = functools.partial(prompts.read_task, task, split)
   if bad_lines == 'refuse':
     read = prompts.refusing(read)
@@ -214,7 +223,7 @@ def infer(
   if report := tally.describe(prompt_length):
     distributed.say(report)
   if metrics and folder is not None and distributed.is_first():
-    scored = predictions.write_scores(folder, part, metrics, target_column)
+    scored = predictions.write_scores(folder, part, scored_by, target_column)
     for path, results in scored.items():
       print(f'{path}: {predictions.describe_scores(results)}')
   distributed.wait_for_all('infer')
@@ -238,10 +247,26 @@ def _check_input(input: str, bad_lines: str, part: predictions.Shard) -> None:
         f'num_shards={part.count}: standard input has no end that is known, '
         'and cannot be divided. Give INPUT a file.'
       )
-  elif not input.startswith(TASK) and not pathlib.Path(input).is_file():
-    raise FileNotFoundError(
-      f'INPUT={input}: no such file. Give a text, .jsonl, .tsv or .csv file '
-      '(each may be .gz), task:NAME, or - for standard input.'
+  elif not input.startswith(TASK):
+    if not pathlib.Path(input).is_file():
+      raise FileNotFoundError(
+        f'INPUT={input}: no such file. Give a file of text, '
+        f'{input_files.ENDINGS} (each may be .gz), task:NAME, or - for '
+        'standard input.'
+      )
+    with input_files.open_bytes(epath.Path(input)):
+      pass  # Which refuses what is neither text nor records.
+
+
+def _check_task(task: Any, input: str) -> None:
+  """Refuses a mixture, whose examples have no order of lines."""
+  parts = getattr(task, 'tasks', None)
+  if parts is not None:
+    raise ValueError(
+      f'INPUT={input} is a mixture, which draws its examples at random; answer '
+      'its tasks one by one: '
+      + ', '.join(f'{TASK}{part.name}' for part in parts)
+      + '.'
     )
 
 
@@ -277,27 +302,26 @@ def _answer_lengths(
     return None
   if not _has_columns(input):
     raise ValueError(
-      f'MAX_DECODE_LEN_COLUMN={column!r} is of a .jsonl, .tsv or .csv file; '
-      f'INPUT={input} has no columns.'
+      f'MAX_DECODE_LEN_COLUMN={column!r} is of a file of records '
+      f'({input_files.ENDINGS}); INPUT={input} has no columns.'
     )
   return prompts.AnswerLengths(column, most)
 
 
-def _check_metrics(
+def _scored_by(
   names: Sequence[str],
   target_column: str,
   input: str,
   folder: pathlib.Path | None,
-) -> None:
-  """Refuses scores that could not be given in the end."""
-  known = metrics_lib.METRICS
-  if isinstance(names, str) or not set(names) <= known.keys():
-    raise ValueError(
-      f"INFER_METRICS={names!r}: expected a tuple, such as ('bleu',), of any "
-      f'of {", ".join(known)}.'
-    )
-  if not names:
-    return
+) -> list[metrics_lib.Metric]:
+  """Returns the metrics; refuses scores that could not be given in the end."""
+  if input.startswith(TASK):
+    settings = tasks.score_settings(input.removeprefix(TASK))
+  else:
+    settings = scores.Scores()
+  metrics = settings.named(names, 'INFER_METRICS')
+  if not metrics:
+    return metrics
   if folder is None or input == STDIN:
     raise ValueError(
       'INFER_METRICS are of a whole file: set INFER_OUTPUT_DIR, and INPUT to a '
@@ -308,6 +332,7 @@ def _check_metrics(
       f'TARGET_COLUMN={target_column!r} is where the output has its own '
       f'{target_column}; rename the column of {input}.'
     )
+  return metrics
 
 
 def _has_columns(input: str) -> bool:
@@ -355,6 +380,12 @@ def _check_survey(
 ) -> None:
   """Refuses what would give no answer or, with a target column, no score."""
   all_bad = survey.first_bad is not None and survey.num_bad == survey.num_lines
+  if all_bad and survey.first_bad.reason.startswith('is not UTF-8'):
+    raise ValueError(
+      f'INPUT={input} is no text: none of its {survey.num_lines} lines is '
+      f'UTF-8; the first: {survey.first_bad} Text in Latin-1 is made UTF-8 '
+      'with `iconv -f LATIN1 -t UTF-8`.'
+    )
   if all_bad and _has_columns(input):  # Then a setting is wrong, not the lines.
     raise ValueError(
       f'INPUT={input}: none of its {survey.num_lines} lines can be answered; '

@@ -45,10 +45,6 @@ OWN_COLUMNS = (
 )
 # Where things are, which may change as long as what they hold does not.
 _PLACES = ('checkpoint_path', 'input')
-_SIGNATURES = {
-  'bleu': metrics.bleu_signature,
-  'chrf': metrics.chrf_signature,
-}
 _NUM_NAMED = 5
 _SYNC_PERIOD_SECS = 10.0
 _CHUNK_BYTES = 2**20
@@ -440,7 +436,9 @@ def read_whole(path: pathlib.Path, items: Iterable[prompts.Item]) -> Tally:
 
 
 def score(
-  records: Iterable[Record], metric_names: Sequence[str], target_column: str
+  records: Iterable[Record],
+  scored_by: Sequence[metrics.Metric],
+  target_column: str,
 ) -> dict[str, Any]:
   """Returns what a `scores.json` holds: scores, signatures and counts.
 
@@ -464,19 +462,16 @@ def score(
   if not pairs:
     return results
   targets, answers = zip(*pairs, strict=True)
-  sizes = {1 if isinstance(t, str) else len(t) for t in targets}
-  num_references = sizes.pop() if len(sizes) == 1 else None
-  for name in metric_names:
-    results['scores'] |= metrics.METRICS[name](targets, answers)
-    if name in _SIGNATURES:
-      results['signatures'][name] = _SIGNATURES[name](num_references)
+  for metric in scored_by:
+    results['scores'] |= metric(targets, answers)
+  results['signatures'] = metrics.signatures(scored_by, targets)
   return results
 
 
 def write_scores(
   folder: pathlib.Path,
   part: Shard,
-  metric_names: Sequence[str],
+  scored_by: Sequence[metrics.Metric],
   target_column: str,
 ) -> dict[pathlib.Path, dict[str, Any]]:
   """Scores a shard and, if it is the last to be whole, all together.
@@ -490,7 +485,7 @@ def write_scores(
     paths = [folder / shard.name('predictions', '.jsonl') for shard in parts]
     if all(path.is_file() for path in paths):
       path = folder / name.name('scores', '.json')
-      scored[path] = score(read(paths), metric_names, target_column)
+      scored[path] = score(read(paths), scored_by, target_column)
       files.write_json(path, scored[path])
   return scored
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts to be answered: where they come from, and which cannot be.
 
-Text, JSONL, TSV, CSV, a SeqIO task and standard input all become the same: for
-each line, in order, either its columns with the `prompt` made of them, or a
-`BadLine` that says what is wrong with it. What becomes of that is the caller's
-choice. No TensorFlow.
+Files (see `text_files.py`), a SeqIO task and standard input all become the
+same: for each line, in order, either its columns with the `prompt` made of
+them, or a `BadLine` that says what is wrong with it. What becomes of that is
+the caller's choice. No TensorFlow.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ class AnswerLengths(NamedTuple):
 
   def __call__(self, row: Mapping[str, Any]) -> int | None:
     """Returns the number of a row; None if it has none that may be."""
-    value = row.get(self.column)
+    value = text_files.value(dict(row), self.column)
     if isinstance(value, str) and value.isascii() and value.isdigit():
       value = int(value)
     is_length = type(value) is int and 1 <= value <= self.most  # True is none.
@@ -81,8 +81,8 @@ def read_file(
   Raises:
     ValueError: as `text_files.read_rows`.
   """
-  if text_files.kind(path) == 'text':
-    column_names = ('prompt',)
+  if text_files.kind(path) in ('text', 'json'):
+    column_names = ('prompt',)  # Of a line, and of a list of texts.
   fallback = fallback or template
   rows = text_files.read_rows(
     epath.Path(path),
@@ -94,10 +94,39 @@ def read_file(
     if isinstance(row, BadLine):
       yield row
       continue
-    texts = (row.get(column) for column in template.columns)
-    has_all = all(isinstance(text, str) and text.strip() for text in texts)
+    texts = {
+      column: text_files.value(row, column)
+      for column in (*template.columns, *fallback.columns)
+    }
+    has_all = all(
+      isinstance(texts[column], str) and texts[column].strip()
+      for column in template.columns
+    )
     chosen = template if has_all else fallback
-    yield row | {'prompt': chosen.fill_text(row)}
+    yield row | {'prompt': chosen.fill_text(texts)}
+
+
+def check_task(task: Any, split: str) -> None:
+  """Refuses a task that has ids of its prompts, and no text.
+
+  Raises:
+    ValueError: says what the task should keep.
+  """
+  spec = task.get_dataset(
+    None, split=split, shuffle=False, num_epochs=1
+  ).element_spec
+  lacking = [
+    key
+    for key in ('inputs_pretokenized', 'targets_pretokenized')
+    if key not in spec
+  ]
+  if lacking:
+    raise ValueError(
+      f'INPUT=task:{task.name}: the task is tokenized already and has no '
+      f'{" and no ".join(lacking)}, the text of its prompts and answers; give '
+      'its seqio.preprocessors.tokenize copy_pretokenized=True, or give INPUT '
+      'a file of the prompts.'
+    )
 
 
 def read_task(task: Any, split: str) -> Iterator[Item]:
@@ -124,15 +153,13 @@ def read_task(task: Any, split: str) -> Iterator[Item]:
 def read_stream(stream: Iterable[bytes], template: Template) -> Iterator[Item]:
   """Yields an item for each line of text, as it comes."""
   for number, line in enumerate(stream, start=1):
-    try:
-      text = line.rstrip(b'\r\n').decode()
-    except UnicodeDecodeError as error:
-      yield BadLine('standard input', number, f'is not UTF-8: {error}')
-      continue
-    if text.strip():
-      yield {'prompt': template.fill_text({'prompt': text})}
+    text, reason = text_files.decode_line(line, number)
+    if not reason and not text.strip():
+      reason = 'is empty'
+    if reason:
+      yield BadLine('standard input', number, reason)
     else:
-      yield BadLine('standard input', number, 'is empty')
+      yield {'prompt': template.fill_text({'prompt': text})}
 
 
 class Survey(NamedTuple):
@@ -189,7 +216,7 @@ def reference(row: Mapping[str, Any], column: str) -> str | list[str] | None:
 
   A list of texts are several references, each as good as the others.
   """
-  value = row.get(column)
+  value = text_files.value(dict(row), column)
   references = value if isinstance(value, list) else [value]
   if references and all(isinstance(text, str) for text in references):
     return value

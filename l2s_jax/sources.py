@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sources: the columns of text that tasks are made of, before any template.
 
-Reads the user's own files (parallel text, JSONL, TSV, CSV) into `tf.data`, and
-looks for the data sets of TFDS. What becomes of the columns is in `tasks.py`,
-how a line is read in `text_files.py`. Importing this module does not import
+Reads the user's own files (parallel text, records) into `tf.data`, and looks
+for the data sets of TFDS. What becomes of the columns is in `tasks.py`, how a
+line is read in `text_files.py`. Importing this module does not import
 TensorFlow.
 """
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from l2s_jax import cldr, text_files
+from l2s_jax import cldr, input_files, text_files
 from l2s_jax.text_files import BadLine, Row
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _SHUFFLE_BUFFER_SIZE = 200_000
 _NUM_NAMED_LINES = 3  # of those left out
 
-# A pair of parallel text files, a JSONL, TSV or CSV file, or a list of either.
+# A pair of parallel text files, a file of records, or a list of either.
 DataFiles = str | tuple[str, str] | list[str | tuple[str, str]]
 
 
@@ -256,32 +256,34 @@ def _say(text: str) -> None:
 def _read_table(
   path: epath.Path, columns: Columns, lines: _Lines
 ) -> 'tf.data.Dataset':
-  """Reads the columns of a JSONL, TSV or CSV file into memory.
+  """Reads the columns of a file of records into memory.
 
   In memory because parsing it inside the pipeline would need Python there, and
   such an iterator can be neither saved nor relied on to let the process exit.
   """
   from l2s_jax.features import tf
 
-  is_jsonl = text_files.kind(path.name) == 'jsonl'
+  has_names = text_files.kind(path.name) in ('tsv', 'csv')
   rows = text_files.read_rows(
     path,
     columns=columns.required,
-    column_names=None if is_jsonl else columns.names,
+    column_names=columns.names if has_names else None,
   )
   texts: dict[str, list[str]] = {
     name: [] for name in (*columns.required, *columns.optional)
   }
   references: list[list[str]] = []
   for number, row in enumerate(rows, start=1):
-    # Only JSON, where a row is a line, holds anything but text.
+    # TSV and CSV, where a row may be several lines, hold nothing but text.
     if isinstance(row, dict) and (reason := _wrong_type(row, columns)):
       row = BadLine(str(path), number, reason)
     good = lines.add(row)
     if good is None:
       continue
     for name, column in texts.items():
-      column.append(good.get(name) or '')
+      text = text_files.value(good, name) or ''
+      # Blank is what Python calls so; TensorFlow knows ASCII alone.
+      column.append(text if text.strip() else '')
     references.append(
       [text for name in columns.references for text in _texts(good, name)]
     )
@@ -304,10 +306,10 @@ def _read_table(
 def _wrong_type(row: Row, columns: Columns) -> str | None:
   """Returns what is wrong with columns that may be missing, if anything."""
   for name in columns.optional:
-    if not isinstance(row.get(name), str | None):
+    if not isinstance(text_files.value(row, name), str | None):
       return f'has something else than text in column {name!r}'
   for name in columns.references:
-    value = row.get(name)
+    value = text_files.value(row, name)
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str | None) for text in values):
       return f'has something else than text, or a list of it, in {name!r}'
@@ -316,7 +318,7 @@ def _wrong_type(row: Row, columns: Columns) -> str | None:
 
 def _texts(row: Row, name: str) -> list[str]:
   """Returns the texts of a column, those that are blank left out."""
-  value = row.get(name)
+  value = text_files.value(row, name)
   values = value if isinstance(value, list) else [value]
   return [text for text in values if text and text.strip()]
 
@@ -340,10 +342,13 @@ def _read_parallel_text(
     )
   is_good: list[bool] = []
   num_lines = [0, 0]
+  odd_lines: list[dict[int, str]] = [{}, {}]
   for rows in itertools.zip_longest(
     *(text_files.read_rows(path, columns=('source',)) for path in paths)
   ):
     for side, row in enumerate(rows):
+      if isinstance(row, dict) and _is_odd(row['source'], num_lines[side]):
+        odd_lines[side][num_lines[side]] = row['source']
       num_lines[side] += row is not None
     if None not in rows:
       bad = [row for row in rows if isinstance(row, BadLine)]
@@ -354,15 +359,26 @@ def _read_parallel_text(
       'parallel text needs as many in both, line by line.'
     )
 
-  def stream(path: epath.Path) -> 'tf.data.Dataset':
-    return tf.data.TextLineDataset(
-      str(path), 'GZIP' if path.name.endswith('.gz') else None
-    ).map(lambda line: tf.strings.regex_replace(line, '^\ufeff', ''))
+  def stream(path: epath.Path, odd: Mapping[int, str]) -> 'tf.data.Dataset':
+    lines = tf.data.TextLineDataset(
+      str(path), 'GZIP' if input_files.is_gzip(path.name) else None
+    )
+    if not odd:
+      return lines
+    numbers = tf.constant(list(odd), tf.int64)
+    texts = tf.constant(list(odd.values()), tf.string)
+
+    def mend(number: 'tf.Tensor', line: 'tf.Tensor') -> 'tf.Tensor':
+      place = tf.searchsorted(numbers, [number])[0]
+      place = tf.minimum(place, len(odd) - 1)
+      return tf.where(numbers[place] == number, texts[place], line)
+
+    return lines.enumerate().map(mend)
 
   dataset = tf.data.Dataset.zip(
     {
-      name: stream(path)
-      for name, path in zip(pair, paths, strict=True)
+      name: stream(path, odd)
+      for name, path, odd in zip(pair, paths, odd_lines, strict=True)
       if name in names
     }
   )
@@ -371,6 +387,15 @@ def _read_parallel_text(
     dataset = tf.data.Dataset.zip(flags, dataset)
     dataset = dataset.filter(lambda good, row: good).map(lambda good, row: row)
   return dataset.apply(tf.data.experimental.assert_cardinality(sum(is_good)))
+
+
+def _is_odd(text: str, number: int) -> bool:
+  """Returns whether TensorFlow may read another line than `text_files` does.
+
+  It drops every carriage return, and keeps a byte order mark (before the first
+  line, numbered 0, which is mended for sure).
+  """
+  return number == 0 or '\r' in text
 
 
 def _resolve_files(
@@ -391,10 +416,10 @@ def _resolve_files(
       (text_files.kind(name) != 'text') != is_table for name in names
     ):
       raise ValueError(
-        f'DATA_FILES[{split!r}] has {item!r}; expected a JSONL, TSV or CSV '
-        "file, 'x.jsonl', 'x.tsv' or 'x.csv', or a pair of parallel text "
-        "files in parentheses, ('x.en', 'x.de'), any of them with .gz; or a "
-        'list, in brackets, of several of these.'
+        f'DATA_FILES[{split!r}] has {item!r}; expected a file of records, '
+        f'{input_files.ENDINGS}, or a pair of parallel text files in '
+        "parentheses, ('x.en', 'x.de'), any of them with .gz; or a list, in "
+        'brackets, of several of these.'
       )
     paths = [folder / name for name in names]
     missing = [str(path) for path in paths if not path.exists()]

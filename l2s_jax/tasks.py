@@ -20,15 +20,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gin
 
-from l2s_jax import metrics as metrics_lib
-from l2s_jax import sources, templates, vocabularies
+from l2s_jax import bleu, metrics, scores, sources, templates, vocabularies
 from l2s_jax.sources import DataFiles
 
 if TYPE_CHECKING:
   import seqio
 
 _TRANSLATION_METRICS = ('bleu', 'chrf', 'exact_match')
-_SUMMARIZATION_METRICS = ('rouge',)
 
 
 class _TfdsTask(NamedTuple):
@@ -38,13 +36,20 @@ class _TfdsTask(NamedTuple):
   template: str
   source_column: str
   target_column: str
-  metrics: Sequence[str]
+  metric_fns: Sequence[metrics.Metric]
 
 
-def _translation(tfds_name: str, language: str, code: str) -> _TfdsTask:
-  """Returns a task from English to another language."""
+def _translation(
+  tfds_name: str, language: str, code: str, tokenizer: str = '13a'
+) -> _TfdsTask:
+  """Returns a task from English to another language, BLEU of its tokens."""
   template = f'translate English to {language}: {{source}}'
-  return _TfdsTask(tfds_name, template, 'en', code, _TRANSLATION_METRICS)
+  scored = [
+    bleu.Bleu('bleu', tokenizer),
+    metrics.chrf,
+    metrics.exact_match,
+  ]
+  return _TfdsTask(tfds_name, template, 'en', code, scored)
 
 
 _TFDS_TASKS = {
@@ -52,12 +57,15 @@ _TFDS_TASKS = {
   'wmt14_en_fr': _translation('wmt14_translate/fr-en:1.0.0', 'French', 'fr'),
   'wmt16_en_de': _translation('wmt16_translate/de-en:1.0.0', 'German', 'de'),
   'wmt16_en_ro': _translation('wmt16_translate/ro-en:1.0.0', 'Romanian', 'ro'),
+  'wmt19_en_zh': _translation(
+    'wmt19_translate/zh-en:1.0.0', 'Chinese', 'zh', tokenizer='zh'
+  ),
   'cnn_dailymail': _TfdsTask(
     'cnn_dailymail:3.4.0',
     'summarize: {source}',
     'article',
     'highlights',
-    _SUMMARIZATION_METRICS,
+    [metrics.rouge],
   ),
 }
 
@@ -82,7 +90,7 @@ def register() -> None:
         seqio.CacheDatasetPlaceholder(),
         templates.text_to_text(prompt, prompt, 'answer'),
       ],
-      _TRANSLATION_METRICS,
+      [metrics.METRICS[name] for name in _TRANSLATION_METRICS],
     ),
   )
   for name, task in _TFDS_TASKS.items():
@@ -92,7 +100,7 @@ def register() -> None:
         name,
         seqio.TfdsDataSource(task.tfds_name),
         _tfds_preprocessors(task, task.template),
-        task.metrics,
+        task.metric_fns,
       ),
     )
 
@@ -141,7 +149,8 @@ def local_task(
     bad_lines: 'refuse' them, or 'skip' them, with one line that counts them on
       standard error. Bad is what is not UTF-8 or not of the file's kind, or
       has no text where the task needs it.
-    metrics: names of functions in `metrics.py`.
+    metrics: names of metrics in `metrics.py` or of `scores.functions`; their
+      settings are those of `scores`.
     name: of the task.
 
   Raises:
@@ -169,7 +178,7 @@ def local_task(
     name,
     source,
     [templates.text_to_text(prompt, fallback, target_column)],
-    metrics,
+    scores.Scores().named(metrics, 'local_task.metrics'),
     postprocess_fn=_with_references if reference_columns else None,
   )
 
@@ -316,6 +325,7 @@ def _bind_task(
 ) -> 'seqio.Task':
   """Returns a task that ends with the ids of the given vocabularies."""
   from l2s_jax import features
+  from l2s_jax.features import seqio
 
   missing = output_features.keys() - task.output_features.keys()
   if missing:
@@ -324,6 +334,9 @@ def _bind_task(
       f'{", ".join(sorted(missing))}; a prompt and an answer are needed: let a '
       'preprocessor make them.'
     )
+  if task.name in seqio.TaskRegistry.names():  # Else they were just made.
+    settings = score_settings(task.name)
+    task = task.replace(metric_fns=settings.of_task(task.metric_fns))
   task = _read_from_cache(_set_up_tfds(task), CacheConfig())
   steps = [
     step for step in task.preprocessors if step not in features.EOS_STEPS
@@ -378,6 +391,17 @@ def check_data(task: 'seqio.Task', split: str) -> None:
   if isinstance(task.source, seqio.TfdsDataSource):
     if not _tfds_config(task.name).download:
       sources.check_tfds(task.source, split, task.name)
+
+
+def score_settings(name: str) -> scores.Scores:
+  """Returns how gin wants a task to be scored.
+
+  Args:
+    name: of the task, which is a scope of gin where it can be one.
+  """
+  scope = name.replace('/', '_').replace('.', '_').isidentifier()
+  with gin.config_scope(name if scope else None):
+    return scores.Scores()
 
 
 def _tfds_config(task_name: str) -> TfdsConfig:
@@ -478,20 +502,13 @@ def _make_task(
   name: str,
   source: 'seqio.DataSource',
   preprocessors: Sequence[Callable[..., Any]],
-  metric_names: Sequence[str],
+  metric_fns: Sequence[metrics.Metric],
   *,
   postprocess_fn: Callable[..., Any] | None = None,
 ) -> 'seqio.Task':
   """Returns a task that stops at text; `bind` adds the tokens."""
   from l2s_jax.features import seqio, tf
 
-  sources.check_sequence('local_task.metrics', metric_names)
-  unknown = [name for name in metric_names if name not in metrics_lib.METRICS]
-  if unknown:
-    raise ValueError(
-      f'local_task.metrics names {", ".join(unknown)}; there are '
-      f'{", ".join(metrics_lib.METRICS)}.'
-    )
   text = seqio.Feature(
     seqio.PassThroughVocabulary(size=0), add_eos=False, dtype=tf.string, rank=0
   )
@@ -501,7 +518,7 @@ def _make_task(
     output_features={'inputs': text, 'targets': text},
     preprocessors=preprocessors,
     postprocess_fn=postprocess_fn,
-    metric_fns=[metrics_lib.METRICS[name] for name in metric_names],
+    metric_fns=list(metric_fns),
   )
 
 

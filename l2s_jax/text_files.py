@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads users' text files line by line: plain text, JSONL, TSV, CSV, gzip too.
+"""Reads rows of users' files: text, JSONL, TSV, CSV, and `record_files.py`'s.
 
 A line that cannot be used is named and handed on, for the caller to refuse or
 to count; the lines after it are read. What breaks a whole file raises. No
-TensorFlow, and memory for one record.
+TensorFlow, and memory for one record (but a .json file is held whole).
 """
 
 import csv
-import gzip
 import json
 import re
 import sys
-import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
+from l2s_jax import input_files, record_files
+
 Row = dict[str, Any]
 
-KINDS = ('jsonl', 'tsv', 'csv')
+kind = input_files.kind
 _BYTE_ORDER_MARK = b'\xef\xbb\xbf'
 # What a byte that is not UTF-8 becomes under errors='surrogateescape'.
 _LONGEST_COLUMN_NAME = 30
@@ -43,12 +43,6 @@ class BadLine(NamedTuple):
     return f'{self.path}:{self.number} {self.reason}. Correct or remove it.'
 
 
-def kind(name: str) -> str:
-  """Returns 'jsonl', 'tsv', 'csv' or 'text', as the name says."""
-  ending = name.removesuffix('.gz').rpartition('.')[2]
-  return ending if ending in KINDS else 'text'
-
-
 def read_rows(
   path: epath.Path,
   *,
@@ -58,14 +52,19 @@ def read_rows(
 ) -> Iterator[Row | BadLine]:
   r"""Yields what each line holds, in order; a blank line is a bad one.
 
-  The kind of file follows its name, less `.gz`:
+  The kind of file follows its name, in small letters or capitals, less `.gz`:
 
-      *.jsonl  an object a line, with text in each of `columns`
-      *.tsv    fields between tabs, no quotes; the first line names them
-      *.csv    RFC 4180, where a quoted field may span lines; likewise
-      others   the line, as the one column `source`
+      *.jsonl, *.ndjson  an object a line, with text in each of `columns`
+      *.json             a list of objects, or of texts: the column `source`
+      *.tsv              fields between tabs, no quotes; the first line names
+                         them
+      *.csv              RFC 4180, where a quoted field may span lines; likewise
+      *.parquet          rows
+      *.tfrecord         examples, of which features are the columns
+      others             the line, as the one column `source`
 
-  Lines end at \n or \r\n; a byte order mark before the first is dropped.
+  What a line is, `decode_line` says; a column may be within another, as
+  `value` says.
 
   Args:
     path: `*.gz` is gzip.
@@ -73,25 +72,32 @@ def read_rows(
       as they are. None asks for nothing; a blank line of plain text is then
       a row.
     column_names: of TSV and CSV without a line that names them, or one name for
-      the lines of plain text.
+      the lines of plain text and the texts of a JSON list.
     problem: says what else is wrong with a row, as a `BadLine` does.
 
   Raises:
     FileNotFoundError: at the first row, if there is no such file.
-    ValueError: naming the file, if it is not whole gzip, has no column names
-      or not those of `columns`, or ends inside a quoted field.
+    ValueError: naming the file, if it is not of its kind, not whole, has no
+      column names or not those of `columns`, or ends inside a quoted field.
   """
   required = tuple(columns or ())
   rows: Iterator[tuple[int, Row | str]]
+  name_of_text = (column_names or ('source',))[0]
   match kind(path.name):
     case 'jsonl':
       rows = _objects(path)
+    case 'json':
+      rows = record_files.json_list(path, name_of_text)
+    case 'parquet':
+      rows = record_files.parquet(path)
+    case 'tfrecord':
+      rows = record_files.tfrecord(path)
     case 'tsv':
       rows = _table(path, _tsv_records(path), column_names, required)
     case 'csv':
       rows = _table(path, _csv_records(path), column_names, required)
     case _:
-      rows = _plain(path, (column_names or ('source',))[0], required)
+      rows = _plain(path, name_of_text, required)
   for number, row in rows:
     if isinstance(row, str):
       yield BadLine(str(path), number, row)
@@ -109,53 +115,82 @@ def read_lines(path: epath.Path) -> Iterator[str]:
     ValueError: naming file and line, if it is not UTF-8 or not gzip.
   """
   for number, line in enumerate(_lines(path), start=1):
-    text, reason = _decode(line)
+    text, reason = decode_line(line, number)
     if reason:
       raise ValueError(str(BadLine(str(path), number, reason)))
     yield text
 
 
-def _lines(path: epath.Path) -> Iterator[bytes]:
-  """Yields lines with what ends them."""
-  number = 0
-  try:
-    with path.open('rb') as raw:
-      lines = gzip.open(raw) if path.name.endswith('.gz') else raw
-      for line in lines:
-        number += 1
-        yield line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
-  except FileNotFoundError as error:
-    raise FileNotFoundError(f'{path}: no such file.') from error
-  except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-    raise ValueError(
-      f'{path} is not a whole gzip file (after line {number}): {error}. '
-      'Fetch it again, or drop .gz from its name.'
-    ) from error
+def decode_line(line: bytes, number: int) -> tuple[str, str]:
+  r"""Returns the text of a line, and what is wrong with it, if anything.
 
+  This is what a line is, wherever it comes from: it ends at \n, one \r before
+  that belongs to its end, and any other \r, form feed or separator to its text;
+  a byte order mark before the first line is dropped, one elsewhere is text. Of
+  a bad line there is no text.
 
-def _decode(line: bytes) -> tuple[str, str]:
-  """Returns the text without its end, and what is wrong with it, if anything.
-
-  Of bad text there is no text.
+  Args:
+    line: its bytes, with what ends it.
+    number: from 1.
   """
+  if number == 1:
+    line = line.removeprefix(_BYTE_ORDER_MARK)
+  if b'\0' in line:
+    return '', f'is not text: there is a NUL at its byte {line.index(0)}'
   try:
-    return line.rstrip(b'\r\n').decode(), ''
+    return line.removesuffix(b'\n').removesuffix(b'\r').decode(), ''
   except UnicodeDecodeError as error:
     return '', f'is not UTF-8: {error}'
+
+
+def value(row: Row, column: str, default: Any = None) -> Any:
+  """Returns what a row has in a column, or in a column within columns.
+
+  Of `translation.en` that is the column of this very name, if there is one,
+  else `en` of the object in `translation`; a number is a place in a list, from
+  0, as in `turns.0.text`.
+  """
+  found = _find(row, column)
+  return default if found is _MISSING else found
+
+
+_MISSING = object()
+
+
+def _find(node: Any, name: str) -> Any:
+  if isinstance(node, dict):
+    if name in node:
+      return node[name]
+    for place in range(len(name) - 1, 0, -1):
+      if name[place] == '.' and name[:place] in node:
+        found = _find(node[name[:place]], name[place + 1 :])
+        if found is not _MISSING:
+          return found
+  elif isinstance(node, list):
+    head, dot, rest = name.partition('.')
+    if head.isascii() and head.isdigit() and int(head) < len(node):
+      return _find(node[int(head)], rest) if dot else node[int(head)]
+  return _MISSING
+
+
+def _lines(path: epath.Path) -> Iterator[bytes]:
+  """Yields lines with what ends them."""
+  with input_files.open_bytes(path) as lines:
+    yield from lines
 
 
 def _lacking_text(row: Row, required: Sequence[str]) -> str | None:
   """Returns what is wrong with the columns that must hold text, if anything."""
   for column in required:
-    value = row.get(column)
-    if isinstance(value, str) and value.strip():
+    found = value(row, column, _MISSING)
+    if isinstance(found, str) and found.strip():
       continue
-    if column not in row:
+    if found is _MISSING:
       return f'has no column {column!r}; it has {", ".join(row)}'
-    if isinstance(value, str):
+    if isinstance(found, str):
       return f'has an empty column {column!r}'
     return (
-      f'has a JSON {type(value).__name__} in column {column!r}, expected text'
+      f'has a JSON {type(found).__name__} in column {column!r}, expected text'
     )
   return None
 
@@ -165,7 +200,7 @@ def _plain(
 ) -> Iterator[tuple[int, Row | str]]:
   _check_columns(path, (name,), required)
   for number, line in enumerate(_lines(path), start=1):
-    text, reason = _decode(line)
+    text, reason = decode_line(line, number)
     if not reason and required and not text.strip():
       reason = 'is empty'
     yield number, reason or {name: text}
@@ -173,7 +208,7 @@ def _plain(
 
 def _objects(path: epath.Path) -> Iterator[tuple[int, Row | str]]:
   for number, line in enumerate(_lines(path), start=1):
-    text, reason = _decode(line)
+    text, reason = decode_line(line, number)
     yield number, reason or _parse_object(text)
 
 
@@ -183,12 +218,10 @@ def _parse_object(text: str) -> Row | str:
     return 'is empty'
   try:
     row = json.loads(text)
-    if '\\u' in text:
-      json.dumps(row, ensure_ascii=False).encode()
+    if '\\u' in text and record_files.has_half_characters(row):
+      return record_files.HALF_CHARACTER
   except json.JSONDecodeError as error:
     return f'is not JSON: {error.msg} at character {error.colno}'
-  except UnicodeEncodeError:
-    return 'has half a character: one \\uD800-\\uDFFF without the other'
   except (ValueError, RecursionError) as error:
     return f'is not JSON that can be read: {error}'
   if not isinstance(row, dict):
@@ -198,7 +231,7 @@ def _parse_object(text: str) -> Row | str:
 
 def _tsv_records(path: epath.Path) -> Iterator[tuple[int, list[str] | str]]:
   for number, line in enumerate(_lines(path), start=1):
-    text, reason = _decode(line)
+    text, reason = decode_line(line, number)
     if not reason and not text.strip():
       reason = 'is empty'
     yield number, reason or text.split('\t')
@@ -211,7 +244,9 @@ def _csv_records(path: epath.Path) -> Iterator[tuple[int, list[str] | str]]:
 
   def lines() -> Iterator[str]:
     nonlocal has_ended
-    for line in _lines(path):
+    for number, line in enumerate(_lines(path), start=1):
+      if number == 1:
+        line = line.removeprefix(_BYTE_ORDER_MARK)
       yield line.decode(errors='surrogateescape')
     has_ended = True
 
@@ -232,6 +267,8 @@ def _csv_records(path: epath.Path) -> Iterator[tuple[int, list[str] | str]]:
       continue
     if any(map(_ESCAPED_BYTE.search, fields)):
       yield number, 'is not UTF-8'
+    elif any('\0' in field for field in fields):
+      yield number, 'is not text: there is a NUL in it'
     else:
       yield number, fields or 'is empty'
 

@@ -421,7 +421,8 @@ def train(
             )
           log.write(step, {f'eval/{k}': v for k, v in scores.items()})
           evaluations[step] = scores
-          bar.write(f'step {step}: {evaluate.format_scores(scores)}')
+          line = evaluate.format_scores(scores, evaluator.signatures)
+          bar.write(f'step {step}: {line}')
           _keep_best(checkpointer, best_metric, evaluations)
         if step >= train_steps:
           break

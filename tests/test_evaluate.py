@@ -18,6 +18,7 @@ from l2s_jax import (
   cldr,
   data,
   evaluate,
+  metrics,
   partition,
   report,
   sampling,
@@ -203,13 +204,15 @@ def test_all_checkpoints_give_a_curve(run, tmp_path, capsys):
   assert list(results) == [5, 10]
   found = json.loads((tmp_path / 'eval/metrics-numbers-test.json').read_text())
   settings = [found[step]['none'].pop('settings') for step in ('5', '10')]
+  _, signatures = (found[step]['none'].pop('signatures') for step in found)
+  assert signatures['rougeLsum'].startswith('nrefs:1|tok:latin|stem:yes|')
   assert settings[0] == settings[1] and 'max_decode_len' in settings[0]
   assert found == {str(step): scores for step, scores in results.items()}
   scores = results[10]['none']
   assert {'rouge2', 'exact_match', 'loss', 'rouge1_low'} <= scores.keys()
   assert scores['rouge1_low'] <= scores['rouge1'] <= scores['rouge1_high']
   printed = capsys.readouterr().out
-  assert f'step 10: {evaluate.format_scores(scores)}\n' in printed
+  assert f'step 10: {evaluate.format_scores(scores, signatures)}\n' in printed
   by_step = {step: found[str(step)]['none'] for step in (5, 10)}
   assert report.steps_table(by_step) in printed
   plot = tmp_path / 'eval' / 'curves-numbers-test.png'
@@ -306,7 +309,8 @@ def test_scores_in_one_line():
       'one/max_references': 3,
       'one/num_examples': 11490,
       'two/loss': 1.25,
-    }
+    },
+    {'one/bleu': metrics.bleu_signature(None)},
   )
   start, end = line.split(' (nrefs:var|')
   assert start == 'one/bleu 23.46 [22.1, 24.8]'

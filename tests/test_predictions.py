@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from l2s_jax import metrics, predictions, text_files
+from l2s_jax import metrics, predictions, prompts, text_files
 
 RECORDS = [
   predictions.answered({'prompt': 'a', 'id': 1}, 'A ș', False),
@@ -165,7 +165,9 @@ def test_scores_are_of_answered_lines_with_a_target():
   ]
   targets = ['a b c d f', ['g h', 'x'], 'cut']
   answers = ['a b c d e', 'g h', 'cut']
-  found = predictions.score(iter(records), ('bleu', 'exact_match'), 'target')
+  found = predictions.score(
+    iter(records), [metrics.bleu, metrics.exact_match], 'target'
+  )
   assert found == {
     'num_lines': 5,
     'num_bad': 1,
@@ -177,10 +179,14 @@ def test_scores_are_of_answered_lines_with_a_target():
     },
     'signatures': {'bleu': metrics.bleu_signature(None)},
   }
-  found = predictions.score(records[:1], ('chrf', 'rouge'), 'target')
-  assert found['signatures'] == {'chrf': metrics.chrf_signature(1)}
+  found = predictions.score(
+    records[:1], [metrics.chrf, metrics.rouge], 'target'
+  )
+  assert found['signatures'] == metrics.signatures(
+    [metrics.chrf, metrics.rouge], ['a b c d f']
+  )
   assert {'chrf', 'rouge1'} <= found['scores'].keys()
-  nothing = predictions.score([], ('bleu',), 'target')
+  nothing = predictions.score([], [metrics.bleu], 'target')
   assert (nothing['num_scored'], nothing['scores']) == (0, {})
 
 

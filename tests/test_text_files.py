@@ -72,6 +72,48 @@ def test_each_kind_gives_its_rows(write, suffix):
   assert list(text_files.read_lines(path)) == ['one', '', 'two']
 
 
+# What is between the words of a line: none of it ends the line.
+ODD = ('\r', '\x0b', '\x0c', '\x1c', '\x85', '\u2028', '\u2029', '\ufeff', '\t')
+
+
+@pytest.mark.parametrize('end', ['\n', '\r\n'])
+@pytest.mark.parametrize('has_last_end', [True, False])
+@pytest.mark.parametrize('mark', ['', '\ufeff'])
+@pytest.mark.parametrize('suffix', SUFFIXES)
+def test_a_line_is_the_same_wherever_it_is_read(
+  write, end, has_last_end, mark, suffix
+):
+  from l2s_jax import prompts, tasks
+
+  texts = ['first', ' lead and trail ', '\ufeffmarked', 'x\r', '\u3000y\u3000']
+  texts += [f'a{odd}b{odd}{odd}c' for odd in ODD]
+  if end == '\n':
+    # The one \r before a line feed belongs to the end of the line.
+    content = mark + ''.join(
+      text + ('\r\n' if text.endswith('\r') else '\n') for text in texts
+    )
+  else:
+    content = mark + ''.join(text + end for text in texts)
+  content = content if has_last_end else content.removesuffix(end)
+  path = write(f'x.txt{suffix}', content)
+  template = prompts.parse_template('{prompt}')
+  assert [row['source'] for row in read(path)] == texts
+  assert list(text_files.read_lines(path)) == texts
+  items = prompts.read_file(str(path), template)
+  assert [item['prompt'] for item in items] == texts
+  stream = io.BytesIO(content.encode())
+  items = prompts.read_stream(stream, template)
+  assert [item['prompt'] for item in items] == texts
+  task = tasks.local_task(
+    {'train': [(str(path), str(path))]}, template='{source}'
+  )
+  trained = task.source.get_dataset('train', shuffle=False)
+  found = [row['source'].decode() for row in trained.as_numpy_iterator()]
+  assert found == texts
+  rows = ''.join(json.dumps({'source': text}) + end for text in texts)
+  assert [row['source'] for row in read(write('x.jsonl', rows))] == texts
+
+
 def test_csv_is_what_python_writes(write):
   rng = random.Random(0)
   rows = [
