@@ -289,7 +289,7 @@ def _open_llm(run: runs.Run, tower: systems.Tower) -> weights.Source:
     )
   source = weights.open_source(path, description['llm_step'])
   # Through a config: a run does not name the fields that came after it.
-  config = config_lib.TransformerConfig(**description['llm'])
+  config = config_lib.from_json(description['llm'], run.location, 'llm')
   differences = files.differences(
     config.to_json(), source.config.to_json(), ignored=_UNASKED
   )

@@ -362,11 +362,11 @@ def load(run_dir: str | pathlib.Path, *, llm_path: str | None = None) -> System:
     for name in ('prompt', 'answer')
   )
   if description['kind'] == 'language_model':
-    module = l2s.build(config_lib.TransformerConfig(**description['config']))
+    module = l2s.build(config_lib.from_json(description['config'], path))
     return System(module, prompt, answer)
   return _assemble(
-    config_lib.TransformerConfig(**description['llm']),
-    config_lib.TransformerConfig(**description['slm']),
+    config_lib.from_json(description['llm'], path, 'llm'),
+    config_lib.from_json(description['slm'], path, 'slm'),
     prompt,
     answer,
     injection=description['injection'],
