@@ -31,6 +31,7 @@ from l2s_jax import (
 from l2s_jax.models import config as config_lib
 from l2s_jax.weights import (
   converted,
+  finite,
   gguf_file,
   hub,
   huggingface,
@@ -61,6 +62,7 @@ def convert(
   config: str | None = None,
   vocabulary: str | None = None,
   verify: bool = False,
+  allow_non_finite: bool = False,
   dry_run: bool = False,
 ) -> None:
   """Converts weights and says what was checked.
@@ -103,6 +105,7 @@ def convert(
     return
   try:
     _write(reading, unfinished, to, vocabulary)
+    reading.notes.check(allow_non_finite=allow_non_finite)
     checked = _check_written(reading, unfinished, to)
     if verify:
       theirs = unfinished if to == 'hf' else pathlib.Path(opened.location)
@@ -195,6 +198,7 @@ class _Reading:
       shape.size * shape.dtype.itemsize for shape in self._shapes.values()
     )
     self.progress: Any = None
+    self.notes = finite.Notes(source)
 
   def step(self) -> int | None:
     return self.source.step()
@@ -205,6 +209,7 @@ class _Reading:
   def read(self, path: weights.Path, layer: int | None = None) -> np.ndarray:
     stored = self.source.read(path, layer)
     array = stored.astype(self._shapes[path].dtype, copy=False)
+    self.notes.look(array, path, layer)
     self._layers[path, layer or 0] = weights.digest_layer(array)
     if self.progress is not None:
       self.progress.update(array.nbytes)

@@ -392,11 +392,11 @@ def from_json(
     raise ValueError(f'{where}: {error}') from error
 
 
-def shorten(value: Any) -> str:
+def shorten(value: Any, most: int = 80) -> str:
   """Returns a value from a file as one line of an error may have it."""
   text = value if isinstance(value, str) else repr(value)
-  text = ' '.join(text.split())
-  return text if len(text) <= 80 else text[:77] + '...'
+  text = ' '.join(text[: 2 * most].split())
+  return text if len(text) <= most else text[: most - 3] + '...'
 
 
 def is_number(value: Any) -> bool:

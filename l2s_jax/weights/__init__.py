@@ -23,6 +23,7 @@ from flax import traverse_util
 from l2s_jax import partition
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
+from l2s_jax.weights import finite, misfits
 
 PyTree = Any
 Path = tuple[str, ...]
@@ -122,17 +123,18 @@ def load(
     The parameters and their fingerprint.
 
   Raises:
-    ValueError: lists every tensor that is missing or has another shape, or
-      is not what its digest says.
+    ValueError: lists every tensor that is missing or has another shape, is
+      not what its digest says, or is read and holds what is not finite.
   """
   wanted = traverse_util.flatten_dict(shapes)
   flat_shardings = traverse_util.flatten_dict(shardings)
   check_shapes(source, wanted)
   loaded, digests = {}, {}
+  notes = finite.Notes(source)
   for path in sorted(wanted):
     kept = source.digest(path)
     if kept is None or verify:
-      array, digests[path] = _read(source, path, wanted[path])
+      array, digests[path] = _read(source, path, wanted[path], notes)
     else:
       array, digests[path] = source.read(path), kept
     loaded[path] = jax.make_array_from_callback(
@@ -141,6 +143,7 @@ def load(
       functools.partial(_shard, array, wanted[path].dtype),
     )
   check_digests(source, digests)
+  notes.check()
   return traverse_util.unflatten_dict(loaded), fingerprint(digests)
 
 
@@ -179,6 +182,29 @@ def demanded(
   return shapes
 
 
+def demanded_paths(
+  config: config_lib.TransformerConfig, found: Collection[Path]
+) -> Collection[Path]:
+  """Returns the names of the same: nothing of the config's size is made."""
+  small = dataclasses.replace(
+    config,
+    vocab_size=2,
+    emb_dim=2,
+    num_heads=1,
+    num_kv_heads=None,
+    head_dim=2,
+    mlp_dim=2,
+    num_encoder_layers=min(config.num_encoder_layers, 1),
+    num_decoder_layers=min(config.num_decoder_layers, 1),
+    max_positions=min(config.max_positions, 4),
+    relpos_buckets=4,
+    relpos_max_distance=4,
+    rope_dim=None,
+    dtype='float32',
+  )
+  return demanded(small, found).keys()
+
+
 def is_encoder_alone(found: Collection[Path]) -> bool:
   modules = {path[0] for path in found}
   return 'encoder' in modules and not modules & _DECODER
@@ -195,16 +221,16 @@ def check_shapes(
     if source.name(path) != name:
       name += f' ({source.name(path)})'
     if path not in found:
-      problems.append(f'  {name} {tuple(shape.shape)}: missing')
+      problems.append(f'{name} {tuple(shape.shape)}: missing')
     elif tuple(found[path].shape) != tuple(shape.shape):
       problems.append(
-        f'  {name}: the model has {tuple(shape.shape)}, the weights have '
+        f'{name}: the model has {tuple(shape.shape)}, the weights have '
         f'{tuple(found[path].shape)}'
       )
   if problems:
     raise ValueError(
       f'The weights in {source.location} do not fit the model. Use the config '
-      'that they came with:\n' + '\n'.join(problems)
+      f'that they came with:\n{misfits.listed(problems)}'
     )
 
 
@@ -251,16 +277,21 @@ def _shard(array: np.ndarray, dtype: Any, index: Any) -> np.ndarray:
 
 
 def _read(
-  source: Source, path: Path, wanted: jax.ShapeDtypeStruct
+  source: Source,
+  path: Path,
+  wanted: jax.ShapeDtypeStruct,
+  notes: finite.Notes,
 ) -> tuple[np.ndarray, str]:
   """Returns a tensor, cast layer by layer, and its digest before that."""
   if 'layers' not in path:
     array = source.read(path)
+    notes.look(array, path)
     return array.astype(wanted.dtype, copy=False), digest([digest_layer(array)])
   array = np.empty(wanted.shape, wanted.dtype)
   layer_digests = []
   for layer in layers(path, wanted.shape):
     part = source.read(path, layer)
     layer_digests.append(digest_layer(part))
+    notes.look(part, path, layer)
     array[layer] = part
   return array, digest(layer_digests)
