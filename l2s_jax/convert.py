@@ -41,6 +41,12 @@ from l2s_jax.weights import (
   to_t5x,
 )
 
+# What is not --from=l2s.
+_FORMS: dict[type, tuple[str, str]] = {
+  gguf_file.File: ('a GGUF file', 'gguf'),
+  huggingface.Folder: ('a Hugging Face folder', 'hf'),
+  t5x.Checkpoint: ('a checkpoint of T5X', 't5x'),
+}
 # Beside the tokenizer's own files, what transformers keeps with them.
 _CARRIED = (
   *vocabularies.ALL_FILES,
@@ -151,20 +157,22 @@ def _open(
   if form == 'gguf':
     return gguf_file.File(location)
   if form == 'hf':
+    weights.check_no_adapter(location)
     if not (location / huggingface.CONFIG).is_file():
       raise FileNotFoundError(
         f'{source} is not a Hugging Face folder: it has no '
         f'{huggingface.CONFIG}.'
       )
     return huggingface.Folder(location)
-  opened = weights.open_source(source, step)
-  if isinstance(opened, huggingface.Folder):
-    raise ValueError(f'{source} is a Hugging Face folder: say --from=hf.')
-  if step is not None and isinstance(opened, converted.Folder):
+  if step is not None and (location / converted.DESCRIPTION).is_file():
     raise ValueError(
       f'--step={step} is for runs and T5X; {source} is a converted folder, '
       'which has one model.'
     )
+  opened = weights.open_source(source, step)
+  for kind, theirs in _FORMS.items():
+    if isinstance(opened, kind):
+      raise ValueError(f'{source} is {theirs[0]}: say --from={theirs[1]}.')
   return opened
 
 

@@ -61,6 +61,7 @@ ORDER = (
   'weights.runs',
   'weights.converted',
   'weights.t5x',
+  'weights.gguf_header',
   'weights.gguf_tokenizer',
   'weights.gguf_file',
   'weights.hub',

@@ -28,6 +28,7 @@ from l2s_jax.weights import finite, misfits
 PyTree = Any
 Path = tuple[str, ...]
 
+ADAPTER = 'adapter_config.json'  # of the package peft
 # What a T5 has beside the encoder and the embeddings that it shares.
 _DECODER = {'decoder', 'logits_dense', 'decoder_token_embedder'}
 _BATCH = (
@@ -76,28 +77,96 @@ class Source(Protocol):
 
 
 def open_source(location: str, step: int | None = None) -> Source:
-  """Opens a converted folder, a run of ours or a Hugging Face folder.
+  """Opens whatever a model is named by.
 
   Args:
-    location: the folder.
-    step: the checkpoint of a run; None takes the newest.
+    location: a run of ours, a converted or a Hugging Face folder, a checkpoint
+      of T5X, a GGUF file, or a name on the Hub, where there is no such folder.
+    step: the checkpoint of a run or of T5X; None takes the newest.
 
   Raises:
-    FileNotFoundError: if the folder is none of these.
+    FileNotFoundError: if there are no weights that are known.
+    ValueError: if they are broken, or a part of a model, or `step` is asked
+      for of what has one model alone.
   """
-  from l2s_jax.weights import converted, huggingface, runs
+  from l2s_jax.weights import (
+    converted,
+    gguf_file,
+    hub,
+    huggingface,
+    runs,
+    t5x,
+  )
 
   folder = pathlib.Path(location)
-  if (folder / converted.DESCRIPTION).is_file():
-    return converted.Folder(folder)
+  if hub.is_name(location):
+    folder = hub.download(location)
   if (folder / 'model.json').is_file():
     return runs.Run(folder, step)
-  if (folder / 'config.json').is_file():
+  if t5x.is_checkpoint(folder):
+    return t5x.Checkpoint(folder, step)
+  if step is not None and folder.exists():
+    raise ValueError(
+      f'{location} is one model, without steps, and step {step} was asked for. '
+      'Leave the step out.'
+    )
+  if (folder / converted.DESCRIPTION).is_file():
+    return converted.Folder(folder)
+  if gguf_file.is_file(folder):
+    return gguf_file.File(folder)
+  check_no_adapter(folder)
+  if (folder / huggingface.CONFIG).is_file():
     return huggingface.Folder(folder)
-  raise FileNotFoundError(
-    f'{location} is not a folder of weights: it has neither '
+  raise FileNotFoundError(_what_it_is_not(folder))
+
+
+def check_no_adapter(folder: pathlib.Path) -> None:
+  """Refuses a folder of LoRA's matrices alone, and says of which model."""
+  from l2s_jax.weights import tensor_files
+
+  path = folder / ADAPTER
+  if not path.is_file() or any(
+    (folder / name).is_file()
+    for name in (
+      tensor_files.WEIGHTS,
+      tensor_files.INDEX,
+      tensor_files.PICKLE,
+      tensor_files.PICKLE_INDEX,
+    )
+  ):
+    return
+  content = tensor_files.read_json(path)
+  kind, base = (
+    config_lib.shorten(str(content.get(key)))
+    for key in ('peft_type', 'base_model_name_or_path')
+  )
+  raise ValueError(
+    f'{folder} is a {kind} adapter of {base}, not a model. Merge the two and '
+    "name the folder that this leaves: peft's PeftModel.from_pretrained("
+    f"model, '{folder}').merge_and_unload().save_pretrained(FOLDER), with the "
+    'tokenizer copied beside it.'
+  )
+
+
+def _what_it_is_not(folder: pathlib.Path) -> str:
+  from l2s_jax.weights import converted
+
+  if not folder.exists():
+    return (
+      f'{folder} is missing: expected a folder of weights, a GGUF file or a '
+      'checkpoint of T5X.'
+    )
+  if folder.is_file():
+    return (
+      f'{folder} is no weights file that can be named alone: expected GGUF, or '
+      "T5X's msgpack; of safetensors and pytorch_model.bin name the folder."
+    )
+  files = sorted(path.name for path in folder.glob('*.gguf'))
+  return (
+    f'{folder} is not a folder of weights: it has neither '
     f'{converted.DESCRIPTION} (a converted folder) nor model.json (a run of '
-    'ours) nor config.json (a Hugging Face folder).'
+    'ours) nor config.json (a Hugging Face folder) nor checkpoint_STEP (T5X).'
+    + (f' Name one of its files: {", ".join(files[:5])}.' if files else '')
   )
 
 

@@ -102,7 +102,8 @@ def _open_shards(
   if not isinstance(weight_map, dict):
     raise ValueError(
       f'{index}: weight_map is {config_lib.shorten(repr(weight_map))}; '
-      'expected an object of file names by the names of tensors. Download it again.'
+      'expected an object of file names by the names of tensors. Download '
+      'it again.'
     )
   for name, file in weight_map.items():
     # A path would lead out of the folder.
@@ -244,14 +245,11 @@ class _Pickle:
     except pickle.UnpicklingError as error:
       # In our words: PyTorch advises to let it run.
       code = re.search(r'GLOBAL (\S+)', str(error))
-      because = (
-        f'it holds more than tensors ({config_lib.shorten(code[1])})'
-        if code
-        else 'it is cut short, or holds more than tensors'
-      )
+      what = f' ({config_lib.shorten(code[1])})' if code else ''
       raise ValueError(
-        f'{path} ({path.stat().st_size} bytes) was not read: {because}, which '
-        f'is never unpickled. Take {WEIGHTS} instead, or save tensors alone.'
+        f'{path} ({path.stat().st_size} bytes) was not read: it is cut '
+        f'short, or holds more than tensors{what}, which is never unpickled. '
+        f'Take {WEIGHTS} instead, or save tensors alone.'
       ) from error
     except _BROKEN as error:
       raise ValueError(
