@@ -96,6 +96,7 @@ def open_source(location: str, step: int | None = None) -> Source:
     huggingface,
     runs,
     t5x,
+    tensor_files,
   )
 
   folder = pathlib.Path(location)
@@ -103,7 +104,11 @@ def open_source(location: str, step: int | None = None) -> Source:
     folder = hub.download(location)
   if (folder / 'model.json').is_file():
     return runs.Run(folder, step)
-  if t5x.is_checkpoint(folder):
+  # TensorFlow left a file `checkpoint` beside some.
+  is_theirs = (folder / huggingface.CONFIG).is_file() and tensor_files.are_in(
+    folder
+  )
+  if not is_theirs and t5x.is_checkpoint(folder):
     return t5x.Checkpoint(folder, step)
   if step is not None and folder.exists():
     raise ValueError(
@@ -125,15 +130,7 @@ def check_no_adapter(folder: pathlib.Path) -> None:
   from l2s_jax.weights import tensor_files
 
   path = folder / ADAPTER
-  if not path.is_file() or any(
-    (folder / name).is_file()
-    for name in (
-      tensor_files.WEIGHTS,
-      tensor_files.INDEX,
-      tensor_files.PICKLE,
-      tensor_files.PICKLE_INDEX,
-    )
-  ):
+  if not path.is_file() or tensor_files.are_in(folder):
     return
   content = tensor_files.read_json(path)
   kind, base = (

@@ -132,7 +132,9 @@ class Model:
       raise ValueError(f'{described_by}: {error}.') from error
     if remark:
       distributed.say_once(f'{location}: {remark}.')
-    causes = misfits.layers(family, self.config, self._tensors)
+    causes = misfits.layers(
+      family.rows, self.config, self._tensors, family.sizes
+    )
     if causes and self._asks_for_too_much():
       raise ValueError(self._misfit(described_by, causes, ()))
     self._sizes = rows.axis_sizes(self.config)
@@ -145,10 +147,10 @@ class Model:
     demanded = weights.demanded_paths(self.config, found)
     self._rows = {row.path: row for row in family.rows if row.path in demanded}
     causes += misfits.widths(
-      family,
-      self.config,
       self._rows.values(),
+      self.config,
       {name: tensor.shape for name, tensor in self._tensors.items()},
+      family.sizes,
     )
     problems = self._problems(family)
     if problems:

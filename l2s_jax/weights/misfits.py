@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from l2s_jax.models import config as config_lib
 from l2s_jax.weights import rows
-from l2s_jax.weights.rows import Family, Row
+from l2s_jax.weights.rows import Row
 
 _MOST_LINES = 10
 _LAYERS = {'encoder': 'num_encoder_layers', 'decoder': 'num_decoder_layers'}
@@ -28,19 +28,21 @@ def listed(problems: Iterable[str]) -> str:
 
 
 def layers(
-  family: Family,
+  table: Sequence[Row],
   config: config_lib.TransformerConfig,
   names: Iterable[str],
+  keys: Mapping[str, str],
 ) -> list[str]:
   """Returns in which stacks the files have other layers than the config.
 
   Args:
-    family: of the model.
+    table: of names, of the family of the model.
     config: what its config says.
-    names: of all tensors, as the family's table has them.
+    names: of all tensors, as the table has them.
+    keys: what the config's file calls a size, as `rows.Family.sizes`.
   """
   names = set(names)
-  heads = {row.theirs for row in family.rows if row.path[0] == 'logits_dense'}
+  heads = {row.theirs for row in table if row.path[0] == 'logits_dense'}
   # An encoder may come without its decoder.
   may_lack_decoder = config.is_encoder_decoder and not heads & names
   causes = []
@@ -48,7 +50,7 @@ def layers(
     said = getattr(config, field)
     stems = {
       row.theirs.partition('{layer}')[0]
-      for row in family.rows
+      for row in table
       if row.is_stacked and row.path[0] == stack
     }
     if not said or not stems:
@@ -57,7 +59,7 @@ def layers(
     is_left_out = stack == 'decoder' and may_lack_decoder and not found
     if found == said or is_left_out:
       continue
-    key = family.sizes.get(stack, field)
+    key = keys.get(stack, field)
     causes.append(
       f'the files hold {found or "no"} {stack} layer'
       f'{"" if found == 1 else "s"}, {key} says {said}'
@@ -77,18 +79,18 @@ def _count_layers(stems: Iterable[str], names: Iterable[str]) -> int:
 
 
 def widths(
-  family: Family,
-  config: config_lib.TransformerConfig,
   table: Iterable[Row],
+  config: config_lib.TransformerConfig,
   shapes: Mapping[str, Sequence[int]],
+  keys: Mapping[str, str],
 ) -> list[str]:
   """Returns which sizes the config and most of the tensors disagree on.
 
   Args:
-    family: of the model.
-    config: what its config says.
     table: the rows that the model has.
+    config: what its config says.
     shapes: of all tensors, by their names in the table.
+    keys: what the config's file calls a size, as `rows.Family.sizes`.
   """
   sizes = rows.axis_sizes(config)
   counts: dict[tuple[str, ...], collections.Counter[int]]
@@ -106,13 +108,13 @@ def widths(
     if len(letters) == 1:
       known[letters[0]] = found
     named = [letter for letter in letters if letter != 'c']
-    keys = ' * '.join(family.sizes.get(letter, letter) for letter in named)
+    said = ' * '.join(keys.get(letter, letter) for letter in named)
     numbers = ' * '.join(str(sizes[letter]) for letter in named)
     if len(named) > 1:
       numbers += f' = {_product(named, sizes)}'
     if 'c' in letters:
       found //= sizes['c']
-    causes.append(f'{keys} says {numbers}, the tensors have {found}')
+    causes.append(f'{said} says {numbers}, the tensors have {found}')
   return causes
 
 

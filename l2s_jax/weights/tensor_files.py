@@ -67,6 +67,12 @@ class Tensor(NamedTuple):
   read: Callable[[], np.ndarray]
 
 
+def are_in(folder: pathlib.Path) -> bool:
+  """Returns whether a folder has files that `open_folder` looks for."""
+  names = (WEIGHTS, INDEX, PICKLE, PICKLE_INDEX)
+  return any((folder / name).is_file() for name in names)
+
+
 def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
   """Returns the tensors of a folder of weights by the names in its files.
 
