@@ -12,9 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from l2s_jax import checkpoint, distributed, partition, systems, weights
+from l2s_jax import (
+  as_it_came,
+  checkpoint,
+  distributed,
+  partition,
+  systems,
+  weights,
+)
 from l2s_jax import state as state_lib
 from l2s_jax.models import l2s
+from l2s_jax.weights import hub
 
 PyTree = Any
 
@@ -138,7 +146,7 @@ def load_frozen(
 
 
 def _open_llm(path: str, step: int | None) -> weights.Source:
-  if not pathlib.Path(path).is_dir():
+  if not pathlib.Path(path).exists() and not hub.is_name(path):
     raise FileNotFoundError(
       f"The LLM's weights are not at {path}. Set LLM_PATH to where they are "
       'now.'
@@ -174,7 +182,8 @@ def load_params(
 ) -> dict[str, PyTree]:
   """Returns all parameters of a run's checkpoint, frozen and trained."""
   _, frozen = load_frozen(system, layout, verify=verify)
-  return state_lib.merge(frozen, load_trained(system, layout, run_dir, step))
+  trained = load_trained(system, layout, run_dir, step, verify=verify)
+  return state_lib.merge(frozen, trained)
 
 
 def load_trained(
@@ -182,8 +191,20 @@ def load_trained(
   layout: Layout,
   run_dir: str | pathlib.Path,
   step: int | None = None,
+  *,
+  verify: bool = False,
 ) -> dict[str, PyTree]:
-  """Returns the trained parameters of a run's checkpoint."""
+  """Returns the trained parameters of a run's checkpoint.
+
+  Of a model as it came these are all; `verify` compares them with the digests
+  that are kept beside them.
+  """
+  if not as_it_came.is_run(run_dir):
+    source = weights.open_source(str(run_dir), step or None)
+    params, _ = weights.load(
+      source, layout.shapes, layout.shardings, verify=verify
+    )
+    return params
   _, step = checkpoint.params_folder(run_dir, step)
   return checkpoint.restore_params(
     run_dir,
