@@ -237,7 +237,8 @@ def _windows(config: Mapping[str, Any], default_period: int) -> tuple[int, int]:
     period = 0
     if 'full_attention' in types:
       period = types.index('full_attention') + 1
-    if types != _layer_types(period, num_layers):
+    # The length first: config.json may ask for more than memory holds.
+    if len(types) != num_layers or types != _layer_types(period, num_layers):
       raise ValueError(
         f'layer_types is not full_attention every {period} layers and '
         'sliding_attention between'

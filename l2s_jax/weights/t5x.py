@@ -48,6 +48,9 @@ FIELDS = (
 # Those that say the size of an axis: v, d, n, h, f.
 FIELDS_OF_SIZES = ('vocab_size', 'emb_dim', 'num_heads', 'head_dim', 'mlp_dim')
 _DTYPES = tuple(tensor_files.DTYPES.values())
+# No compressor makes weights so much smaller; of little nothing is asked.
+_MOST_COMPRESSED = 5000
+_SMALL = 2**26
 # What msgpack and Flax raise over bytes that are not what they should be.
 _BROKEN = (
   msgpack.exceptions.UnpackException,
@@ -464,13 +467,34 @@ def _open_array(
   except (*_BROKEN, OSError, NotImplementedError, RuntimeError) as error:
     raise broken(error) from error
 
+  dtype = store.dtype.numpy_dtype
+  size = math.prod(store.shape) * dtype.itemsize
+  chunk = math.prod(store.chunk_layout.read_chunk.shape or ()) * dtype.itemsize
+  # tensorstore ends the process where it finds no memory.
+  if max(size, chunk) > _SMALL and (
+    max(size, chunk) > _MOST_COMPRESSED * (stored := _stored_bytes(kvstore))
+    or chunk > 2 * size
+  ):
+    raise ValueError(
+      f'{path}: the parameter {name} has the shape {store.shape} in chunks of '
+      f'{store.chunk_layout.read_chunk.shape}, and {stored} bytes on the disk. '
+      'Copy the checkpoint again.'
+    )
+
   def read() -> np.ndarray:
     try:
       return store.read().result()
     except (*_BROKEN, OSError) as error:
       raise broken(error) from error
 
-  return _Array(store.shape, store.dtype.numpy_dtype, read)
+  return _Array(store.shape, dtype, read)
+
+
+def _stored_bytes(kvstore: Mapping[str, Any]) -> int:
+  """Returns how large the files of an array are, or of all that share them."""
+  folder = pathlib.Path(kvstore.get('base', kvstore)['path'])
+  files = (path for path in folder.rglob('*') if path.is_file())
+  return sum(file.stat().st_size for file in files)
 
 
 def _config(
