@@ -386,8 +386,15 @@ def from_json(
         f'{where}: {name} is {shorten(value)}; expected '
         f'{"more than 0" if low else "0 or more"}. Copy the file again.'
       )
+  # An int beyond 32 bits is none to JAX.
+  floats = {
+    name: float(value)
+    for name, value in content.items()
+    if float in (kinds[name], *typing.get_args(kinds[name])[:1])
+    and is_number(value)
+  }
   try:
-    return TransformerConfig(**content)
+    return TransformerConfig(**{**content, **floats})
   except ValueError as error:
     raise ValueError(f'{where}: {error}') from error
 

@@ -109,7 +109,8 @@ class Checked(Mapping[str, Any]):
       )
     if kind == _OBJECT:
       return Checked(value, f'{self._prefix}{key}.')
-    return value
+    # An int beyond 32 bits is none to JAX.
+    return float(value) if kind in (_POSITIVE, _NUMBER) else value
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._content)
