@@ -205,6 +205,7 @@ VERBS: Mapping[str, Verb] = {
       ),
       Flag('vocabulary', str, 'the tokenizer, where SOURCE has none'),
       Flag('verify', bool, 'compare logits with those of transformers'),
+      Flag('allow_non_finite', bool, 'keep NaN and infinity in the weights'),
     ),
   ),
 }
@@ -215,6 +216,7 @@ CONFIGURABLE_MODULES = (
   'l2s_jax.integrity',
   'l2s_jax.partition',
   'l2s_jax.models.config',
+  'l2s_jax.weights.finite',
   'l2s_jax.systems',
   'l2s_jax.optim',
   'l2s_jax.tasks',

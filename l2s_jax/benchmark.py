@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from l2s_jax import (
+  as_it_came,
   contenders,
   costs,
   evaluate,
@@ -75,7 +76,8 @@ def benchmark(
     llm: the LLM: weights, or a config for random ones; without either, the SLM
       is timed alone.
     slm: the SLM, likewise.
-    checkpoint_path: an LLM-to-SLM run, which brings its LLM and SLM.
+    checkpoint_path: an LLM-to-SLM run, which brings its LLM and SLM; any other
+      model, a run or as it came, is timed alone, as the LLM.
     injection: 'add' or 'replace', where there is no run.
     draft_len: tokens that LLM-to-SLM drafts for the LLM to verify; 0: no such
       contender. How many stay depends on what was trained, and on prompts:
@@ -327,11 +329,13 @@ class _Prompts:
         f'BENCHMARK_PROMPTS={path} is read with the tokenizer of a run: set '
         'CHECKPOINT_PATH.'
       )
-    system = systems.load(checkpoint_path)
+    system = as_it_came.load(checkpoint_path)
     vocabulary = system.prompt_vocabulary
     module = system.module
-    assert isinstance(module, l2s.LlmToSlm), module  # See _of_run.
-    self._vocab_size = module.llm_config.vocab_size
+    reader = (
+      module.llm_config if isinstance(module, l2s.LlmToSlm) else module.config
+    )
+    self._vocab_size = reader.vocab_size
     self._rows = [
       [*vocabulary.encode(line), vocabulary.eos_id]
       for line in text_files.read_lines(epath.Path(path))

@@ -34,7 +34,7 @@ from l2s_jax import (
 )
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s, language_model
-from l2s_jax.weights import huggingface, runs, to_huggingface
+from l2s_jax.weights import hub, huggingface, runs, to_huggingface
 
 PyTree = Any
 Start = Callable[[np.ndarray, int], timing.Run]
@@ -186,7 +186,7 @@ def _find_models(
   seed: int,
 ) -> tuple[dict[str, Model], Pair | None]:
   if checkpoint_path is not None:
-    return _of_run(pathlib.Path(checkpoint_path), given, dtype, seed)
+    return _of_run(checkpoint_path, given, dtype, seed)
   models = {
     role: _model(role, tower, dtype, seed + i)
     for i, (role, tower) in enumerate(given.items())
@@ -237,27 +237,36 @@ def _preset(macro: str) -> str | None:
 
 
 def _of_run(
-  folder: pathlib.Path,
+  folder: str,
   given: Mapping[str, systems.Tower],
   dtype: str,
   seed: int,
-) -> tuple[dict[str, Model], Pair]:
-  """Returns the models of an LLM-to-SLM run; an SLM that is named is alone."""
-  run = weights.open_source(str(folder))
+) -> tuple[dict[str, Model], Pair | None]:
+  """Returns the models of an LLM-to-SLM run; an SLM that is named is alone.
+
+  Any other CHECKPOINT_PATH is a model that is timed alone, in the LLM's place.
+  """
+  run = weights.open_source(folder)
   if not isinstance(run, runs.Run) or run.description['kind'] != 'llm_to_slm':
-    raise ValueError(
-      f'CHECKPOINT_PATH={folder} is not an LLM-to-SLM run. Give other weights '
-      'as LLM_PATH or SLM_PATH.'
-    )
+    named = [role for role, tower in given.items() if tower != systems.Tower()]
+    if named:
+      raise ValueError(
+        f'CHECKPOINT_PATH={folder} is a language model alone, and '
+        f'{" and ".join(named)} is set beside it. Name both as LLM_PATH and '
+        'SLM_PATH.'
+      )
+    alone = systems.Tower(folder)
+    return {LLM: _model(LLM, alone, dtype, seed)}, None
   description = run.description
   prompt, answer = (
-    _ids_of(vocabularies.load(str(folder / systems.VOCABULARIES / name)))
+    _ids_of(vocabularies.load(f'{folder}/{systems.VOCABULARIES}/{name}'))
     for name in ('prompt', 'answer')
   )
   source = _open_llm(run, given[LLM])
   name = pathlib.Path(source.location).name
   llm = Model(name, source, _at(source.config, dtype), prompt)
-  slm = alone = Model(folder.name, run, _at(run.config, dtype), answer)
+  run_name = pathlib.Path(folder).name
+  slm = alone = Model(run_name, run, _at(run.config, dtype), answer)
   if given[SLM].path is not None or given[SLM].config is not None:
     alone = _model(SLM, given[SLM], dtype, seed)
   models = {LLM: llm, SLM: alone}
@@ -269,7 +278,7 @@ def _of_run(
   )
   others = run.read_others()
   fingerprint = description['llm_fingerprint']
-  return models, Pair(folder.name, module, slm, others.__getitem__, fingerprint)
+  return models, Pair(run_name, module, slm, others.__getitem__, fingerprint)
 
 
 def _open_llm(run: runs.Run, tower: systems.Tower) -> weights.Source:
@@ -282,14 +291,14 @@ def _open_llm(run: runs.Run, tower: systems.Tower) -> weights.Source:
       f'LLM is set beside CHECKPOINT_PATH={run.location}, which has its own, '
       f'{path}. Leave LLM unset; LLM_PATH says where that one is now.'
     )
-  if not pathlib.Path(path).is_dir():
+  if not pathlib.Path(path).exists() and not hub.is_name(path):
     raise FileNotFoundError(
       f'The LLM of CHECKPOINT_PATH={run.location} is not at {path}. Set '
       'LLM_PATH to where it is now.'
     )
   source = weights.open_source(path, description['llm_step'])
   # Through a config: a run does not name the fields that came after it.
-  config = config_lib.TransformerConfig(**description['llm'])
+  config = config_lib.from_json(description['llm'], run.location, 'llm')
   differences = files.differences(
     config.to_json(), source.config.to_json(), ignored=_UNASKED
   )

@@ -33,6 +33,7 @@ from l2s_jax import (
 from l2s_jax.models import config as config_lib
 from l2s_jax.weights import (
   converted,
+  finite,
   gguf_file,
   hub,
   huggingface,
@@ -42,6 +43,12 @@ from l2s_jax.weights import (
   to_t5x,
 )
 
+# What is not --from=l2s.
+_FORMS: dict[type, tuple[str, str]] = {
+  gguf_file.File: ('a GGUF file', 'gguf'),
+  huggingface.Folder: ('a Hugging Face folder', 'hf'),
+  t5x.Checkpoint: ('a checkpoint of T5X', 't5x'),
+}
 # Beside the tokenizer's own files, what transformers keeps with them.
 _CARRIED = (
   *vocabularies.ALL_FILES,
@@ -63,6 +70,7 @@ def convert(
   config: str | None = None,
   vocabulary: str | None = None,
   verify: bool = False,
+  allow_non_finite: bool = False,
   dry_run: bool = False,
 ) -> None:
   """Converts weights and says what was checked.
@@ -106,6 +114,7 @@ def convert(
   try:
     _write(reading, unfinished, to, vocabulary)
     reading.check_source()
+    reading.notes.check(allow_non_finite=allow_non_finite)
     checked = _check_written(reading, unfinished, to)
     if verify:
       theirs = unfinished if to == 'hf' else pathlib.Path(opened.location)
@@ -151,20 +160,22 @@ def _open(
   if form == 'gguf':
     return gguf_file.File(location)
   if form == 'hf':
+    weights.check_no_adapter(location)
     if not (location / huggingface.CONFIG).is_file():
       raise FileNotFoundError(
         f'{source} is not a Hugging Face folder: it has no '
         f'{huggingface.CONFIG}.'
       )
     return huggingface.Folder(location)
-  opened = weights.open_source(source, step)
-  if isinstance(opened, huggingface.Folder):
-    raise ValueError(f'{source} is a Hugging Face folder: say --from=hf.')
-  if step is not None and isinstance(opened, converted.Folder):
+  if step is not None and (location / converted.DESCRIPTION).is_file():
     raise ValueError(
       f'--step={step} is for runs and T5X; {source} is a converted folder, '
       'which has one model.'
     )
+  opened = weights.open_source(source, step)
+  for kind, theirs in _FORMS.items():
+    if isinstance(opened, kind):
+      raise ValueError(f'{source} is {theirs[0]}: say --from={theirs[1]}.')
   return opened
 
 
@@ -199,6 +210,7 @@ class _Reading:
       shape.size * shape.dtype.itemsize for shape in self._shapes.values()
     )
     self.progress: Any = None
+    self.notes = finite.Notes(source)
 
   def step(self) -> int | None:
     return self.source.step()
@@ -211,6 +223,7 @@ class _Reading:
     if self.source.digest(path) is not None:
       self._stored[path, layer or 0] = weights.digest_layer(stored)
     array = stored.astype(self._shapes[path].dtype, copy=False)
+    self.notes.look(array, path, layer)
     self._layers[path, layer or 0] = weights.digest_layer(array)
     if self.progress is not None:
       self.progress.update(array.nbytes)

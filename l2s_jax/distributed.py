@@ -7,6 +7,7 @@ process's.
 """
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -222,6 +223,12 @@ def say(text: str) -> None:
   """Prints to standard error, once for all processes."""
   if is_first():
     print(text, file=sys.stderr)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+  """Says what is true as long as this process runs."""
+  say(text)
 
 
 def wait_for_all(name: str) -> None:

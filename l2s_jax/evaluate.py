@@ -16,6 +16,7 @@ import numpy as np
 import tqdm
 
 from l2s_jax import (
+  as_it_came,
   checkpoint,
   data,
   distributed,
@@ -265,19 +266,23 @@ def evaluate(
   num_bootstrap_samples: int = 1000,
   output_dir: str | None = None,
   llm_path: str | None = None,
+  vocabulary: str | None = None,
+  extra_ids: int = 0,
   mesh: partition.MeshConfig | None = None,
   decoding: sampling.Decoding | None = None,
   *,
   dry_run: bool = False,
 ) -> dict[int, dict[str, dict[str, float]]]:
-  """Evaluates one checkpoint of a run, or several.
+  """Evaluates one checkpoint of a run, or several, or a model as it came.
 
   Each evaluation is added to `eval/metrics-<task>-<split>.json` as it is done.
   From all that are there come a table, `eval/curves-<task>-<split>.png`, and
   TensorBoard's logs in `eval/tensorboard`.
 
   Args:
-    checkpoint_path: the run's folder (MODEL_DIR of its training).
+    checkpoint_path: the run's folder (MODEL_DIR of its training); or a Hugging
+      Face or converted folder, a checkpoint of T5X, a GGUF file, or a name on
+      the Hub.
     mixture_or_task_name: SeqIO task or mixture.
     task_feature_lengths: tokens of 'inputs' and 'targets'.
     batch_size: examples a batch, over all devices.
@@ -289,8 +294,11 @@ def evaluate(
       another prompt.
     max_decode_len: tokens an answer at most; None: that of 'targets'.
     num_bootstrap_samples: for 95 % confidence intervals; 0 for none.
-    output_dir: where predictions and metrics go; None: the run's folder.
+    output_dir: where predictions and metrics go; None: the run's folder. A
+      model as it came needs one.
     llm_path: where the LLM's weights are, if not where the run says.
+    vocabulary: tokenizer of a model as it came that brings none.
+    extra_ids: sentinels that T5 adds behind its SentencePiece model.
     mesh: device mesh and axis rules.
     decoding: how answers are written; None is greedy.
     dry_run: prints sizes and shardings, and stops.
@@ -303,13 +311,20 @@ def evaluate(
     num_examples=num_examples,
     max_decode_len=max_decode_len,
   )
-  systems.local_folder(checkpoint_path, 'CHECKPOINT_PATH')
+  as_it_came.check_path(checkpoint_path)
   mesh_config = mesh or partition.MeshConfig()
   device_mesh = partition.make_mesh(mesh_config)
   partition.check_batch_size(batch_size, device_mesh)
   system = systems.with_rules(
-    systems.load(checkpoint_path, llm_path=llm_path), mesh_config
+    as_it_came.load(
+      checkpoint_path,
+      llm_path=llm_path,
+      vocabulary=vocabulary,
+      extra_ids=extra_ids,
+    ),
+    mesh_config,
   )
+  folder = as_it_came.output_dir(checkpoint_path, output_dir, 'EVAL_OUTPUT_DIR')
   _check_controls(controls, system)
   decoding = decoding or sampling.Decoding()
   _check_decoding(decoding)
@@ -351,7 +366,6 @@ def evaluate(
     _, frozen = parameters.load_frozen(system, layout)
     stop()
     results: dict[int, dict[str, dict[str, float]]] = {}
-    folder = pathlib.Path(output_dir or checkpoint_path)
     if distributed.is_first():
       opened.enter_context(locks.held(folder / 'eval', 'EVAL_OUTPUT_DIR'))
     name = f'{task.name}-{split}'
@@ -365,7 +379,8 @@ def evaluate(
     }
     for step in chosen:
       params = state_lib.merge(
-        frozen, parameters.load_trained(system, layout, checkpoint_path, step)
+        frozen,
+        parameters.load_trained(system, layout, checkpoint_path, step),
       )
       results[step] = {}
       for control in controls:
@@ -419,6 +434,8 @@ def format_scores(
 def _choose_steps(run_dir: str, steps: Any) -> list[int]:
   """Returns the steps to evaluate, all of which are there."""
   if steps == 'all':
+    if not as_it_came.is_run(run_dir):
+      return [as_it_came.choose_step(run_dir, steps, 'EVAL_STEPS')]  # raises
     checkpoint.params_folder(run_dir)  # raises if there is no good one
     found = distributed.from_first(checkpoint.steps(run_dir))
     bad = {step: checkpoint.problem(run_dir, step) for step in found}
@@ -431,7 +448,9 @@ def _choose_steps(run_dir: str, steps: Any) -> list[int]:
       f'EVAL_STEPS={steps!r}: expected a step, a tuple of steps such as '
       "(1000, 2000), 'all', 'best', or None for the newest."
     )
-  return [checkpoint.params_folder(run_dir, step)[1] for step in wanted]
+  return [
+    as_it_came.choose_step(run_dir, step, 'EVAL_STEPS') for step in wanted
+  ]
 
 
 def _check_controls(controls: Sequence[str], system: systems.System) -> None:

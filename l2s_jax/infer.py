@@ -21,7 +21,7 @@ from etils import epath
 
 from l2s_jax import (
   answerer,
-  checkpoint,
+  as_it_came,
   distributed,
   evaluate,
   generate,
@@ -65,6 +65,8 @@ def infer(
   shard: int = 0,
   num_shards: int = 1,
   llm_path: str | None = None,
+  vocabulary: str | None = None,
+  extra_ids: int = 0,
   mesh: partition.MeshConfig | None = None,
   decoding: sampling.Decoding | None = None,
   max_decode_len_column: str | None = None,
@@ -83,7 +85,9 @@ def infer(
   best. These may differ in the last digits from one batch size to another.
 
   Args:
-    checkpoint_path: the run's folder (MODEL_DIR of its training).
+    checkpoint_path: the run's folder (MODEL_DIR of its training); or a Hugging
+      Face or converted folder, a checkpoint of T5X, a GGUF file, or a name on
+      the Hub.
     input: a file of text, .jsonl, .ndjson, .json, .tsv, .csv, .parquet or
       .tfrecord (each may be .gz), `task:NAME` for a SeqIO task, or `-`,
       standard input, answered line by line.
@@ -113,6 +117,8 @@ def infer(
       files, one after another, make up that of the whole.
     num_shards: how many there are.
     llm_path: where the LLM's weights are, if not where the run says.
+    vocabulary: tokenizer of a model as it came that brings none.
+    extra_ids: sentinels that T5 adds behind its SentencePiece model.
     mesh: device mesh and axis rules.
     decoding: how answers are written; None is greedy. A sample depends on the
       seed and on which line of the input it answers, and on nothing else.
@@ -152,14 +158,20 @@ def infer(
       column_names,
       answer_lengths,
     )
-  systems.local_folder(checkpoint_path, 'CHECKPOINT_PATH')
+  as_it_came.check_path(checkpoint_path)
   mesh_config = mesh or partition.MeshConfig()
   device_mesh = partition.make_mesh(mesh_config)
   if input == STDIN:
     batch_size = device_mesh.shape['data'] * device_mesh.shape['fsdp']
   partition.check_batch_size(batch_size, device_mesh)
   system = systems.with_rules(
-    systems.load(checkpoint_path, llm_path=llm_path), mesh_config
+    as_it_came.load(
+      checkpoint_path,
+      llm_path=llm_path,
+      vocabulary=vocabulary,
+      extra_ids=extra_ids,
+    ),
+    mesh_config,
   )
   system = systems.for_decoding(system, decoding)
   lengths = {'inputs': prompt_length, 'targets': max_decode_len}
@@ -185,9 +197,8 @@ def infer(
       return
     # The run may go on, and save, at this moment.
     chosen: int = distributed.from_first(
-      checkpoint.params_folder(checkpoint_path, step)[1]
+      as_it_came.choose_step(checkpoint_path, step, 'INFER_STEP')
     )
-    weights, _ = checkpoint.params_folder(checkpoint_path, chosen)
 
     def load() -> answerer.PromptAnswerer:
       return answerer.PromptAnswerer(
@@ -208,7 +219,9 @@ def infer(
       _check_survey(survey, input, target_column if metrics else None)
       settings = {
         'checkpoint_path': os.path.abspath(checkpoint_path),
-        'checkpoint_saved_nsecs': checkpoint.saved_nsecs(weights),
+        'checkpoint_saved_nsecs': as_it_came.saved_nsecs(
+          checkpoint_path, chosen
+        ),
         'decoding': dataclasses.asdict(decoding),
         'input': input,
         'max_decode_len': max_decode_len,

@@ -12,9 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from l2s_jax import checkpoint, distributed, partition, systems, weights
+from l2s_jax import (
+  as_it_came,
+  checkpoint,
+  distributed,
+  partition,
+  systems,
+  weights,
+)
 from l2s_jax import state as state_lib
 from l2s_jax.models import l2s
+from l2s_jax.weights import hub
 
 PyTree = Any
 
@@ -137,7 +145,7 @@ def load_frozen(
 
 
 def _open_llm(path: str, step: int | None) -> weights.Source:
-  if not pathlib.Path(path).is_dir():
+  if not pathlib.Path(path).exists() and not hub.is_name(path):
     raise FileNotFoundError(
       f"The LLM's weights are not at {path}. Set LLM_PATH to where they are "
       'now.'
@@ -180,7 +188,14 @@ def load_trained(
   run_dir: str | pathlib.Path,
   step: int | None = None,
 ) -> dict[str, PyTree]:
-  """Returns the trained parameters of a run's checkpoint."""
+  """Returns the trained parameters of a run's checkpoint.
+
+  Of a model as it came these are all.
+  """
+  if not as_it_came.is_run(run_dir):
+    source = weights.open_source(str(run_dir), step or None)
+    params, _ = weights.load(source, layout.shapes, layout.shardings)
+    return params
   _, step = checkpoint.params_folder(run_dir, step)
   return checkpoint.restore_params(
     run_dir,

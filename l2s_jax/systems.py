@@ -28,7 +28,7 @@ from l2s_jax import (
 )
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s, language_model
-from l2s_jax.weights import runs
+from l2s_jax.weights import hub, own_tokenizer, runs
 
 PyTree = Any
 
@@ -42,8 +42,8 @@ class Tower:
   """One language model as a user names it: pretrained, fresh, or between.
 
   Attributes:
-    path: its weights: a run of ours or a Hugging Face folder; None starts
-      from random parameters.
+    path: its weights, see `weights.open_source`; None starts from random
+      parameters.
     config: how it is built; None takes the one that came with `path`. Text
       is a name whose percent sign was forgotten, and refused.
     vocabulary: tokenizer file or folder; None takes the one in `path`.
@@ -67,29 +67,37 @@ class Tower:
     if self.path is None:
       raise ValueError(
         'A model needs a config or weights: set LLM / SLM to a config (such '
-        'as %T5_1_1_SMALL, with its gin file) or LLM_PATH / SLM_PATH to a '
-        'folder of weights.'
+        'as %T5_1_1_SMALL, with its gin file) or LLM_PATH / SLM_PATH to '
+        'weights.'
       )
     return weights.open_source(self.path).config
 
-  def load_vocabulary(self) -> vocabularies.Vocabulary:
-    """Returns the tokenizer, from the weights' folder unless given."""
-    location = self.vocabulary
-    if location is None:
-      if self.path is None:
-        raise ValueError(
-          'A model without weights needs a tokenizer: set LLM_VOCABULARY / '
-          'SLM_VOCABULARY to a SentencePiece model or a tokenizer.json.'
-        )
-      folder = pathlib.Path(self.path)
-      if (folder / VOCABULARIES / 'answer').is_dir():
-        description = runs.read_description(folder)
-        return runs.load_vocabulary(folder, description, 'answer')
-      location = self.path
-    return vocabularies.load(location, extra_ids=self.extra_ids)
+  def load_vocabulary(
+    self, setting: str = 'LLM_VOCABULARY / SLM_VOCABULARY'
+  ) -> vocabularies.Vocabulary:
+    """Returns the tokenizer, that of the weights unless another is given.
+
+    Args:
+      setting: what names a tokenizer, for errors.
+    """
+    if self.vocabulary is not None:
+      return vocabularies.load(self.vocabulary, extra_ids=self.extra_ids)
+    if self.path is None:
+      raise ValueError(
+        f'A model without weights needs a tokenizer: set {setting} to a '
+        'SentencePiece model or a tokenizer.json.'
+      )
+    return own_tokenizer.load(
+      self.path, extra_ids=self.extra_ids, setting=setting
+    )
 
 
 gin.external_configurable(Tower, module='l2s_jax')
+
+
+def _lasting(path: str) -> str:
+  """Returns what names the same weights from any working directory."""
+  return path if hub.is_name(path) else os.path.abspath(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +134,7 @@ class System:
         'slm': self.module.slm_config.to_json(),
         'injection': self.module.injection,
         'shared_vocabulary': self.module.shared_vocabulary,
-        'llm_path': os.path.abspath(self.sources['llm']),
+        'llm_path': _lasting(self.sources['llm']),
         'llm_step': self.llm_step,
         'llm_fingerprint': self.llm_fingerprint,
         'frozen_dtype': self.frozen_dtype,
@@ -161,7 +169,20 @@ def language_model_system(
       keeps the config's.
   """
   config = _with_runtime(tower.load_config(), dropout_rate, dtype, remat)
-  vocabulary = tower.load_vocabulary()
+  return alone(tower, config, 'LLM_VOCABULARY / SLM_VOCABULARY')
+
+
+def alone(
+  tower: Tower, config: config_lib.TransformerConfig, setting: str
+) -> System:
+  """Returns a language model as it is named, with its tokenizer.
+
+  Args:
+    tower: the model.
+    config: how it is computed.
+    setting: what else names a tokenizer, for errors.
+  """
+  vocabulary = tower.load_vocabulary(setting)
   check_vocabulary(vocabulary, config)
   module = l2s.build(config)
   return System(
@@ -200,8 +221,8 @@ def llm_to_slm_system(
   """
   if llm.path is None:
     raise ValueError(
-      'LLM-to-SLM needs a pretrained LLM: set LLM_PATH to a run of ours or a '
-      'Hugging Face folder.'
+      'LLM-to-SLM needs a pretrained LLM: set LLM_PATH to a run of ours, a '
+      'Hugging Face folder, a checkpoint of T5X or a GGUF file.'
     )
   if injection not in l2s.INJECTIONS:
     raise ValueError(f'INJECTION={injection!r} is not one of {l2s.INJECTIONS}.')
@@ -368,11 +389,11 @@ def load(run_dir: str | pathlib.Path, *, llm_path: str | None = None) -> System:
     for name in ('prompt', 'answer')
   )
   if description['kind'] == 'language_model':
-    module = l2s.build(config_lib.TransformerConfig(**description['config']))
+    module = l2s.build(config_lib.from_json(description['config'], path))
     return System(module, prompt, answer)
   return _assemble(
-    config_lib.TransformerConfig(**description['llm']),
-    config_lib.TransformerConfig(**description['slm']),
+    config_lib.from_json(description['llm'], path, 'llm'),
+    config_lib.from_json(description['slm'], path, 'slm'),
     prompt,
     answer,
     injection=description['injection'],

@@ -175,7 +175,8 @@ def train(
     model: the system: LLM-to-SLM or a language model alone.
     mixture_or_task_name: SeqIO task or mixture to train on.
     task_feature_lengths: tokens of 'inputs' (prompt) and 'targets' (answer).
-    train_steps: updates in all, those of earlier starts included.
+    train_steps: updates in all, those of earlier starts included; 0 saves and
+      evaluates the model as it came.
     model_dir: the run's folder. Training goes on from its newest checkpoint.
     batch_size: rows a step, over all devices.
     optimizer: with its schedule.
@@ -210,8 +211,9 @@ def train(
     SystemExit: after SIGTERM or SIGINT.
   """
   began = time.time()
+  if train_steps != 0:  # It is a run of the model as it came.
+    gin_utils.check_positive(TRAIN_STEPS=train_steps)
   gin_utils.check_positive(
-    TRAIN_STEPS=train_steps,
     BATCH_SIZE=batch_size,
     NUM_MICROBATCHES=num_microbatches,
     EVAL_PERIOD=eval_period,
@@ -413,7 +415,10 @@ def train(
     try:
       while True:
         # Also after a restart: a kill may have come before the evaluation.
-        if step and is_evaluated() and step not in evaluations:
+        if not train_steps:
+          save()
+        is_due = bool(step or not train_steps) and is_evaluated()
+        if is_due and step not in evaluations:
           with progress.paused():
             params = state_lib.merge(frozen, state.trainable)
             scores = evaluator.evaluate(

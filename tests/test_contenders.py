@@ -241,8 +241,9 @@ def test_a_run_of_one_model_is_no_pair(tmp_path):
   system = helpers.system(helpers.MODULES['t5_1_1'])
   systems.save(system, tmp_path)
   (tmp_path / 'checkpoints').mkdir()
-  with pytest.raises(ValueError, match='is not an LLM-to-SLM run'):
-    contenders.find_models(None, None, str(tmp_path), 'add', 'float32', 0)
+  slm = systems.Tower(config=helpers.T5_1_0)
+  with pytest.raises(ValueError, match='is a language model alone, and SLM is'):
+    contenders.find_models(None, slm, str(tmp_path), 'add', 'float32', 0)
 
 
 def test_random_weights_do_not_depend_on_the_other_model():

@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one configuration that all families share, a field a difference."""
+"""The one configuration that all families share, a field a difference.
+
+`from_json` makes one of what a file holds, which may be anything.
+"""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+import pathlib
+import types
+import typing
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gin
@@ -98,6 +105,9 @@ class TransformerConfig:
     logits_via_embedding: the output head is the (decoder's) embedding table
       (tied).
     scale_logits: divide tied logits by sqrt(emb_dim) (T5 v1.0).
+    scale_untied_logits: the same where the head is not tied: since version 5
+      transformers has such T5s. A field of its own, since scale_logits, true
+      unless told, means nothing there.
     bidirectional_prefix: decoder-only: prompt tokens see the whole prompt.
       Off, since released models were pretrained causally.
     dropout_rate: of embeddings, attention weights, MLP and residual branches.
@@ -157,6 +167,7 @@ class TransformerConfig:
   decoder_embedding: bool = False
   logits_via_embedding: bool = True
   scale_logits: bool = True
+  scale_untied_logits: bool = False
   bidirectional_prefix: bool = False
   dropout_rate: float = 0.0
   kernel_init_stddev: float | None = None
@@ -225,6 +236,16 @@ class TransformerConfig:
         "'relative' or 'rotary' positions, a decoder-only model 'learned' or "
         "'rotary' ones."
       )
+    if self.positions == 'relative' and (
+      self.relpos_buckets < 4
+      or self.relpos_max_distance <= self.relpos_buckets // 2
+    ):
+      raise ValueError(
+        f'TransformerConfig.relpos_buckets={self.relpos_buckets} with '
+        f'relpos_max_distance={self.relpos_max_distance}: expected 4 buckets '
+        'or more, and a distance beyond half as many, which are of one offset '
+        'each.'
+      )
     if self.positions == 'learned' and self.max_positions < 1:
       raise ValueError(
         "TransformerConfig.positions='learned' needs max_positions > 0, the "
@@ -285,3 +306,144 @@ class TransformerConfig:
 
 
 gin.external_configurable(TransformerConfig, module='l2s_jax')
+
+# Of any size or count in a file: beyond it indices of 32 bits end.
+_MAX_INT = 2**31 - 1
+# Fields of which 0 or less means nothing.
+_POSITIVE = {
+  'num_kv_heads',
+  'relpos_buckets',
+  'relpos_max_distance',
+  'rope_base',
+  'rope_local_base',
+  'rope_dim',
+  'query_pre_attn_scalar',
+  'rope_scaling',
+}
+_WORDS = {
+  bool: 'true or false',
+  int: f'a whole number of at most {_MAX_INT}',
+  float: 'a finite number',
+  str: 'a text',
+}
+
+
+def from_json(
+  content: Any, path: str | pathlib.Path, key: str = 'config'
+) -> TransformerConfig:
+  """Returns the config in a JSON file, each field checked.
+
+  Fields that came after the file was written have their default.
+
+  Args:
+    content: what the file has under `key`.
+    path: of the file, for errors.
+    key: where in the file it is, for errors.
+
+  Raises:
+    ValueError: names the file, the field and what it should be.
+  """
+  where = f'{path}, {key}'
+  if not isinstance(content, Mapping):
+    raise ValueError(
+      f'{where}: expected an object with the fields of a TransformerConfig, '
+      f'found {shorten(content)}. Copy the file again.'
+    )
+  fields = {
+    field.name: field for field in dataclasses.fields(TransformerConfig)
+  }
+  unknown = sorted(set(content) - fields.keys())
+  if unknown:
+    raise ValueError(
+      f'{where} has {shorten(", ".join(map(str, unknown)))}, which no '
+      'TransformerConfig has. Update l2s_jax, or copy the file again.'
+    )
+  missing = [
+    name
+    for name, field in fields.items()
+    if field.default is dataclasses.MISSING and name not in content
+  ]
+  if missing:
+    raise ValueError(
+      f'{where} lacks {", ".join(missing)}. Copy the file again.'
+    )
+  kinds = typing.get_type_hints(TransformerConfig)
+  for name, value in content.items():
+    expected = _expected(kinds[name])
+    allowed = typing.get_args(kinds[name]) or (kinds[name],)
+    if not _fits(value, kinds[name]):
+      raise ValueError(
+        f'{where}: {name} is {shorten(value)}; expected {expected}'
+        f'{" or null" if types.NoneType in allowed else ""}. Copy the file '
+        'again.'
+      )
+    numbers = value if isinstance(value, list | tuple) else [value]
+    low = 0 if name not in _POSITIVE else math.ulp(0.0)
+    if any(
+      isinstance(number, int | float) and number < low for number in numbers
+    ):
+      raise ValueError(
+        f'{where}: {name} is {shorten(value)}; expected '
+        f'{"more than 0" if low else "0 or more"}. Copy the file again.'
+      )
+  # An int beyond 32 bits is none to JAX.
+  floats = {
+    name: float(value)
+    for name, value in content.items()
+    if float in (kinds[name], *typing.get_args(kinds[name])[:1])
+    and is_number(value)
+  }
+  try:
+    return TransformerConfig(**{**content, **floats})
+  except ValueError as error:
+    raise ValueError(f'{where}: {error}') from error
+
+
+def shorten(value: Any, most: int = 80) -> str:
+  """Returns a value from a file as one line of an error may have it."""
+  text = value if isinstance(value, str) else repr(value)
+  text = ' '.join(text[: 2 * most].split())
+  return text if len(text) <= most else text[: most - 3] + '...'
+
+
+def is_number(value: Any) -> bool:
+  """Returns whether a value from JSON is a finite number, and no truth."""
+  return (
+    isinstance(value, int | float)
+    and not isinstance(value, bool)
+    and abs(value) <= 1e300  # An int may be beyond every float.
+  )
+
+
+def is_count(value: Any) -> bool:
+  """Returns whether a value from JSON is a whole number that may index."""
+  return (
+    isinstance(value, int)
+    and not isinstance(value, bool)
+    and -_MAX_INT <= value <= _MAX_INT
+  )
+
+
+def _expected(kind: Any) -> str:
+  plain = [k for k in typing.get_args(kind) if k is not types.NoneType]
+  if typing.get_origin(kind) is Sequence:
+    return f'a list, each {_WORDS[plain[0]]}'
+  return _WORDS[plain[0] if plain else kind]
+
+
+def _fits(value: Any, kind: Any) -> bool:
+  """Returns whether a value from JSON is of a field's kind."""
+  arguments = typing.get_args(kind)
+  if typing.get_origin(kind) is Sequence:
+    return isinstance(value, list | tuple) and all(
+      _fits(item, arguments[0]) for item in value
+    )
+  if arguments:  # X | None
+    return any(_fits(value, argument) for argument in arguments)
+  if kind is types.NoneType:
+    return value is None
+  if kind is int:
+    return is_count(value)
+  if kind is float:
+    return is_number(value)
+  return isinstance(value, kind)

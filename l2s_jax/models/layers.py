@@ -259,7 +259,12 @@ class Head(nn.Module):
     self, states: Float[Array, 'batch length embed'], embedder: Embed
   ) -> Float[Array, 'batch length vocab']:
     config = self.config
-    if config.logits_via_embedding and config.scale_logits:
+    is_scaled = (
+      config.scale_logits
+      if config.logits_via_embedding
+      else config.scale_untied_logits
+    )
+    if is_scaled:
       states *= config.emb_dim**-0.5
     if config.logits_via_embedding and not config.for_generation:
       logits = embedder.attend(states)

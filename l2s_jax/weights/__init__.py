@@ -23,10 +23,12 @@ from flax import traverse_util
 from l2s_jax import distributed, integrity, partition
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
+from l2s_jax.weights import finite, misfits
 
 PyTree = Any
 Path = tuple[str, ...]
 
+ADAPTER = 'adapter_config.json'  # of the package peft
 # What a T5 has beside the encoder and the embeddings that it shares.
 _DECODER = {'decoder', 'logits_dense', 'decoder_token_embedder'}
 _BATCH = (
@@ -75,28 +77,93 @@ class Source(Protocol):
 
 
 def open_source(location: str, step: int | None = None) -> Source:
-  """Opens a converted folder, a run of ours or a Hugging Face folder.
+  """Opens whatever a model is named by.
 
   Args:
-    location: the folder.
-    step: the checkpoint of a run; None takes the newest.
+    location: a run of ours, a converted or a Hugging Face folder, a checkpoint
+      of T5X, a GGUF file, or a name on the Hub, where there is no such folder.
+    step: the checkpoint of a run or of T5X; None takes the newest.
 
   Raises:
-    FileNotFoundError: if the folder is none of these.
+    FileNotFoundError: if there are no weights that are known.
+    ValueError: if they are broken, or a part of a model, or `step` is asked
+      for of what has one model alone.
   """
-  from l2s_jax.weights import converted, huggingface, runs
+  from l2s_jax.weights import (
+    converted,
+    gguf_file,
+    hub,
+    huggingface,
+    runs,
+    t5x,
+    tensor_files,
+  )
 
   folder = pathlib.Path(location)
-  if (folder / converted.DESCRIPTION).is_file():
-    return converted.Folder(folder)
+  if hub.is_name(location):
+    folder = hub.download(location)
   if (folder / 'model.json').is_file():
     return runs.Run(folder, step)
-  if (folder / 'config.json').is_file():
+  # TensorFlow left a file `checkpoint` beside some.
+  is_theirs = (folder / huggingface.CONFIG).is_file() and tensor_files.are_in(
+    folder
+  )
+  if not is_theirs and t5x.is_checkpoint(folder):
+    return t5x.Checkpoint(folder, step)
+  if step is not None and folder.exists():
+    raise ValueError(
+      f'{location} is one model, without steps, and step {step} was asked for. '
+      'Leave the step out.'
+    )
+  if (folder / converted.DESCRIPTION).is_file():
+    return converted.Folder(folder)
+  if gguf_file.is_file(folder):
+    return gguf_file.File(folder)
+  check_no_adapter(folder)
+  if (folder / huggingface.CONFIG).is_file():
     return huggingface.Folder(folder)
-  raise FileNotFoundError(
-    f'{location} is not a folder of weights: it has neither '
+  raise FileNotFoundError(_what_it_is_not(folder))
+
+
+def check_no_adapter(folder: pathlib.Path) -> None:
+  """Refuses a folder of LoRA's matrices alone, and says of which model."""
+  from l2s_jax.weights import tensor_files
+
+  path = folder / ADAPTER
+  if not path.is_file() or tensor_files.are_in(folder):
+    return
+  content = tensor_files.read_json(path)
+  kind, base = (
+    config_lib.shorten(str(content.get(key)))
+    for key in ('peft_type', 'base_model_name_or_path')
+  )
+  raise ValueError(
+    f'{folder} is a {kind} adapter of {base}, not a model. Merge the two and '
+    "name the folder that this leaves: peft's PeftModel.from_pretrained("
+    f"model, '{folder}').merge_and_unload().save_pretrained(FOLDER), with the "
+    'tokenizer copied beside it.'
+  )
+
+
+def _what_it_is_not(folder: pathlib.Path) -> str:
+  from l2s_jax.weights import converted
+
+  if not folder.exists():
+    return (
+      f'{folder} is missing: expected a folder of weights, a GGUF file or a '
+      'checkpoint of T5X.'
+    )
+  if folder.is_file():
+    return (
+      f'{folder} is no weights file that can be named alone: expected GGUF, or '
+      "T5X's msgpack; of safetensors and pytorch_model.bin name the folder."
+    )
+  files = sorted(path.name for path in folder.glob('*.gguf'))
+  return (
+    f'{folder} is not a folder of weights: it has neither '
     f'{converted.DESCRIPTION} (a converted folder) nor model.json (a run of '
-    'ours) nor config.json (a Hugging Face folder).'
+    'ours) nor config.json (a Hugging Face folder) nor checkpoint_STEP (T5X).'
+    + (f' Name one of its files: {", ".join(files[:5])}.' if files else '')
   )
 
 
@@ -121,18 +188,19 @@ def load(
     The parameters and their fingerprint.
 
   Raises:
-    ValueError: lists every tensor that is missing or has another shape, or
-      is not what its digest says.
+    ValueError: lists every tensor that is missing or has another shape, is
+      not what its digest says, or is read and holds what is not finite.
   """
   wanted = traverse_util.flatten_dict(shapes)
   flat_shardings = traverse_util.flatten_dict(shardings)
   check_shapes(source, wanted)
   loaded, digests = {}, {}
+  notes = finite.Notes(source)
   for number, path in enumerate(sorted(wanted)):
     kept = source.digest(path)
     is_mine = number % jax.process_count() == jax.process_index()
     if kept is None or (is_mine and integrity.verification()):
-      array, digests[path] = _read(source, path, wanted[path])
+      array, digests[path] = _read(source, path, wanted[path], notes)
     else:
       array, digests[path] = source.read(path), kept
     loaded[path] = jax.make_array_from_callback(
@@ -141,6 +209,7 @@ def load(
       functools.partial(_shard, array, wanted[path].dtype),
     )
   check_digests(source, digests)
+  notes.check()
   kept_digests = {path: source.digest(path) or digests[path] for path in wanted}
   return traverse_util.unflatten_dict(loaded), fingerprint(kept_digests)
 
@@ -180,6 +249,29 @@ def demanded(
   return shapes
 
 
+def demanded_paths(
+  config: config_lib.TransformerConfig, found: Collection[Path]
+) -> Collection[Path]:
+  """Returns the names of the same: nothing of the config's size is made."""
+  small = dataclasses.replace(
+    config,
+    vocab_size=2,
+    emb_dim=2,
+    num_heads=1,
+    num_kv_heads=None,
+    head_dim=2,
+    mlp_dim=2,
+    num_encoder_layers=min(config.num_encoder_layers, 1),
+    num_decoder_layers=min(config.num_decoder_layers, 1),
+    max_positions=min(config.max_positions, 4),
+    relpos_buckets=4,
+    relpos_max_distance=4,
+    rope_dim=None,
+    dtype='float32',
+  )
+  return demanded(small, found).keys()
+
+
 def is_encoder_alone(found: Collection[Path]) -> bool:
   modules = {path[0] for path in found}
   return 'encoder' in modules and not modules & _DECODER
@@ -196,16 +288,16 @@ def check_shapes(
     if source.name(path) != name:
       name += f' ({source.name(path)})'
     if path not in found:
-      problems.append(f'  {name} {tuple(shape.shape)}: missing')
+      problems.append(f'{name} {tuple(shape.shape)}: missing')
     elif tuple(found[path].shape) != tuple(shape.shape):
       problems.append(
-        f'  {name}: the model has {tuple(shape.shape)}, the weights have '
+        f'{name}: the model has {tuple(shape.shape)}, the weights have '
         f'{tuple(found[path].shape)}'
       )
   if problems:
     raise ValueError(
       f'The weights in {source.location} do not fit the model. Use the config '
-      'that they came with:\n' + '\n'.join(problems)
+      f'that they came with:\n{misfits.listed(problems)}'
     )
 
 
@@ -254,16 +346,21 @@ def _shard(array: np.ndarray, dtype: Any, index: Any) -> np.ndarray:
 
 
 def _read(
-  source: Source, path: Path, wanted: jax.ShapeDtypeStruct
+  source: Source,
+  path: Path,
+  wanted: jax.ShapeDtypeStruct,
+  notes: finite.Notes,
 ) -> tuple[np.ndarray, str]:
   """Returns a tensor, cast layer by layer, and its digest before that."""
   if 'layers' not in path:
     array = source.read(path)
+    notes.look(array, path)
     return array.astype(wanted.dtype, copy=False), digest([digest_layer(array)])
   array = np.empty(wanted.shape, wanted.dtype)
   layer_digests = []
   for layer in layers(path, wanted.shape):
     part = source.read(path, layer)
     layer_digests.append(digest_layer(part))
+    notes.look(part, path, layer)
     array[layer] = part
   return array, digest(layer_digests)

@@ -55,7 +55,7 @@ class Folder:
       )
     self.model_type = description['model_type']
     self.special_ids = description['special_ids']
-    self.config = config_lib.TransformerConfig(**description['config'])
+    self.config = config_lib.from_json(description['config'], path)
     self._digests = description['digests']
     self._tensors = tensor_files.open_folder(folder)
     differing = self._digests.keys() ^ self._tensors.keys()

@@ -15,8 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from l2s_jax.models import config as config_lib
 from l2s_jax.models import positions
-from l2s_jax.weights import gguf_tokenizer, huggingface
+from l2s_jax.weights import (
+  gguf_header,
+  gguf_tokenizer,
+  huggingface,
+  misfits,
+)
 from l2s_jax.weights.tensor_files import Tensor
 
 # config.json's keys by those of the metadata, '{arch}.' left out.
@@ -70,6 +76,26 @@ _TOKEN_IDS = {
   'eos_token_id': 'eos_token_id',
   'pad_token_id': 'padding_token_id',
 }
+
+_TABLE = 'token_embd.weight'
+# What else the metadata says, by its kind.
+_COUNTS = (
+  *(
+    key
+    for keys in (_GEMMA_CONFIG, _GPT2_CONFIG, _NEOX_CONFIG, _T5_CONFIG)
+    for key in keys.values()
+    if key.endswith(('length', 'count', 'head_count_kv', 'sliding_window'))
+  ),
+  'rope.dimension_count',
+  'rope.scaling.original_context_length',
+)
+_NUMBERS = (
+  'attention.layer_norm_rms_epsilon',
+  'attention.layer_norm_epsilon',
+  'rope.freq_base',
+  'rope.scaling.factor',
+  'rope.scale_linear',
+)
 
 # Names of transformers by those of GGUF; {} is the layer.
 _LLAMA_NAMES = {
@@ -172,6 +198,19 @@ class _Header:
   def get(self, key: str, default: Any = None) -> Any:
     """Returns a value of the architecture's, '{arch}.' left out."""
     return _number(self._metadata.get(f'{self.arch}.{key}', default))
+
+  def check(self, path: pathlib.Path) -> None:
+    """Refuses sizes and numbers that are none."""
+    for key in (*_COUNTS, *_NUMBERS):
+      value = self.get(key, 1)
+      is_count = config_lib.is_count(value) and value > 0
+      is_number = config_lib.is_number(value) and value >= 0
+      if not (is_count if key in _COUNTS else is_number):
+        raise ValueError(
+          f'{path}: {self.arch}.{key} is {config_lib.shorten(repr(value))}; '
+          f'expected a {"whole number above 0" if key in _COUNTS else "number"}'
+          '. Make or download the file again.'
+        )
 
   def config(self, keys: Mapping[str, str], **fixed: Any) -> dict[str, Any]:
     """Returns those keys of config.json that the metadata has, and `fixed`."""
@@ -307,11 +346,12 @@ class File(huggingface.Model):
     self._metadata, stored = _open(path)
     _check_quantizations(path, stored)
     header = _Header(self._metadata, stored)
-    if header.arch not in _ARCHITECTURES:
+    if not isinstance(header.arch, str) or header.arch not in _ARCHITECTURES:
       raise ValueError(
-        f'{path}: its architecture is {header.arch!r}; supported are '
-        f'{", ".join(_ARCHITECTURES)}.'
+        f'{path}: its architecture is {config_lib.shorten(repr(header.arch))}; '
+        f'supported are {", ".join(_ARCHITECTURES)}.'
       )
+    header.check(path)
     try:
       architecture = _ARCHITECTURES[header.arch](header)
     except ValueError as error:
@@ -320,8 +360,8 @@ class File(huggingface.Model):
         f'Hugging Face folder that it was made from:\n{error}'
       ) from error
     config = architecture.config
-    if 'token_embd.weight' in stored:
-      config['vocab_size'] = int(stored['token_embd.weight'].shape[1])
+    if _TABLE in stored and len(stored[_TABLE].shape) == 2:
+      config['vocab_size'] = int(stored[_TABLE].shape[1])
     factors = None
     if architecture.names is _LLAMA_NAMES:
       factors = stored.pop('rope_freqs.weight', None)
@@ -350,6 +390,15 @@ class File(huggingface.Model):
       )
 
 
+def is_file(path: pathlib.Path) -> bool:
+  """Returns whether a path is a GGUF file, by its first bytes or its name."""
+  if not path.is_file():
+    return False
+  with path.open('rb') as file:
+    start = file.read(len(gguf_header.MAGIC))
+  return start == gguf_header.MAGIC or path.suffix == '.gguf'
+
+
 def _open(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns the metadata and, by name, the tensors of a file, not yet read."""
   try:
@@ -361,15 +410,16 @@ def _open(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
   if not path.is_file():
     raise FileNotFoundError(f'{path} is missing: expected a GGUF file.')
   try:
+    gguf_header.check(path)
     reader = gguf.GGUFReader(path)
-  except (ValueError, IndexError, KeyError) as error:
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
+  except (ValueError, IndexError, KeyError, TypeError) as error:
     raise ValueError(
-      f'{path} ({path.stat().st_size} bytes) is not a whole GGUF file: {error}.'
-      ' Download it again.'
+      f'{path} ({path.stat().st_size} bytes) is not a whole GGUF file: '
+      f'{config_lib.shorten(str(error), 200)}. Download it again.'
     ) from error
-  metadata = {name: field.contents() for name, field in reader.fields.items()}
   num_parts = metadata.get('split.count', 1)
-  if num_parts > 1:
+  if num_parts not in (0, 1):
     raise ValueError(
       f'{path} is one of {num_parts} parts (split.count). Merge them: '
       'llama-gguf-split --merge FIRST_PART MERGED.gguf'
@@ -477,6 +527,7 @@ def _tensors(
     ValueError: lists those that the architecture does not have.
   """
   tensors = {}
+  stored = dict(stored)
   unknown = []
   for name, tensor in stored.items():
     stem, _, kind = name.rpartition('.')
@@ -485,12 +536,12 @@ def _tensors(
     if theirs is None:
       unknown.append(name)
       continue
-    theirs = theirs.format(layer[0] if layer else '')
+    theirs = theirs.format(layer[0].lstrip('0') or '0' if layer else '')
     tensors[f'{theirs}.{kind}'] = _tensor(name, tensor, architecture)
   if unknown:
     raise ValueError(
       f'{path} has tensors that no {architecture.config["model_type"]} read '
-      f'here has: {", ".join(sorted(unknown))}'
+      f'here has:\n{misfits.listed(unknown)}'
     )
   return tensors
 

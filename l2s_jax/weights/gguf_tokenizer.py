@@ -87,6 +87,7 @@ def save(
 def _table(metadata: Mapping[str, Any], location: str) -> _Table:
   """Returns the table, all tokens alike where nothing is said of them."""
   tokens = _required(metadata, 'tokenizer.ggml.tokens', location)
+  _check_lists(metadata, location)
   ids = {
     ours: metadata.get(f'tokenizer.ggml.{theirs}_token_id', -1)
     for ours, theirs in _SPECIAL.items()
@@ -105,6 +106,44 @@ def _table(metadata: Mapping[str, Any], location: str) -> _Table:
         f'tokenizer.ggml.tokens {len(tokens)}. Download or make it again.'
       )
   return _Table(tokens, kinds, scores, special_ids)
+
+
+# What the lists of the metadata hold.
+_LISTS: Mapping[str, type | tuple[type, ...]] = {
+  'tokens': str,
+  'token_type': int,
+  'scores': (int, float),
+  'merges': str,
+  'precompiled_charsmap': int,
+}
+
+
+def _check_lists(metadata: Mapping[str, Any], location: str) -> None:
+  """Refuses lists of something else, and special ids that are none."""
+  for name, kind in _LISTS.items():
+    value = metadata.get(f'tokenizer.ggml.{name}', [])
+    if not isinstance(value, list) or not all(
+      isinstance(entry, kind) for entry in value
+    ):
+      raise ValueError(
+        f'{location}: tokenizer.ggml.{name} is no list of '
+        f'{"texts" if kind is str else "numbers"}. Download or make it again.'
+      )
+  for name in _SPECIAL.values():
+    value = metadata.get(f'tokenizer.ggml.{name}_token_id', -1)
+    if not isinstance(value, int):
+      raise ValueError(
+        f'{location}: tokenizer.ggml.{name}_token_id is no number. Download or '
+        'make it again.'
+      )
+  if not all(
+    0 <= byte < 256
+    for byte in metadata.get('tokenizer.ggml.precompiled_charsmap', [])
+  ):
+    raise ValueError(
+      f'{location}: tokenizer.ggml.precompiled_charsmap holds no bytes. '
+      'Download or make it again.'
+    )
 
 
 def _required(metadata: Mapping[str, Any], key: str, location: str) -> Any:
@@ -142,6 +181,12 @@ def _byte_pairs(
     for merge in _required(metadata, 'tokenizer.ggml.merges', location)
   ]
   vocab = {token: i for i, token in enumerate(table.tokens)}
+  for merge in merges:
+    if len(merge) != 2 or not {*merge, ''.join(merge)} <= vocab.keys():
+      raise ValueError(
+        f'{location}: tokenizer.ggml.merges has {" ".join(merge)!r}, which '
+        'joins no two tokens into a third. Download or make it again.'
+      )
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
   if name == 'qwen2':
     tokenizer.normalizer = tokenizers.normalizers.NFC()

@@ -9,21 +9,24 @@ Reading goes through a family's table of names (`t5_names.py`,
 import functools
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2s_jax import weights
+from l2s_jax import distributed, weights
 from l2s_jax.models import config as config_lib
+from l2s_jax.weights import config_json as config_json_lib
 from l2s_jax.weights import (
   decoder_names,
   llama_names,
+  misfits,
   rows,
   t5_names,
   tensor_files,
+  wrappers,
 )
 from l2s_jax.weights.rows import Family
 from l2s_jax.weights.tensor_files import Tensor
@@ -106,24 +109,76 @@ class Model:
     """
     self.location = location
     family = _family(described_by, config)
+    config = config_json_lib.Checked(config)
     self.model_type: str | None = config['model_type']
-    self.special_ids = _special_ids(config)
-    self._tensors = _by_name_of_table(tensors, family)
+    wrapper = wrappers.prefix(tensors.keys(), family)
+    if wrapper:
+      distributed.say_once(
+        f'{location}: all tensors have {wrapper!r} in front of their names, as '
+        'wrappers of a model put it there; it is taken off.'
+      )
+    self._tensors, self._stored = _by_name_of_table(
+      tensors, family, wrapper, location
+    )
     try:
-      self.config = family.parse(config, self._is_tied(config, family))
+      self.special_ids = _special_ids(config)
+      is_tied = self._is_tied(config, family)
+      self.config = family.parse(config, is_tied)
+      remark = family.remark(config, is_tied)
+      self.left_out = family.left_out(config)
+    except config_json_lib.MissingError as error:
+      raise ValueError(f'{described_by} lacks {error.args[0]}.') from error
     except ValueError as error:
       raise ValueError(f'{described_by}: {error}.') from error
-    self.left_out = family.left_out(config)
+    if remark:
+      distributed.say_once(f'{location}: {remark}.')
+    causes = misfits.layers(
+      family.rows, self.config, self._tensors, family.sizes
+    )
+    if causes and self._asks_for_too_much():
+      raise ValueError(self._misfit(described_by, causes, ()))
     self._sizes = rows.axis_sizes(self.config)
-    self._names = {row.path: row.theirs for row in family.rows}
+    self._names = {row.path: self._name(row) for row in family.rows}
     found = {
       row.path
       for row in family.rows
       if any(name in self._tensors for name in row.names(self.config))
     }
-    demanded = weights.demanded(self.config, found)
+    demanded = weights.demanded_paths(self.config, found)
     self._rows = {row.path: row for row in family.rows if row.path in demanded}
-    self._check(family, described_by)
+    causes += misfits.widths(
+      self._rows.values(),
+      self.config,
+      {name: tensor.shape for name, tensor in self._tensors.items()},
+      family.sizes,
+    )
+    problems = self._problems(family)
+    if problems:
+      raise ValueError(self._misfit(described_by, causes, problems))
+
+  def _asks_for_too_much(self) -> bool:
+    """Returns whether there are fewer tensors than layers."""
+    config = self.config
+    most = max(config.num_encoder_layers, config.num_decoder_layers)
+    return most > max(len(self._tensors), 100)
+
+  def _name(self, row: rows.Row) -> str:
+    """Returns what the files call a row, `{layer}` where each has one."""
+    first = row.theirs.format(layer=0)
+    stored = self._stored.get(first, '')
+    if not stored.endswith(first):  # It is not there, or has another name.
+      return stored or row.theirs
+    return stored.removesuffix(first) + row.theirs
+
+  def _misfit(
+    self, described_by: str, causes: Sequence[str], problems: Sequence[str]
+  ) -> str:
+    because = f': {"; ".join(causes)}' if causes else ''
+    return (
+      f'The tensors in {self.location} are not those that {described_by} '
+      f'describes{because}. Use the files as they were saved together'
+      + (f':\n{misfits.listed(problems)}' if problems else '.')
+    )
 
   def step(self) -> int | None:
     return None
@@ -175,12 +230,18 @@ class Model:
       return False
     if head not in self._tensors:
       return True
-    return table in self._tensors and np.array_equal(
-      self._tensors[head].read(), self._tensors[table].read()
+    if table not in self._tensors:
+      return False
+    first, second = self._tensors[head], self._tensors[table]
+    is_readable = {first.dtype, second.dtype} <= tensor_files.DTYPES.keys()
+    return (
+      is_readable
+      and first.shape == second.shape
+      and np.array_equal(first.read(), second.read())
     )
 
-  def _check(self, family: Family, described_by: str) -> None:
-    """Refuses tensors that are missing, unknown, or of another shape."""
+  def _problems(self, family: Family) -> list[str]:
+    """Returns what is missing, unknown, or of another shape, a line each."""
     problems = []
     known = set()
     for row in self._rows.values():
@@ -212,12 +273,7 @@ class Model:
       for name, tensor in self._tensors.items()
       if name not in known and not re.fullmatch(ignored, name)
     ]
-    if problems:
-      raise ValueError(
-        f'The tensors in {self.location} are not those that {described_by} '
-        'describes. Use the files as they were saved together:\n  '
-        + '\n  '.join(sorted(set(problems)))
-      )
+    return problems
 
 
 class Folder(Model):
@@ -240,15 +296,16 @@ class Folder(Model):
 def _family(described_by: str, config: Mapping[str, Any]) -> Family:
   """Returns the family, after what it demands of config.json."""
   model_type = config.get('model_type')
-  if model_type not in FAMILIES:
+  if not isinstance(model_type, str) or model_type not in FAMILIES:
     raise ValueError(
-      f'{described_by}: model_type is {model_type!r}; supported are '
-      f'{", ".join(FAMILIES)}.'
+      f'{described_by}: model_type is {config_lib.shorten(repr(model_type))}; '
+      f'supported are {", ".join(FAMILIES)}.'
     )
   family = FAMILIES[model_type]
   problems = [f'{key}: missing' for key in family.required if key not in config]
   problems += [
-    f'{key}: only {value!r} is supported, found {config[key]!r}'
+    f'{key}: only {value!r} is supported, found '
+    f'{config_lib.shorten(repr(config[key]))}'
     for key, value in family.fixed.items()
     if config.get(key, value) != value
   ]
@@ -267,14 +324,20 @@ def _special_ids(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_name_of_table(
-  tensors: Mapping[str, Tensor], family: Family
-) -> dict[str, Tensor]:
-  """Returns all tensors by the names in the family's table."""
-  named = {
-    name.removeprefix(family.prefix): tensor for name, tensor in tensors.items()
-  }
+  tensors: Mapping[str, Tensor], family: Family, wrapper: str, location: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+  """Returns all tensors by the names in the family's table, and their own."""
+  stored: dict[str, str] = {}
+  for name in tensors:
+    inner = name.removeprefix(wrapper).removeprefix(family.prefix)
+    if inner in stored:
+      raise ValueError(
+        f'{location} has both {stored[inner]} and {name}, which are one tensor '
+        'of the model. Remove the one that it is not.'
+      )
+    stored[inner] = name
   for name, aliases in family.aliases.items():
     for alias in aliases:
-      if name not in named and alias in named:
-        named[name] = named.pop(alias)
-  return named
+      if name not in stored and alias in stored:
+        stored[name] = stored.pop(alias)
+  return {inner: tensors[name] for inner, name in stored.items()}, stored

@@ -237,7 +237,8 @@ def _windows(config: Mapping[str, Any], default_period: int) -> tuple[int, int]:
     period = 0
     if 'full_attention' in types:
       period = types.index('full_attention') + 1
-    if types != _layer_types(period, num_layers):
+    # The length first: config.json may ask for more than memory holds.
+    if len(types) != num_layers or types != _layer_types(period, num_layers):
       raise ValueError(
         f'layer_types is not full_attention every {period} layers and '
         'sliding_attention between'
@@ -271,7 +272,10 @@ def _ropes_of_gemma3(
       'rope_theta': config.get('rope_local_base_freq', 1e4)
     },
   }
-  full, local = kinds['full_attention'], kinds['sliding_attention']
+  full, local = (
+    {'rope_theta': 1e4, **kinds[name]}
+    for name in ('full_attention', 'sliding_attention')
+  )
   if rows.rope_scaling(local):
     raise ValueError('its layers with a window are stretched, too')
   if local['rope_theta'] == full['rope_theta'] and not rows.rope_scaling(full):
@@ -394,6 +398,17 @@ _IGNORED = (
 )
 
 
+_SIZES = {
+  'v': 'vocab_size',
+  'd': 'hidden_size',
+  'f': 'intermediate_size',
+  'n': 'num_attention_heads',
+  'k': 'num_key_value_heads',
+  'h': 'head_dim',
+  'decoder': 'num_hidden_layers',
+}
+
+
 def _llama(architecture: str, *keys: str, **fixed: Any) -> Family:
   return Family(
     rows=_LLAMA,
@@ -404,6 +419,7 @@ def _llama(architecture: str, *keys: str, **fixed: Any) -> Family:
     fixed={'quantization_config': None, **fixed},
     prefix='model.',
     ignored=_IGNORED,
+    sizes=_SIZES,
     may_be_tied=rows.is_said_to_be_tied,
   )
 
@@ -428,6 +444,7 @@ FAMILIES = {
     fixed={'quantization_config': None},
     prefix='model.',
     ignored=_IGNORED,
+    sizes=_SIZES,
   ),
   'gemma3_text': Family(
     rows=_GEMMA,
@@ -438,6 +455,7 @@ FAMILIES = {
     fixed={'quantization_config': None},
     prefix='model.',
     ignored=_IGNORED,
+    sizes=_SIZES,
   ),
   't5gemma': Family(
     rows=_T5GEMMA,
@@ -448,6 +466,11 @@ FAMILIES = {
     fixed={'quantization_config': None},
     prefix='model.',
     ignored=_IGNORED,
+    sizes={key: f'encoder.{name}' for key, name in _SIZES.items()}
+    | {
+      'encoder': 'encoder.num_hidden_layers',
+      'decoder': 'decoder.num_hidden_layers',
+    },
     left_out=_left_out_of_t5gemma,
   ),
 }

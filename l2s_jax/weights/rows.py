@@ -151,7 +151,7 @@ def axis_sizes(config: config_lib.TransformerConfig) -> dict[str, int]:
 
 def may_be_tied(config: Mapping[str, Any]) -> bool:
   """Returns whether config.json lets the head be the embedding table."""
-  return config.get('tie_word_embeddings', True)
+  return config.get('tie_word_embeddings') is not False
 
 
 def leave_nothing_out(config: Mapping[str, Any]) -> str:
@@ -161,7 +161,7 @@ def leave_nothing_out(config: Mapping[str, Any]) -> str:
 
 def is_said_to_be_tied(config: Mapping[str, Any]) -> bool:
   """Returns the same, of families that are not tied unless they say so."""
-  return config.get('tie_word_embeddings', False)
+  return bool(config.get('tie_word_embeddings'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +181,10 @@ class Family:
     ignored: matches names that may be present and mean nothing.
     may_be_tied: from config.json to whether the output head can be the
       embedding table; if not, it must be in the file.
+    remark: from config.json, and whether the head is tied, to a sentence that
+      the user should read; '' where there is none.
+    sizes: keys of config.json by the letter of the axis whose size they say,
+      and by 'encoder' and 'decoder' of how many layers there are; for errors.
     left_out: from config.json to a clause that says what of the model is not
       read, and why; '' where all is.
   """
@@ -198,6 +202,8 @@ class Family:
   ignored: str = OTHER_HEADS
   may_be_tied: Callable[[Mapping[str, Any]], bool] = may_be_tied
   left_out: Callable[[Mapping[str, Any]], str] = leave_nothing_out
+  remark: Callable[[Mapping[str, Any], bool], str] = lambda config, tied: ''
+  sizes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def divide(config: Mapping[str, Any], width: str, heads: str) -> int:

@@ -121,11 +121,12 @@ class Run:
     self.description = read_description(folder)
     self._held: tuple[tuple[str, ...], np.ndarray] = ((), np.empty(0))
     self._prefix: tuple[str, ...] = ()
+    path = folder / 'model.json'
     if self.description['kind'] == 'llm_to_slm':
       self._prefix = ('slm',)
-      self.config = config_lib.TransformerConfig(**self.description['slm'])
+      self.config = config_lib.from_json(self.description['slm'], path, 'slm')
     else:
-      self.config = config_lib.TransformerConfig(**self.description['config'])
+      self.config = config_lib.from_json(self.description['config'], path)
 
   def step(self) -> int | None:
     return self._found[1]

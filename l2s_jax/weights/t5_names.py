@@ -76,22 +76,7 @@ def _parse(
     if projection == 'gated-gelu'
     else projection.removeprefix('gated-'),
   )
-  # Only T5 v1.0 scales. Its config.json says so in its own words since
-  # transformers 5; before, whether the head is tied stood for it.
-  scale_logits = config['model_type'] == 't5' and config.get(
-    'scale_decoder_outputs', config.get('tie_word_embeddings', True)
-  )
-  if config['model_type'] == 't5' and is_tied and not scale_logits:
-    raise ValueError(
-      'a T5 whose head is the embedding table scales its logits; an mT5 '
-      'need not'
-    )
-  if scale_logits and not is_tied:
-    raise ValueError(
-      'it asks for scaled logits (scale_decoder_outputs, or '
-      'tie_word_embeddings, is not false) and lm_head.weight is not the '
-      'embedding table. A T5 v1.1 has tie_word_embeddings=false'
-    )
+  is_scaled = config['model_type'] == 't5' and _is_scaled(config)
   num_layers = config['num_layers']
   num_decoder_layers = config.get('num_decoder_layers')
   return config_lib.TransformerConfig(
@@ -112,12 +97,45 @@ def _parse(
     relpos_max_distance=config.get('relative_attention_max_distance', 128),
     relpos_per_layer=config['model_type'] == 'umt5',
     logits_via_embedding=is_tied,
-    scale_logits=scale_logits,
+    scale_logits=is_scaled and is_tied,
+    scale_untied_logits=is_scaled and not is_tied,
     dropout_rate=config.get('dropout_rate', 0.1),
   )
 
 
+def _is_scaled(config: Mapping[str, Any]) -> bool:
+  """Returns whether a T5 divides the states of its head by sqrt(d_model).
+
+  Version 1.0 does. Its config.json says so in its own words since transformers
+  5; before, tie_word_embeddings stood for it.
+  """
+  said = config.get('scale_decoder_outputs')
+  if said is None:
+    said = config.get('tie_word_embeddings')
+  return said is not False
+
+
+def _remark(config: Mapping[str, Any], is_tied: bool) -> str:
+  if (
+    is_tied
+    or config['model_type'] != 't5'
+    or config.get('scale_decoder_outputs') is not None
+    or not _is_scaled(config)
+  ):
+    return ''
+  return (
+    'lm_head.weight is not the embedding table, though config.json does not '
+    'say tie_word_embeddings=false: it is read as transformers 5 does, with '
+    'scaled logits; transformers 4 would put the table in its place'
+  )
+
+
 def _unparse(config: config_lib.TransformerConfig) -> dict[str, Any]:
+  is_scaled = (
+    config.scale_logits
+    if config.logits_via_embedding
+    else config.scale_untied_logits
+  )
   name = rows.activation_of_theirs(config.mlp_activations[0])
   if len(config.mlp_activations) > 1:
     name = 'gated-' + ('gelu' if name == 'gelu_new' else name)
@@ -134,20 +152,11 @@ def _unparse(config: config_lib.TransformerConfig) -> dict[str, Any]:
     'relative_attention_num_buckets': config.relpos_buckets,
     'relative_attention_max_distance': config.relpos_max_distance,
     'dropout_rate': config.dropout_rate,
-    'scale_decoder_outputs': config.scale_logits,
-    # For transformers' T5 this, too, says whether to scale.
-    'tie_word_embeddings': config.logits_via_embedding,
+    'scale_decoder_outputs': is_scaled,
+    # For the T5 of transformers before 5 this, too, says whether to scale; in 5
+    # only a head in the files is not tied, whatever it says.
+    'tie_word_embeddings': config.logits_via_embedding or is_scaled,
   }
-
-
-def _may_be_tied(config: Mapping[str, Any]) -> bool:
-  """Returns what a T5's config.json says in its own words.
-
-  Since transformers 5 tie_word_embeddings is true in each of them, tied or not.
-  """
-  if config['model_type'] == 't5' and 'scale_decoder_outputs' in config:
-    return config['scale_decoder_outputs']
-  return rows.may_be_tied(config)
 
 
 _FAMILY = Family(
@@ -163,6 +172,17 @@ _FAMILY = Family(
     'num_layers',
     'num_heads',
   ),
+  remark=_remark,
+  sizes={
+    'v': 'vocab_size',
+    'd': 'd_model',
+    'n': 'num_heads',
+    'h': 'd_kv',
+    'f': 'd_ff',
+    'r': 'relative_attention_num_buckets',
+    'encoder': 'num_layers',
+    'decoder': 'num_decoder_layers',
+  },
   fixed={'quantization_config': None},
   aliases={
     'shared.weight': (
@@ -174,7 +194,6 @@ _FAMILY = Family(
   ignored=r'(en|de)coder\.embed_tokens\.weight'
   r'|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias'
   rf'\.weight|{rows.OTHER_HEADS}',
-  may_be_tied=_may_be_tied,
 )
 
 # A table of relative positions for each layer.

@@ -12,7 +12,8 @@ import functools
 import math
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.serialization
@@ -25,7 +26,7 @@ import tensorstore
 
 from l2s_jax import weights
 from l2s_jax.models import config as config_lib
-from l2s_jax.weights import rows, tensor_files
+from l2s_jax.weights import misfits, rows, tensor_files
 from l2s_jax.weights.rows import Row
 
 FILE = 'checkpoint'  # The msgpack of T5X's own layout.
@@ -43,6 +44,24 @@ FIELDS = (
   'mlp_activations',
   'dropout_rate',
   'logits_via_embedding',
+)
+# Those that say the size of an axis: v, d, n, h, f.
+FIELDS_OF_SIZES = ('vocab_size', 'emb_dim', 'num_heads', 'head_dim', 'mlp_dim')
+_DTYPES = tuple(tensor_files.DTYPES.values())
+# No compressor makes weights so much smaller; of little nothing is asked.
+_MOST_COMPRESSED = 5000
+_SMALL = 2**26
+# What msgpack and Flax raise over bytes that are not what they should be.
+_BROKEN = (
+  msgpack.exceptions.UnpackException,
+  ValueError,
+  TypeError,
+  LookupError,
+  AttributeError,
+  ArithmeticError,
+  RecursionError,
+  MemoryError,
+  struct.error,
 )
 
 _ATTENTION = (
@@ -132,6 +151,8 @@ class Checkpoint:
         of the config; lists all of these.
     """
     self.location = str(location)
+    # tensorstore takes no path that holds `..`.
+    location = location.resolve()
     self.model_type: str | None = None
     self.special_ids: dict[str, Any] = {}
     path, self._step = _find(location, step)
@@ -140,16 +161,49 @@ class Checkpoint:
       name.startswith('encoder/encoder/') for name in self._arrays
     )
     self.config = config or _config(path, self._arrays, self._is_scanned)
+    causes = self._causes()
     self._sizes = rows.axis_sizes(self.config)
     found = {
       row.path
       for row in ROWS
       if any(name in self._arrays for name in self._names(row))
     }
-    demanded = weights.demanded(self.config, found)
+    demanded = weights.demanded_paths(self.config, found)
     self._rows = {row.path: row for row in ROWS if row.path in demanded}
     self._held: tuple[str, np.ndarray] = ('', np.empty(0))
-    self._check()
+    self._check(causes)
+
+  def _causes(self) -> list[str]:
+    """Returns where the config has other sizes than the arrays.
+
+    Raises:
+      ValueError: if the config asks for more than could be listed.
+    """
+    config, keys = self.config, dict(zip('vdnhf', FIELDS_OF_SIZES, strict=True))
+    if self._is_scanned:
+      causes = [
+        f'{stack} has {found} layers, num_{stack}_layers says {said}'
+        for stack, said in (
+          ('encoder', config.num_encoder_layers),
+          ('decoder', config.num_decoder_layers),
+        )
+        if (found := _num_layers(self._arrays, stack, True)) not in (0, said)
+      ]
+      return causes
+    causes = misfits.layers(ROWS, config, self._arrays, keys)
+    most = max(config.num_encoder_layers, config.num_decoder_layers)
+    if most > max(len(self._arrays), 100):
+      raise ValueError(self._misfit(causes))
+    shapes = {name: array.shape for name, array in self._arrays.items()}
+    return causes + misfits.widths(ROWS, config, shapes, keys)
+
+  def _misfit(self, causes: Sequence[str], problems: Sequence[str] = ()) -> str:
+    because = f': {"; ".join(causes)}' if causes else ''
+    return (
+      f'The parameters in {self.location} are not those of the config{because}.'
+      ' Name the one that they were trained with by --config'
+      + (f':\n{misfits.listed(problems)}' if problems else '.')
+    )
 
   def step(self) -> int | None:
     return self._step
@@ -198,7 +252,7 @@ class Checkpoint:
       return [scanned(row.theirs)]
     return row.names(self.config)
 
-  def _check(self) -> None:
+  def _check(self, causes: Sequence[str]) -> None:
     """Refuses parameters that are missing, unknown, or of another shape."""
     problems = []
     known: set[str] = set()
@@ -217,6 +271,11 @@ class Checkpoint:
             f'{name} ({row.ours}): expected {expected}, found '
             f'{self._arrays[name].shape}'
           )
+        elif self._arrays[name].dtype.name not in _DTYPES:
+          problems.append(
+            f'{name}: expected one of {", ".join(_DTYPES)}, found '
+            f'{self._arrays[name].dtype.name}'
+          )
     ours = {name: row.ours for row in ROWS for name in self._names(row)}
     problems += [
       f'{name}{f" ({ours[name]})" if name in ours else ""} '
@@ -224,11 +283,7 @@ class Checkpoint:
       for name in self._arrays.keys() - known
     ]
     if problems:
-      raise ValueError(
-        f'The parameters in {self.location} are not those of the config. Name '
-        'the one that they were trained with by --config:\n  '
-        + '\n  '.join(sorted(problems))
-      )
+      raise ValueError(self._misfit(causes, problems))
 
 
 def unmerged(row: Row, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -238,6 +293,28 @@ def unmerged(row: Row, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 def scanned(name: str) -> str:
   return re.sub(r'^(\w+)/layers_{layer}/', r'\1/\1/', name)
+
+
+def is_checkpoint(location: pathlib.Path) -> bool:
+  """Returns whether T5X, and nobody else, leaves such a folder or file."""
+  if location.is_file():
+    if location.suffix not in ('', '.msgpack') and not re.fullmatch(
+      r'checkpoint_\d+', location.name
+    ):
+      return False
+    with location.open('rb') as file:
+      first = file.read(1)
+    return bool(first) and (first[0] >> 4 == 8 or first[0] in (0xDE, 0xDF))
+  return (
+    any(
+      (location / name).is_file()
+      for name in (FILE, '_METADATA', 'state/_METADATA')
+    )
+    or location.is_dir()
+    and any(
+      re.fullmatch(r'checkpoint_\d+', path.name) for path in location.iterdir()
+    )
+  )
 
 
 def _find(
@@ -274,25 +351,46 @@ def _open(path: pathlib.Path) -> dict[str, _Array]:
     return _open_orbax(path)
   try:
     content = flax.serialization.msgpack_restore(path.read_bytes())
-  except (msgpack.exceptions.UnpackException, ValueError) as error:
+  except _BROKEN as error:
     raise ValueError(
       f'{path} ({path.stat().st_size} bytes) is not a whole msgpack file: '
-      f'{error or type(error).__name__}. Copy the checkpoint again.'
+      f'{config_lib.shorten(str(error) or type(error).__name__)}. Copy the '
+      'checkpoint again.'
     ) from error
   if isinstance(content, dict):
     content = content.get('optimizer', content)
-  if not isinstance(content, dict) or 'target' not in content:
+  if not isinstance(content, dict) or not isinstance(
+    content.get('target'), dict
+  ):
     raise ValueError(f'{path} is not a checkpoint of T5X: it has no target.')
   arrays = {}
   for name, leaf in _leaves(content['target']):
-    if isinstance(leaf, dict):
-      # Since tensorstore 0.1.14 the path is inside.
-      place = leaf['kvstore'].get('path') or leaf['path']
-      kvstore = {'driver': 'file', 'path': str(path.parent / place)}
-      arrays[name] = _open_array(name, path, 'zarr', kvstore)
-    else:
+    if isinstance(leaf, np.ndarray):
       arrays[name] = _Array(leaf.shape, leaf.dtype, leaf.copy)
+    else:
+      kvstore = {'driver': 'file', 'path': _place(path, name, leaf)}
+      arrays[name] = _open_array(name, path, 'zarr', kvstore)
   return arrays
+
+
+def _place(path: pathlib.Path, name: str, leaf: Any) -> str:
+  """Returns where the array of a tensorstore spec is, in the checkpoint."""
+  found = None
+  if isinstance(leaf, dict) and isinstance(leaf['kvstore'], dict):
+    # Since tensorstore 0.1.14 the path is inside.
+    found = leaf['kvstore'].get('path') or leaf.get('path')
+  if not isinstance(found, str):
+    raise ValueError(
+      f'{path}: the parameter {config_lib.shorten(name)} is neither an array '
+      'nor says where one is. Copy the checkpoint again.'
+    )
+  place = (path.parent / found).resolve()
+  if not place.is_relative_to(path.parent):
+    raise ValueError(
+      f'{path}: the parameter {config_lib.shorten(name)} is said to be in '
+      f'{config_lib.shorten(found)}, out of the checkpoint. Copy it whole.'
+    )
+  return f'{place}/'
 
 
 def _leaves(
@@ -308,14 +406,23 @@ def _leaves(
 
 
 def _open_orbax(folder: pathlib.Path) -> dict[str, _Array]:
-  metadata = tensor_files.read_json(folder / '_METADATA')
+  path = folder / '_METADATA'
+  metadata = tensor_files.read_json(path)
   driver = 'zarr3' if metadata.get('use_zarr3') else 'zarr'
+  tree = metadata.get('tree_metadata')
+  if not isinstance(tree, dict):
+    raise ValueError(
+      f'{path} is not what Orbax writes: it has no object tree_metadata. Copy '
+      'the checkpoint again.'
+    )
   arrays = {}
-  for leaf in metadata['tree_metadata'].values():
-    first, *keys = [str(key['key']) for key in leaf['key_metadata']]
+  for name, leaf in tree.items():
+    first, *keys = _keys(path, name, leaf)
     if first != 'target':
       continue
     place = '.'.join((first, *keys)) + '/'
+    if '..' in pathlib.PurePath(place).parts:
+      raise ValueError(f'{path}: {config_lib.shorten(place)} leads out of it.')
     if (folder / 'manifest.ocdbt').is_file():
       base = {'driver': 'file', 'path': f'{folder}/'}
       kvstore: dict[str, Any] = {'driver': 'ocdbt', 'base': base, 'path': place}
@@ -326,13 +433,28 @@ def _open_orbax(folder: pathlib.Path) -> dict[str, _Array]:
   return arrays
 
 
+def _keys(path: pathlib.Path, name: str, leaf: Any) -> list[str]:
+  """Returns the keys that lead to a leaf of Orbax's tree."""
+  keys = leaf.get('key_metadata') if isinstance(leaf, dict) else None
+  if (
+    not isinstance(keys, list)
+    or not keys
+    or not all(isinstance(key, dict) and 'key' in key for key in keys)
+  ):
+    raise ValueError(
+      f'{path}: tree_metadata of {config_lib.shorten(name)} does not say where '
+      'it is (key_metadata). Copy the checkpoint again.'
+    )
+  return [str(key['key']) for key in keys]
+
+
 def _open_array(
   name: str, path: pathlib.Path, driver: str, kvstore: Mapping[str, Any]
 ) -> _Array:
   def broken(error: Exception) -> ValueError:
     return ValueError(
-      f'{path}: the parameter {name} is not whole: {error}. Copy the '
-      'checkpoint again.'
+      f'{path}: the parameter {name} is not whole: '
+      f'{config_lib.shorten(str(error), 200)}. Copy the checkpoint again.'
     )
 
   spec = {
@@ -342,16 +464,37 @@ def _open_array(
   }
   try:
     store = tensorstore.open(spec, open=True, read=True).result()
-  except (ValueError, FileNotFoundError) as error:
+  except (*_BROKEN, OSError, NotImplementedError, RuntimeError) as error:
     raise broken(error) from error
+
+  dtype = store.dtype.numpy_dtype
+  size = math.prod(store.shape) * dtype.itemsize
+  chunk = math.prod(store.chunk_layout.read_chunk.shape or ()) * dtype.itemsize
+  # tensorstore ends the process where it finds no memory.
+  if max(size, chunk) > _SMALL and (
+    max(size, chunk) > _MOST_COMPRESSED * (stored := _stored_bytes(kvstore))
+    or chunk > 2 * size
+  ):
+    raise ValueError(
+      f'{path}: the parameter {name} has the shape {store.shape} in chunks of '
+      f'{store.chunk_layout.read_chunk.shape}, and {stored} bytes on the disk. '
+      'Copy the checkpoint again.'
+    )
 
   def read() -> np.ndarray:
     try:
       return store.read().result()
-    except ValueError as error:
+    except (*_BROKEN, OSError) as error:
       raise broken(error) from error
 
-  return _Array(store.shape, store.dtype.numpy_dtype, read)
+  return _Array(store.shape, dtype, read)
+
+
+def _stored_bytes(kvstore: Mapping[str, Any]) -> int:
+  """Returns how large the files of an array are, or of all that share them."""
+  folder = pathlib.Path(kvstore.get('base', kvstore)['path'])
+  files = (path for path in folder.rglob('*') if path.is_file())
+  return sum(file.stat().st_size for file in files)
 
 
 def _config(
@@ -361,62 +504,95 @@ def _config(
   layer = 'encoder/encoder/' if is_scanned else 'encoder/layers_0/'
   shared = layer if is_scanned else 'encoder/'
   per_layer = f'{layer}relpos_bias/rel_embedding'
-  try:
-    vocab_size, emb_dim = arrays['token_embedder/embedding'].shape
-    relpos = (
-      arrays.get(per_layer) or arrays[f'{shared}relpos_bias/rel_embedding']
-    )
-    query = arrays[f'{layer}attention/query/kernel'].shape
-    mlp_dim = arrays[f'{layer}mlp/wo/kernel'].shape[0]
-  except KeyError as error:
-    raise ValueError(
-      f'{path} does not hold a T5: it has no parameter {error}. Its parameters '
-      f'begin with {", ".join(sorted(arrays)[:3])}.'
-    ) from error
-
-  def num_layers(stack: str) -> int:
-    if is_scanned:
-      return arrays[f'{stack}/{stack}/mlp/wo/kernel'].shape[1]
-    found = (re.match(rf'{stack}/layers_(\d+)/', name) for name in arrays)
-    return 1 + max((int(m[1]) for m in found if m), default=-1)
+  ranks = {
+    'token_embedder/embedding': (2,),
+    f'{layer}attention/query/kernel': (3, 4) if is_scanned else (2, 3),
+    f'{layer}mlp/wo/kernel': (3,) if is_scanned else (2,),
+  }
+  relpos_name = per_layer
+  if per_layer not in arrays:
+    relpos_name = f'{shared}relpos_bias/rel_embedding'
+  ranks[relpos_name] = (3,) if is_scanned else (2,)
+  for name, allowed in ranks.items():
+    if name not in arrays:
+      raise ValueError(
+        f'{path} does not hold a T5: it has no parameter {name!r}. Its '
+        f'parameters begin with '
+        f'{config_lib.shorten(", ".join(sorted(arrays)[:3]), 200)}.'
+      )
+    if len(arrays[name].shape) not in allowed or 0 in arrays[name].shape:
+      raise ValueError(
+        f'{path} does not hold a T5: its parameter {name!r} has the shape '
+        f'{arrays[name].shape}.'
+      )
+  vocab_size, emb_dim = arrays['token_embedder/embedding'].shape
+  relpos = arrays[relpos_name]
+  query = arrays[f'{layer}attention/query/kernel'].shape
+  mlp_dim = arrays[f'{layer}mlp/wo/kernel'].shape[0]
 
   query_axes = [emb_dim, relpos.shape[0]]
   if is_scanned:
-    query_axes.append(num_layers('encoder'))
+    query_axes.append(_num_layers(arrays, 'encoder', True))
   is_gated = f'{layer}mlp/wi_0/kernel' in arrays
-  fields = {
+  fields: dict[str, Any] = {
     'vocab_size': vocab_size,
     'emb_dim': emb_dim,
     'num_heads': relpos.shape[0],
     'head_dim': math.prod(query) // math.prod(query_axes),
     'mlp_dim': mlp_dim,
-    'num_encoder_layers': num_layers('encoder'),
-    'num_decoder_layers': num_layers('decoder'),
+    'num_encoder_layers': _num_layers(arrays, 'encoder', is_scanned),
+    'num_decoder_layers': _num_layers(arrays, 'decoder', is_scanned),
     'mlp_activations': ('gelu', 'linear') if is_gated else ('relu',),
     'logits_via_embedding': 'decoder/logits_dense/kernel' not in arrays,
     'dropout_rate': 0.1,  # T5Config's default.
-  } | _fields_beside(path)
-  return config_lib.TransformerConfig(
-    **fields,
-    relpos_buckets=relpos.shape[-1],
-    relpos_per_layer=per_layer in arrays,
+  }
+  beside, fields_beside = _fields_beside(path)
+  fields |= fields_beside
+  fields |= {
+    'relpos_buckets': relpos.shape[-1],
+    'relpos_per_layer': per_layer in arrays,
     # T5X divides by sqrt(emb_dim) wherever the head is tied.
-    scale_logits=fields['logits_via_embedding'],
-  )
+    'scale_logits': fields['logits_via_embedding'] is True,
+  }
+  return config_lib.from_json(fields, beside, 'T5Config')
 
 
-def _fields_beside(path: pathlib.Path) -> dict[str, Any]:
+def _num_layers(
+  arrays: Mapping[str, _Array], stack: str, is_scanned: bool
+) -> int:
+  """Returns how many layers a stack has, by its arrays."""
+  if is_scanned:
+    wo = arrays.get(f'{stack}/{stack}/mlp/wo/kernel')
+    return 0 if wo is None or len(wo.shape) < 2 else wo.shape[1]
+  found = (re.match(rf'{stack}/layers_(\d+)/', name) for name in arrays)
+  return len({match[1] for match in found if match})
+
+
+def _fields_beside(path: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
   """Returns T5Config's fields as a file near the checkpoint has them."""
   for folder in path.parents[:3]:
-    if (folder / CONFIG).is_file():
-      content = tensor_files.read_json(folder / CONFIG)
+    file = folder / CONFIG
+    if file.is_file():
+      content = tensor_files.read_json(file)
       found = content.get('config', content)
+      if not isinstance(found, dict):
+        raise ValueError(
+          f'{file}: config is {config_lib.shorten(repr(found))}; expected an '
+          'object. Copy the checkpoint again.'
+        )
     elif (folder / _GIN).is_file():
-      found = _read_gin((folder / _GIN).read_text())
+      file = folder / _GIN
+      try:
+        found = _read_gin(file.read_text(encoding='utf-8'))
+      except (SyntaxError, ValueError, TypeError, LookupError) as error:
+        raise ValueError(
+          f'{file} cannot be read: {config_lib.shorten(str(error), 200)}. Copy '
+          'the checkpoint again.'
+        ) from error
     else:
       continue
-    return {name: found[name] for name in FIELDS if name in found}
-  return {}
+    return file, {name: found[name] for name in FIELDS if name in found}
+  return path, {}
 
 
 class _Delegate(gin.config_parser.ParserDelegate):
@@ -448,5 +624,5 @@ def _read_gin(text: str) -> dict[str, Any]:
   return {
     name: value
     for name, value in values.items()
-    if not (isinstance(value, str) and value[0] in '@%')
+    if not (isinstance(value, str) and value[:1] in ('@', '%'))
   }

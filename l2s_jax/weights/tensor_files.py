@@ -7,6 +7,7 @@ that no file is ever in memory whole. What the names mean is not known here.
 
 import json
 import pathlib
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+from l2s_jax.models import config as config_lib
+
 WEIGHTS = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 PICKLE = 'pytorch_model.bin'
@@ -25,6 +28,20 @@ PICKLE_INDEX = 'pytorch_model.bin.index.json'
 MAX_FILE_BYTES = 5 * 10**9
 # Of a pickle, before what was read of it is let go.
 _MAX_MAPPED_BYTES = 2**28
+# What PyTorch and pickle raise over bytes that are not what they should be.
+_BROKEN = (
+  RuntimeError,
+  EOFError,
+  OSError,
+  ValueError,
+  LookupError,
+  TypeError,
+  AttributeError,
+  ArithmeticError,
+  AssertionError,
+  MemoryError,
+  struct.error,
+)
 
 # By the names that safetensors gives them.
 DTYPES = {
@@ -50,6 +67,12 @@ class Tensor(NamedTuple):
   read: Callable[[], np.ndarray]
 
 
+def are_in(folder: pathlib.Path) -> bool:
+  """Returns whether a folder has files that `open_folder` looks for."""
+  names = (WEIGHTS, INDEX, PICKLE, PICKLE_INDEX)
+  return any((folder / name).is_file() for name in names)
+
+
 def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
   """Returns the tensors of a folder of weights by the names in its files.
 
@@ -62,14 +85,9 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
     (PICKLE, PICKLE_INDEX, _open_pickle),
   ):
     if (folder / single).is_file():
-      paths = [folder / single]
-    elif (folder / index).is_file():
-      paths = _shards(folder / index)
-    else:
-      continue
-    return {
-      name: tensor for path in paths for name, tensor in read(path).items()
-    }
+      return read(folder / single)
+    if (folder / index).is_file():
+      return _open_shards(folder / index, read)
   found = sorted(
     path.name
     for path in folder.iterdir()
@@ -82,15 +100,42 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
   )
 
 
-def _shards(index: pathlib.Path) -> list[pathlib.Path]:
-  names = sorted(set(read_json(index).get('weight_map', {}).values()))
-  missing = [name for name in names if not (index.parent / name).is_file()]
-  if missing or not names:
-    raise FileNotFoundError(
-      f'{index} lists {len(names)} files; missing: '
-      f'{", ".join(missing) or "all"}. Download them into {index.parent}.'
+def _open_shards(
+  index: pathlib.Path, read: Callable[[pathlib.Path], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+  """Returns the tensors of all files of an index, each of the file it says."""
+  weight_map = read_json(index).get('weight_map', {})
+  if not isinstance(weight_map, dict):
+    raise ValueError(
+      f'{index}: weight_map is {config_lib.shorten(repr(weight_map))}; '
+      'expected an object of file names by the names of tensors. Download '
+      'it again.'
     )
-  return [index.parent / name for name in names]
+  for name, file in weight_map.items():
+    # A path would lead out of the folder.
+    if not isinstance(file, str) or pathlib.PurePath(file).name != file:
+      raise ValueError(
+        f'{index}: weight_map has {config_lib.shorten(repr(file))} for '
+        f'{config_lib.shorten(repr(name))}; expected the name of a file '
+        'beside it. Download it again.'
+      )
+  files = sorted(set(weight_map.values()))
+  missing = [file for file in files if not (index.parent / file).is_file()]
+  if missing or not files:
+    raise FileNotFoundError(
+      f'{index} lists {len(files)} files; missing: '
+      f'{config_lib.shorten(", ".join(missing), 400) or "all"}. Download them '
+      f'into {index.parent}.'
+    )
+  tensors: dict[str, Tensor] = {}
+  for file in files:
+    found = read(index.parent / file)
+    tensors |= {
+      name: tensor
+      for name, tensor in found.items()
+      if weight_map.get(name, file) == file
+    }
+  return tensors
 
 
 def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
@@ -108,12 +153,18 @@ def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
   except safetensors.SafetensorError as error:
     raise ValueError(
       f'{path} ({path.stat().st_size} bytes) is not a whole safetensors file: '
-      f'{error}. The download may have been cut short, or left a Git LFS '
-      'pointer; download it again.'
+      f'{config_lib.shorten(str(error))}. The download may have been cut '
+      'short, or left a Git LFS pointer; download it again.'
     ) from error
-  with path.open('rb') as file:
-    length = int.from_bytes(file.read(8), 'little')
-    header = json.loads(file.read(length))
+  try:
+    with path.open('rb') as file:
+      length = int.from_bytes(file.read(8), 'little')
+      header = json.loads(file.read(length))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(
+      f'{path} ({path.stat().st_size} bytes) has a header that is not JSON: '
+      f'{config_lib.shorten(str(error))}. Download it again.'
+    ) from error
   header.pop('__metadata__', None)
 
   def tensor(entry: Mapping[str, Any]) -> Tensor:
@@ -157,7 +208,7 @@ def _open_pickle(path: pathlib.Path) -> dict[str, Tensor]:
   return {
     name: tensor(name, value)
     for name, value in pickled.tensors.items()
-    if isinstance(value, torch.Tensor)
+    if isinstance(name, str) and isinstance(value, torch.Tensor)
   }
 
 
@@ -197,20 +248,19 @@ class _Pickle:
       stored = torch.load(
         path, map_location='cpu', weights_only=True, mmap=self._is_mapped
       )
-    except (
-      pickle.UnpicklingError,
-      RuntimeError,
-      EOFError,
-      OSError,
-      ValueError,
-      LookupError,
-      struct.error,
-    ) as error:
-      said = str(error).splitlines() or [type(error).__name__]
+    except pickle.UnpicklingError as error:
+      # In our words: PyTorch advises to let it run.
+      code = re.search(r'GLOBAL (\S+)', str(error))
+      what = f' ({config_lib.shorten(code[1])})' if code else ''
       raise ValueError(
-        f'{path} ({path.stat().st_size} bytes) was not read: it is cut short, '
-        'or holds more than tensors, which is never unpickled. Download '
-        f'{WEIGHTS} instead. PyTorch says: {said[0]}'
+        f'{path} ({path.stat().st_size} bytes) was not read: it is cut '
+        f'short, or holds more than tensors{what}, which is never unpickled. '
+        f'Take {WEIGHTS} instead, or save tensors alone.'
+      ) from error
+    except _BROKEN as error:
+      raise ValueError(
+        f'{path} ({path.stat().st_size} bytes) was not read: it is cut short '
+        f'or damaged. Download it again, or {WEIGHTS} instead.'
       ) from error
     if not isinstance(stored, dict):
       raise ValueError(
@@ -304,10 +354,11 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     ValueError: if it holds something else, naming the file.
   """
   try:
-    content = json.loads(path.read_text())
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    content = json.loads(path.read_text(encoding='utf-8'))
+  except (ValueError, RecursionError) as error:
     raise ValueError(
-      f'{path} is not JSON: {error}. Download it again.'
+      f'{path} is not JSON: {config_lib.shorten(str(error))}. Download it '
+      'again.'
     ) from error
   if not isinstance(content, dict):
     raise ValueError(f'{path} holds no JSON object. Download it again.')

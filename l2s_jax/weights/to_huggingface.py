@@ -190,7 +190,7 @@ def _how_it_fits(source: weights.Source, run: runs.Run) -> dict[str, Any]:
       'path': description['llm_path'],
       'fingerprint': description['llm_fingerprint'],
       'model_types': huggingface.model_types(
-        config_lib.TransformerConfig(**description['llm'])
+        config_lib.from_json(description['llm'], run.location, 'llm')
       ),
       'emb_dim': description['llm']['emb_dim'],
       'dtype': description['frozen_dtype'],

@@ -34,6 +34,7 @@ def save(source: weights.Source, folder: pathlib.Path) -> None:
   """
   config = source.config
   check(source)
+  folder = folder.resolve()  # tensorstore takes no path that holds `..`.
   step = source.step() or 1  # T5X finds no checkpoint_0.
   path = folder / f'checkpoint_{step}'
   path.mkdir(parents=True)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The header of a GGUF file, walked once before the package gguf reads it.
+
+That package believes every count and length, and would look for 2**60 entries
+of a list as long as memory lasts. Here each is compared with the file's size.
+"""
+
+import math
+import mmap
+import pathlib
+import struct
+
+MAGIC = b'GGUF'
+# Bytes of a value by its type; 8 is a text, 9 a list.
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_TEXT, _LIST = 8, 9
+_MOST_AXES = 4
+
+
+class _Cursor:
+  """A place in a file, from which nothing is read beyond the end."""
+
+  def __init__(self, content: mmap.mmap, order: str):
+    self._content = content
+    self._order = order
+    self.at = len(MAGIC)
+
+  def skip(self, num_bytes: int) -> int:
+    """Goes on, and returns where it was."""
+    start = self.at
+    if num_bytes > len(self._content) - start:
+      raise ValueError(
+        f'byte {start} begins {num_bytes} bytes, and the file has '
+        f'{len(self._content)}'
+      )
+    self.at += num_bytes
+    return start
+
+  def number(self, letter: str) -> int:
+    layout = self._order + letter
+    start = self.skip(struct.calcsize(layout))
+    return struct.unpack_from(layout, self._content, start)[0]
+
+  def text(self) -> bytes:
+    length = self.number('Q')
+    start = self.skip(length)
+    return self._content[start : start + length]
+
+  def value(self, kind: int, depth: int = 0) -> int | None:
+    """Passes over a value; returns it if it is a uint32."""
+    if kind == _TEXT:
+      self.skip(self.number('Q'))
+    elif kind == _LIST:
+      if depth > 3:
+        raise ValueError(f'byte {self.at} is in a list in a list in a list')
+      inner, count = self.number('I'), self.number('Q')
+      if inner in _SIZES:
+        self.skip(count * _SIZES[inner])
+      else:
+        for _ in range(self.count(count, 8)):
+          self.value(inner, depth + 1)
+    elif kind == 4:
+      return self.number('I')
+    elif kind in _SIZES:
+      self.skip(_SIZES[kind])
+    else:
+      raise ValueError(f'byte {self.at} has a value of the unknown type {kind}')
+    return None
+
+  def count(self, count: int, num_bytes: int) -> int:
+    """Returns a count of what takes at least so many bytes each."""
+    if count > (len(self._content) - self.at) // num_bytes:
+      raise ValueError(
+        f'byte {self.at} begins {count} entries, and the file has '
+        f'{len(self._content)} bytes'
+      )
+    return count
+
+
+def check(path: pathlib.Path) -> None:
+  """Refuses a header that the file cannot hold.
+
+  Raises:
+    ValueError: says where and why, to follow on the name of the file.
+  """
+  import gguf
+
+  size = path.stat().st_size
+  if size < 24:
+    raise ValueError('it is shorter than a header')
+  with (
+    path.open('rb') as file,
+    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+  ):
+    if content[: len(MAGIC)] != MAGIC:
+      raise ValueError('it does not begin with GGUF')
+    is_little = struct.unpack_from('<I', content, 4)[0] & 0xFFFF
+    cursor = _Cursor(content, '<' if is_little else '>')
+    cursor.number('I')  # The version, which the package knows.
+    num_tensors = cursor.count(cursor.number('Q'), 24)
+    num_values = cursor.count(cursor.number('Q'), 13)
+    alignment = 32
+    for _ in range(num_values):
+      key = cursor.text()
+      value = cursor.value(cursor.number('I'))
+      if key == b'general.alignment':
+        alignment = value or 0
+    if alignment < 1 or alignment & (alignment - 1):
+      raise ValueError(f'general.alignment is {alignment}, no power of two')
+    ends = [_tensor(cursor, gguf) for _ in range(num_tensors)]
+    start = -(-cursor.at // alignment) * alignment
+    for name, end in ends:
+      if start + end > size:
+        raise ValueError(
+          f'{name} ends at byte {start + end}, and the file has {size}'
+        )
+
+
+def _tensor(cursor: _Cursor, gguf) -> tuple[str, int]:
+  """Returns the name of a tensor, and where it ends within the data."""
+  name = repr(cursor.text().decode('utf-8', 'replace')[:80])
+  num_axes = cursor.number('I')
+  if not 1 <= num_axes <= _MOST_AXES:
+    raise ValueError(f'{name} has {num_axes} axes, expected 1 to {_MOST_AXES}')
+  sizes = [cursor.number('Q') for _ in range(num_axes)]
+  kind = gguf.GGMLQuantizationType(cursor.number('I'))
+  offset = cursor.number('Q')
+  block, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+  if 0 in sizes or sizes[0] % block:
+    raise ValueError(f'{name} has the shape {sizes}, of which there is none')
+  return name, offset + math.prod(sizes) // block * num_bytes

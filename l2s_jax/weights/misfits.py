@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Why tensors are not those of their config, in as few words as it takes.
+
+Sizes in a config are compared with the tensors that are there before anything
+is made of them: a config may ask for more layers than memory holds.
+"""
+
+import collections
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from l2s_jax.models import config as config_lib
+from l2s_jax.weights import rows
+from l2s_jax.weights.rows import Row
+
+_MOST_LINES = 10
+_LAYERS = {'encoder': 'num_encoder_layers', 'decoder': 'num_decoder_layers'}
+
+
+def listed(problems: Iterable[str]) -> str:
+  """Returns lines of an error: ten at most, and how many more there are."""
+  lines = sorted(set(problems))
+  shown = [f'  {config_lib.shorten(line, 240)}' for line in lines[:_MOST_LINES]]
+  if len(lines) > len(shown):
+    shown.append(f'  and {len(lines) - len(shown)} more')
+  return '\n'.join(shown)
+
+
+def layers(
+  table: Sequence[Row],
+  config: config_lib.TransformerConfig,
+  names: Iterable[str],
+  keys: Mapping[str, str],
+) -> list[str]:
+  """Returns in which stacks the files have other layers than the config.
+
+  Args:
+    table: of names, of the family of the model.
+    config: what its config says.
+    names: of all tensors, as the table has them.
+    keys: what the config's file calls a size, as `rows.Family.sizes`.
+  """
+  names = set(names)
+  heads = {row.theirs for row in table if row.path[0] == 'logits_dense'}
+  # An encoder may come without its decoder.
+  may_lack_decoder = config.is_encoder_decoder and not heads & names
+  causes = []
+  for stack, field in _LAYERS.items():
+    said = getattr(config, field)
+    stems = {
+      row.theirs.partition('{layer}')[0]
+      for row in table
+      if row.is_stacked and row.path[0] == stack
+    }
+    if not said or not stems:
+      continue
+    found = _count_layers(stems, names)
+    is_left_out = stack == 'decoder' and may_lack_decoder and not found
+    if found == said or is_left_out:
+      continue
+    key = keys.get(stack, field)
+    causes.append(
+      f'the files hold {found or "no"} {stack} layer'
+      f'{"" if found == 1 else "s"}, {key} says {said}'
+    )
+  return causes
+
+
+def _count_layers(stems: Iterable[str], names: Iterable[str]) -> int:
+  """Returns how many layers there are, stray tensors of others left out."""
+  sizes: collections.Counter[str] = collections.Counter()
+  for stem in stems:
+    pattern = re.compile(re.escape(stem) + r'(\d+)\.')
+    found = (pattern.match(name) for name in names)
+    sizes.update(match[1] for match in found if match)
+  most = max(sizes.values(), default=0)
+  return sum(2 * size >= most for size in sizes.values())
+
+
+def widths(
+  table: Iterable[Row],
+  config: config_lib.TransformerConfig,
+  shapes: Mapping[str, Sequence[int]],
+  keys: Mapping[str, str],
+) -> list[str]:
+  """Returns which sizes the config and most of the tensors disagree on.
+
+  Args:
+    table: the rows that the model has.
+    config: what its config says.
+    shapes: of all tensors, by their names in the table.
+    keys: what the config's file calls a size, as `rows.Family.sizes`.
+  """
+  sizes = rows.axis_sizes(config)
+  counts: dict[tuple[str, ...], collections.Counter[int]]
+  counts = collections.defaultdict(collections.Counter)
+  for row in table:
+    for letters, found in _axes(row, config, shapes):
+      counts[letters][found] += 1
+  causes = []
+  known = dict(sizes)
+  for letters in sorted(counts, key=len):
+    ((found, _),) = counts[letters].most_common(1)
+    # Those that are known from other tensors explain a product of them.
+    if found in (_product(letters, sizes), _product(letters, known)):
+      continue
+    if len(letters) == 1:
+      known[letters[0]] = found
+    named = [letter for letter in letters if letter != 'c']
+    said = ' * '.join(keys.get(letter, letter) for letter in named)
+    numbers = ' * '.join(str(sizes[letter]) for letter in named)
+    if len(named) > 1:
+      numbers += f' = {_product(named, sizes)}'
+    if 'c' in letters:
+      found //= sizes['c']
+    causes.append(f'{said} says {numbers}, the tensors have {found}')
+  return causes
+
+
+def _axes(
+  row: Row,
+  config: config_lib.TransformerConfig,
+  shapes: Mapping[str, Sequence[int]],
+) -> Iterator[tuple[tuple[str, ...], int]]:
+  """Yields the letters of each axis of a row's tensors, and its size."""
+  groups = [tuple(group) for group in row.groups()]
+  for name in row.names(config):
+    shape = shapes.get(name, ())
+    if len(shape) == len(groups):
+      yield from zip(groups, shape, strict=True)
+
+
+def _product(letters: Iterable[str], sizes: Mapping[str, int]) -> int:
+  return math.prod(sizes[letter] for letter in letters)
