@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from l2s_jax import vocabularies
@@ -35,12 +36,14 @@ class ByteVocabulary(vocabularies.Vocabulary):
     start_id: int | None = None,
     eos_id: int | None = None,
     pad_id: int | None = None,
+    said_ids: Mapping[str, Any] | None = None,
   ):
     """Reads which sentinels there are.
 
     Args:
       path: a `tokenizer_config.json`; None stands for ByT5's own, with 125.
       start_id: replaces the pad token; `eos_id` and `pad_id` replace theirs.
+      said_ids: see `Vocabulary`.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -76,6 +79,8 @@ class ByteVocabulary(vocabularies.Vocabulary):
       start_id=start_id,
       eos_id=eos_id,
       pad_id=pad_id,
+      num_plain_ids=_FIRST_SENTINEL,
+      said_ids=said_ids,
     )
 
   @functools.cached_property
@@ -84,7 +89,7 @@ class ByteVocabulary(vocabularies.Vocabulary):
     names = sorted(self._sentinel_ids, key=len, reverse=True)
     return re.compile(f'({"|".join(map(re.escape, names)) or "(?!)"})')
 
-  def encode(self, text: str) -> list[int]:
+  def _encode(self, text: str) -> list[int]:
     ids: list[int] = []
     for part in self._processor.split(text):
       if part in self._sentinel_ids:
