@@ -98,7 +98,7 @@ class _Source:
   stored: _Json | None
   arguments: _Json
   added: dict[int, _AddedToken]
-  pieces: tuple[_Json, list[list[str]]] | None = None  # of GPT-2's files
+  pieces: tuple[_Json, list[Any]] | None = None  # of GPT-2's files
 
 
 def resolve(folder: pathlib.Path) -> Resolved | None:
@@ -752,7 +752,7 @@ def _pieces_of(source: _Source, kind: type) -> Any:
   return vocab
 
 
-def read_gpt2_files(folder: pathlib.Path) -> tuple[_Json, list[list[str]]]:
+def read_gpt2_files(folder: pathlib.Path) -> tuple[_Json, list[Any]]:
   """Returns the pieces and merges of `vocab.json` and `merges.txt`."""
   contents = [
     tokenizer_files.read(folder / name) for name in tokenizer_files.GPT2_FILES
@@ -762,7 +762,7 @@ def read_gpt2_files(folder: pathlib.Path) -> tuple[_Json, list[list[str]]]:
 
 def parse_gpt2_files(
   contents: Iterable[bytes], folder: pathlib.Path
-) -> tuple[_Json, list[list[str]]]:
+) -> tuple[_Json, list[Any]]:
   """Returns the pieces and merges that the two files of a folder hold.
 
   Raises:
@@ -795,7 +795,7 @@ def parse_gpt2_files(
   return vocab, merges
 
 
-def _merges(vocab: Mapping[str, int]) -> list[list[str]]:
+def _merges(vocab: Mapping[str, int]) -> list[Any]:
   """Returns what makes each piece, in the order of `generate_merges`."""
   merges = []
   for piece, number in vocab.items():
@@ -834,7 +834,7 @@ def _stored_charsmap(source: _Source) -> bytes | None:
   return None
 
 
-def gpt2_json(vocab: _Json, merges: list[list[str]]) -> _Json | None:
+def gpt2_json(vocab: _Json, merges: list[Any]) -> _Json | None:
   """Returns GPT-2's tokenizer.json; None if the pieces are not GPT-2's."""
   if GPT2_EOS not in vocab:
     return None

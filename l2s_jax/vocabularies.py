@@ -259,7 +259,9 @@ class Vocabulary(abc.ABC):
     strangers = [
       name
       for name in ALL_FILES
-      if name not in self._files and (folder / name).exists()
+      if name not in self._files
+      and name != tokenizer_files.GENERATION_FILE  # of the model, not of us
+      and (folder / name).exists()
     ]
     if strangers:
       raise ValueError(

@@ -369,6 +369,7 @@ def test_what_a_killed_conversion_left_is_replaced(t5, tmp_path, monkeypatch):
   assert not run('--from=hf', '--to=l2s', folder, tmp_path / 'out')
   assert not left.exists()
   assert {p.name for p in (tmp_path / 'out').iterdir()} == {
+    'generation_config.json',
     'model.safetensors',
     'weights.json',
   }
