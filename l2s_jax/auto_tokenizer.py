@@ -141,6 +141,16 @@ def resolve(folder: pathlib.Path) -> Resolved | None:
   return Resolved(_dump(made).encode(), tokens, is_as_stored, note)
 
 
+def arguments(folder: pathlib.Path) -> _Json:
+  """Returns what a folder's files give to the class that AutoTokenizer picks.
+
+  Special tokens are text, or objects that say how they are found in text.
+  """
+  source = _read(folder)
+  _take_special_tokens(source)
+  return source.arguments
+
+
 def _read(folder: pathlib.Path) -> _Source:
   """Reads the JSON files of a folder."""
   config_path = folder / tokenizer_files.CONFIG_FILE

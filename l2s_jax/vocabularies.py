@@ -579,7 +579,19 @@ def _load_as_transformers(
   overrides: Mapping[str, int | None],
 ) -> Vocabulary | None:
   """Returns what AutoTokenizer makes of a folder; None where it does not."""
-  if not _is_of_transformers(folder):
+  from l2s_jax import byte_vocabulary
+
+  path = folder / CONFIG_FILE
+  config = tokenizer_files.read_json(path)
+  if config.get('tokenizer_class') == BYTE_TOKENIZER:
+    in_text = None
+    if byte_vocabulary.IN_TEXT not in config:
+      arguments = auto_tokenizer.arguments(folder)
+      in_text = byte_vocabulary.in_text_of(arguments)
+    return byte_vocabulary.ByteVocabulary(
+      path, said_ids=said, in_text=in_text, **overrides
+    )
+  if not _is_of_transformers(folder, config):
     return None
   resolved = auto_tokenizer.resolve(folder)
   if resolved is None:
@@ -615,15 +627,10 @@ def _load_as_transformers(
   )
 
 
-def _is_of_transformers(folder: pathlib.Path) -> bool:
-  """Returns whether a folder says enough to AutoTokenizer.
-
-  Besides pieces it needs a class or a family; ByT5 has no pieces.
-  """
-  config_file = folder / CONFIG_FILE
-  config = tokenizer_files.read_json(config_file)
-  if config.get('tokenizer_class') == BYTE_TOKENIZER:
-    return False
+def _is_of_transformers(
+  folder: pathlib.Path, config: Mapping[str, Any]
+) -> bool:
+  """Returns whether a folder says enough to AutoTokenizer: class or family."""
   if 'tokenizer_class' in config or (folder / _TOKENIZER_FILE).is_file():
     return True
   return any(

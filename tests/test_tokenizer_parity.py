@@ -19,14 +19,11 @@ from l2s_jax import vocabularies
 transformers = pytest.importorskip('transformers')
 
 ODD = (
-  (
-    'the cat|12|345|{a}|\n|\t|hello|world|é|ñ|日本|😀|ﬁ|²|ș|</s>|<pad>|<s>|<unk>|'
-    '<extra_id_0>|<extra_id_7>|<|endoftext|>|<|im_end|>|{|}|Foo Bar|Zq|zzz|<x>|'
-    "▁|▁▁|\u00a0|\u200b|\ufeff|\r\n|Don't|...|[INST]|<0x0A>|İ|ǅ|\u0301|\x00|\x1f"
-  )
-  .replace('<|', '<!')
-  .split('|')
-)
+  'the cat¦12¦345¦{a}¦\n¦\t¦hello¦world¦é¦ñ¦日本¦😀¦ﬁ¦²¦ș¦</s>¦<pad>¦<s>¦'
+  '<unk>¦<extra_id_0>¦<extra_id_7>¦<|endoftext|>¦<|im_end|>¦{¦}¦Foo Bar¦Zq¦'
+  "zzz¦<x>¦▁¦▁▁¦\u00a0¦\u200b¦\ufeff¦\r\n¦Don't¦...¦[INST]¦<0x0A>¦İ¦ǅ¦"
+  '\u0301¦\x00¦\x1f'
+).split('¦')
 ADDED = {'{': 32100, '}': 32101, '\n': 32102, 'Foo Bar': 32103}
 FLAGS = {'lstrip': False, 'rstrip': False, 'normalized': False}
 
@@ -37,7 +34,7 @@ def random_texts(count, seed=0):
 
   def piece():
     if draw.random() < 0.7:
-      return draw.choice(ODD).replace('<!', '<|').replace('!>', '|>')
+      return draw.choice(ODD)
     return ''.join(
       chr(draw.randint(*draw.choice(blocks))) for _ in range(draw.randint(1, 5))
     )
@@ -166,6 +163,21 @@ FAMILIES = {
   'qwen2': (
     ['smollm2/tokenizer.json'],
     {'tokenizer_config': {'tokenizer_class': 'Qwen2Tokenizer'}},
+  ),
+  'byt5': (
+    [],
+    {'tokenizer_config': {'tokenizer_class': 'ByT5Tokenizer'}},
+  ),
+  'byt5 with flags': (
+    [],
+    {
+      'config': {'model_type': 't5'},
+      'tokenizer_config': {
+        'tokenizer_class': 'ByT5Tokenizer',
+        'eos_token': {'__type': 'AddedToken', **token('</s>')},
+        'extra_ids': 125,
+      },
+    },
   ),
   'pythia': (
     ['smollm2/tokenizer.json'],
