@@ -275,8 +275,9 @@ class PromptAnswerer:
 
   def _num_written(self, tokens: list[int]) -> int:
     """Returns how many tokens an answer has, with its EOS or its stop text."""
-    eos_id = self._vocabulary.eos_id
-    most = tokens.index(eos_id) + 1 if eos_id in tokens else len(tokens)
+    eos_ids = self._vocabulary.eos_ids
+    ends = (n for n, token in enumerate(tokens, 1) if token in eos_ids)
+    most = next(ends, len(tokens))
 
     def has_stopped(size: int) -> bool:
       text = self._vocabulary.decode(tokens[:size])

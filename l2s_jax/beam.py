@@ -119,7 +119,7 @@ class BeamSearch:
     )
     candidates, parents = self._extend(state, logits[:, 0])
     length = step + 1
-    ends = candidates.tokens[:, :, step] == self._ids.eos
+    ends = self._ids.end(candidates.tokens[:, :, step])
     counts = jnp.ones(ends.shape[1], bool)
     if decoding.length_penalty_form == 'power':
       ends |= (length >= state.prompts.max_lens)[:, None]

@@ -50,12 +50,7 @@ _FORMS: dict[type, tuple[str, str]] = {
   t5x.Checkpoint: ('a checkpoint of T5X', 't5x'),
 }
 # Beside the tokenizer's own files, what transformers keeps with them.
-_CARRIED = (
-  *vocabularies.ALL_FILES,
-  'added_tokens.json',
-  'chat_template.jinja',
-  'generation_config.json',
-)
+_CARRIED = (*vocabularies.ALL_FILES, 'chat_template.jinja')
 
 
 @gin.configurable(module='l2s_jax')
@@ -360,7 +355,7 @@ def _write(
   ):
     model_folder = folder / to_huggingface.SLM
     to_huggingface.save_run(reading, source, folder)
-    _copy_tokenizer(_vocabulary_folder(source, 'prompt'), folder)
+    vocabularies.load(_vocabulary_folder(source, 'prompt')).save(folder)
     prompt = vocabularies.load(folder)
     tokenizer_json.complete(folder, prompt, adds_eos=True)
   vocabulary = _write_tokenizer(reading, model_folder, vocabulary_path)
@@ -381,6 +376,8 @@ def _write(
     elif to == 't5x':
       to_t5x.save(reading, folder)
     else:
+      if not reading.special_ids and vocabulary is not None:
+        reading.special_ids = to_huggingface.special_ids(reading, vocabulary)
       converted.save(reading, folder)
 
 
@@ -399,11 +396,15 @@ def _write_tokenizer(
   elif isinstance(source, gguf_file.File):
     source.save_tokenizer(folder)
   elif isinstance(source, runs.Run):
-    _copy_tokenizer(_vocabulary_folder(source, 'answer'), folder)
+    vocabularies.load(_vocabulary_folder(source, 'answer')).save(folder)
   elif not isinstance(source, t5x.Checkpoint):
     _copy_tokenizer(pathlib.Path(source.location), folder)
+  is_copied = path is None and isinstance(
+    source, huggingface.Folder | converted.Folder
+  )
   try:
-    vocabulary = vocabularies.load(folder)
+    # What it is depends on the family too, which `folder` does not say yet.
+    vocabulary = vocabularies.load(source.location if is_copied else folder)
   except FileNotFoundError:
     print(
       f'{source.location} brings no tokenizer that is known. Give one by '
@@ -413,7 +414,7 @@ def _write_tokenizer(
   except ValueError as error:  # Kept all the same: transformers may read it.
     print(f'the tokenizer is copied, and cannot be used here: {error}')
     return None
-  systems.check_vocabulary(vocabulary, reading.config)
+  vocabulary.for_table(reading.config.vocab_size)
   ids = reading.special_ids
   said = ids.get('eos_token_id', ids.get('decoder', {}).get('eos_token_id'))
   eos_ids = [said] if isinstance(said, int) else said

@@ -45,13 +45,17 @@ class Ids(struct.PyTreeNode):
 
   Attributes:
     start: the first token read.
-    eos: ends a row; -1: nothing does.
+    eos: ends a row, or a tuple of all that do; -1: nothing does.
     pad: fills a row after its end.
   """
 
   start: int = struct.field(pytree_node=False)
-  eos: int = struct.field(pytree_node=False)
+  eos: int | tuple[int, ...] = struct.field(pytree_node=False)
   pad: int = struct.field(pytree_node=False)
+
+  def end(self, tokens: Int[Array, '*shape']) -> Bool[Array, '*shape']:
+    """Returns which tokens end a row."""
+    return sampling.is_eos(tokens, self.eos)
 
 
 class Prompts(struct.PyTreeNode):
@@ -148,7 +152,7 @@ def decode_step(
     token=token,
     tokens=_write(state.tokens, token, state.step),
     log_probs=log_probs,
-    done=state.done | (token == ids.eos) | (step >= state.prompts.max_lens),
+    done=state.done | ids.end(token) | (step >= state.prompts.max_lens),
     cache=cache,
   )
 

@@ -177,7 +177,7 @@ class TaskEvaluator:
         'num_truncated_prompts': self._count_longer(examples, 'inputs'),
         'num_truncated_targets': self._count_longer(examples, 'targets'),
         'num_without_eos': sum(
-          vocabulary.eos_id not in ids for ids in predictions
+          not set(vocabulary.eos_ids) & set(ids) for ids in predictions
         ),
       }
       if num_references:

@@ -12,9 +12,7 @@ import contextlib
 import functools
 import logging
 import os
-import pathlib
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -133,10 +131,9 @@ class SentencePieceVocabulary(SeqioVocabulary):
   @functools.cached_property
   def model(self) -> bytes:
     """The model, with the extra ids, unlike the file at `vocabulary.path`."""
-    with tempfile.TemporaryDirectory() as folder:
-      self.vocabulary.save(folder)
-      (path,) = pathlib.Path(folder).iterdir()
-      return path.read_bytes()
+    vocabulary = self.vocabulary
+    assert isinstance(vocabulary, vocabularies.SentencePieceVocabulary)
+    return vocabulary.model
 
   @functools.cached_property
   def _tokenizer(self) -> tensorflow_text.SentencepieceTokenizer:
@@ -149,7 +146,9 @@ class SentencePieceVocabulary(SeqioVocabulary):
 
 def wrap_vocabulary(vocabulary: vocabularies.Vocabulary) -> SeqioVocabulary:
   """Returns a `seqio.Vocabulary` that reads and writes as `vocabulary` does."""
-  if isinstance(vocabulary, vocabularies.SentencePieceVocabulary):
+  # TensorFlow's op would not refuse ids beyond the embedding table.
+  is_model = isinstance(vocabulary, vocabularies.SentencePieceVocabulary)
+  if is_model and vocabulary.has_rows_for_all:
     return SentencePieceVocabulary(vocabulary)
   return SeqioVocabulary(vocabulary)
 

@@ -183,7 +183,7 @@ class Speculative:
       jnp.pad(drafts.tokens, ((0, 0), (0, 1))),
       own[:, None],
     )  # [batch, draft_len + 1]
-    is_eos = new == self._ids.eos
+    is_eos = self._ids.end(new)
     has_ended = jnp.cumsum(is_eos, axis=1) - is_eos > 0
     last = jnp.minimum(
       num_accepted, state.prompts.max_lens - state.num_tokens - 1

@@ -92,6 +92,16 @@ class Tower:
     )
 
 
+def _special_ids(vocabulary: vocabularies.Vocabulary) -> dict[str, Any]:
+  """Returns the ids that the fingerprint covers, for people to read."""
+  return {
+    'start': vocabulary.start_id,
+    'eos': list(vocabulary.eos_ids),
+    'pad': vocabulary.pad_id,
+    'bos': vocabulary.bos_id,
+  }
+
+
 gin.external_configurable(Tower, module='l2s_jax')
 
 
@@ -148,6 +158,10 @@ class System:
       'prompt': self.prompt_vocabulary.fingerprint(),
       'answer': self.answer_vocabulary.fingerprint(),
     }
+    description['special_ids'] = {
+      'prompt': _special_ids(self.prompt_vocabulary),
+      'answer': _special_ids(self.answer_vocabulary),
+    }
     return description
 
 
@@ -182,8 +196,7 @@ def alone(
     config: how it is computed.
     setting: what else names a tokenizer, for errors.
   """
-  vocabulary = tower.load_vocabulary(setting)
-  check_vocabulary(vocabulary, config)
+  vocabulary = tower.load_vocabulary(setting).for_table(config.vocab_size)
   module = l2s.build(config)
   return System(
     module=module,
@@ -228,16 +241,17 @@ def llm_to_slm_system(
     raise ValueError(f'INJECTION={injection!r} is not one of {l2s.INJECTIONS}.')
   llm_config = dataclasses.replace(llm.load_config(), dtype=llm_dtype)
   slm_config = _with_runtime(slm.load_config(), dropout_rate, dtype, remat)
-  llm_vocabulary, slm_vocabulary = llm.load_vocabulary(), slm.load_vocabulary()
-  check_vocabulary(llm_vocabulary, llm_config)
-  check_vocabulary(slm_vocabulary, slm_config)
+  llm_vocabulary, slm_vocabulary = (
+    llm.load_vocabulary().for_table(llm_config.vocab_size),
+    slm.load_vocabulary().for_table(slm_config.vocab_size),
+  )
   return _assemble(
     llm_config,
     slm_config,
     llm_vocabulary,
     slm_vocabulary,
     injection=injection,
-    shared=llm_vocabulary.fingerprint() == slm_vocabulary.fingerprint(),
+    shared=vocabularies.share_ids(llm_vocabulary, slm_vocabulary),
     sources={'llm': llm.path} | ({'slm': slm.path} if slm.path else {}),
     llm_dtype=llm_dtype,
   )
@@ -257,6 +271,8 @@ def _assemble(
   llm_fingerprint: str | None = None,
 ) -> System:
   l2s.build(slm_config)  # Refuses an SLM that cannot write.
+  if shared:  # The SLM looks the prompt up too.
+    llm_vocabulary = llm_vocabulary.for_table(slm_config.vocab_size)
   return System(
     module=l2s.LlmToSlm(llm_config, slm_config, injection, shared),
     prompt_vocabulary=llm_vocabulary,
@@ -283,19 +299,6 @@ def _with_runtime(
   return dataclasses.replace(
     config, **{name: x for name, x in given.items() if x is not None}
   )
-
-
-def check_vocabulary(
-  vocabulary: vocabularies.Vocabulary, config: config_lib.TransformerConfig
-) -> None:
-  """Refuses a tokenizer with more ids than the table has rows."""
-  if vocabulary.vocab_size > config.vocab_size:
-    raise ValueError(
-      f'The tokenizer {vocabulary.path} has {vocabulary.vocab_size} ids, but '
-      f"the model's embedding table has {config.vocab_size} rows "
-      '(TransformerConfig.vocab_size). Use the tokenizer that the model was '
-      'made with.'
-    )
 
 
 def local_folder(path: str, name: str) -> pathlib.Path:
@@ -333,9 +336,9 @@ def save(system: System, run_dir: str | pathlib.Path) -> None:
   description = system.describe()
   if path.is_file():
     # A run may have moved with its LLM; the fingerprint tells it is the same.
-    differences = files.differences(
-      runs.read_description(folder), description, ignored=runs.MAY_CHANGE
-    )
+    found = runs.read_description(folder)
+    found.setdefault('special_ids', description['special_ids'])  # Older runs.
+    differences = files.differences(found, description, ignored=runs.MAY_CHANGE)
     if differences:
       raise ValueError(
         f'{folder} holds another run. Choose another MODEL_DIR, or remove it '
@@ -390,12 +393,15 @@ def load(run_dir: str | pathlib.Path, *, llm_path: str | None = None) -> System:
   )
   if description['kind'] == 'language_model':
     module = l2s.build(config_lib.from_json(description['config'], path))
-    return System(module, prompt, answer)
+    rows = module.config.vocab_size
+    return System(module, prompt.for_table(rows), answer.for_table(rows))
+  llm_config = config_lib.from_json(description['llm'], path, 'llm')
+  slm_config = config_lib.from_json(description['slm'], path, 'slm')
   return _assemble(
-    config_lib.from_json(description['llm'], path, 'llm'),
-    config_lib.from_json(description['slm'], path, 'slm'),
-    prompt,
-    answer,
+    llm_config,
+    slm_config,
+    prompt.for_table(llm_config.vocab_size),
+    answer.for_table(slm_config.vocab_size),
     injection=description['injection'],
     shared=description['shared_vocabulary'],
     sources={'llm': llm_path or description['llm_path']},
@@ -406,15 +412,48 @@ def load(run_dir: str | pathlib.Path, *, llm_path: str | None = None) -> System:
 
 
 def pin_llm(system: System, run_dir: str | pathlib.Path) -> System:
-  """Returns the system with the LLM's checkpoint that a run began with.
+  """Returns the system with what a run began with.
 
-  The LLM's own run may have gone on since.
+  That is the LLM's checkpoint, whose own run may have gone on since, and the
+  tokenizers, where an older version of this project read a folder otherwise.
   """
   path = pathlib.Path(run_dir) / DESCRIPTION
-  if not system.frozen or not path.is_file():
+  if not path.is_file():
     return system
   description = runs.read_description(pathlib.Path(run_dir))
+  system = _with_older_vocabularies(system, pathlib.Path(run_dir), description)
+  if not system.frozen:
+    return system
   return dataclasses.replace(system, llm_step=description.get('llm_step'))
+
+
+def _with_older_vocabularies(
+  system: System, run_dir: pathlib.Path, description: dict[str, Any]
+) -> System:
+  """Returns the system with a run's tokenizers if the folders are theirs."""
+  kept = {}
+  for name, now in (
+    ('prompt', system.prompt_vocabulary),
+    ('answer', system.answer_vocabulary),
+  ):
+    fingerprint = description.get('vocabularies', {}).get(name)
+    if now.fingerprint() == fingerprint:
+      continue
+    if now.fingerprint_before() != fingerprint:
+      return system
+    kept[f'{name}_vocabulary'] = vocabularies.load(
+      run_dir / VOCABULARIES / name
+    ).for_table(now.table_rows or now.vocab_size)
+  if not kept:
+    return system
+  print(
+    f'{run_dir} goes on with the tokenizers that it began with; an older '
+    "l2s_jax read the model's folder without its added tokens and special ids."
+  )
+  module = system.module
+  if isinstance(module, l2s.LlmToSlm):
+    module = module.clone(shared_vocabulary=description['shared_vocabulary'])
+  return dataclasses.replace(system, module=module, **kept)
 
 
 def with_rules(system: System, mesh_config: partition.MeshConfig) -> System:
@@ -459,7 +498,7 @@ def for_decoding(system: System, decoding: sampling.Decoding) -> System:
     system.prompt_vocabulary,
     system.answer_vocabulary,
   )
-  if llm_vocabulary != slm_vocabulary:
+  if not vocabularies.share_ids(llm_vocabulary, slm_vocabulary):
     raise ValueError(
       f'{drafts}: the LLM can verify drafts in its own vocabulary alone, '
       f'{llm_vocabulary.path} ({llm_vocabulary.vocab_size} ids), and the SLM '
@@ -491,7 +530,9 @@ def generator(
     system.module,
     max_decode_len=max_decode_len,
     ids=decode.Ids(
-      vocabulary.start_id, vocabulary.eos_id if ends else -1, vocabulary.pad_id
+      vocabulary.start_id,
+      vocabulary.eos_ids if ends else -1,
+      vocabulary.pad_id,
     ),
     decoding=decoding,
     unstack_llm=unstack_llm,

@@ -9,6 +9,7 @@ belong to the data pipeline, and the wrapper that makes one of these a
 """
 
 import abc
+import copy
 import functools
 import hashlib
 import io
@@ -22,26 +23,19 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-from l2s_jax import files
+from l2s_jax import auto_tokenizer, files, tokenizer_files
 
-# In the order in which a folder is searched.
-_SENTENCEPIECE_FILES = (
-  'spiece.model',
-  'tokenizer.model',
-  'sentencepiece.model',
-)
-_TOKENIZER_FILE = 'tokenizer.json'
-_GPT2_FILES = ('vocab.json', 'merges.txt')
-CONFIG_FILE = 'tokenizer_config.json'
+_SENTENCEPIECE_FILES = tokenizer_files.SENTENCEPIECE_FILES
+_TOKENIZER_FILE = tokenizer_files.TOKENIZER_FILE
+_GPT2_FILES = tokenizer_files.GPT2_FILES
+CONFIG_FILE = tokenizer_files.CONFIG_FILE
 BYTE_TOKENIZER = 'ByT5Tokenizer'  # As that file names it; it has no other.
-# Name the special tokens; where both do, the second wins, as in transformers.
-_SPECIAL_FILES = ('special_tokens_map.json', CONFIG_FILE)
-ALL_FILES = (
-  *_SENTENCEPIECE_FILES,
-  _TOKENIZER_FILE,
-  *_GPT2_FILES,
-  *_SPECIAL_FILES,
-)
+_SPECIAL_FILES = tokenizer_files.SPECIAL_FILES
+# They act through the ids alone.
+_WITHOUT_PIECES = (*_SPECIAL_FILES, tokenizer_files.GENERATION_FILE)
+ALL_FILES = tokenizer_files.ALL_FILES
+parse_json = tokenizer_files.parse_json
+_read = tokenizer_files.read
 
 # What to look for among a tokenizer's own special tokens when no file beside
 # it names an EOS.
@@ -51,7 +45,6 @@ _WELL_KNOWN_TOKENS = {
   'pad': ('<pad>', '[PAD]'),
   'unk': ('<unk>', '[UNK]'),
 }
-_GPT2_EOS = '<|endoftext|>'
 
 
 class Vocabulary(abc.ABC):
@@ -63,19 +56,29 @@ class Vocabulary(abc.ABC):
   Attributes:
     path: where it was loaded from.
     vocab_size: one more than the largest id, extra ids included.
-    start_id: the first token of the decoder's input: BOS where the tokenizer
-      has one, else its pad token (T5), else EOS (GPT-2). Models trained
-      otherwise (BART starts with EOS) need `load(..., start_id=)`.
-    eos_id: ends a prompt and an answer.
-    pad_id: fills masked slots and means nothing else: 0 where the tokenizer has
-      no pad token, although 0 is `!` in GPT-2 and `<unk>` in Llama.
+    num_plain_ids: one more than the largest id that a text may give which names
+      no added or special token.
+    table_rows: of the embedding table that the ids are for; None: not known.
+    start_id: the first token of the decoder's input: what the model's folder
+      says (`decoder_start_token_id`), else BOS where the tokenizer has one,
+      else its pad token (T5), else EOS (GPT-2).
+    eos_id: put behind a prompt and an answer.
+    eos_ids: all that end an answer, `eos_id` first; a model's folder may name
+      several, as those of Llama 3 and Gemma do.
+    bos_id: begins a text where that is the model's way; None without one.
+    pad_id: fills masked slots and means nothing else: 0 where neither tokenizer
+      nor model has one, although 0 is `!` in GPT-2 and `<unk>` in Llama.
     unk_id: what unknown text becomes, None where nothing is unknown.
   """
 
   path: str
   vocab_size: int
+  num_plain_ids: int
+  table_rows: int | None
   start_id: int
   eos_id: int
+  eos_ids: tuple[int, ...]
+  bos_id: int | None
   pad_id: int
   unk_id: int | None
 
@@ -89,6 +92,8 @@ class Vocabulary(abc.ABC):
     start_id: int | None,
     eos_id: int | None,
     pad_id: int | None,
+    num_plain_ids: int | None = None,
+    said_ids: Mapping[str, Any] | None = None,
   ):
     """Keeps the files and settles the special ids.
 
@@ -99,20 +104,38 @@ class Vocabulary(abc.ABC):
       special_ids: those of `bos`, `eos`, `pad`, `unk` that the files name, and
         any others that tell this vocabulary from one of the same files.
       start_id: overrides the choice; so do `eos_id` and `pad_id`.
+      num_plain_ids: see above; None: as many as there are.
+      said_ids: what the model's folder says, as `tokenizer_files.said_ids`.
 
     Raises:
       ValueError: if there is no EOS, or an id is outside the vocabulary.
     """
+    said = dict(said_ids or {})
+    special_ids = dict(special_ids)
+    said_eos = said.get('eos_token_id') or []
+    for kind, value in (
+      ('eos', said_eos[0] if said_eos else None),
+      ('pad', said.get('pad_token_id')),
+    ):
+      if value is not None and value < vocab_size:
+        special_ids.setdefault(kind, value)
     if eos_id is None:
       if 'eos' not in special_ids:
         raise ValueError(
           f'{path} names no end-of-sequence token; pass eos_id=.'
         )
       eos_id = special_ids['eos']
+      eos_ids = (eos_id, *said_eos)
+    else:
+      eos_ids = (eos_id,)
     if pad_id is None:
       pad_id = special_ids.get('pad', 0)
+    bos_id = special_ids.get('bos', said.get('bos_token_id'))
     if start_id is None:
-      start_id = special_ids.get('bos', special_ids.get('pad', eos_id))
+      start_id = said.get(
+        'decoder_start_token_id',
+        bos_id if bos_id is not None else special_ids.get('pad', eos_id),
+      )
     for name, value in (
       ('start_id', start_id),
       ('eos_id', eos_id),
@@ -124,12 +147,21 @@ class Vocabulary(abc.ABC):
         )
     self.path = str(path)
     self.vocab_size = vocab_size
+    self.num_plain_ids = vocab_size if num_plain_ids is None else num_plain_ids
+    self.table_rows = None
     self.start_id = start_id
     self.eos_id = eos_id
+    self.eos_ids = tuple(dict.fromkeys(eos_ids))
+    self.bos_id = bos_id
     self.pad_id = pad_id
     self.unk_id = special_ids.get('unk')
     self._files = dict(files)
-    self._special_ids = dict(special_ids)
+    self._special_ids = special_ids
+    self._origin: pathlib.Path | None = None
+    if said:
+      self._files[tokenizer_files.GENERATION_FILE] = (
+        json.dumps(said, indent=2, sort_keys=True) + '\n'
+      ).encode()
 
   @property
   def has_pad(self) -> bool:
@@ -145,19 +177,66 @@ class Vocabulary(abc.ABC):
       if kind in self._special_ids
     }
 
-  @abc.abstractmethod
   def encode(self, text: str) -> list[int]:
-    """Returns the ids of `text`, with neither start token nor EOS added."""
+    """Returns the ids of `text`, with neither start token nor EOS added.
+
+    Raises:
+      ValueError: if it names a token for which the model has no embedding.
+    """
+    ids = self._encode(text)
+    if self.has_rows_for_all or max(ids, default=0) < (self.table_rows or 0):
+      return ids
+    found = next(token for token in ids if token >= (self.table_rows or 0))
+    raise ValueError(
+      f'the text {_shortened(text)!r} holds the token '
+      f'{self._decode([found])!r}, id {found} of {self.path}, and the '
+      f"model's embedding table has {self.table_rows} rows. Take it out of the "
+      'text, or use a model that knows it.'
+    )
+
+  @property
+  def has_rows_for_all(self) -> bool:
+    """Whether the embedding table, if it is known, has a row for each id."""
+    return self.table_rows is None or self.vocab_size <= self.table_rows
+
+  def for_table(self, num_rows: int) -> 'Vocabulary':
+    """Returns the vocabulary of a model whose table has so many rows.
+
+    Ids beyond them are those of tokens that no ordinary text gives, such as
+    Gemma 3's for images; a text that names one is refused.
+
+    Raises:
+      ValueError: if ordinary text gives such ids, or the answer's start, EOS
+        or padding is one.
+    """
+    needed = max(self.num_plain_ids, self.start_id + 1, self.eos_id + 1)
+    if max(needed, self.pad_id + 1) > num_rows:
+      raise ValueError(
+        f'The tokenizer {self.path} has {self.vocab_size} ids, but the '
+        f"model's embedding table has {num_rows} rows "
+        '(TransformerConfig.vocab_size). Use the tokenizer that the model was '
+        'made with.'
+      )
+    if self.table_rows is not None:
+      num_rows = min(num_rows, self.table_rows)
+    bound = copy.copy(self)
+    bound.__dict__.update(self.__dict__)  # The processor too.
+    bound.table_rows = num_rows
+    return bound
+
+  @abc.abstractmethod
+  def _encode(self, text: str) -> list[int]:
+    """Returns the ids of `text`, whether or not the table has them."""
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Returns the text of the ids before the first EOS.
+    """Returns the text of the ids before the first that ends an answer.
 
     BOS, EOS and pad tokens leave no text; an id outside the vocabulary reads as
     unknown text, or as none where the tokenizer knows no unknown.
     """
     kept: list[int | None] = []
     for token in map(int, ids):
-      if token == self.eos_id:
+      if token in self.eos_ids:
         break
       kept.append(token if 0 <= token < self.vocab_size else self.unk_id)
     return self._decode([token for token in kept if token is not None])
@@ -180,7 +259,9 @@ class Vocabulary(abc.ABC):
     strangers = [
       name
       for name in ALL_FILES
-      if name not in self._files and (folder / name).exists()
+      if name not in self._files
+      and name != tokenizer_files.GENERATION_FILE  # of the model, not of us
+      and (folder / name).exists()
     ]
     if strangers:
       raise ValueError(
@@ -193,20 +274,32 @@ class Vocabulary(abc.ABC):
 
   def fingerprint(self) -> str:
     """Returns the SHA-256, in hex, of the tokenizer and its special ids."""
-    digest = hashlib.sha256(
-      repr(
-        (
-          self.start_id,
-          self.eos_id,
-          self.pad_id,
-          sorted(self._special_ids.items()),
-        )
-      ).encode()
+    ids: tuple[Any, ...] = (
+      self.start_id,
+      self.eos_id,
+      self.pad_id,
+      sorted(self._special_ids.items()),
     )
+    if len(self.eos_ids) > 1:
+      ids += (sorted(self.eos_ids),)
+    digest = hashlib.sha256(repr(ids).encode())
     for name, content in self._files.items():
-      if name not in _SPECIAL_FILES:  # They act through the ids alone.
+      if name not in _WITHOUT_PIECES:
         digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
+
+  def fingerprint_before(self) -> str:
+    """Returns the fingerprint that versions before issue 14 gave its folder.
+
+    They took one file of a folder, a SentencePiece model before others, and
+    neither added tokens nor what the model's folder says of ids.
+    """
+    if self._origin is None or not self._origin.exists():
+      return self.fingerprint()
+    try:
+      return _load_one_file(self._origin).fingerprint()
+    except (ValueError, FileNotFoundError):  # They read none.
+      return self.fingerprint()
 
   def __eq__(self, other: object) -> bool:
     if not isinstance(other, Vocabulary):
@@ -238,6 +331,7 @@ class SentencePieceVocabulary(Vocabulary):
     start_id: int | None = None,
     eos_id: int | None = None,
     pad_id: int | None = None,
+    said_ids: Mapping[str, Any] | None = None,
   ):
     """Reads a SentencePiece model.
 
@@ -248,6 +342,7 @@ class SentencePieceVocabulary(Vocabulary):
         100, `<extra_id_0>` is 32099). Text that starts a word with one encodes
         to its id. mT5's model already has its 100.
       start_id: overrides the file; so do `eos_id` and `pad_id`.
+      said_ids: see `Vocabulary`.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -270,6 +365,11 @@ class SentencePieceVocabulary(Vocabulary):
       'unk': processor.unk_id(),
     }
     name = path.name if path.name in _SENTENCEPIECE_FILES else 'spiece.model'
+    plain = [
+      n
+      for n in range(len(processor))
+      if not (processor.is_control(n) or processor.is_unused(n))
+    ]
     super().__init__(
       path,
       {name: content},
@@ -278,14 +378,25 @@ class SentencePieceVocabulary(Vocabulary):
       start_id=start_id,
       eos_id=eos_id,
       pad_id=pad_id,
+      num_plain_ids=max(plain, default=0) + 1,
+      said_ids=said_ids,
     )
+
+  @property
+  def model(self) -> bytes:
+    """The model file's content, the extra ids included."""
+    (content,) = (
+      content
+      for name, content in self._files.items()
+      if name in _SENTENCEPIECE_FILES
+    )
+    return content
 
   @functools.cached_property
   def _processor(self) -> sentencepiece.SentencePieceProcessor:
-    (content,) = self._files.values()
-    return _sentencepiece_processor(content, self.path)
+    return _sentencepiece_processor(self.model, self.path)
 
-  def encode(self, text: str) -> list[int]:
+  def _encode(self, text: str) -> list[int]:
     return self._processor.encode(text)
 
   def _decode(self, ids: list[int]) -> str:
@@ -306,6 +417,8 @@ class HuggingFaceVocabulary(Vocabulary):
     start_id: int | None = None,
     eos_id: int | None = None,
     pad_id: int | None = None,
+    contents: Mapping[str, bytes] | None = None,
+    said_ids: Mapping[str, Any] | None = None,
   ):
     """Reads a tokenizer and the special tokens named beside it.
 
@@ -315,6 +428,8 @@ class HuggingFaceVocabulary(Vocabulary):
         `special_tokens_map.json` in the same folder; where these name no EOS,
         those that the tokenizer marks special and whose names are well known.
       start_id: overrides the files; so do `eos_id` and `pad_id`.
+      contents: of these files, where they are not those of the disk.
+      said_ids: see `Vocabulary`.
 
     Raises:
       FileNotFoundError: if a file is missing.
@@ -322,23 +437,32 @@ class HuggingFaceVocabulary(Vocabulary):
         token is not in the vocabulary, or as `Vocabulary`.
     """
     path = pathlib.Path(path)
-    if path.is_dir():
-      folder = path
-      files = {name: _read(path / name) for name in _GPT2_FILES}
+    folder = path if path.is_dir() else path.parent
+    if contents is not None:
+      files = {n: c for n, c in contents.items() if n not in _SPECIAL_FILES}
+      side_files = {n: c for n, c in contents.items() if n in _SPECIAL_FILES}
     else:
-      folder = path.parent
-      files = {_TOKENIZER_FILE: _read(path)}
+      if path.is_dir():
+        files = {name: _read(path / name) for name in _GPT2_FILES}
+      else:
+        files = {_TOKENIZER_FILE: _read(path)}
+      side_files = read_special_files(folder)
     tokenizer = _hugging_face_tokenizer(files, path)
-    side_files = read_special_files(folder)
+    added = tokenizer.get_added_tokens_decoder()
+    ids = tokenizer.get_vocab().values()
     super().__init__(
       path,
       {**files, **side_files},
-      vocab_size=max(tokenizer.get_vocab().values()) + 1,
+      vocab_size=max(ids) + 1,
       special_ids=_special_ids(tokenizer, side_files, folder),
       start_id=start_id,
       eos_id=eos_id,
       pad_id=pad_id,
+      num_plain_ids=max((n for n in ids if n not in added), default=0) + 1,
+      said_ids=said_ids,
     )
+    # Of a folder, what transformers makes of it; else the file as it is.
+    self._is_resolved = contents is not None
     self._silent_ids = {
       self._special_ids[kind]
       for kind in ('bos', 'eos', 'pad')
@@ -349,7 +473,27 @@ class HuggingFaceVocabulary(Vocabulary):
   def _processor(self) -> tokenizers.Tokenizer:
     return _hugging_face_tokenizer(self._files, self.path)
 
-  def encode(self, text: str) -> list[int]:
+  def save(self, folder: str | os.PathLike[str]) -> None:
+    """As `Vocabulary.save`; names the class that reads the file as it is."""
+    if self._is_resolved or _TOKENIZER_FILE not in self._files:
+      return super().save(folder)
+    config = json.loads(self._files.get(CONFIG_FILE, b'{}'))
+    for key in ('added_tokens_decoder', 'extra_special_tokens'):
+      config.pop(key, None)
+    config.pop('additional_special_tokens', None)
+    config['tokenizer_class'] = 'PreTrainedTokenizerFast'
+    for kind, number in self.special_ids.items():
+      config[f'{kind}_token'] = self._processor.id_to_token(number)
+    plain = copy.copy(self)
+    plain._is_resolved = True
+    plain._files = {
+      name: content
+      for name, content in self._files.items()
+      if name not in _SPECIAL_FILES
+    } | {CONFIG_FILE: (json.dumps(config, indent=2) + '\n').encode()}
+    return plain.save(folder)
+
+  def _encode(self, text: str) -> list[int]:
     return self._processor.encode(text, add_special_tokens=False).ids
 
   def _decode(self, ids: list[int]) -> str:
@@ -371,22 +515,149 @@ def load(
 ) -> Vocabulary:
   """Reads a vocabulary from a file or from a folder with a known one.
 
+  A file is that file alone, as SeqIO reads it. A folder is what AutoTokenizer
+  of transformers makes of it, `tokenizer.json` before others, with the tokens
+  that were added and with what the model's config says of starts and ends. Two
+  kinds of folders are not: one of a run of ours, whose files say all, and one
+  of which AutoTokenizer knows nothing, such as one with a SentencePiece model
+  and no more. There `spiece.model`, `tokenizer.model`, `sentencepiece.model`,
+  `tokenizer.json`, `vocab.json` with `merges.txt`, and a
+  `tokenizer_config.json` of ByT5 are looked for, in this order.
+
   Args:
-    path: a SentencePiece `.model`, a Hugging Face `.json`, or a folder, where
-      `spiece.model`, `tokenizer.model`, `sentencepiece.model`,
-      `tokenizer.json`, `vocab.json` with `merges.txt`, and a
-      `tokenizer_config.json` of ByT5 are looked for, in this order.
-    extra_ids: see `SentencePieceVocabulary`; other kinds bring their own.
+    path: a SentencePiece `.model`, a Hugging Face `.json`, or a folder.
+    extra_ids: see `SentencePieceVocabulary`, which a folder then must hold, and
+      which is read alone; other kinds bring their own.
     start_id: overrides the files; so do `eos_id` and `pad_id`.
 
   Raises:
     FileNotFoundError: if the path is missing, or a folder without a known file.
     ValueError: if the file is of no known kind or broken.
   """
+  folder = pathlib.Path(path)
+  overrides = {'start_id': start_id, 'eos_id': eos_id, 'pad_id': pad_id}
+  if not folder.is_dir():
+    return _load_one_file(folder, extra_ids=extra_ids, **overrides)
+  said = tokenizer_files.said_ids(folder)
+  vocabulary = None
+  if not extra_ids and not _is_of_run(folder):
+    vocabulary = _load_as_transformers(folder, said, overrides)
+  if vocabulary is None:
+    vocabulary = _load_one_file(
+      folder, extra_ids=extra_ids, said_ids=said, **overrides
+    )
+  vocabulary._origin = folder
+  return vocabulary
+
+
+def share_ids(one: Vocabulary, other: Vocabulary) -> bool:
+  """Returns whether equal ids of two vocabularies stand for equal pieces.
+
+  That is so of equal ones, and of a folder and the one file of it that it was
+  read from before, which differ in special tokens alone.
+  """
+  if one == other:
+    return True
+  fingerprints = {one.fingerprint(), one.fingerprint_before()}
+  return bool(fingerprints & {other.fingerprint(), other.fingerprint_before()})
+
+
+def _is_of_run(folder: pathlib.Path) -> bool:
+  """Returns whether a folder is one of a run's `vocabularies`.
+
+  Their files are what the run was trained with, read as they are.
+  """
+  above = folder.absolute().parent
+  return above.name == 'vocabularies' and (
+    (above.parent / 'model.json').exists()
+  )
+
+
+def _load_as_transformers(
+  folder: pathlib.Path,
+  said: Mapping[str, Any],
+  overrides: Mapping[str, int | None],
+) -> Vocabulary | None:
+  """Returns what AutoTokenizer makes of a folder; None where it does not."""
   from l2s_jax import byte_vocabulary
 
-  path = _find(pathlib.Path(path))
-  overrides = {'start_id': start_id, 'eos_id': eos_id, 'pad_id': pad_id}
+  path = folder / CONFIG_FILE
+  config = tokenizer_files.read_json(path)
+  if config.get('tokenizer_class') == BYTE_TOKENIZER:
+    in_text = None
+    if byte_vocabulary.IN_TEXT not in config:
+      arguments = auto_tokenizer.arguments(folder)
+      in_text = byte_vocabulary.in_text_of(arguments)
+    return byte_vocabulary.ByteVocabulary(
+      path, said_ids=said, in_text=in_text, **overrides
+    )
+  if not _is_of_transformers(folder, config):
+    return None
+  resolved = auto_tokenizer.resolve(folder)
+  if resolved is None:
+    return None
+  if resolved.note:
+    print(resolved.note)
+  if resolved.is_as_stored:
+    path = folder / _TOKENIZER_FILE
+    if not path.is_file():
+      path = folder
+    stored = HuggingFaceVocabulary(path, said_ids=said, **overrides)
+    stored._is_resolved = True
+    return stored
+  config: dict[str, Any] = {
+    f'{kind}_token': token for kind, token in resolved.tokens.items()
+  }
+  if config.get('unk_token') == config.get('eos_token'):
+    config.pop('unk_token', None)  # GPT-2's stands for nothing unknown.
+  config |= {
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'clean_up_tokenization_spaces': False,
+  }
+  return HuggingFaceVocabulary(
+    folder / _TOKENIZER_FILE,
+    contents={
+      _TOKENIZER_FILE: resolved.content,
+      CONFIG_FILE: (
+        json.dumps(config, indent=2, sort_keys=True) + '\n'
+      ).encode(),
+    },
+    said_ids=said,
+    **overrides,
+  )
+
+
+def _is_of_transformers(
+  folder: pathlib.Path, config: Mapping[str, Any]
+) -> bool:
+  """Returns whether a folder says enough to AutoTokenizer: class or family."""
+  if 'tokenizer_class' in config or (folder / _TOKENIZER_FILE).is_file():
+    return True
+  return any(
+    tokenizer_files.read_json(folder / name).get('model_type') is not None
+    for name in ('config.json', 'weights.json')
+  )
+
+
+def _load_one_file(
+  path: pathlib.Path,
+  *,
+  extra_ids: int = 0,
+  said_ids: Mapping[str, Any] | None = None,
+  start_id: int | None = None,
+  eos_id: int | None = None,
+  pad_id: int | None = None,
+) -> Vocabulary:
+  """Returns the vocabulary of a file, or of the first known in a folder."""
+  from l2s_jax import byte_vocabulary
+
+  path = _find(path)
+  overrides: dict[str, Any] = {
+    'start_id': start_id,
+    'eos_id': eos_id,
+    'pad_id': pad_id,
+    'said_ids': said_ids,
+  }
   if path.suffix == '.model':
     return SentencePieceVocabulary(path, extra_ids=extra_ids, **overrides)
   if extra_ids:
@@ -491,12 +762,8 @@ def read_special_files(folder: pathlib.Path) -> dict[str, bytes]:
   }
 
 
-def _read(path: pathlib.Path) -> bytes:
-  if not path.is_file():
-    raise FileNotFoundError(
-      f'{path} is missing: expected a tokenizer file there.'
-    )
-  return path.read_bytes()
+def _shortened(text: str) -> str:
+  return text if len(text) <= 80 else f'{text[:77]}...'
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
@@ -541,14 +808,15 @@ def _hugging_face_tokenizer(
     content = files[_TOKENIZER_FILE]
   else:
     content = _gpt2_json(files, path)
-  try:
+  file = pathlib.Path(path)
+  auto_tokenizer.check(tokenizer_files.parse_json(content, file), file)
+  with tokenizer_files.refusing(path):
     tokenizer = tokenizers.Tokenizer.from_buffer(content)
-  except ValueError as error:
-    raise ValueError(
-      f'{path} is not a Hugging Face tokenizer: {error}'
-    ) from error
-  tokenizer.no_truncation()
-  tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.decode(tokenizer.encode('a', add_special_tokens=False).ids)
+  if not tokenizer.get_vocab():
+    raise ValueError(f'{path} is not a Hugging Face tokenizer: it is empty.')
   return tokenizer
 
 
@@ -556,44 +824,18 @@ def _gpt2_json(
   files: Mapping[str, bytes], path: str | os.PathLike[str]
 ) -> bytes:
   """Returns the `tokenizer.json` that GPT-2's two files amount to."""
-  vocab_file, merges_file = (pathlib.Path(path, name) for name in _GPT2_FILES)
-  vocab = parse_json(files['vocab.json'], vocab_file)
-  if _GPT2_EOS not in vocab:
-    raise ValueError(
-      f'{vocab_file} has no {_GPT2_EOS}, so it is not of GPT-2, and another '
-      'model may split text otherwise; give its tokenizer.json.'
-    )
-  merges = [
-    line.split(' ')
-    for line in files['merges.txt'].decode().split('\n')
-    if line and not line.startswith('#version')
-  ]
-  for pair in merges:
-    # The tokenizers package panics on some of these, past any `except`.
-    if len(pair) != 2 or not {*pair, ''.join(pair)} <= vocab.keys():
-      raise ValueError(
-        f'{merges_file} merges {pair}: expected two pieces that are, like '
-        f'what they make, in {vocab_file}.'
-      )
-  byte_level = {
-    'type': 'ByteLevel',
-    'add_prefix_space': False,
-    'trim_offsets': True,
-    'use_regex': True,
-  }
-  flags = dict.fromkeys(
-    ('single_word', 'lstrip', 'rstrip', 'normalized'), False
+  folder = pathlib.Path(path)
+  vocab, merges = auto_tokenizer.parse_gpt2_files(
+    [files[name] for name in _GPT2_FILES], folder
   )
-  return json.dumps(
-    {
-      'added_tokens': [
-        {'id': vocab[_GPT2_EOS], 'content': _GPT2_EOS, 'special': True, **flags}
-      ],
-      'pre_tokenizer': byte_level,
-      'decoder': byte_level,
-      'model': {'type': 'BPE', 'vocab': vocab, 'merges': merges},
-    }
-  ).encode()
+  content = auto_tokenizer.gpt2_json(vocab, merges)
+  if content is None:
+    raise ValueError(
+      f'{folder / _GPT2_FILES[0]} has no {auto_tokenizer.GPT2_EOS}, so it is '
+      'not of GPT-2, and another model may split text otherwise; give its '
+      'tokenizer.json.'
+    )
+  return json.dumps(content).encode()
 
 
 def _special_ids(
@@ -606,9 +848,10 @@ def _special_ids(
   for name, content in side_files.items():
     values = parse_json(content, folder / name)
     for kind in _WELL_KNOWN_TOKENS:
-      token = values.get(f'{kind}_token')
+      key = f'{kind}_token'
+      token = tokenizer_files.token_text(values.get(key), folder / name, key)
       if token is not None:
-        named[kind] = token['content'] if isinstance(token, dict) else token
+        named[kind] = token
   vocab = tokenizer.get_vocab()
   unknown = [
     f'{kind}_token {token!r}'
@@ -631,16 +874,3 @@ def _special_ids(
       if known:
         named.setdefault(kind, known[0])
   return {kind: vocab[token] for kind, token in named.items()}
-
-
-def parse_json(content: bytes, path: pathlib.Path) -> dict[str, Any]:
-  """Returns the object that a JSON file holds, or names the file."""
-  try:
-    value = json.loads(content)
-  except ValueError as error:
-    raise ValueError(f'{path} is not JSON: {error}') from error
-  if not isinstance(value, dict):
-    raise ValueError(
-      f'{path} holds a JSON {type(value).__name__}, expected an object.'
-    )
-  return value

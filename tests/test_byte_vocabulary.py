@@ -91,8 +91,15 @@ def test_ids_are_those_of_transformers(vocabulary, tmp_path):
   for text in SENTENCES:
     ids = theirs(text, add_special_tokens=False).input_ids
     assert vocabulary.encode(text) == ids
+  # In a folder special tokens are tokens; else all but sentinels is bytes.
   theirs.save_pretrained(tmp_path)
-  assert vocabularies.load(tmp_path) == vocabulary
+  saved = vocabularies.load(tmp_path)
+  for text in [*SENTENCES, *AWKWARD, 'a  </s> b <pad><unk>\n']:
+    ids = theirs(text, add_special_tokens=False).input_ids
+    assert saved.encode(text) == ids
+  assert saved != vocabulary and vocabularies.share_ids(saved, vocabulary)
+  file = tmp_path / 'tokenizer_config.json'
+  assert vocabularies.load(file) == vocabulary
 
 
 def test_ids_are_those_of_seqio(vocabulary):
@@ -127,7 +134,9 @@ def test_the_sentinels_are_those_of_the_file(vocabulary, tmp_path):
   assert counted != vocabulary
   tokens = listed(261, 259, 260) | {'0': {'content': '<pad>'}}
   config = CONFIG | {'extra_ids': 0, 'added_tokens_decoder': tokens}
-  assert vocabularies.load(write(tmp_path, **config)) == counted
+  again = vocabularies.load(write(tmp_path, **config))
+  assert (again.vocab_size, again.encode('<extra_id_2>')) == (262, [261])
+  assert again == counted
   none = vocabularies.load(write(tmp_path, extra_ids=0, **CONFIG))
   assert none.vocab_size == 259
   assert none.decode(none.encode('<extra_id_0>')) == '<extra_id_0>'

@@ -79,9 +79,15 @@ def save(
   tensor_files.save_safetensors(
     folder, shapes, pieces, max_file_bytes=max_file_bytes
   )
-  files.write_json(
-    folder / huggingface.CONFIG, _config_json(source, model_type, vocabulary)
-  )
+  content = _config_json(source, model_type, vocabulary)
+  files.write_json(folder / huggingface.CONFIG, content)
+  generation = folder / 'generation_config.json'
+  if source.model_type is None or not generation.is_file():
+    ids = special_ids(source, vocabulary)
+    for name in huggingface.SUB_CONFIGS:
+      ids |= ids.pop(name, {})
+    if ids:
+      files.write_json(generation, ids)
 
 
 def _config_json(
@@ -99,7 +105,7 @@ def _config_json(
       for name in content['architectures']
     ]
   dtype = stored[('token_embedder', 'embedding')].dtype.name
-  ids = _special_ids(source, vocabulary)
+  ids = special_ids(source, vocabulary)
   for name in huggingface.SUB_CONFIGS:
     if name in content:
       content[name] |= ids.pop(name, ids)
@@ -129,7 +135,7 @@ def _unusual(config: config_lib.TransformerConfig) -> list[str]:
   ]
 
 
-def _special_ids(
+def special_ids(
   source: weights.Source,
   vocabulary: vocabularies.Vocabulary | None,
 ) -> dict[str, Any]:
@@ -139,7 +145,11 @@ def _special_ids(
   is_encoder_decoder = source.config.is_encoder_decoder
   start = 'decoder_start_token_id' if is_encoder_decoder else 'bos_token_id'
   if vocabulary is not None:
-    ids = {'eos_token_id': vocabulary.eos_id, start: vocabulary.start_id}
+    ends = vocabulary.eos_ids
+    ids = {
+      'eos_token_id': ends[0] if len(ends) == 1 else list(ends),
+      start: vocabulary.start_id,
+    }
     # A made-up one would be masked in prompts: 0 is GPT-2's '!'.
     if vocabulary.has_pad:
       ids['pad_token_id'] = vocabulary.pad_id
