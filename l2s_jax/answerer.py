@@ -110,6 +110,7 @@ class PromptAnswerer:
     self._params = self.generator.prepare(params, consume=consume)
     self._prompt_vocabulary = system.prompt_vocabulary
     self._vocabulary = system.answer_vocabulary
+    self._continues = system.continues
     self._mesh = mesh
     self._prompt_length = prompt_length
     self._decoding = self.generator.decoding
@@ -141,7 +142,10 @@ class PromptAnswerer:
       max_len: not more than `max_decode_len`.
     """
     vocabulary = self._prompt_vocabulary
-    ids = [*vocabulary.encode(text), vocabulary.eos_id]
+    if self._continues:
+      ids = [*vocabulary.prefix_ids, *vocabulary.encode(text)]
+    else:
+      ids = [*vocabulary.encode(text), vocabulary.eos_id]
     return Prompt(
       ids=ids[: self._prompt_length],
       was_cut=len(ids) > self._prompt_length,
@@ -169,6 +173,8 @@ class PromptAnswerer:
       pad_id=self._prompt_vocabulary.pad_id,
       batch_size=rows,
     )
+    if self._continues:
+      batch = data.continuing(batch, (), ())
     num_filling = rows - len(prompts)
     arrays = partition.put_batch(
       batch

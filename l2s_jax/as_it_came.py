@@ -7,6 +7,7 @@ of T5X, a GGUF file, a name on the Hub. It is used as a run is, without a step
 of training, and nothing is written beside it.
 """
 
+import dataclasses
 import pathlib
 from typing import Literal
 
@@ -66,7 +67,8 @@ def load(
       f'CHECKPOINT_PATH={location} is a model as it came, alone; LLM_PATH='
       f'{llm_path} says where the LLM of an LLM-to-SLM run is. Leave it unset.'
     )
-  return systems.alone(tower, config, 'VOCABULARY')
+  system = systems.alone(tower, config, 'VOCABULARY')
+  return dataclasses.replace(system, continues=not config.is_encoder_decoder)
 
 
 def choose_step(

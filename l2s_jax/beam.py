@@ -173,7 +173,8 @@ class BeamSearch:
     last = jax.lax.dynamic_index_in_dim(
       tokens, jnp.maximum(state.step - 1, 0), axis=2, keepdims=False
     )
-    last = jnp.where(state.step > 0, last, self._ids.start)
+    first = state.prompts.first_tokens[:, None]
+    last = jnp.where(state.step > 0, last, first)
     return last.reshape(-1, 1)
 
   def _extend(

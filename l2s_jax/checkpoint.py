@@ -375,7 +375,10 @@ def problem(
   folder = pathlib.Path(run_dir).absolute() / FOLDER / str(step)
   if not integrity.verification():
     return None
-  return _problem(folder, tuple(items), _state_of_files(folder))
+  try:
+    return _problem(folder, tuple(items), _state_of_files(folder))
+  except FileNotFoundError:
+    return f'the checkpoint {folder} was removed while it was read'
 
 
 def _state_of_files(folder: pathlib.Path) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ streams them from a bound SeqIO task. Putting them on devices is not done here.
 import functools
 import itertools
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,6 +63,51 @@ def prompt_batch(
     {'encoder_input_tokens': tokens, 'encoder_segment_ids': segment_ids},
     batch_size,
   )
+
+
+def continuing(
+  batch: Batch, prefix_ids: Sequence[int], eos_ids: Collection[int]
+) -> Batch:
+  """Returns a batch whose answers go on where the prompts end.
+
+  So a decoder-only model writes that nobody has trained on prompts and answers:
+  what it reads is the prompt as its tokenizer gives it, without an EOS. The
+  last token of each is not in the prefix but is the first that is read
+  afterwards, `first_tokens` (-1 for rows without a prompt); in a batch for the
+  loss it stands in the place of the start token.
+
+      encoder_input_tokens  [[7, 8, 1, 0]]  prefix_ids (2,), eos_ids (1,)
+      -> [[2, 7, 0, 0]], first_tokens [8]
+
+  Args:
+    batch: not packed.
+    prefix_ids: that the tokenizer puts in front of a text: BOS, or nothing.
+    eos_ids: of which one ends a prompt that was not cut.
+  """
+  tokens = batch['encoder_input_tokens']
+  num_rows, length = tokens.shape
+  prompts: list[list[int]] = []
+  first_tokens = np.full((num_rows,), -1, np.int32)
+  for row, size in enumerate((batch['encoder_segment_ids'] > 0).sum(axis=1)):
+    ids = tokens[row, :size].tolist()
+    if ids and ids[-1] in eos_ids:
+      ids.pop()
+    if size:
+      ids = [*prefix_ids, *ids] or [tokens[row, 0].item()]
+      first_tokens[row] = ids.pop()
+    prompts.append(ids[:length])
+  filled, segment_ids = packing.fill(
+    prompts, range(num_rows), length=length, pad_id=0
+  )
+  result = dict(batch) | {
+    'encoder_input_tokens': filled,
+    'encoder_segment_ids': segment_ids,
+  }
+  if 'decoder_input_tokens' in batch:
+    inputs = batch['decoder_input_tokens'].copy()
+    inputs[:, 0] = np.where(first_tokens >= 0, first_tokens, inputs[:, 0])
+    result['decoder_input_tokens'] = inputs
+  return result | {'first_tokens': first_tokens}
 
 
 def pad_and_shift(

@@ -65,11 +65,14 @@ class Prompts(struct.PyTreeNode):
     has_prompt: rows without one have ended from the start.
     row_keys: one PRNG key a row, so that neighbours change nothing.
     max_lens: tokens that each may write, EOS included.
+    first_tokens: what each row reads before it writes: the start token, or,
+      where a prompt is continued, its last token.
   """
 
   has_prompt: Bool[Array, 'batch']
   row_keys: Key[Array, 'batch']
   max_lens: Int[Array, 'batch']
+  first_tokens: Int[Array, 'batch']
 
   @property
   def have_ended(self) -> Bool[Array, 'batch']:
@@ -216,7 +219,7 @@ class OneByOne:
     shape = (prompts.max_lens.shape[0], max_decode_len)
     return DecodeState(
       step=jnp.zeros((), jnp.int32),
-      token=full_of_rows(self._ids.start, shape[:1]),
+      token=prompts.first_tokens,
       tokens=full_of_rows(self._ids.pad, shape),
       log_probs=full_of_rows(0.0, shape) if self._decoding.log_probs else None,
       done=prompts.have_ended,

@@ -144,6 +144,10 @@ class Evaluator:
       unstack_llm=False,  # It may be large, and training goes on beside this.
     )
     self._mesh = mesh
+    # Of a system whose answers go on where its prompts end.
+    self._prompt_vocabulary = (
+      system.prompt_vocabulary if system.continues else None
+    )
     self._task = task
     self._reading: dict[str, Any] = {
       'task_feature_lengths': task_feature_lengths,
@@ -205,6 +209,12 @@ class Evaluator:
     def put(batch: data.Batch) -> dict[str, jax.Array]:
       if stop:
         stop()
+      if self._prompt_vocabulary is not None:
+        batch = data.continuing(
+          batch,
+          self._prompt_vocabulary.prefix_ids,
+          self._prompt_vocabulary.eos_ids,
+        )
       if control == 'zero':
         rows = batch['encoder_input_tokens'].shape[0]
         batch = batch | {'llm_scale': np.zeros((rows,), np.float32)}

@@ -73,6 +73,7 @@ class Generator:
       quantization=self.decoding.quantization,
     )
     self._module = module
+    self._ids = ids
     writer, self._writer_name = l2s.writer(module)
     self._check_lengths = functools.partial(
       writer.check_lengths, answer_length=max_decode_len
@@ -131,7 +132,8 @@ class Generator:
 
     Args:
       prepared: what `prepare` returned.
-      batch: the encoder keys.
+      batch: the encoder keys; with `first_tokens`, see `data.continuing`, the
+        answers go on where the prompts end.
       row_ids: each row's index in the input, from which its samples are
         drawn; by default its place in the batch.
       max_lens: tokens that each row may write; by default `max_decode_len`.
@@ -139,6 +141,8 @@ class Generator:
     Raises:
       ValueError: if the model has no positions for prompt and answer.
     """
+    batch = dict(batch)
+    first_tokens = batch.pop('first_tokens', None)
     segment_ids = batch['encoder_segment_ids']
     num_rows, prompt_length = segment_ids.shape
     self._check_lengths(prompt_length)
@@ -149,7 +153,7 @@ class Generator:
       max_lens = np.full((num_rows,), self.max_decode_len, np.int32)
     with self.announce(f'prefill for {shape}'):
       cache = self.prefill(prepared, batch)
-      state = self._begin(cache, segment_ids, row_ids, max_lens)
+      state = self._begin(cache, segment_ids, row_ids, max_lens, first_tokens)
     return Generation(self, self.writer_params(prepared), state, shape)
 
   def _begin_rows(
@@ -158,14 +162,21 @@ class Generator:
     segment_ids: Int[Array, 'batch prompt'],
     row_ids: Int[Array, 'batch'],
     max_lens: Int[Array, 'batch'],
+    first_tokens: Int[Array, 'batch'] | None,
   ) -> Any:
     """Returns the state before the first token. To be called in jit.
 
     In one program: each operation outside of one costs as much as a token of a
     small model.
     """
+    has_prompt = (segment_ids > 0).any(1)
+    if first_tokens is None:
+      first_tokens = decode.full_of_rows(self._ids.start, has_prompt.shape)
+    else:
+      has_prompt = first_tokens >= 0
     prompts = decode.Prompts(
-      has_prompt=(segment_ids > 0).any(1),
+      has_prompt=has_prompt,
+      first_tokens=first_tokens,
       row_keys=jax.vmap(jax.random.fold_in, (None, 0))(
         jax.random.key(self.decoding.seed), row_ids
       ),

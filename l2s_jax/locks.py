@@ -29,19 +29,22 @@ _KEYS = {'host': str, 'pid': int, 'start': str, 'birth': str, 'beat': int}
 
 
 @contextlib.contextmanager
-def held(folder: pathlib.Path, setting: str) -> Iterator[None]:
+def held(
+  folder: pathlib.Path, setting: str, name: str = NAME
+) -> Iterator[None]:
   """Holds a folder against other writers until the block ends.
 
   Args:
     folder: made if absent.
     setting: that named it, for errors.
+    name: of the file, where several may write different parts.
 
   Raises:
     ValueError: if another process writes there; names its host, process and
       start.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  path = folder / NAME
+  path = folder / name
   mine = {
     'host': socket.gethostname(),
     'pid': os.getpid(),

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import tqdm
 
-from l2s_jax import distributed, predictions, prompts, text_files
+from l2s_jax import distributed, locks, predictions, prompts, text_files
 from l2s_jax.answerer import Prompt, PromptAnswerer
 
 # Lines that are sorted by length together, in batches of the greatest length;
@@ -269,7 +269,10 @@ def answer_lines(
       for record in records:
         tally.add(record)
     return tally
-  with predictions.GrowingFile(path, items()) as file:
+  with (
+    locks.held(folder, 'INFER_OUTPUT_DIR', f'.{path.name}.lock'),
+    predictions.GrowingFile(path, items()) as file,
+  ):
     done = distributed.from_first(file.tally.num_lines)
     if done:
       print(

@@ -123,6 +123,8 @@ class System:
     frozen_dtype: how those are held.
     llm_step: the checkpoint of the LLM's run; None: the newest, or no run.
     llm_fingerprint: of the frozen weights; None until they were read.
+    continues: whether answers go on where prompts end, as those of a
+      decoder-only model as it came do; see `data.continuing`.
   """
 
   module: l2s.LlmToSlm | language_model.LanguageModel
@@ -133,6 +135,7 @@ class System:
   frozen_dtype: str = 'float32'
   llm_step: int | None = None
   llm_fingerprint: str | None = None
+  continues: bool = False
 
   def describe(self) -> dict[str, Any]:
     """Returns what `model.json` holds."""

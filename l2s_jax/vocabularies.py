@@ -29,6 +29,8 @@ _SENTENCEPIECE_FILES = tokenizer_files.SENTENCEPIECE_FILES
 _TOKENIZER_FILE = tokenizer_files.TOKENIZER_FILE
 _GPT2_FILES = tokenizer_files.GPT2_FILES
 CONFIG_FILE = tokenizer_files.CONFIG_FILE
+# Classes of tokenizers that begin a text with BOS unless told otherwise.
+_WITH_BOS = ('Llama', 'Gemma')
 BYTE_TOKENIZER = 'ByT5Tokenizer'  # As that file names it; it has no other.
 _SPECIAL_FILES = tokenizer_files.SPECIAL_FILES
 # They act through the ids alone.
@@ -167,6 +169,11 @@ class Vocabulary(abc.ABC):
   def has_pad(self) -> bool:
     """Whether the files name a pad token; `pad_id` is 0 where they do not."""
     return 'pad' in self._special_ids
+
+  @property
+  def prefix_ids(self) -> tuple[int, ...]:
+    """The ids that go in front of a text that a model is to continue."""
+    return () if self.bos_id is None else (self.bos_id,)
 
   @property
   def special_ids(self) -> dict[str, int]:
@@ -463,6 +470,7 @@ class HuggingFaceVocabulary(Vocabulary):
     )
     # Of a folder, what transformers makes of it; else the file as it is.
     self._is_resolved = contents is not None
+    self._says_bos = False
     self._silent_ids = {
       self._special_ids[kind]
       for kind in ('bos', 'eos', 'pad')
@@ -492,6 +500,22 @@ class HuggingFaceVocabulary(Vocabulary):
       if name not in _SPECIAL_FILES
     } | {CONFIG_FILE: (json.dumps(config, indent=2) + '\n').encode()}
     return plain.save(folder)
+
+  @property
+  def prefix_ids(self) -> tuple[int, ...]:
+    """What the tokenizer puts in front of a text: its BOS, or nothing.
+
+    That is for its post-processor to say, then for `add_bos_token`. Where
+    neither does, Llama's and Gemma's have always had one, and these models
+    compute little of use without.
+    """
+    text = 'a'
+    ids = self._processor.encode(text, add_special_tokens=True).ids
+    (first, *_) = self._processor.encode(text, add_special_tokens=False).ids
+    prefix = tuple(ids[: ids.index(first)])
+    if prefix or self.bos_id is None or not self._says_bos:
+      return prefix
+    return (self.bos_id,)
 
   def _encode(self, text: str) -> list[int]:
     return self._processor.encode(text, add_special_tokens=False).ids
@@ -604,17 +628,17 @@ def _load_as_transformers(
       path = folder
     stored = HuggingFaceVocabulary(path, said_ids=said, **overrides)
     stored._is_resolved = True
+    stored._says_bos = _says_bos(config)
     return stored
-  config: dict[str, Any] = {
-    f'{kind}_token': token for kind, token in resolved.tokens.items()
-  }
+  says_bos = _says_bos(config)
+  config = {f'{kind}_token': token for kind, token in resolved.tokens.items()}
   if config.get('unk_token') == config.get('eos_token'):
     config.pop('unk_token', None)  # GPT-2's stands for nothing unknown.
   config |= {
     'tokenizer_class': 'PreTrainedTokenizerFast',
     'clean_up_tokenization_spaces': False,
   }
-  return HuggingFaceVocabulary(
+  made = HuggingFaceVocabulary(
     folder / _TOKENIZER_FILE,
     contents={
       _TOKENIZER_FILE: resolved.content,
@@ -625,6 +649,14 @@ def _load_as_transformers(
     said_ids=said,
     **overrides,
   )
+  made._says_bos = says_bos
+  return made
+
+
+def _says_bos(config: Mapping[str, Any]) -> bool:
+  """Returns whether a tokenizer_config.json asks for BOS before a text."""
+  by_class = str(config.get('tokenizer_class')).startswith(_WITH_BOS)
+  return config.get('add_bos_token', by_class) is True
 
 
 def _is_of_transformers(

@@ -168,6 +168,7 @@ def test_one_beam_is_greedy(name, early_stopping):
     has_prompt=jnp.ones(num_rows, bool),
     row_keys=jax.random.split(jax.random.key(0), num_rows),
     max_lens=jnp.full(num_rows, MAX_DECODE_LEN),
+    first_tokens=jnp.full(num_rows, START_ID),
   )
   cache = helpers.prefill(module, params, batch, MAX_DECODE_LEN)
   state = search.begin(cache, prompts, MAX_DECODE_LEN)
