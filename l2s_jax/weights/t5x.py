@@ -379,7 +379,7 @@ def _place(path: pathlib.Path, name: str, leaf: Any) -> str:
   if isinstance(leaf, dict) and isinstance(leaf['kvstore'], dict):
     # Since tensorstore 0.1.14 the path is inside.
     found = leaf['kvstore'].get('path') or leaf.get('path')
-  if not isinstance(found, str):
+  if not isinstance(found, str) or '\0' in found:
     raise ValueError(
       f'{path}: the parameter {config_lib.shorten(name)} is neither an array '
       'nor says where one is. Copy the checkpoint again.'
