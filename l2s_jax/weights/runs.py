@@ -41,8 +41,9 @@ def read_description(folder: pathlib.Path) -> dict[str, Any]:
   kind = description.get('kind')
   if not isinstance(kind, str) or kind not in _KEYS:
     raise ValueError(
-      f'{path}: kind is {config_lib.shorten(repr(kind))}; known are {", ".join(_KEYS)}. Copy it again '
-      'from where the run was made, or update l2s_jax.'
+      f'{path}: kind is {config_lib.shorten(repr(kind))}; known are '
+      f'{", ".join(_KEYS)}. Copy it again from where the run was made, or '
+      'update l2s_jax.'
     )
   missing = sorted(_KEYS[kind] - description.keys())
   if missing:
