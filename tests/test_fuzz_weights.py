@@ -18,7 +18,7 @@ def alarm():
 
 
 def test_no_spoilt_header_ends_in_a_traceback():
-  said = []
+  said: list[str] = []
   counts = fuzz_weights.fuzz(seed=0, count=40, say=said.append)
   assert not said, '\n'.join(said)
   assert len(counts) >= 6
