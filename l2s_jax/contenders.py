@@ -255,8 +255,7 @@ def _of_run(
         f'{" and ".join(named)} is set beside it. Name both as LLM_PATH and '
         'SLM_PATH.'
       )
-    alone = systems.Tower(folder)
-    return {LLM: _model(LLM, alone, dtype, seed)}, None
+    return {LLM: _model(LLM, systems.Tower(folder), dtype, seed)}, None
   description = run.description
   prompt, answer = (
     _ids_of(vocabularies.load(f'{folder}/{systems.VOCABULARIES}/{name}'))

@@ -347,7 +347,7 @@ def from_json(
   if not isinstance(content, Mapping):
     raise ValueError(
       f'{where}: expected an object with the fields of a TransformerConfig, '
-      f'found {shorten(content)}. Copy the file again.'
+      f'found {shorten(repr(content))}. Copy the file again.'
     )
   fields = {
     field.name: field for field in dataclasses.fields(TransformerConfig)
@@ -373,7 +373,7 @@ def from_json(
     allowed = typing.get_args(kinds[name]) or (kinds[name],)
     if not _fits(value, kinds[name]):
       raise ValueError(
-        f'{where}: {name} is {shorten(value)}; expected {expected}'
+        f'{where}: {name} is {shorten(repr(value))}; expected {expected}'
         f'{" or null" if types.NoneType in allowed else ""}. Copy the file '
         'again.'
       )
@@ -383,7 +383,7 @@ def from_json(
       isinstance(number, int | float) and number < low for number in numbers
     ):
       raise ValueError(
-        f'{where}: {name} is {shorten(value)}; expected '
+        f'{where}: {name} is {shorten(repr(value))}; expected '
         f'{"more than 0" if low else "0 or more"}. Copy the file again.'
       )
   # An int beyond 32 bits is none to JAX.

@@ -21,6 +21,13 @@ DESCRIPTION = 'weights.json'
 FORMAT_VERSION = 1
 _KEYS = {'format_version', 'model_type', 'special_ids', 'config', 'digests'}
 
+_KINDS: dict[str, type | tuple[type, ...]] = {
+  'format_version': int,
+  'model_type': (str, type(None)),
+  'special_ids': dict,
+  'digests': dict,
+}
+
 
 class Folder:
   """A converted folder."""
@@ -48,6 +55,13 @@ class Folder:
         f'{path} lacks {", ".join(missing)}. Convert again, or copy the folder '
         'whole.'
       )
+    for key, kind in _KINDS.items():
+      value = description[key]
+      if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(
+          f'{path}: {key} is {config_lib.shorten(repr(value))}, which no '
+          'converted folder has. Convert again, or copy the folder whole.'
+        )
     if description['format_version'] > FORMAT_VERSION:
       raise ValueError(
         f'{path} has format version {description["format_version"]}; this '

@@ -9,6 +9,7 @@ import math
 import mmap
 import pathlib
 import struct
+from typing import Any
 
 MAGIC = b'GGUF'
 # Bytes of a value by its type; 8 is a text, 9 a list.
@@ -116,7 +117,7 @@ def check(path: pathlib.Path) -> None:
         )
 
 
-def _tensor(cursor: _Cursor, gguf) -> tuple[str, int]:
+def _tensor(cursor: _Cursor, gguf: Any) -> tuple[str, int]:
   """Returns the name of a tensor, and where it ends within the data."""
   name = repr(cursor.text().decode('utf-8', 'replace')[:80])
   num_axes = cursor.number('I')

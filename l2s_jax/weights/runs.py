@@ -45,10 +45,11 @@ def read_description(folder: pathlib.Path) -> dict[str, Any]:
   path = folder / 'model.json'
   description = tensor_files.read_json(path)
   kind = description.get('kind')
-  if kind not in _KEYS:
+  if not isinstance(kind, str) or kind not in _KEYS:
     raise ValueError(
-      f'{path}: kind is {kind!r}; known are {", ".join(_KEYS)}. Copy it again '
-      'from where the run was made, or update l2s_jax.'
+      f'{path}: kind is {config_lib.shorten(repr(kind))}; known are '
+      f'{", ".join(_KEYS)}. Copy it again from where the run was made, or '
+      'update l2s_jax.'
     )
   missing = sorted(_KEYS[kind] - description.keys())
   if missing:

@@ -379,7 +379,7 @@ def _place(path: pathlib.Path, name: str, leaf: Any) -> str:
   if isinstance(leaf, dict) and isinstance(leaf['kvstore'], dict):
     # Since tensorstore 0.1.14 the path is inside.
     found = leaf['kvstore'].get('path') or leaf.get('path')
-  if not isinstance(found, str):
+  if not isinstance(found, str) or '\0' in found:
     raise ValueError(
       f'{path}: the parameter {config_lib.shorten(name)} is neither an array '
       'nor says where one is. Copy the checkpoint again.'
@@ -469,7 +469,8 @@ def _open_array(
 
   dtype = store.dtype.numpy_dtype
   size = math.prod(store.shape) * dtype.itemsize
-  chunk = math.prod(store.chunk_layout.read_chunk.shape or ()) * dtype.itemsize
+  chunks = store.chunk_layout.read_chunk.shape or ()
+  chunk = math.prod(length or 1 for length in chunks) * dtype.itemsize
   # tensorstore ends the process where it finds no memory.
   if max(size, chunk) > _SMALL and (
     max(size, chunk) > _MOST_COMPRESSED * (stored := _stored_bytes(kvstore))
@@ -477,7 +478,7 @@ def _open_array(
   ):
     raise ValueError(
       f'{path}: the parameter {name} has the shape {store.shape} in chunks of '
-      f'{store.chunk_layout.read_chunk.shape}, and {stored} bytes on the disk. '
+      f'{chunks}, and {stored} bytes on the disk. '
       'Copy the checkpoint again.'
     )
 

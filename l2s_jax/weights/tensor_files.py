@@ -113,7 +113,7 @@ def _open_shards(
     )
   for name, file in weight_map.items():
     # A path would lead out of the folder.
-    if not isinstance(file, str) or pathlib.PurePath(file).name != file:
+    if not isinstance(file, str) or not _is_file_name(file):
       raise ValueError(
         f'{index}: weight_map has {config_lib.shorten(repr(file))} for '
         f'{config_lib.shorten(repr(name))}; expected the name of a file '
@@ -136,6 +136,12 @@ def _open_shards(
       if weight_map.get(name, file) == file
     }
   return tensors
+
+
+def _is_file_name(text: str) -> bool:
+  num_bytes = len(text.encode('utf-8', 'surrogatepass'))
+  is_printable = text.isprintable() and num_bytes <= 255
+  return is_printable and pathlib.PurePath(text).name == text
 
 
 def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
