@@ -308,7 +308,7 @@ def test_a_run_names_its_optimizer_and_its_rates(name, clear_gin):
       'WARMUP_STEPS=4',
       "LEARNING_RATE_BY_PATH={'norm/.*': 0.5}",
       # What the run's model and task would bind.
-      'MODEL=None',
+      'MODEL=@language_model_system()',
       'MODEL_DIR=any',
       'MIXTURE_OR_TASK_NAME=any',
       'TASK_FEATURE_LENGTHS={}',
