@@ -13,7 +13,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from l2s_jax import checkpoint, gin_utils, optim
+from l2s_jax import checkpoint, gin_utils, optim, train
 from l2s_jax import state as state_lib
 
 WARM = 'constant * linear_warmup'
@@ -314,7 +314,8 @@ def test_a_run_names_its_optimizer_and_its_rates(name, clear_gin):
       'TASK_FEATURE_LENGTHS={}',
     ],
   )
-  optimizer = gin.query_parameter('%OPTIMIZER').scoped_configurable_fn()
+  bound = gin.get_bindings(train.train, resolve_references=False)
+  optimizer = bound['optimizer'].scoped_configurable_fn()
   assert optimizer.description['name'] == name
   assert optimizer.schedule(0) == pytest.approx(0.025)
   found = updated(optimizer, constant_grads(0.1))
