@@ -163,7 +163,7 @@ def check_required(
 
   Raises:
     ValueError: listing each parameter without default that nothing binds, and
-      each macro that is left to the user.
+      each macro that is left to the user; or if a call would need itself.
   """
   missing = list(dict.fromkeys(_missing_parameters(fn, [], given)))
   of_others = {name for fn in others for name in _missing_parameters(fn, [])}
@@ -344,6 +344,11 @@ def _parse(text: str | TextIO, label: str) -> list[Any]:
     raise ValueError(
       f'{label}:{error.lineno}: {message}\n    {line.lstrip()}'
     ) from error
+  except (TypeError, RecursionError, MemoryError) as error:
+    raise ValueError(
+      f'{label}: {error or type(error).__name__}; a value is nested too deep, '
+      'or a list or dict is the key of a dict.'
+    ) from error
   except tokenize.TokenError as error:
     message, (line_number, _) = error.args
     raise ValueError(
@@ -517,12 +522,20 @@ def _is_required(value: Any) -> bool:
 
 
 def _missing_parameters(
-  fn: Callable[..., Any], scope: list[str], given: Collection[str] = ()
+  fn: Callable[..., Any],
+  scope: list[str],
+  given: Collection[str] = (),
+  callers: tuple[str, ...] = (),
 ) -> Iterator[str]:
   """Yields `scope/configurable.parameter` of what a call would not find."""
   with gin.config_scope(scope):
     bindings = gin.get_bindings(fn, resolve_references=False)
   name = f'{"/".join(scope)}/{fn.__name__}'.lstrip('/')
+  if name in callers:
+    raise ValueError(
+      f'@{name}() is bound within itself: break the circle '
+      f'{" -> ".join((*callers[callers.index(name) :], name))}.'
+    )
   for parameter in inspect.signature(fn).parameters.values():
     value = bindings.get(parameter.name, parameter.default)
     has_value = (
@@ -538,5 +551,7 @@ def _missing_parameters(
   ):
     if reference.evaluate:
       yield from _missing_parameters(
-        reference.configurable.wrapped, reference.scopes or scope
+        reference.configurable.wrapped,
+        reference.scopes or scope,
+        callers=(*callers, name),
       )

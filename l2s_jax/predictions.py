@@ -263,19 +263,29 @@ class GrowingFile:
 
 def _parse(line: bytes) -> Record | None:
   """Returns a line's record; None if it is torn."""
+  if not line.endswith(b'\n'):
+    return None
   try:
-    record = json.loads(line) if line.endswith(b'\n') else None
+    record = files.parse_json(line, 'the line', remedy='', finite=False)
   except ValueError:
     return None
-  is_record = isinstance(record, dict) and 'prediction' in record
-  return record if is_record else None
+  is_answer = isinstance(record.get('prediction', 0), str)
+  is_refusal = {'line', 'error', 'prediction'} <= record.keys()
+  return record if is_answer or is_refusal else None
 
 
 def read(paths: Iterable[pathlib.Path]) -> Iterator[Record]:
   """Yields the records of whole files."""
   for path in paths:
-    with path.open(encoding='utf-8') as file:
-      yield from map(json.loads, file)
+    with path.open('rb') as file:
+      for number, line in enumerate(file, start=1):
+        yield files.parse_json(
+          line,
+          f'{path}, line {number}',
+          keys={'prediction': (str, type(None))},
+          remedy='remove the file, and answer its lines again.',
+          finite=False,
+        )
 
 
 def count(records: Iterable[Record]) -> Tally:

@@ -389,3 +389,9 @@ def test_lengths_and_numbers_out_of_range_are_refused_by_name():
     gin_utils.check_positive(BATCH_SIZE=10**30)
   with pytest.raises(ValueError, match='Z_LOSS=-1: expected a number from 0.'):
     gin_utils.check_between(0, float('inf'), Z_LOSS=-1)
+
+
+def test_a_call_that_needs_itself_is_refused():
+  gin_utils.parse_config([], ['fit.model_dir=@fit()'])
+  with pytest.raises(ValueError, match=r'bound within itself.* fit -> fit\.'):
+    gin_utils.check_required(fit)
