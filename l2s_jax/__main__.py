@@ -368,7 +368,7 @@ def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
   parser.add_argument(
     '--verbose',
     action='store_true',
-    help="libraries' logs, and tracebacks of errors in the input",
+    help="libraries' logs, and tracebacks of errors that are a sentence",
   )
   parser.add_argument('-h', '--help', action='store_true', help='this text')
   return parser

@@ -293,8 +293,8 @@ def _scores(
     path = pathlib.Path(source.location) / 'eval' / f'metrics-{name}.json'
     if not isinstance(source, runs.Run) or not path.is_file():
       continue
-    scores = evaluate.read_scores(path).get(str(source.step()), {})
-    scores = scores.get('none', {})
+    by_control = evaluate.read_scores(path).get(str(source.step()), {})
+    scores = by_control.get('none', {})
     found[system] = {k: scores[k] for k in report.MAIN_SCORES if k in scores}
   if not any(found.values()):
     raise ValueError(

@@ -321,6 +321,10 @@ def evaluate(
     num_examples=num_examples,
     max_decode_len=max_decode_len,
   )
+  gin_utils.check_lengths(task_feature_lengths)
+  gin_utils.check_between(
+    0, gin_utils.LARGEST, EVAL_BOOTSTRAP_SAMPLES=num_bootstrap_samples
+  )
   as_it_came.check_path(checkpoint_path)
   mesh_config = mesh or partition.MeshConfig()
   device_mesh = partition.make_mesh(mesh_config)
@@ -541,9 +545,9 @@ def _write_curves(
     label = name if control == 'none' else f'{name}-{control}'
     logs = folder / 'tensorboard' / label
     with contextlib.closing(metric_writer.EventFile(logs)) as writer:
-      for step, scores in by_step.items():
+      for number, scores in by_step.items():
         for score in report.score_names(scores):
-          writer.add(f'eval/{score}', scores[score], step, time.time())
+          writer.add(f'eval/{score}', scores[score], number, time.time())
       writer.replace_others()
   if max(map(len, by_control.values())) > 1:
     if 'none' in by_control:

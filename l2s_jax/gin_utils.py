@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import math
 import os
 import pathlib
 import tokenize
@@ -32,7 +33,12 @@ from typing import Any, TextIO
 import gin
 from gin import config_parser
 
+from l2s_jax import gin_types
+
 REPO_ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Numbers of rows, tokens and steps are 32-bit integers on devices.
+LARGEST = 2**31 - 1
 
 _MACRO = 'gin.macro'
 _REQUIRED = '%gin.REQUIRED'
@@ -80,15 +86,6 @@ class _Delegate(config_parser.ParserDelegate):
     return _Reference(name, '%')
 
 
-@dataclasses.dataclass(frozen=True)
-class _Binding:
-  """A bound value and where it came from: `FILE:LINE` or `--gin.NAME`."""
-
-  name: str
-  value: Any
-  source: str
-
-
 def parse_config(
   gin_files: Iterable[str] = (),
   bindings: Iterable[str] = (),
@@ -108,12 +105,13 @@ def parse_config(
     ValueError: naming file and line (or flag) and near misses, if a line does
       not parse; a module cannot be imported; a configurable or parameter does
       not exist; a macro is read and not bound, or was bound in `bindings` and
-      is read by nothing.
+      is read by nothing; or a parameter of this package gets what its
+      annotation does not allow.
   """
   gin.clear_config()
   roots = [pathlib.Path.cwd(), *map(pathlib.Path, search_paths), REPO_ROOT]
   files: list[pathlib.Path] = []
-  bound: dict[_Key, _Binding] = {}
+  bound: dict[_Key, gin_types.Bound] = {}
 
   def bind(statement: Any, source: str) -> None:
     if isinstance(statement, config_parser.ImportStatement):
@@ -121,7 +119,7 @@ def parse_config(
     elif isinstance(statement, config_parser.BindingStatement):
       key = _binding_key(statement, source)
       value = _resolve(statement.value, source)
-      bound[key] = _Binding(_display_name(key), value, source)
+      bound[key] = gin_types.Bound(_display_name(key), value, source)
 
   for name in gin_files:
     for source, statement in _read_file(name, '--gin_file', roots, files):
@@ -135,6 +133,8 @@ def parse_config(
       assumed_strings[source.removeprefix('--gin.')] = statement.value
 
   unread_macros = _check_macros(bound)
+  if problems := gin_types.problems(bound):
+    raise ValueError('\n'.join(problems))
   required = {}
   for key, found in bound.items():
     value = found.value
@@ -163,7 +163,7 @@ def check_required(
 
   Raises:
     ValueError: listing each parameter without default that nothing binds, and
-      each macro that is left to the user.
+      each macro that is left to the user; or if a call would need itself.
   """
   missing = list(dict.fromkeys(_missing_parameters(fn, [], given)))
   of_others = {name for fn in others for name in _missing_parameters(fn, [])}
@@ -196,10 +196,61 @@ def check_positive(**values: int | None) -> None:
     f'{name}={value!r}'
     for name, value in values.items()
     if value is not None
-    and (not isinstance(value, int) or isinstance(value, bool) or value < 1)
+    and (
+      not isinstance(value, int)
+      or isinstance(value, bool)
+      or not 1 <= value <= LARGEST
+    )
   ]
   if wrong:
-    raise ValueError(f'{", ".join(wrong)}: expected a positive integer.')
+    most = f' up to {LARGEST}' if any(len(w) > 30 for w in wrong) else ''
+    raise ValueError(f'{", ".join(wrong)}: expected a positive integer{most}.')
+
+
+def check_between(
+  low: int | float, high: int | float, **values: int | float
+) -> None:
+  """Checks that numbers are from `low` to `high`.
+
+  Args:
+    low: the least that is allowed.
+    high: the most; infinity for no limit.
+    **values: by the name to complain about.
+
+  Raises:
+    ValueError: listing those that are not.
+  """
+  wrong = [
+    f'{name}={value!r}'
+    for name, value in values.items()
+    if not low <= value <= high
+  ]
+  if wrong:
+    limits = f'from {low}' if high == math.inf else f'from {low} to {high}'
+    raise ValueError(f'{", ".join(wrong)}: expected a number {limits}.')
+
+
+def check_lengths(task_feature_lengths: Mapping[str, int]) -> None:
+  """Checks that TASK_FEATURE_LENGTHS has what it must.
+
+  Raises:
+    ValueError: if the length of prompts or answers is missing or not positive.
+  """
+  missing = [
+    name for name in ('inputs', 'targets') if name not in task_feature_lengths
+  ]
+  if missing:
+    raise ValueError(
+      f'TASK_FEATURE_LENGTHS={dict(task_feature_lengths)} lacks '
+      f'{" and ".join(map(repr, missing))}: expected tokens of prompt and '
+      "answer, such as {'inputs': 128, 'targets': 128}."
+    )
+  check_positive(
+    **{
+      f'TASK_FEATURE_LENGTHS[{name!r}]': length
+      for name, length in task_feature_lengths.items()
+    }
+  )
 
 
 def config() -> str:
@@ -292,6 +343,11 @@ def _parse(text: str | TextIO, label: str) -> list[Any]:
     line = (error.text or '').rstrip()
     raise ValueError(
       f'{label}:{error.lineno}: {message}\n    {line.lstrip()}'
+    ) from error
+  except (TypeError, RecursionError, MemoryError) as error:
+    raise ValueError(
+      f'{label}: {error or type(error).__name__}; a value is nested too deep, '
+      'or a list or dict is the key of a dict.'
     ) from error
   except tokenize.TokenError as error:
     message, (line_number, _) = error.args
@@ -407,7 +463,7 @@ def _resolve(value: Any, source: str) -> Any:
   return delegate.configurable_reference(value.name, value.kind == '@()')
 
 
-def _check_macros(bound: dict[_Key, _Binding]) -> dict[str, str]:
+def _check_macros(bound: dict[_Key, gin_types.Bound]) -> dict[str, str]:
   """Raises on macros misspelt or left to the user; returns the unread ones."""
   macros = {
     binding.name: binding
@@ -426,6 +482,11 @@ def _check_macros(bound: dict[_Key, _Binding]) -> dict[str, str]:
     for name, source in read.items()
     if name not in macros
   ]
+  problems += [
+    f'{macros[name].source}: {name} is bound to itself: break the circle.'
+    for name in macros
+    if _is_circular(name, macros)
+  ]
   unread = {name: macros[name].source for name in macros if name not in read}
   problems += [
     f'{source}: nothing reads {name}{near_misses(name, read)} '
@@ -438,18 +499,43 @@ def _check_macros(bound: dict[_Key, _Binding]) -> dict[str, str]:
   return unread
 
 
+def _is_circular(name: str, macros: Mapping[str, gin_types.Bound]) -> bool:
+  """Whether a macro's value holds, however deep, the macro."""
+  seen: set[str] = set()
+  left = [name]
+  while left:
+    for reference in gin.config.iterate_references([macros[left.pop()].value]):
+      found = '/'.join(reference.scopes)
+      if reference.configurable.selector != _MACRO or found not in macros:
+        continue
+      if found == name:
+        return True
+      if found not in seen:
+        seen.add(found)
+        left.append(found)
+  return False
+
+
 def _is_required(value: Any) -> bool:
   references = gin.config.iterate_references([value])
   return any(repr(reference) == _REQUIRED for reference in references)
 
 
 def _missing_parameters(
-  fn: Callable[..., Any], scope: list[str], given: Collection[str] = ()
+  fn: Callable[..., Any],
+  scope: list[str],
+  given: Collection[str] = (),
+  callers: tuple[str, ...] = (),
 ) -> Iterator[str]:
   """Yields `scope/configurable.parameter` of what a call would not find."""
   with gin.config_scope(scope):
     bindings = gin.get_bindings(fn, resolve_references=False)
   name = f'{"/".join(scope)}/{fn.__name__}'.lstrip('/')
+  if name in callers:
+    raise ValueError(
+      f'@{name}() is bound within itself: break the circle '
+      f'{" -> ".join((*callers[callers.index(name) :], name))}.'
+    )
   for parameter in inspect.signature(fn).parameters.values():
     value = bindings.get(parameter.name, parameter.default)
     has_value = (
@@ -465,5 +551,7 @@ def _missing_parameters(
   ):
     if reference.evaluate:
       yield from _missing_parameters(
-        reference.configurable.wrapped, reference.scopes or scope
+        reference.configurable.wrapped,
+        reference.scopes or scope,
+        callers=(*callers, name),
       )

@@ -97,7 +97,9 @@ class EventFile:
       str(folder / 'events'), f'.{time.time_ns()}'
     )
 
-  def add(self, name: str, value: float, step: int, secs: float) -> None:
+  def add(
+    self, name: str, value: int | float, step: int, secs: int | float
+  ) -> None:
     """Adds a number; `secs` since the epoch is when it was found."""
     self._writer.write_event(
       event_pb2.Event(
@@ -134,6 +136,9 @@ def read(
   if not path.is_file():
     return []
   records = files.read_records(path, keys={'step': int, 'time': float}, say=say)
+  if any(record['step'] < 0 for record in records):
+    say(f'{path}: left out the lines of steps below 0.')
+    records = [record for record in records if record['step'] >= 0]
   for record in records:
     for name in [*record]:  # Damaged in a way that JSON allows.
       if not isinstance(record[name], int | float):
@@ -152,7 +157,7 @@ def by_step(
   found: dict[int, dict[str, float]] = {}
   for record in read(run_dir):
     scalars = {
-      name.removeprefix(prefix): value
+      name.removeprefix(prefix): float(value)
       for name, value in record.items()
       if name.startswith(prefix)
     }

@@ -81,9 +81,16 @@ def learning_rate_schedule(
     min_learning_rate: the rate never falls below it; T5X has 1e-8.
 
   Raises:
-    ValueError: for an unknown factor, one without its `total_steps`, or
-      'linear_decay' with another.
+    ValueError: for an unknown factor, one without its `total_steps`,
+      'linear_decay' with another, or a negative number.
   """
+  for name, value in (
+    ('LEARNING_RATE', base_learning_rate),
+    ('WARMUP_STEPS', warmup_steps),
+    ('learning_rate_schedule.min_learning_rate', min_learning_rate),
+  ):
+    if not value >= 0:
+      raise ValueError(f'{name}={value!r}: expected a number from 0.')
   warm = max(warmup_steps, 1)
 
   def to_end(n):
@@ -284,6 +291,19 @@ def _optimizer(
   The state is built alike whatever the rate, the clipping and the decay are:
   these may change within a run.
   """
+  name = description['name']
+  for limits, fits, values in (
+    (
+      'from 0 to below 1',
+      lambda x: 0 <= x < 1,
+      {key: description.get(key, 0) for key in ('b1', 'b2')},
+    ),
+    ('from 0', lambda x: x >= 0, {'weight_decay': weight_decay}),
+    ('above 0, or None', lambda x: x > 0, {'max_grad_norm': max_grad_norm}),
+  ):
+    for key, value in values.items():
+      if value is not None and not fits(value):
+        raise ValueError(f'{name}.{key}={value!r}: expected a number {limits}.')
   schedule = (
     learning_rate
     if callable(learning_rate)

@@ -94,7 +94,7 @@ def _find(
     chain += [x for x in nested if x is not None and x not in chain]
   found = [entry for item in chain if (entry := _read(item)) is not None]
   with_path = [entry for entry in found if entry[2]]
-  return (with_path or found or [None])[0]
+  return next(iter(with_path or found), None)
 
 
 def _read(

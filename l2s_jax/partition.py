@@ -70,8 +70,8 @@ class MeshConfig:
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
-  llm_rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  slm_rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  llm_rules: Mapping[str, MeshAxes] = dataclasses.field(default_factory=dict)
+  slm_rules: Mapping[str, MeshAxes] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     for field in ('llm_rules', 'slm_rules'):

@@ -103,6 +103,7 @@ def precompile(
     NUM_SLICES=num_slices,
     NUM_MICROBATCHES=num_microbatches,
   )
+  gin_utils.check_lengths(task_feature_lengths)
   _check(program_names, injection)
   if topology is None:
     raise ValueError(

@@ -376,12 +376,15 @@ def _good_size(
 
 def _parse(line: bytes) -> Record | None:
   """Returns a line's record; None if it is torn."""
+  if not line.endswith(b'\n'):
+    return None
   try:
-    record = json.loads(line) if line.endswith(b'\n') else None
+    record = files.parse_json(line, 'the line', remedy='', finite=False)
   except ValueError:
     return None
-  is_record = isinstance(record, dict) and 'prediction' in record
-  return record if is_record else None
+  is_answer = isinstance(record.get('prediction', 0), str)
+  is_refusal = {'line', 'error', 'prediction'} <= record.keys()
+  return record if is_answer or is_refusal else None
 
 
 def _last_offset(notes: pathlib.Path) -> int:
@@ -407,13 +410,13 @@ def read(paths: Iterable[pathlib.Path]) -> Iterator[Record]:
           f'{path} is not as it was written. Remove it to answer again.'
         )
       for number, line in enumerate(file, start=1):
-        record = _parse(line)
-        if record is None:
-          raise ValueError(
-            f'{path}, line {number}, is not as it was written. Remove the file '
-            'to answer again.'
-          )
-        yield record
+        yield files.parse_json(
+          line,
+          f'{path}, line {number}',
+          keys={'prediction': (str, type(None))},
+          remedy='it is not as it was written. Remove the file to answer again.',
+          finite=False,
+        )
 
 
 def read_whole(path: pathlib.Path, items: Iterable[prompts.Item]) -> Tally:

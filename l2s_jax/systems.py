@@ -312,8 +312,10 @@ def local_folder(path: str, name: str) -> pathlib.Path:
     name: of the setting it came from, for the error.
 
   Raises:
-    ValueError: if it is a bucket's address or a file.
+    ValueError: if it is empty, a bucket's address or a file.
   """
+  if not str(path):
+    raise ValueError(f'{name} is empty; give a folder.')
   if '://' in str(path):
     raise ValueError(
       f'{name}={path}: only paths of the file system are supported; mount the '

@@ -8,6 +8,7 @@ and never comes out.
 
 import contextlib
 import functools
+import math
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -221,8 +222,13 @@ def train(
     KEEP_CHECKPOINTS=keep_checkpoints,
     PREEMPTION_GRACE_SECS=preemption_grace_secs,
     log_period=log_period,
+    num_eval_examples=num_eval_examples,
     eval_batch_size=eval_batch_size,
   )
+  gin_utils.check_lengths(task_feature_lengths)
+  gin_utils.check_between(0, gin_utils.LARGEST, SEED=seed)
+  gin_utils.check_between(0, 1, LABEL_SMOOTHING=label_smoothing)
+  gin_utils.check_between(0, math.inf, Z_LOSS=z_loss)
   _check_best_split(best_metric, eval_split)
   profiling.check(profile_steps)
   run_dir = systems.local_folder(model_dir, 'MODEL_DIR')

@@ -124,7 +124,7 @@ def test_experiments_say_how_they_are_run(path):
 def test_parts_parse(path, values):
   # A run names macros that its neighbours bind.
   others = {
-    'runs': ['MODEL=None', "MIXTURE_OR_TASK_NAME='cldr'"]
+    'runs': ['MODEL=@language_model_system()', "MIXTURE_OR_TASK_NAME='cldr'"]
     + ["TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 8}"]
   }.get(path.parent.name, [])
   text = text_of(path)

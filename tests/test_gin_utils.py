@@ -2,6 +2,7 @@
 """Laws of the gin reader: what it accepts, and what each error tells."""
 
 import dataclasses
+import importlib
 import pathlib
 import re
 import subprocess
@@ -10,7 +11,11 @@ import sys
 import gin
 import pytest
 
+from l2s_jax import __main__ as command_line
 from l2s_jax import gin_utils
+
+for module in command_line.CONFIGURABLE_MODULES:
+  importlib.import_module(module)
 
 
 @gin.configurable(module='test_gin_utils')
@@ -53,6 +58,12 @@ def ring(num_times=1):
   return num_times
 
 
+TRAIN = ['gin_configs/runs/train.gin', 'gin_configs/meshes/cpu.gin']
+TRAIN_BINDINGS = [
+  'MODEL=@language_model_system()',
+  'MIXTURE_OR_TASK_NAME=cldr',
+  "TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 8}",
+]
 RUN = """
 MODEL_DIR = %gin.REQUIRED
 TRAIN_STEPS = 10
@@ -306,3 +317,81 @@ def test_gin_brings_neither_tensorflow_nor_jax():
     [sys.executable, '-c', code], text=True, cwd=gin_utils.REPO_ROOT
   )
   assert output.strip() == 'set()'
+
+
+# --- types, by the annotations of this package's configurables ---
+
+
+@pytest.mark.parametrize(
+  ('binding', 'complaint'),
+  [
+    ("BATCH_SIZE='8'", "='8' (train.batch_size): expected a whole number."),
+    ('BATCH_SIZE=8.5', ': expected a whole number.'),
+    ('BATCH_SIZE=True', ': expected a whole number.'),
+    ('BATCH_SIZE=None', ': expected a whole number.'),
+    ('BATCH_SIZE=@adamw()', ': expected a whole number.'),
+    ('LEARNING_RATE=1e-3x', "='1e-3x' (learning_rate_schedule."),
+    ('LEARNING_RATE=True', ': expected a number.'),
+    ('PACK=1', ': expected True or False.'),
+    ('OPTIMIZER=adamw', '@lion(); write @adamw().'),
+    ('OPTIMIZER=@adamw', '@lion(); write @adamw().'),
+    ('OPTIMIZER=@train()', ': expected @adafactor() or @adamw() or @lion().'),
+    ('TASK_FEATURE_LENGTHS=[32, 32]', ': expected a dict such as {'),
+    ("TASK_FEATURE_LENGTHS={'inputs': '8'}", ': expected a dict such as {'),
+    ('LENGTH_BUCKETS=(8, 8)', ': expected a tuple such as ((8,),).'),
+    ('PROFILE_STEPS=x', ': expected a tuple such as (8,) or None.'),
+    ('MODEL_DIR=3', ': expected a text.'),
+    ('KEEP_CHECKPOINTS=x', ': expected a whole number or None.'),
+    ("MeshConfig.slm_rules={'embed': 3}", ': expected a dict such as {'),
+    ('BATCH_SIZE=%BATCH_SIZE', 'is bound to itself'),
+  ],
+)
+def test_a_value_of_the_wrong_type_is_refused_by_name(binding, complaint):
+  with pytest.raises(ValueError) as error:
+    gin_utils.parse_config(TRAIN, [*TRAIN_BINDINGS, binding])
+  message = str(error.value)
+  assert message.startswith(f'--gin.{binding.partition("=")[0]}')
+  assert complaint in message
+  assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+  'binding',
+  [
+    'LEARNING_RATE=1',
+    'LEARNING_RATE_BY_PATH=None',
+    "LEARNING_RATE_BY_PATH={'x': 1, 'y': 0.5}",
+    'LENGTH_BUCKETS=[(8, 8), [16, 16]]',
+    'OPTIMIZER=@second/lion()',
+    'KEEP_CHECKPOINTS=None',
+    'adamw.learning_rate=0.5',
+    "MeshConfig.slm_rules={'embed': None, 'batch': ('data', 'fsdp')}",
+  ],
+)
+def test_a_value_of_any_type_that_is_allowed_is_taken(binding):
+  gin_utils.parse_config(TRAIN, [*TRAIN_BINDINGS, binding])
+
+
+def test_macros_in_macros_are_seen_through_and_named_where_they_are_set(write):
+  path = write('a.gin', "SIZE = 'big'\nBATCH_SIZE = %SIZE\n")
+  with pytest.raises(ValueError, match="a.gin:1: SIZE='big' .train.batch_size"):
+    gin_utils.parse_config([*TRAIN, path], TRAIN_BINDINGS)
+
+
+def test_lengths_and_numbers_out_of_range_are_refused_by_name():
+  lengths = {'inputs': 8, 'targets': 8}
+  gin_utils.check_lengths(lengths)
+  with pytest.raises(ValueError, match="lacks 'targets': expected tokens of"):
+    gin_utils.check_lengths({'inputs': 8})
+  with pytest.raises(ValueError, match=r"TASK_FEATURE_LENGTHS\['inputs'\]=0"):
+    gin_utils.check_lengths(lengths | {'inputs': 0})
+  with pytest.raises(ValueError, match='BATCH_SIZE=10+: expected a positive'):
+    gin_utils.check_positive(BATCH_SIZE=10**30)
+  with pytest.raises(ValueError, match='Z_LOSS=-1: expected a number from 0.'):
+    gin_utils.check_between(0, float('inf'), Z_LOSS=-1)
+
+
+def test_a_call_that_needs_itself_is_refused():
+  gin_utils.parse_config([], ['fit.model_dir=@fit()'])
+  with pytest.raises(ValueError, match=r'bound within itself.* fit -> fit\.'):
+    gin_utils.check_required(fit)

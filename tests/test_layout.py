@@ -90,6 +90,7 @@ ORDER = (
   'answerer',
   'pipeline',
   'metric_writer',
+  'gin_types',
   'gin_utils',
   'costs',
   'profiling',

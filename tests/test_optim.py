@@ -308,13 +308,14 @@ def test_a_run_names_its_optimizer_and_its_rates(name, clear_gin):
       'WARMUP_STEPS=4',
       "LEARNING_RATE_BY_PATH={'norm/.*': 0.5}",
       # What the run's model and task would bind.
-      'MODEL=None',
+      'MODEL=@language_model_system()',
       'MODEL_DIR=any',
       'MIXTURE_OR_TASK_NAME=any',
       'TASK_FEATURE_LENGTHS={}',
     ],
   )
-  optimizer = gin.get_bindings(train.train)['optimizer']
+  bound = gin.get_bindings(train.train, resolve_references=False)
+  optimizer = bound['optimizer'].scoped_configurable_fn()
   assert optimizer.description['name'] == name
   assert optimizer.schedule(0) == pytest.approx(0.025)
   found = updated(optimizer, constant_grads(0.1))

@@ -143,6 +143,31 @@ def test_sigterm_between_steps_saves_the_last_one(folder):
   assert evaluations(run) == {}
 
 
+def test_ctrl_c_between_steps_saves_the_last_one_and_is_no_preemption(
+  folder, unbroken
+):
+  run = folder / 'interrupted'
+  process = start(folder, 'interrupted', '--gin.CHECKPOINT_PERIOD=1000000')
+  wait_for_records(process, run, 5)
+  process.send_signal(signal.SIGINT)
+  output = finish(process, preemption.INTERRUPTED)
+  assert 'Exception' not in output and 'Traceback' not in output
+  (step,) = checkpoint.steps(run)
+  assert step >= losses(run)[-1][0] >= 15
+  assert f'Saved step {step}. Start again to go on from there.' in output
+  finish(start(folder, 'interrupted'), 0)
+  assert_same_run(run, unbroken)
+
+
+@pytest.mark.parametrize('secs', [0.3, 1.0, 2.5])
+def test_ctrl_c_while_the_program_starts_ends_it_at_once(folder, secs):
+  process = start(folder, f'early-{secs}')
+  time.sleep(secs)  # Python itself takes a tenth of a second.
+  process.send_signal(signal.SIGINT)
+  output = finish(process, preemption.INTERRUPTED)
+  assert 'Traceback' not in output and 'KeyboardInterrupt' not in output
+
+
 @pytest.mark.parametrize('grace_secs', [1, 60])
 def test_sigterm_while_compiling_ends_the_run(folder, grace_secs):
   """By the thread that watches, if the main one cannot listen in time."""
@@ -242,6 +267,89 @@ with preemption.Watcher(grace_secs=2) as watcher:
 """)
   assert result.returncode == preemption.EXIT_CODE, result.stderr
   assert (tmp_path / 'saved').read_text() == '7'
+
+
+def test_ctrl_c_saves_where_the_main_thread_cannot_listen(tmp_path):
+  """Nor is it lost in a callback that prints and forgets exceptions."""
+  result = run_python(f"""
+import os, pathlib, signal, time
+from l2s_jax import preemption
+with preemption.Watcher(grace_secs=2) as watcher:
+  watcher.save = pathlib.Path({str(tmp_path / 'saved')!r}).touch
+  os.kill(os.getpid(), signal.SIGINT)
+  while True:
+    try:
+      time.sleep(100)
+    except BaseException:
+      pass
+""")
+  assert result.returncode == preemption.INTERRUPTED, result.stderr
+  assert (tmp_path / 'saved').exists()
+  assert 'SIGINT: saving the last step and ending' in result.stderr
+
+
+def test_a_second_ctrl_c_ends_at_once_and_one_that_comes_twice_does_not():
+  """The C code and Python's handler both tell of one signal."""
+  program = """
+import os, signal, time
+from l2s_jax import preemption
+with preemption.Watcher(grace_secs=20) as watcher:
+  watcher.save = lambda: time.sleep(100)
+  os.kill(os.getpid(), signal.SIGINT)
+  time.sleep(1)  # Python's handler runs.
+  print('still here', flush=True)
+  {second}
+  time.sleep(2)
+  print('at the end', flush=True)
+  os._exit(0)
+"""
+  once = run_python(program.format(second=''))
+  assert (once.returncode, once.stdout) == (0, 'still here\nat the end\n')
+  twice = run_python(
+    program.format(second='os.kill(os.getpid(), signal.SIGINT)')
+  )
+  assert twice.returncode == preemption.INTERRUPTED
+  assert twice.stdout == 'still here\n'
+
+
+@pytest.mark.parametrize(
+  ('before', 'status'), [('', 130), ('signal.SIG_IGN', 0)]
+)
+def test_ctrl_c_with_nothing_to_save_ends_at_once_unless_ignored(
+  before, status
+):
+  result = run_python(f"""
+import os, signal, sys, time
+from l2s_jax import preemption
+if {before!r}:
+  signal.signal(signal.SIGINT, {before or None})
+def main():
+  print('written before', end='')
+  os.kill(os.getpid(), signal.SIGINT)
+  time.sleep(3)
+sys.exit(preemption.run(main))
+""")
+  assert result.returncode == status, result.stderr
+  assert result.stdout == 'written before'
+  assert 'Traceback' not in result.stderr
+
+
+def test_ctrl_c_to_one_of_several_processes_is_sigterm_to_jax():
+  result = run_python("""
+import os, signal, sys, time
+from l2s_jax import preemption
+def main():
+  heard = []
+  signal.signal(signal.SIGTERM, lambda *_: heard.append(1))  # JAX's place.
+  with preemption.Watcher(60, agree=lambda _: bool(heard)) as watcher:
+    watcher.check()
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1)
+    watcher.exit_if_requested()
+sys.exit(preemption.run(main))
+""")
+  assert result.returncode == preemption.INTERRUPTED, result.stderr
+  assert 'all processes end at their next step' in result.stderr
 
 
 @pytest.mark.parametrize('hanging', ['watcher.lock.acquire()', 'None'])

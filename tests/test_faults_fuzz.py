@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Broken files and settings end in one sentence: a short form of the fuzzer."""
+
+import dataclasses
+import pathlib
+import random
+import subprocess
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent / 'faults'))
+
+import fuzz_files
+import mutate
+
+COUNT = 60
+
+
+KINDS = ['best', 'log', 'scores', 'settings', 'answers', 'gin']
+
+
+def test_broken_files_and_settings_end_in_one_sentence_or_are_read():
+  """In a process of its own: annotations are not checked there, as in use."""
+  result = subprocess.run(
+    [sys.executable, fuzz_files.__file__, '--seed=1', f'--count={COUNT}']
+    + [f'--kinds={",".join(KINDS)}'],
+    capture_output=True,
+    text=True,
+    errors='replace',
+    timeout=300,
+  )
+  assert result.returncode == 0, result.stdout + result.stderr
+  rows = [line.split('|')[1:-1] for line in result.stdout.splitlines()[2:]]
+  assert [row[0].strip() for row in rows] == KINDS
+  for _, broken, read, refused, tracebacks in rows:
+    assert int(read) + int(refused) == int(broken) == COUNT
+    assert int(read) > 0 and int(tracebacks) == 0
+
+
+def test_good_files_are_read():
+  for name, kind in fuzz_files.kinds().items():
+    whole = dataclasses.replace(kind, mutate=lambda content, _: content)
+    result = fuzz_files.fuzz(name, whole, seed=0, count=1)
+    assert result.num_read == 1, (name, result.tracebacks)
+
+
+def test_the_fuzzer_sees_a_traceback():
+  def read(folder):
+    raise KeyError('x')
+
+  kind = fuzz_files.Kind('x.json', b'{}', read)
+  result = fuzz_files.fuzz('x', kind, seed=0, count=3)
+  assert len(result.tracebacks) == 3 and 'KeyError' in result.tracebacks[0]
+
+
+def test_faults_are_drawn_from_the_seed_and_change_something():
+  content = b'{"a": [1, 2, {"b": "text"}], "c": 0.5}'
+  broken = [
+    mutate.mutate_json_file(content, random.Random(seed)) for seed in range(200)
+  ]
+  again = [
+    mutate.mutate_json_file(content, random.Random(seed)) for seed in range(200)
+  ]
+  assert broken == again
+  assert len(set(broken)) > 100
