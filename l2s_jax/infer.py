@@ -167,7 +167,9 @@ def infer(
   system = systems.for_decoding(system, decoding)
   lengths = {'inputs': prompt_length, 'targets': max_decode_len}
   if is_task:
-    task = evaluate.bind_task(system, input.removeprefix(TASK))
+    task = evaluate.bind_task(
+      system, input.removeprefix(TASK), label=f'INPUT={input}'
+    )
     _check_task(task, input)
     if not dry_run:  # which needs no data
       evaluate.check_splits(task, lengths, read=(split,))

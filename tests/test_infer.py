@@ -442,7 +442,7 @@ def test_standard_input_streams_what_it_would_have_written(run):
 
 
 def test_tasks_that_have_no_lines_of_text_are_refused(run, tmp_path):
-  from l2s_jax import features
+  from l2s_jax import features, tasks
   from l2s_jax.features import seqio, tf
 
   def dataset(split, shuffle_files, seed=None):
@@ -458,10 +458,12 @@ def test_tasks_that_have_no_lines_of_text_are_refused(run, tmp_path):
     preprocessors=[],
     output_features={'inputs': feature, 'targets': feature},
   )
+  tasks.register()
   seqio.MixtureRegistry.add('several', [('already_ids', 1), ('cldr', 1)])
   try:
     for name, message in {
       'several': 'is a mixture, .* one by one: task:already_ids, task:cldr',
+      'absent': 'is not registered with SeqIO',
       'already_ids': 'tokenized already and has no inputs_pretokenized',
     }.items():
       with pytest.raises(ValueError, match=f'INPUT=task:{name}.*{message}'):
