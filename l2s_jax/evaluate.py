@@ -43,11 +43,22 @@ CONTROLS = ('none', 'zero', 'other')
 Stop = Callable[[], None]
 
 
-def bind_task(system: systems.System, mixture_or_task_name: str) -> Any:
-  """Returns a SeqIO task or mixture with a system's vocabularies."""
+def bind_task(
+  system: systems.System, mixture_or_task_name: str, label: str | None = None
+) -> Any:
+  """Returns a SeqIO task or mixture with a system's vocabularies.
+
+  Args:
+    system: that reads and writes its texts.
+    mixture_or_task_name: as `tasks.bind` takes it.
+    label: the setting that has the name, for messages.
+  """
   # Imports TensorFlow where it is called; the core does without.
   return tasks.bind(
-    mixture_or_task_name, system.prompt_vocabulary, system.answer_vocabulary
+    mixture_or_task_name,
+    system.prompt_vocabulary,
+    system.answer_vocabulary,
+    label=label,
   )
 
 

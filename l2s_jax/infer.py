@@ -176,7 +176,9 @@ def infer(
   system = systems.for_decoding(system, decoding)
   lengths = {'inputs': prompt_length, 'targets': max_decode_len}
   if is_task:
-    task = evaluate.bind_task(system, input.removeprefix(TASK))
+    task = evaluate.bind_task(
+      system, input.removeprefix(TASK), label=f'INPUT={input}'
+    )
     _check_task(task, input)
     if not dry_run:  # which needs no data
       evaluate.check_splits(task, lengths, read=(split,))
@@ -392,19 +394,20 @@ def _check_survey(
   target_column: str | None,
 ) -> None:
   """Refuses what would give no answer or, with a target column, no score."""
-  all_bad = survey.first_bad is not None and survey.num_bad == survey.num_lines
-  if all_bad and survey.first_bad.reason.startswith('is not UTF-8'):
-    raise ValueError(
-      f'INPUT={input} is no text: none of its {survey.num_lines} lines is '
-      f'UTF-8; the first: {survey.first_bad} Text in Latin-1 is made UTF-8 '
-      'with `iconv -f LATIN1 -t UTF-8`.'
-    )
-  if all_bad and _has_columns(input):  # Then a setting is wrong, not the lines.
-    raise ValueError(
-      f'INPUT={input}: none of its {survey.num_lines} lines can be answered; '
-      f'the first: {survey.first_bad} PROMPT_COLUMN, TEMPLATE and COLUMN_NAMES '
-      'say what is read.'
-    )
+  first_bad = survey.first_bad
+  if first_bad is not None and survey.num_bad == survey.num_lines:
+    if first_bad.reason.startswith('is not UTF-8'):
+      raise ValueError(
+        f'INPUT={input} is no text: none of its {survey.num_lines} lines is '
+        f'UTF-8; the first: {first_bad} Text in Latin-1 is made UTF-8 with '
+        '`iconv -f LATIN1 -t UTF-8`.'
+      )
+    if _has_columns(input):  # Then a setting is wrong, not the lines.
+      raise ValueError(
+        f'INPUT={input}: none of its {survey.num_lines} lines can be answered; '
+        f'the first: {first_bad} PROMPT_COLUMN, TEMPLATE and COLUMN_NAMES say '
+        'what is read.'
+      )
   if target_column is not None and not survey.num_targets:
     raise ValueError(
       f'INFER_METRICS: no line of {input} has text, or a list of texts, in '

@@ -414,7 +414,7 @@ def read(paths: Iterable[pathlib.Path]) -> Iterator[Record]:
           line,
           f'{path}, line {number}',
           keys={'prediction': (str, type(None))},
-          remedy='it is not as it was written. Remove the file to answer again.',
+          remedy='it is not as it was written. Remove it to answer again.',
           finite=False,
         )
 

@@ -126,14 +126,14 @@ def local_task(
   with what gin binds in the scope NAME: `NAME/local_task.data_files = ...`.
 
   Parallel text is streamed, after one pass that checks it when its split is
-  first used; JSONL, TSV and CSV are read into memory. File names that end in
+  first used; files of records are read into memory. File names that end in
   `.gz` are gzip.
 
   Args:
     data_files: for each split its files. A tuple of two is a pair of parallel
       text files, prompts then answers, line by line; a string is a file
-      `*.jsonl`, `*.tsv` or `*.csv`, as `text_files.py` reads it; a list holds
-      several of either.
+      `*.jsonl`, `*.ndjson`, `*.json`, `*.tsv`, `*.csv`, `*.parquet` or
+      `*.tfrecord`, as `text_files.py` reads it; a list holds several of either.
     data_dir: where relative paths start; None: the working directory.
     template: the prompt. `{source}` stands for the column `source_column`, any
       other name in braces for the column of that name; braces meant literally
@@ -141,7 +141,8 @@ def local_task(
     fallback_template: the prompt of rows that lack text in a column which
       `template` alone names, as Alpaca's instructions without input do; None:
       such rows are bad lines.
-    source_column: column of the prompt's text.
+    source_column: column of the prompt's text; one within another is written
+      `translation.en`.
     target_column: column of the answer.
     reference_columns: columns with a text or a list of texts, if any, that are
       as good as the answer when one is scored.
@@ -265,6 +266,8 @@ def bind(
   name: str,
   prompt_vocabulary: vocabularies.Vocabulary,
   answer_vocabulary: vocabularies.Vocabulary,
+  *,
+  label: str | None = None,
 ) -> 'seqio.Task | seqio.Mixture':
   """Returns a task or mixture that speaks the given vocabularies.
 
@@ -281,6 +284,8 @@ def bind(
       with a gin scope before it, such as `news/local`.
     prompt_vocabulary: for `inputs`.
     answer_vocabulary: for `targets`.
+    label: the setting that has the name, for messages; None:
+      MIXTURE_OR_TASK_NAME.
 
   Raises:
     ValueError: if there is no such name, a task has no `inputs` or no
@@ -317,7 +322,7 @@ def bind(
       )
     return _bind_task(provider, output_features)
 
-  return bind_provider(_find(name))
+  return bind_provider(_find(name, label))
 
 
 def _bind_task(
@@ -475,7 +480,7 @@ def _num_train_examples(task: 'seqio.Task') -> float:
   return float(number)
 
 
-def _find(name: str) -> 'seqio.Task | seqio.Mixture':
+def _find(name: str, label: str | None = None) -> 'seqio.Task | seqio.Mixture':
   from l2s_jax.features import seqio
 
   register()
@@ -491,7 +496,7 @@ def _find(name: str) -> 'seqio.Task | seqio.Mixture':
   names = sorted(registered | made.keys())
   near = difflib.get_close_matches(name, names)
   raise ValueError(
-    f'MIXTURE_OR_TASK_NAME={name!r} is not registered with SeqIO'
+    f'{label or f"MIXTURE_OR_TASK_NAME={name!r}"} is not registered with SeqIO'
     + (f'; did you mean {" or ".join(near)}?' if near else '.')
     + f' There are {", ".join(names)}. A task of your own is there once its '
     'module is imported: add `import my_tasks` to a gin file.'

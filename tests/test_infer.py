@@ -441,6 +441,72 @@ def test_standard_input_streams_what_it_would_have_written(run):
   assert deltas == found['text'].decode()
 
 
+def test_tasks_that_have_no_lines_of_text_are_refused(run, tmp_path):
+  from l2s_jax import features, tasks
+  from l2s_jax.features import seqio, tf
+
+  def dataset(split, shuffle_files, seed=None):
+    del split, shuffle_files, seed
+    return tf.data.Dataset.from_tensor_slices(
+      {'inputs': tf.constant([[5, 6]]), 'targets': tf.constant([[7]])}
+    )
+
+  feature = seqio.Feature(features.wrap_vocabulary(helpers.vocabulary()))
+  seqio.TaskRegistry.add(
+    'already_ids',
+    source=seqio.FunctionDataSource(dataset, splits=('test',)),
+    preprocessors=[],
+    output_features={'inputs': feature, 'targets': feature},
+  )
+  tasks.register()
+  seqio.MixtureRegistry.add('several', [('already_ids', 1), ('cldr', 1)])
+  try:
+    for name, message in {
+      'several': 'is a mixture, .* one by one: task:already_ids, task:cldr',
+      'absent': 'is not registered with SeqIO',
+      'already_ids': 'tokenized already and has no inputs_pretokenized',
+    }.items():
+      with pytest.raises(ValueError, match=f'INPUT=task:{name}.*{message}'):
+        answer(run, f'task:{name}', tmp_path / 'out')
+  finally:
+    seqio.MixtureRegistry.remove('several')
+    seqio.TaskRegistry.remove('already_ids')
+  assert not (tmp_path / 'out').exists()
+
+
+def test_rows_within_rows_are_answered_and_scored(run, tmp_path):
+  rows = [
+    {'t': {'en': text, 'zh': target}}
+    for text, target in [('ab', '今天'), ('abab', '很好')]
+  ]
+  tables = {
+    'in.JSON': json.dumps(rows),
+    'in.NDJSON': '\n'.join(map(json.dumps, rows)),
+  }
+  found = []
+  for name, content in tables.items():
+    (tmp_path / name).write_text(content)
+    folder = tmp_path / f'out-{name}'
+    found.append(
+      answer(
+        run,
+        tmp_path / name,
+        folder,
+        prompt_column='t.en',
+        target_column='t.zh',
+        metrics=('bleu', 'rouge'),
+      )
+    )
+    scored = json.loads((folder / 'scores.json').read_text())
+    assert scored['num_scored'] == 2
+    assert '|tok:13a|' in scored['signatures']['bleu']
+    assert '|tok:words|' in scored['signatures']['rougeLsum']
+  assert found[0] == found[1]
+  for line, row in zip(found[0].splitlines(), rows, strict=True):
+    record = json.loads(line)
+    assert record['t'] == row['t'] and record['prompt'] == row['t']['en']
+
+
 @pytest.mark.parametrize(
   'changes,error,message',
   [
@@ -528,12 +594,18 @@ def test_refused_before_a_model_is_loaded(tmp_path, changes, error, message):
       {'metrics': ('bleu',), 'target_column': 'prediction'},
       "TARGET_COLUMN='prediction' is where the output has its own",
     ),
+    ('a.npz', 'a', {}, r'a\.npz: a file \*\.npz is not text'),
+    ('a.txt', 'PK\x03\x04\0', {}, r'a\.txt is no text: .* zip archive'),
+    ('a.txt', b'\xe9\n\xe8', {}, r'a\.txt is no text: none of its 2 lines is'),
+    ('a.parquet', 'PAR1', {}, r'a\.parquet is not a whole Parquet file'),
+    ('a.tfrecord', 'text' * 9, {}, r'a\.tfrecord is no TFRecord file'),
   ],
 )
 def test_refused_before_anything_is_computed(
   run, tmp_path, name, content, changes, message
 ):
-  (tmp_path / name).write_text(content)
+  content = content.encode() if isinstance(content, str) else content
+  (tmp_path / name).write_bytes(content)
   with pytest.raises(ValueError, match=message):
     answer(run, tmp_path / name, tmp_path / 'out', **changes)
   assert not (tmp_path / 'out').exists()

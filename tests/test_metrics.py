@@ -150,10 +150,10 @@ def test_human_subject_lines_against_three_others(shared_data):
       ]
       assert score == pytest.approx(sum(best) / len(best))
       assert 10 < score < 50
-  for metric in (metrics.bleu, metrics.chrf):
-    (score,) = metric(references, predictions).values()
+  for by_sacrebleu in (metrics.bleu, metrics.chrf):
+    (score,) = by_sacrebleu(references, predictions).values()
     alone = [
-      metric(list(stream), predictions)[metric.__name__]
+      by_sacrebleu(list(stream), predictions)[by_sacrebleu.name]
       for stream in zip(*references, strict=True)
     ]
     assert len(alone) == 3 and score > max(alone)

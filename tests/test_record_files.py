@@ -5,6 +5,8 @@ import datetime
 import gzip
 import json
 import random
+import sys
+from typing import Any
 
 import pyarrow
 import pytest
@@ -14,7 +16,7 @@ from pyarrow import parquet
 from l2s_jax import input_files, prompts, record_files, tasks, text_files
 from l2s_jax.features import tf
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
   {'id': 1, 'translation': {'en': 'one, "two"', 'ro': 'unu\n\u2028doi'}},
   {'id': 2, 'translation': {'en': 'three\rș 😀', 'ro': 'trei'}},
   {'id': 3, 'translation': {'en': ' ', 'ro': 'patru'}},
@@ -57,10 +59,10 @@ def write(path, rows=ROWS):
     write_tfrecord(path, flat, options)
     return path
   if '.json' in name and 'jsonl' not in name:
-    content = json.dumps(rows, indent=1)
+    text = json.dumps(rows, indent=1)
   else:
-    content = '\n'.join(map(json.dumps, rows))
-  content = content.encode()
+    text = '\n'.join(map(json.dumps, rows))
+  content = text.encode()
   path.write_bytes(gzip.compress(content) if name.endswith('.gz') else content)
   return path
 
@@ -78,6 +80,7 @@ def test_all_kinds_give_the_same_prompts(tmp_path, name):
     'In {translation.ro}: {prompt}', 'translation.en'
   )
   first, second, bad = prompts.read_file(str(path), template)
+  assert isinstance(first, dict) and isinstance(second, dict)
   assert first['prompt'] == 'In unu\n\u2028doi: one, "two"'
   assert second['prompt'] == 'In trei: three\rș 😀'
   assert (first['id'], second['id']) == (1, 2)
@@ -121,7 +124,8 @@ def test_a_list_of_texts_is_prompts(tmp_path):
     'ș',
     'c',
   ]
-  assert [item[1:] for item in items[2:4]] == [
+  bad = [item[1:] for item in items if isinstance(item, text_files.BadLine)]
+  assert bad == [
     (3, "has an empty column 'prompt'"),
     (4, 'holds a JSON int, expected an object'),
   ]
@@ -139,6 +143,13 @@ def test_a_column_within_a_column():
   assert text_files.value(row, 'l.0.x') == 2
   for name in ('b', 'a.x', 'a.b.x', 'l.1.x', 'l.x', 'l.-1.x', '.', 'a.', ''):
     assert text_files.value(row, name) is None
+
+
+def test_parquet_without_its_package_names_it(tmp_path, monkeypatch):
+  path = write(tmp_path / 'x.parquet')
+  monkeypatch.setitem(sys.modules, 'pyarrow', None)
+  with pytest.raises(ValueError, match=r'x\.parquet: .* `pip install pyarrow`'):
+    list(text_files.read_rows(epath.Path(path)))
 
 
 def test_values_become_what_json_holds(tmp_path):

@@ -134,10 +134,8 @@ def test_text_with_spaces_is_not_warned_of(capsys):
 
 def test_bleu_is_sacrebleus_with_every_tokenizer_that_is_here():
   targets, answers = zip(*LANGUAGES.values(), strict=True)
-  answers = [
-    f'{target} {answer}'
-    for target, answer in zip(targets, answers, strict=True)
-  ]
+  pairs = zip(targets, answers, strict=True)
+  answers = tuple(f'{target} {answer}' for target, answer in pairs)
   for tokenizer in ('13a', 'intl', 'zh', 'char', 'none'):
     metric = bleu.Bleu('bleu', tokenizer)
     expected = sacrebleu.corpus_bleu(answers, [targets], tokenize=tokenizer)

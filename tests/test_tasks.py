@@ -359,7 +359,7 @@ def test_metrics_get_the_references(vocabulary, tmp_path):
     (
       {'files': {'train': ['a.en', 'a.de']}},
       ValueError,
-      r"DATA_FILES\['train'\] has 'a\.en'; expected a JSONL, TSV or CSV",
+      r"DATA_FILES\['train'\] has 'a\.en'; expected a file of records",
     ),
     ({'files': {'train': ('a.jsonl', 'b.jsonl')}}, ValueError, 'expected a'),
     ({'template': '{source'}, ValueError, r"template='\{source'"),

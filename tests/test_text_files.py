@@ -85,6 +85,9 @@ def test_a_line_is_the_same_wherever_it_is_read(
 ):
   from l2s_jax import prompts, tasks
 
+  def prompts_of(items):
+    return [item['prompt'] for item in items]
+
   texts = ['first', ' lead and trail ', '\ufeffmarked', 'x\r', '\u3000y\u3000']
   texts += [f'a{odd}b{odd}{odd}c' for odd in ODD]
   if end == '\n':
@@ -100,12 +103,22 @@ def test_a_line_is_the_same_wherever_it_is_read(
   assert [row['source'] for row in read(path)] == texts
   assert list(text_files.read_lines(path)) == texts
   items = prompts.read_file(str(path), template)
-  assert [item['prompt'] for item in items] == texts
+  assert prompts_of(items) == texts
   stream = io.BytesIO(content.encode())
   items = prompts.read_stream(stream, template)
-  assert [item['prompt'] for item in items] == texts
+  assert prompts_of(items) == texts
   task = tasks.local_task(
     {'train': [(str(path), str(path))]}, template='{source}'
+  )
+  trained = task.source.get_dataset('train', shuffle=False)
+  found = [row['source'].decode() for row in trained.as_numpy_iterator()]
+  assert found == texts
+  halves = content.encode()[:9], content.encode()[9:]
+  members = epath.Path(path.parent / 'members.GZ')  # As `cat a.gz b.gz` makes.
+  members.write_bytes(b''.join(map(gzip.compress, halves)))
+  assert list(text_files.read_lines(members)) == texts
+  task = tasks.local_task(
+    {'train': [(str(members), str(path))]}, template='{source}'
   )
   trained = task.source.get_dataset('train', shuffle=False)
   found = [row['source'].decode() for row in trained.as_numpy_iterator()]
