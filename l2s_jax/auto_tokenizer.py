@@ -29,12 +29,14 @@ _AddedToken = tokenizers.AddedToken
 _Json = dict[str, Any]
 
 AS_IT_IS = 'TokenizersBackend'  # The class that takes a file as it is.
-# Also names of it; of which an exported folder has the last.
-_NAMES_OF_IT = (
-  AS_IT_IS,
-  'PythonBackend',
-  'PreTrainedTokenizer',
-  'PreTrainedTokenizerFast',
+# Classes with a way of their own that is not followed here; what transformers
+# does not know either, it takes as it is.
+_NOT_FOLLOWED = frozenset(
+  f'{name}Tokenizer'
+  for name in 'Albert Barthez Bert BigBird CLIP Camembert CodeLlama Cohere '
+  'DebertaV2 Deberta Funnel Herbert LayoutLM LayoutXLM Lxmert MBart MBart50 '
+  'MPNet Nllb Nougat OpenAIGPT Pegasus Reformer RemBert SeamlessM4T Splinter '
+  'Udop Whisper XGLM XLMRoberta XLNet'.split()
 )
 _ATTRIBUTES = ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask')
 _CONTROL, _USER_DEFINED = 3, 4  # kinds of SentencePiece's pieces
@@ -110,10 +112,10 @@ def resolve(folder: pathlib.Path) -> Resolved | None:
   source = _read(folder)
   name = _class_name(source)
   note = ''
-  if name not in (*_CLASSES, *_NAMES_OF_IT):
+  if name in _NOT_FOLLOWED:
     note = (
-      f'{folder}: AutoTokenizer of transformers has a class of its own for '
-      f'{name}; here its tokenizer.json is read as it is.'
+      f'{folder}: AutoTokenizer of transformers cuts text by its class {name}; '
+      'here the tokenizer.json is read as it is.'
     )
   make = _CLASSES.get(name, _as_it_is)
   _take_special_tokens(source)
@@ -138,7 +140,9 @@ def resolve(folder: pathlib.Path) -> Resolved | None:
   is_as_stored = plain is not None and _encodes_alike(plain, made, path)
   kinds = ('bos', 'eos', 'pad', 'unk')
   tokens = {k: str(named[k]) for k in kinds if named.get(k) is not None}
-  return Resolved(_dump(made).encode(), tokens, is_as_stored, note)
+  with tokenizer_files.refusing(path):
+    content = _dump(made).encode()
+  return Resolved(content, tokens, is_as_stored, note)
 
 
 def arguments(folder: pathlib.Path) -> _Json:
@@ -230,6 +234,7 @@ def check(stored: _Json, path: pathlib.Path) -> None:
         and all(isinstance(part, str) for part in pair)
       ):
         tokenizer_files.refuse(path, f'model.merges[{n}]', merge, 'two pieces')
+  _check_charsmaps(stored.get('normalizer'), path)
   added = stored.get('added_tokens')
   if added is not None and not isinstance(added, list):
     tokenizer_files.refuse(path, 'added_tokens', added, 'a list')
@@ -240,6 +245,32 @@ def check(stored: _Json, path: pathlib.Path) -> None:
     ):
       tokenizer_files.refuse(path, key, token, 'an object with an id')
     tokenizer_files.added_token(token, path, key)
+
+
+def _check_charsmaps(normalizer: Any, path: pathlib.Path) -> None:
+  """Refuses tables of SentencePiece's normalizer that cannot be read.
+
+  Of such a table: the size of a trie (uint32), the trie, then text.
+  """
+  if isinstance(normalizer, list):
+    for step in normalizer:
+      _check_charsmaps(step, path)
+  if not isinstance(normalizer, dict):
+    return
+  _check_charsmaps(normalizer.get('normalizers'), path)
+  if normalizer.get('type') != 'Precompiled':
+    return
+  table = normalizer.get('precompiled_charsmap')
+  try:
+    content = base64.b64decode(table, validate=True)
+    size = 4 + int.from_bytes(content[:4], 'little')
+    if not 4 < size <= len(content) or size % 4:
+      raise ValueError('it has no trie')
+    content[size:].decode()
+  except (TypeError, ValueError):
+    tokenizer_files.refuse(
+      path, 'precompiled_charsmap', table, "a SentencePiece normalizer's table"
+    )
 
 
 def _class_name(source: _Source) -> str:

@@ -185,6 +185,11 @@ def _check_text(text: str, path: pathlib.Path, key: str) -> None:
     refuse(path, key, text, 'text; a half of a surrogate pair is none')
 
 
+def is_panic(error: BaseException) -> bool:
+  """Returns whether an exception is a panic of Rust's."""
+  return type(error).__module__ == 'pyo3_runtime'
+
+
 @contextlib.contextmanager
 def refusing(path: str | pathlib.Path) -> Iterator[None]:
   """Turns what the package tokenizers raises into one sentence.
@@ -195,9 +200,10 @@ def refusing(path: str | pathlib.Path) -> Iterator[None]:
   try:
     yield
   except BaseException as error:
-    is_panic = type(error).__module__ == 'pyo3_runtime'
-    # Its errors of its own are bare Exceptions.
-    if not (is_panic or type(error) in (Exception, TypeError, ValueError)):
+    is_theirs = type(error) is Exception  # Its own errors are bare ones.
+    if not (
+      is_theirs or is_panic(error) or isinstance(error, TypeError | ValueError)
+    ):
       raise
     text = ' '.join(str(error).split())
     raise ValueError(

@@ -494,7 +494,15 @@ class HuggingFaceVocabulary(Vocabulary):
     return plain.save(folder)
 
   def _encode(self, text: str) -> list[int]:
-    return self._processor.encode(text, add_special_tokens=False).ids
+    try:
+      return self._processor.encode(text, add_special_tokens=False).ids
+    except BaseException as error:
+      if not tokenizer_files.is_panic(error):
+        raise
+      raise ValueError(
+        f'{self.path} is a broken tokenizer: it fails on the text '
+        f'{_shortened(text)!r}. Copy or download it again.'
+      ) from error
 
   def _decode(self, ids: list[int]) -> str:
     # Not skip_special_tokens: it would drop <unk> and the sentinels too, which
