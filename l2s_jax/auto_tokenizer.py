@@ -674,7 +674,7 @@ def _byte_level(
   """Returns what makes a class of GPT-2's kind, with its own tokens."""
 
   def make(source: _Source) -> _Json | None:
-    pieces = _bpe_pieces(source)
+    pieces = _bpe_pieces(source, tokenizer_files.GPT2_FILES)
     if pieces is None:
       return None
     for kind, token in tokens.items():
@@ -759,16 +759,21 @@ def _take_pieces_kinds(source: _Source, proto: Any) -> None:
   ]
 
 
-def _bpe_pieces(source: _Source) -> tuple[_Json, list[Any]] | None:
-  """Returns pieces and merges, of any of the files that have them."""
+def _bpe_pieces(
+  source: _Source, names: tuple[str, ...] = ()
+) -> tuple[_Json, list[Any]] | None:
+  """Returns pieces and merges, of any of the files that a class reads.
+
+  Args:
+    source: the folder.
+    names: GPT-2's files, if the class reads them.
+  """
   if source.stored is not None:
     merges = source.stored['model'].get('merges') or []
     return _pieces_of(source, dict), [
       merge.split(' ') if isinstance(merge, str) else merge for merge in merges
     ]
-  if all(
-    (source.folder / name).is_file() for name in tokenizer_files.GPT2_FILES
-  ):
+  if names and all((source.folder / name).is_file() for name in names):
     source.pieces = read_gpt2_files(source.folder)
     return source.pieces
   proto = _sentencepiece(source, 'tokenizer.model')

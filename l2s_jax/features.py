@@ -144,6 +144,18 @@ class SentencePieceVocabulary(SeqioVocabulary):
     return self._tokenizer.tokenize(s)
 
 
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+  """Raises the ValueError of ours that TensorFlow has wrapped, by itself."""
+  try:
+    yield
+  except tf.errors.InvalidArgumentError as error:
+    found = re.search(r'ValueError: (.+)\nTraceback', str(error))
+    if found is None:
+      raise
+    raise ValueError(found[1]) from error
+
+
 def wrap_vocabulary(vocabulary: vocabularies.Vocabulary) -> SeqioVocabulary:
   """Returns a `seqio.Vocabulary` that reads and writes as `vocabulary` does."""
   # TensorFlow's op would not refuse ids beyond the embedding table.
