@@ -23,7 +23,7 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-from l2s_jax import auto_tokenizer, files, tokenizer_files
+from l2s_jax import auto_tokenizer, files, tokenizer_files, tokenizer_parts
 
 _SENTENCEPIECE_FILES = tokenizer_files.SENTENCEPIECE_FILES
 _TOKENIZER_FILE = tokenizer_files.TOKENIZER_FILE
@@ -833,13 +833,13 @@ def _gpt2_json(
 ) -> bytes:
   """Returns the `tokenizer.json` that GPT-2's two files amount to."""
   folder = pathlib.Path(path)
-  vocab, merges = auto_tokenizer.parse_gpt2_files(
+  vocab, merges = tokenizer_parts.parse_gpt2_files(
     [files[name] for name in _GPT2_FILES], folder
   )
-  content = auto_tokenizer.gpt2_json(vocab, merges)
+  content = tokenizer_parts.gpt2_json(vocab, merges)
   if content is None:
     raise ValueError(
-      f'{folder / _GPT2_FILES[0]} has no {auto_tokenizer.GPT2_EOS}, so it is '
+      f'{folder / _GPT2_FILES[0]} has no {tokenizer_parts.GPT2_EOS}, so it is '
       'not of GPT-2, and another model may split text otherwise; give its '
       'tokenizer.json.'
     )
