@@ -237,7 +237,7 @@ def _check_charsmaps(normalizer: Any, path: pathlib.Path) -> None:
   _check_charsmaps(normalizer.get('normalizers'), path)
   if normalizer.get('type') != 'Precompiled':
     return
-  table = normalizer.get('precompiled_charsmap')
+  table: Any = normalizer.get('precompiled_charsmap')
   try:
     content = base64.b64decode(table, validate=True)
     size = 4 + int.from_bytes(content[:4], 'little')
@@ -374,7 +374,7 @@ def _add_tokens(
   named: dict[str, str | _AddedToken | None] = {
     kind: arguments.get(f'{kind}_token') for kind in _ATTRIBUTES
   }
-  wanted = [token for _, token in sorted(source.added.items())]
+  wanted: list[Any] = [token for _, token in sorted(source.added.items())]
   present = {
     str(token) for token in built.get_added_tokens_decoder().values()
   } | set(map(str, wanted))

@@ -328,7 +328,7 @@ def _stored_charsmap(source: Source) -> bytes | None:
   assert source.stored is not None
   path = source.folder / tokenizer_files.TOKENIZER_FILE
   normalizer = source.stored.get('normalizer')
-  steps = normalizer if isinstance(normalizer, list) else [normalizer]
+  steps: Any = normalizer if isinstance(normalizer, list) else [normalizer]
   if isinstance(normalizer, dict) and normalizer.get('type') == 'Sequence':
     steps = normalizer.get('normalizers')
     if not isinstance(steps, list):
@@ -337,7 +337,7 @@ def _stored_charsmap(source: Source) -> bytes | None:
     if step is not None and not isinstance(step, dict):
       tokenizer_files.refuse(path, 'normalizer', step, 'an object')
     if step and step.get('type') == 'Precompiled':
-      table = step.get('precompiled_charsmap')
+      table: Any = step.get('precompiled_charsmap')
       try:
         return base64.b64decode(table)
       except (TypeError, ValueError):

@@ -10,9 +10,10 @@ What the files amount to is in `auto_tokenizer.py` and `vocabularies.py`.
 
 import contextlib
 import json
+import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import tokenizers
 
@@ -66,7 +67,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   return parse_json(path.read_bytes(), path) if path.is_file() else {}
 
 
-def refuse(path: str | pathlib.Path, key: str, found: Any, wanted: str) -> Any:
+def refuse(
+  path: str | pathlib.Path, key: str, found: Any, wanted: str
+) -> NoReturn:
   """Raises what says that a file holds something else than it should."""
   text = repr(found)
   if len(text) > 80:
@@ -191,7 +194,7 @@ def is_panic(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def refusing(path: str | pathlib.Path) -> Iterator[None]:
+def refusing(path: str | os.PathLike[str]) -> Iterator[None]:
   """Turns what the package tokenizers raises into one sentence.
 
   It panics where its authors foresaw nothing; what then comes out of Rust has

@@ -543,7 +543,11 @@ def load(
     ValueError: if the file is of no known kind or broken.
   """
   folder = pathlib.Path(path)
-  overrides = {'start_id': start_id, 'eos_id': eos_id, 'pad_id': pad_id}
+  overrides: dict[str, Any] = {
+    'start_id': start_id,
+    'eos_id': eos_id,
+    'pad_id': pad_id,
+  }
   if not folder.is_dir():
     return _load_one_file(folder, extra_ids=extra_ids, **overrides)
   said = tokenizer_files.said_ids(folder)
@@ -584,7 +588,7 @@ def _is_of_run(folder: pathlib.Path) -> bool:
 def _load_as_transformers(
   folder: pathlib.Path,
   said: Mapping[str, Any],
-  overrides: Mapping[str, int | None],
+  overrides: Mapping[str, Any],
 ) -> Vocabulary | None:
   """Returns what AutoTokenizer makes of a folder; None where it does not."""
   from l2s_jax import byte_vocabulary
@@ -613,9 +617,7 @@ def _load_as_transformers(
     stored = HuggingFaceVocabulary(path, said_ids=said, **overrides)
     stored._is_resolved = True
     return stored
-  config: dict[str, Any] = {
-    f'{kind}_token': token for kind, token in resolved.tokens.items()
-  }
+  config = {f'{kind}_token': token for kind, token in resolved.tokens.items()}
   if config.get('unk_token') == config.get('eos_token'):
     config.pop('unk_token', None)  # GPT-2's stands for nothing unknown.
   config |= {

@@ -9,6 +9,7 @@ made here otherwise; what they hold beside their pieces is made here.
 import json
 import random
 import shutil
+from typing import Any
 
 import helpers
 import pytest
@@ -54,7 +55,7 @@ def token(content, **flags):
 
 
 # By name: files of the shared data, and JSON files by their names.
-FAMILIES = {
+FAMILIES: dict[str, tuple[list[str], dict[str, Any]]] = {
   't5 spiece': (['t5/spiece.model'], {'config': {'model_type': 't5'}}),
   't5 v1.1': (
     ['t5/spiece.model'],
