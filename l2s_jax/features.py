@@ -83,6 +83,10 @@ class SeqioVocabulary(seqio.Vocabulary):
     return self.vocabulary.eos_id
 
   @property
+  def eos_ids(self) -> tuple[int, ...]:
+    return self.vocabulary.eos_ids
+
+  @property
   def pad_id(self) -> int:
     return self.vocabulary.pad_id
 
