@@ -15,35 +15,27 @@ import base64
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import tokenizers
-from google.protobuf import message
-from sentencepiece import sentencepiece_model_pb2
 
-from l2s_jax import tokenizer_files
+from l2s_jax import tokenizer_classes, tokenizer_files, tokenizer_parts
 
-_MODELS: Any = sentencepiece_model_pb2  # It ships no types.
 _AddedToken = tokenizers.AddedToken
 _Json = dict[str, Any]
 
 AS_IT_IS = 'TokenizersBackend'  # The class that takes a file as it is.
-# Also names of it; of which an exported folder has the last.
-_NAMES_OF_IT = (
-  AS_IT_IS,
-  'PythonBackend',
-  'PreTrainedTokenizer',
-  'PreTrainedTokenizerFast',
+# Classes with a way of their own that is not followed here; what transformers
+# does not know either, it takes as it is.
+_NOT_FOLLOWED = frozenset(
+  f'{name}Tokenizer'
+  for name in 'Albert Barthez Bert BigBird CLIP Camembert CodeLlama Cohere '
+  'DebertaV2 Deberta Funnel Herbert LayoutLM LayoutXLM Lxmert MBart MBart50 '
+  'MPNet Nllb Nougat OpenAIGPT Pegasus Reformer RemBert SeamlessM4T Splinter '
+  'Udop Whisper XGLM XLMRoberta XLNet'.split()
 )
 _ATTRIBUTES = ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask')
-_CONTROL, _USER_DEFINED = 3, 4  # kinds of SentencePiece's pieces
-_UNIGRAM = 1  # a kind of its models
-GPT2_EOS = '<|endoftext|>'
-_QWEN2_SPLIT = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
-  r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
-)
 
 # The class by the family (`model_type`); others are read as they are.
 _FAMILIES = {
@@ -87,20 +79,6 @@ class Resolved:
   note: str = ''
 
 
-@dataclasses.dataclass
-class _Source:
-  """The files of a folder, read, and the arguments they make for a class."""
-
-  folder: pathlib.Path
-  config: _Json
-  family: str | None
-  model_class: str | None
-  stored: _Json | None
-  arguments: _Json
-  added: dict[int, _AddedToken]
-  pieces: tuple[_Json, list[Any]] | None = None  # of GPT-2's files
-
-
 def resolve(folder: pathlib.Path) -> Resolved | None:
   """Returns what AutoTokenizer makes of a folder; None if it reads nothing.
 
@@ -108,14 +86,14 @@ def resolve(folder: pathlib.Path) -> Resolved | None:
     ValueError: if a file is broken, or says what none can mean.
   """
   source = _read(folder)
-  name = _class_name(source)
+  name = source.class_name = _class_name(source)
   note = ''
-  if name not in (*_CLASSES, *_NAMES_OF_IT):
+  if name in _NOT_FOLLOWED:
     note = (
-      f'{folder}: AutoTokenizer of transformers has a class of its own for '
-      f'{name}; here its tokenizer.json is read as it is.'
+      f'{folder}: AutoTokenizer of transformers cuts text by its class {name}; '
+      'here the tokenizer.json is read as it is.'
     )
-  make = _CLASSES.get(name, _as_it_is)
+  make = tokenizer_classes.CLASSES.get(name, tokenizer_classes.as_it_is)
   _take_special_tokens(source)
   made = make(source)
   if made is None:
@@ -124,21 +102,24 @@ def resolve(folder: pathlib.Path) -> Resolved | None:
   with tokenizer_files.refusing(folder if source.stored is None else path):
     built = tokenizers.Tokenizer.from_str(_dump(made))
   named = _add_tokens(built, source)
+  is_t5 = make is tokenizer_classes.t5
   made['added_tokens'] = [
     {'id': number, **_state(token)}
     for number, token in sorted(built.get_added_tokens_decoder().items())
   ]
-  if source.stored is None or make is _t5:
-    made['post_processor'] = _template(source, built, named, make is _t5)
-  elif make is not _as_it_is:
+  if source.stored is None or is_t5:
+    made['post_processor'] = _template(source, built, named, is_t5)
+  elif make is not tokenizer_classes.as_it_is:
     made['post_processor'] = source.stored.get('post_processor')
   plain = source.stored
   if plain is None and source.pieces is not None:
-    plain = gpt2_json(*source.pieces)
+    plain = tokenizer_parts.gpt2_json(*source.pieces)
   is_as_stored = plain is not None and _encodes_alike(plain, made, path)
   kinds = ('bos', 'eos', 'pad', 'unk')
   tokens = {k: str(named[k]) for k in kinds if named.get(k) is not None}
-  return Resolved(_dump(made).encode(), tokens, is_as_stored, note)
+  with tokenizer_files.refusing(path):
+    content = _dump(made).encode()
+  return Resolved(content, tokens, is_as_stored, note)
 
 
 def arguments(folder: pathlib.Path) -> _Json:
@@ -151,7 +132,7 @@ def arguments(folder: pathlib.Path) -> _Json:
   return source.arguments
 
 
-def _read(folder: pathlib.Path) -> _Source:
+def _read(folder: pathlib.Path) -> tokenizer_classes.Source:
   """Reads the JSON files of a folder."""
   config_path = folder / tokenizer_files.CONFIG_FILE
   config = tokenizer_files.read_json(config_path)
@@ -175,7 +156,7 @@ def _read(folder: pathlib.Path) -> _Source:
     if value is not None and not isinstance(value, str):
       tokenizer_files.refuse(path, key, value, 'a name')
     names[path.name, key] = value
-  return _Source(
+  return tokenizer_classes.Source(
     folder=folder,
     config=config,
     family=names['config.json', 'model_type'],
@@ -230,6 +211,7 @@ def check(stored: _Json, path: pathlib.Path) -> None:
         and all(isinstance(part, str) for part in pair)
       ):
         tokenizer_files.refuse(path, f'model.merges[{n}]', merge, 'two pieces')
+  _check_charsmaps(stored.get('normalizer'), path)
   added = stored.get('added_tokens')
   if added is not None and not isinstance(added, list):
     tokenizer_files.refuse(path, 'added_tokens', added, 'a list')
@@ -242,7 +224,33 @@ def check(stored: _Json, path: pathlib.Path) -> None:
     tokenizer_files.added_token(token, path, key)
 
 
-def _class_name(source: _Source) -> str:
+def _check_charsmaps(normalizer: Any, path: pathlib.Path) -> None:
+  """Refuses tables of SentencePiece's normalizer that cannot be read.
+
+  Of such a table: the size of a trie (uint32), the trie, then text.
+  """
+  if isinstance(normalizer, list):
+    for step in normalizer:
+      _check_charsmaps(step, path)
+  if not isinstance(normalizer, dict):
+    return
+  _check_charsmaps(normalizer.get('normalizers'), path)
+  if normalizer.get('type') != 'Precompiled':
+    return
+  table: Any = normalizer.get('precompiled_charsmap')
+  try:
+    content = base64.b64decode(table, validate=True)
+    size = 4 + int.from_bytes(content[:4], 'little')
+    if not 4 < size <= len(content) or size % 4:
+      raise ValueError('it has no trie')
+    content[size:].decode()
+  except (TypeError, ValueError):
+    tokenizer_files.refuse(
+      path, 'precompiled_charsmap', table, "a SentencePiece normalizer's table"
+    )
+
+
+def _class_name(source: tokenizer_classes.Source) -> str:
   """Returns the class that AutoTokenizer takes."""
   family = source.family
   registered = _FAMILIES.get(family or '')
@@ -273,7 +281,7 @@ def _has_byte_level(stored: _Json | None) -> bool:
   )
 
 
-def _take_special_tokens(source: _Source) -> None:
+def _take_special_tokens(source: tokenizer_classes.Source) -> None:
   """Reads which tokens are special or added, as `_from_pretrained` does."""
   path = source.folder / tokenizer_files.CONFIG_FILE
   arguments = source.arguments = dict(source.config)
@@ -319,7 +327,7 @@ def _token(value: Any, path: pathlib.Path, key: str) -> str | _AddedToken:
   return tokenizer_files.added_token(value, path, key)
 
 
-def _take_older_files(source: _Source) -> None:
+def _take_older_files(source: tokenizer_classes.Source) -> None:
   """Reads the files that `added_tokens_decoder` has replaced."""
   arguments = source.arguments
   path = source.folder / 'special_tokens_map.json'
@@ -355,7 +363,7 @@ def _take_older_files(source: _Source) -> None:
 
 
 def _add_tokens(
-  built: tokenizers.Tokenizer, source: _Source
+  built: tokenizers.Tokenizer, source: tokenizer_classes.Source
 ) -> dict[str, str | _AddedToken | None]:
   """Adds what the files name to a tokenizer; returns the special tokens.
 
@@ -366,7 +374,7 @@ def _add_tokens(
   named: dict[str, str | _AddedToken | None] = {
     kind: arguments.get(f'{kind}_token') for kind in _ATTRIBUTES
   }
-  wanted = [token for _, token in sorted(source.added.items())]
+  wanted: list[Any] = [token for _, token in sorted(source.added.items())]
   present = {
     str(token) for token in built.get_added_tokens_decoder().values()
   } | set(map(str, wanted))
@@ -397,7 +405,7 @@ def _add_tokens(
 
 
 def _template(
-  source: _Source,
+  source: tokenizer_classes.Source,
   built: tokenizers.Tokenizer,
   named: Mapping[str, str | _AddedToken | None],
   adds_eos: bool,
@@ -483,460 +491,4 @@ def _state(token: _AddedToken) -> _Json:
     'rstrip': token.rstrip,
     'normalized': token.normalized,
     'special': token.special,
-  }
-
-
-# -- What the classes make. Each returns a tokenizer.json without added tokens
-# unless it is taken as it is; None where the folder has not what it reads.
-
-
-def _as_it_is(source: _Source) -> _Json | None:
-  if source.stored is not None:
-    return dict(source.stored)
-  path = source.folder / 'tokenizer.model'
-  if not path.is_file():
-    return None
-  proto = read_sentencepiece(path)
-  arguments, trainer = source.arguments, proto.trainer_spec
-  _take_pieces_kinds(source, proto)
-  for kind in ('bos', 'eos', 'unk'):
-    if getattr(trainer, f'{kind}_id') >= 0:
-      arguments.setdefault(
-        f'{kind}_token', getattr(trainer, f'{kind}_piece') or None
-      )
-  names = [piece.piece for piece in proto.pieces]
-  # Pieces that stand for others, such as Mistral's [control_8].
-  for number, token in source.added.items():
-    if number < len(names) and names[number] and str(token) not in names:
-      names[number] = str(token)
-  fallback = trainer.byte_fallback
-  if trainer.model_type == _UNIGRAM:
-    scores = [piece.score for piece in proto.pieces]
-    model = _unigram(
-      list(zip(names, scores, strict=True)), trainer.unk_id, fallback
-    )
-  else:
-    vocab = {piece.piece: n for n, piece in enumerate(proto.pieces)}
-    merges = _merges(vocab)
-    model = _bpe(
-      {name: n for n, name in enumerate(names)},
-      merges,
-      unk_token=trainer.unk_piece,
-      fuse_unk=True,
-      byte_fallback=fallback,
-    )
-  steps: list[_Json] = [_replace(' ', '▁')]
-  charsmap = proto.normalizer_spec.precompiled_charsmap
-  if charsmap:
-    steps.insert(0, _precompiled(charsmap))
-  decoders = [_replace('▁', ' ')]
-  if fallback:
-    decoders += [{'type': 'ByteFallback'}, {'type': 'Fuse'}]
-  return _whole(
-    model,
-    normalizer={'type': 'Sequence', 'normalizers': steps},
-    decoder={'type': 'Sequence', 'decoders': decoders},
-  )
-
-
-def _t5(source: _Source) -> _Json | None:
-  arguments = source.arguments
-  path = source.folder / tokenizer_files.CONFIG_FILE
-  count = arguments.get('extra_ids', 100)
-  if type(count) is not int or not 0 <= count < 2**20:
-    tokenizer_files.refuse(path, 'extra_ids', count, 'a number of sentinels')
-  sentinels = [f'<extra_id_{n}>' for n in range(count)]
-  charsmap: bytes | None
-  if source.stored is not None:
-    vocab = _pieces_of(source, list)
-    charsmap = _stored_charsmap(source)
-  else:
-    proto = _sentencepiece(source, 'spiece.model')
-    if proto is None:
-      return None
-    _take_pieces_kinds(source, proto)
-    vocab = [(piece.piece, piece.score) for piece in proto.pieces]
-    vocab += [(name, 0.0) for name in reversed(sentinels)]
-    charsmap = proto.normalizer_spec.precompiled_charsmap or None
-  extra = arguments.get('additional_special_tokens')
-  if extra is None:
-    arguments['additional_special_tokens'] = sentinels
-  else:
-    found = [token for token in extra if '<extra_id_' in str(token)]
-    if not found:
-      arguments['additional_special_tokens'] = [*extra, *sentinels]
-    elif count and count != len(found):
-      tokenizer_files.refuse(
-        path, 'extra_ids', count, f'{len(found)}, as many as are named'
-      )
-  for kind, token in (('eos', '</s>'), ('unk', '<unk>'), ('pad', '<pad>')):
-    arguments.setdefault(f'{kind}_token', token)
-  metaspace = _metaspace('always', split=True)
-  return _whole(
-    _unigram(vocab, 2, False),
-    normalizer=_precompiled(charsmap) if charsmap else None,
-    pre_tokenizer={
-      'type': 'Sequence',
-      'pretokenizers': [{'type': 'WhitespaceSplit'}, metaspace],
-    },
-    decoder=metaspace,
-  )
-
-
-def _llama(source: _Source) -> _Json | None:
-  pieces = _bpe_pieces(source)
-  if pieces is None:
-    return None
-  arguments = source.arguments
-  for kind, token in (('bos', '<s>'), ('eos', '</s>'), ('unk', '<unk>')):
-    arguments.setdefault(f'{kind}_token', token)
-  has_prefix = arguments.get('add_prefix_space')
-  has_prefix = True if has_prefix is None else bool(has_prefix)
-  scheme = 'never'
-  if has_prefix:
-    scheme = 'always' if arguments.get('legacy', False) else 'first'
-  decoders = [_replace('▁', ' '), {'type': 'ByteFallback'}, {'type': 'Fuse'}]
-  if has_prefix:
-    decoders.append({'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0})
-  return _whole(
-    _bpe(*pieces, fuse_unk=True, byte_fallback=True),
-    pre_tokenizer=_metaspace(scheme, split=False),
-    decoder={'type': 'Sequence', 'decoders': decoders},
-  )
-
-
-def _gemma(source: _Source) -> _Json | None:
-  pieces = _bpe_pieces(source)
-  if pieces is None:
-    return None
-  arguments = source.arguments
-  for kind in ('unk', 'bos', 'eos', 'pad', 'mask'):
-    arguments.setdefault(f'{kind}_token', f'<{kind}>')
-  return _whole(
-    _bpe(
-      *pieces,
-      unk_token=str(arguments['unk_token']),
-      fuse_unk=True,
-      byte_fallback=True,
-    ),
-    normalizer=_replace(' ', '▁'),
-    pre_tokenizer={
-      'type': 'Split',
-      'pattern': {'String': ' '},
-      'behavior': 'MergedWithPrevious',
-      'invert': False,
-    },
-    decoder={
-      'type': 'Sequence',
-      'decoders': [
-        _replace('▁', ' '),
-        {'type': 'ByteFallback'},
-        {'type': 'Fuse'},
-      ],
-    },
-  )
-
-
-def _byte_level(
-  normalizer: _Json | None, **tokens: str | None
-) -> Callable[[_Source], _Json | None]:
-  """Returns what makes a class of GPT-2's kind, with its own tokens."""
-
-  def make(source: _Source) -> _Json | None:
-    pieces = _bpe_pieces(source)
-    if pieces is None:
-      return None
-    for kind, token in tokens.items():
-      source.arguments.setdefault(f'{kind}_token', token)
-    prefix = bool(source.arguments.get('add_prefix_space') or False)
-    cut = _bytes(prefix)
-    if 'Qwen2' in _class_name(source):
-      split = {
-        'type': 'Split',
-        'pattern': {'Regex': _QWEN2_SPLIT},
-        'behavior': 'Isolated',
-        'invert': False,
-      }
-      cut = {
-        'type': 'Sequence',
-        'pretokenizers': [split, _bytes(prefix, use_regex=False)],
-      }
-    return _whole(
-      _bpe(*pieces, continuing_subword_prefix='', end_of_word_suffix=''),
-      normalizer=normalizer,
-      pre_tokenizer=cut,
-      decoder=_bytes(True),
-    )
-
-  return make
-
-
-_CLASSES: dict[str, Callable[[_Source], _Json | None]] = {
-  'T5Tokenizer': _t5,
-  'LlamaTokenizer': _llama,
-  'GemmaTokenizer': _gemma,
-  'GPT2Tokenizer': _byte_level(None, unk=GPT2_EOS, bos=GPT2_EOS, eos=GPT2_EOS),
-  'GPTNeoXTokenizer': _byte_level(
-    {'type': 'NFC'}, unk=GPT2_EOS, bos=GPT2_EOS, eos=GPT2_EOS, pad='<|padding|>'
-  ),
-  'Qwen2Tokenizer': _byte_level(
-    {'type': 'NFC'}, unk=GPT2_EOS, eos=GPT2_EOS, pad=GPT2_EOS
-  ),
-  'RobertaTokenizer': _byte_level(
-    None,
-    bos='<s>',
-    eos='</s>',
-    sep='</s>',
-    cls='<s>',
-    unk='<unk>',
-    pad='<pad>',
-    mask='<mask>',
-  ),
-}
-
-
-def read_sentencepiece(path: pathlib.Path) -> Any:
-  """Returns a SentencePiece model as the protocol buffer that it is.
-
-  Raises:
-    ValueError: if it is none.
-  """
-  proto = _MODELS.ModelProto()
-  try:
-    proto.ParseFromString(tokenizer_files.read(path))
-  except message.DecodeError as error:
-    raise ValueError(f'{path} is not a SentencePiece model.') from error
-  if not proto.pieces:
-    raise ValueError(f'{path} is not a SentencePiece model: it has no pieces.')
-  return proto
-
-
-def _sentencepiece(source: _Source, name: str) -> Any | None:
-  """Returns the SentencePiece model that a class finds; None without one."""
-  for candidate in ('tokenizer.model', name):
-    path = source.folder / candidate
-    if path.is_file():
-      return read_sentencepiece(path)
-  return None
-
-
-def _take_pieces_kinds(source: _Source, proto: Any) -> None:
-  source.arguments['additional_special_tokens'] = [
-    _AddedToken(piece.piece, normalized=False, special=piece.type == _CONTROL)
-    for piece in proto.pieces
-    if piece.type in (_CONTROL, _USER_DEFINED)
-  ]
-
-
-def _bpe_pieces(source: _Source) -> tuple[_Json, list[Any]] | None:
-  """Returns pieces and merges, of any of the files that have them."""
-  if source.stored is not None:
-    merges = source.stored['model'].get('merges') or []
-    return _pieces_of(source, dict), [
-      merge.split(' ') if isinstance(merge, str) else merge for merge in merges
-    ]
-  if all(
-    (source.folder / name).is_file() for name in tokenizer_files.GPT2_FILES
-  ):
-    source.pieces = read_gpt2_files(source.folder)
-    return source.pieces
-  proto = _sentencepiece(source, 'tokenizer.model')
-  if proto is None:
-    return None
-  _take_pieces_kinds(source, proto)
-  vocab = {piece.piece: n for n, piece in enumerate(proto.pieces)}
-  return vocab, _merges(vocab)
-
-
-def _pieces_of(source: _Source, kind: type) -> Any:
-  """Returns the pieces of a tokenizer.json, which a class has of one kind."""
-  assert source.stored is not None
-  vocab = source.stored['model']['vocab']
-  if not isinstance(vocab, kind):
-    raise ValueError(
-      f'{source.folder / tokenizer_files.TOKENIZER_FILE} holds another kind '
-      f'of model than {_class_name(source)} has, which '
-      f'{tokenizer_files.CONFIG_FILE} or config.json there names. Set '
-      'tokenizer_class to PreTrainedTokenizerFast to have it read as it is.'
-    )
-  return vocab
-
-
-def read_gpt2_files(folder: pathlib.Path) -> tuple[_Json, list[Any]]:
-  """Returns the pieces and merges of `vocab.json` and `merges.txt`."""
-  contents = [
-    tokenizer_files.read(folder / name) for name in tokenizer_files.GPT2_FILES
-  ]
-  return parse_gpt2_files(contents, folder)
-
-
-def parse_gpt2_files(
-  contents: Iterable[bytes], folder: pathlib.Path
-) -> tuple[_Json, list[Any]]:
-  """Returns the pieces and merges that the two files of a folder hold.
-
-  Raises:
-    ValueError: names what cannot be one of them.
-  """
-  vocab_file, merges_file = (
-    folder / name for name in tokenizer_files.GPT2_FILES
-  )
-  pieces, lines = contents
-  vocab = tokenizer_files.parse_json(pieces, vocab_file)
-  for token, number in vocab.items():
-    if not tokenizer_files.is_id(number):
-      tokenizer_files.refuse(vocab_file, token, number, 'an id')
-  try:
-    text = lines.decode()
-  except UnicodeDecodeError as error:
-    raise ValueError(f'{merges_file} is not text: {error}.') from error
-  merges = [
-    line.split(' ')
-    for line in text.split('\n')
-    if line and not line.startswith('#version')
-  ]
-  for pair in merges:
-    # The tokenizers package panics on some of these, past any `except`.
-    if len(pair) != 2 or not {*pair, ''.join(pair)} <= vocab.keys():
-      raise ValueError(
-        f'{merges_file} merges {pair}: expected two pieces that are, like '
-        f'what they make, in {vocab_file}.'
-      )
-  return vocab, merges
-
-
-def _merges(vocab: Mapping[str, int]) -> list[Any]:
-  """Returns what makes each piece, in the order of `generate_merges`."""
-  merges = []
-  for piece, number in vocab.items():
-    parts = [
-      (piece[:i], piece[i:])
-      for i in range(1, len(piece))
-      if piece[:i] in vocab and piece[i:] in vocab
-    ]
-    parts.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-    merges += [
-      (number, len(left), len(right), left, right) for left, right in parts
-    ]
-  merges.sort(key=lambda merge: merge[:3])
-  return [[left, right] for *_, left, right in merges]
-
-
-def _stored_charsmap(source: _Source) -> bytes | None:
-  """Returns the table of the first Precompiled normalizer that has one."""
-  assert source.stored is not None
-  path = source.folder / tokenizer_files.TOKENIZER_FILE
-  normalizer = source.stored.get('normalizer')
-  steps = normalizer if isinstance(normalizer, list) else [normalizer]
-  if isinstance(normalizer, dict) and normalizer.get('type') == 'Sequence':
-    steps = normalizer.get('normalizers')
-    if not isinstance(steps, list):
-      tokenizer_files.refuse(path, 'normalizer.normalizers', steps, 'a list')
-  for step in steps:
-    if step is not None and not isinstance(step, dict):
-      tokenizer_files.refuse(path, 'normalizer', step, 'an object')
-    if step and step.get('type') == 'Precompiled':
-      table = step.get('precompiled_charsmap')
-      try:
-        return base64.b64decode(table)
-      except (TypeError, ValueError):
-        tokenizer_files.refuse(path, 'precompiled_charsmap', table, 'base64')
-  return None
-
-
-def gpt2_json(vocab: _Json, merges: list[Any]) -> _Json | None:
-  """Returns GPT-2's tokenizer.json; None if the pieces are not GPT-2's."""
-  if GPT2_EOS not in vocab:
-    return None
-  flags = dict.fromkeys(
-    ('single_word', 'lstrip', 'rstrip', 'normalized'), False
-  )
-  return {
-    'added_tokens': [
-      {'id': vocab[GPT2_EOS], 'content': GPT2_EOS, 'special': True, **flags}
-    ],
-    'pre_tokenizer': _bytes(False),
-    'decoder': _bytes(False),
-    'model': {'type': 'BPE', 'vocab': vocab, 'merges': merges},
-  }
-
-
-# -- Parts of a tokenizer.json.
-
-
-def _whole(
-  model: _Json,
-  *,
-  normalizer: _Json | None = None,
-  pre_tokenizer: _Json | None = None,
-  decoder: _Json | None = None,
-) -> _Json:
-  return {
-    'version': '1.0',
-    'truncation': None,
-    'padding': None,
-    'added_tokens': [],
-    'normalizer': normalizer,
-    'pre_tokenizer': pre_tokenizer,
-    'post_processor': None,
-    'decoder': decoder,
-    'model': model,
-  }
-
-
-def _unigram(vocab: Iterable[Any], unk_id: int, byte_fallback: bool) -> _Json:
-  return {
-    'type': 'Unigram',
-    'unk_id': unk_id,
-    'vocab': [[piece, score] for piece, score in vocab],
-    'byte_fallback': byte_fallback,
-  }
-
-
-def _bpe(vocab: _Json, merges: list[Any], **options: Any) -> _Json:
-  return {
-    'type': 'BPE',
-    'dropout': None,
-    'unk_token': None,
-    'continuing_subword_prefix': None,
-    'end_of_word_suffix': None,
-    'fuse_unk': False,
-    'byte_fallback': False,
-    'ignore_merges': False,
-    **options,
-    'vocab': vocab,
-    'merges': merges,
-  }
-
-
-def _metaspace(scheme: str, *, split: bool) -> _Json:
-  return {
-    'type': 'Metaspace',
-    'replacement': '▁',
-    'prepend_scheme': scheme,
-    'split': split,
-  }
-
-
-def _replace(pattern: str, content: str) -> _Json:
-  return {
-    'type': 'Replace',
-    'pattern': {'String': pattern},
-    'content': content,
-  }
-
-
-def _precompiled(charsmap: bytes) -> _Json:
-  return {
-    'type': 'Precompiled',
-    'precompiled_charsmap': base64.b64encode(charsmap).decode(),
-  }
-
-
-def _bytes(add_prefix_space: bool, use_regex: bool = True) -> _Json:
-  return {
-    'type': 'ByteLevel',
-    'add_prefix_space': add_prefix_space,
-    'trim_offsets': True,
-    'use_regex': use_regex,
   }

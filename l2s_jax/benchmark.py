@@ -420,7 +420,9 @@ def _time(
   return rows
 
 
-def _equal(times: timing.Times, reference: timing.Times, eos: int) -> float:
+def _equal(
+  times: timing.Times, reference: timing.Times, eos: int | tuple[int, ...]
+) -> float:
   """Returns the part of tokens that are equal; what both lack is not one."""
   length = np.maximum(times.lengths(eos), reference.lengths(eos))
   is_token = np.arange(times.tokens.shape[1]) < length[:, None]
@@ -431,7 +433,7 @@ def _row(
   contender: contenders.Contender, shape: Shape, times: timing.Times
 ) -> Row:
   batch_size, prompt_length, num_tokens = shape
-  ends = contender.eos >= 0
+  ends = contender.eos != -1
   in_rounds = times.rounds_to_eos(contender.eos) if ends else times.rounds()
   num_written = float(times.lengths(contender.eos).mean())
   row: Row = {

@@ -121,7 +121,7 @@ class Contender:
     cache_dtype: of the cache.
     module: ours, that says what has to be computed.
     start: takes prompts and the longest answer, returns what writes.
-    eos: ends an answer; -1: nothing does.
+    eos: ends an answer, or a tuple of all that do; -1: nothing does.
   """
 
   system: str
@@ -131,7 +131,7 @@ class Contender:
   cache_dtype: str
   module: costs.Module
   start: Start
-  eos: int = -1
+  eos: int | tuple[int, ...] = -1
 
   @property
   def name(self) -> str:
@@ -224,7 +224,7 @@ def _model(role: str, tower: systems.Tower, dtype: str, seed: int) -> Model:
 
 
 def _ids_of(vocabulary: vocabularies.Vocabulary) -> decode.Ids:
-  return decode.Ids(vocabulary.start_id, vocabulary.eos_id, vocabulary.pad_id)
+  return decode.Ids(vocabulary.start_id, vocabulary.eos_ids, vocabulary.pad_id)
 
 
 def _preset(macro: str) -> str | None:

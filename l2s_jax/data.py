@@ -239,7 +239,10 @@ class TaskBatches(Iterator[Batch]):
   def __next__(self) -> Batch:
     if not self._iterator:
       raise StopIteration
-    batch = dict(next(self._iterator[0]))
+    from l2s_jax import features
+
+    with features.plain_errors():
+      batch = dict(next(self._iterator[0]))
     prompts = batch.pop('encoder_truncated')
     targets = batch.pop('decoder_truncated')
     self.num_examples += int(batch['encoder_segment_ids'].max(axis=1).sum())

@@ -76,14 +76,15 @@ class TaskEvaluator:
       seqio.Mixture(_REGISTERED_NAME, [(part, 1.0) for part in scored]),
     )
     try:
-      self._evaluator = seqio.Evaluator(
-        _REGISTERED_NAME,
-        features.make_converter(task),
-        eval_split=split,
-        sequence_length=task_feature_lengths,
-        num_examples=num_examples,
-        async_compute_metrics=False,
-      )
+      with features.plain_errors():
+        self._evaluator = seqio.Evaluator(
+          _REGISTERED_NAME,
+          features.make_converter(task),
+          eval_split=split,
+          sequence_length=task_feature_lengths,
+          num_examples=num_examples,
+          async_compute_metrics=False,
+        )
     finally:
       seqio.MixtureRegistry.remove(_REGISTERED_NAME)
     for name, dataset in self._evaluator.cached_task_datasets.items():

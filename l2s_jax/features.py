@@ -83,6 +83,10 @@ class SeqioVocabulary(seqio.Vocabulary):
     return self.vocabulary.eos_id
 
   @property
+  def eos_ids(self) -> tuple[int, ...]:
+    return self.vocabulary.eos_ids
+
+  @property
   def pad_id(self) -> int:
     return self.vocabulary.pad_id
 
@@ -142,6 +146,18 @@ class SentencePieceVocabulary(SeqioVocabulary):
 
   def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
     return self._tokenizer.tokenize(s)
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+  """Raises the ValueError of ours that TensorFlow has wrapped, by itself."""
+  try:
+    yield
+  except tf.errors.InvalidArgumentError as error:
+    found = re.search(r'ValueError: (.+)\nTraceback', str(error))
+    if found is None:
+      raise
+    raise ValueError(found[1]) from error
 
 
 def wrap_vocabulary(vocabulary: vocabularies.Vocabulary) -> SeqioVocabulary:

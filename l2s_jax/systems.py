@@ -436,7 +436,7 @@ def _with_older_vocabularies(
   system: System, run_dir: pathlib.Path, description: dict[str, Any]
 ) -> System:
   """Returns the system with a run's tokenizers if the folders are theirs."""
-  kept = {}
+  kept: dict[str, Any] = {}
   for name, now in (
     ('prompt', system.prompt_vocabulary),
     ('answer', system.answer_vocabulary),

@@ -47,13 +47,13 @@ class Times:
   all: list[float]
   tokens: np.ndarray
 
-  def lengths(self, eos: int) -> np.ndarray:
+  def lengths(self, eos: int | tuple[int, ...]) -> np.ndarray:
     """Returns the tokens of each row, EOS included; -1: nothing ends one."""
-    is_eos = self.tokens == eos
+    is_eos = np.isin(self.tokens, eos)
     length = self.tokens.shape[1]
     return np.where(is_eos.any(1), is_eos.argmax(1) + 1, length)
 
-  def rounds_to_eos(self, eos: int) -> dict[str, list[float]]:
+  def rounds_to_eos(self, eos: int | tuple[int, ...]) -> dict[str, list[float]]:
     """Returns what `rounds` does of answers that end, but for prefill."""
     total = [1e3 * whole for whole in self.all]
     length = float(self.lengths(eos).mean())

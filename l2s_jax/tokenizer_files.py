@@ -10,9 +10,10 @@ What the files amount to is in `auto_tokenizer.py` and `vocabularies.py`.
 
 import contextlib
 import json
+import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import tokenizers
 
@@ -66,7 +67,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   return parse_json(path.read_bytes(), path) if path.is_file() else {}
 
 
-def refuse(path: str | pathlib.Path, key: str, found: Any, wanted: str) -> Any:
+def refuse(
+  path: str | pathlib.Path, key: str, found: Any, wanted: str
+) -> NoReturn:
   """Raises what says that a file holds something else than it should."""
   text = repr(found)
   if len(text) > 80:
@@ -185,8 +188,13 @@ def _check_text(text: str, path: pathlib.Path, key: str) -> None:
     refuse(path, key, text, 'text; a half of a surrogate pair is none')
 
 
+def is_panic(error: BaseException) -> bool:
+  """Returns whether an exception is a panic of Rust's."""
+  return type(error).__module__ == 'pyo3_runtime'
+
+
 @contextlib.contextmanager
-def refusing(path: str | pathlib.Path) -> Iterator[None]:
+def refusing(path: str | os.PathLike[str]) -> Iterator[None]:
   """Turns what the package tokenizers raises into one sentence.
 
   It panics where its authors foresaw nothing; what then comes out of Rust has
@@ -195,9 +203,10 @@ def refusing(path: str | pathlib.Path) -> Iterator[None]:
   try:
     yield
   except BaseException as error:
-    is_panic = type(error).__module__ == 'pyo3_runtime'
-    # Its errors of its own are bare Exceptions.
-    if not (is_panic or type(error) in (Exception, TypeError, ValueError)):
+    is_theirs = type(error) is Exception  # Its own errors are bare ones.
+    if not (
+      is_theirs or is_panic(error) or isinstance(error, TypeError | ValueError)
+    ):
       raise
     text = ' '.join(str(error).split())
     raise ValueError(

@@ -23,7 +23,7 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-from l2s_jax import auto_tokenizer, files, tokenizer_files
+from l2s_jax import auto_tokenizer, files, tokenizer_files, tokenizer_parts
 
 _SENTENCEPIECE_FILES = tokenizer_files.SENTENCEPIECE_FILES
 _TOKENIZER_FILE = tokenizer_files.TOKENIZER_FILE
@@ -518,7 +518,15 @@ class HuggingFaceVocabulary(Vocabulary):
     return (self.bos_id,)
 
   def _encode(self, text: str) -> list[int]:
-    return self._processor.encode(text, add_special_tokens=False).ids
+    try:
+      return self._processor.encode(text, add_special_tokens=False).ids
+    except BaseException as error:
+      if not tokenizer_files.is_panic(error):
+        raise
+      raise ValueError(
+        f'{self.path} is a broken tokenizer: it fails on the text '
+        f'{_shortened(text)!r}. Copy or download it again.'
+      ) from error
 
   def _decode(self, ids: list[int]) -> str:
     # Not skip_special_tokens: it would drop <unk> and the sentinels too, which
@@ -559,7 +567,11 @@ def load(
     ValueError: if the file is of no known kind or broken.
   """
   folder = pathlib.Path(path)
-  overrides = {'start_id': start_id, 'eos_id': eos_id, 'pad_id': pad_id}
+  overrides: dict[str, Any] = {
+    'start_id': start_id,
+    'eos_id': eos_id,
+    'pad_id': pad_id,
+  }
   if not folder.is_dir():
     return _load_one_file(folder, extra_ids=extra_ids, **overrides)
   said = tokenizer_files.said_ids(folder)
@@ -600,7 +612,7 @@ def _is_of_run(folder: pathlib.Path) -> bool:
 def _load_as_transformers(
   folder: pathlib.Path,
   said: Mapping[str, Any],
-  overrides: Mapping[str, int | None],
+  overrides: Mapping[str, Any],
 ) -> Vocabulary | None:
   """Returns what AutoTokenizer makes of a folder; None where it does not."""
   from l2s_jax import byte_vocabulary
@@ -857,13 +869,13 @@ def _gpt2_json(
 ) -> bytes:
   """Returns the `tokenizer.json` that GPT-2's two files amount to."""
   folder = pathlib.Path(path)
-  vocab, merges = auto_tokenizer.parse_gpt2_files(
+  vocab, merges = tokenizer_parts.parse_gpt2_files(
     [files[name] for name in _GPT2_FILES], folder
   )
-  content = auto_tokenizer.gpt2_json(vocab, merges)
+  content = tokenizer_parts.gpt2_json(vocab, merges)
   if content is None:
     raise ValueError(
-      f'{folder / _GPT2_FILES[0]} has no {auto_tokenizer.GPT2_EOS}, so it is '
+      f'{folder / _GPT2_FILES[0]} has no {tokenizer_parts.GPT2_EOS}, so it is '
       'not of GPT-2, and another model may split text otherwise; give its '
       'tokenizer.json.'
     )

@@ -9,6 +9,7 @@ made here otherwise; what they hold beside their pieces is made here.
 import json
 import random
 import shutil
+from typing import Any
 
 import helpers
 import pytest
@@ -54,7 +55,7 @@ def token(content, **flags):
 
 
 # By name: files of the shared data, and JSON files by their names.
-FAMILIES = {
+FAMILIES: dict[str, tuple[list[str], dict[str, Any]]] = {
   't5 spiece': (['t5/spiece.model'], {'config': {'model_type': 't5'}}),
   't5 v1.1': (
     ['t5/spiece.model'],
@@ -304,3 +305,84 @@ def test_starts_and_ends_are_those_that_the_model_says(tmp_path):
   said.save(tmp_path / 'saved')
   again = vocabularies.load(tmp_path / 'saved')
   assert again == said and again.eos_ids == said.eos_ids
+
+
+def test_a_refused_text_is_named_in_training_too(tmp_path):
+  from l2s_jax import features
+
+  rows = gemma(tmp_path)
+  bound = features.wrap_vocabulary(vocabularies.load(tmp_path).for_table(rows))
+  texts = ['hello', 'see <image_soft_token>']
+  dataset = features.tf.data.Dataset.from_tensor_slices(texts)
+  ids = dataset.map(bound.encode_tf).as_numpy_iterator()
+  assert next(ids).tolist() == bound.encode('hello')
+  with (
+    pytest.raises(ValueError, match=f"^the text 'see .* id {rows} of"),
+    features.plain_errors(),
+  ):
+    next(ids)
+
+
+SPOILT = {
+  'tokenizer.json': [
+    b'{"model": []}',
+    b'{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}',
+    b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}',
+    b'{"model": {"type": "Unigram", "vocab": [["a", "x"]], "unk_id": 0}}',
+    b'{"model": {"type": "Unigram", "vocab": [["a", 0]], "unk_id": 7}}',
+    b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, '
+    b'"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}',
+    b'{"added_tokens": [{"id": 0, "content": 5}], '
+    b'"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}',
+  ],
+  'tokenizer_config.json': [
+    b'{"tokenizer_class": 5}',
+    b'{"eos_token": ["</s>"]}',
+    b'{"added_tokens_decoder": {"x": {"content": "a"}}}',
+    b'{"added_tokens_decoder": {"5": {"content": "a", "lstrip": "yes"}}}',
+    b'[]',
+  ],
+  'special_tokens_map.json': [b'{"eos_token": {"content": 1}}', b'{', b'\xff'],
+  'added_tokens.json': [b'{"a": "b"}', b'{"a": -2}', b'[1]'],
+  'generation_config.json': [
+    b'{"eos_token_id": "1"}',
+    b'{"eos_token_id": [1, null]}',
+    b'{"decoder_start_token_id": 1.5}',
+  ],
+}
+
+
+@pytest.mark.parametrize(
+  'name, content',
+  [
+    (name, content) for name, contents in SPOILT.items() for content in contents
+  ],
+)
+def test_a_broken_file_is_named_in_one_sentence(tmp_path, capfd, name, content):
+  gemma(tmp_path)
+  (tmp_path / 'tokenizer_config.json').unlink()
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(ValueError) as refused:
+    vocabularies.load(tmp_path)
+  message = str(refused.value)
+  assert str(tmp_path / name) in message and '\n' not in message
+  assert capfd.readouterr() == ('', '')  # Rust's panics write there.
+
+
+def test_bytes_of_a_tokenizer_that_flip_end_in_one_sentence(tmp_path, capfd):
+  gemma(tmp_path)
+  file = tmp_path / 'tokenizer.json'
+  whole = file.read_bytes()
+  draw = random.Random(0)
+  refused = 0
+  for _ in range(200):
+    content = bytearray(whole)
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    file.write_bytes(content[: draw.choice([None, None, draw.randrange(999)])])
+    try:
+      vocabularies.load(tmp_path).encode('hello world')
+    except ValueError as error:
+      refused += 1
+      assert str(tmp_path) in str(error) and '\n' not in str(error)
+  assert 20 < refused < 200
+  assert 'panicked' not in capfd.readouterr().err
