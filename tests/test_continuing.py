@@ -103,6 +103,7 @@ def test_loss_is_that_of_the_answer_behind_the_prompt(folder):
     'decoder_loss_weights': np.ones(rows.shape, np.float32),
   }
   batch = data.continuing(batch, vocabulary.prefix_ids, vocabulary.eos_ids)
+  batch = jax.tree.map(jax.numpy.asarray, batch)
   logits = system.module.apply({'params': params}, batch, deterministic=True)
   _, sums = losses.token_cross_entropy(
     logits, batch['decoder_target_tokens'], batch['decoder_loss_weights']
@@ -116,6 +117,7 @@ def test_loss_is_that_of_the_answer_behind_the_prompt(folder):
 
 def test_the_docstring_of_continuing():
   batch = data.prompt_batch([[7, 8, 1]], length=4, pad_id=0, batch_size=2)
+  batch['encoder_segment_ids'][1] = 0  # A row without a prompt.
   found = data.continuing(batch, (2,), (1,))
   np.testing.assert_array_equal(
     found['encoder_input_tokens'], [[2, 7, 0, 0], [0, 0, 0, 0]]

@@ -43,12 +43,6 @@ class Folder:
     self.location = str(folder)
     path = folder / DESCRIPTION
     description = tensor_files.read_json(path)
-    if integrity.is_sealed(description) and integrity.verification():
-      if integrity.unseal(description) is None:
-        raise ValueError(
-          f'{path} is not as it was written. Convert again, or copy the folder '
-          'again from where it was made.'
-        )
     missing = sorted(_KEYS - description.keys())
     if missing:
       raise ValueError(
@@ -67,6 +61,12 @@ class Folder:
         f'{path} has format version {description["format_version"]}; this '
         f'l2s_jax reads up to {FORMAT_VERSION}. Update l2s_jax.'
       )
+    if integrity.is_sealed(description) and integrity.verification():
+      if integrity.unseal(description) is None:
+        raise ValueError(
+          f'{path} is not as it was written. Convert again, or copy the folder '
+          'again from where it was made.'
+        )
     self.model_type = description['model_type']
     self.special_ids = description['special_ids']
     self.config = config_lib.from_json(description['config'], path)
