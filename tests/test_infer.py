@@ -121,6 +121,8 @@ def test_what_was_cut_anywhere_goes_on_as_if_it_were_not(
     end = rng.randrange(len(whole))
     (tmp_path / 'predictions.jsonl').unlink()
     (tmp_path / 'predictions.jsonl.partial').write_bytes(whole[:end])
+    # With the digests, what is behind the last of them would be cut off too.
+    (tmp_path / '.predictions.jsonl.digests').unlink()
     capsys.readouterr()
     assert answer(run, source, tmp_path, batch_size=batch_size) == whole
     told = capsys.readouterr().err
