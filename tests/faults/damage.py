@@ -33,6 +33,7 @@ import helpers
 import jax
 import numpy as np
 
+from l2s_jax import __main__ as command_line
 from l2s_jax import (
   checkpoint,
   convert,
@@ -287,10 +288,8 @@ def outcome(
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
       found = reader(folder)
   except (ValueError, FileNotFoundError) as error:
-    deliberate = type(error) in (ValueError, FileNotFoundError) or isinstance(
-      error, checkpoint.DamagedError
-    )
-    if deliberate and _is_ours(error):
+    # By the rule that makes a sentence of it on the command line.
+    if command_line._is_deliberate(error):
       return 'refused', str(error)
     return 'crashed', f'{type(error).__name__}: {error}'
   # What is counted is what nobody foresaw.
@@ -302,15 +301,6 @@ def outcome(
     named = all(f'checkpoints/{s}' in said.getvalue() for s in STEPS[1:])
     return ('older' if named else 'wrong'), said.getvalue()
   return 'wrong', said.getvalue()
-
-
-def _is_ours(error: BaseException) -> bool:
-  """Returns whether an exception was raised by a line of this package."""
-  traceback = error.__traceback__
-  assert traceback is not None
-  while traceback.tb_next is not None:
-    traceback = traceback.tb_next
-  return 'l2s_jax' in traceback.tb_frame.f_code.co_filename
 
 
 def trial(
