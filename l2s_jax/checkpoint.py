@@ -95,7 +95,7 @@ class Checkpointer:
       DamagedError: if there are checkpoints and none is good.
     """
     self.folder = pathlib.Path(run_dir).absolute() / FOLDER
-    self._step, bad = _newest_good(run_dir, ITEMS)
+    _, bad = _newest_good(run_dir, ITEMS)
     if distributed.is_first():
       for step in bad:
         _set_apart(self.folder, step)
@@ -188,18 +188,13 @@ class Checkpointer:
 
   def restore_data(self) -> dict[str, Any] | None:
     """Returns what `save` got as `data` at the newest good step, if any."""
-    step = self._newest()
+    step = self._manager.latest_step()
     if step is None:
       return None
     data = _read_data(self.folder / str(step))
     return {
       key: value for key, value in data.items() if key not in (_DIGESTS, _MODEL)
     }
-
-  def _newest(self) -> int | None:
-    """Returns the newest step: of those there were, the newest good one."""
-    newest = self._manager.latest_step()
-    return self._step if newest is None else newest
 
   def restore(
     self, shapes: state_lib.TrainState, shardings: state_lib.TrainState
@@ -213,7 +208,7 @@ class Checkpointer:
     Raises:
       DamagedError: if what was good at the start cannot be read any more.
     """
-    step = self._newest()
+    step = self._manager.latest_step()
     if step is None:
       return None
     target = jax.tree.map(
@@ -309,9 +304,10 @@ def params_folder(
     step, _ = _newest_good(run_dir, ITEMS[:1])
   elif step in found:
     if wrong := problem(run_dir, step):
+      others = [other for other in found if other != step]
       raise DamagedError(
-        f'{wrong}. Name another step of {_others(found, step)}, or copy this '
-        'one again from where it was made.'
+        f'{wrong}. Name another step of {others}, or copy this one again from '
+        'where it was made.'
       )
   elif step is not None:
     wanted = f'the checkpoint {step}'
@@ -322,10 +318,6 @@ def params_folder(
     )
   assert step is not None
   return folder / str(step) / 'params', step
-
-
-def _others(found: Sequence[int], step: int | None) -> list[int]:
-  return [other for other in found if other != step]
 
 
 def _newest_good(

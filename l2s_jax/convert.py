@@ -25,7 +25,6 @@ from l2s_jax import (
   gin_utils,
   integrity,
   parity,
-  systems,
   tokenizer_json,
   vocabularies,
   weights,
@@ -355,7 +354,7 @@ def _write(
   ):
     model_folder = folder / to_huggingface.SLM
     to_huggingface.save_run(reading, source, folder)
-    vocabularies.load(_vocabulary_folder(source, 'prompt')).save(folder)
+    _vocabulary(source, 'prompt').save(folder)
     prompt = vocabularies.load(folder)
     tokenizer_json.complete(folder, prompt, adds_eos=True)
   vocabulary = _write_tokenizer(reading, model_folder, vocabulary_path)
@@ -396,7 +395,7 @@ def _write_tokenizer(
   elif isinstance(source, gguf_file.File):
     source.save_tokenizer(folder)
   elif isinstance(source, runs.Run):
-    vocabularies.load(_vocabulary_folder(source, 'answer')).save(folder)
+    _vocabulary(source, 'answer').save(folder)
   elif not isinstance(source, t5x.Checkpoint):
     _copy_tokenizer(pathlib.Path(source.location), folder)
   is_copied = path is None and isinstance(
@@ -428,10 +427,8 @@ def _write_tokenizer(
   return vocabulary
 
 
-def _vocabulary_folder(run: runs.Run, name: str) -> pathlib.Path:
-  """Returns where a run's vocabulary is, which is as the run was trained."""
-  runs.load_vocabulary(pathlib.Path(run.location), run.description, name)
-  return pathlib.Path(run.location) / systems.VOCABULARIES / name
+def _vocabulary(run: runs.Run, name: str) -> vocabularies.Vocabulary:
+  return runs.load_vocabulary(pathlib.Path(run.location), run.description, name)
 
 
 def _copy_tokenizer(source: pathlib.Path, destination: pathlib.Path) -> None:

@@ -461,11 +461,12 @@ def _choose_steps(run_dir: str, steps: Any) -> list[int]:
   if steps == 'all':
     if not as_it_came.is_run(run_dir):
       return [as_it_came.choose_step(run_dir, steps, 'EVAL_STEPS')]  # raises
-    checkpoint.params_folder(run_dir)  # raises if there is no good one
     found = distributed.from_first(checkpoint.steps(run_dir))
     bad = {step: checkpoint.problem(run_dir, step) for step in found}
     for wrong in filter(None, bad.values()):
       distributed.say(f'{wrong}: it is left out.')
+    if all(bad.values()):
+      checkpoint.params_folder(run_dir)  # raises: there is no good one
     return [step for step in found if not bad[step]]
   wanted = steps if isinstance(steps, tuple | list) else [steps]
   if not all(s is None or s == 'best' or isinstance(s, int) for s in wanted):

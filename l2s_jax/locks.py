@@ -12,14 +12,13 @@ import json
 import os
 import pathlib
 import socket
-import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from l2s_jax import files
+from l2s_jax import distributed, files
 
 RENEWAL_SECS = 5.0
 LEASE_SECS = 30.0
@@ -82,7 +81,7 @@ def _take(path: pathlib.Path, mine: dict[str, Any], setting: str) -> None:
         raise ValueError(_refusal(path, who, setting))
       gone = 'that process has ended'
     else:
-      _say(
+      distributed.say(
         f'{path.parent} is held by {_name(who)}; waiting up to '
         f'{LEASE_SECS:.0f} s for a sign of life.'
       )
@@ -90,7 +89,7 @@ def _take(path: pathlib.Path, mine: dict[str, Any], setting: str) -> None:
         raise ValueError(_refusal(path, who, setting))
       gone = f'nothing was heard of it for {LEASE_SECS:.0f} s'
     if _remove(path, content):
-      _say(
+      distributed.say(
         f'{path.parent}: the lock of '
         f'{_name(who) if who else "another process"} is taken over; {gone}.'
       )
@@ -139,15 +138,11 @@ def _renew(
           file.write(json.dumps({**mine, 'beat': beat}))
 
 
-def _changes(
-  path: pathlib.Path,
-  content: bytes,
-  sleep: Callable[[float], None] = time.sleep,
-) -> bool:
+def _changes(path: pathlib.Path, content: bytes) -> bool:
   """Returns whether a file changes, or goes, within the lease."""
   deadline = time.monotonic() + LEASE_SECS
   while time.monotonic() < deadline:
-    sleep(min(1.0, LEASE_SECS / 10))
+    time.sleep(min(1.0, LEASE_SECS / 10))
     try:
       if path.read_bytes() != content:
         return True
@@ -204,7 +199,3 @@ def _refusal(path: pathlib.Path, who: dict[str, Any], setting: str) -> str:
     f'stop it, or name another folder; if it does not run any more, remove '
     f'{path}.'
   )
-
-
-def _say(text: str) -> None:
-  print(text, file=sys.stderr, flush=True)

@@ -77,11 +77,6 @@ def describe(error: BaseException) -> str | None:
   return f'{place}{words}{f"; {remedy}" if remedy else ""}. {_GOES_ON}'
 
 
-def is_closed_pipe(error: BaseException) -> bool:
-  """Whether whoever read standard output has gone."""
-  return isinstance(error, BrokenPipeError) and not error.filename
-
-
 def _find(
   error: BaseException,
 ) -> tuple[int | None, str, str | None] | None:

@@ -2,27 +2,28 @@
 """Broken files and settings end in one sentence: a short form of the fuzzer."""
 
 import dataclasses
+import os
 import pathlib
 import random
 import subprocess
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent / 'faults'))
+from faults import fuzz_files, mutate
 
-import fuzz_files
-import mutate
-
+TESTS = pathlib.Path(__file__).parent
 COUNT = 60
-
-
 KINDS = ['best', 'log', 'scores', 'settings', 'answers', 'gin']
 
 
 def test_broken_files_and_settings_end_in_one_sentence_or_are_read():
   """In a process of its own: annotations are not checked there, as in use."""
   result = subprocess.run(
-    [sys.executable, fuzz_files.__file__, '--seed=1', f'--count={COUNT}']
-    + [f'--kinds={",".join(KINDS)}'],
+    [
+      sys.executable,
+      *('-m', 'faults.fuzz_files', '--seed=1', f'--count={COUNT}'),
+      f'--kinds={",".join(KINDS)}',
+    ],
+    env=os.environ | {'PYTHONPATH': f'{TESTS.parent}:{TESTS}'},
     capture_output=True,
     text=True,
     errors='replace',

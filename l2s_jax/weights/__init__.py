@@ -197,12 +197,15 @@ def load(
   loaded, digests = {}, {}
   notes = finite.Notes(source)
   for number, path in enumerate(sorted(wanted)):
-    kept = source.digest(path)
-    is_mine = number % jax.process_count() == jax.process_index()
-    if kept is None or (is_mine and integrity.verification()):
+    if source.digest(path) is None:
       array, digests[path] = _read(source, path, wanted[path], notes)
     else:
-      array, digests[path] = source.read(path), kept
+      array = source.read(path)
+      is_mine = number % jax.process_count() == jax.process_index()
+      if is_mine and integrity.verification():
+        notes.look(array, path)
+        parts = array if 'layers' in path else [array]
+        digests[path] = digest(map(digest_layer, parts))
     loaded[path] = jax.make_array_from_callback(
       array.shape,
       flat_shardings[path],

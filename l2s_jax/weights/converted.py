@@ -42,7 +42,9 @@ class Folder:
     """
     self.location = str(folder)
     path = folder / DESCRIPTION
-    description = tensor_files.read_json(path)
+    description = files.read_json(
+      path, remedy='convert again, or copy the folder whole.'
+    )
     missing = sorted(_KEYS - description.keys())
     if missing:
       raise ValueError(

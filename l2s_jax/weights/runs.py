@@ -11,7 +11,6 @@ import numpy as np
 
 from l2s_jax import checkpoint, files, integrity, vocabularies
 from l2s_jax.models import config as config_lib
-from l2s_jax.weights import tensor_files
 
 VOCABULARIES = 'vocabularies'
 # What may differ between starts of one run: where its LLM is, and how it is
@@ -43,7 +42,9 @@ def read_description(folder: pathlib.Path) -> dict[str, Any]:
       the checkpoints were saved with.
   """
   path = folder / 'model.json'
-  description = tensor_files.read_json(path)
+  description = files.read_json(
+    path, remedy='copy it again from where the run was made.'
+  )
   kind = description.get('kind')
   if not isinstance(kind, str) or kind not in _KEYS:
     raise ValueError(

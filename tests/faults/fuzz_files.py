@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads broken files and settings; each must end in one sentence, or well.
 
-    python tests/faults/fuzz_files.py --seed=0 --count=3000 [--kinds=best,gin]
+    PYTHONPATH=.:tests python -m faults.fuzz_files --seed=0 --count=3000
 
 prints, for each kind of file, how many were read and how many refused, and the
-first faults that ended in a library's traceback, with what reproduces them. The
-exit status is 1 if there was one. tests/test_faults_fuzz.py runs a short form.
+first faults that ended in a library's traceback, with what reproduces them;
+`--kinds=best,gin` chooses among them. The exit status is 1 if there was one.
+tests/test_faults_fuzz.py runs a short form.
 """
 
 import argparse
@@ -22,13 +23,10 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 
-if __name__ == '__main__':
-  sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
-
 import gin
-import mutate
 import tokenizers
 
+from faults import mutate
 from l2s_jax import __main__ as command_line
 from l2s_jax import (
   checkpoint,

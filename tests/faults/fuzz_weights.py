@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Spoils the headers of weights at random, and counts how reading them ends.
 
-  python -m tests.faults.fuzz_weights --seed=0 --count=1000
+  PYTHONPATH=.:tests python -m faults.fuzz_weights --seed=0 --count=1000
 
 From the root of the repository; `--count` is of each family of headers. Read as
 before, read otherwise (a header may say another model that the tensors fit:
@@ -13,7 +13,7 @@ ended at all.
 import argparse
 import collections
 import contextlib
-import copy
+import dataclasses
 import io
 import json
 import math
@@ -23,12 +23,14 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import flax.serialization
+import helpers
 import numpy as np
 
+from faults import mutate
 from l2s_jax import __main__, convert, random_weights, weights
 from l2s_jax.models import config as config_lib
 from l2s_jax.weights import to_huggingface, to_t5x
@@ -38,15 +40,6 @@ TRACEBACK, HANGS = 'traceback', 'hangs'
 OUTCOMES = (EQUAL, OTHER, REFUSED, TRACEBACK, HANGS)
 _MOST_SECS = 20
 _MOST_LETTERS = 6000
-
-# What JSON can hold and a reader may not expect.
-_ODD: tuple[Any, ...] = (
-  None, True, False, 0, 1, -1, 2, 7, 2**31 - 1, 2**31, 2**63, 10**30, -(2**63),
-  0.0, -0.5, 3.7, 1e-320, 1e308, math.nan, math.inf, -math.inf, '', 'x', '..',
-  '/', 'target', 't5', 'gelu', 'float32', '\0', '\ud800', [], [0], [1, 2],
-  ['relu', 'gelu'], [[[]]], {}, {'a': 1}, {'rope_type': 'yarn'},
-)  # fmt: skip
-_NUMBERS = (0, 1, 2, 8, 255, 2**31 - 1, 2**32 - 1, 2**60, 2**63, 2**64 - 1)
 
 _T5 = config_lib.TransformerConfig(
   vocab_size=24,
@@ -93,119 +86,45 @@ _GEMMA3 = config_lib.TransformerConfig(
     'scale_embeddings': True,
   }
 )
-_GPT2 = config_lib.TransformerConfig(
+_GPT2 = dataclasses.replace(
+  helpers.GPT2,
   vocab_size=24,
   emb_dim=8,
-  num_heads=2,
   head_dim=4,
   mlp_dim=10,
-  num_decoder_layers=2,
-  mlp_activations=('gelu',),
-  norm='layer',
-  norm_epsilon=1e-5,
-  use_bias=True,
-  positions='learned',
   max_positions=16,
-  scale_attention=True,
-  scale_logits=False,
 )
 _CONFIGS = {'t5': _T5, 'llama': _LLAMA, 'gemma3': _GEMMA3, 'gpt2': _GPT2}
 
-Spoil = Callable[[random.Random, bytes], bytes]
-
-
-def spoil_json(rng: random.Random, content: bytes) -> bytes:
-  """Returns a JSON file with a value, a key or a few bytes changed."""
-  if rng.random() < 0.2:
-    return spoil_bytes(rng, content)
-  tree = json.loads(content)
-  for _ in range(rng.choice((1, 1, 1, 2, 4))):
-    tree = _spoil_tree(rng, tree)
-  return json.dumps(tree).encode('utf-8', 'surrogatepass')
-
-
-def _spoil_tree(rng: random.Random, tree: Any) -> Any:
-  tree = copy.deepcopy(tree)
-  places = list(_places(tree))
-  if not places or rng.random() < 0.02:
-    return rng.choice(_ODD)
-  parent, key = rng.choice(places)
-  kind = rng.randrange(6)
-  value = parent[key]
-  is_number = isinstance(value, int | float) and not isinstance(value, bool)
-  if kind == 0:
-    del parent[key]
-  elif kind == 1 and isinstance(parent, dict):
-    parent[f'{key}{rng.choice("x.0/")}'] = parent.pop(key)
-  elif kind == 2 and is_number and math.isfinite(value):
-    parent[key] = rng.choice((value + 1, value - 1, 2 * value, -value, 10**9))
-  elif kind == 3:
-    other, name = rng.choice(places)
-    with contextlib.suppress(KeyError, IndexError, TypeError):
-      parent[key] = copy.deepcopy(other[name])
-  else:
-    parent[key] = copy.deepcopy(rng.choice(_ODD))
-  return tree
-
-
-def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
-  items: Any = ()
-  if isinstance(tree, dict):
-    items = list(tree.items())
-  elif isinstance(tree, list):
-    items = list(enumerate(tree[:30]))
-  for key, value in items:
-    yield tree, key
-    yield from _places(value)
-
-
-def spoil_bytes(rng: random.Random, content: bytes) -> bytes:
-  """Returns bytes of which some are flipped, cut, put in, or repeated."""
-  spoilt = bytearray(content)
-  place = rng.randrange(max(len(spoilt), 1))
-  kind = rng.randrange(6)
-  if kind == 0:
-    return bytes(spoilt[:place])
-  if kind == 1:
-    spoilt[place:place] = rng.choice((b'\xff', b'[' * 5000, b'"', b'\0' * 9))
-  elif kind == 2:
-    width = rng.choice((1, 4, 8))
-    number = rng.choice(_NUMBERS) % 2 ** (8 * width)
-    spoilt[place : place + width] = number.to_bytes(width, 'little')
-  elif kind == 3:
-    del spoilt[place : place + rng.choice((1, 4, 8))]
-  else:
-    for _ in range(rng.choice((1, 1, 3))):
-      spoilt[rng.randrange(len(spoilt))] ^= 1 << rng.randrange(8)
-  return bytes(spoilt)
+Spoil = Callable[[bytes, random.Random], bytes]
 
 
 def spoil_start(num_bytes: int) -> Spoil:
   """Returns what spoils the header of a file, and leaves its data."""
 
-  def spoil(rng: random.Random, content: bytes) -> bytes:
-    return spoil_bytes(rng, content[:num_bytes]) + content[num_bytes:]
+  def spoil(content: bytes, rng: random.Random) -> bytes:
+    return mutate.mutate_bytes(content[:num_bytes], rng) + content[num_bytes:]
 
   return spoil
 
 
-def spoil_safetensors(rng: random.Random, content: bytes) -> bytes:
+def spoil_safetensors(content: bytes, rng: random.Random) -> bytes:
   length = int.from_bytes(content[:8], 'little')
   header, data = content[8 : 8 + length], content[8 + length :]
   if rng.random() < 0.3:
-    return spoil_bytes(rng, content[: 8 + length]) + data
-  header = spoil_json(rng, header)
+    return mutate.mutate_bytes(content[: 8 + length], rng) + data
+  header = mutate.mutate_json_file(header, rng)
   return len(header).to_bytes(8, 'little') + header + data
 
 
-def spoil_msgpack(rng: random.Random, content: bytes) -> bytes:
+def spoil_msgpack(content: bytes, rng: random.Random) -> bytes:
   if rng.random() < 0.4:
-    return spoil_bytes(rng, content)
+    return mutate.mutate_bytes(content, rng)
   tree = flax.serialization.msgpack_restore(content)
   tree['optimizer']['state'] = {}  # Has arrays, which JSON has not.
   with contextlib.suppress(ValueError, TypeError, OverflowError):
-    return flax.serialization.msgpack_serialize(_spoil_tree(rng, tree))
-  return spoil_bytes(rng, content)
+    return flax.serialization.msgpack_serialize(mutate.mutate_json(tree, rng))
+  return mutate.mutate_bytes(content, rng)
 
 
 def make(folder: pathlib.Path) -> dict[str, list[tuple[pathlib.Path, Any]]]:
@@ -222,25 +141,25 @@ def make(folder: pathlib.Path) -> dict[str, list[tuple[pathlib.Path, Any]]]:
     place = folder / name
     source = random_weights.RandomWeights(config, 0)
     to_huggingface.save(source, place, None)
-    add('config.json', place / 'config.json', spoil_json)
+    add('config.json', place / 'config.json', mutate.mutate_json_file)
     add('safetensors', place / 'model.safetensors', spoil_safetensors)
   source = random_weights.RandomWeights(_T5, 0)
   shards = folder / 'shards'
   to_huggingface.save(source, shards, None, max_file_bytes=4000)
   index = shards / 'model.safetensors.index.json'
-  add('safetensors index', index, spoil_json)
+  add('safetensors index', index, mutate.mutate_json_file)
   ours = folder / 'ours'
   with contextlib.redirect_stdout(io.StringIO()):
     convert.convert(str(folder / 't5'), str(ours), from_='hf', to='l2s')
-  add('weights.json', ours / 'weights.json', spoil_json)
+  add('weights.json', ours / 'weights.json', mutate.mutate_json_file)
   theirs = folder / 't5x'
   to_t5x.save(source, theirs)
   checkpoint = theirs / 'checkpoint_1'
   add('T5X metadata', checkpoint / 'checkpoint', spoil_msgpack)
-  add('T5X metadata', theirs / 'config.json', spoil_json)
+  add('T5X metadata', theirs / 'config.json', mutate.mutate_json_file)
   for array in ('token_embedder.embedding', 'decoder.layers_1.mlp.wo.kernel'):
     path = checkpoint / f'target.{array}' / '.zarray'
-    add('T5X metadata', path, spoil_json)
+    add('T5X metadata', path, mutate.mutate_json_file)
   run = folder / 'run'
   run.mkdir()
   path = run / 'model.json'
@@ -254,7 +173,7 @@ def make(folder: pathlib.Path) -> dict[str, list[tuple[pathlib.Path, Any]]]:
       }
     )
   )
-  add('model.json', path, spoil_json)
+  add('model.json', path, mutate.mutate_json_file)
   with contextlib.suppress(ImportError):
     path = folder / 'model.gguf'
     add('GGUF header', path, spoil_start(_write_gguf(path)))
@@ -368,7 +287,7 @@ def fuzz(
         location, before = whole[path]
         content = path.read_bytes()
         try:
-          path.write_bytes(spoil(rng, content))
+          path.write_bytes(spoil(content, rng))
           kind, words = outcome(location, before)
         finally:
           path.write_bytes(content)

@@ -61,6 +61,8 @@ _LITERALS = (
   '/* x */ 1',
 )
 _BYTES = (b'', b'\x00', b'\xff', b'\xfe\xff', b'\xed\xa0\x80', b'"', b'}', b'{')
+# Of counts, lengths and offsets in binary headers.
+_NUMBERS = (0, 1, 2, 8, 255, 2**31 - 1, 2**32 - 1, 2**60, 2**63, 2**64 - 1)
 _Holder = Any  # A dict or a list.
 
 
@@ -78,10 +80,13 @@ def mutate_json(value: Any, rng: random.Random) -> Any:
 
 
 def mutate_bytes(content: bytes, rng: random.Random) -> bytes:
-  """Returns the bytes with one fault: cut, flipped, dropped, twice, strange."""
+  """Returns the bytes with one fault: cut, flipped, dropped, twice, strange.
+
+  Or with a number in them that no count or length should be.
+  """
   place = rng.randrange(len(content) + 1)
   end = min(len(content), place + rng.choice((1, 2, 8, 64, 512)))
-  kind = rng.randrange(8)
+  kind = rng.randrange(9)
   if kind == 0:
     return content[:place]
   if kind == 1:
@@ -96,6 +101,11 @@ def mutate_bytes(content: bytes, rng: random.Random) -> bytes:
     return content[:place] + rng.randbytes(end - place) + content[end:]
   if kind == 6:
     return rng.choice((b'', b'\xef\xbb\xbf' + content, bytes(len(content))))
+  if kind == 7:
+    width = rng.choice((1, 4, 8))
+    number = rng.choice(_NUMBERS) % 2 ** (8 * width)
+    end = place + width
+    return content[:place] + number.to_bytes(width, 'little') + content[end:]
   flipped = bytearray(content)
   for _ in range(rng.choice((1, 1, 3, 20))):
     if flipped:
