@@ -110,7 +110,10 @@ class PromptAnswerer:
     self._params = self.generator.prepare(params, consume=consume)
     self._prompt_vocabulary = system.prompt_vocabulary
     self._vocabulary = system.answer_vocabulary
-    self._continues = system.continues
+    # None: not of a system whose answers go on where its prompts end.
+    self._prefix_ids = (
+      system.prompt_vocabulary.prefix_ids if system.continues else None
+    )
     self._mesh = mesh
     self._prompt_length = prompt_length
     self._decoding = self.generator.decoding
@@ -142,10 +145,11 @@ class PromptAnswerer:
       max_len: not more than `max_decode_len`.
     """
     vocabulary = self._prompt_vocabulary
-    if self._continues:
-      ids = [*vocabulary.prefix_ids, *vocabulary.encode(text)]
+    ids = vocabulary.encode(text)
+    if self._prefix_ids is None:
+      ids = [*ids, vocabulary.eos_id]
     else:
-      ids = [*vocabulary.encode(text), vocabulary.eos_id]
+      ids = [*self._prefix_ids, *ids]
     return Prompt(
       ids=ids[: self._prompt_length],
       was_cut=len(ids) > self._prompt_length,
@@ -173,7 +177,7 @@ class PromptAnswerer:
       pad_id=self._prompt_vocabulary.pad_id,
       batch_size=rows,
     )
-    if self._continues:
+    if self._prefix_ids is not None:
       batch = data.continuing(batch, (), ())
     num_filling = rows - len(prompts)
     arrays = partition.put_batch(

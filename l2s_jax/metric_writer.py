@@ -103,7 +103,7 @@ class EventFile:
     """Adds a number; `secs` since the epoch is when it was found."""
     self._writer.write_event(
       event_pb2.Event(
-        summary=summary.scalar(name, value), step=step, wall_time=secs
+        summary=summary.scalar(name, float(value)), step=step, wall_time=secs
       )
     )
 

@@ -82,7 +82,7 @@ def markdown_table(
   ]
   headings = list(columns.values())
   widths = [
-    max(len(heading), *(len(line[i]) for line in cells))
+    max(map(len, (heading, *(line[i] for line in cells))))
     for i, heading in enumerate(headings)
   ]
   rule = [

@@ -208,7 +208,8 @@ def refusing(path: str | os.PathLike[str]) -> Iterator[None]:
       is_theirs or is_panic(error) or isinstance(error, TypeError | ValueError)
     ):
       raise
-    text = ' '.join(str(error).split())
+    # It quotes what it has found, unprintable or not.
+    text = repr(' '.join(str(error).split()))[1:-1]
     raise ValueError(
       f'{path} is not a Hugging Face tokenizer: {text}. Copy or download it '
       'again.'

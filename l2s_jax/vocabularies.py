@@ -296,7 +296,7 @@ class Vocabulary(abc.ABC):
     return digest.hexdigest()
 
   def fingerprint_before(self) -> str:
-    """Returns the fingerprint that versions before issue 14 gave its folder.
+    """Returns the fingerprint that earlier versions gave its folder.
 
     They took one file of a folder, a SentencePiece model before others, and
     neither added tokens nor what the model's folder says of ids.

@@ -91,7 +91,7 @@ def test_loss_is_that_of_the_answer_behind_the_prompt(folder):
   prompts = [vocabulary.encode(prompt) for prompt in PROMPTS]
   answer = vocabulary.encode(' sits') + [vocabulary.eos_id]
   batch = data.prompt_batch(
-    [[*ids, vocabulary.eos_id] for ids in prompts], length=19, pad_id=0
+    [[*ids, vocabulary.eos_id] for ids in prompts], length=18, pad_id=0
   )
   rows = np.tile(np.array(answer, np.int32), (len(prompts), 1))
   batch |= {

@@ -12,7 +12,7 @@ from faults import fuzz_files, mutate
 
 TESTS = pathlib.Path(__file__).parent
 COUNT = 60
-KINDS = ['best', 'log', 'scores', 'settings', 'answers', 'gin']
+KINDS = [*fuzz_files.kinds(), 'gin']
 
 
 def test_broken_files_and_settings_end_in_one_sentence_or_are_read():
