@@ -5,6 +5,7 @@ import functools
 import os
 import pathlib
 import random
+import signal
 import string
 
 os.environ['JAX_PLATFORMS'] = 'cpu'  # also of the processes that tests start
@@ -14,6 +15,10 @@ import beartype
 import jax
 import jaxtyping
 import pytest
+
+# A shell that runs this in the background has it ignored, and what is ignored
+# stays so in the processes that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Not XLA_FLAGS: a process that a test starts has one device, as users have.
 jax.config.update('jax_num_cpu_devices', 8)
