@@ -444,7 +444,7 @@ def _with_older_vocabularies(
     fingerprint = description.get('vocabularies', {}).get(name)
     if now.fingerprint() == fingerprint:
       continue
-    if now.fingerprint_before() != fingerprint:
+    if vocabularies.fingerprint_before(now) != fingerprint:
       return system
     kept[f'{name}_vocabulary'] = vocabularies.load(
       run_dir / VOCABULARIES / name

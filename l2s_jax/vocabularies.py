@@ -56,7 +56,8 @@ class Vocabulary(abc.ABC):
   carry the files, not the processor, which is built again on first use.
 
   Attributes:
-    path: where it was loaded from.
+    path: where it was loaded from, for people.
+    origin: the folder that it was loaded from, if any.
     vocab_size: one more than the largest id, extra ids included.
     num_plain_ids: one more than the largest id that a text may give which names
       no added or special token.
@@ -159,7 +160,7 @@ class Vocabulary(abc.ABC):
     self.unk_id = special_ids.get('unk')
     self._files = dict(files)
     self._special_ids = special_ids
-    self._origin: pathlib.Path | None = None
+    self.origin: pathlib.Path | None = None
     if said:
       self._files[tokenizer_files.GENERATION_FILE] = (
         json.dumps(said, indent=2, sort_keys=True) + '\n'
@@ -294,19 +295,6 @@ class Vocabulary(abc.ABC):
       if name not in _WITHOUT_PIECES:
         digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
-
-  def fingerprint_before(self) -> str:
-    """Returns the fingerprint that earlier versions gave its folder.
-
-    They took one file of a folder, a SentencePiece model before others, and
-    neither added tokens nor what the model's folder says of ids.
-    """
-    if self._origin is None or not self._origin.exists():
-      return self.fingerprint()
-    try:
-      return _load_one_file(self._origin).fingerprint()
-    except (ValueError, FileNotFoundError):  # They read none.
-      return self.fingerprint()
 
   def __eq__(self, other: object) -> bool:
     if not isinstance(other, Vocabulary):
@@ -582,8 +570,22 @@ def load(
     vocabulary = _load_one_file(
       folder, extra_ids=extra_ids, said_ids=said, **overrides
     )
-  vocabulary._origin = folder
+  vocabulary.origin = folder
   return vocabulary
+
+
+def fingerprint_before(vocabulary: Vocabulary) -> str:
+  """Returns the fingerprint that earlier versions gave a tokenizer's folder.
+
+  They took one file of a folder, a SentencePiece model before others, and
+  neither added tokens nor what the model's folder says of ids.
+  """
+  if vocabulary.origin is None or not vocabulary.origin.exists():
+    return vocabulary.fingerprint()
+  try:
+    return _load_one_file(vocabulary.origin).fingerprint()
+  except (ValueError, FileNotFoundError):  # They read none.
+    return vocabulary.fingerprint()
 
 
 def share_ids(one: Vocabulary, other: Vocabulary) -> bool:
@@ -594,8 +596,8 @@ def share_ids(one: Vocabulary, other: Vocabulary) -> bool:
   """
   if one == other:
     return True
-  fingerprints = {one.fingerprint(), one.fingerprint_before()}
-  return bool(fingerprints & {other.fingerprint(), other.fingerprint_before()})
+  fingerprints = {one.fingerprint(), fingerprint_before(one)}
+  return bool(fingerprints & {other.fingerprint(), fingerprint_before(other)})
 
 
 def _is_of_run(folder: pathlib.Path) -> bool:
