@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import gin
 
-from l2s_jax import compilation, gin_utils, os_errors, preemption
+from l2s_jax.runtime import compilation, gin_config, os_errors, preemption
 
 
 class Flag(NamedTuple):
@@ -115,7 +115,7 @@ class Verb(NamedTuple):
 
 VERBS: Mapping[str, Verb] = {
   'train': Verb(
-    'l2s_jax.train',
+    'l2s_jax.training.train',
     'train',
     'trains LLM-to-SLM, or an LLM or SLM baseline; resumes by itself',
     '--gin_file=gin_configs/experiments/multi30k.gin '
@@ -124,7 +124,7 @@ VERBS: Mapping[str, Verb] = {
     joins=True,
   ),
   'evaluate': Verb(
-    'l2s_jax.evaluate',
+    'l2s_jax.evaluation.evaluate',
     'evaluate',
     'scores checkpoints of a run; writes metrics and predictions',
     '--gin_file=gin_configs/tasks/multi30k.gin '
@@ -133,7 +133,7 @@ VERBS: Mapping[str, Verb] = {
     joins=True,
   ),
   'infer': Verb(
-    'l2s_jax.infer',
+    'l2s_jax.inference.infer',
     'infer',
     'answers the prompts of a file, a task, or stdin (-); restartable',
     '--gin_file=gin_configs/runs/infer.gin '
@@ -146,7 +146,7 @@ VERBS: Mapping[str, Verb] = {
     joins=True,
   ),
   'benchmark': Verb(
-    'l2s_jax.benchmark',
+    'l2s_jax.performance.benchmark',
     'benchmark',
     'times LLM, SLM and LLM-to-SLM, beside other engines if asked',
     '--gin_file=gin_configs/models/t5_large.gin '
@@ -159,7 +159,7 @@ VERBS: Mapping[str, Verb] = {
     ),
   ),
   'precompile': Verb(
-    'l2s_jax.precompile',
+    'l2s_jax.performance.precompile',
     'precompile',
     'compiles for TPUs that are not here: memory, collectives, time bounds',
     '--gin_file=gin_configs/models/t5_1_1_xl.gin '
@@ -175,7 +175,7 @@ VERBS: Mapping[str, Verb] = {
     ),
   ),
   'convert': Verb(
-    'l2s_jax.convert',
+    'l2s_jax.interop.convert',
     'convert',
     'Hugging Face, T5X and GGUF weights in; Hugging Face and T5X out',
     'downloads/flan-t5-xxl weights/flan-t5-xxl '
@@ -213,19 +213,20 @@ VERBS: Mapping[str, Verb] = {
 # Their configurables can be bound whatever the verb, so that one experiment
 # file serves all of them. None imports TensorFlow.
 CONFIGURABLE_MODULES = (
-  'l2s_jax.integrity',
-  'l2s_jax.partition',
+  'l2s_jax.runtime.integrity',
+  'l2s_jax.runtime.partitioning',
   'l2s_jax.models.config',
   'l2s_jax.weights.finite',
-  'l2s_jax.systems',
-  'l2s_jax.optim',
-  'l2s_jax.tasks',
-  'l2s_jax.train',
-  'l2s_jax.evaluate',
-  'l2s_jax.infer',
-  'l2s_jax.benchmark',
-  'l2s_jax.precompile',
-  'l2s_jax.convert',
+  'l2s_jax.systems.system',
+  'l2s_jax.systems.builders',
+  'l2s_jax.training.optim',
+  'l2s_jax.data.tasks',
+  'l2s_jax.training.train',
+  'l2s_jax.evaluation.evaluate',
+  'l2s_jax.inference.infer',
+  'l2s_jax.performance.benchmark',
+  'l2s_jax.performance.precompile',
+  'l2s_jax.interop.convert',
 )
 
 _PROGRAM = 'python -m l2s_jax'
@@ -258,7 +259,7 @@ def main(
   name = argv[0]
   if name not in verbs:
     return _refuse(
-      f'{name!r} is no verb{gin_utils.near_misses(name, verbs)} '
+      f'{name!r} is no verb{gin_config.near_misses(name, verbs)} '
       f'Verbs: {", ".join(verbs)}.'
     )
   parser = _parser(name, verbs[name])
@@ -277,7 +278,7 @@ def main(
     together = contextlib.nullcontext
     if verbs[name].joins:
       # Not above: SIGTERM is heeded before JAX is imported.
-      distributed = importlib.import_module('l2s_jax.distributed')
+      distributed = importlib.import_module('l2s_jax.runtime.distributed')
       distributed.initialize()
       together = distributed.together
     fn = verbs[name].load()
@@ -318,14 +319,14 @@ def _run(
   others: Sequence[Callable[..., Any]],
 ) -> None:
   """Configures gin, checks that `fn` has all it needs, and calls it."""
-  parsed = gin_utils.parse_config(
+  parsed = gin_config.parse_config(
     args.gin_file, bindings, args.gin_search_paths
   )
-  gin_utils.check_required(fn, ('dry_run', *given), parsed.required, others)
+  gin_config.check_required(fn, ('dry_run', *given), parsed.required, others)
   if args.dry_run:
     for macro, value in parsed.assumed_strings.items():
       print(f'# {macro}={value} was taken as a string')
-    print(gin_utils.config())
+    print(gin_config.config())
     for macro, source in parsed.unread_macros.items():
       print(f'# {source}: nothing reads {macro}')
   fn(dry_run=args.dry_run, **given)
@@ -406,7 +407,7 @@ def _parse_args(
         f'--gin.{name.lstrip("-")}=VALUE.'
       )
     known = [f'--{flag.rstrip("_")}' for flag in vars(args)]
-    parser.error(f'what is {arg}?{gin_utils.near_misses(name, known)[:-1]}')
+    parser.error(f'what is {arg}?{gin_config.near_misses(name, known)[:-1]}')
   return args, bindings
 
 

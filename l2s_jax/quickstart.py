@@ -26,22 +26,16 @@ from typing import Any
 
 import jax
 
-from l2s_jax import (
-  __main__,
-  answerer,
-  cldr,
-  evaluate,
-  files,
-  gin_utils,
-  metrics,
-  parameters,
-  partition,
-  report,
-  systems,
-  timing,
-  vocabularies,
-)
-from l2s_jax import state as state_lib
+from l2s_jax import __main__
+from l2s_jax.data import cldr
+from l2s_jax.evaluation import evaluate, report
+from l2s_jax.inference import answerer
+from l2s_jax.metrics import metric_fns
+from l2s_jax.performance import timing
+from l2s_jax.runtime import files, gin_config, partitioning
+from l2s_jax.systems import parameters, run_folder
+from l2s_jax.systems import system as system_lib
+from l2s_jax.vocabularies import sentencepiece
 
 PROMPT_LENGTH, ANSWER_LENGTH = 30, 20  # as in gin_configs/experiments
 VOCAB_SIZES = {'llm': 1200, 'slm': 800}
@@ -68,7 +62,7 @@ COLUMNS = {
   'speedup': 'speed-up over the LLM',
 }
 Row = dict[str, Any]
-Loaded = tuple[systems.System, dict[str, Any]]
+Loaded = tuple[system_lib.System, dict[str, Any]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -80,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   if args.slm == 'decoder':
     output_dir = output_dir.with_name(output_dir.name + '_decoder')
   if args.train_steps is not None:
-    gin_utils.check_positive(train_steps=args.train_steps)
+    gin_config.check_positive(train_steps=args.train_steps)
     output_dir = output_dir.with_name(f'{output_dir.name}_{args.train_steps}')
   output_dir.mkdir(parents=True, exist_ok=True)
   # Training, evaluation and the phrases compile the same functions.
@@ -121,10 +115,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   for name, label in NAMES.items():
     rows |= _evaluate(name, label, output_dir / name)
 
-  mesh = partition.make_mesh(partition.MeshConfig())
+  mesh = partitioning.make_mesh(partitioning.MeshConfig())
   with (
-    partition.use_mesh(mesh),
-    partition.axis_rules(partition.DEFAULT_RULES),
+    partitioning.use_mesh(mesh),
+    partitioning.axis_rules(partitioning.DEFAULT_RULES),
   ):
     loaded = {name: _load(output_dir / name, mesh) for name in NAMES}
     _say('6/7 speed: batch 1, the three in turn')
@@ -152,7 +146,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument(
     '--output_dir',
     type=pathlib.Path,
-    default=gin_utils.REPO_ROOT / 'runs' / 'quickstart',
+    default=gin_config.REPO_ROOT / 'runs' / 'quickstart',
     help='where everything goes; `_decoder` and the number of --train_steps '
     'are appended (default: %(default)s)',
   )
@@ -178,7 +172,7 @@ def _vocabulary(output_dir: pathlib.Path, name: str) -> pathlib.Path:
       for text in (example['prompt'], example['answer'])
     )
     # Digits apart: a number that was never seen is then copied, not guessed.
-    vocabularies.train_sentencepiece(
+    sentencepiece.train(
       texts,
       path,
       vocab_size=VOCAB_SIZES[name],
@@ -229,8 +223,8 @@ def _evaluate(name: str, label: str, run_dir: pathlib.Path) -> dict[str, Row]:
 
 
 def _load(run_dir: pathlib.Path, mesh: jax.sharding.Mesh) -> Loaded:
-  system = systems.load(run_dir)
-  layout = parameters.layout(system, mesh, partition.MeshConfig())
+  system = run_folder.load(run_dir)
+  layout = parameters.layout(system, mesh, partitioning.MeshConfig())
   return system, parameters.load_params(system, layout, run_dir)
 
 
@@ -247,9 +241,9 @@ def _time(rows: dict[str, Row], loaded: Mapping[str, Loaded]) -> None:
   for name, found in timings.items():
     system, params = loaded[name]
     rows[name] |= {
-      'parameters': state_lib.num_params(params),
-      'trained': state_lib.num_params(
-        state_lib.split(params, system.frozen)[1]
+      'parameters': parameters.num_params(params),
+      'trained': parameters.num_params(
+        parameters.split(params, system.frozen)[1]
       ),
       'prefill_ms': found.prefill_ms,
       'ms_per_token': found.ms_per_token,
@@ -309,8 +303,8 @@ def _write_report(
     'jax': jax.__version__,
     'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
     'cpu_cores': os.cpu_count(),
-    'bleu': metrics.bleu_signature(),
-    'chrf': metrics.chrf_signature(),
+    'bleu': metric_fns.bleu_signature(),
+    'chrf': metric_fns.chrf_signature(),
   }
   files.write_json(
     output_dir / 'results.json',

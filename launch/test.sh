@@ -27,6 +27,7 @@ if (($# > 0)); then
 fi
 ruff check .
 ruff format --check .
+lint-imports --no-logo --no-cache
 mypy
 # A worker that dies ends the run: xdist 3.8 hangs after replacing one.
 python -m pytest --numprocesses=2 --dist=loadfile --max-worker-restart=0 \

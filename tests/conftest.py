@@ -51,7 +51,7 @@ def checked(function):
 
 
 # It has no arrays, and checking its closures takes fifty times their time.
-import l2s_jax.cldr  # noqa: E402, F401
+import l2s_jax.data.cldr  # noqa: E402, F401
 
 # Before the rest of the package is imported.
 jaxtyping.install_import_hook('l2s_jax', 'conftest.checked')
@@ -70,13 +70,13 @@ def shared_data() -> pathlib.Path:
 @pytest.fixture(scope='session')
 def vocabulary(tmp_path_factory):
   """Returns a T5-like vocabulary of letters and digits, which knows no `ș`."""
-  from l2s_jax import vocabularies
+  from l2s_jax.vocabularies import sentencepiece
 
   rng = random.Random(0)
   letters = string.ascii_letters + string.digits
   texts = [' '.join(rng.choices(letters, k=20)) for _ in range(200)]
   path = tmp_path_factory.mktemp('vocabulary') / 'spiece.model'
-  return vocabularies.train_sentencepiece(texts, path, vocab_size=100)
+  return sentencepiece.train(texts, path, vocab_size=100)
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 import gin
 
-from l2s_jax import tasks
-from l2s_jax.features import seqio, tf, tfds
+from l2s_jax.data import tasks
+from l2s_jax.data.features import seqio, tf, tfds
 
 SPLITS = ('train', 'validation', 'test')
 

@@ -20,18 +20,15 @@ import pytest
 import tokenizers
 from flax import traverse_util
 
-from l2s_jax import (
-  decode,
-  files,
-  parameters,
-  partition,
-  systems,
-  vocabularies,
-  weights,
-)
-from l2s_jax import generate as generate_lib
+from l2s_jax.inference import generate as generate_lib
+from l2s_jax.inference import strategies
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s, language_model
+from l2s_jax.runtime import files, partitioning
+from l2s_jax.systems import parameters
+from l2s_jax.systems import system as system_lib
+from l2s_jax.vocabularies import base, loading
+from l2s_jax.weights import source
 
 Module = l2s.LlmToSlm | language_model.LanguageModel
 
@@ -195,7 +192,7 @@ def prompt_ids(module: Module) -> int:
 
 def random_params(module: Module, seed: int = 0) -> dict[str, Any]:
   """Returns parameters of which none is a zero, a one, or too small to see."""
-  shapes, _ = partition.abstract_params(
+  shapes, _ = partitioning.abstract_params(
     functools.partial(module.init, deterministic=True),
     jax.random.key(0),
     parameters.example_batch(1, 2, 2),
@@ -247,9 +244,9 @@ class Arrays:
 
   def digest(self, path):
     shape = self.arrays[path].shape
-    return weights.digest(
-      weights.digest_layer(self.read(path, layer))
-      for layer in weights.layers(path, shape)
+    return source.digest(
+      source.digest_layer(self.read(path, layer))
+      for layer in source.layers(path, shape)
     )
 
 
@@ -329,13 +326,13 @@ def generate(
   generator = generate_lib.Generator(
     module,
     max_decode_len=max_decode_len,
-    ids=decode.Ids(start_id, eos_id, pad_id),
+    ids=strategies.Ids(start_id, eos_id, pad_id),
   )
   return generator(generator.prepare(params), batch)
 
 
 @functools.cache
-def vocabulary() -> vocabularies.Vocabulary:
+def vocabulary() -> base.Vocabulary:
   """Returns GPT-2's first 256 ids: bytes, `!` being 0, and its EOS."""
   alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
   ids = {piece: i for i, piece in enumerate([*alphabet, '<|endoftext|>'])}
@@ -343,12 +340,12 @@ def vocabulary() -> vocabularies.Vocabulary:
     folder = pathlib.Path(name)
     files.write_json(folder / 'vocab.json', ids)
     (folder / 'merges.txt').write_text('#version: 0.2\n')
-    return vocabularies.load(str(folder))
+    return loading.load(str(folder))
 
 
-def system(module: Module) -> systems.System:
+def system(module: Module) -> system_lib.System:
   """Returns a system of a module, with a vocabulary that it has room for."""
-  return systems.System(
+  return system_lib.System(
     module=module,
     prompt_vocabulary=vocabulary(),
     answer_vocabulary=vocabulary(),

@@ -19,8 +19,10 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from l2s_jax import adafactor, optim, parameters, partition
-from l2s_jax import state as state_lib
+from l2s_jax.runtime import partitioning
+from l2s_jax.systems import parameters
+from l2s_jax.training import adafactor, optim
+from l2s_jax.training import state as state_lib
 
 # By path: shape; logical axes; and the shape of one layer's matrix, or None
 # for a layer that is not factored.
@@ -196,11 +198,11 @@ def test_axes_that_play_no_part_are_refused(axes):
 
 def test_a_sharded_update_is_the_unsharded_one():
   module = helpers.MODULES['t5_1_1']
-  config = partition.MeshConfig(data=2, fsdp=2, tensor=2)
-  mesh = partition.make_mesh(config)
+  config = partitioning.MeshConfig(data=2, fsdp=2, tensor=2)
+  mesh = partitioning.make_mesh(config)
   with contextlib.ExitStack() as stack:
-    stack.enter_context(partition.use_mesh(mesh))
-    stack.enter_context(partition.axis_rules(config.rules('slm')))
+    stack.enter_context(partitioning.use_mesh(mesh))
+    stack.enter_context(partitioning.axis_rules(config.rules('slm')))
     layout = parameters.layout(helpers.system(module), mesh, config)
   transform = optim.adafactor(0.1).make(layout.axes)
   params, grads = (helpers.random_params(module, seed) for seed in (0, 1))
@@ -241,7 +243,7 @@ def test_a_sharded_update_is_the_unsharded_one():
 @pytest.mark.parametrize('name', helpers.MODULES)
 def test_every_family_can_be_trained_with_it(name):
   """Each axis that a model names plays a part."""
-  shapes, axes = partition.abstract_params(
+  shapes, axes = partitioning.abstract_params(
     functools.partial(helpers.MODULES[name].init, deterministic=True),
     jax.random.key(0),
     parameters.example_batch(1, 2, 2),

@@ -9,7 +9,8 @@ import helpers
 import jax
 import pytest
 
-from l2s_jax import answerer, partition, sampling
+from l2s_jax.inference import answerer, sampling
+from l2s_jax.runtime import partitioning
 
 MAX_DECODE_LEN = 20
 TEXTS = [chr(97 + n % 26) * (n * 7 % 20 + 1) for n in range(21)]
@@ -18,8 +19,10 @@ TEXTS = [chr(97 + n % 26) * (n * 7 % 20 + 1) for n in range(21)]
 @pytest.fixture(scope='module')
 def mesh():
   with (
-    partition.use_mesh(mesh := partition.make_mesh(partition.MeshConfig())),
-    partition.axis_rules(partition.DEFAULT_RULES),
+    partitioning.use_mesh(
+      mesh := partitioning.make_mesh(partitioning.MeshConfig())
+    ),
+    partitioning.axis_rules(partitioning.DEFAULT_RULES),
   ):
     yield mesh
 

@@ -9,19 +9,15 @@ import numpy as np
 import pytest
 import test_gguf_file
 
-from l2s_jax import (
-  as_it_came,
-  contenders,
-  convert,
-  evaluate,
-  infer,
-  parameters,
-  partition,
-  systems,
-  weights,
-)
+from l2s_jax.evaluation import evaluate
+from l2s_jax.inference import infer
+from l2s_jax.interop import convert, to_huggingface, to_t5x
 from l2s_jax.models import l2s
-from l2s_jax.weights import to_huggingface, to_t5x
+from l2s_jax.performance import contenders
+from l2s_jax.runtime import partitioning
+from l2s_jax.systems import as_it_came, builders, parameters, run_folder
+from l2s_jax.systems import system as system_lib
+from l2s_jax.weights import opening
 
 T5 = dataclasses.replace(test_gguf_file.T5_1_1, relpos_buckets=32)
 
@@ -80,12 +76,12 @@ def test_the_parameters_are_those_of_the_files(folders, tmp_path):
   test_gguf_file.CONFIGS['t5-as-it-came'] = T5
   test_gguf_file.write(gguf, 't5-as-it-came', flat)
   vocabulary = str(folders / 'tokenizer')
-  mesh = partition.make_mesh(partition.MeshConfig())
+  mesh = partitioning.make_mesh(partitioning.MeshConfig())
   for path in (gguf, folders / 't5x', folders / 'gpt2'):
     system = as_it_came.load(str(path), vocabulary=vocabulary)
     assert system.describe()['kind'] == 'language_model'
-    with partition.use_mesh(mesh):
-      layout = parameters.layout(system, mesh, partition.MeshConfig())
+    with partitioning.use_mesh(mesh):
+      layout = parameters.layout(system, mesh, partitioning.MeshConfig())
       found = parameters.load_params(system, layout, str(path))
     config = helpers.GPT2 if path.name == 'gpt2' else T5
     helpers.assert_trees_equal(found, helpers.random_params(l2s.build(config)))
@@ -93,7 +89,7 @@ def test_the_parameters_are_those_of_the_files(folders, tmp_path):
 
 def test_a_decoder_reads_the_prompt_in_its_own_words(folders, tmp_path):
   path = folders / 'gpt2'
-  baseline = systems.language_model_system(systems.Tower(path=str(path)))
+  baseline = builders.language_model_system(system_lib.Tower(path=str(path)))
   system = as_it_came.load(str(path))
   assert system.module == baseline.module
   assert system.prompt_vocabulary == system.answer_vocabulary
@@ -103,23 +99,23 @@ def test_a_decoder_reads_the_prompt_in_its_own_words(folders, tmp_path):
 def test_a_model_without_a_tokenizer_asks_for_it_by_name(folders):
   with pytest.raises(ValueError, match='t5x brings no tokenizer.*set VOCABUL'):
     as_it_came.load(str(folders / 't5x'))
-  tower = systems.Tower(path=str(folders / 't5x'))
+  tower = system_lib.Tower(path=str(folders / 't5x'))
   with pytest.raises(ValueError, match='set LLM_VOCABULARY / SLM_VOCABULARY'):
-    systems.language_model_system(tower)
+    builders.language_model_system(tower)
 
 
 def test_a_checkpoint_of_t5x_is_an_llm(folders):
   given = str(folders / 'tokenizer')
-  system = systems.llm_to_slm_system(
-    systems.Tower(path=str(folders / 't5x'), vocabulary=given),
-    systems.Tower(path=str(folders / 'gpt2')),
+  system = builders.llm_to_slm_system(
+    system_lib.Tower(path=str(folders / 't5x'), vocabulary=given),
+    system_lib.Tower(path=str(folders / 'gpt2')),
   )
   assert system.module.llm_config.to_json() == (
-    weights.open_source(str(folders / 't5x')).config.to_json()
+    opening.open_source(str(folders / 't5x')).config.to_json()
   )
-  mesh = partition.make_mesh(partition.MeshConfig())
-  with partition.use_mesh(mesh):
-    layout = parameters.layout(system, mesh, partition.MeshConfig())
+  mesh = partitioning.make_mesh(partitioning.MeshConfig())
+  with partitioning.use_mesh(mesh):
+    layout = parameters.layout(system, mesh, partitioning.MeshConfig())
     system, frozen = parameters.load_frozen(system, layout)
   assert system.llm_step == 1
   found = np.asarray(frozen['llm']['token_embedder']['embedding'])
@@ -148,7 +144,7 @@ def test_what_has_one_model_has_no_steps(folders, step):
 
 
 def test_what_a_run_has_is_not_given_beside_it(tmp_path):
-  systems.save(helpers.system(helpers.MODULES['t5_1_1']), tmp_path)
+  run_folder.save(helpers.system(helpers.MODULES['t5_1_1']), tmp_path)
   with pytest.raises(ValueError, match='Leave VOCABULARY and EXTRA_IDS unset'):
     as_it_came.load(str(tmp_path), vocabulary='spiece.model')
 
@@ -160,5 +156,5 @@ def test_a_model_alone_is_timed_as_the_llm(folders):
   assert list(models) == [contenders.LLM]
   with pytest.raises(ValueError, match='Name both as LLM_PATH and SLM_PATH'):
     contenders.find_models(
-      None, systems.Tower(path=path), path, 'add', 'float32', 0
+      None, system_lib.Tower(path=path), path, 'add', 'float32', 0
     )

@@ -13,10 +13,10 @@ import pytest
 import test_parity
 from flax import traverse_util
 
-from l2s_jax import beam, decode, sampling
-from l2s_jax import generate as generate_lib
-from l2s_jax.models import l2s, t5
-from l2s_jax.weights import t5x
+from l2s_jax.inference import beam, sampling, strategies
+from l2s_jax.inference import generate as generate_lib
+from l2s_jax.models import encoder_decoder, l2s
+from l2s_jax.weights.formats import t5x
 
 START_ID, PAD_ID = 3, 7
 MAX_DECODE_LEN = 6
@@ -41,7 +41,7 @@ def make_generator(
   return generate_lib.Generator(
     module,
     max_decode_len=max_decode_len,
-    ids=decode.Ids(start_id, eos_id, pad_id),
+    ids=strategies.Ids(start_id, eos_id, pad_id),
     decoding=decoding,
   )
 
@@ -161,10 +161,10 @@ def test_one_beam_is_greedy(name, early_stopping):
   search = beam.BeamSearch(
     writer,
     sampling.Decoding(early_stopping=early_stopping),
-    decode.Ids(START_ID, eos_id, PAD_ID),
+    strategies.Ids(START_ID, eos_id, PAD_ID),
   )
   num_rows = len(tokens)
-  prompts = decode.Prompts(
+  prompts = strategies.Prompts(
     has_prompt=jnp.ones(num_rows, bool),
     row_keys=jax.random.split(jax.random.key(0), num_rows),
     max_lens=jnp.full(num_rows, MAX_DECODE_LEN),
@@ -317,7 +317,7 @@ def test_beams_are_those_of_t5x(shared_data, name):
   )
   prompts = expected['encoder_input_tokens']
   generator = make_generator(
-    t5.EncoderDecoder(source.config),
+    encoder_decoder.EncoderDecoder(source.config),
     sampling.Decoding(
       num_beams=4,
       num_answers=4,

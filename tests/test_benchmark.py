@@ -10,18 +10,19 @@ import shutil
 import helpers
 import pytest
 
-from l2s_jax import benchmark, costs, goals, peers, speed_report, systems
+from l2s_jax.performance import bandwidth, benchmark, goals, peers, speed_report
+from l2s_jax.systems import system as system_lib
 
 SIZES = {'batch_sizes': 2, 'prompt_lengths': 6, 'output_lengths': 4}
-LLM = systems.Tower(config=helpers.T5_1_0)
-SLM = systems.Tower(config=helpers.GPT2)
+LLM = system_lib.Tower(config=helpers.T5_1_0)
+SLM = system_lib.Tower(config=helpers.GPT2)
 
 
 @pytest.fixture(scope='module', autouse=True)
 def small_array():
   """What bandwidth is measured with need not be larger than caches here."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(costs, 'BANDWIDTH_BYTES', 2**20)
+    patch.setattr(bandwidth, 'BANDWIDTH_BYTES', 2**20)
     yield
 
 
@@ -116,7 +117,7 @@ def test_drafts_write_what_the_llm_writes(tmp_path):
   benchmark.benchmark(
     str(tmp_path),
     LLM,
-    systems.Tower(config=slm),
+    system_lib.Tower(config=slm),
     **SIZES,
     rounds=1,
     draft_len=2,
@@ -156,7 +157,7 @@ def test_one_quantization_needs_no_tuple(tmp_path):
 def test_an_encoder_alone_serves_the_pair(tmp_path, capsys):
   encoder = dataclasses.replace(helpers.T5_1_0, num_decoder_layers=0)
   options = {'rounds': 1, **SIZES}
-  llm = systems.Tower(config=encoder)
+  llm = system_lib.Tower(config=encoder)
   benchmark.benchmark(str(tmp_path), llm, SLM, **options)
   rows = json.loads((tmp_path / speed_report.JSON).read_text())['rows']
   assert [row['system'] for row in rows] == ['SLM', 'LLM-to-SLM']
@@ -207,7 +208,9 @@ def test_wrong_settings_are_refused_before_anything_is_built(
   settings, message, tmp_path
 ):
   folder = tmp_path / 'absent'
-  slm = systems.Tower(config=dataclasses.replace(helpers.GPT2, vocab_size=280))
+  slm = system_lib.Tower(
+    config=dataclasses.replace(helpers.GPT2, vocab_size=280)
+  )
   with pytest.raises(ValueError, match=message):
     benchmark.benchmark(
       str(folder), **({'llm': LLM, 'slm': slm} | SIZES | settings)

@@ -7,13 +7,13 @@ import random
 
 import pytest
 
-from l2s_jax import buckets
+from l2s_jax.inference import length_buckets
 
 ANSWER_LENGTH = 24
 
 
 def make(prompt_length=128, batch_size=32, num_shards=4):
-  return buckets.Buckets(
+  return length_buckets.Buckets(
     prompt_length=prompt_length,
     answer_length=ANSWER_LENGTH,
     batch_size=batch_size,
@@ -22,11 +22,11 @@ def make(prompt_length=128, batch_size=32, num_shards=4):
 
 
 def test_lengths_grow_by_half_at_most_and_end_at_the_longest():
-  assert buckets.lengths(128) == [16, 24, 32, 48, 64, 96, 128]
-  assert buckets.lengths(10) == [10]
-  assert buckets.lengths(17) == [16, 17]
+  assert length_buckets.lengths(128) == [16, 24, 32, 48, 64, 96, 128]
+  assert length_buckets.lengths(10) == [10]
+  assert length_buckets.lengths(17) == [16, 17]
   for longest in range(1, 600):
-    found = buckets.lengths(longest)
+    found = length_buckets.lengths(longest)
     assert found == sorted(set(found)) and found[-1] == longest
     for shorter, longer in itertools.pairwise(found):
       assert longer <= 1.5 * shorter
@@ -53,7 +53,7 @@ def test_shapes_are_few_and_no_larger_than_the_largest(
       assert rows * (length + ANSWER_LENGTH) <= most
       shapes.add((rows, length))
   sizes = math.log2(2 * packer.most_rows(packer.length(1)))
-  assert len(shapes) <= len(buckets.lengths(prompt_length)) * (sizes + 1)
+  assert len(shapes) <= len(length_buckets.lengths(prompt_length)) * (sizes + 1)
 
 
 def test_every_prompt_is_in_one_batch_and_one_batch_alone_is_not_full():

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from l2s_jax import __main__ as command_line
-from l2s_jax import byte_vocabulary, features, systems, vocabularies
-from l2s_jax.features import seqio, tf
+from l2s_jax.data import features
+from l2s_jax.data.features import seqio, tf
+from l2s_jax.interop import to_huggingface
 from l2s_jax.models import l2s
-from l2s_jax.weights import to_huggingface
+from l2s_jax.systems import builders, system
+from l2s_jax.vocabularies import byte, loading
 
 # Ids by hand: the bytes of UTF-8, each plus 3.
 GOLDEN = {
@@ -40,7 +42,7 @@ CONFIG = {'tokenizer_class': 'ByT5Tokenizer'}
 
 @pytest.fixture
 def vocabulary():
-  return byte_vocabulary.ByteVocabulary()
+  return byte.ByteVocabulary()
 
 
 def write(folder, **config):
@@ -93,13 +95,13 @@ def test_ids_are_those_of_transformers(vocabulary, tmp_path):
     assert vocabulary.encode(text) == ids
   # In a folder special tokens are tokens; else all but sentinels is bytes.
   theirs.save_pretrained(tmp_path)
-  saved = vocabularies.load(tmp_path)
+  saved = loading.load(tmp_path)
   for text in [*SENTENCES, *AWKWARD, 'a  </s> b <pad><unk>\n']:
     ids = theirs(text, add_special_tokens=False).input_ids
     assert saved.encode(text) == ids
-  assert saved != vocabulary and vocabularies.share_ids(saved, vocabulary)
+  assert saved != vocabulary and loading.share_ids(saved, vocabulary)
   file = tmp_path / 'tokenizer_config.json'
-  assert vocabularies.load(file) == vocabulary
+  assert loading.load(file) == vocabulary
 
 
 def test_ids_are_those_of_seqio(vocabulary):
@@ -112,8 +114,8 @@ def test_saved_and_loaded_is_the_same(vocabulary, tmp_path):
   vocabulary.save(tmp_path)
   vocabulary.save(tmp_path)  # Over itself.
   for path in (tmp_path, tmp_path / 'tokenizer_config.json'):
-    assert vocabularies.load(path) == vocabulary
-  given = vocabularies.load(tmp_path, start_id=5)
+    assert loading.load(path) == vocabulary
+  given = loading.load(tmp_path, start_id=5)
   assert given.start_id == 5 and given != vocabulary
 
 
@@ -129,15 +131,15 @@ def test_a_copy_or_pickle_is_equal_and_works(vocabulary):
 
 
 def test_the_sentinels_are_those_of_the_file(vocabulary, tmp_path):
-  counted = vocabularies.load(write(tmp_path, extra_ids=3, **CONFIG))
+  counted = loading.load(write(tmp_path, extra_ids=3, **CONFIG))
   assert counted.vocab_size == 262
   assert counted != vocabulary
   tokens = listed(261, 259, 260) | {'0': {'content': '<pad>'}}
   config = CONFIG | {'extra_ids': 0, 'added_tokens_decoder': tokens}
-  again = vocabularies.load(write(tmp_path, **config))
+  again = loading.load(write(tmp_path, **config))
   assert (again.vocab_size, again.encode('<extra_id_2>')) == (262, [261])
   assert again == counted
-  none = vocabularies.load(write(tmp_path, extra_ids=0, **CONFIG))
+  none = loading.load(write(tmp_path, extra_ids=0, **CONFIG))
   assert none.vocab_size == 259
   assert none.decode(none.encode('<extra_id_0>')) == '<extra_id_0>'
 
@@ -159,21 +161,21 @@ def test_the_sentinels_are_those_of_the_file(vocabulary, tmp_path):
 def test_another_file_is_refused(tmp_path, config, message):
   path = write(tmp_path, **config)
   with pytest.raises(ValueError, match=f'tokenizer_config.json.*{message}'):
-    vocabularies.load(path)
+    loading.load(path)
 
 
 def test_extra_ids_are_refused_and_a_missing_file_is_named(tmp_path):
   write(tmp_path, **CONFIG)
   with pytest.raises(ValueError, match='extra_ids=100 .*has its own'):
-    vocabularies.load(tmp_path, extra_ids=100)
+    loading.load(tmp_path, extra_ids=100)
   with pytest.raises(FileNotFoundError, match='none/tokenizer_config.json is'):
-    byte_vocabulary.ByteVocabulary(tmp_path / 'none' / 'tokenizer_config.json')
+    byte.ByteVocabulary(tmp_path / 'none' / 'tokenizer_config.json')
 
 
 def test_a_folder_of_another_tokenizer_is_not_taken_for_bytes(tmp_path):
   write(tmp_path, tokenizer_class='GPT2Tokenizer')
   with pytest.raises(FileNotFoundError, match='holds no tokenizer'):
-    vocabularies.load(tmp_path)
+    loading.load(tmp_path)
 
 
 def test_tensorflow_encodes_as_the_vocabulary_does(vocabulary):
@@ -196,6 +198,6 @@ def test_conversion_carries_it(vocabulary, tmp_path):
   arguments = ['--from=hf', '--to=l2s', str(source), str(destination)]
   assert not command_line.main(['convert', *arguments])
   gin.clear_config()
-  tower = systems.Tower(path=str(destination))
+  tower = system.Tower(path=str(destination))
   assert tower.load_vocabulary() == vocabulary
-  assert systems.language_model_system(tower).answer_vocabulary == vocabulary
+  assert builders.language_model_system(tower).answer_vocabulary == vocabulary

@@ -7,8 +7,9 @@ import data_files
 import numpy as np
 import pytest
 
-from l2s_jax import data, features, tasks, vocabularies
-from l2s_jax.features import seqio, tf
+from l2s_jax.data import features, streams, tasks
+from l2s_jax.data.features import seqio, tf
+from l2s_jax.vocabularies import loading, sentencepiece
 
 LENGTHS = {'inputs': 32, 'targets': 32}
 NUM_EXAMPLES = 11
@@ -20,7 +21,7 @@ def other_vocabulary(tmp_path_factory):
   """Returns a vocabulary with other ids for the same letters."""
   path = tmp_path_factory.mktemp('other') / 'spiece.model'
   texts = ['zyx wvu tsr qpo nml kji hgf edc ba 9876543210'] * 9
-  return vocabularies.train_sentencepiece(texts, path, vocab_size=40)
+  return sentencepiece.train(texts, path, vocab_size=40)
 
 
 def seqio_vocabulary(vocabulary, extra_ids=0):
@@ -72,7 +73,7 @@ def bind(vocabulary, folder, name='my:task', **settings):
 
 
 def ids(task, split='test'):
-  data.check_task(task, split, LENGTHS)
+  streams.check_task(task, split, LENGTHS)
   dataset = task.get_dataset(LENGTHS, split, shuffle=False)
   return sorted(
     (example['inputs'].tolist(), example['targets'].tolist())
@@ -112,8 +113,8 @@ def test_a_cache_gives_the_models_own_ids(
   cached(own, steps_with(*before), rank=rank)
   for bound in (
     vocabulary,
-    vocabularies.load(vocabulary.path, extra_ids=3),
-    vocabularies.load(vocabulary.path, eos_id=7),
+    loading.load(vocabulary.path, extra_ids=3),
+    loading.load(vocabulary.path, eos_id=7),
     other_vocabulary,
   ):
     task = bind(bound, tmp_path)
@@ -166,13 +167,13 @@ def test_foreign_ids_are_refused(
 ):
   cached(seqio_vocabulary(vocabulary), steps_with(*steps))
   ids(bind(vocabulary, tmp_path))  # They mean something to their own.
-  for bound in (other_vocabulary, vocabularies.load(vocabulary.path, eos_id=7)):
+  for bound in (other_vocabulary, loading.load(vocabulary.path, eos_id=7)):
     with pytest.raises(ValueError, match=message):
-      data.check_task(bind(bound, tmp_path), 'test', LENGTHS)
+      streams.check_task(bind(bound, tmp_path), 'test', LENGTHS)
 
 
 def test_what_encodes_alike(vocabulary, other_vocabulary):
-  with_extra = vocabularies.load(vocabulary.path, extra_ids=3)
+  with_extra = loading.load(vocabulary.path, extra_ids=3)
   wrapped = features.wrap_vocabulary
   for own, bound, alike in (
     (seqio_vocabulary(vocabulary), vocabulary, True),
@@ -192,7 +193,7 @@ def test_a_missing_cache_is_named(cached, vocabulary, tmp_path):
   task = bind(vocabulary, tmp_path)
   (tmp_path / 'my' / 'task').mkdir(parents=True)  # Of a job that was stopped.
   with pytest.raises(FileNotFoundError) as error:
-    data.check_task(task, 'train', LENGTHS)
+    streams.check_task(task, 'train', LENGTHS)
   message = str(error.value)
   assert f'looked for {tmp_path}/my/task, in TASK_CACHE_DIRS' in message
   assert '  seqio_cache_tasks --tasks=my:task --output_cache_dir=' in message
@@ -238,7 +239,7 @@ def test_a_mixture_of_caches(cached, vocabulary, other_vocabulary, tmp_path):
     },
   )
   assert [mixture.get_rate(task) for task in mixture.tasks] == [NUM_EXAMPLES, 1]
-  batches = data.train_batches(
+  batches = streams.train_batches(
     mixture, task_feature_lengths=LENGTHS, batch_size=50, seed=0
   )
   prompts = {tuple(row) for row in next(batches)['encoder_input_tokens']}
@@ -269,7 +270,7 @@ def test_our_tasks_are_cached_before_their_template(vocabulary, tmp_path):
       'tfds.template': 'ro {source}',
     },
   )
-  data.check_task(bound, 'train', LENGTHS)
+  streams.check_task(bound, 'train', LENGTHS)
   dataset = bound.get_dataset(LENGTHS, 'train', shuffle=False)
   assert sorted(
     example['inputs_pretokenized'].decode()

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from l2s_jax import checkpoint, integrity, optim
-from l2s_jax import state as state_lib
+from l2s_jax.runtime import integrity
+from l2s_jax.training import checkpoint, optim
+from l2s_jax.training import state as state_lib
+from l2s_jax.weights import saved_steps
 
 OPTIMIZER = optim.adamw().make({})
 
@@ -54,7 +56,7 @@ def test_what_is_restored_is_what_was_saved_last(tmp_path):
   restored, position = restore(tmp_path, states[0])
   helpers.assert_trees_equal(restored, states[1])
   assert position == {'batches': 11}
-  assert checkpoint.steps(tmp_path) == [3, 7, 11]
+  assert saved_steps.steps(tmp_path) == [3, 7, 11]
   for saved, found in zip(
     jax.tree.leaves(states[1]), jax.tree.leaves(restored), strict=True
   ):
@@ -63,14 +65,14 @@ def test_what_is_restored_is_what_was_saved_last(tmp_path):
 
 def test_a_run_without_checkpoints_restores_nothing(tmp_path):
   assert restore(tmp_path, make_state()) == (None, None)
-  assert checkpoint.steps(tmp_path) == []
-  assert checkpoint.steps(tmp_path / 'absent') == []
+  assert saved_steps.steps(tmp_path) == []
+  assert saved_steps.steps(tmp_path / 'absent') == []
   assert not (tmp_path / 'absent').exists()
 
 
 def test_only_the_newest_are_kept(tmp_path):
   save(tmp_path, *(make_state(step) for step in (1, 2, 3, 4)), keep=2)
-  assert checkpoint.steps(tmp_path) == [3, 4]
+  assert saved_steps.steps(tmp_path) == [3, 4]
 
 
 def test_the_best_is_kept_beside_the_newest(tmp_path):
@@ -81,8 +83,8 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
     scores[step] = bleu  # Evaluated once it is saved.
     checkpointer.keep_best('bleu', scores)
   checkpointer.close()
-  assert checkpoint.steps(tmp_path) == [2, 4]  # Of equals the first.
-  assert checkpoint.params_folder(tmp_path, 'best')[1] == 2
+  assert saved_steps.steps(tmp_path) == [2, 4]  # Of equals the first.
+  assert saved_steps.params_folder(tmp_path, 'best')[1] == 2
   assert json.loads((tmp_path / 'best.json').read_text()) == {
     'metric': 'bleu',
     'score': 9.0,
@@ -97,11 +99,11 @@ def test_what_is_best_no_more_goes_at_once_and_the_best_stays(tmp_path):
     checkpointer.save(make_state(step), {})
     checkpointer.keep_best('bleu', scores)
   checkpointer.close()
-  assert checkpoint.steps(tmp_path) == [4]
+  assert saved_steps.steps(tmp_path) == [4]
   save(tmp_path, make_state(6), make_state(8), keep=1)
-  assert checkpoint.steps(tmp_path) == [4, 8]
-  assert checkpoint.params_folder(tmp_path, 'best')[1] == 4
-  names = {path.name for path in (tmp_path / checkpoint.FOLDER).iterdir()}
+  assert saved_steps.steps(tmp_path) == [4, 8]
+  assert saved_steps.params_folder(tmp_path, 'best')[1] == 4
+  names = {path.name for path in (tmp_path / saved_steps.FOLDER).iterdir()}
   assert names == {'4', '8'}
 
 
@@ -111,13 +113,13 @@ def test_the_least_loss_is_the_best(tmp_path):
   # Step 9 was evaluated, and is not there any more.
   checkpointer.keep_best('task/loss', {1: 2.5, 2: 1.5, 3: 4.0, 9: 0.1})
   checkpointer.close()
-  assert checkpoint.params_folder(tmp_path, 'best')[1] == 2
+  assert saved_steps.params_folder(tmp_path, 'best')[1] == 2
 
 
 def test_no_best_without_an_evaluation(tmp_path):
   save(tmp_path, make_state(1))
   with pytest.raises(FileNotFoundError, match=r'BEST_METRIC.*steps \[1\]'):
-    checkpoint.params_folder(tmp_path, 'best')
+    saved_steps.params_folder(tmp_path, 'best')
 
 
 def test_a_step_saved_twice_is_the_first(tmp_path):
@@ -154,24 +156,24 @@ def test_a_state_may_be_donated_once_save_has_returned(tmp_path):
 )
 def test_unfinished_checkpoints_are_not_read(tmp_path, name):
   save(tmp_path, make_state(4))
-  folder = tmp_path / checkpoint.FOLDER
+  folder = tmp_path / saved_steps.FOLDER
   shutil.copytree(folder / '4', folder / name)
-  assert checkpoint.steps(tmp_path) == [4]
-  assert checkpoint.params_folder(tmp_path)[1] == 4
+  assert saved_steps.steps(tmp_path) == [4]
+  assert saved_steps.params_folder(tmp_path)[1] == 4
   restored, _ = restore(tmp_path, make_state())
   assert restored.step == 4
 
 
 def test_the_folder_of_the_parameters(tmp_path):
   save(tmp_path, make_state(2), make_state(10))
-  folder, step = checkpoint.params_folder(tmp_path)
+  folder, step = saved_steps.params_folder(tmp_path)
   assert step == 10 and folder.is_dir()
   assert folder == tmp_path / 'checkpoints' / '10' / 'params'
-  assert checkpoint.params_folder(tmp_path, 2)[1] == 2
+  assert saved_steps.params_folder(tmp_path, 2)[1] == 2
   with pytest.raises(FileNotFoundError, match=r'checkpoint 3; .*\[2, 10\]'):
-    checkpoint.params_folder(tmp_path, 3)
+    saved_steps.params_folder(tmp_path, 3)
   with pytest.raises(FileNotFoundError, match=r'a checkpoint; .*\[\]'):
-    checkpoint.params_folder(tmp_path / 'absent')
+    saved_steps.params_folder(tmp_path / 'absent')
 
 
 def test_parameters_alone_are_restored_at_any_step(tmp_path):
@@ -182,27 +184,27 @@ def test_parameters_alone_are_restored_at_any_step(tmp_path):
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.trainable
     )
     shardings = jax.tree.map(lambda x: x.sharding, state.trainable)
-    params = checkpoint.restore_params(
+    params = saved_steps.restore_params(
       tmp_path, int(state.step), shapes, shardings
     )
     helpers.assert_trees_equal(params, state.trainable)
   # The optimizer's state is not needed for it.
   shutil.rmtree(tmp_path / 'checkpoints' / '2' / 'optimizer')
-  params = checkpoint.restore_params(tmp_path, 2, shapes, shardings)
+  params = saved_steps.restore_params(tmp_path, 2, shapes, shardings)
   helpers.assert_trees_equal(params, states[1].trainable)
 
 
 def test_single_arrays_are_read_into_host_memory(tmp_path):
   state = make_state(1)
   save(tmp_path, state)
-  folder, _ = checkpoint.params_folder(tmp_path)
-  assert checkpoint.array_shapes(folder) == {
+  folder, _ = saved_steps.params_folder(tmp_path)
+  assert saved_steps.array_shapes(folder) == {
     ('slm', 'layers', 'kernel'): jax.ShapeDtypeStruct((2, 3, 4), jnp.float32),
     ('projector', 'bias'): jax.ShapeDtypeStruct((4,), jnp.float32),
     ('projector', 'scale'): jax.ShapeDtypeStruct((3,), jnp.bfloat16),
   }
   paths = [('slm', 'layers', 'kernel'), ('projector', 'scale')]
-  arrays = checkpoint.read_arrays(folder, paths)
+  arrays = saved_steps.read_arrays(folder, paths)
   assert set(arrays) == set(paths)
   for path, array in arrays.items():
     assert isinstance(array, np.ndarray)
@@ -225,7 +227,7 @@ def test_parameters_of_another_shape_are_not_restored(tmp_path):
     )
     shapes['projector']['bias'] = jax.ShapeDtypeStruct((rows,), jnp.float32)
     with pytest.raises(ValueError, match='shape'):
-      checkpoint.restore_params(
+      saved_steps.restore_params(
         tmp_path, 1, shapes, jax.tree.map(lambda x: x.sharding, trainable)
       )
 
@@ -240,19 +242,19 @@ def test_saving_does_not_ask_for_sigterm(tmp_path, monkeypatch):
   checkpointer = checkpoint.Checkpointer(tmp_path)
   checkpointer.save(make_state(), {})
   checkpointer.close()
-  assert checkpoint.steps(tmp_path)
+  assert saved_steps.steps(tmp_path)
 
 
 def damage(run_dir, step, item):
   """Flips a bit in all files of arrays, some of which nobody reads."""
-  folder = run_dir / checkpoint.FOLDER / str(step) / item
+  folder = run_dir / saved_steps.FOLDER / str(step) / item
   for file in folder.glob('**/d/*'):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize('item', checkpoint.ITEMS)
+@pytest.mark.parametrize('item', saved_steps.ITEMS)
 def test_training_goes_on_from_the_newest_good_step(tmp_path, capsys, item):
   states = [make_state(step, seed=step) for step in (2, 4)]
   save(tmp_path, *states)
@@ -264,8 +266,8 @@ def test_training_goes_on_from_the_newest_good_step(tmp_path, capsys, item):
   assert 'checkpoints/4 is damaged' in said
   assert 'step 2 is taken in its place' in said
   # The damaged one is kept, where it does not stand in the way of a new one.
-  assert checkpoint.steps(tmp_path) == [2]
-  assert (tmp_path / checkpoint.FOLDER / checkpoint.DAMAGED / '4').is_dir()
+  assert saved_steps.steps(tmp_path) == [2]
+  assert (tmp_path / saved_steps.FOLDER / saved_steps.DAMAGED / '4').is_dir()
   save(tmp_path, states[1])
   restored, position = restore(tmp_path, states[0])
   helpers.assert_trees_equal(restored, states[1])
@@ -277,11 +279,11 @@ def test_a_reader_takes_the_newest_good_step_and_moves_nothing(
 ):
   save(tmp_path, make_state(2), make_state(4))
   damage(tmp_path, 4, 'params')
-  assert checkpoint.params_folder(tmp_path)[1] == 2
+  assert saved_steps.params_folder(tmp_path)[1] == 2
   assert 'step 2 is taken in its place' in capsys.readouterr().err
-  assert checkpoint.steps(tmp_path) == [2, 4]
-  with pytest.raises(checkpoint.DamagedError) as error:
-    checkpoint.params_folder(tmp_path, 4)
+  assert saved_steps.steps(tmp_path) == [2, 4]
+  with pytest.raises(saved_steps.DamagedError) as error:
+    saved_steps.params_folder(tmp_path, 4)
   for words in ('checkpoints/4 is damaged', 'Name another step of [2]'):
     assert words in str(error.value)
 
@@ -293,25 +295,27 @@ def test_a_damaged_best_step_is_refused(tmp_path):
   checkpointer.keep_best('loss', {2: 2.0, 4: 1.0})
   checkpointer.close()
   damage(tmp_path, 4, 'params')
-  with pytest.raises(checkpoint.DamagedError, match='checkpoints/4 is damaged'):
-    checkpoint.params_folder(tmp_path, 'best')
+  with pytest.raises(
+    saved_steps.DamagedError, match='checkpoints/4 is damaged'
+  ):
+    saved_steps.params_folder(tmp_path, 'best')
 
 
 def test_a_run_without_a_good_step_is_refused(tmp_path):
   save(tmp_path, make_state(2), make_state(4))
   for step in (2, 4):
     damage(tmp_path, step, 'params')
-  with pytest.raises(checkpoint.DamagedError, match='no checkpoint') as error:
+  with pytest.raises(saved_steps.DamagedError, match='no checkpoint') as error:
     checkpoint.Checkpointer(tmp_path)
   assert '/2 is damaged' in str(error.value)
   assert '/4 is damaged' in str(error.value)
-  assert checkpoint.steps(tmp_path) == [2, 4]
+  assert saved_steps.steps(tmp_path) == [2, 4]
 
 
 def test_a_step_of_an_earlier_version_is_read_with_a_word(tmp_path, capsys):
   state = make_state(2)
   save(tmp_path, state)
-  path = tmp_path / checkpoint.FOLDER / '2' / 'data' / 'metadata'
+  path = tmp_path / saved_steps.FOLDER / '2' / 'data' / 'metadata'
   path.write_text(json.dumps({'batches': 2}))  # As versions before wrote it.
   restored, position = restore(tmp_path, state)
   helpers.assert_trees_equal(restored, state)
@@ -320,7 +324,7 @@ def test_a_step_of_an_earlier_version_is_read_with_a_word(tmp_path, capsys):
   assert '2 was saved by an earlier version, without digests' in said
   save(tmp_path, make_state(4))
   capsys.readouterr()
-  assert checkpoint.params_folder(tmp_path)[1] == 4
+  assert saved_steps.params_folder(tmp_path)[1] == 4
   assert not capsys.readouterr().err
 
 
@@ -328,4 +332,4 @@ def test_without_verification_nothing_is_compared(tmp_path, monkeypatch):
   save(tmp_path, make_state(2), make_state(4))
   damage(tmp_path, 4, 'params')
   monkeypatch.setattr(integrity, 'verification', lambda: False)
-  assert checkpoint.params_folder(tmp_path)[1] == 4
+  assert saved_steps.params_folder(tmp_path)[1] == 4

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from l2s_jax import chips
+from l2s_jax.runtime import chips
 
 
 def coords(slice_, *, slices=1):

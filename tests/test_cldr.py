@@ -16,7 +16,7 @@ import unicodedata
 import babel
 import pytest
 
-from l2s_jax import cldr
+from l2s_jax.data import cldr
 
 _PAIRS = list(itertools.combinations(cldr.SIZES, 2))
 

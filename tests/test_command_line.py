@@ -13,7 +13,8 @@ import pytest
 import tiny_runs
 from tiny_runs import l2s
 
-from l2s_jax import checkpoint, metric_writer
+from l2s_jax.evaluation import metric_writer
+from l2s_jax.weights import saved_steps
 
 
 @pytest.fixture(scope='module')
@@ -47,15 +48,15 @@ def test_a_resumed_run_equals_an_unbroken_one(folder, llm_run, run):
   # The schedule is of the whole run; only the stop comes early.
   total = '--gin.learning_rate_schedule.total_steps=8'
   train(folder, 'llm_to_slm', 'broken', llm, steps, total)
-  assert checkpoint.steps(folder / 'broken') == [4]
+  assert saved_steps.steps(folder / 'broken') == [4]
   train(folder, 'llm_to_slm', 'broken', llm)
 
-  whole, _ = checkpoint.params_folder(run, 8)
-  broken, _ = checkpoint.params_folder(folder / 'broken', 8)
-  paths = sorted(checkpoint.array_shapes(whole))
+  whole, _ = saved_steps.params_folder(run, 8)
+  broken, _ = saved_steps.params_folder(folder / 'broken', 8)
+  paths = sorted(saved_steps.array_shapes(whole))
   assert {path[0] for path in paths} == {'projector', 'slm'}  # no LLM
-  expected = checkpoint.read_arrays(whole, paths)
-  found = checkpoint.read_arrays(broken, paths)
+  expected = saved_steps.read_arrays(whole, paths)
+  found = saved_steps.read_arrays(broken, paths)
   for path in paths:
     np.testing.assert_array_equal(expected[path], found[path], str(path))
 

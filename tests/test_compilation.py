@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from l2s_jax import compilation
+from l2s_jax.runtime import compilation
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPT = """

@@ -12,21 +12,23 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from l2s_jax import (
+from l2s_jax.inference import strategies
+from l2s_jax.interop import to_huggingface
+from l2s_jax.models import l2s
+from l2s_jax.models import shapes as shapes_lib
+from l2s_jax.performance import (
+  bandwidth,
   benchmark,
-  checkpoint,
   contenders,
-  costs,
-  decode,
-  files,
   random_weights,
   speed_report,
-  state,
-  systems,
-  weights,
 )
-from l2s_jax.models import l2s
-from l2s_jax.weights import to_huggingface
+from l2s_jax.runtime import files
+from l2s_jax.systems import run_folder
+from l2s_jax.systems import system as system_lib
+from l2s_jax.training import checkpoint, state
+from l2s_jax.weights import opening
+from l2s_jax.weights import source as source_lib
 
 STEP, NUM_TOKENS = 3, 4
 MODULE = helpers.llm_to_slm('t5_1_1', 'add', 'shared')
@@ -45,7 +47,7 @@ def run(tmp_path_factory):
   system = dataclasses.replace(
     helpers.system(MODULE), sources={'llm': str(folder / 'llm')}
   )
-  systems.save(system, folder / 'run')
+  run_folder.save(system, folder / 'run')
   checkpointer = checkpoint.Checkpointer(folder / 'run')
   checkpointer.save(
     state.TrainState(
@@ -96,7 +98,7 @@ def test_lines_of_the_right_length_and_scores_of_the_step_are_taken(
   run, tmp_path, monkeypatch
 ):
   folder, _, _ = run
-  monkeypatch.setattr(costs, 'BANDWIDTH_BYTES', 2**20)
+  monkeypatch.setattr(bandwidth, 'BANDWIDTH_BYTES', 2**20)
   files.write_json(
     folder / 'eval' / 'metrics-greetings-test.json',
     {str(STEP): {'none': {'bleu': 31.5}}, '9': {'none': {'bleu': 99.0}}},
@@ -126,7 +128,7 @@ def test_lines_of_the_right_length_and_scores_of_the_step_are_taken(
 
 def test_with_a_run_and_prompts_eos_ends_answers(run, monkeypatch, tmp_path):
   folder, _, _ = run
-  monkeypatch.setattr(costs, 'BANDWIDTH_BYTES', 2**20)
+  monkeypatch.setattr(bandwidth, 'BANDWIDTH_BYTES', 2**20)
   path = tmp_path / 'prompts.txt'
   path.write_text('hello\nworld\n')
   benchmark.benchmark(
@@ -176,7 +178,7 @@ def test_nothing_is_written_after_eos(run):
       start_id=start_id,
     )
   )
-  ids = decode.Ids(start_id, eos=int(expected[0, 1]), pad=0)
+  ids = strategies.Ids(start_id, eos=int(expected[0, 1]), pad=0)
   ends = expected == ids.eos
   expected[np.cumsum(ends, axis=1) - ends > 0] = ids.pad
   models[contenders.LLM] = dataclasses.replace(models[contenders.LLM], ids=ids)
@@ -195,7 +197,7 @@ def test_nothing_is_written_after_eos(run):
 def _with_fingerprint(run_dir, folder, fingerprint):
   """Copies a run, of whose LLM something else is known."""
   shutil.copytree(run_dir, folder)
-  path = folder / systems.DESCRIPTION
+  path = folder / run_folder.DESCRIPTION
   description = json.loads(path.read_text())
   files.write_json(path, description | {'llm_fingerprint': fingerprint})
   return str(folder)
@@ -205,10 +207,10 @@ def test_an_llm_that_has_moved_is_the_one_of_the_run(run, tmp_path):
   folder, _, llm = run
   moved = tmp_path / 'moved'
   shutil.copytree(folder.parent / 'llm', moved)
-  shapes = weights.shapes_of(MODULE.llm_config)
+  shapes = shapes_lib.of_model(MODULE.llm_config)
   encodes = {p: s for p, s in shapes.items() if p[0] in l2s.ENCODER}
-  _, fingerprint = weights.load(
-    weights.open_source(str(moved)),
+  _, fingerprint = source_lib.load(
+    opening.open_source(str(moved)),
     traverse_util.unflatten_dict(encodes),
     traverse_util.unflatten_dict(
       dict.fromkeys(
@@ -224,31 +226,31 @@ def test_an_llm_that_has_moved_is_the_one_of_the_run(run, tmp_path):
     )
     return list(contenders.ours(models, pair, 'float32', ('none',), 0))
 
-  there = systems.Tower(path=str(moved))
+  there = system_lib.Tower(path=str(moved))
   assert len(load(fingerprint, 'known', there)) == 3
   with pytest.raises(ValueError, match='LLM_PATH=.*moved .*CHECKPOINT_PATH='):
     load('0' * 64, 'other', there)
   with pytest.raises(ValueError, match='LLM is set beside CHECKPOINT_PATH='):
-    load(None, 'fresh', systems.Tower(config=helpers.T5_1_0))
+    load(None, 'fresh', system_lib.Tower(config=helpers.T5_1_0))
   to_huggingface.save(
     random_weights.RandomWeights(helpers.T5_1_0, 0), tmp_path / 'small', None
   )
   with pytest.raises(ValueError, match='LLM_PATH=.*small and CHECKPOINT_PATH='):
-    load(None, 'wrong', systems.Tower(path=str(tmp_path / 'small')))
+    load(None, 'wrong', system_lib.Tower(path=str(tmp_path / 'small')))
 
 
 def test_a_run_of_one_model_is_no_pair(tmp_path):
   system = helpers.system(helpers.MODULES['t5_1_1'])
-  systems.save(system, tmp_path)
+  run_folder.save(system, tmp_path)
   (tmp_path / 'checkpoints').mkdir()
-  slm = systems.Tower(config=helpers.T5_1_0)
+  slm = system_lib.Tower(config=helpers.T5_1_0)
   with pytest.raises(ValueError, match='is a language model alone, and SLM is'):
     contenders.find_models(None, slm, str(tmp_path), 'add', 'float32', 0)
 
 
 def test_random_weights_do_not_depend_on_the_other_model():
-  slm = systems.Tower(config=helpers.T5_1_0)
-  llm = systems.Tower(config=helpers.T5_1_1)
+  slm = system_lib.Tower(config=helpers.T5_1_0)
+  llm = system_lib.Tower(config=helpers.T5_1_1)
   path = ('token_embedder', 'embedding')
   alone, beside = (
     contenders.find_models(other, slm, None, 'add', 'float32', 0)[0]

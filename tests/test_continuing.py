@@ -12,9 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from l2s_jax import as_it_came, data, infer, losses, parameters, partition
-from l2s_jax.models import l2s
-from l2s_jax.weights import to_huggingface
+from l2s_jax.data import batching
+from l2s_jax.inference import infer
+from l2s_jax.interop import to_huggingface
+from l2s_jax.models import l2s, losses
+from l2s_jax.runtime import partitioning
+from l2s_jax.systems import as_it_came, parameters
 
 PROMPTS = ('a red box', 'x', 'the cat')
 
@@ -83,14 +86,14 @@ def test_loss_is_that_of_the_answer_behind_the_prompt(folder):
   log_probs = reference(folder)
   system = as_it_came.load(str(folder))
   assert system.continues
-  mesh_config = partition.MeshConfig(data=1)
-  mesh = partition.make_mesh(mesh_config, jax.devices()[:1])
+  mesh_config = partitioning.MeshConfig(data=1)
+  mesh = partitioning.make_mesh(mesh_config, jax.devices()[:1])
   layout = parameters.layout(system, mesh, mesh_config)
   params = parameters.load_params(system, layout, str(folder))
   vocabulary = system.prompt_vocabulary
   prompts = [vocabulary.encode(prompt) for prompt in PROMPTS]
   answer = vocabulary.encode(' sits') + [vocabulary.eos_id]
-  batch = data.prompt_batch(
+  batch = batching.prompt_batch(
     [[*ids, vocabulary.eos_id] for ids in prompts], length=18, pad_id=0
   )
   rows = np.tile(np.array(answer, np.int32), (len(prompts), 1))
@@ -102,7 +105,7 @@ def test_loss_is_that_of_the_answer_behind_the_prompt(folder):
     'decoder_segment_ids': np.ones_like(rows),
     'decoder_loss_weights': np.ones(rows.shape, np.float32),
   }
-  batch = data.continuing(batch, vocabulary.prefix_ids, vocabulary.eos_ids)
+  batch = batching.continuing(batch, vocabulary.prefix_ids, vocabulary.eos_ids)
   batch = jax.tree.map(jax.numpy.asarray, batch)
   logits = system.module.apply({'params': params}, batch, deterministic=True)
   _, sums = losses.token_cross_entropy(
@@ -116,9 +119,9 @@ def test_loss_is_that_of_the_answer_behind_the_prompt(folder):
 
 
 def test_the_docstring_of_continuing():
-  batch = data.prompt_batch([[7, 8, 1]], length=4, pad_id=0, batch_size=2)
+  batch = batching.prompt_batch([[7, 8, 1]], length=4, pad_id=0, batch_size=2)
   batch['encoder_segment_ids'][1] = 0  # A row without a prompt.
-  found = data.continuing(batch, (2,), (1,))
+  found = batching.continuing(batch, (2,), (1,))
   np.testing.assert_array_equal(
     found['encoder_input_tokens'], [[2, 7, 0, 0], [0, 0, 0, 0]]
   )

@@ -19,21 +19,18 @@ import tokenizers
 from flax import traverse_util
 
 from l2s_jax import __main__ as command_line
-from l2s_jax import (
-  checkpoint,
-  convert,
-  integrity,
-  parameters,
-  partition,
-  state,
-  systems,
-  vocabularies,
-  weights,
-)
+from l2s_jax.interop import convert, to_huggingface
 from l2s_jax.models import l2s
-from l2s_jax.weights import converted, huggingface, to_huggingface
+from l2s_jax.runtime import integrity, partitioning
+from l2s_jax.systems import builders, parameters, run_folder
+from l2s_jax.systems import system as system_lib
+from l2s_jax.training import checkpoint, state
+from l2s_jax.vocabularies import loading
+from l2s_jax.weights import converted, opening
+from l2s_jax.weights import source as source_lib
+from l2s_jax.weights.formats import huggingface
 
-MESH = partition.MeshConfig(data=8)
+MESH = partitioning.MeshConfig(data=8)
 CONFIGS = helpers.SLMS | helpers.FAMILIES
 
 
@@ -66,7 +63,7 @@ def load(source, names=None):
   shapes = traverse_util.unflatten_dict(shapes)
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   shardings = jax.tree.map(lambda _: device, shapes)
-  return weights.load(source, shapes, shardings)
+  return source_lib.load(source, shapes, shardings)
 
 
 @pytest.fixture
@@ -85,7 +82,7 @@ def test_hugging_face_and_back_is_the_same_to_the_byte(name, tmp_path):
   assert not run('--from=hf', '--to=l2s', first, ours)
   assert not run('--from=l2s', '--to=hf', ours, last)
 
-  opened = weights.open_source(str(ours))
+  opened = opening.open_source(str(ours))
   assert opened.shapes() == source.shapes()
   for path, array in source.arrays.items():
     np.testing.assert_array_equal(opened.read(path), array)
@@ -108,28 +105,28 @@ def test_a_t5gemma_of_two_sizes_comes_in_as_its_encoder(tmp_path, capsys):
     'num_kv_heads), '
   ) in capsys.readouterr().out
   for path in (folder, tmp_path / 'l2s'):
-    opened = weights.open_source(str(path))
+    opened = opening.open_source(str(path))
     names = {'token_embedder', 'encoder'}
     assert {found[0] for found in opened.shapes()} == names
     for found in opened.shapes():
       np.testing.assert_array_equal(opened.read(found), source.arrays[found])
-    tower = systems.Tower(path=str(path))
-    slm = systems.Tower(config=helpers.GPT2, vocabulary=str(folder))
-    pair = systems.llm_to_slm_system(tower, slm)
-    layout = parameters.layout(pair, partition.make_mesh(MESH), MESH)
+    tower = system_lib.Tower(path=str(path))
+    slm = system_lib.Tower(config=helpers.GPT2, vocabulary=str(folder))
+    pair = builders.llm_to_slm_system(tower, slm)
+    layout = parameters.layout(pair, partitioning.make_mesh(MESH), MESH)
     parameters.load_frozen(pair, layout)
     with pytest.raises(ValueError, match='this is an encoder alone'):
-      systems.language_model_system(tower)
+      builders.language_model_system(tower)
     with pytest.raises(ValueError, match='this is an encoder alone'):
-      systems.llm_to_slm_system(tower, tower)
+      builders.llm_to_slm_system(tower, tower)
 
 
 @pytest.mark.parametrize('names', [None, ('token_embedder', 'encoder')])
 def test_a_folder_and_its_conversion_have_one_fingerprint(t5, names, tmp_path):
   folder, _ = t5
   run('--from=hf', '--to=l2s', folder, tmp_path / 'l2s')
-  params, fingerprint = load(weights.open_source(str(folder)), names)
-  ours, its_own = load(weights.open_source(str(tmp_path / 'l2s')), names)
+  params, fingerprint = load(opening.open_source(str(folder)), names)
+  ours, its_own = load(opening.open_source(str(tmp_path / 'l2s')), names)
   assert its_own == fingerprint
   jax.tree.map(np.testing.assert_array_equal, ours, params)
 
@@ -140,7 +137,7 @@ def test_a_converted_folder_stands_where_its_source_stood(tmp_path):
   helpers.vocabulary().save(folder)
   assert not run('--from=hf', '--to=l2s', folder, tmp_path / 'l2s')
   for path in (folder, tmp_path / 'l2s'):
-    tower = systems.Tower(path=str(path))
+    tower = system_lib.Tower(path=str(path))
     assert tower.load_config() == source.config
     assert tower.load_vocabulary() == helpers.vocabulary()
 
@@ -152,7 +149,7 @@ def test_the_dtype_is_kept_unless_another_is_asked_for(tmp_path):
     flags = [] if dtype == 'bfloat16' else [f'--dtype={dtype}']
     folder = tmp_path / dtype
     assert not run('--from=hf', '--to=l2s', tmp_path / 'hf', folder, *flags)
-    opened = weights.open_source(str(folder))
+    opened = opening.open_source(str(folder))
     for path, array in source.arrays.items():
       assert opened.read(path).dtype == dtype
       np.testing.assert_array_equal(opened.read(path), array.astype(dtype))
@@ -161,16 +158,16 @@ def test_the_dtype_is_kept_unless_another_is_asked_for(tmp_path):
 def test_a_mesh_reads_its_shards_out_of_the_files(t5, tmp_path):
   folder, source = t5
   run('--from=hf', '--to=l2s', folder, tmp_path / 'l2s')
-  mesh_config = partition.MeshConfig(data=2, fsdp=2, tensor=2)
-  mesh = partition.make_mesh(mesh_config)
+  mesh_config = partitioning.MeshConfig(data=2, fsdp=2, tensor=2)
+  mesh = partitioning.make_mesh(mesh_config)
   module = l2s.build(source.config)
-  shapes, axes = partition.abstract_params(
+  shapes, axes = partitioning.abstract_params(
     lambda key: module.init(key, helpers.random_batch(), deterministic=True),
     jax.random.key(0),
   )
-  shardings = partition.param_shardings(shapes, axes, mesh, mesh_config)
-  opened = weights.open_source(str(tmp_path / 'l2s'))
-  params, _ = weights.load(opened, shapes, shardings)
+  shardings = partitioning.param_shardings(shapes, axes, mesh, mesh_config)
+  opened = opening.open_source(str(tmp_path / 'l2s'))
+  params, _ = source_lib.load(opened, shapes, shardings)
   flat = traverse_util.flatten_dict(params)
   assert any(not array.is_fully_replicated for array in flat.values())
   for path, array in source.arrays.items():
@@ -181,12 +178,12 @@ def test_what_the_digests_stand_for_is_compared(t5, tmp_path, monkeypatch):
   folder, _ = t5
   ours = tmp_path / 'l2s'
   run('--from=hf', '--to=l2s', folder, ours)
-  fingerprint = load(weights.open_source(str(ours)))[1]
+  fingerprint = load(opening.open_source(str(ours)))[1]
   file = ours / 'model.safetensors'
   content = bytearray(file.read_bytes())
   content[-1] ^= 1
   file.write_bytes(content)
-  opened = weights.open_source(str(ours))
+  opened = opening.open_source(str(ours))
   with pytest.raises(ValueError) as error:
     load(opened)
   name = max(json.loads((ours / 'weights.json').read_text())['digests'])
@@ -220,7 +217,7 @@ def test_a_description_changed_by_hand_is_refused(t5, tmp_path):
   description['config']['norm_epsilon'] *= 2
   path.write_text(json.dumps(description))
   with pytest.raises(ValueError, match='weights.json is not as it was written'):
-    weights.open_source(str(ours))
+    opening.open_source(str(ours))
 
 
 def test_a_folder_that_lacks_a_tensor_of_its_description_is_refused(
@@ -233,7 +230,7 @@ def test_a_folder_that_lacks_a_tensor_of_its_description_is_refused(
   del tensors['encoder/final_norm/scale']
   safetensors.numpy.save_file(tensors, file)
   with pytest.raises(ValueError, match='differ in:\n  encoder/final_norm'):
-    weights.open_source(str(tmp_path / 'l2s'))
+    opening.open_source(str(tmp_path / 'l2s'))
 
 
 @pytest.mark.parametrize('to', ['l2s', 'hf', 't5x'])
@@ -257,7 +254,7 @@ def test_memory_holds_layers_not_stacks(to, tmp_path):
 
 
 def save_run(folder, system, params):
-  systems.save(system, folder)
+  run_folder.save(system, folder)
   checkpointer = checkpoint.Checkpointer(folder)
   trained = state.TrainState(
     step=jnp.int32(3),
@@ -299,12 +296,8 @@ def test_a_pair_goes_out_as_slm_projector_and_how_they_fit(
   fits = json.loads((out / 'config.json').read_text())
   assert fits['injection'] == injection
   assert fits['llm']['fingerprint'] == 'abc'
-  assert vocabularies.share_ids(
-    vocabularies.load(out), system.prompt_vocabulary
-  )
-  assert vocabularies.share_ids(
-    vocabularies.load(out / 'slm'), system.answer_vocabulary
-  )
+  assert loading.share_ids(loading.load(out), system.prompt_vocabulary)
+  assert loading.share_ids(loading.load(out / 'slm'), system.answer_vocabulary)
   tensors = safetensors.numpy.load_file(out / fits['projector']['file'])
   # What a torch.nn.Sequential(Linear, ReLU, Linear) of these would compute.
   llm_states = np.random.default_rng(0).normal(size=(5, 24)).astype(np.float32)
@@ -350,7 +343,7 @@ def test_a_run_goes_out_at_the_step_asked_for(tmp_path):
   save_run(tmp_path / 'run', helpers.system(module), params)
   flags = ('--from=l2s', '--to=l2s', tmp_path / 'run')
   assert not run(*flags, tmp_path / 'out', '--step=3')
-  opened = weights.open_source(str(tmp_path / 'out'))
+  opened = opening.open_source(str(tmp_path / 'out'))
   for path, array in traverse_util.flatten_dict(params).items():
     np.testing.assert_array_equal(opened.read(path), array)
   assert run(*flags, tmp_path / 'other', '--step=4') == 2

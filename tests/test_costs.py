@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from l2s_jax import costs
 from l2s_jax.models import config as config_lib
-from l2s_jax.models import l2s
+from l2s_jax.models import flops, l2s
 
 BATCH_SIZE, PROMPT_LENGTH, NUM_SLOTS = 2, 32, 16
 
@@ -92,7 +91,7 @@ def lowered_step(module, params):
 @pytest.mark.parametrize('name', MODULES)
 def test_flops_of_a_prompt_are_those_that_xla_counts(name):
   module = MODULES[name]
-  found = BATCH_SIZE * costs.prompt_flops(module, PROMPT_LENGTH)
+  found = BATCH_SIZE * flops.prompt_flops(module, PROMPT_LENGTH)
   prefill, _ = lowered_prefill(*prepared(module))
   assert 0.96 < found / prefill.cost_analysis()['flops'] <= 1
 
@@ -100,7 +99,7 @@ def test_flops_of_a_prompt_are_those_that_xla_counts(name):
 @pytest.mark.parametrize('name', WRITERS)
 def test_flops_of_a_token_are_those_that_xla_counts(name):
   config = WRITERS[name]
-  found = BATCH_SIZE * costs.token_flops(config, PROMPT_LENGTH, NUM_SLOTS + 1)
+  found = BATCH_SIZE * flops.token_flops(config, PROMPT_LENGTH, NUM_SLOTS + 1)
   step = lowered_step(*prepared(l2s.build(config)))
   assert 0.96 < found / step.cost_analysis()['flops'] <= 1
 
@@ -108,7 +107,7 @@ def test_flops_of_a_token_are_those_that_xla_counts(name):
 @pytest.mark.parametrize('name', WRITERS)
 def test_bytes_of_a_step_are_the_arguments_that_xla_reads(name):
   config = WRITERS[name]
-  found = costs.step_bytes(
+  found = flops.step_bytes(
     config,
     batch_size=BATCH_SIZE,
     prompt_length=PROMPT_LENGTH,
@@ -133,14 +132,14 @@ def test_bytes_of_a_step_are_the_arguments_that_xla_reads(name):
 def test_parameters_are_all_that_a_module_has(name):
   module = MODULES[name]
   params = helpers.random_params(module)
-  assert costs.num_params(module) == sum(
+  assert flops.num_params(module) == sum(
     x.size for x in jax.tree.leaves(params)
   )
 
 
 def test_smaller_numbers_are_fewer_bytes():
   def count(weight_bytes, cache_bytes):
-    return costs.step_bytes(
+    return flops.step_bytes(
       T5,
       batch_size=3,
       prompt_length=5,
@@ -158,18 +157,18 @@ def test_an_answer_costs_the_mean_of_its_tokens():
   module = MODULES['gpt2']
   options = {'batch_size': 1, 'prompt_length': 7}
   costs_of = [
-    costs.count(
+    flops.count(
       module, **options, num_tokens=n, weight_bytes=4, cache_bytes=4
     ).flops_per_token
     for n in range(1, 6)
   ]
-  tokens = [costs.token_flops(GPT2, 7, n) for n in range(1, 6)]
+  tokens = [flops.token_flops(GPT2, 7, n) for n in range(1, 6)]
   for n, found in enumerate(costs_of, start=1):
     assert found == sum(tokens[:n]) / n
 
 
 def test_costs_of_drafts_are_those_of_reading_alone():
-  found = costs.count(
+  found = flops.count(
     MODULES['speculative'],
     batch_size=1,
     prompt_length=7,
@@ -177,6 +176,6 @@ def test_costs_of_drafts_are_those_of_reading_alone():
     weight_bytes=4,
     cache_bytes=4,
   )
-  assert found.flops_per_prompt > costs.prompt_flops(MODULES['llm_to_t5'], 7)
+  assert found.flops_per_prompt > flops.prompt_flops(MODULES['llm_to_t5'], 7)
   assert found.flops_per_token is None
   assert found.bytes_per_step is None

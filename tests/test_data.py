@@ -10,8 +10,9 @@ import sys
 import numpy as np
 import pytest
 
-from l2s_jax import data, tasks, vocabularies
-from l2s_jax.features import seqio
+from l2s_jax.data import batching, streams, tasks
+from l2s_jax.data.features import seqio
+from l2s_jax.vocabularies import loading
 
 LENGTHS = {'inputs': 24, 'targets': 12}
 NUM_EXAMPLES = 37
@@ -20,7 +21,7 @@ NUM_EXAMPLES = 37
 @pytest.fixture(scope='module')
 def answer_vocabulary(vocabulary):
   """Returns the same pieces with other special ids."""
-  return vocabularies.load(vocabulary.path, start_id=5, pad_id=4, eos_id=3)
+  return loading.load(vocabulary.path, start_id=5, pad_id=4, eos_id=3)
 
 
 @pytest.fixture(scope='module')
@@ -60,20 +61,20 @@ def rows_of(batches):
 
 
 def train(task, **kwargs):
-  return data.train_batches(
+  return streams.train_batches(
     task,
     **{'task_feature_lengths': LENGTHS, 'batch_size': 8, 'seed': 3, **kwargs},
   )
 
 
 def test_prompt_batch_masks_by_length():
-  batch = data.prompt_batch([[5, 0, 1], [0]], length=4, pad_id=0)
+  batch = batching.prompt_batch([[5, 0, 1], [0]], length=4, pad_id=0)
   assert batch['encoder_input_tokens'].tolist() == [[5, 0, 1, 0], [0, 0, 0, 0]]
   assert batch['encoder_segment_ids'].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
 
 
 def test_short_batch_repeats_its_last_row_at_no_weight(vocabulary):
-  batch = data.pad_and_shift(
+  batch = batching.pad_and_shift(
     [[5, 1], [6, 7, 1]],
     [[8, 1], [1]],
     task_feature_lengths=LENGTHS,
@@ -99,7 +100,7 @@ def test_short_batch_repeats_its_last_row_at_no_weight(vocabulary):
 )
 def test_impossible_batches_are_refused(prompts, message):
   with pytest.raises(ValueError, match=message):
-    data.prompt_batch(prompts, length=4, pad_id=0, batch_size=2)
+    batching.prompt_batch(prompts, length=4, pad_id=0, batch_size=2)
 
 
 def test_batches_without_tensorflow_equal_seqios(
@@ -108,12 +109,14 @@ def test_batches_without_tensorflow_equal_seqios(
   examples = list(
     task.get_dataset(None, 'validation', shuffle=False).as_numpy_iterator()
   )
-  batches = data.eval_batches(task, task_feature_lengths=LENGTHS, batch_size=8)
+  batches = streams.eval_batches(
+    task, task_feature_lengths=LENGTHS, batch_size=8
+  )
   for number, batch in enumerate(batches):
     rows = examples[8 * number : 8 * (number + 1)]
     equal(
       batch,
-      data.pad_and_shift(
+      batching.pad_and_shift(
         [row['inputs'].tolist() for row in rows],
         [row['targets'].tolist() for row in rows],
         task_feature_lengths=LENGTHS,
@@ -142,7 +145,7 @@ def test_without_tensorflow_installed():
 
 def test_partners_of_the_documented_example():
   prompts = [[5, 1], [7, 8, 1], [6, 1], [5, 1]]
-  assert data.control_partners(prompts) == [2, 0, 3, 1]
+  assert batching.control_partners(prompts) == [2, 0, 3, 1]
 
 
 def test_partner_is_the_next_prompt_that_differs():
@@ -154,18 +157,18 @@ def test_partner_is_the_next_prompt_that_differs():
     ]
     if len(set(map(tuple, prompts))) < 2:
       with pytest.raises(ValueError, match='needs two different prompts'):
-        data.control_partners(prompts)
+        batching.control_partners(prompts)
       continue
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     for place, index in enumerate(order):
       following = order[place + 1 :] + order[:place]
       expected = next(i for i in following if prompts[i] != prompts[index])
-      assert data.control_partners(prompts)[index] == expected
+      assert batching.control_partners(prompts)[index] == expected
 
 
 def test_an_epoch_has_every_example_once_in_a_fresh_order(task):
   per_epoch = rows_of(
-    data.eval_batches(task, task_feature_lengths=LENGTHS, batch_size=1)
+    streams.eval_batches(task, task_feature_lengths=LENGTHS, batch_size=1)
   )
   rows = rows_of(train(task, batch_size=1, num_epochs=3))
   epochs = [rows[i * NUM_EXAMPLES : (i + 1) * NUM_EXAMPLES] for i in range(3)]
@@ -206,7 +209,9 @@ def test_truncations_are_counted(task):
     task.get_dataset(None, 'validation', shuffle=False).as_numpy_iterator()
   )
   lengths = {'inputs': 9, 'targets': 5}
-  batches = data.eval_batches(task, task_feature_lengths=lengths, batch_size=8)
+  batches = streams.eval_batches(
+    task, task_feature_lengths=lengths, batch_size=8
+  )
   for batch in batches:
     assert not any(key.endswith('truncated') for key in batch)
   prompts, targets = (
@@ -220,10 +225,10 @@ def test_truncations_are_counted(task):
 
 def test_evaluation_takes_the_first_examples_at_full_batches(task):
   every = rows_of(
-    data.eval_batches(task, task_feature_lengths=LENGTHS, batch_size=1)
+    streams.eval_batches(task, task_feature_lengths=LENGTHS, batch_size=1)
   )
   batches = list(
-    data.eval_batches(
+    streams.eval_batches(
       task, task_feature_lengths=LENGTHS, batch_size=4, num_examples=10
     )
   )

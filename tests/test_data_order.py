@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 import tokenizers
 
-from l2s_jax import cldr, data, sources, tasks, vocabularies
-from l2s_jax.features import seqio
+from l2s_jax.data import cldr, sources, streams, tasks
+from l2s_jax.data.features import seqio
+from l2s_jax.vocabularies import loading
 
 LENGTHS = {'inputs': 48, 'targets': 12}  # Some are longer.
 NUM_EXAMPLES = 70
@@ -60,7 +61,7 @@ def any_vocabulary(request, vocabulary, tmp_path_factory):
   )
   path = tmp_path_factory.mktemp('tokenizer') / 'tokenizer.json'
   tokenizer.save(str(path))
-  return vocabularies.load(path)
+  return loading.load(path)
 
 
 @pytest.fixture(scope='module')
@@ -124,7 +125,7 @@ def bind(vocabulary, source, folder):
 
 def train(task, start_batch=0, seed=1):
   """Yields batches with the counts so far of what was cut."""
-  batches = data.train_batches(
+  batches = streams.train_batches(
     task,
     task_feature_lengths=LENGTHS,
     batch_size=BATCH_SIZE,
@@ -165,7 +166,7 @@ def test_every_epoch_has_each_example_in_another_order(
   if source == 'mixture':
     pytest.skip('a mixture samples')
   task = bind(vocabulary, source, folder)
-  batches = data.train_batches(
+  batches = streams.train_batches(
     task, task_feature_lengths=LENGTHS, batch_size=1, seed=1, num_epochs=3
   )
   rows = [batch['encoder_input_tokens'].tobytes() for batch in batches]

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from l2s_jax import checkpoint, distributed, metric_writer, preemption
+from l2s_jax.evaluation import metric_writer
+from l2s_jax.runtime import distributed, preemption
+from l2s_jax.weights import saved_steps
 
 STEPS = 60
 # Every second device holds the other half of each layer.
@@ -132,7 +134,7 @@ def together(folder):
   wait_for_steps(pair, run, 3)
   pair[1].send_signal(signal.SIGTERM)
   outputs = finish(pair, preemption.EXIT_CODE)
-  step = checkpoint.steps(run)[-1]
+  step = saved_steps.steps(run)[-1]
   assert step < STEPS and f'Saved step {step}' in outputs[0][0]
   assert 'Saved step' not in outputs[1][0]  # The first speaks for all.
   finish(start(4, *train(folder, 'together', *FSDP)))
@@ -161,7 +163,7 @@ def test_processes_train_as_one_does(alone, together):
   )
   assert scores['num_examples'] == 10  # Two batches of 8, not 16 examples.
   assert_close(scores, alike, ('loss',), 1e-4)
-  assert checkpoint.best_step(together) == checkpoint.best_step(alone)
+  assert saved_steps.best_step(together) == saved_steps.best_step(alone)
 
 
 def test_processes_evaluate_as_one_does(folder, alone, together):
@@ -208,7 +210,7 @@ def test_a_dead_process_ends_the_other(folder, victim):
   assert pair[1 - victim].returncode not in (0, preemption.EXIT_CODE)
   assert 'another' in said or 'coordinat' in said
   pair[victim].communicate()
-  saved = checkpoint.steps(run)
+  saved = saved_steps.steps(run)
   assert saved and saved[-1] >= 5
   result = tiny_runs.l2s(
     *train(folder, run.name, f'--gin.TRAIN_STEPS={saved[-1] + 2}')

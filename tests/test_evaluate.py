@@ -13,21 +13,19 @@ import optax
 import pytest
 from tensorboardX.proto import event_pb2
 
-from l2s_jax import (
-  checkpoint,
-  cldr,
-  data,
-  evaluate,
-  metrics,
-  partition,
-  report,
-  sampling,
-  systems,
-  tasks,
-  vocabularies,
-)
-from l2s_jax import state as state_lib
-from l2s_jax.features import seqio, tf
+from l2s_jax.data import cldr, streams, tasks
+from l2s_jax.data.features import seqio, tf
+from l2s_jax.evaluation import evaluate, report
+from l2s_jax.evaluation import evaluator as evaluator_lib
+from l2s_jax.inference import sampling
+from l2s_jax.metrics import metric_fns
+from l2s_jax.runtime import partitioning
+from l2s_jax.systems import builders, run_folder
+from l2s_jax.systems import system as system_lib
+from l2s_jax.training import checkpoint
+from l2s_jax.training import state as state_lib
+from l2s_jax.vocabularies import sentencepiece
+from l2s_jax.weights import saved_steps
 
 LENGTHS = {'inputs': 16, 'targets': 8}
 NUM_EXAMPLES = 21
@@ -57,14 +55,16 @@ def task(tmp_path_factory):
 @pytest.fixture(scope='module')
 def mesh():
   with (
-    partition.use_mesh(mesh := partition.make_mesh(partition.MeshConfig())),
-    partition.axis_rules(partition.DEFAULT_RULES),
+    partitioning.use_mesh(
+      mesh := partitioning.make_mesh(partitioning.MeshConfig())
+    ),
+    partitioning.axis_rules(partitioning.DEFAULT_RULES),
   ):
     yield mesh
 
 
 def make_evaluator(system, mesh, **options):
-  return evaluate.Evaluator(
+  return evaluator_lib.Evaluator(
     system,
     mesh,
     evaluate.bind_task(system, 'numbers'),
@@ -85,7 +85,7 @@ def test_loss_is_that_of_all_tokens(mesh, llm_to_slm):
   system, params = llm_to_slm
   scores = make_evaluator(system, mesh).evaluate(params, step=0)
   loss, num_correct, num_tokens = 0.0, 0.0, 0.0
-  for batch in data.eval_batches(
+  for batch in streams.eval_batches(
     evaluate.bind_task(system, 'numbers'),
     task_feature_lengths=LENGTHS,
     batch_size=8,
@@ -111,14 +111,14 @@ def test_a_model_that_does_not_use_the_llm_is_found_out(mesh, llm_to_slm):
   evaluator = make_evaluator(system, mesh)
   by_control = {
     control: evaluator.evaluate(deaf, step=0, control=control)
-    for control in evaluate.CONTROLS
+    for control in evaluator_lib.CONTROLS
   }
   assert by_control['none'] == by_control['zero'] == by_control['other']
   verdict = report.describe_controls(by_control)
   assert verdict.startswith('The SLM does not use the LLM: ROUGE-Lsum')
   losses = {
     evaluator.evaluate(params, step=0, control=control)['loss']
-    for control in evaluate.CONTROLS
+    for control in evaluator_lib.CONTROLS
   }
   assert len(losses) == 3
 
@@ -169,13 +169,11 @@ def run(tmp_path_factory):
   folder = tmp_path_factory.mktemp('evaluate')
   texts = (e['prompt'] for e in cldr.examples('train', num_examples=300))
   path = folder / 'tiny.model'
-  vocabularies.train_sentencepiece(
-    texts, path, vocab_size=200, hard_vocab_limit=False
+  sentencepiece.train(texts, path, vocab_size=200, hard_vocab_limit=False)
+  system = builders.language_model_system(
+    system_lib.Tower(config=helpers.T5_1_1, vocabulary=str(path))
   )
-  system = systems.language_model_system(
-    systems.Tower(config=helpers.T5_1_1, vocabulary=str(path))
-  )
-  systems.save(system, folder / 'run')
+  run_folder.save(system, folder / 'run')
   checkpointer = checkpoint.Checkpointer(folder / 'run')
   for step in (5, 10):
     params = helpers.random_params(system.module, seed=step)
@@ -212,7 +210,9 @@ def test_all_checkpoints_give_a_curve(run, tmp_path, capsys):
   assert {'rouge2', 'exact_match', 'loss', 'rouge1_low'} <= scores.keys()
   assert scores['rouge1_low'] <= scores['rouge1'] <= scores['rouge1_high']
   printed = capsys.readouterr().out
-  assert f'step 10: {evaluate.format_scores(scores, signatures)}\n' in printed
+  assert (
+    f'step 10: {evaluator_lib.format_scores(scores, signatures)}\n' in printed
+  )
   by_step = {step: found[str(step)]['none'] for step in (5, 10)}
   assert report.steps_table(by_step) in printed
   plot = tmp_path / 'eval' / 'curves-numbers-test.png'
@@ -288,7 +288,7 @@ def test_decoding_that_no_evaluation_scores_is_refused(run):
 
 
 def test_a_run_without_checkpoints_is_refused(run, tmp_path):
-  checkpoints = shutil.ignore_patterns(checkpoint.FOLDER)
+  checkpoints = shutil.ignore_patterns(saved_steps.FOLDER)
   shutil.copytree(run, tmp_path / 'run', ignore=checkpoints)
   with pytest.raises(FileNotFoundError, match=r'it has steps \[\]'):
     evaluate_run(tmp_path / 'run', steps='all')
@@ -300,7 +300,7 @@ def test_controls_of_a_language_model_are_refused(run):
 
 
 def test_scores_in_one_line():
-  line = evaluate.format_scores(
+  line = evaluator_lib.format_scores(
     {
       'one/bleu': 23.4567,
       'one/bleu_low': 22.1,
@@ -310,7 +310,7 @@ def test_scores_in_one_line():
       'one/num_examples': 11490,
       'two/loss': 1.25,
     },
-    {'one/bleu': metrics.bleu_signature(None)},
+    {'one/bleu': metric_fns.bleu_signature(None)},
   )
   start, end = line.split(' (nrefs:var|')
   assert start == 'one/bleu 23.46 [22.1, 24.8]'

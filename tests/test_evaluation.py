@@ -7,16 +7,13 @@ import math
 import numpy as np
 import pytest
 
-from l2s_jax import (
-  buckets,
-  data,
-  evaluate,
-  evaluation,
-  metrics,
-  tasks,
-  vocabularies,
-)
-from l2s_jax.features import seqio
+from l2s_jax.data import batching, streams, tasks
+from l2s_jax.data.features import seqio
+from l2s_jax.evaluation import evaluator as evaluator_lib
+from l2s_jax.evaluation import seqio_evaluator
+from l2s_jax.inference import length_buckets
+from l2s_jax.metrics import metric_fns
+from l2s_jax.vocabularies import loading
 
 LENGTHS = {'inputs': 16, 'targets': 8}
 # Capital and small comma-below letters, and an answer longer than 8 tokens.
@@ -64,7 +61,7 @@ def evaluator(bind, vocabulary):
 
 
 def make_evaluator(task, **kwargs):
-  return evaluation.TaskEvaluator(
+  return seqio_evaluator.TaskEvaluator(
     task,
     **{
       'task_feature_lengths': LENGTHS,
@@ -117,8 +114,8 @@ def check_references(bind, vocabulary, folder):
   predictions = [line['prediction'] for line in lines]
   # The law: scores are those of the raw text, not of its ids read back, whole
   # or cut. An unknown letter and a lost one cost the model, never the target.
-  assert scores['bleu'] == metrics.bleu(ANSWERS, predictions)['bleu']
-  assert scores['chrf'] == metrics.chrf(ANSWERS, predictions)['chrf']
+  assert scores['bleu'] == metric_fns.bleu(ANSWERS, predictions)['bleu']
+  assert scores['chrf'] == metric_fns.chrf(ANSWERS, predictions)['chrf']
   hits = sum(a == b for a, b in zip(ANSWERS, predictions, strict=True))
   assert 0 < hits < len(ANSWERS)
   assert scores['exact_match'] == 100 * hits / len(ANSWERS)
@@ -132,7 +129,7 @@ def test_references_are_raw_with_a_tiny_vocabulary(bind, vocabulary, tmp_path):
 
 
 def test_references_are_raw_with_t5s_vocabulary(bind, shared_data, tmp_path):
-  t5 = vocabularies.load(shared_data / 'tokenizers' / 't5')
+  t5 = loading.load(shared_data / 'tokenizers' / 't5')
   predictions = check_references(bind, t5, tmp_path)
   assert 'Ș' not in predictions[0] and 'ț' in predictions[0]
 
@@ -162,8 +159,10 @@ def test_of_many_batches_like_prompts_come_together(
   in_order = make_evaluator(bind(vocabulary)).evaluate(
     perfect(vocabulary), step=0
   )
-  monkeypatch.setattr(evaluation, '_FEWEST_BATCHES_TO_SORT', 2)
-  monkeypatch.setattr(buckets, 'lengths', lambda most: range(1, most + 1))
+  monkeypatch.setattr(seqio_evaluator, '_FEWEST_BATCHES_TO_SORT', 2)
+  monkeypatch.setattr(
+    length_buckets, 'lengths', lambda most: range(1, most + 1)
+  )
   batches = []
 
   def predict(batch):
@@ -222,7 +221,7 @@ def test_control_other_brings_another_prompt(evaluator, vocabulary, tmp_path):
       'llm_segment_ids',
     )
   )
-  partners = data.control_partners(
+  partners = batching.control_partners(
     [
       row[mask > 0].tolist()
       for row, mask in zip(tokens, segment_ids, strict=True)
@@ -246,7 +245,7 @@ def test_batches_are_those_of_the_split(bind, vocabulary, name):
   expected = [
     batch
     for part in seqio.get_subtasks(task)
-    for batch in data.eval_batches(
+    for batch in streams.eval_batches(
       part, task_feature_lengths=LENGTHS, split='test', batch_size=4
     )
   ]
@@ -293,7 +292,7 @@ def test_several_references_are_scored_and_written(bind, vocabulary, tmp_path):
 
   task = bind(vocabulary).replace(
     postprocess_fn=postprocess,
-    metric_fns=[metrics.rouge, metrics.bleu, metrics.exact_match],
+    metric_fns=[metric_fns.rouge, metric_fns.bleu, metric_fns.exact_match],
   )
   answers = [*ANSWERS[:2], f'not {PROMPTS[2]}', *ANSWERS[3:]]
   scores = make_evaluator(task, num_bootstrap_samples=20).evaluate(
@@ -317,7 +316,7 @@ def test_several_references_are_scored_and_written(bind, vocabulary, tmp_path):
 def test_whoever_predicts_may_leave_and_nothing_is_written(
   evaluator, vocabulary, tmp_path
 ):
-  batches: list[data.Batch] = []
+  batches: list[batching.Batch] = []
 
   def predict(batch):
     if batches:
@@ -397,15 +396,15 @@ def test_the_names_of_scores_are_known_ahead(bind, vocabulary):
   """So that a misspelt BEST_METRIC is refused before anything is computed."""
   task = bind(vocabulary)
   scores = make_evaluator(task).evaluate(perfect(vocabulary), step=1)
-  names = evaluation.score_names(task, 'test')
+  names = seqio_evaluator.score_names(task, 'test')
   assert names is not None
   assert set(names) - {'loss', 'token_accuracy'} <= scores['romanian'].keys()
   assert 'bleu' in names and 'num_examples' not in names
-  both = evaluation.score_names(bind(vocabulary, 'both'), 'test')
+  both = seqio_evaluator.score_names(bind(vocabulary, 'both'), 'test')
   assert both is not None and sorted(both) == sorted(
     f'{part}/{name}' for part in ('romanian', 'more_romanian') for name in names
   )
-  evaluate.check_score('BEST_METRIC', 'chrf', task, 'test')
-  evaluate.check_score('BEST_METRIC', None, task, 'test')
+  evaluator_lib.check_score('BEST_METRIC', 'chrf', task, 'test')
+  evaluator_lib.check_score('BEST_METRIC', None, task, 'test')
   with pytest.raises(ValueError, match="BEST_METRIC='blue'.*bleu, chrf"):
-    evaluate.check_score('BEST_METRIC', 'blue', task, 'test')
+    evaluator_lib.check_score('BEST_METRIC', 'blue', task, 'test')

@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from l2s_jax import features, tasks, vocabularies
-from l2s_jax.features import seqio, tf
+from l2s_jax.data import features, tasks
+from l2s_jax.data.features import seqio, tf
+from l2s_jax.vocabularies import loading
 
 TEXTS = [
   'Two dogs run over the wet grass!',
@@ -42,7 +43,7 @@ def encode_in_tensorflow(vocabulary, texts):
   ],
 )
 def test_tensorflow_encodes_as_the_vocabulary_does(shared_data, path):
-  vocabulary = vocabularies.load(shared_data / 'tokenizers' / path)
+  vocabulary = loading.load(shared_data / 'tokenizers' / path)
   texts = list(TEXTS)
   for language in ('de', 'fr', 'ro'):
     name = shared_data / 'flores' / f'flores-dev.{language}.gz'
@@ -60,7 +61,7 @@ def test_tensorflow_encodes_as_the_vocabulary_does(shared_data, path):
 
 
 def test_extra_ids_reach_tensorflow(vocabulary):
-  extended = vocabularies.load(vocabulary.path, extra_ids=3)
+  extended = loading.load(vocabulary.path, extra_ids=3)
   text = 'a <extra_id_0> b <extra_id_2>'
   (ids,) = encode_in_tensorflow(extended, [text])
   assert ids == extended.encode(text)
@@ -107,7 +108,7 @@ def test_converter_makes_the_batch_keys(vocabulary):
 
 
 def test_start_and_pad_ids_are_the_vocabularys(vocabulary):
-  answers = vocabularies.load(vocabulary.path, start_id=8, pad_id=7, eos_id=9)
+  answers = loading.load(vocabulary.path, start_id=8, pad_id=7, eos_id=9)
   example = {
     'inputs': tf.constant([3]),
     'targets': tf.constant([0, 5], tf.int64),
@@ -146,9 +147,7 @@ def test_eos_is_there_once(vocabulary):
 
 def test_packed_examples_keep_their_starts_numbers_and_zeros(vocabulary):
   """With the examples of the docstring, and two more."""
-  vocabulary = vocabularies.load(
-    vocabulary.path, start_id=8, pad_id=7, eos_id=9
-  )
+  vocabulary = loading.load(vocabulary.path, start_id=8, pad_id=7, eos_id=9)
   examples = [
     {'inputs': tf.constant(prompt), 'targets': tf.constant(answer)}
     for prompt, answer in (

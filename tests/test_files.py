@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from l2s_jax import files
+from l2s_jax.runtime import files
 
 
 def test_a_broken_off_write_leaves_what_stood_there(tmp_path):

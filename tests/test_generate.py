@@ -11,16 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2s_jax import (
-  data,
-  decode,
-  losses,
-  partition,
-  sampling,
-  vocabularies,
-)
-from l2s_jax import generate as generate_lib
-from l2s_jax.models import l2s
+from l2s_jax.data import batching
+from l2s_jax.inference import generate as generate_lib
+from l2s_jax.inference import sampling, strategies
+from l2s_jax.models import l2s, losses
+from l2s_jax.runtime import partitioning
+from l2s_jax.vocabularies import loading
 
 MAX_DECODE_LEN = 6
 START_ID, PAD_ID = 3, 7
@@ -31,7 +27,7 @@ def make_generator(module, *, eos_id, max_decode_len=MAX_DECODE_LEN, **options):
   return generate_lib.Generator(
     module,
     max_decode_len=max_decode_len,
-    ids=decode.Ids(START_ID, eos_id, PAD_ID),
+    ids=strategies.Ids(START_ID, eos_id, PAD_ID),
     **options,
   )
 
@@ -243,12 +239,17 @@ def test_a_loop_that_is_left_and_entered_again_compiles_once(name, caplog):
   """On a mesh, too: what it returns is sharded as what it takes."""
   module = helpers.MODULES[name]
   generator = make_generator(module, eos_id=-1)
-  mesh_config = partition.MeshConfig(data=4, fsdp=1, tensor=2)
-  mesh = partition.make_mesh(mesh_config)
-  with partition.use_mesh(mesh), partition.axis_rules(mesh_config.rules('slm')):
-    batch = partition.put_batch(jax.device_get(helpers.batch_for(module)), mesh)
+  mesh_config = partitioning.MeshConfig(data=4, fsdp=1, tensor=2)
+  mesh = partitioning.make_mesh(mesh_config)
+  with (
+    partitioning.use_mesh(mesh),
+    partitioning.axis_rules(mesh_config.rules('slm')),
+  ):
+    batch = partitioning.put_batch(
+      jax.device_get(helpers.batch_for(module)), mesh
+    )
     params = jax.device_put(
-      helpers.random_params(module), partition.replicated(mesh)
+      helpers.random_params(module), partitioning.replicated(mesh)
     )
     generation = generator.start(generator.prepare(params), batch)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
@@ -327,7 +328,7 @@ def gpt2_vocabulary(request):
   if request.param == 'bytes':
     return helpers.vocabulary()
   folder = request.getfixturevalue('shared_data') / 'tokenizers' / 'gpt2'
-  return vocabularies.load(str(folder))
+  return loading.load(str(folder))
 
 
 def recite(config, ids, prompt_length):
@@ -357,7 +358,7 @@ def test_an_answer_with_id_0_is_weighted_generated_and_decoded(
   assert vocabulary.pad_id == 0  # GPT-2 has no other
   prompt = vocabulary.encode('!a')
   length = len(answer) + 2
-  host_batch = data.pad_and_shift(
+  host_batch = batching.pad_and_shift(
     [prompt],
     [answer],
     task_feature_lengths={'inputs': len(prompt), 'targets': length},

@@ -17,9 +17,10 @@ import tokenizers
 from flax import traverse_util
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 
-from l2s_jax import vocabularies, weights
-from l2s_jax.models import l2s
-from l2s_jax.weights import gguf_file, gguf_tokenizer, to_huggingface
+from l2s_jax.interop import to_huggingface
+from l2s_jax.models import l2s, shapes
+from l2s_jax.vocabularies import loading
+from l2s_jax.weights.formats import gguf_file, gguf_tokenizer
 
 gguf = pytest.importorskip('gguf', reason='reads GGUF files')
 
@@ -95,7 +96,7 @@ def params_of(config):
     config, num_decoder_layers=config.num_decoder_layers or 1
   )
   flat = traverse_util.flatten_dict(helpers.random_params(l2s.build(whole)))
-  return {path: flat[path] for path in weights.shapes_of(config)}
+  return {path: flat[path] for path in shapes.of_model(config)}
 
 
 def special_ids(config):
@@ -389,7 +390,7 @@ def test_a_byte_level_tokenizer_comes_out_of_the_metadata(
   ours = tokenizers.Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
   theirs = tokenizers.Tokenizer.from_file(str(path))
   assert json.loads(ours.to_str()) == json.loads(theirs.to_str())
-  assert vocabularies.load(tmp_path).eos_id == 2
+  assert loading.load(tmp_path).eos_id == 2
   metadata['tokenizer.ggml.pre'] = 'of tomorrow'
   assert not gguf_tokenizer.save(metadata, tmp_path / 'other', 'x.gguf')
 
@@ -463,7 +464,7 @@ def test_a_sentencepiece_tokenizer_comes_out_of_the_metadata(
     'tokenizer.ggml.eos_token_id': 2,
   }
   assert gguf_tokenizer.save(metadata, tmp_path, 'x.gguf')
-  ours = vocabularies.load(tmp_path)
+  ours = loading.load(tmp_path)
   assert (ours.start_id, ours.eos_id, ours.unk_id) == (1, 2, 0)
   expected = json.loads(
     (shared_data / 'tokenizers' / 'expected_encodings.json').read_text()
@@ -509,7 +510,7 @@ def test_a_tokenizer_of_t5_comes_out_of_the_metadata(vocabulary, tmp_path):
     'tokenizer.ggml.padding_token_id': 0,
   }
   assert gguf_tokenizer.save(metadata, tmp_path, 'x.gguf')
-  ours = vocabularies.load(tmp_path)
+  ours = loading.load(tmp_path)
   assert ours.vocab_size == vocabulary.vocab_size + 2
   assert (ours.eos_id, ours.pad_id, ours.unk_id) == (1, 0, 2)
   for text in ('a b c', '  A   b\tC ', 'ﬁve ² ș x'):
@@ -539,7 +540,7 @@ def test_smollm2_says_what_it_is_known_to_say(smollm2, shared_data, tmp_path):
     (shared_data / 'pretrained' / 'smollm2_135m_expected.json').read_text()
   )
   smollm2.save_tokenizer(tmp_path)
-  vocabulary = vocabularies.load(tmp_path)
+  vocabulary = loading.load(tmp_path)
   model = l2s.build(smollm2.config)
   params = traverse_util.unflatten_dict(
     {path: jnp.asarray(smollm2.read(path)) for path in smollm2.shapes()}

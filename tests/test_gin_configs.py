@@ -11,17 +11,15 @@ import gin
 import helpers
 import pytest
 
-from l2s_jax import (
-  __main__,
-  cldr,
-  gin_utils,
-  systems,
-  train,
-  vocabularies,
-)
+from l2s_jax import __main__
+from l2s_jax.data import cldr
+from l2s_jax.interop import to_huggingface
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
-from l2s_jax.weights import to_huggingface
+from l2s_jax.runtime import gin_config
+from l2s_jax.systems import builders, run_folder, system
+from l2s_jax.training import train
+from l2s_jax.vocabularies import sentencepiece
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = ROOT / 'gin_configs'
@@ -38,7 +36,7 @@ def values(tmp_path_factory):
   folder = tmp_path_factory.mktemp('gin_configs')
   vocabulary = folder / 'tiny.model'
   examples = cldr.examples('train', num_examples=500)
-  vocabularies.train_sentencepiece(
+  sentencepiece.train(
     (text for e in examples for text in (e['prompt'], e['answer'])),
     vocabulary,
     vocab_size=300,
@@ -53,8 +51,8 @@ def values(tmp_path_factory):
     num_encoder_layers=1,
     num_decoder_layers=1,
   )
-  tower = systems.Tower(config=config, vocabulary=str(vocabulary))
-  systems.save(systems.language_model_system(tower), folder / 'llm')
+  tower = system.Tower(config=config, vocabulary=str(vocabulary))
+  run_folder.save(builders.language_model_system(tower), folder / 'llm')
   for split in ('train', 'val', 'test_2016_flickr'):
     for language in ('en', 'de'):
       with gzip.open(folder / f'{split}.{language}.gz', 'wt') as file:
@@ -97,8 +95,8 @@ def text_of(path):
 
 @pytest.mark.parametrize('path', EXPERIMENTS, ids=lambda path: path.stem)
 def test_experiments_build(path, values, capsys):
-  gin_utils.parse_config([str(path)], bindings_for(text_of(path), values))
-  gin_utils.check_required(train.train, given=('dry_run',))
+  gin_config.parse_config([str(path)], bindings_for(text_of(path), values))
+  gin_config.check_required(train.train, given=('dry_run',))
   train.train(dry_run=True)
   printed = capsys.readouterr().out
   trainable = re.search(r'^trainable parameters: ([\d,]+)$', printed, re.M)
@@ -129,7 +127,7 @@ def test_parts_parse(path, values):
   }.get(path.parent.name, [])
   text = text_of(path)
   needed = [b for b in others if f'%{b.partition("=")[0]}' in text]
-  gin_utils.parse_config([str(path)], bindings_for(text, values) + needed)
+  gin_config.parse_config([str(path)], bindings_for(text, values) + needed)
   assert gin.config_str().strip()
 
 

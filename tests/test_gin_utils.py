@@ -12,7 +12,7 @@ import gin
 import pytest
 
 from l2s_jax import __main__ as command_line
-from l2s_jax import gin_utils
+from l2s_jax.runtime import gin_config
 
 for module in command_line.CONFIGURABLE_MODULES:
   importlib.import_module(module)
@@ -93,7 +93,7 @@ fit.num_steps = %TRAIN_STEPS
 )
 def test_a_flag_is_a_gin_value_or_else_a_string(value, expected):
   bindings = ['fit.model_dir=%MODEL_DIR', f'MODEL_DIR={value}']
-  parsed = gin_utils.parse_config(bindings=bindings)
+  parsed = gin_config.parse_config(bindings=bindings)
   assert fit()[0] == expected
   is_quoted = value.startswith(('"', "'"))
   is_assumed = isinstance(expected, str) and not is_quoted
@@ -115,40 +115,40 @@ def test_a_flag_that_was_meant_as_a_value_is_not_taken_as_a_string(
   binding, message
 ):
   with pytest.raises(ValueError, match=re.escape(message)):
-    gin_utils.parse_config(bindings=[binding])
+    gin_config.parse_config(bindings=[binding])
 
 
 def test_later_files_and_then_flags_override(write):
   first = write('first.gin', RUN + 'MODEL_DIR = "first"')
   second = write('second.gin', 'MODEL_DIR = "second"\nTRAIN_STEPS = 20')
-  gin_utils.parse_config([first, second], ['TRAIN_STEPS=30'])
+  gin_config.parse_config([first, second], ['TRAIN_STEPS=30'])
   assert fit()[:2] == ('second', 30)
 
 
 def test_nothing_of_the_previous_config_is_left(write):
   run = write('run.gin', RUN)
-  gin_utils.parse_config([run], ['MODEL_DIR=one', 'TRAIN_STEPS=99'])
-  gin_utils.parse_config([run], ['MODEL_DIR=two'])
+  gin_config.parse_config([run], ['MODEL_DIR=one', 'TRAIN_STEPS=99'])
+  gin_config.parse_config([run], ['MODEL_DIR=two'])
   assert fit()[:2] == ('two', 10)
 
 
 def test_files_come_from_cwd_then_search_paths_then_repository(
   write, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(gin_utils, 'REPO_ROOT', tmp_path / 'repository')
+  monkeypatch.setattr(gin_config, 'REPO_ROOT', tmp_path / 'repository')
   write('repository/run.gin', 'fit.model_dir = "repository"')
   write('here/run.gin', 'fit.model_dir = "cwd"')
   write('there/run.gin', 'fit.model_dir = "search path"')
   write('there/outer.gin', "include 'run.gin'")
   there = str(tmp_path / 'there')
   monkeypatch.chdir(tmp_path / 'here')
-  parsed = gin_utils.parse_config(['outer.gin'], search_paths=[there])
+  parsed = gin_config.parse_config(['outer.gin'], search_paths=[there])
   assert fit()[0] == 'cwd'
   assert [path.parent.name for path in parsed.files] == ['there', 'here']
   pathlib.Path('run.gin').unlink()
-  gin_utils.parse_config(['run.gin'], search_paths=[there])
+  gin_config.parse_config(['run.gin'], search_paths=[there])
   assert fit()[0] == 'search path'
-  gin_utils.parse_config(['run.gin'])
+  gin_config.parse_config(['run.gin'])
   assert fit()[0] == 'repository'
 
 
@@ -156,7 +156,7 @@ def test_files_come_from_cwd_then_search_paths_then_repository(
 def test_a_missing_file_names_its_near_misses(write, name):
   write('gin_configs/runs/train.gin', RUN)
   with pytest.raises(FileNotFoundError) as error:
-    gin_utils.parse_config([name])
+    gin_config.parse_config([name])
   assert str(error.value).startswith(f"--gin_file: no gin file '{name}' in ")
   assert 'did you mean gin_configs/runs/train.gin' in str(error.value)
 
@@ -164,14 +164,14 @@ def test_a_missing_file_names_its_near_misses(write, name):
 def test_a_missing_include_names_the_line_that_asks_for_it(write):
   outer = write('outer.gin', "\ninclude 'inner.gin'\n")
   with pytest.raises(FileNotFoundError, match="^outer.gin:2: .*'inner.gin'"):
-    gin_utils.parse_config([outer])
+    gin_config.parse_config([outer])
 
 
 def test_a_circle_of_includes_is_refused(write):
   write('a.gin', "include 'b.gin'")
   write('b.gin', "include 'a.gin'")
   with pytest.raises(ValueError, match='^b.gin:1: a.gin includes itself'):
-    gin_utils.parse_config(['a.gin'])
+    gin_config.parse_config(['a.gin'])
 
 
 @pytest.mark.parametrize(
@@ -203,14 +203,14 @@ def test_a_circle_of_includes_is_refused(write):
 def test_a_wrong_line_is_named_with_its_near_misses(write, text, message):
   name = write('f.gin', f'# The second line is wrong.\n{text}\n')
   with pytest.raises(ValueError) as error:
-    gin_utils.parse_config([name])
+    gin_config.parse_config([name])
   assert str(error.value).startswith(message)
 
 
 def test_a_misspelt_macro_is_named_where_it_is_read(write):
   name = write('f.gin', 'MODEL_DIR = "x"\nfit.model_dir = %MODEL_DIRR\n')
   with pytest.raises(ValueError) as error:
-    gin_utils.parse_config([name])
+    gin_config.parse_config([name])
   assert str(error.value) == (
     'f.gin:2: %MODEL_DIRR is bound nowhere; did you mean MODEL_DIR? '
     'Set it with --gin.MODEL_DIRR=VALUE, or add the gin file that binds it.'
@@ -220,7 +220,7 @@ def test_a_misspelt_macro_is_named_where_it_is_read(write):
 def test_a_flag_that_nothing_reads_is_an_error_and_says_what_is_read(write):
   run = write('run.gin', RUN)
   with pytest.raises(ValueError) as error:
-    gin_utils.parse_config([run], ['MODEL_DIR=x', 'TRAIN_STPES=10'])
+    gin_config.parse_config([run], ['MODEL_DIR=x', 'TRAIN_STPES=10'])
   assert str(error.value) == (
     '--gin.TRAIN_STPES: nothing reads TRAIN_STPES; did you mean TRAIN_STEPS? '
     'These macros are read: MODEL_DIR, TRAIN_STEPS.'
@@ -231,52 +231,52 @@ def test_a_macro_counts_as_read_only_if_its_reader_is_not_overridden(write):
   run = write('run.gin', RUN)
   bindings = ['MODEL_DIR=x', 'fit.num_steps=7', 'TRAIN_STEPS=10']
   with pytest.raises(ValueError, match='nothing reads TRAIN_STEPS'):
-    gin_utils.parse_config([run], bindings)
+    gin_config.parse_config([run], bindings)
 
 
 def test_a_macro_of_a_file_may_be_unread_and_is_reported(write):
   run = write('run.gin', RUN + 'EVAL_PERIOD = 5')
-  parsed = gin_utils.parse_config([run], ['MODEL_DIR=x'])
+  parsed = gin_config.parse_config([run], ['MODEL_DIR=x'])
   assert parsed.unread_macros == {'EVAL_PERIOD': 'run.gin:6'}
 
 
 def test_a_required_macro_names_the_flag_that_sets_it(write):
   run = write('run.gin', RUN)
-  parsed = gin_utils.parse_config([run])
+  parsed = gin_config.parse_config([run])
   assert parsed.required == {'MODEL_DIR': 'run.gin:2'}
   with pytest.raises(ValueError) as error:
-    gin_utils.check_required(fit, (), parsed.required)
+    gin_config.check_required(fit, (), parsed.required)
   assert str(error.value) == (
     'run.gin:2: MODEL_DIR must be set: add --gin.MODEL_DIR=VALUE.'
   )
   # Another verb does not read it; but something else may, which it calls.
-  gin_utils.check_required(ring, (), parsed.required, others=[fit])
+  gin_config.check_required(ring, (), parsed.required, others=[fit])
   with pytest.raises(ValueError, match='MODEL_DIR must be set'):
-    gin_utils.check_required(ring, (), parsed.required)
-  gin_utils.parse_config([run], ['MODEL_DIR=x'])
+    gin_config.check_required(ring, (), parsed.required)
+  gin_config.parse_config([run], ['MODEL_DIR=x'])
   assert fit()[0] == 'x'
 
 
 def test_check_required_lists_all_that_a_call_would_miss():
-  gin_utils.parse_config(
+  gin_config.parse_config(
     bindings=['BELFRY=@slm/Belfry()', 'fit.towers=[@llm/Belfry(), %BELFRY]']
   )
   with pytest.raises(ValueError) as error:
-    gin_utils.check_required(fit, given=('dry_run',))
+    gin_config.check_required(fit, given=('dry_run',))
   missing = re.findall(r'^  (\S+)$', str(error.value), re.MULTILINE)
   assert missing == [
     'fit.model_dir',
     'llm/Belfry.emb_dim',
     'slm/Belfry.emb_dim',
   ]
-  gin_utils.parse_config(
+  gin_config.parse_config(
     bindings=[
       'BELFRY=@slm/Belfry()',
       'fit.towers=[@llm/Belfry(), %BELFRY]',
       *(f'{name}=8' for name in missing),
     ]
   )
-  gin_utils.check_required(fit, given=('dry_run',))
+  gin_config.check_required(fit, given=('dry_run',))
   assert fit()[2] == (Belfry(8), Belfry(8))
 
 
@@ -287,11 +287,11 @@ def test_the_operative_config_gives_the_same_call_again(write):
     'llm/Belfry.emb_dim=4',
     "fit.lengths={'inputs': 64, 'targets': 32}",
   ]
-  gin_utils.parse_config([run], bindings)
+  gin_config.parse_config([run], bindings)
   first = fit()
-  text = gin_utils.operative_config()
+  text = gin_config.operative_config()
   assert 'llm/Belfry.num_layers = 2' in text  # a default that was used
-  gin_utils.parse_config([write('config.gin', text)])
+  gin_config.parse_config([write('config.gin', text)])
   assert fit() == first
 
 
@@ -303,9 +303,9 @@ def test_an_imported_module_registers_its_configurables(write, monkeypatch):
   )
   monkeypatch.syspath_prepend(folder)
   name = write('f.gin', 'import my_tasks_for_gin\nmy_task.size = 3\n')
-  gin_utils.parse_config([name])
+  gin_config.parse_config([name])
   assert sys.modules['my_tasks_for_gin'].my_task() == 3
-  assert 'import my_tasks_for_gin' in gin_utils.operative_config()
+  assert 'import my_tasks_for_gin' in gin_config.operative_config()
 
 
 def test_gin_brings_neither_tensorflow_nor_jax():
@@ -314,7 +314,7 @@ def test_gin_brings_neither_tensorflow_nor_jax():
     "print({'tensorflow', 'jax'} & set(sys.modules))"
   )
   output = subprocess.check_output(
-    [sys.executable, '-c', code], text=True, cwd=gin_utils.REPO_ROOT
+    [sys.executable, '-c', code], text=True, cwd=gin_config.REPO_ROOT
   )
   assert output.strip() == 'set()'
 
@@ -348,7 +348,7 @@ def test_gin_brings_neither_tensorflow_nor_jax():
 )
 def test_a_value_of_the_wrong_type_is_refused_by_name(binding, complaint):
   with pytest.raises(ValueError) as error:
-    gin_utils.parse_config(TRAIN, [*TRAIN_BINDINGS, binding])
+    gin_config.parse_config(TRAIN, [*TRAIN_BINDINGS, binding])
   message = str(error.value)
   assert message.startswith(f'--gin.{binding.partition("=")[0]}')
   assert complaint in message
@@ -369,29 +369,29 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(binding, complaint):
   ],
 )
 def test_a_value_of_any_type_that_is_allowed_is_taken(binding):
-  gin_utils.parse_config(TRAIN, [*TRAIN_BINDINGS, binding])
+  gin_config.parse_config(TRAIN, [*TRAIN_BINDINGS, binding])
 
 
 def test_macros_in_macros_are_seen_through_and_named_where_they_are_set(write):
   path = write('a.gin', "SIZE = 'big'\nBATCH_SIZE = %SIZE\n")
   with pytest.raises(ValueError, match="a.gin:1: SIZE='big' .train.batch_size"):
-    gin_utils.parse_config([*TRAIN, path], TRAIN_BINDINGS)
+    gin_config.parse_config([*TRAIN, path], TRAIN_BINDINGS)
 
 
 def test_lengths_and_numbers_out_of_range_are_refused_by_name():
   lengths = {'inputs': 8, 'targets': 8}
-  gin_utils.check_lengths(lengths)
+  gin_config.check_lengths(lengths)
   with pytest.raises(ValueError, match="lacks 'targets': expected tokens of"):
-    gin_utils.check_lengths({'inputs': 8})
+    gin_config.check_lengths({'inputs': 8})
   with pytest.raises(ValueError, match=r"TASK_FEATURE_LENGTHS\['inputs'\]=0"):
-    gin_utils.check_lengths(lengths | {'inputs': 0})
+    gin_config.check_lengths(lengths | {'inputs': 0})
   with pytest.raises(ValueError, match='BATCH_SIZE=10+: expected a positive'):
-    gin_utils.check_positive(BATCH_SIZE=10**30)
+    gin_config.check_positive(BATCH_SIZE=10**30)
   with pytest.raises(ValueError, match='Z_LOSS=-1: expected a number from 0.'):
-    gin_utils.check_between(0, float('inf'), Z_LOSS=-1)
+    gin_config.check_between(0, float('inf'), Z_LOSS=-1)
 
 
 def test_a_call_that_needs_itself_is_refused():
-  gin_utils.parse_config([], ['fit.model_dir=@fit()'])
+  gin_config.parse_config([], ['fit.model_dir=@fit()'])
   with pytest.raises(ValueError, match=r'bound within itself.* fit -> fit\.'):
-    gin_utils.check_required(fit)
+    gin_config.check_required(fit)

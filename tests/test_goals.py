@@ -3,7 +3,7 @@
 
 import pytest
 
-from l2s_jax import goals
+from l2s_jax.performance import goals
 
 PAIR = ('LLM-to-SLM', 'T5_LARGE -> T5_SMALL', 'l2s_jax')
 LLM = ('LLM', 'T5_LARGE', 'l2s_jax')

@@ -18,9 +18,9 @@ import helpers
 import numpy as np
 import pytest
 
-from l2s_jax import weights
+from l2s_jax.interop import to_huggingface
 from l2s_jax.models import l2s
-from l2s_jax.weights import hub, to_huggingface
+from l2s_jax.weights import hub, opening
 
 REASON = 'fetches from the Hub'
 NAME = 'some-org/tiny.model'
@@ -164,8 +164,8 @@ def test_a_name_is_fetched_and_converted(server, tmp_path):
   )
   assert done.returncode == 0, done.stderr
   assert 'read back, 29 tensors are equal' in done.stdout
-  ours = weights.open_source(str(tmp_path / 'out'))
-  theirs = weights.open_source(str(server.folder))
+  ours = opening.open_source(str(tmp_path / 'out'))
+  theirs = opening.open_source(str(server.folder))
   for path in theirs.shapes():
     np.testing.assert_array_equal(ours.read(path), theirs.read(path))
   # The last one says where answers start and end.

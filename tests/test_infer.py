@@ -16,15 +16,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from l2s_jax import (
-  checkpoint,
-  infer,
-  metrics,
-  predictions,
-  sampling,
-  state,
-  systems,
-)
+from l2s_jax.inference import infer, predictions, sampling
+from l2s_jax.metrics import metric_fns
+from l2s_jax.systems import run_folder
+from l2s_jax.training import checkpoint, state
 
 ROOT = pathlib.Path(__file__).parent.parent
 NUM_LINES = 41
@@ -37,7 +32,7 @@ def run(tmp_path_factory):
   """A run of a tiny model with random parameters, which writes anything."""
   path = tmp_path_factory.mktemp('run')
   system = helpers.system(helpers.MODULES['t5_1_1'])
-  systems.save(system, path)
+  run_folder.save(system, path)
   checkpointer = checkpoint.Checkpointer(path)
   params = helpers.random_params(system.module)
   for step in (1, 2):
@@ -177,7 +172,7 @@ def test_a_finished_job_is_only_scored(run, source, whole, tmp_path, capsys):
     if record['prediction'] is not None
   ]
   assert scores['scores'] == {
-    **metrics.chrf(*zip(*pairs, strict=True)),
+    **metric_fns.chrf(*zip(*pairs, strict=True)),
     'exact_match': 0,
   }
   assert scores['num_scored'] == len(pairs) == NUM_LINES - len(BAD)
@@ -294,8 +289,8 @@ def test_a_text_file_of_bad_lines_alone_has_a_line_for_each(run, tmp_path):
 
 
 def test_a_task_is_answered_with_its_targets(run, tmp_path):
-  from l2s_jax import features
-  from l2s_jax.features import seqio, tf
+  from l2s_jax.data import features
+  from l2s_jax.data.features import seqio, tf
 
   def dataset(split, shuffle_files, seed=None):
     del split, shuffle_files, seed
@@ -444,8 +439,8 @@ def test_standard_input_streams_what_it_would_have_written(run):
 
 
 def test_tasks_that_have_no_lines_of_text_are_refused(run, tmp_path):
-  from l2s_jax import features, tasks
-  from l2s_jax.features import seqio, tf
+  from l2s_jax.data import features, tasks
+  from l2s_jax.data.features import seqio, tf
 
   def dataset(split, shuffle_files, seed=None):
     del split, shuffle_files, seed

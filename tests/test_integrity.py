@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from l2s_jax import integrity
+from l2s_jax.runtime import integrity
 
 
 def tree(shape=(16, 4), spec=('data', 'tensor')):

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2s_jax import parameters, partition
-from l2s_jax.models import l2s, projector
+from l2s_jax.models import l2s
+from l2s_jax.runtime import partitioning
+from l2s_jax.systems import parameters
 
 SHORT = helpers.segments((1, 2, 3, 4), helpers.PROMPT_LENGTH)
 LONG = helpers.segments((7, 7, 6, 7), helpers.PROMPT_LENGTH)
@@ -40,7 +41,7 @@ def other_prompt(module, segment_ids):
 
 def test_projector_against_numpy():
   config = dataclasses.replace(helpers.GPT2, emb_dim=3)
-  module = projector.Projector(2, config)
+  module = l2s.Projector(2, config)
   params = {
     'wi': {
       'kernel': np.array([[1, 0, -2], [0, 1, 1]], np.float32),
@@ -60,10 +61,8 @@ def test_projector_against_numpy():
 
 def test_projector_starts_scaled_by_fan_in_with_zero_biases():
   """GPT-2's initial 0.02 would make Z too small to matter."""
-  module = projector.Projector(
-    400, dataclasses.replace(helpers.GPT2, emb_dim=100)
-  )
-  params = partition.unbox(
+  module = l2s.Projector(400, dataclasses.replace(helpers.GPT2, emb_dim=100))
+  params = partitioning.unbox(
     module.init(jax.random.key(0), jnp.zeros((1, 1, 400)))['params']
   )
   assert set(params) == {'wi', 'wo'}
@@ -265,7 +264,7 @@ def test_the_slm_starts_the_same_inside_llm_to_slm_as_alone(slm):
   alone = helpers.system(helpers.MODULES[slm])
   init = jax.jit(
     lambda key: [
-      partition.unbox(parameters.init(system, key)['params'])
+      partitioning.unbox(parameters.init(system, key)['params'])
       for system in (together, alone)
     ]
   )

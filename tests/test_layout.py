@@ -1,158 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of the source tree: who may import whom."""
+"""Laws of the source tree, beside the contracts of imports in pyproject.toml."""
 
 import ast
 import pathlib
 
 import pytest
 
-PACKAGE = pathlib.Path(__file__).parent.parent / 'l2s_jax'
+import l2s_jax
 
-# Lower may import higher, never the other way (docs/design.md).
-ORDER = (
-  'files',
-  'chips',
-  'compilation',
-  'preemption',
-  'os_errors',
-  'distributed',
-  'integrity',
-  'locks',
-  'input_files',
-  'record_files',
-  'text_files',
-  'partition',
-  'models.config',
-  'models.layers',
-  'models.positions',
-  'models.cache',
-  'models.attention',
-  'models.transformer',
-  'models.language_model',
-  'models.t5',
-  'models.decoder_only',
-  'models.projector',
-  'models.l2s',
-  'losses',
-  'words',
-  'corpus_metrics',
-  'bleu',
-  'rouge',
-  'metrics',
-  'scores',
-  'tokenizer_files',
-  'tokenizer_parts',
-  'tokenizer_classes',
-  'auto_tokenizer',
-  'vocabularies',
-  'byte_vocabulary',
-  'tokenizer_json',
-  'cldr',
-  'packing',
-  'features',
-  'sources',
-  'templates',
-  'tasks',
-  'data',
-  'buckets',
-  'prompts',
-  'predictions',
-  'evaluation',
-  'adafactor',
-  'optim',
-  'state',
-  'checkpoint',
-  'weights.rows',
-  'weights.config_json',
-  'weights.wrappers',
-  'weights.misfits',
-  'weights.finite',
-  'weights.t5_names',
-  'weights.decoder_names',
-  'weights.llama_names',
-  'weights.tensor_files',
-  'weights.huggingface',
-  'weights.runs',
-  'weights.converted',
-  'weights.t5x',
-  'weights.gguf_header',
-  'weights.gguf_tokenizer',
-  'weights.gguf_file',
-  'weights.hub',
-  'weights.own_tokenizer',
-  'weights.to_huggingface',
-  'weights.to_t5x',
-  'weights',
-  'sampling',
-  'decode',
-  'beam',
-  'speculative',
-  'generate',
-  'systems',
-  'as_it_came',
-  'parameters',
-  'answerer',
-  'pipeline',
-  'metric_writer',
-  'gin_types',
-  'gin_utils',
-  'costs',
-  'profiling',
-  'progress',
-  'report',
-  'evaluate',
-  'train',
-  'hlo',
-  'hlo_costs',
-  'programs',
-  'precompiler',
-  'precompile_report',
-  'precompile',
-  'infer',
-  'random_weights',
-  'timing',
-  'peers',
-  'contenders',
-  'goals',
-  'speed_report',
-  'train_peers',
-  'train_benchmark',
-  'benchmark',
-  'parity',
-  'convert',
-  '__main__',
-  'quickstart',
+PACKAGE = pathlib.Path(l2s_jax.__file__).parent
+MODULES = sorted(
+  path for path in PACKAGE.rglob('*.py') if path.parent != PACKAGE
 )
-# The kinds of sources know the interface of all sources.
-EXCEPTIONS = {
-  (f'weights.{kind}', 'weights')
-  for kind in (
-    'huggingface',
-    'runs',
-    'converted',
-    't5x',
-    'to_huggingface',
-    'to_t5x',
-  )
-}
-PACKAGES_ONLY = {'', 'models'}
 
-MAY_IMPORT_LINEN = ('models/', 'interop/', 'partition.py')
+MAY_IMPORT_LINEN = ('models/', 'runtime/partitioning.py')
 TENSORFLOW = ('tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'seqio')
-MAY_IMPORT_TENSORFLOW = ('features.py', 'evaluation.py')
+# These import TensorFlow; the rest imports them inside functions.
+WITH_TENSORFLOW = ('data/features.py', 'evaluation/seqio_evaluator.py')
 
 
-def modules():
-  for path in sorted(PACKAGE.rglob('*.py')):
-    name = '.'.join(path.relative_to(PACKAGE).with_suffix('').parts)
-    yield name.removesuffix('.__init__').removesuffix('__init__'), path
+def place(path):
+  return path.relative_to(PACKAGE).as_posix()
 
 
-def imports(path, *, top_level_only):
-  """Yields the dotted names that a module imports."""
+def imports(path, *, top_level_only=False):
+  """Yields what a module imports, as dotted names."""
   tree = ast.parse(path.read_text(encoding='utf-8'))
-  nodes = tree.body if top_level_only else ast.walk(tree)
-  for node in nodes:
+  for node in tree.body if top_level_only else ast.walk(tree):
     if isinstance(node, ast.Import):
       yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom) and node.module:
@@ -160,41 +34,60 @@ def imports(path, *, top_level_only):
         yield f'{node.module}.{alias.name}'
 
 
-def test_every_module_has_its_place():
-  names = {name for name, _ in modules()} - PACKAGES_ONLY
-  assert names == set(ORDER)
+def public_modules(package):
+  """Returns the names in a package's `__all__`."""
+  tree = ast.parse((package / '__init__.py').read_text(encoding='utf-8'))
+  (names,) = (
+    ast.literal_eval(node.value)
+    for node in tree.body
+    if isinstance(node, ast.Assign) and node.targets[0].id == '__all__'
+  )
+  return names
 
 
-@pytest.mark.parametrize('name,path', list(modules()))
-def test_imports_point_upward(name, path):
-  if name in PACKAGES_ONLY:
-    pytest.skip('a package without code')
-  below = ORDER[ORDER.index(name) + 1 :]
-  for imported in imports(path, top_level_only=True):
-    target = imported.removeprefix('l2s_jax.')
-    if target == imported or target not in ORDER:
+PACKAGES = sorted({path.parent for path in MODULES})
+
+
+@pytest.mark.parametrize('package', PACKAGES, ids=place)
+def test_a_package_says_what_is_in_it(package):
+  tree = ast.parse((package / '__init__.py').read_text(encoding='utf-8'))
+  assert len(ast.get_docstring(tree) or '') > 50
+  for name in public_modules(package):
+    assert (package / f'{name}.py').is_file(), name
+
+
+@pytest.mark.parametrize('path', MODULES, ids=place)
+def test_imports_cross_packages_by_their_public_modules(path):
+  for imported in imports(path):
+    parts = imported.split('.')
+    if parts[0] != 'l2s_jax':
       continue
-    assert target not in below or (name, target) in EXCEPTIONS, (
-      f'{name} imports {target}, which is below it'
-    )
+    package = PACKAGE
+    for name in parts[1:]:
+      if (package / name).is_dir():
+        package = package / name
+        continue
+      if path.parent != package and (package / f'{name}.py').is_file():
+        assert name in public_modules(package), imported
+      break
 
 
-@pytest.mark.parametrize('name,path', list(modules()))
-def test_linen_is_imported_by_models_alone(name, path):
-  del name
-  place = str(path.relative_to(PACKAGE))
-  if place.startswith(MAY_IMPORT_LINEN):
+@pytest.mark.parametrize('path', MODULES, ids=place)
+def test_linen_is_imported_by_models_alone(path):
+  if place(path).startswith(MAY_IMPORT_LINEN):
     return
-  for imported in imports(path, top_level_only=False):
-    assert not imported.startswith('flax.linen'), place
+  for imported in imports(path):
+    assert not imported.startswith('flax.linen'), place(path)
 
 
-@pytest.mark.parametrize('name,path', list(modules()))
-def test_core_imports_no_tensorflow(name, path):
-  del name
-  place = str(path.relative_to(PACKAGE))
-  if place in MAY_IMPORT_TENSORFLOW:
+@pytest.mark.parametrize('path', MODULES, ids=place)
+def test_tensorflow_is_imported_when_it_is_needed(path):
+  if place(path) in WITH_TENSORFLOW:
     return
+  late = tuple(
+    'l2s_jax.' + name.removesuffix('.py').replace('/', '.')
+    for name in WITH_TENSORFLOW
+  )
   for imported in imports(path, top_level_only=True):
-    assert imported.split('.')[0] not in TENSORFLOW, place
-    assert imported not in ('l2s_jax.features', 'l2s_jax.evaluation'), place
+    assert imported.split('.')[0] not in TENSORFLOW, imported
+    assert not imported.startswith(late), imported

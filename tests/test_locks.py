@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from l2s_jax import locks
+from l2s_jax.runtime import locks
 
 HOLDER = """
 import pathlib, sys

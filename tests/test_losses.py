@@ -7,7 +7,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from l2s_jax import losses
+from l2s_jax.models import losses
 
 # Softmax of log(p) is p.
 LOGITS = jnp.log(

@@ -12,7 +12,7 @@ import gin
 import pytest
 
 from l2s_jax import __main__ as command_line
-from l2s_jax import gin_utils
+from l2s_jax.runtime import gin_config
 
 calls: list[dict] = []
 
@@ -28,7 +28,7 @@ def polish(model_dir, num_steps=3, fail_with=None, dry_run=False):
   if fail_with == 'a missing file':
     open(pathlib.Path(model_dir) / 'absent')
   elif fail_with == 'a wrong input':
-    gin_utils.parse_config(['no_such_file.gin'])
+    gin_config.parse_config(['no_such_file.gin'])
   elif fail_with == 'a bug':
     int('not a number')
 
@@ -81,7 +81,7 @@ def python_m(*argv: str) -> subprocess.CompletedProcess:
     [sys.executable, '-X', 'importtime', '-m', 'l2s_jax', *argv],
     capture_output=True,
     text=True,
-    cwd=gin_utils.REPO_ROOT,
+    cwd=gin_config.REPO_ROOT,
   )
 
 
@@ -265,6 +265,6 @@ def test_the_example_of_a_verb_binds_all_that_it_needs(name):
   verb = command_line.VERBS[name]
   parser = command_line._parser(name, verb)
   args, bindings = command_line._parse_args(parser, verb.example.split())
-  gin_utils.parse_config(args.gin_file, bindings)
+  gin_config.parse_config(args.gin_file, bindings)
   given = [flag.parameter for flag in verb.flags]
-  gin_utils.check_required(verb.load(), given=('dry_run', *given))
+  gin_config.check_required(verb.load(), given=('dry_run', *given))

@@ -9,8 +9,11 @@ import helpers
 import jax
 import pytest
 
-from l2s_jax import optim, partition, programs, systems
 from l2s_jax.models import l2s
+from l2s_jax.performance import programs
+from l2s_jax.runtime import partitioning
+from l2s_jax.systems import system as system_lib
+from l2s_jax.training import optim
 
 # What nothing else has: shapes of the LLM are known by them.
 LLM = dataclasses.replace(
@@ -21,8 +24,8 @@ LLM = dataclasses.replace(
   head_dim=9,
   mlp_dim=200,
 )
-ONE = partition.MeshConfig(data=1)
-FSDP = partition.MeshConfig(fsdp=8)
+ONE = partitioning.MeshConfig(data=1)
+FSDP = partitioning.MeshConfig(fsdp=8)
 LENGTHS = {'inputs': 16, 'targets': 16}
 BATCH_SIZE = 16
 
@@ -35,7 +38,9 @@ def optimized():
   jax.config.update('jax_disable_most_optimizations', True)
 
 
-def llm_to_slm(num_llm_layers: int, dtype: str = 'float32') -> systems.System:
+def llm_to_slm(
+  num_llm_layers: int, dtype: str = 'float32'
+) -> system_lib.System:
   """Returns a system whose LLM is frozen and has so many layers."""
   llm = dataclasses.replace(LLM, num_encoder_layers=num_llm_layers, dtype=dtype)
   module = helpers.llm_to_slm('t5_1_1', 'add', 'shared', llm, num_heads=8)
@@ -43,15 +48,15 @@ def llm_to_slm(num_llm_layers: int, dtype: str = 'float32') -> systems.System:
 
 
 def programs_of(
-  system: systems.System, mesh_config: partition.MeshConfig
+  system: system_lib.System, mesh_config: partitioning.MeshConfig
 ) -> programs.Programs:
   devices = jax.devices()[:1] if mesh_config is ONE else jax.devices()
-  mesh = partition.make_mesh(mesh_config, devices)
+  mesh = partitioning.make_mesh(mesh_config, devices)
   return programs.Programs(system, mesh, mesh_config, LENGTHS)
 
 
 def compile_step(
-  system: systems.System, mesh_config: partition.MeshConfig = ONE
+  system: system_lib.System, mesh_config: partitioning.MeshConfig = ONE
 ) -> tuple[programs.Program, Any]:
   program = programs_of(system, mesh_config).train_step(
     optim.adamw(), BATCH_SIZE
@@ -62,7 +67,7 @@ def compile_step(
 def num_bytes(program: programs.Program, *names: str) -> int:
   """Returns the bytes that one device holds of some arguments."""
   trees = [program.arguments[name] for name in names]
-  return partition.bytes_per_device(
+  return partitioning.bytes_per_device(
     trees, jax.tree.map(lambda x: x.sharding, trees)
   )
 

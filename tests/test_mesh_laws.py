@@ -17,18 +17,11 @@ import numpy as np
 import optax
 import pytest
 
-from l2s_jax import (
-  checkpoint,
-  decode,
-  generate,
-  optim,
-  parameters,
-  partition,
-  sampling,
-  systems,
-  train,
-)
-from l2s_jax import state as state_lib
+from l2s_jax.inference import generate, sampling, strategies
+from l2s_jax.runtime import partitioning
+from l2s_jax.systems import builders, parameters
+from l2s_jax.training import checkpoint, optim, train
+from l2s_jax.training import state as state_lib
 
 NUM_STEPS = 20
 
@@ -58,9 +51,9 @@ NUM_ANSWER_IDS = 261
 
 ONE = 'one'
 MESHES = {
-  ONE: partition.MeshConfig(data=1),
+  ONE: partitioning.MeshConfig(data=1),
   **{
-    f'{data}x{fsdp}x{tensor}': partition.MeshConfig(data, fsdp, tensor)
+    f'{data}x{fsdp}x{tensor}': partitioning.MeshConfig(data, fsdp, tensor)
     for data, fsdp, tensor in [
       (8, 1, 1),
       (1, 8, 1),
@@ -70,7 +63,7 @@ MESHES = {
     ]
   },
   # The LLM is split, the SLM is whole on every device.
-  'llm_fsdp': partition.MeshConfig(
+  'llm_fsdp': partitioning.MeshConfig(
     data=2, fsdp=4, slm_rules={'embed': None, 'llm_embed': None}
   ),
 }
@@ -115,21 +108,21 @@ def train_on(
   """Trains as `train.train` does, from parameters that are always the same."""
   mesh_config = MESHES[mesh_name]
   devices = jax.devices()[:1] if mesh_name == ONE else jax.devices()
-  mesh = partition.make_mesh(mesh_config, devices)
+  mesh = partitioning.make_mesh(mesh_config, devices)
   with contextlib.ExitStack() as stack:
-    stack.enter_context(partition.use_mesh(mesh))
-    stack.enter_context(partition.axis_rules(mesh_config.rules('slm')))
-    system = systems.with_rules(helpers.system(module), mesh_config)
+    stack.enter_context(partitioning.use_mesh(mesh))
+    stack.enter_context(partitioning.axis_rules(mesh_config.rules('slm')))
+    system = builders.with_rules(helpers.system(module), mesh_config)
     layout = parameters.layout(system, mesh, mesh_config)
-    _, axes = state_lib.split(layout.axes, system.frozen)
+    _, axes = parameters.split(layout.axes, system.frozen)
     transform = OPTIMIZERS[optimizer].make(axes)
-    frozen, trainable = state_lib.split(
+    frozen, trainable = parameters.split(
       jax.device_put(helpers.random_params(module), layout.shardings),
       system.frozen,
     )
     _, shardings = state_lib.shardings(
-      state_lib.split(layout.shapes, system.frozen)[1],
-      state_lib.split(layout.shardings, system.frozen)[1],
+      parameters.split(layout.shapes, system.frozen)[1],
+      parameters.split(layout.shardings, system.frozen)[1],
       transform,
       mesh,
     )
@@ -145,7 +138,7 @@ def train_on(
     )
     losses, gradient = [], None
     for seed in range(NUM_STEPS):
-      batch = partition.put_batch(batch_of_eight(module, seed % 3), mesh)
+      batch = partitioning.put_batch(batch_of_eight(module, seed % 3), mesh)
       state, sums = step(state, frozen, batch)
       losses.append(float(sums['loss'] / sums['loss_weight']))
       if seed == 0 and optimizer == 'adamw':
@@ -156,10 +149,10 @@ def train_on(
       generator = generate.Generator(
         system.module,
         max_decode_len=helpers.ANSWER_LENGTH,
-        ids=decode.Ids(0, 1, 0),
+        ids=strategies.Ids(0, 1, 0),
         decoding=decoding,
       )
-      prepared = generator.prepare(state_lib.merge(frozen, state.trainable))
+      prepared = generator.prepare(parameters.merge(frozen, state.trainable))
       tokens = np.asarray(generator(prepared, batch))
   return Run(losses, gradient, state, tokens)
 

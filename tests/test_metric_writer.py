@@ -6,7 +6,7 @@ import struct
 
 from tensorboardX.proto import event_pb2
 
-from l2s_jax import metric_writer
+from l2s_jax.evaluation import metric_writer
 
 
 def test_log_holds_each_step_once_after_a_restart(tmp_path):

@@ -7,14 +7,14 @@ import json
 
 import pytest
 
-from l2s_jax import metrics
+from l2s_jax.metrics import metric_fns
 
 METRICS = [
-  metrics.bleu,
-  metrics.chrf,
-  metrics.rouge,
-  metrics.exact_match,
-  metrics.token_f1,
+  metric_fns.bleu,
+  metric_fns.chrf,
+  metric_fns.rouge,
+  metric_fns.exact_match,
+  metric_fns.token_f1,
 ]
 TARGETS = ['the cat sat on the mat', 'a dog ran in the big park', 'yes', 'no']
 PREDICTIONS = ['the cat sat on a mat', 'a dog ran in the park', 'yes', 'yes']
@@ -35,10 +35,10 @@ def test_scores_of_translation_systems_are_those_of_sacrebleu(shared_data):
     targets = read_lines(shared_data / 'flores' / f'flores-dev.{language}.gz')
     predictions = read_lines(outputs / f'{pair}.{file}.gz')
     assert len(predictions) == expected['lines']
-    assert metrics.bleu(targets, predictions)['bleu'] == pytest.approx(
+    assert metric_fns.bleu(targets, predictions)['bleu'] == pytest.approx(
       expected['sacrebleu_13a'], abs=0.01
     ), name
-    assert metrics.chrf(targets, predictions)['chrf'] == pytest.approx(
+    assert metric_fns.chrf(targets, predictions)['chrf'] == pytest.approx(
       expected['chrf'], abs=0.01
     ), name
 
@@ -84,53 +84,53 @@ def test_the_best_of_a_varying_number_of_references_counts(metric):
 
 def test_bleu_is_of_the_corpus_and_by_hand():
   # 1 to 4-grams found: 7 of 8, 5 of 6, 3 of 4, 1 of 2; lengths are equal.
-  bleu = metrics.bleu(['a b c d', 'e f g h'], ['a b c d', 'e f g x'])['bleu']
+  bleu = metric_fns.bleu(['a b c d', 'e f g h'], ['a b c d', 'e f g x'])['bleu']
   expected = 100 * (7 / 8 * 5 / 6 * 3 / 4 * 1 / 2) ** (1 / 4)
   assert bleu == pytest.approx(expected)
 
 
 def test_bleu_tells_letter_case_and_exact_match_tells_space():
   target = ['The cat sat on the mat']
-  assert metrics.bleu(target, ['the cat sat on the mat'])['bleu'] < 100
-  assert metrics.exact_match(['yes'], ['yes ']) == {'exact_match': 0}
+  assert metric_fns.bleu(target, ['the cat sat on the mat'])['bleu'] < 100
+  assert metric_fns.exact_match(['yes'], ['yes ']) == {'exact_match': 0}
 
 
 def test_bleu_finds_an_n_gram_in_any_reference():
   # abc and cde of 3 trigrams; none of 2 4-grams, smoothed to 1 / 2 of one.
   references = [['a b c x y', 'z z c d e']]
-  bleu = metrics.bleu(references, ['a b c d e'])['bleu']
+  bleu = metric_fns.bleu(references, ['a b c d e'])['bleu']
   assert bleu == pytest.approx(100 * (1 * 1 * 2 / 3 * 1 / 4) ** (1 / 4))
 
 
 def test_rouge_by_hand():
   # Of 6 words 5 are found, in order; of 5 bigrams 3.
-  assert metrics.rouge(TARGETS[:1], PREDICTIONS[:1]) == {
+  assert metric_fns.rouge(TARGETS[:1], PREDICTIONS[:1]) == {
     'rouge1': pytest.approx(500 / 6),
     'rouge2': pytest.approx(60),
     'rougeLsum': pytest.approx(500 / 6),
   }
-  assert metrics.rouge(['The dogs ran.'], ['the DOG ran'])['rouge2'] == 100
+  assert metric_fns.rouge(['The dogs ran.'], ['the DOG ran'])['rouge2'] == 100
 
 
 @pytest.mark.parametrize('end, score', [('\n', 100), (' . ', 100), (', ', 50)])
 def test_rouge_lsum_is_blind_to_the_order_of_sentences(end, score):
-  scores = metrics.rouge([f'a b c{end}d e f'], [f'd e f{end}a b c'])
+  scores = metric_fns.rouge([f'a b c{end}d e f'], [f'd e f{end}a b c'])
   assert scores['rougeLsum'] == pytest.approx(score)
 
 
 def test_each_rouge_takes_its_own_best_reference():
   # All 4 words of the first; 3 of 3 bigrams, of the 4 of the second.
-  scores = metrics.rouge([['a b c d', 'b a d c x']], ['b a d c'])
+  scores = metric_fns.rouge([['a b c d', 'b a d c x']], ['b a d c'])
   assert scores['rouge1'] == pytest.approx(100)
   assert scores['rouge2'] == pytest.approx(200 * 3 / (3 + 4))
 
 
 def test_token_f1_by_hand():
   # `red dog` of `big red dog` and of `red dog barks`.
-  scores = metrics.token_f1(['The big, red dog!'], ['a RED dog barks'])
+  scores = metric_fns.token_f1(['The big, red dog!'], ['a RED dog barks'])
   assert scores == {'token_f1': pytest.approx(200 * 2 / (3 + 3))}
   # Neither has words: SQuAD 2.0 calls that equal, 1.1 does not.
-  assert metrics.token_f1(['A.', 'A.'], ['a', 'b']) == {'token_f1': 50}
+  assert metric_fns.token_f1(['A.', 'A.'], ['a', 'b']) == {'token_f1': 50}
 
 
 def test_human_subject_lines_against_three_others(shared_data):
@@ -141,7 +141,7 @@ def test_human_subject_lines_against_three_others(shared_data):
   ]
   predictions = [row['summary'] for row in rows]
   references = [row['annotations'] for row in rows]
-  for metric in (metrics.rouge, metrics.token_f1):
+  for metric in (metric_fns.rouge, metric_fns.token_f1):
     scores = metric(references, predictions)
     for name, score in scores.items():
       best = [
@@ -150,7 +150,7 @@ def test_human_subject_lines_against_three_others(shared_data):
       ]
       assert score == pytest.approx(sum(best) / len(best))
       assert 10 < score < 50
-  for by_sacrebleu in (metrics.bleu, metrics.chrf):
+  for by_sacrebleu in (metric_fns.bleu, metric_fns.chrf):
     (score,) = by_sacrebleu(references, predictions).values()
     alone = [
       by_sacrebleu(list(stream), predictions)[by_sacrebleu.name]
@@ -160,7 +160,7 @@ def test_human_subject_lines_against_three_others(shared_data):
 
 
 def test_exact_match_of_one_in_four_is_25():
-  assert metrics.exact_match(TARGETS, PREDICTIONS) == {'exact_match': 25}
+  assert metric_fns.exact_match(TARGETS, PREDICTIONS) == {'exact_match': 25}
 
 
 @pytest.mark.parametrize('metric', METRICS)
@@ -194,7 +194,7 @@ def test_intervals_leave_the_scores_as_they_are(metric, shared_data):
       zip(targets, predictions, strict=True)
     )
   ]
-  with_intervals = metrics.with_intervals(metric, num_samples=100)
+  with_intervals = metric_fns.with_intervals(metric, num_samples=100)
   scores = metric(references, predictions)
   found = with_intervals(references, predictions)
   assert found.keys() == {
@@ -204,13 +204,13 @@ def test_intervals_leave_the_scores_as_they_are(metric, shared_data):
     assert found[name] == score  # to the last bit
     assert found[f'{name}_low'] < score < found[f'{name}_high']
   assert with_intervals(references, predictions) == found
-  other_seed = metrics.with_intervals(metric, num_samples=100, seed=1)
+  other_seed = metric_fns.with_intervals(metric, num_samples=100, seed=1)
   assert other_seed(references, predictions) != found
 
 
 def test_an_interval_is_that_of_the_binomial_distribution():
   # 500 of 1,000: standard deviation 1.58 points, 1.96 of them either way.
-  scores = metrics.with_intervals(metrics.exact_match)(
+  scores = metric_fns.with_intervals(metric_fns.exact_match)(
     ['x'] * 1000, ['x', 'y'] * 500
   )
   assert scores['exact_match_low'] == pytest.approx(46.9, abs=0.3)
@@ -218,12 +218,14 @@ def test_an_interval_is_that_of_the_binomial_distribution():
 
 
 def test_one_example_leaves_nothing_to_draw():
-  scores = metrics.with_intervals(metrics.bleu)(TARGETS[:1], PREDICTIONS[:1])
+  scores = metric_fns.with_intervals(metric_fns.bleu)(
+    TARGETS[:1], PREDICTIONS[:1]
+  )
   assert scores['bleu_low'] == scores['bleu'] == scores['bleu_high'] > 0
 
 
 def test_seqio_sees_the_arguments_through_the_intervals():
-  with_intervals = metrics.with_intervals(metrics.bleu)
+  with_intervals = metric_fns.with_intervals(metric_fns.bleu)
   assert list(inspect.signature(with_intervals).parameters) == [
     'targets',
     'predictions',
@@ -234,15 +236,15 @@ def test_a_metric_of_unknown_make_comes_back_as_it_is():
   def accuracy(targets, predictions):
     return {'accuracy': targets == predictions}
 
-  assert metrics.with_intervals(accuracy) is accuracy
+  assert metric_fns.with_intervals(accuracy) is accuracy
 
 
 def test_signatures_say_what_is_computed():
-  assert metrics.bleu_signature().startswith(
+  assert metric_fns.bleu_signature().startswith(
     'nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:'
   )
-  assert metrics.chrf_signature().startswith(
+  assert metric_fns.chrf_signature().startswith(
     'nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:'
   )
-  assert metrics.bleu_signature(3).startswith('nrefs:3|')
-  assert metrics.chrf_signature(None).startswith('nrefs:var|')
+  assert metric_fns.bleu_signature(3).startswith('nrefs:3|')
+  assert metric_fns.chrf_signature(None).startswith('nrefs:var|')

@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from l2s_jax import __main__, convert, gin_utils, random_weights, weights
+from l2s_jax import __main__
+from l2s_jax.interop import convert, to_huggingface
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
-from l2s_jax.weights import finite, huggingface, to_huggingface
+from l2s_jax.performance import random_weights
+from l2s_jax.runtime import gin_config
+from l2s_jax.weights import finite, opening
+from l2s_jax.weights import source as source_lib
+from l2s_jax.weights.formats import huggingface
 
 T5 = helpers.T5_1_1
 
@@ -180,7 +185,7 @@ def test_an_adapter_is_named_with_its_model_and_what_to_do(tmp_path, capsys):
     tmp_path / 'adapter_model.safetensors',
   )
   with pytest.raises(ValueError) as error:
-    weights.open_source(str(tmp_path))
+    opening.open_source(str(tmp_path))
   for words in ('LORA adapter of google-t5/t5-small', 'merge_and_unload'):
     assert words in str(error.value)
   assert (
@@ -221,11 +226,11 @@ def not_finite(folder):
 def load(folder):
   import jax
 
-  source = weights.open_source(str(folder))
+  source = opening.open_source(str(folder))
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   module = l2s.build(source.config)
   shapes = jax.eval_shape(lambda: helpers.random_params(module))
-  return weights.load(source, shapes, jax.tree.map(lambda _: device, shapes))
+  return source_lib.load(source, shapes, jax.tree.map(lambda _: device, shapes))
 
 
 def test_weights_that_are_not_finite_are_refused_unless_asked_for(
@@ -236,7 +241,7 @@ def test_weights_that_are_not_finite_are_refused_unless_asked_for(
     load(folder)
   (setting,) = {w for w in str(error.value).split() if w.startswith('--gin.')}
   binding = setting.removeprefix('--gin.')
-  gin_utils.parse_config([], [binding])
+  gin_config.parse_config([], [binding])
   load(folder)
   assert f'infinity in {name}; they are read all the' in capsys.readouterr().err
 

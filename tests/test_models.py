@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from l2s_jax import decode, generate, parameters, partition
+from l2s_jax.inference import generate, strategies
 from l2s_jax.models import attention, l2s, layers, positions
 from l2s_jax.models import config as config_lib
+from l2s_jax.runtime import partitioning
+from l2s_jax.systems import parameters
 
 
 @pytest.fixture(scope='module', params=helpers.MODULES)
@@ -123,7 +125,7 @@ def test_scanned_and_unrolled_stacks_are_one_model(name):
 @pytest.mark.parametrize('slm', helpers.SLMS)
 def test_parameters_are_stacked_along_layers(slm, scan_layers):
   config = dataclasses.replace(helpers.SLMS[slm], scan_layers=scan_layers)
-  shapes, axes = partition.abstract_params(
+  shapes, axes = partitioning.abstract_params(
     lambda key, batch: l2s.build(config).init(key, batch, deterministic=True),
     jax.random.key(0),
     parameters.example_batch(1, 2, 2),
@@ -143,7 +145,7 @@ def test_every_layer_starts_from_values_of_its_own():
   init = jax.jit(
     lambda key: module.init(key, helpers.random_batch(), deterministic=True)
   )
-  params = partition.unbox(init(jax.random.key(0))['params'])
+  params = partitioning.unbox(init(jax.random.key(0))['params'])
   kernel = params['encoder']['layers']['mlp']['wi']['kernel']
   assert np.abs(kernel[0] - kernel[1]).max() > 0.1
   # Fan-in scaling, and T5's smaller queries in place of 1/sqrt(head_dim).
@@ -454,7 +456,7 @@ def test_lengths_beyond_the_position_table_are_refused_with_both_numbers():
       batch,
     )
   generator = generate.Generator(
-    module, max_decode_len=5, ids=decode.Ids(0, 1, 0)
+    module, max_decode_len=5, ids=strategies.Ids(0, 1, 0)
   )
   with pytest.raises(ValueError, match='20 tokens .* 5 make 25 .* has 24'):
     generator.start(params, batch)

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from l2s_jax import parameters, partition
 from l2s_jax.models import l2s
-from l2s_jax.weights import huggingface, rows
+from l2s_jax.runtime import partitioning
+from l2s_jax.systems import parameters
+from l2s_jax.weights.families import name_table
+from l2s_jax.weights.formats import huggingface
 
 CONFIGS = {
   't5': helpers.T5_1_0,
@@ -64,12 +66,12 @@ def test_a_table_has_a_row_for_every_parameter_and_fills_what_it_names(
 ):
   config = CONFIGS[model_type]
   module = l2s.build(config)
-  shapes, _ = partition.abstract_params(
+  shapes, _ = partitioning.abstract_params(
     lambda key, batch: module.init(key, batch, deterministic=True),
     jax.random.key(0),
     parameters.example_batch(1, 2, 2),
   )
-  sizes = rows.axis_sizes(config)
+  sizes = name_table.axis_sizes(config)
   table = {row.path: row for row in huggingface.FAMILIES[model_type].rows}
   theirs: dict[str, np.ndarray] = {}
   for path, shape in traverse_util.flatten_dict(shapes).items():

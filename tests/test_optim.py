@@ -13,8 +13,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from l2s_jax import checkpoint, gin_utils, optim, train
-from l2s_jax import state as state_lib
+from l2s_jax.runtime import gin_config
+from l2s_jax.training import checkpoint, optim, train
+from l2s_jax.training import state as state_lib
 
 WARM = 'constant * linear_warmup'
 
@@ -299,7 +300,7 @@ def clear_gin():
 
 @pytest.mark.parametrize('name', ['adamw', 'adafactor', 'lion'])
 def test_a_run_names_its_optimizer_and_its_rates(name, clear_gin):
-  gin_utils.parse_config(
+  gin_config.parse_config(
     ['gin_configs/runs/train.gin'],
     [
       f'OPTIMIZER=@{name}()',

@@ -10,7 +10,7 @@ import sys
 import pytest
 import tiny_runs
 
-from l2s_jax import os_errors
+from l2s_jax.runtime import os_errors
 
 
 class Strange(Exception):

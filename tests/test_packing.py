@@ -18,18 +18,14 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from l2s_jax import (
-  checkpoint,
-  data,
-  losses,
-  metric_writer,
-  packing,
-  tasks,
-  train,
-  vocabularies,
-)
-from l2s_jax import state as state_lib
-from l2s_jax.features import seqio
+from l2s_jax.data import batching, packing, streams, tasks
+from l2s_jax.data.features import seqio
+from l2s_jax.evaluation import metric_writer
+from l2s_jax.models import losses
+from l2s_jax.systems import parameters
+from l2s_jax.training import checkpoint, train
+from l2s_jax.vocabularies import loading
+from l2s_jax.weights import saved_steps
 
 # --- rows ---
 
@@ -125,7 +121,7 @@ def sums_and_gradients(module, frozen, trainable, batch):
 
   def loss_fn(trainable):
     logits = module.apply(
-      {'params': state_lib.merge(frozen, trainable)},
+      {'params': parameters.merge(frozen, trainable)},
       batch,
       deterministic=False,
       rngs={'dropout': jax.random.key(0)},  # whose rate is 0
@@ -140,7 +136,7 @@ def sums_and_gradients(module, frozen, trainable, batch):
 
 def add_up(module, batches):
   """Returns sums and gradients of all batches."""
-  frozen, trainable = state_lib.split(helpers.random_params(module), ('llm',))
+  frozen, trainable = parameters.split(helpers.random_params(module), ('llm',))
   found = [
     jax.device_get(sums_and_gradients(module, frozen, trainable, batch))
     for batch in batches
@@ -164,7 +160,7 @@ def test_packed_rows_have_the_losses_and_gradients_of_single_ones(name):
   packed = lay_out(prompts, answers, packing.first_fit(sizes, ROOM), ROOM)
   assert len(packed['encoder_input_tokens']) < 0.7 * NUM_EXAMPLES
   # Of one shape, to compile once.
-  packed = data.pad_rows(packed, NUM_EXAMPLES)
+  packed = batching.pad_rows(packed, NUM_EXAMPLES)
   expected = add_up(module, [single])
   assert expected[0]['loss_weight'] == sizes[:, 1].sum()
   # The angles of later slots round otherwise where positions are rotary.
@@ -194,7 +190,7 @@ def test_shorter_batches_have_the_losses_and_gradients_of_long_ones(name):
       range(len(some)),
       room,
     )
-    return data.pad_rows(rows, NUM_EXAMPLES)  # so that fewer shapes compile
+    return batching.pad_rows(rows, NUM_EXAMPLES)  # so that fewer shapes compile
 
   long, short = (12, 10), (9, 8)
   expected = add_up(module, [batch(is_short | True, long)])
@@ -217,7 +213,7 @@ def task(request, tmp_path_factory, vocabulary):
   if request.param != 'letters':
     shared_data = request.getfixturevalue('shared_data')
     name = {'gpt2': 'gpt2', 'smollm2': 'smollm2/tokenizer.json'}[request.param]
-    answers = vocabularies.load(shared_data / 'tokenizers' / name)
+    answers = loading.load(shared_data / 'tokenizers' / name)
   zero = answers.decode([0]) or '!'
   folder = tmp_path_factory.mktemp(request.param)
   rows = [
@@ -234,7 +230,7 @@ def task(request, tmp_path_factory, vocabulary):
 
 
 def batches_of(task, batch_size=4, **options):
-  return data.train_batches(
+  return streams.train_batches(
     task,
     task_feature_lengths=LENGTHS,
     batch_size=batch_size,
@@ -317,7 +313,7 @@ def test_a_batch_has_the_least_lengths_that_fit_each_of_its_rows(task):
   lengths = [*BUCKETS, tuple(LENGTHS.values())]
   batches = batches_of(task, length_buckets=BUCKETS)
   for batch in itertools.islice(batches, 40):
-    bucket = lengths.index(data.lengths(batch))
+    bucket = lengths.index(batching.lengths(batch))
     seen.add(bucket)
     for value in batch.values():
       assert len(value) == 4
@@ -352,11 +348,11 @@ def test_buckets_that_do_not_grow_are_refused(buckets):
   with pytest.raises(
     ValueError, match=r'LENGTH_BUCKETS=.*TASK_FEATURE_LENGTHS, \(24, 12\)'
   ):
-    data.bucket_lengths(LENGTHS, buckets)
+    streams.bucket_lengths(LENGTHS, buckets)
 
 
 def test_buckets_may_grow_in_one_length_alone():
-  assert data.bucket_lengths(LENGTHS, [[8, 12], [16, 12]]) == [
+  assert streams.bucket_lengths(LENGTHS, [[8, 12], [16, 12]]) == [
     (8, 12),
     (16, 12),
     (24, 12),
@@ -436,9 +432,9 @@ def finish(process):
 
 def trained(run_dir):
   """Returns losses by step, what was saved last, and its place in the data."""
-  folder, _ = checkpoint.params_folder(run_dir, STEPS)
+  folder, _ = saved_steps.params_folder(run_dir, STEPS)
   place = checkpoint.Checkpointer(run_dir).restore_data() or {}
-  names = sorted(checkpoint.array_shapes(folder))
+  names = sorted(saved_steps.array_shapes(folder))
   return (
     {
       step: scores['loss']
@@ -446,7 +442,7 @@ def trained(run_dir):
         run_dir, prefix='train/'
       ).items()
     },
-    checkpoint.read_arrays(folder, names),
+    saved_steps.read_arrays(folder, names),
     place['num_rows'],
   )
 
@@ -458,7 +454,7 @@ def test_a_killed_run_equals_its_unbroken_twin(folder, name):
 
   run = folder / f'{name}-killed'
   process = start(folder, run.name, *BINDINGS[name])
-  while not checkpoint.steps(run) and process.poll() is None:
+  while not saved_steps.steps(run) and process.poll() is None:
     time.sleep(0.01)
   process.kill()
   assert finish(process)[0] == -signal.SIGKILL

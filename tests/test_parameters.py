@@ -8,8 +8,9 @@ import helpers
 import jax
 import pytest
 
-from l2s_jax import integrity, parameters, partition, systems
 from l2s_jax.models import l2s
+from l2s_jax.runtime import integrity, partitioning
+from l2s_jax.systems import parameters, run_folder
 from l2s_jax.weights import converted
 
 MODULE = helpers.MODULES['llm_to_t5_1_0-add-shared']
@@ -27,8 +28,8 @@ def write_llm(folder, seed):
 
 
 def load_frozen(system, **options):
-  mesh_config = partition.MeshConfig(data=1)
-  mesh = partition.make_mesh(mesh_config, jax.devices()[:1])
+  mesh_config = partitioning.MeshConfig(data=1)
+  mesh = partitioning.make_mesh(mesh_config, jax.devices()[:1])
   layout = parameters.layout(system, mesh, mesh_config)
   return parameters.load_frozen(system, layout, **options)
 
@@ -40,7 +41,7 @@ def folders(tmp_path_factory):
   write_llm(folder / 'first', 1)
   write_llm(folder / 'second', 2)
   system, _ = load_frozen(fresh(folder / 'first'))
-  systems.save(system, folder / 'run')
+  run_folder.save(system, folder / 'run')
   return folder
 
 
@@ -65,7 +66,7 @@ def test_the_llm_of_the_run_is_taken_wherever_it_lies(folders, tmp_path):
   moved = tmp_path / 'moved'
   shutil.copytree(folders / 'first', moved)
   system, frozen = load_frozen(
-    systems.load(folders / 'run', llm_path=str(moved))
+    run_folder.load(folders / 'run', llm_path=str(moved))
   )
   again, expected = load_frozen(fresh(folders / 'first'))
   assert system.llm_fingerprint == again.llm_fingerprint
@@ -73,7 +74,7 @@ def test_the_llm_of_the_run_is_taken_wherever_it_lies(folders, tmp_path):
 
 
 def test_evaluation_refuses_another_llm(folders):
-  run = systems.load(folders / 'run', llm_path=str(folders / 'second'))
+  run = run_folder.load(folders / 'run', llm_path=str(folders / 'second'))
   other, _ = load_frozen(fresh(folders / 'second'))
   with pytest.raises(ValueError, match='not the one .* trained with') as error:
     load_frozen(run)
@@ -89,19 +90,19 @@ def test_evaluation_refuses_another_llm(folders):
 
 
 def test_a_resumed_run_refuses_another_llm(folders):
-  description = (folders / 'run' / systems.DESCRIPTION).read_bytes()
-  run = systems.load(folders / 'run')
-  system = systems.pin_llm(fresh(folders / 'second'), folders / 'run')
+  description = (folders / 'run' / run_folder.DESCRIPTION).read_bytes()
+  run = run_folder.load(folders / 'run')
+  system = run_folder.pin_llm(fresh(folders / 'second'), folders / 'run')
   other, _ = load_frozen(system)
   with pytest.raises(ValueError, match='holds another run') as error:
-    systems.save(other, folders / 'run')
+    run_folder.save(other, folders / 'run')
   assert run.llm_fingerprint and other.llm_fingerprint
   assert run.llm_fingerprint in str(error.value)
   assert other.llm_fingerprint in str(error.value)
-  assert (folders / 'run' / systems.DESCRIPTION).read_bytes() == description
+  assert (folders / 'run' / run_folder.DESCRIPTION).read_bytes() == description
 
   same, _ = load_frozen(fresh(folders / 'first'))
-  systems.save(same, folders / 'run')
+  run_folder.save(same, folders / 'run')
 
 
 def test_a_changed_byte_is_found_and_its_tensor_named(
@@ -109,7 +110,7 @@ def test_a_changed_byte_is_found_and_its_tensor_named(
 ):
   copy = tmp_path / 'copy'
   shutil.copytree(folders / 'first', copy)
-  run = systems.load(folders / 'run', llm_path=str(copy))
+  run = run_folder.load(folders / 'run', llm_path=str(copy))
   load_frozen(run)
   path = ('encoder', 'layers', 'mlp', 'wi_0', 'kernel')
   change_a_byte(copy, path)
@@ -124,6 +125,6 @@ def test_a_changed_byte_is_found_and_its_tensor_named(
 
 
 def test_an_llm_that_is_not_there_is_asked_for(folders):
-  run = systems.load(folders / 'run', llm_path=str(folders / 'third'))
+  run = run_folder.load(folders / 'run', llm_path=str(folders / 'third'))
   with pytest.raises(FileNotFoundError, match='third. Set LLM_PATH'):
     load_frozen(run)

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from l2s_jax import weights
 from l2s_jax.models import l2s
+from l2s_jax.models import shapes as shapes_lib
+from l2s_jax.weights import opening
+from l2s_jax.weights import source as source_lib
 
 NUM_TOKENS = 32
 START_ID = 7
@@ -208,18 +210,18 @@ def save_pretrained(folder, config_json, model_class, **options):
 
 
 def load_model(folder):
-  source = weights.open_source(str(folder))
+  source = opening.open_source(str(folder))
   return l2s.build(source.config), load(
-    source, weights.shapes_of(source.config)
+    source, shapes_lib.of_model(source.config)
   )
 
 
 def load_encoder(folder):
   """Returns what LLM-to-SLM keeps of an LLM."""
-  source = weights.open_source(str(folder))
+  source = opening.open_source(str(folder))
   shapes = {
     path: shape
-    for path, shape in weights.shapes_of(source.config).items()
+    for path, shape in shapes_lib.of_model(source.config).items()
     if path[0] in ('token_embedder', 'encoder')
   }
   return l2s.build_reader(source.config), load(source, shapes)
@@ -227,7 +229,7 @@ def load_encoder(folder):
 
 def load(source, shapes):
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return weights.load(
+  return source_lib.load(
     source,
     traverse_util.unflatten_dict(dict(shapes)),
     traverse_util.unflatten_dict(dict.fromkeys(shapes, device)),

@@ -19,29 +19,25 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from l2s_jax import (
-  gin_utils,
-  optim,
-  parameters,
-  partition,
-  systems,
-)
-from l2s_jax import state as state_lib
 from l2s_jax.models import l2s, layers
+from l2s_jax.runtime import gin_config, partitioning
+from l2s_jax.systems import builders, parameters
+from l2s_jax.training import optim
+from l2s_jax.training import state as state_lib
 
 MESHES = pathlib.Path(__file__).parent.parent / 'gin_configs' / 'meshes'
 
 # The LLM's weights over `fsdp` alone.
 FSDP_ONLY = dict.fromkeys(['vocab', 'heads', 'kv_heads', 'mlp'])
-CUBE = partition.MeshConfig(data=2, fsdp=2, tensor=2, llm_rules=FSDP_ONLY)
+CUBE = partitioning.MeshConfig(data=2, fsdp=2, tensor=2, llm_rules=FSDP_ONLY)
 
 
 def entered(mesh_config):
   """Returns mesh and the context that `train` enters around its work."""
-  mesh = partition.make_mesh(mesh_config)
+  mesh = partitioning.make_mesh(mesh_config)
   stack = contextlib.ExitStack()
-  stack.enter_context(partition.use_mesh(mesh))
-  stack.enter_context(partition.axis_rules(mesh_config.rules('slm')))
+  stack.enter_context(partitioning.use_mesh(mesh))
+  stack.enter_context(partitioning.axis_rules(mesh_config.rules('slm')))
   return mesh, stack
 
 
@@ -94,14 +90,14 @@ def tpu_slices(num_slices, kind, *bounds):
   ],
 )
 def test_the_outermost_axis_goes_over_the_slow_network(shape, slices):
-  devices = partition.arrange(shape, gpu_nodes(2, 4))
+  devices = partitioning.arrange(shape, gpu_nodes(2, 4))
   found = np.vectorize(lambda device: device.slice_index)(devices)
   np.testing.assert_array_equal(found, slices)
   assert len({device.id for device in devices.flat}) == 8
 
 
 def test_several_axes_share_the_slices_that_one_does_not_divide():
-  devices = partition.arrange((2, 6, 1), gpu_nodes(6, 2))
+  devices = partitioning.arrange((2, 6, 1), gpu_nodes(6, 2))
   slices = np.vectorize(lambda device: device.slice_index)(devices)[..., 0]
   # `data` splits the six in two; `fsdp` has three of them, two GPUs of each.
   assert slices.tolist() == [[0, 0, 1, 1, 2, 2], [3, 3, 4, 4, 5, 5]]
@@ -122,12 +118,12 @@ PRESETS = {
 def test_presets_lie_in_their_networks(name):
   devices, shape = PRESETS[name]
   path = MESHES / f'{name.split()[-1]}.gin'
-  gin_utils.parse_config([str(path)], [])
+  gin_config.parse_config([str(path)], [])
   config = gin.get_configurable('MeshConfig')()
-  assert partition.fit(config, len(devices)) == shape
+  assert partitioning.fit(config, len(devices)) == shape
   multiple = re.search(r'BATCH_SIZE: multiples of (\d+)', path.read_text())
   assert multiple and shape[0] * shape[1] % int(multiple[1]) == 0
-  arranged = partition.arrange(shape, devices)
+  arranged = partitioning.arrange(shape, devices)
   for group in arranged[:, :, 0]:  # Layers are gathered within.
     assert len({device.slice_index for device in group}) == 1
     coords = np.array([device.coords for device in group])
@@ -140,13 +136,13 @@ def test_presets_lie_in_their_networks(name):
 
 def test_parameters_and_slots_are_really_spread():
   system = helpers.system(helpers.llm_to_slm('t5_1_1', 'add', 'shared'))
-  mesh = partition.make_mesh(CUBE)
+  mesh = partitioning.make_mesh(CUBE)
   layout = parameters.layout(system, mesh, CUBE)
-  _, shapes = state_lib.split(layout.shapes, system.frozen)
-  _, shardings = state_lib.split(layout.shardings, system.frozen)
+  _, shapes = parameters.split(layout.shapes, system.frozen)
+  _, shardings = parameters.split(layout.shardings, system.frozen)
   adam = optim.adamw().make({})
   _, shardings = state_lib.shardings(shapes, shardings, adam, mesh)
-  _, trainable = state_lib.split(
+  _, trainable = parameters.split(
     helpers.random_params(system.module), system.frozen
   )
   state = jax.device_put(state_lib.create(trainable, adam, 0), shardings)
@@ -169,7 +165,7 @@ def test_parameters_and_slots_are_really_spread():
 def test_the_llm_follows_rules_of_its_own():
   module = helpers.llm_to_slm('t5_1_1', 'add', 'shared')
   shardings = parameters.layout(
-    helpers.system(module), partition.make_mesh(CUBE), CUBE
+    helpers.system(module), partitioning.make_mesh(CUBE), CUBE
   ).shardings
   llm = shardings['llm']['encoder']['layers']['mlp']['wi_0']['kernel'].spec
   assert llm == PartitionSpec(None, 'fsdp', None)
@@ -192,7 +188,7 @@ def test_the_llms_activations_follow_its_rules_too():
     with context:
       layout = parameters.layout(system, mesh, mesh_config)
       program = jax.make_jaxpr(
-        lambda params, batch: systems.with_rules(
+        lambda params, batch: builders.with_rules(
           system, mesh_config
         ).module.apply({'params': params}, batch, method='encode_prompt')
       )(layout.shapes, parameters.example_batch(8, 7, 6))
@@ -209,19 +205,19 @@ def test_no_device_looks_up_the_embeddings_of_the_whole_batch(
   data, fsdp, tensor
 ):
   """Though features and rows are split over the same devices."""
-  mesh, context = entered(partition.MeshConfig(data, fsdp, tensor))
+  mesh, context = entered(partitioning.MeshConfig(data, fsdp, tensor))
   config = dataclasses.replace(helpers.T5_1_0, emb_dim=64)
   embed = layers.token_embed(config)
-  table = partition.param_shardings(
+  table = partitioning.param_shardings(
     {'slm': jax.ShapeDtypeStruct((264, 64), jnp.float32)},
     {'slm': PartitionSpec('vocab', 'embed')},
     mesh,
-    partition.MeshConfig(),
+    partitioning.MeshConfig(),
   )['slm']
 
   def loss(table, ids):
     x = embed.apply({'params': {'embedding': table}}, ids)
-    x = partition.constrain(x, ('batch', 'length', 'embed'))
+    x = partitioning.constrain(x, ('batch', 'length', 'embed'))
     return jnp.sum(jnp.tanh(x))
 
   with context:
@@ -230,7 +226,7 @@ def test_no_device_looks_up_the_embeddings_of_the_whole_batch(
       .lower(
         jax.ShapeDtypeStruct((264, 64), jnp.float32, sharding=table),
         jax.ShapeDtypeStruct(
-          (32, 16), jnp.int32, sharding=partition.batch_sharding(mesh)
+          (32, 16), jnp.int32, sharding=partitioning.batch_sharding(mesh)
         ),
       )
       .compile()
@@ -246,7 +242,7 @@ def test_no_device_looks_up_the_embeddings_of_the_whole_batch(
 def test_a_vocabulary_that_does_not_divide_stays_whole(vocab_size, axis):
   config = dataclasses.replace(helpers.GPT2, vocab_size=vocab_size)
   layout = parameters.layout(
-    helpers.system(l2s.build(config)), partition.make_mesh(CUBE), CUBE
+    helpers.system(l2s.build(config)), partitioning.make_mesh(CUBE), CUBE
   )
   table = layout.shardings['token_embedder']['embedding']
   assert table.spec == PartitionSpec(axis, 'fsdp')
@@ -270,7 +266,7 @@ def test_meshes_that_do_not_fit_are_refused_with_the_nearest(sizes, nearest):
   asked = asked if len(sizes) == 3 else asked.split(', ')[-1]
   message = f'MeshConfig has .*{asked}.*devices, 8. The nearest .* {nearest}\\.'
   with pytest.raises(ValueError, match=message):
-    partition.make_mesh(partition.MeshConfig(**sizes))
+    partitioning.make_mesh(partitioning.MeshConfig(**sizes))
 
 
 @pytest.mark.parametrize(
@@ -283,13 +279,13 @@ def test_meshes_that_do_not_fit_are_refused_with_the_nearest(sizes, nearest):
 )
 def test_sizes_that_mean_nothing_are_refused(sizes, message):
   with pytest.raises(ValueError, match=message):
-    partition.make_mesh(partition.MeshConfig(**sizes))
+    partitioning.make_mesh(partitioning.MeshConfig(**sizes))
 
 
 def test_minus_one_takes_the_devices_that_are_left():
-  mesh = partition.make_mesh(partition.MeshConfig(fsdp=2))
+  mesh = partitioning.make_mesh(partitioning.MeshConfig(fsdp=2))
   assert dict(mesh.shape) == {'data': 4, 'fsdp': 2, 'tensor': 1}
-  mesh = partition.make_mesh(partition.MeshConfig(data=2, tensor=-1))
+  mesh = partitioning.make_mesh(partitioning.MeshConfig(data=2, tensor=-1))
   assert dict(mesh.shape) == {'data': 2, 'fsdp': 1, 'tensor': 4}
 
 
@@ -307,7 +303,7 @@ def test_minus_one_takes_the_devices_that_are_left():
 def test_batches_that_do_not_divide_are_refused(
   batch_size, num_microbatches, nearest
 ):
-  mesh = partition.make_mesh(CUBE)
+  mesh = partitioning.make_mesh(CUBE)
   parts = f' in NUM_MICROBATCHES={num_microbatches} parts'
   message = (
     f'BATCH_SIZE={batch_size}{parts if num_microbatches > 1 else ""} does not '
@@ -315,11 +311,11 @@ def test_batches_that_do_not_divide_are_refused(
     f'{nearest}\\.'
   )
   with pytest.raises(ValueError, match=message):
-    partition.check_batch_size(
+    partitioning.check_batch_size(
       batch_size, mesh, num_microbatches=num_microbatches
     )
   for size in nearest.split(' or '):
-    partition.check_batch_size(
+    partitioning.check_batch_size(
       int(size), mesh, num_microbatches=num_microbatches
     )
 
@@ -329,10 +325,10 @@ def test_parameters_that_do_not_divide_are_all_listed():
     helpers.T5_1_0, vocab_size=257, mlp_dim=34, num_heads=6
   )
   module = helpers.MODULES['t5_1_0'].clone(config=config)
-  mesh_config = partition.MeshConfig(data=2, tensor=4)
+  mesh_config = partitioning.MeshConfig(data=2, tensor=4)
   with pytest.raises(ValueError) as error:
     parameters.layout(
-      helpers.system(module), partition.make_mesh(mesh_config), mesh_config
+      helpers.system(module), partitioning.make_mesh(mesh_config), mesh_config
     )
   message = str(error.value)
   assert 'decoder/layers/mlp/wi/kernel (2, 16, 34): 34 does not' in message
@@ -341,9 +337,9 @@ def test_parameters_that_do_not_divide_are_all_listed():
   # Keys stay whole, and so does the vocabulary.
   assert 'key/kernel' not in message and '257' not in message
   assert 'all of them, and the devices: tensor=2. Set MeshConfig' in message
-  smaller = partition.MeshConfig(data=4, tensor=2)
+  smaller = partitioning.MeshConfig(data=4, tensor=2)
   parameters.layout(
-    helpers.system(module), partition.make_mesh(smaller), smaller
+    helpers.system(module), partitioning.make_mesh(smaller), smaller
   )
 
 
@@ -357,7 +353,7 @@ def test_parameters_that_do_not_divide_are_all_listed():
 )
 def test_rules_of_unknown_axes_are_refused(rules, message):
   with pytest.raises(ValueError, match=message):
-    partition.MeshConfig(llm_rules=rules)
+    partitioning.MeshConfig(llm_rules=rules)
 
 
 @pytest.mark.parametrize('num_kv_heads, axis', [(2, 'tensor'), (1, None)])
@@ -366,7 +362,7 @@ def test_few_heads_of_keys_and_values_stay_whole(num_kv_heads, axis):
     helpers.LLAMA, num_heads=6, num_kv_heads=num_kv_heads
   )
   layout = parameters.layout(
-    helpers.system(l2s.build(config)), partition.make_mesh(CUBE), CUBE
+    helpers.system(l2s.build(config)), partitioning.make_mesh(CUBE), CUBE
   )
   attention = layout.shardings['decoder']['layers']['self_attention']
   assert attention['query']['kernel'].spec == PartitionSpec(
@@ -379,29 +375,29 @@ def test_few_heads_of_keys_and_values_stay_whole(num_kv_heads, axis):
 
 
 def test_put_batch_splits_rows_over_data_and_fsdp():
-  mesh = partition.make_mesh(CUBE)
+  mesh = partitioning.make_mesh(CUBE)
   rows = np.arange(16, dtype=np.int32).reshape(8, 2)
-  batch = partition.put_batch({'x': rows}, mesh)
+  batch = partitioning.put_batch({'x': rows}, mesh)
   np.testing.assert_array_equal(batch['x'], rows)
   assert {s.data.shape for s in batch['x'].addressable_shards} == {(2, 2)}
 
 
 def test_bytes_per_device_counts_one_shard():
-  mesh = partition.make_mesh(CUBE)
+  mesh = partitioning.make_mesh(CUBE)
   shapes = {
     'split': jax.ShapeDtypeStruct((8, 6), jnp.float32),
     'whole': jax.ShapeDtypeStruct((5,), jnp.bfloat16),
   }
   shardings = {
     'split': jax.NamedSharding(mesh, PartitionSpec(('data', 'fsdp'), 'tensor')),
-    'whole': partition.replicated(mesh),
+    'whole': partitioning.replicated(mesh),
   }
-  assert partition.bytes_per_device(shapes, shardings) == 2 * 3 * 4 + 5 * 2
+  assert partitioning.bytes_per_device(shapes, shardings) == 2 * 3 * 4 + 5 * 2
 
 
 @pytest.mark.parametrize('name', helpers.MODULES)
 def test_every_axis_of_a_parameter_has_a_rule(name):
-  _, axes = partition.abstract_params(
+  _, axes = partitioning.abstract_params(
     functools.partial(helpers.MODULES[name].init, deterministic=True),
     jax.random.key(0),
     parameters.example_batch(1, 2, 2),
@@ -412,21 +408,21 @@ def test_every_axis_of_a_parameter_has_a_rule(name):
   ):
     assert None not in spec
     used |= set(spec)
-  assert used <= {axis for axis, _ in partition.DEFAULT_RULES}
+  assert used <= {axis for axis, _ in partitioning.DEFAULT_RULES}
   assert {'embed', 'vocab', 'heads', 'kv', 'mlp', 'layers'} <= used
 
 
 def test_rules_replace_those_of_their_axis():
-  config = partition.MeshConfig(
+  config = partitioning.MeshConfig(
     llm_rules={'mlp': None, 'embed': ['data', 'fsdp']}
   )
   rules = config.rules('llm')
   assert [name for name, _ in rules] == [
-    name for name, _ in partition.DEFAULT_RULES
+    name for name, _ in partitioning.DEFAULT_RULES
   ]
-  assert dict(rules) == dict(partition.DEFAULT_RULES) | {
+  assert dict(rules) == dict(partitioning.DEFAULT_RULES) | {
     'mlp': None,
     'embed': ('data', 'fsdp'),
   }
-  assert config.rules('slm') == partition.DEFAULT_RULES
-  assert config.rules('projector') == partition.DEFAULT_RULES
+  assert config.rules('slm') == partitioning.DEFAULT_RULES
+  assert config.rules('projector') == partitioning.DEFAULT_RULES

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from l2s_jax import peers, random_weights
+from l2s_jax.interop import to_huggingface
 from l2s_jax.models import l2s
-from l2s_jax.weights import to_huggingface
+from l2s_jax.performance import peers, random_weights
 
 CONFIGS = {
   't5_1_0': helpers.T5_1_0,

@@ -7,7 +7,9 @@ import json
 import helpers
 import pytest
 
-from l2s_jax import answerer, partition, pipeline, prompts, text_files
+from l2s_jax.data import text_files
+from l2s_jax.inference import answerer, pipeline, prompts
+from l2s_jax.runtime import partitioning
 
 BAD = text_files.BadLine('in', 1, 'is empty')
 
@@ -16,8 +18,10 @@ BAD = text_files.BadLine('in', 1, 'is empty')
 def answers():
   module = helpers.MODULES['t5_1_1']
   with (
-    partition.use_mesh(mesh := partition.make_mesh(partition.MeshConfig())),
-    partition.axis_rules(partition.DEFAULT_RULES),
+    partitioning.use_mesh(
+      mesh := partitioning.make_mesh(partitioning.MeshConfig())
+    ),
+    partitioning.axis_rules(partitioning.DEFAULT_RULES),
   ):
     yield answerer.PromptAnswerer(
       helpers.system(module),

@@ -12,17 +12,16 @@ import sys
 
 import pytest
 
-from l2s_jax import (
-  chips,
+from l2s_jax.models import config as config_lib
+from l2s_jax.performance import (
   hlo_costs,
-  optim,
-  partition,
+  pod_compiler,
   precompile,
   precompile_report,
-  precompiler,
-  systems,
 )
-from l2s_jax.models import config as config_lib
+from l2s_jax.runtime import chips, partitioning
+from l2s_jax.systems import system
+from l2s_jax.training import optim
 
 HAS_LIBTPU = importlib.util.find_spec('libtpu') is not None
 needs_libtpu = pytest.mark.skipif(
@@ -42,15 +41,15 @@ SLM = config_lib.TransformerConfig(
 )
 LLM = dataclasses.replace(SLM, emb_dim=384, num_encoder_layers=6)
 LENGTHS = {'inputs': 128, 'targets': 128}
-FSDP = partition.MeshConfig(data=2, fsdp=4)
+FSDP = partitioning.MeshConfig(data=2, fsdp=4)
 V5E = chips.CHIPS['v5e']
 
 
 def run(**settings):
   given = {
     'topology': 'v5e:2x4',
-    'llm': systems.Tower(config=LLM),
-    'slm': systems.Tower(config=SLM),
+    'llm': system.Tower(config=LLM),
+    'slm': system.Tower(config=SLM),
     'task_feature_lengths': LENGTHS,
     'batch_size': 64,
     'optimizer': optim.adamw(),
@@ -125,7 +124,7 @@ def test_refuses_before_it_compiles(settings, message, capsys):
 @needs_libtpu
 def test_a_dry_run_says_what_arguments_take(capsys):
   wide = dataclasses.replace(SLM, mlp_dim=2**18)
-  assert run(slm=systems.Tower(config=wide), dry_run=True) == []
+  assert run(slm=system.Tower(config=wide), dry_run=True) == []
   printed = capsys.readouterr().out
   # 0.54 billion parameters of the SLM over four shards, and AdamW's moments.
   assert 'trainable 0.50 GiB, optimizer 1.00 GiB, batch 0.00 GiB' in printed
@@ -138,8 +137,8 @@ def test_says_what_fits_instead():
   with pytest.raises(ValueError, match='does not fit on v5e:2x4') as caught:
     run(
       llm=None,
-      slm=systems.Tower(config=wide),
-      mesh=partition.MeshConfig(),
+      slm=system.Tower(config=wide),
+      mesh=partitioning.MeshConfig(),
       batch_size=8,
       task_feature_lengths={'inputs': 16, 'targets': 16},
       program_names=('train',),
@@ -156,7 +155,7 @@ def test_says_what_fits_instead():
 
 def test_reads_the_compilers_error():
   """As libtpu 0.0.42 writes it."""
-  row = precompiler.out_of_memory(
+  row = pod_compiler.out_of_memory(
     'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required '
     'for HLO temporaries (31.50G) exceeds available HBM (15.75G).',
     V5E,
@@ -164,15 +163,17 @@ def test_reads_the_compilers_error():
   assert not row['fits']
   assert row['peak_bytes'] == 31.5 * chips.GIB
   assert row['free_fraction'] == -1
-  row = precompiler.out_of_memory('HLO temporaries (1.25T) exceeds', V5E)
+  row = pod_compiler.out_of_memory('HLO temporaries (1.25T) exceeds', V5E)
   assert row['peak_bytes'] == 1280 * chips.GIB
   with pytest.raises(ValueError, match='which'):
-    precompiler.out_of_memory('RESOURCE_EXHAUSTED: of patience', V5E)
+    pod_compiler.out_of_memory('RESOURCE_EXHAUSTED: of patience', V5E)
 
 
 def test_neighbours_need_less_and_less():
-  setting = precompiler.Setting(64, partition.MeshConfig(4, 1, 2), 1, 'none')
-  found = list(precompiler.neighbours(setting, 8))
+  setting = pod_compiler.Setting(
+    64, partitioning.MeshConfig(4, 1, 2), 1, 'none'
+  )
+  found = list(pod_compiler.neighbours(setting, 8))
   assert [str(x) for x in found] == [
     f'BATCH_SIZE={batch}, NUM_MICROBATCHES={parts}, REMAT={remat!r}, '
     'MeshConfig(data=1, fsdp=4, tensor=2)'
@@ -201,7 +202,7 @@ ENTRY %main (x: f32[64]) -> f32[128] {
   ROOT %z = f32[128]{0} fusion(%y), kind=kLoop, calls=%fused
 }
 """
-  assert precompiler.largest_temporaries(text) == [
+  assert pod_compiler.largest_temporaries(text) == [
     {'name': 'fusion', 'shape': '[128]', 'bytes': 512},
     {'name': 'model/y', 'shape': '[64]', 'bytes': 256},
   ]
@@ -211,7 +212,7 @@ def test_collectives_that_are_alike_are_a_row():
   def collective(kind, count, num_bytes, devices=(0, 1)):
     return hlo_costs.Collective(kind, devices, (4,), num_bytes, count, 'mlp')
 
-  rows = precompiler.by_kind(
+  rows = pod_compiler.by_kind(
     [
       collective('all-reduce', 2, 10.0),
       collective('all-gather', 24, 4.0),

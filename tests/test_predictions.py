@@ -5,7 +5,9 @@ import json
 
 import pytest
 
-from l2s_jax import metrics, predictions, prompts, text_files
+from l2s_jax.data import text_files
+from l2s_jax.inference import predictions, prompts
+from l2s_jax.metrics import metric_fns
 
 RECORDS = [
   predictions.answered({'prompt': 'a', 'id': 1}, 'A ș', False),
@@ -166,7 +168,7 @@ def test_scores_are_of_answered_lines_with_a_target():
   targets = ['a b c d f', ['g h', 'x'], 'cut']
   answers = ['a b c d e', 'g h', 'cut']
   found = predictions.score(
-    iter(records), [metrics.bleu, metrics.exact_match], 'target'
+    iter(records), [metric_fns.bleu, metric_fns.exact_match], 'target'
   )
   assert found == {
     'num_lines': 5,
@@ -174,19 +176,19 @@ def test_scores_are_of_answered_lines_with_a_target():
     'num_scored': 3,
     'num_truncated_prompts': 1,
     'scores': {
-      **metrics.bleu(targets, answers),
+      **metric_fns.bleu(targets, answers),
       'exact_match': pytest.approx(200 / 3),
     },
-    'signatures': {'bleu': metrics.bleu_signature(None)},
+    'signatures': {'bleu': metric_fns.bleu_signature(None)},
   }
   found = predictions.score(
-    records[:1], [metrics.chrf, metrics.rouge], 'target'
+    records[:1], [metric_fns.chrf, metric_fns.rouge], 'target'
   )
-  assert found['signatures'] == metrics.signatures(
-    [metrics.chrf, metrics.rouge], ['a b c d f']
+  assert found['signatures'] == metric_fns.signatures(
+    [metric_fns.chrf, metric_fns.rouge], ['a b c d f']
   )
   assert {'chrf', 'rouge1'} <= found['scores'].keys()
-  nothing = predictions.score([], [metrics.bleu], 'target')
+  nothing = predictions.score([], [metric_fns.bleu], 'target')
   assert (nothing['num_scored'], nothing['scores']) == (0, {})
 
 

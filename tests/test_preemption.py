@@ -18,7 +18,10 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny_runs
 
-from l2s_jax import checkpoint, metric_writer, preemption
+from l2s_jax.evaluation import metric_writer
+from l2s_jax.runtime import preemption
+from l2s_jax.training import checkpoint
+from l2s_jax.weights import saved_steps
 
 STEPS = 300
 
@@ -81,13 +84,13 @@ def assert_same_run(found, expected):
   """Parameters, optimizer, data position, losses, scores: all bits."""
   assert losses(found) == losses(expected)
   assert evaluations(found) == evaluations(expected)
-  assert json.loads((found / checkpoint.BEST).read_text()) == json.loads(
-    (expected / checkpoint.BEST).read_text()
+  assert json.loads((found / saved_steps.BEST).read_text()) == json.loads(
+    (expected / saved_steps.BEST).read_text()
   )
   for item in ('params', 'optimizer'):
     with ocp.StandardCheckpointer() as checkpointer:
       trees = [
-        checkpointer.restore(run / checkpoint.FOLDER / str(STEPS) / item)
+        checkpointer.restore(run / saved_steps.FOLDER / str(STEPS) / item)
         for run in (found, expected)
       ]
     helpers.assert_trees_equal(*trees)
@@ -137,7 +140,7 @@ def test_sigterm_between_steps_saves_the_last_one(folder):
   process.terminate()  # A second one harms nothing.
   output = finish(process, preemption.EXIT_CODE)
   assert 'Exception' not in output and 'Traceback' not in output
-  (step,) = checkpoint.steps(run)
+  (step,) = saved_steps.steps(run)
   assert step >= losses(run)[-1][0] >= 15
   assert f'Saved step {step}.' in output
   assert evaluations(run) == {}
@@ -152,7 +155,7 @@ def test_ctrl_c_between_steps_saves_the_last_one_and_is_no_preemption(
   process.send_signal(signal.SIGINT)
   output = finish(process, preemption.INTERRUPTED)
   assert 'Exception' not in output and 'Traceback' not in output
-  (step,) = checkpoint.steps(run)
+  (step,) = saved_steps.steps(run)
   assert step >= losses(run)[-1][0] >= 15
   assert f'Saved step {step}. Start again to go on from there.' in output
   finish(start(folder, 'interrupted'), 0)
@@ -186,7 +189,7 @@ def test_sigterm_while_evaluating_keeps_the_step_and_evaluates_it_again(
 ):
   run = folder / 'evaluating'
   process = start(folder, 'evaluating')
-  wait_for(process, lambda: 200 in checkpoint.steps(run))
+  wait_for(process, lambda: 200 in saved_steps.steps(run))
   process.terminate()
   process.communicate(timeout=120)
   assert process.returncode == preemption.EXIT_CODE
@@ -215,11 +218,11 @@ def test_what_is_not_finite_stops_the_run(folder, learning_rate):
   assert 'Traceback' not in output and 'configurable' not in output
   batch = np.load(path)
   assert batch['decoder_target_tokens'].shape == (8, 32)
-  assert checkpoint.steps(run) == list(range(1, step))[-3:]
-  for saved in checkpoint.steps(run):
-    params, _ = checkpoint.params_folder(run, saved)
-    arrays = checkpoint.read_arrays(
-      params, list(checkpoint.array_shapes(params))
+  assert saved_steps.steps(run) == list(range(1, step))[-3:]
+  for saved in saved_steps.steps(run):
+    params, _ = saved_steps.params_folder(run, saved)
+    arrays = saved_steps.read_arrays(
+      params, list(saved_steps.array_shapes(params))
     )
     assert all(np.isfinite(array).all() for array in arrays.values())
 

@@ -10,11 +10,16 @@ import gin
 import helpers
 import pytest
 
-from l2s_jax import gin_utils, systems, vocabularies, weights
+from l2s_jax.interop import to_huggingface
 from l2s_jax.models import l2s
-from l2s_jax.weights import huggingface, to_huggingface
+from l2s_jax.models import shapes as shapes_lib
+from l2s_jax.runtime import gin_config
+from l2s_jax.systems import builders
+from l2s_jax.systems import system as system_lib
+from l2s_jax.vocabularies import sentencepiece
+from l2s_jax.weights.formats import huggingface
 
-MODELS = gin_utils.REPO_ROOT / 'gin_configs' / 'models'
+MODELS = gin_config.REPO_ROOT / 'gin_configs' / 'models'
 
 # Files that bind systems, not models.
 SYSTEMS = {
@@ -309,7 +314,7 @@ def clear_gin():
 
 def parse(*names, bindings=()):
   files = [str(MODELS / f'{name}.gin') for name in names]
-  return gin_utils.parse_config(files, bindings)
+  return gin_config.parse_config(files, bindings)
 
 
 def test_every_preset_is_tested():
@@ -320,12 +325,12 @@ def test_every_preset_is_tested():
 def load_preset(name):
   parse('slm_baseline', name, bindings=[f'SLM=%{name.upper()}'])
   with gin.config_scope('slm'):
-    return gin.get_configurable(systems.Tower)().load_config()
+    return gin.get_configurable(system_lib.Tower)().load_config()
 
 
 @pytest.mark.parametrize('name', NUM_PARAMETERS)
 def test_a_preset_has_as_many_parameters_as_the_released_model(name):
-  shapes = weights.shapes_of(load_preset(name)).values()
+  shapes = shapes_lib.of_model(load_preset(name)).values()
   assert sum(math.prod(x.shape) for x in shapes) == NUM_PARAMETERS[name]
 
 
@@ -341,7 +346,7 @@ def test_a_preset_is_what_the_released_config_json_says(name):
 def vocabulary(tmp_path):
   path = tmp_path / 'spiece.model'
   text = [f'the {n} small cats sat on a mat' for n in range(100, 400)]
-  vocabularies.train_sentencepiece(text, path, vocab_size=40)
+  sentencepiece.train(text, path, vocab_size=40)
   return str(path)
 
 
@@ -398,7 +403,7 @@ def test_a_hugging_face_folder_brings_config_and_tokenizer(vocabulary):
 def test_llm_to_slm_must_be_told_where_its_llm_is():
   required = parse('llm_to_slm').required
   with pytest.raises(ValueError, match='add --gin.LLM_PATH=VALUE'):
-    gin_utils.check_required(systems.llm_to_slm_system, (), required)
+    gin_config.check_required(builders.llm_to_slm_system, (), required)
 
 
 @pytest.mark.parametrize('tower', ['LLM', 'SLM'])
@@ -421,5 +426,5 @@ def test_a_later_file_sets_what_an_earlier_one_left_open(tmp_path, vocabulary):
     f"include '{MODELS}/slm_baseline.gin'\n"
     f"SLM = %T5_SMALL\nSLM_VOCABULARY = '{vocabulary}'\nDROPOUT_RATE = 0.2\n"
   )
-  gin_utils.parse_config([str(experiment)], ['DROPOUT_RATE=0.5'])
+  gin_config.parse_config([str(experiment)], ['DROPOUT_RATE=0.5'])
   assert make_model().module.config.dropout_rate == 0.5

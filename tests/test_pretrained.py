@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from l2s_jax import parameters, partition, weights
 from l2s_jax.models import l2s
+from l2s_jax.runtime import partitioning
+from l2s_jax.systems import parameters
+from l2s_jax.weights import opening
+from l2s_jax.weights import source as source_lib
 
 NUM_TOKENS = 48
 
@@ -82,15 +85,15 @@ def stories(shared_data, tmp_path_factory):
     {key: np.ascontiguousarray(value) for key, value in tensors.items()},
     folder / 'model.safetensors',
   )
-  model = l2s.build(weights.open_source(str(folder)).config)
-  shapes, _ = partition.abstract_params(
+  model = l2s.build(opening.open_source(str(folder)).config)
+  shapes, _ = partitioning.abstract_params(
     lambda key, batch: model.init(key, batch, deterministic=True),
     jax.random.key(0),
     parameters.example_batch(1, 2, 2),
   )
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  params, _ = weights.load(
-    weights.open_source(str(folder)),
+  params, _ = source_lib.load(
+    opening.open_source(str(folder)),
     shapes,
     jax.tree.map(lambda _: device, shapes),
   )

@@ -4,7 +4,7 @@
 import jax.numpy as jnp
 import pytest
 
-from l2s_jax import profiling
+from l2s_jax.runtime import profiling
 
 
 def test_the_chosen_steps_are_traced(tmp_path):

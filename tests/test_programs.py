@@ -8,16 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from l2s_jax import (
-  costs,
-  hlo_costs,
-  optim,
-  parameters,
-  partition,
-  programs,
-  systems,
-)
 from l2s_jax.models import config as config_lib
+from l2s_jax.models import flops
+from l2s_jax.performance import hlo_costs, programs
+from l2s_jax.runtime import partitioning
+from l2s_jax.systems import parameters, system
+from l2s_jax.training import optim
 
 LENGTHS = {'inputs': 32, 'targets': 16}
 BATCH_SIZE = 16
@@ -56,7 +52,7 @@ MODELS = {
 
 
 def laid_out(models, mesh_config, remat='none'):
-  mesh = partition.make_mesh(mesh_config)
+  mesh = partitioning.make_mesh(mesh_config)
   return programs.Programs(models.system(remat), mesh, mesh_config, LENGTHS)
 
 
@@ -69,7 +65,7 @@ def laid_out(models, mesh_config, remat='none'):
 )
 def test_train_step(name, mesh, num_microbatches):
   """Has the FLOPs of its layers, each as often as it runs; gives state up."""
-  found = laid_out(MODELS[name], partition.MeshConfig(*mesh))
+  found = laid_out(MODELS[name], partitioning.MeshConfig(*mesh))
   program = found.train_step(optim.adamw(), BATCH_SIZE, num_microbatches)
   compiled = program.lowered.compile()
   read = hlo_costs.count(compiled.as_text())
@@ -84,14 +80,14 @@ def test_train_step(name, mesh, num_microbatches):
 
 
 def test_remat_computes_layers_twice():
-  found = laid_out(MODELS['t5'], partition.MeshConfig(), 'full')
+  found = laid_out(MODELS['t5'], partitioning.MeshConfig(), 'full')
   program = found.train_step(optim.adamw(), BATCH_SIZE)
   read = hlo_costs.count(program.lowered.compile().as_text())
   # All of a forward pass but the head, and what no gradient asks for.
   prompt, answer = LENGTHS['inputs'], LENGTHS['targets']
   module = MODELS['t5'].system().module
-  forward = costs.prompt_flops(module, prompt) + answer * (
-    costs.token_flops(SLM, prompt, answer) - 2 * SLM.vocab_size * SLM.emb_dim
+  forward = flops.prompt_flops(module, prompt) + answer * (
+    flops.token_flops(SLM, prompt, answer) - 2 * SLM.vocab_size * SLM.emb_dim
   )
   more = (read.flops * 8 - program.model_flops) / BATCH_SIZE
   assert 0.75 * forward < more < forward
@@ -99,7 +95,7 @@ def test_remat_computes_layers_twice():
 
 @pytest.mark.parametrize('name', ['t5_to_t5', 't5_to_llama'])
 def test_generation(name):
-  found = laid_out(MODELS[name], partition.MeshConfig(data=4, tensor=2))
+  found = laid_out(MODELS[name], partitioning.MeshConfig(data=4, tensor=2))
   prefill, loop = found.generation(8, 'float32')
   compiled = prefill.lowered.compile()
   read = hlo_costs.count(compiled.as_text())
@@ -114,7 +110,7 @@ def test_generation(name):
 @pytest.mark.parametrize('shape', [(2, 4, 1), (2, 2, 2)])
 def test_lookups_gather_no_table(shape):
   """Devices send one another what was looked up, and keep their features."""
-  found = laid_out(MODELS['t5_to_t5'], partition.MeshConfig(*shape))
+  found = laid_out(MODELS['t5_to_t5'], partitioning.MeshConfig(*shape))
   prefill, _ = found.generation(BATCH_SIZE, 'float32')
   collectives = [
     x
@@ -128,7 +124,7 @@ def test_lookups_gather_no_table(shape):
 def test_nothing_is_allocated():
   """Arguments are shapes, even of a model that no machine here could hold."""
   huge = dataclasses.replace(LLM, emb_dim=2**14, mlp_dim=2**16)
-  found = laid_out(programs.Models(huge, SLM), partition.MeshConfig(fsdp=8))
+  found = laid_out(programs.Models(huge, SLM), partitioning.MeshConfig(fsdp=8))
   program = found.train_step(optim.adamw(), BATCH_SIZE)
   leaves = jax.tree.leaves(program.arguments)
   assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
@@ -138,7 +134,7 @@ def test_nothing_is_allocated():
 def test_parameters_for_generation_lie_where_they_were():
   """The shards are those that preparing real parameters leaves."""
   tied = dataclasses.replace(SLM, logits_via_embedding=True)
-  config = partition.MeshConfig(data=2, fsdp=2, tensor=2)
+  config = partitioning.MeshConfig(data=2, fsdp=2, tensor=2)
   found = laid_out(programs.Models(LLM, tied), config)
   prefill, _ = found.generation(8, 'float32')
   layout = parameters.layout(found.system, found.mesh, config)
@@ -147,7 +143,7 @@ def test_parameters_for_generation_lie_where_they_were():
     layout.shapes,
     layout.shardings,
   )
-  prepared = systems.generator(found.system, 16).prepare(params)
+  prepared = system.generator(found.system, 16).prepare(params)
   expected = jax.tree.map(lambda x: x.sharding.shard_shape(x.shape), prepared)
   shards = jax.tree.map(
     lambda x: x.sharding.shard_shape(x.shape), prefill.arguments['parameters']

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2s_jax import progress
+from l2s_jax.training import progress
 
 BATCH = {
   'encoder_segment_ids': np.array([[1, 1, 1, 0]], np.int32),

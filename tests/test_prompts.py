@@ -8,7 +8,8 @@ import json
 import helpers
 import pytest
 
-from l2s_jax import prompts, text_files
+from l2s_jax.data import text_files
+from l2s_jax.inference import prompts
 
 TEXTS = ['one', 'two {prompt} {id} ș', 'three "quoted", {}']
 
@@ -143,8 +144,8 @@ def test_a_survey_counts_and_knows_the_input_again(tmp_path):
 
 
 def test_a_task_gives_prompts_and_targets():
-  from l2s_jax import features, tasks
-  from l2s_jax.features import seqio, tf
+  from l2s_jax.data import features, tasks
+  from l2s_jax.data.features import seqio, tf
 
   def dataset(split, shuffle_files, seed=None):
     del split, shuffle_files, seed

@@ -5,7 +5,8 @@ import helpers
 import numpy as np
 import pytest
 
-from l2s_jax import random_weights, weights
+from l2s_jax.models import shapes
+from l2s_jax.performance import random_weights
 
 CONFIGS = {'t5': helpers.T5_1_0, 'gemma3': helpers.GEMMA3}
 
@@ -14,7 +15,7 @@ CONFIGS = {'t5': helpers.T5_1_0, 'gemma3': helpers.GEMMA3}
 def test_every_tensor_is_there_and_the_same_layer_by_layer(name):
   source = random_weights.RandomWeights(CONFIGS[name], seed=3)
   again = random_weights.RandomWeights(CONFIGS[name], seed=3)
-  for path, shape in weights.shapes_of(CONFIGS[name]).items():
+  for path, shape in shapes.of_model(CONFIGS[name]).items():
     array = source.read(path)
     assert array.shape == shape.shape, path
     assert array.dtype == np.float32, path

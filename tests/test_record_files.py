@@ -13,8 +13,9 @@ import pytest
 from etils import epath
 from pyarrow import parquet
 
-from l2s_jax import input_files, prompts, record_files, tasks, text_files
-from l2s_jax.features import tf
+from l2s_jax.data import input_files, record_files, tasks, text_files
+from l2s_jax.data.features import tf
+from l2s_jax.inference import prompts
 
 ROWS: list[dict[str, Any]] = [
   {'id': 1, 'translation': {'en': 'one, "two"', 'ro': 'unu\n\u2028doi'}},

@@ -3,7 +3,7 @@
 
 import pytest
 
-from l2s_jax import report
+from l2s_jax.evaluation import report
 
 
 def test_table_aligns_numbers_and_leaves_missing_cells_empty():

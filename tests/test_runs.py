@@ -10,7 +10,7 @@ import json
 import helpers
 import pytest
 
-from l2s_jax import systems
+from l2s_jax.systems import run_folder
 from l2s_jax.weights import runs
 
 
@@ -24,16 +24,16 @@ def test_a_torn_description_is_named(tmp_path):
 @pytest.mark.parametrize('name', ['t5_1_1', 'llm_to_gpt2-add-shared'])
 def test_what_a_description_lacks_is_named(name, tmp_path):
   system = helpers.system(helpers.MODULES[name])
-  systems.save(
+  run_folder.save(
     dataclasses.replace(system, sources={'llm': 'llms/big'}), tmp_path
   )
   path = tmp_path / 'model.json'
   whole = json.loads(path.read_text())
-  assert systems.load(tmp_path).module == system.module
+  assert run_folder.load(tmp_path).module == system.module
   # The ids are for people to read; earlier versions wrote none.
   for key in whole.keys() - {'special_ids'}:
     path.write_text(json.dumps({k: v for k, v in whole.items() if k != key}))
-    for read in (runs.Run, systems.load):
+    for read in (runs.Run, run_folder.load):
       with pytest.raises(ValueError) as error:
         read(tmp_path)
       said = 'kind is None' if key == 'kind' else f'lacks {key}. Copy it'

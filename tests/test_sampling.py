@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2s_jax import decode, generate, sampling
+from l2s_jax.inference import generate, sampling, strategies
 
 VOCAB_SIZE = 300  # two blocks of `draw`, and a part of a third
 NUM_STEPS = 12
@@ -448,7 +448,7 @@ def test_generation_penalizes_as_a_loop_without_a_cache(name):
   generator = generate.Generator(
     module,
     max_decode_len=MAX_DECODE_LEN,
-    ids=decode.Ids(START_ID, eos_id, PAD_ID),
+    ids=strategies.Ids(START_ID, eos_id, PAD_ID),
     decoding=sampling.Decoding(**settings),
   )
   found = generator(generator.prepare(params), batch)

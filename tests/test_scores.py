@@ -7,7 +7,9 @@ import sacrebleu
 from rouge_score import rouge_scorer
 from rouge_score import tokenize as rouge_tokenize
 
-from l2s_jax import bleu, gin_utils, metrics, rouge, scores, tasks, words
+from l2s_jax.data import tasks
+from l2s_jax.metrics import bleu, metric_fns, rouge, scores, words
+from l2s_jax.runtime import gin_config
 
 # The same two sentences: the weather is fine today, let us walk to the park;
 # she bought three red apples at the market.
@@ -72,7 +74,7 @@ LANGUAGES = {
 UNSPACED = ('Chinese', 'Japanese', 'Thai', 'Lao', 'Khmer', 'Burmese')
 # Fetched from the network once, by who has one.
 HERE = [
-  metric for metric in metrics.METRICS.values() if metric.name != 'spbleu'
+  metric for metric in metric_fns.METRICS.values() if metric.name != 'spbleu'
 ]
 SHORT = ['yes', 'да', '是', 'ใช่', 'نعم', 'はい', '네', 'ναι', '3', '。', '?!']
 
@@ -81,14 +83,16 @@ SHORT = ['yes', 'да', '是', 'ใช่', 'نعم', 'はい', '네', 'ναι',
 @pytest.mark.parametrize('language', LANGUAGES)
 def test_equal_texts_score_100_in_every_language(metric, language):
   for texts in (LANGUAGES[language], LANGUAGES[language][:1]):
-    found = metrics.with_intervals(metric, num_samples=20)(texts, texts)
+    found = metric_fns.with_intervals(metric, num_samples=20)(texts, texts)
     assert list(found.values()) == pytest.approx([100] * len(found))
 
 
 @pytest.mark.parametrize('metric', HERE, ids=lambda metric: metric.name)
 @pytest.mark.parametrize('text', [*SHORT, '', ' ', 'a', 'The.'])
 def test_equal_texts_of_a_word_or_of_none_score_100(metric, text):
-  found = metrics.with_intervals(metric, num_samples=5)([text] * 2, [text] * 2)
+  found = metric_fns.with_intervals(metric, num_samples=5)(
+    [text] * 2, [text] * 2
+  )
   assert list(found.values()) == pytest.approx([100] * len(found))
 
 
@@ -110,12 +114,12 @@ def test_other_texts_score_less(metric, language):
 @pytest.mark.parametrize('language', UNSPACED)
 def test_words_that_a_tokenizer_does_not_find_are_warned_of(language, capsys):
   texts = LANGUAGES[language]
-  metrics.bleu(texts, texts)
+  metric_fns.bleu(texts, texts)
   said = capsys.readouterr().err
   assert "'13a' finds no words" in said and 'scores.bleu_tokenizer' in said
   bleu.Bleu('bleu', 'char')(texts, texts)
   assert not capsys.readouterr().err
-  metrics.rouge(texts, texts)
+  metric_fns.rouge(texts, texts)
   assert 'tok:words' in capsys.readouterr().err
   rouge.Rouge('rouge', 'latin')(texts, texts)
   assert 'letters are dropped' in capsys.readouterr().err
@@ -126,9 +130,9 @@ def test_words_that_a_tokenizer_does_not_find_are_warned_of(language, capsys):
 
 def test_text_with_spaces_is_not_warned_of(capsys):
   for language in ('English', 'Korean', 'Arabic', 'Hindi', 'Amharic'):
-    metrics.bleu(LANGUAGES[language], LANGUAGES[language])
-    metrics.token_f1(LANGUAGES[language], LANGUAGES[language])
-  metrics.rouge(LANGUAGES['English'], LANGUAGES['English'])
+    metric_fns.bleu(LANGUAGES[language], LANGUAGES[language])
+    metric_fns.token_f1(LANGUAGES[language], LANGUAGES[language])
+  metric_fns.rouge(LANGUAGES['English'], LANGUAGES['English'])
   assert not capsys.readouterr().err
 
 
@@ -147,28 +151,28 @@ def test_a_corpus_with_a_4_gram_scores_as_sacrebleu_has_it():
   # In both, though most are short; also where no answer has a 4-gram.
   targets = ['yes', 'no', 'a b c d e']
   for answers in (['yes', 'no', 'a b c d'], ['yes', 'no', 'a b c']):
-    found = metrics.bleu(targets, answers)['bleu']
+    found = metric_fns.bleu(targets, answers)['bleu']
     assert found == sacrebleu.corpus_bleu(answers, [targets]).score
   assert found == 0
-  assert '|eff:no|' in metrics.bleu.signature(targets)
+  assert '|eff:no|' in metric_fns.bleu.signature(targets)
 
 
 def test_short_texts_are_told_by_the_signature_and_a_warning(capsys):
   # 2 of 3 words, of 1 bigram none, smoothed to a half.
-  found = metrics.bleu(['yes sir', 'no'], ['yes madam', 'no'])['bleu']
+  found = metric_fns.bleu(['yes sir', 'no'], ['yes madam', 'no'])['bleu']
   assert found == pytest.approx(100 * (2 / 3 * 1 / 2) ** (1 / 2))
   assert 'eff:yes in the signature' in capsys.readouterr().err
-  assert '|eff:yes|' in metrics.bleu.signature(['yes sir', 'no'])
-  assert metrics.rouge(['yes', 'no'], ['Yes!', 'yes'])['rouge2'] == 50
-  assert '|eff:yes|' in metrics.rouge.signature(['yes', 'no'])
-  assert '|eff:no|' in metrics.rouge.signature(['yes sir', 'no'])
+  assert '|eff:yes|' in metric_fns.bleu.signature(['yes sir', 'no'])
+  assert metric_fns.rouge(['yes', 'no'], ['Yes!', 'yes'])['rouge2'] == 50
+  assert '|eff:yes|' in metric_fns.rouge.signature(['yes', 'no'])
+  assert '|eff:no|' in metric_fns.rouge.signature(['yes sir', 'no'])
 
 
 def test_chrfpp_is_chrf_with_words():
   targets, answers = LANGUAGES['English'], LANGUAGES['English'][::-1]
   expected = sacrebleu.corpus_chrf(answers, [targets], word_order=2)
-  assert metrics.chrfpp(targets, answers) == {'chrfpp': expected.score}
-  assert '|nw:2|' in metrics.chrfpp.signature(targets)
+  assert metric_fns.chrfpp(targets, answers) == {'chrfpp': expected.score}
+  assert '|nw:2|' in metric_fns.chrfpp.signature(targets)
 
 
 def test_words_of_ascii_text_are_those_of_rouge_score():
@@ -257,7 +261,7 @@ def test_a_function_of_the_user_is_a_metric():
   settings = scores.Scores(functions={'share': share, 'bad': lambda t, p: None})
   share_metric, bad = settings.named(('share', 'bad'), 'INFER_METRICS')
   assert share_metric(['a', 'b'], ['a', 'c']) == {'share': 50}
-  assert metrics.with_intervals(share_metric) is share_metric
+  assert metric_fns.with_intervals(share_metric) is share_metric
   with pytest.raises(ValueError, match=r"\['bad'\] returned a NoneType"):
     bad(['a'], ['a'])
 
@@ -280,7 +284,7 @@ def vocabulary_of_helpers():
 def test_gin_chooses_by_task(bound, tmp_path):
   path = tmp_path / 'test.jsonl'
   path.write_text('{"source": "a", "target": "b"}\n')
-  gin_utils.parse_config(
+  gin_config.parse_config(
     ['gin_configs/tasks/seqio.gin'],
     [
       'scores.bleu_tokenizer=intl',
@@ -295,11 +299,11 @@ def test_gin_chooses_by_task(bound, tmp_path):
   german = bound('wmt16_en_de').metric_fns
   assert german[0] == bleu.Bleu('bleu', 'intl')
   romanian = bound('wmt16_en_ro').metric_fns
-  assert romanian[:2] == [metrics.chrfpp, bleu.Bleu('bleu', 'intl')]
+  assert romanian[:2] == [metric_fns.chrfpp, bleu.Bleu('bleu', 'intl')]
   assert romanian[2](['a'], ['b']) == {'length': 1}
   news, plain = (bound(name).metric_fns for name in ('news/local', 'local'))
   assert news[0] == rouge.Rouge('rouge', 'characters', stemmer=False)
-  assert plain == [metrics.rouge, bleu.Bleu('bleu', 'intl')]
+  assert plain == [metric_fns.rouge, bleu.Bleu('bleu', 'intl')]
   gin.clear_config()
   assert bound('wmt19_en_zh').metric_fns[0] == bleu.Bleu('bleu', 'zh')
 

@@ -10,19 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2s_jax import (
-  __main__ as command_line,
-)
-from l2s_jax import (
-  data,
-  decode,
-  random_weights,
-  sampling,
-  systems,
-  vocabularies,
-)
+from l2s_jax import __main__ as command_line
+from l2s_jax.data import batching
+from l2s_jax.inference import sampling, strategies
+from l2s_jax.interop import to_huggingface
 from l2s_jax.models import l2s
-from l2s_jax.weights import huggingface, to_huggingface
+from l2s_jax.performance import random_weights
+from l2s_jax.systems import builders, run_folder
+from l2s_jax.systems import system as system_lib
+from l2s_jax.vocabularies import loading, sentencepiece
+from l2s_jax.weights.formats import huggingface
 
 WORDS = [f'red {n} blue green box lamp door cat' for n in range(100, 400)]
 
@@ -31,7 +28,7 @@ WORDS = [f'red {n} blue green box lamp door cat' for n in range(100, 400)]
 def madlad(tmp_path):
   """Returns a T5 of MADLAD's kind: starts with 0, padded by 1, ends by 2."""
   folder = tmp_path / 'madlad'
-  vocabulary = vocabularies.train_sentencepiece(
+  vocabulary = sentencepiece.train(
     WORDS,
     folder / 'spiece.model',
     vocab_size=40,
@@ -65,14 +62,14 @@ def ids_of(vocabulary):
 
 def test_a_folder_a_run_and_exports_have_the_same_ids(madlad, tmp_path):
   transformers = pytest.importorskip('transformers')
-  system = systems.language_model_system(systems.Tower(path=str(madlad)))
+  system = builders.language_model_system(system_lib.Tower(path=str(madlad)))
   first = system.answer_vocabulary
   assert ids_of(first) == (0, (2, 7), 1)
   text = 'red {\ncat</s> blue'
   ids = first.encode(text)
   assert {40, 41, 2} <= set(ids)
 
-  systems.save(system, tmp_path / 'run')
+  run_folder.save(system, tmp_path / 'run')
   described = json.loads((tmp_path / 'run' / 'model.json').read_text())
   assert described['special_ids']['answer'] == {
     'start': 0,
@@ -80,7 +77,7 @@ def test_a_folder_a_run_and_exports_have_the_same_ids(madlad, tmp_path):
     'pad': 1,
     'bos': None,
   }
-  again = systems.load(tmp_path / 'run').answer_vocabulary
+  again = run_folder.load(tmp_path / 'run').answer_vocabulary
   assert again == first and ids_of(again) == ids_of(first)
   assert again.encode(text) == ids
 
@@ -89,7 +86,7 @@ def test_a_folder_a_run_and_exports_have_the_same_ids(madlad, tmp_path):
     out[form] = tmp_path / form
     arguments = ['--from=hf', f'--to={form}', str(madlad), str(out[form])]
     assert not command_line.main(['convert', *arguments])
-    exported = systems.Tower(path=str(out[form])).load_vocabulary()
+    exported = system_lib.Tower(path=str(out[form])).load_vocabulary()
     assert exported == first and exported.encode(text) == ids
   theirs = transformers.AutoTokenizer.from_pretrained(out['hf'])
   assert theirs(text, add_special_tokens=False).input_ids == ids
@@ -102,7 +99,7 @@ def test_what_a_run_exports_says_where_answers_start_and_end(madlad, tmp_path):
   transformers = pytest.importorskip('transformers')
   from test_convert import save_run
 
-  system = systems.language_model_system(systems.Tower(path=str(madlad)))
+  system = builders.language_model_system(system_lib.Tower(path=str(madlad)))
   run, out = tmp_path / 'run', tmp_path / 'out'
   save_run(run, system, helpers.random_params(system.module))
   arguments = ['--from=l2s', '--to=hf', str(run), str(out)]
@@ -116,7 +113,7 @@ def test_what_a_run_exports_says_where_answers_start_and_end(madlad, tmp_path):
   ids = system.answer_vocabulary.encode(text)
   theirs = transformers.AutoTokenizer.from_pretrained(out)
   assert theirs(text, add_special_tokens=False).input_ids == ids
-  again = systems.Tower(path=str(out)).load_vocabulary()
+  again = system_lib.Tower(path=str(out)).load_vocabulary()
   assert again.encode(text) == ids
   assert ids_of(again) == ids_of(system.answer_vocabulary)
   assert huggingface.Folder(out).special_ids['decoder_start_token_id'] == 0
@@ -129,8 +126,8 @@ def test_what_a_run_exports_says_where_answers_start_and_end(madlad, tmp_path):
 
 
 def test_training_starts_answers_where_inference_does(madlad):
-  vocabulary = vocabularies.load(madlad)
-  batch = data.pad_and_shift(
+  vocabulary = loading.load(madlad)
+  batch = batching.pad_and_shift(
     [[5, 2]],
     [[6, 7, 2]],
     task_feature_lengths={'inputs': 4, 'targets': 4},
@@ -138,8 +135,8 @@ def test_training_starts_answers_where_inference_does(madlad):
     answer_vocabulary=vocabulary,
   )
   assert batch['decoder_input_tokens'].tolist() == [[0, 6, 7, 1]]
-  system = systems.language_model_system(systems.Tower(path=str(madlad)))
-  ids = vars(systems.generator(system, 3).strategy)['_ids']
+  system = builders.language_model_system(system_lib.Tower(path=str(madlad)))
+  ids = vars(system_lib.generator(system, 3).strategy)['_ids']
   assert (ids.start, ids.eos, ids.pad) == (0, (2, 7), 1)
 
 
@@ -149,7 +146,7 @@ def test_an_answer_ends_at_any_of_several_ends():
   params = helpers.random_params(module)
   batch = jax.tree.map(
     jnp.asarray,
-    data.prompt_batch([[5, 6, 7]], length=3, pad_id=0, batch_size=1),
+    batching.prompt_batch([[5, 6, 7]], length=3, pad_id=0, batch_size=1),
   )
   free = np.asarray(
     helpers.generate(module, params, batch, max_decode_len=8, eos_id=-1)
@@ -165,7 +162,7 @@ def test_an_answer_ends_at_any_of_several_ends():
 
 
 def test_no_end_of_several_comes_too_early():
-  ids = decode.Ids(0, (3, 5), 0)
+  ids = strategies.Ids(0, (3, 5), 0)
   assert ids.end(jnp.arange(7)).tolist() == [n in (3, 5) for n in range(7)]
   logits = sampling.penalize(
     jnp.zeros(7),
@@ -181,30 +178,30 @@ def test_a_run_of_an_older_version_keeps_its_vocabulary(
   madlad, tmp_path, capsys
 ):
   """Versions before read the model file alone: without `{`, start and ends."""
-  config = systems.Tower(path=str(madlad)).load_config()
-  alone = vocabularies.load(madlad / 'spiece.model')
-  older = systems.language_model_system(
-    systems.Tower(config=config, vocabulary=alone.path)
+  config = system_lib.Tower(path=str(madlad)).load_config()
+  alone = loading.load(madlad / 'spiece.model')
+  older = builders.language_model_system(
+    system_lib.Tower(config=config, vocabulary=alone.path)
   )
-  systems.save(older, tmp_path / 'run')
+  run_folder.save(older, tmp_path / 'run')
   file = tmp_path / 'run' / 'model.json'
   described = json.loads(file.read_text())
   del described['special_ids']
   file.write_text(json.dumps(described))
-  assert ids_of(systems.load(tmp_path / 'run').answer_vocabulary) == (
+  assert ids_of(run_folder.load(tmp_path / 'run').answer_vocabulary) == (
     ids_of(alone)
   )
 
-  now = systems.language_model_system(systems.Tower(path=str(madlad)))
+  now = builders.language_model_system(system_lib.Tower(path=str(madlad)))
   assert now.answer_vocabulary != alone
-  kept = systems.pin_llm(now, tmp_path / 'run')
+  kept = run_folder.pin_llm(now, tmp_path / 'run')
   assert kept.answer_vocabulary == alone == kept.prompt_vocabulary
   assert 'with the tokenizers that it began with' in capsys.readouterr().out
-  systems.save(kept, tmp_path / 'run')
+  run_folder.save(kept, tmp_path / 'run')
   with pytest.raises(ValueError, match='holds another run'):
-    systems.save(now, tmp_path / 'run')
+    run_folder.save(now, tmp_path / 'run')
   # Another tokenizer is not taken for an older reading of this one.
   other = dataclasses.replace(
     now, prompt_vocabulary=helpers.vocabulary(), answer_vocabulary=alone
   )
-  assert systems.pin_llm(other, tmp_path / 'run') is other
+  assert run_folder.pin_llm(other, tmp_path / 'run') is other

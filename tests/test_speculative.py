@@ -11,16 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2s_jax import (
-  decode,
-  parameters,
-  partition,
-  sampling,
-  speculative,
-  systems,
-)
-from l2s_jax import generate as generate_lib
+from l2s_jax.inference import generate as generate_lib
+from l2s_jax.inference import sampling, speculative, strategies
 from l2s_jax.models import l2s
+from l2s_jax.runtime import partitioning
+from l2s_jax.systems import parameters, run_folder
+from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import converted
 
 MAX_DECODE_LEN = 11
@@ -55,7 +51,7 @@ def make_generator(module, draft_len, *, eos_id=-1, **settings):
   return generate_lib.Generator(
     module,
     max_decode_len=MAX_DECODE_LEN,
-    ids=decode.Ids(START_ID, eos_id, PAD_ID),
+    ids=strategies.Ids(START_ID, eos_id, PAD_ID),
     decoding=sampling.Decoding(draft_len=draft_len, **settings),
   )
 
@@ -242,16 +238,16 @@ def test_the_loop_has_no_encoder(twins):
 @pytest.mark.parametrize('sizes', [(4, 1, 2), (2, 2, 2)])
 def test_a_mesh_changes_nothing(twins, sizes):
   params, batch, expected = twins
-  config = partition.MeshConfig(*sizes)
-  mesh = partition.make_mesh(config)
+  config = partitioning.MeshConfig(*sizes)
+  mesh = partitioning.make_mesh(config)
   system = dataclasses.replace(helpers.system(TWINS), frozen=('llm',))
   with (
-    partition.use_mesh(mesh),
-    partition.axis_rules(config.rules('slm')),
+    partitioning.use_mesh(mesh),
+    partitioning.axis_rules(config.rules('slm')),
   ):
     layout = parameters.layout(system, mesh, config)
     params = jax.device_put(params, layout.shardings)
-    batch = partition.put_batch(jax.tree.map(np.asarray, batch), mesh)
+    batch = partitioning.put_batch(jax.tree.map(np.asarray, batch), mesh)
     answers, _ = write(TWINS, params, batch, 3)
   np.testing.assert_array_equal(answers.tokens[:, 0], expected)
 
@@ -375,7 +371,7 @@ def test_samples_have_the_llms_distribution(small, settings):
   generator = generate_lib.Generator(
     module,
     max_decode_len=length,
-    ids=decode.Ids(start_id, eos_id, 0),
+    ids=strategies.Ids(start_id, eos_id, 0),
     decoding=decoding,
   )
   generation = generator.start(
@@ -426,13 +422,13 @@ def folders(tmp_path_factory):
   system = helpers.system(l2s.LlmToSlm(helpers.LLM, helpers.T5_1_0))
   system = dataclasses.replace(system, sources={'llm': str(folder / 'whole')})
   system, _ = load_frozen(system)
-  systems.save(system, folder / 'run')
+  run_folder.save(system, folder / 'run')
   return folder, params
 
 
 def load_frozen(system):
-  mesh_config = partition.MeshConfig(data=1)
-  mesh = partition.make_mesh(mesh_config, jax.devices()[:1])
+  mesh_config = partitioning.MeshConfig(data=1)
+  mesh = partitioning.make_mesh(mesh_config, jax.devices()[:1])
   layout = parameters.layout(system, mesh, mesh_config)
   return parameters.load_frozen(system, layout)
 
@@ -442,26 +438,26 @@ DRAFTS = sampling.Decoding(draft_len=4)
 
 def test_the_decoder_of_a_runs_llm_is_loaded_with_it(folders):
   folder, params = folders
-  system = systems.load(folder / 'run')
-  assert systems.for_decoding(system, sampling.Decoding()) is system
-  again, frozen = load_frozen(systems.for_decoding(system, DRAFTS))
+  system = run_folder.load(folder / 'run')
+  assert system_lib.for_decoding(system, sampling.Decoding()) is system
+  again, frozen = load_frozen(system_lib.for_decoding(system, DRAFTS))
   assert again.llm_fingerprint == system.llm_fingerprint
   helpers.assert_trees_equal(frozen, {'llm': params})
 
 
 def test_an_llm_without_its_decoder_is_refused(folders):
   folder, _ = folders
-  system = systems.load(folder / 'run', llm_path=str(folder / 'encoder'))
+  system = run_folder.load(folder / 'run', llm_path=str(folder / 'encoder'))
   load_frozen(system)
   with pytest.raises(ValueError, match='encoder is an encoder alone.*LLM_PATH'):
-    load_frozen(systems.for_decoding(system, DRAFTS))
+    load_frozen(system_lib.for_decoding(system, DRAFTS))
 
 
 def test_systems_that_cannot_verify_are_refused_by_name(vocabulary):
   def refuse(module, match, decoding=DRAFTS, **changes):
     system = dataclasses.replace(helpers.system(module), **changes)
     with pytest.raises(ValueError, match=match):
-      systems.for_decoding(system, decoding)
+      system_lib.for_decoding(system, decoding)
 
   module = l2s.LlmToSlm(helpers.LLM, helpers.T5_1_0)
   refuse(l2s.build(helpers.LLM), 'draft_len=4.*a language model alone')
@@ -491,6 +487,6 @@ def test_drafts_and_a_verifier_belong_together(module, draft_len):
     generate_lib.Generator(
       module,
       max_decode_len=4,
-      ids=decode.Ids(0, 1, 0),
+      ids=strategies.Ids(0, 1, 0),
       decoding=sampling.Decoding(draft_len=draft_len),
     )

@@ -9,42 +9,38 @@ import jax
 import numpy as np
 import pytest
 
-from l2s_jax import (
-  cldr,
-  parameters,
-  partition,
-  systems,
-  vocabularies,
-)
+from l2s_jax.data import cldr
 from l2s_jax.models import l2s
+from l2s_jax.runtime import files, partitioning
+from l2s_jax.systems import builders, parameters, run_folder
+from l2s_jax.systems import system as system_lib
+from l2s_jax.vocabularies import loading, sentencepiece
 
 
 @pytest.fixture(scope='module')
 def vocabulary(tmp_path_factory):
   path = tmp_path_factory.mktemp('systems') / 'tiny.model'
   texts = (e['prompt'] for e in cldr.examples('train', num_examples=300))
-  vocabularies.train_sentencepiece(
-    texts, path, vocab_size=120, hard_vocab_limit=False
-  )
+  sentencepiece.train(texts, path, vocab_size=120, hard_vocab_limit=False)
   return str(path)
 
 
 @pytest.fixture
 def config(vocabulary):
-  size = vocabularies.load(vocabulary).vocab_size
+  size = loading.load(vocabulary).vocab_size
   return dataclasses.replace(helpers.T5_1_1, vocab_size=size)
 
 
 @pytest.fixture
 def system(config, vocabulary):
-  return systems.language_model_system(
-    systems.Tower(config=config, vocabulary=vocabulary)
+  return builders.language_model_system(
+    system_lib.Tower(config=config, vocabulary=vocabulary)
   )
 
 
 def test_a_saved_system_comes_back(system, tmp_path):
-  systems.save(system, tmp_path)
-  again = systems.load(tmp_path)
+  run_folder.save(system, tmp_path)
+  again = run_folder.load(tmp_path)
   assert again.module == system.module
   assert again.prompt_vocabulary == system.prompt_vocabulary
   assert again.describe() == system.describe()
@@ -53,29 +49,29 @@ def test_a_saved_system_comes_back(system, tmp_path):
 def test_how_it_is_computed_may_change_and_what_it_is_may_not(
   system, config, vocabulary, tmp_path
 ):
-  systems.save(system, tmp_path)
+  run_folder.save(system, tmp_path)
   other = dataclasses.replace(config, scan_layers=False, dtype='bfloat16')
-  tower = systems.Tower(config=other, vocabulary=vocabulary)
-  systems.save(systems.language_model_system(tower), tmp_path)
-  assert systems.load(tmp_path).module.config == other
+  tower = system_lib.Tower(config=other, vocabulary=vocabulary)
+  run_folder.save(builders.language_model_system(tower), tmp_path)
+  assert run_folder.load(tmp_path).module.config == other
 
   other = dataclasses.replace(config, mlp_dim=config.mlp_dim + 1)
-  tower = systems.Tower(config=other, vocabulary=vocabulary)
+  tower = system_lib.Tower(config=other, vocabulary=vocabulary)
   with pytest.raises(ValueError, match=r'config\.mlp_dim: the run has'):
-    systems.save(systems.language_model_system(tower), tmp_path)
+    run_folder.save(builders.language_model_system(tower), tmp_path)
 
 
 def test_a_tokenizer_larger_than_the_table_is_refused(config, vocabulary):
   small = dataclasses.replace(config, vocab_size=7)
   with pytest.raises(ValueError, match='embedding table has 7 rows'):
-    systems.language_model_system(
-      systems.Tower(config=small, vocabulary=vocabulary)
+    builders.language_model_system(
+      system_lib.Tower(config=small, vocabulary=vocabulary)
     )
 
 
 def test_a_config_without_its_percent_sign_is_named():
   with pytest.raises(ValueError, match='percent sign: %T5_1_1_SMALL'):
-    systems.Tower(config='T5_1_1_SMALL').load_config()
+    system_lib.Tower(config='T5_1_1_SMALL').load_config()
 
 
 def test_a_run_keeps_to_the_llm_checkpoint_it_began_with(system, tmp_path):
@@ -87,21 +83,21 @@ def test_a_run_keeps_to_the_llm_checkpoint_it_began_with(system, tmp_path):
     llm_step=40,
     llm_fingerprint='f' * 64,
   )
-  systems.save(l2s_system, tmp_path / 'run')
+  run_folder.save(l2s_system, tmp_path / 'run')
   fresh = dataclasses.replace(l2s_system, llm_step=None)
-  assert systems.pin_llm(fresh, tmp_path / 'run').llm_step == 40
-  assert systems.pin_llm(fresh, tmp_path / 'new').llm_step is None
+  assert run_folder.pin_llm(fresh, tmp_path / 'run').llm_step == 40
+  assert run_folder.pin_llm(fresh, tmp_path / 'new').llm_step is None
 
 
 @pytest.mark.parametrize('path', ['gs://bucket/run', 's3://bucket/run'])
 def test_buckets_are_refused_not_written_beside_us(path):
   with pytest.raises(ValueError, match='MODEL_DIR=.*mount the bucket'):
-    systems.local_folder(path, 'MODEL_DIR')
+    files.local_folder(path, 'MODEL_DIR')
 
 
 def test_summary_counts_frozen_and_trainable(system):
-  mesh_config = partition.MeshConfig(data=1)
-  mesh = partition.make_mesh(mesh_config, jax.devices()[:1])
+  mesh_config = partitioning.MeshConfig(data=1)
+  mesh = partitioning.make_mesh(mesh_config, jax.devices()[:1])
   layout = parameters.layout(system, mesh, mesh_config)
   text = parameters.summary(system, layout, None, mesh)
   count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(layout.shapes))

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from l2s_jax import convert
+from l2s_jax.interop import convert, to_t5x
 from l2s_jax.models import l2s
-from l2s_jax.weights import huggingface, t5x, to_t5x
+from l2s_jax.weights.formats import huggingface, t5x
 
 PROMPT = [5, 6, 7, 8, 9, 1]
 ANSWER = [0, 7, 8, 9]

@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 
 from l2s_jax import __main__ as command_line
-from l2s_jax import weights
+from l2s_jax.interop import to_t5x
 from l2s_jax.models import l2s
-from l2s_jax.weights import t5x, to_t5x
+from l2s_jax.weights import opening
+from l2s_jax.weights import source as source_lib
+from l2s_jax.weights.formats import t5x
 
 T5 = dataclasses.replace(
   helpers.T5_1_1,
@@ -78,7 +80,7 @@ def test_what_is_saved_is_read(saved):
   assert opened.shapes() == source.shapes()
   for path, array in source.arrays.items():
     np.testing.assert_array_equal(opened.read(path), array)
-    for layer in weights.layers(path, array.shape):
+    for layer in source_lib.layers(path, array.shape):
       np.testing.assert_array_equal(
         opened.read(path, layer), source.read(path, layer)
       )
@@ -163,7 +165,7 @@ def test_a_preset_stands_for_the_config(t5, tmp_path, capsys):
   )
   out = tmp_path / 'out'
   assert not convert('--from=t5x', '--to=l2s', f'--config={preset}', t5, out)
-  config = weights.open_source(str(out)).config
+  config = opening.open_source(str(out)).config
   assert config.mlp_activations == ('silu', 'linear')
 
   flags = ('--from=t5x', '--to=l2s', t5, tmp_path / 'other')

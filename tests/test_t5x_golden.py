@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from l2s_jax.models import t5
-from l2s_jax.weights import t5x
+from l2s_jax.models import encoder_decoder
+from l2s_jax.weights.formats import t5x
 
 GOLDEN = (
   't5_1_0_tiny',
@@ -37,7 +37,7 @@ def golden(request, shared_data):
   params = traverse_util.unflatten_dict(
     {path: source.read(path) for path in source.shapes()}
   )
-  return t5.EncoderDecoder(source.config), params, batch, expected
+  return encoder_decoder.EncoderDecoder(source.config), params, batch, expected
 
 
 def test_encoder_states_and_logits_are_those_of_t5x(golden):

@@ -12,8 +12,11 @@ import gin
 import numpy as np
 import pytest
 
-from l2s_jax import cldr, data, evaluation, gin_utils, metrics, sources, tasks
-from l2s_jax.features import seqio, tf
+from l2s_jax.data import cldr, sources, streams, tasks
+from l2s_jax.data.features import seqio, tf
+from l2s_jax.evaluation import seqio_evaluator
+from l2s_jax.metrics import metric_fns
+from l2s_jax.runtime import gin_config
 
 LENGTHS = {'inputs': 64, 'targets': 64}
 
@@ -134,7 +137,7 @@ def test_jsonl_fills_the_template_from_its_columns(
     metrics=('exact_match',),
   )
   assert texts(task) == [(f'short: d{n} d{n}', f's\n{n}') for n in range(3)]
-  assert task.metric_fns == [metrics.exact_match]
+  assert task.metric_fns == [metric_fns.exact_match]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +218,7 @@ def test_bad_lines_are_refused(vocabulary, tmp_path, kind):
     vocabulary, tmp_path, {'train': BAD_FILES[kind]}, **settings
   )
   with pytest.raises(ValueError, match=r"x\.\w+:2 .*BAD_LINES='skip'"):
-    data.check_task(task, 'train', LENGTHS)
+    streams.check_task(task, 'train', LENGTHS)
 
 
 @pytest.mark.parametrize('kind', BAD_FILES)
@@ -335,7 +338,7 @@ def test_metrics_get_the_references(vocabulary, tmp_path):
     reference_columns=('others',),
     metrics=('exact_match',),
   )
-  evaluator = evaluation.TaskEvaluator(
+  evaluator = seqio_evaluator.TaskEvaluator(
     task, task_feature_lengths=LENGTHS, split='test', batch_size=2
   )
   for text, score in (('c d', 100), ('b', 100), ('c', 0)):
@@ -411,7 +414,7 @@ def users_task(name, *preprocessors, rank=1):
     seqio.FunctionDataSource(dataset_fn, splits=['train']),
     {'inputs': feature, 'targets': feature},
     preprocessors=preprocessors,
-    metric_fns=[metrics.bleu],
+    metric_fns=[metric_fns.bleu],
     postprocess_fn=lambda text, **unused: text.upper(),
   )
 
@@ -449,7 +452,7 @@ def test_users_task_takes_our_vocabularies(vocabulary, registered, steps, rank):
   assert example['inputs_length'] == len(whole)
   assert bound.name == 'mine' and bound.source is task.source
   assert bound.postprocess_fn('x') == 'X'
-  assert bound.metric_fns == [metrics.bleu]
+  assert bound.metric_fns == [metric_fns.bleu]
   assert seqio.TaskRegistry.get('mine') is task
 
 
@@ -525,7 +528,7 @@ news/local_task.data_files = {{'train': 'a.jsonl'}}
 chat/local_task.data_files = {{'train': ('x.en', 'x.de')}}
 chat/local_task.template = 'to German: {{source}}'
 """)
-  gin_utils.parse_config([str(config)])
+  gin_config.parse_config([str(config)])
   try:
     mixture = tasks.bind('mixture', vocabulary, vocabulary)
   finally:
@@ -640,7 +643,7 @@ def test_real_parallel_text(vocabulary, shared_data):
 
 def bind_config(vocabulary, folder, config, bindings):
   """Binds the task of a gin file, as the command line does."""
-  gin_utils.parse_config(
+  gin_config.parse_config(
     [f'gin_configs/tasks/{config}.gin'], [f'DATA_DIR={folder}', *bindings]
   )
   try:

@@ -3,8 +3,8 @@
 
 import pytest
 
-from l2s_jax import templates
-from l2s_jax.features import tf
+from l2s_jax.data import templates
+from l2s_jax.data.features import tf
 
 ROW = {'document': 'a {b} é', 'style': 'short'}
 

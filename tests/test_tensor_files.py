@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from l2s_jax.weights import tensor_files
+from l2s_jax.weights.formats import tensor_files
 
 TENSORS: dict[str, np.ndarray] = {
   'wide': np.arange(6, dtype=np.float64).reshape(2, 3),

@@ -12,7 +12,7 @@ import tracemalloc
 import pytest
 from etils import epath
 
-from l2s_jax import text_files
+from l2s_jax.data import text_files
 
 SUFFIXES = ('', '.gz')
 
@@ -83,7 +83,8 @@ ODD = ('\r', '\x0b', '\x0c', '\x1c', '\x85', '\u2028', '\u2029', '\ufeff', '\t')
 def test_a_line_is_the_same_wherever_it_is_read(
   write, end, has_last_end, mark, suffix
 ):
-  from l2s_jax import prompts, tasks
+  from l2s_jax.data import tasks
+  from l2s_jax.inference import prompts
 
   def prompts_of(items):
     return [item['prompt'] for item in items]

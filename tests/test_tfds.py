@@ -9,12 +9,17 @@ import time
 import data_files
 import pytest
 
-from l2s_jax import data, metrics, tasks
-from l2s_jax.features import seqio, tfds
+from l2s_jax.data import streams, tasks
+from l2s_jax.data.features import seqio, tfds
+from l2s_jax.metrics import metric_fns as metric_fns_lib
 
 LENGTHS = {'inputs': 96, 'targets': 48}
 NUM_EXAMPLES = 23
-TRANSLATION = [metrics.bleu, metrics.chrf, metrics.exact_match]
+TRANSLATION = [
+  metric_fns_lib.bleu,
+  metric_fns_lib.chrf,
+  metric_fns_lib.exact_match,
+]
 
 # task: data set, source column, target column, template, metrics
 TASKS = {
@@ -51,7 +56,7 @@ TASKS = {
     'article',
     'highlights',
     'summarize: {}',
-    [metrics.rouge],
+    [metric_fns_lib.rouge],
   ),
 }
 
@@ -108,11 +113,11 @@ def test_task_reads_what_the_builder_wrote(prepared, vocabulary, name):
   assert task.metric_fns == metric_fns
   assert set(task.splits) == set(data_files.SPLITS)
   for split in data_files.SPLITS:
-    data.check_task(task, split, LENGTHS)
+    streams.check_task(task, split, LENGTHS)
     texts = raw_texts(task, split)
     assert sorted(texts) == expected_texts(name, split, template)
     batches = list(
-      data.eval_batches(
+      streams.eval_batches(
         task, task_feature_lengths=LENGTHS, batch_size=8, split=split
       )
     )
@@ -153,14 +158,14 @@ def test_any_other_template_by_gin(prepared, vocabulary):
   with pytest.raises(
     ValueError, match='names article, but the columns are de,'
   ):
-    data.check_task(task, 'test', LENGTHS)
+    streams.check_task(task, 'test', LENGTHS)
 
 
 def test_missing_data_set_is_named_at_once(vocabulary, tmp_path):
   task = bind(vocabulary, 'wmt16_en_ro', tmp_path)
   start_secs = time.perf_counter()
   with pytest.raises(FileNotFoundError) as error:
-    data.check_task(task, 'train', LENGTHS)
+    streams.check_task(task, 'train', LENGTHS)
   assert time.perf_counter() - start_secs < 5
   message = str(error.value)
   assert f'no data set wmt16_translate/ro-en:1.0.0 in {tmp_path}, ' in message
@@ -171,7 +176,9 @@ def test_missing_data_set_is_named_at_once(vocabulary, tmp_path):
   builder = tfds.builder(command.split()[0], data_dir=tmp_path)
   assert builder.info.full_name == 'wmt16_translate/ro-en/1.0.0'
   with pytest.raises(FileNotFoundError, match='no data set wmt16_translate'):
-    data.train_batches(task, task_feature_lengths=LENGTHS, batch_size=2, seed=0)
+    streams.train_batches(
+      task, task_feature_lengths=LENGTHS, batch_size=2, seed=0
+    )
 
 
 def test_missing_shard_is_named(prepared, vocabulary, tmp_path):
@@ -179,11 +186,11 @@ def test_missing_shard_is_named(prepared, vocabulary, tmp_path):
   task = bind(vocabulary, 'cnn_dailymail', tmp_path)
   (shard,) = tmp_path.glob('**/*-test.tfrecord-00002-of-*')
   shard.unlink()
-  data.check_task(task, 'train', LENGTHS)
+  streams.check_task(task, 'train', LENGTHS)
   with pytest.raises(
     FileNotFoundError, match=f'1 files .* such as .*{shard.name}'
   ):
-    data.check_task(task, 'test', LENGTHS)
+    streams.check_task(task, 'test', LENGTHS)
 
 
 def test_users_tfds_task_is_looked_for_too(vocabulary, tmp_path):
@@ -198,4 +205,4 @@ def test_users_tfds_task_is_looked_for_too(vocabulary, tmp_path):
   finally:
     seqio.TaskRegistry.remove('ro_mine')
   with pytest.raises(FileNotFoundError, match="task 'ro_mine': no data set"):
-    data.check_task(bound, 'train', LENGTHS)
+    streams.check_task(bound, 'train', LENGTHS)

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from l2s_jax import decode, generate, sampling, timing
+from l2s_jax.inference import generate, sampling, strategies
 from l2s_jax.models import l2s
+from l2s_jax.performance import timing
 
 NUM_TOKENS = 5
 
@@ -16,7 +17,7 @@ def our_run(module, **decoding):
   generator = generate.Generator(
     module,
     max_decode_len=NUM_TOKENS,
-    ids=decode.Ids(start=0, eos=-1, pad=0),
+    ids=strategies.Ids(start=0, eos=-1, pad=0),
     decoding=sampling.Decoding(**decoding),
   )
   params = helpers.random_params(module)

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from l2s_jax.interop import to_huggingface
 from l2s_jax.models import l2s
-from l2s_jax.weights import converted, huggingface, to_huggingface
+from l2s_jax.weights import converted
+from l2s_jax.weights.formats import huggingface
 
 COMMON: dict[str, Any] = {'vocab_size': 67, 'hidden_size': 24}
 T5: dict[str, Any] = {

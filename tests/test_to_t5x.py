@@ -9,8 +9,8 @@ import dataclasses
 import helpers
 import pytest
 
+from l2s_jax.interop import to_t5x
 from l2s_jax.models import l2s
-from l2s_jax.weights import to_t5x
 
 T5 = dataclasses.replace(
   helpers.T5_1_1, relpos_buckets=32, relpos_max_distance=128

@@ -14,8 +14,8 @@ from typing import Any
 import helpers
 import pytest
 
-from l2s_jax import tokenizer_json, vocabularies
-from l2s_jax.weights import huggingface
+from l2s_jax.vocabularies import export, loading, sentencepiece
+from l2s_jax.weights.formats import huggingface
 
 WORDS = [f'the {n} small cats sat on a mat' for n in range(100, 400)]
 TEXTS = (
@@ -67,15 +67,15 @@ def tokenizer(request, tmp_path_factory):
   if request.param == 'gpt2':
     helpers.vocabulary().save(folder)
   elif request.param == 'json':
-    trained = vocabularies.train_sentencepiece(
+    trained = sentencepiece.train(
       WORDS, folder / 'spiece.model', **TRAINED['bpe']
     )
     (content,) = trained._files.values()
-    other = tokenizer_json.from_sentencepiece(content)
+    other = export.from_sentencepiece(content)
     (folder / 'spiece.model').unlink()
     other.save(str(folder / 'tokenizer.json'))
   else:
-    vocabularies.train_sentencepiece(
+    sentencepiece.train(
       WORDS, folder / 'spiece.model', **TRAINED[request.param]
     )
   return folder
@@ -100,24 +100,24 @@ def test_every_family_reads_every_tokenizer(tokenizer, model_type, tmp_path):
     pytest.skip('transformers reads a tokenizer.json alone beside umT5')
   folder = tmp_path / 'exported'
   shutil.copytree(tokenizer, folder)
-  ours = vocabularies.load(folder)
+  ours = loading.load(folder)
   write_config(folder, model_type)
-  tokenizer_json.complete(folder, ours)
+  export.complete(folder, ours)
   theirs = load_auto(folder)
   for text in TEXTS:
     ids = ours.encode(text)
     assert theirs(text, add_special_tokens=False)['input_ids'] == ids
     decoded = theirs.decode(ids).replace(theirs.unk_token or '?', ' ⁇ ')
     if ours.unk_id not in ids or isinstance(
-      ours, vocabularies.SentencePieceVocabulary
+      ours, sentencepiece.SentencePieceVocabulary
     ):
       assert decoded == ours.decode(ids)
   found = {
     kind: getattr(theirs, f'{kind}_token_id') for kind in ours.special_ids
   }
   assert found == ours.special_ids
-  again = vocabularies.load(folder)
-  assert vocabularies.share_ids(again, ours)
+  again = loading.load(folder)
+  assert loading.share_ids(again, ours)
   assert [again.encode(text) for text in TEXTS] == [
     ours.encode(text) for text in TEXTS
   ]
@@ -126,27 +126,27 @@ def test_every_family_reads_every_tokenizer(tokenizer, model_type, tmp_path):
 def test_an_eos_is_put_behind_where_the_model_wants_one(tokenizer, tmp_path):
   folder = tmp_path / 'exported'
   shutil.copytree(tokenizer, folder)
-  ours = vocabularies.load(folder)
+  ours = loading.load(folder)
   write_config(folder, 't5')
   if (folder / 'tokenizer.json').is_file():
     pytest.skip('a tokenizer.json has its own way')
-  tokenizer_json.complete(folder, ours, adds_eos=True)
+  export.complete(folder, ours, adds_eos=True)
   expected = [*ours.encode('the cats'), ours.eos_id]
   assert load_auto(folder)('the cats')['input_ids'] == expected
 
 
 def test_sentinels_of_t5_are_added_where_they_fit(tmp_path):
   path = tmp_path / 'spiece.model'
-  vocabularies.train_sentencepiece(WORDS, path, vocab_size=45)
+  sentencepiece.train(WORDS, path, vocab_size=45)
   content = path.read_bytes()
   sentinel = '<extra_id_0>'
   for rows, expected in ((145, 144), (144, None), (0, None)):
-    made = tokenizer_json.from_sentencepiece(content, rows)
+    made = export.from_sentencepiece(content, rows)
     assert made.token_to_id(sentinel) == expected
   # Those that are there stay where they are.
-  vocabulary = vocabularies.load(path, extra_ids=100)
+  vocabulary = loading.load(path, extra_ids=100)
   vocabulary.save(tmp_path)
-  made = tokenizer_json.from_sentencepiece(path.read_bytes(), 1000)
+  made = export.from_sentencepiece(path.read_bytes(), 1000)
   assert made.token_to_id(sentinel) is None
   ids = made.encode('the <extra_id_3> cats').ids
   assert ids == vocabulary.encode('the <extra_id_3> cats')
@@ -160,11 +160,11 @@ def test_sentinels_of_t5_are_added_where_they_fit(tmp_path):
 def test_a_model_without_an_equal_gets_no_tokenizer_json(
   option, value, tmp_path, capsys
 ):
-  vocabulary = vocabularies.train_sentencepiece(
+  vocabulary = sentencepiece.train(
     WORDS, tmp_path / 'spiece.model', vocab_size=45, **{option: value}
   )
   before = {path.name for path in tmp_path.iterdir()}
-  tokenizer_json.complete(tmp_path, vocabulary)
+  export.complete(tmp_path, vocabulary)
   assert {path.name for path in tmp_path.iterdir()} == before
   said = capsys.readouterr().out
   assert 'spiece.model comes without a tokenizer.json' in said
@@ -172,11 +172,11 @@ def test_a_model_without_an_equal_gets_no_tokenizer_json(
 
 
 def test_single_characters_encode_the_same(tmp_path):
-  vocabulary = vocabularies.train_sentencepiece(
+  vocabulary = sentencepiece.train(
     WORDS, tmp_path / 'spiece.model', model_type='char', vocab_size=24
   )
   content = (tmp_path / 'spiece.model').read_bytes()
-  made = tokenizer_json.from_sentencepiece(content)
+  made = export.from_sentencepiece(content)
   for text in TEXTS:
     assert made.encode(text).ids == vocabulary.encode(text)
 
@@ -185,7 +185,7 @@ def test_a_config_that_names_its_class_is_left_alone(tmp_path):
   helpers.vocabulary().save(tmp_path)
   file = tmp_path / 'tokenizer_config.json'
   file.write_text('{"tokenizer_class": "Special"}')
-  tokenizer_json.complete(tmp_path, vocabularies.load(tmp_path))
+  export.complete(tmp_path, loading.load(tmp_path))
   assert file.read_text() == '{"tokenizer_class": "Special"}'
 
 
@@ -194,8 +194,8 @@ def test_a_config_that_names_its_class_is_left_alone(tmp_path):
 )
 def test_real_models_encode_the_same(shared_data, name):
   path = shared_data / 'tokenizers' / name
-  ours = vocabularies.load(path)
-  theirs = tokenizer_json.from_sentencepiece(path.read_bytes())
+  ours = loading.load(path)
+  theirs = export.from_sentencepiece(path.read_bytes())
   for language in ('en', 'de', 'fr'):
     file = shared_data / 'multi30k' / f'val.{language}.gz'
     with gzip.open(file, 'rt', encoding='utf-8') as lines:

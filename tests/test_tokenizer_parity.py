@@ -15,7 +15,7 @@ import helpers
 import pytest
 import tokenizers
 
-from l2s_jax import vocabularies
+from l2s_jax.vocabularies import loading
 
 transformers = pytest.importorskip('transformers')
 
@@ -214,7 +214,7 @@ def our_ids(vocabulary, texts=TEXTS):
 @pytest.mark.parametrize('name', FAMILIES)
 def test_every_family_has_the_ids_of_transformers(shared_data, tmp_path, name):
   folder = make_folder(tmp_path / 'model', shared_data, name)
-  ours = vocabularies.load(folder)
+  ours = loading.load(folder)
   ids = auto_ids(folder)
   assert our_ids(ours) == ids
 
@@ -222,8 +222,8 @@ def test_every_family_has_the_ids_of_transformers(shared_data, tmp_path, name):
   run = tmp_path / 'vocabularies' / 'answer'
   ours.save(run)
   (tmp_path / 'model.json').write_text('{}')
-  assert vocabularies.load(run) == ours
-  assert our_ids(vocabularies.load(run), FEW) == ids[: len(FEW)]
+  assert loading.load(run) == ours
+  assert our_ids(loading.load(run), FEW) == ids[: len(FEW)]
   if (run / 'tokenizer.json').is_file():
     assert auto_ids(run, FEW) == ids[: len(FEW)]
 
@@ -251,25 +251,25 @@ def gemma(folder, extra=('<image_soft_token>',)):
 
 def test_gemma_has_the_ids_of_transformers(tmp_path):
   gemma(tmp_path)
-  assert our_ids(vocabularies.load(tmp_path)) == auto_ids(tmp_path)
+  assert our_ids(loading.load(tmp_path)) == auto_ids(tmp_path)
 
 
 def test_a_file_named_alone_is_that_file_alone(shared_data, tmp_path):
   folder = make_folder(tmp_path / 'model', shared_data, 't5 added')
-  alone = vocabularies.load(folder / 'spiece.model')
-  data = vocabularies.load(shared_data / 'tokenizers/t5/spiece.model')
+  alone = loading.load(folder / 'spiece.model')
+  data = loading.load(shared_data / 'tokenizers/t5/spiece.model')
   assert alone == data and alone.vocab_size == 32000
-  assert vocabularies.load(folder).encode('{') == [32100]
+  assert loading.load(folder).encode('{') == [32100]
   # Sentinels asked for by number are those of SeqIO, of the model alone.
-  counted = vocabularies.load(folder, extra_ids=100)
-  assert counted == vocabularies.load(alone.path, extra_ids=100)
-  assert vocabularies.share_ids(vocabularies.load(folder), alone)
-  assert not vocabularies.share_ids(alone, helpers.vocabulary())
+  counted = loading.load(folder, extra_ids=100)
+  assert counted == loading.load(alone.path, extra_ids=100)
+  assert loading.share_ids(loading.load(folder), alone)
+  assert not loading.share_ids(alone, helpers.vocabulary())
 
 
 def test_a_token_beyond_the_table_is_refused_where_a_text_holds_it(tmp_path):
   rows = gemma(tmp_path)
-  whole = vocabularies.load(tmp_path)
+  whole = loading.load(tmp_path)
   bound = whole.for_table(rows)
   assert whole.vocab_size == rows + 1 and whole == bound
   assert bound.encode('hello world') == whole.encode('hello world')
@@ -289,29 +289,29 @@ def write_ids(folder, **files):
 
 def test_starts_and_ends_are_those_that_the_model_says(tmp_path):
   gemma(tmp_path)
-  plain = vocabularies.load(tmp_path)
+  plain = loading.load(tmp_path)
   assert (plain.start_id, plain.eos_ids, plain.pad_id) == (2, (1,), 0)
   write_ids(
     tmp_path,
     config={'decoder_start_token_id': 5, 'eos_token_id': [1, 9]},
     generation_config={'eos_token_id': [1, 7, 8], 'pad_token_id': 6},
   )
-  said = vocabularies.load(tmp_path)
+  said = loading.load(tmp_path)
   assert (said.start_id, said.eos_id, said.eos_ids) == (5, 1, (1, 7, 8))
   assert said.pad_id == 0  # The tokenizer's own word goes first.
   assert said.bos_id == 2
-  assert said != plain and vocabularies.share_ids(said, plain)
+  assert said != plain and loading.share_ids(said, plain)
   assert said.decode([20, 21, 7, 22]) == said.decode([20, 21])
   said.save(tmp_path / 'saved')
-  again = vocabularies.load(tmp_path / 'saved')
+  again = loading.load(tmp_path / 'saved')
   assert again == said and again.eos_ids == said.eos_ids
 
 
 def test_a_refused_text_is_named_in_training_too(tmp_path):
-  from l2s_jax import features
+  from l2s_jax.data import features
 
   rows = gemma(tmp_path)
-  bound = features.wrap_vocabulary(vocabularies.load(tmp_path).for_table(rows))
+  bound = features.wrap_vocabulary(loading.load(tmp_path).for_table(rows))
   texts = ['hello', 'see <image_soft_token>']
   dataset = features.tf.data.Dataset.from_tensor_slices(texts)
   ids = dataset.map(bound.encode_tf).as_numpy_iterator()
@@ -363,7 +363,7 @@ def test_a_broken_file_is_named_in_one_sentence(tmp_path, capfd, name, content):
   (tmp_path / 'tokenizer_config.json').unlink()
   (tmp_path / name).write_bytes(content)
   with pytest.raises(ValueError) as refused:
-    vocabularies.load(tmp_path)
+    loading.load(tmp_path)
   message = str(refused.value)
   assert str(tmp_path / name) in message and '\n' not in message
   assert capfd.readouterr() == ('', '')  # Rust's panics write there.
@@ -380,7 +380,7 @@ def test_bytes_of_a_tokenizer_that_flip_end_in_one_sentence(tmp_path, capfd):
     content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
     file.write_bytes(content[: draw.choice([None, None, draw.randrange(999)])])
     try:
-      vocabularies.load(tmp_path).encode('hello world')
+      loading.load(tmp_path).encode('hello world')
     except ValueError as error:
       refused += 1
       assert str(tmp_path) in str(error) and '\n' not in str(error)

@@ -8,7 +8,9 @@ import helpers
 import numpy as np
 import pytest
 
-from l2s_jax import benchmark, costs, systems, train_benchmark, train_peers
+from l2s_jax.models import flops
+from l2s_jax.performance import benchmark, train_benchmark, train_peers
+from l2s_jax.systems import system
 
 SHAPE = {'batch_sizes': 2, 'prompt_lengths': 6, 'output_lengths': 4}
 
@@ -23,8 +25,8 @@ def rows_of(folder):
 def test_llm_to_slm_is_compared_with_its_parts(tmp_path, capsys):
   benchmark.benchmark(
     str(tmp_path),
-    llm=systems.Tower(config=helpers.T5_1_0),
-    slm=systems.Tower(config=helpers.GPT2),
+    llm=system.Tower(config=helpers.T5_1_0),
+    slm=system.Tower(config=helpers.GPT2),
     rounds=2,
     train=True,
     peers=True,  # They take part with one model alone.
@@ -50,7 +52,7 @@ def test_transformers_trains_the_same_model(config, tmp_path):
   pytest.importorskip('transformers', reason='transformers is not installed')
   benchmark.benchmark(
     str(tmp_path),
-    slm=systems.Tower(config=dataclasses.replace(config, dropout_rate=0.0)),
+    slm=system.Tower(config=dataclasses.replace(config, dropout_rate=0.0)),
     rounds=1,
     train=True,
     peers=True,
@@ -77,7 +79,7 @@ def test_settings_of_generation_are_refused(tmp_path):
   with pytest.raises(ValueError, match='--train times steps'):
     benchmark.benchmark(
       str(tmp_path),
-      slm=systems.Tower(config=helpers.T5_1_0),
+      slm=system.Tower(config=helpers.T5_1_0),
       quantizations='int8',
       train=True,
     )
@@ -86,8 +88,8 @@ def test_settings_of_generation_are_refused(tmp_path):
 def test_a_frozen_llm_is_read_once_and_not_trained():
   """Forwards, backwards twice as much; of the LLM forwards alone."""
   pair = helpers.MODULES['llm_to_gpt2-add-shared']
-  forward = costs.train_flops(pair.clone(), 8, 4)
-  without = costs.reading_flops(pair.llm_config, 8)
+  forward = flops.train_flops(pair.clone(), 8, 4)
+  without = flops.reading_flops(pair.llm_config, 8)
   assert forward > without > 0
-  doubled = costs.train_flops(pair, 8, 8) - forward
+  doubled = flops.train_flops(pair, 8, 8) - forward
   assert 0 < doubled < forward

@@ -12,8 +12,11 @@ import numpy as np
 import optax
 import pytest
 
-from l2s_jax import checkpoint, losses, optim, parameters, partition, train
-from l2s_jax import state as state_lib
+from l2s_jax.models import losses
+from l2s_jax.runtime import partitioning
+from l2s_jax.systems import parameters
+from l2s_jax.training import checkpoint, optim, train
+from l2s_jax.training import state as state_lib
 
 SGD = optax.sgd(1.0)  # the update is the gradient
 
@@ -27,7 +30,7 @@ def step(state, frozen, batch, *, module, optimizer=SGD):
 
 def start(module, frozen=('llm',), optimizer=SGD, seed=0):
   """Returns the frozen parameters and the state before the first step."""
-  frozen, trainable = state_lib.split(helpers.random_params(module), frozen)
+  frozen, trainable = parameters.split(helpers.random_params(module), frozen)
   return frozen, state_lib.create(trainable, optimizer, seed)
 
 
@@ -163,7 +166,7 @@ def test_the_optimizer_has_no_slot_for_what_is_frozen(plain):
   ]
   assert not any("'llm'" in path for path in paths)
   assert any("'slm'" in path for path in paths)
-  trained = state_lib.num_params(state.trainable)
+  trained = parameters.num_params(state.trainable)
   slots = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
   assert slots == 2 * trained  # two moments
 
@@ -265,10 +268,10 @@ def test_a_run_that_has_no_checkpoint_starts_from_its_seed(tmp_path):
   """`restore_or_create`: fresh, then what was saved, on any seed."""
   module = helpers.MODULES['gpt2']
   system = helpers.system(module)
-  config = partition.MeshConfig()
-  mesh = partition.make_mesh(config, jax.devices()[:1])
+  config = partitioning.MeshConfig()
+  mesh = partitioning.make_mesh(config, jax.devices()[:1])
   optimizer = optim.adamw().make({})
-  with partition.use_mesh(mesh):
+  with partitioning.use_mesh(mesh):
     layout = parameters.layout(system, mesh, config)
     checkpointer = checkpoint.Checkpointer(tmp_path)
 
@@ -300,19 +303,19 @@ def test_a_run_that_has_no_checkpoint_starts_from_its_seed(tmp_path):
 
 def test_split_and_merge_are_inverse():
   params = {'llm': {'a': 1}, 'slm': {'b': {'c': 2}}, 'projector': {'d': 3}}
-  frozen, trainable = state_lib.split(params, ('llm',))
+  frozen, trainable = parameters.split(params, ('llm',))
   assert frozen == {'llm': {'a': 1}} and 'llm' not in trainable
-  assert state_lib.merge(frozen, trainable) == params
-  assert state_lib.split(params, ()) == ({}, params)
+  assert parameters.merge(frozen, trainable) == params
+  assert parameters.split(params, ()) == ({}, params)
 
 
 def test_merge_joins_by_path_and_refuses_a_path_twice():
-  merged = state_lib.merge({'slm': {'a': 1}}, {'slm': {'b': 2}})
+  merged = parameters.merge({'slm': {'a': 1}}, {'slm': {'b': 2}})
   assert merged == {'slm': {'a': 1, 'b': 2}}
   with pytest.raises(ValueError, match="'a'"):
-    state_lib.merge({'slm': {'a': 1}}, {'slm': {'a': 2}})
+    parameters.merge({'slm': {'a': 1}}, {'slm': {'a': 2}})
   with pytest.raises(ValueError, match="'slm'"):
-    state_lib.merge({'slm': 1}, {'slm': {'a': 2}})
+    parameters.merge({'slm': 1}, {'slm': {'a': 2}})
 
 
 # --- microbatches ---

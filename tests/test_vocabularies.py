@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from l2s_jax import vocabularies
+from l2s_jax.vocabularies import loading, sentencepiece
 
 # The special ids that each real tokenizer must be read to have:
 # (vocab_size, start_id, eos_id, pad_id, unk_id).
@@ -35,7 +35,7 @@ TEXTS = [
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
   """Returns a small SentencePiece vocabulary."""
-  return vocabularies.train_sentencepiece(
+  return sentencepiece.train(
     TEXTS, tmp_path_factory.mktemp('trained') / 'spiece.model', vocab_size=40
   )
 
@@ -108,7 +108,7 @@ def test_golden_encodings(shared_data):
   )
   assert golden.keys() == REAL.keys()
   for name, expected in golden.items():
-    vocabulary = vocabularies.load(shared_data / 'tokenizers' / name)
+    vocabulary = loading.load(shared_data / 'tokenizers' / name)
     assert vocabulary.vocab_size == expected['pieces'], name
     for example in expected['encodings']:
       assert vocabulary.encode(example['text']) == example['ids'], name
@@ -116,7 +116,7 @@ def test_golden_encodings(shared_data):
 
 @pytest.mark.parametrize('name', REAL)
 def test_special_ids_are_read_from_the_files(shared_data, name):
-  vocabulary = vocabularies.load(shared_data / 'tokenizers' / name)
+  vocabulary = loading.load(shared_data / 'tokenizers' / name)
   assert (
     vocabulary.vocab_size,
     vocabulary.start_id,
@@ -128,7 +128,7 @@ def test_special_ids_are_read_from_the_files(shared_data, name):
 
 @pytest.mark.parametrize('name', REAL)
 def test_text_survives_a_round_trip(shared_data, name):
-  vocabulary = vocabularies.load(shared_data / 'tokenizers' / name)
+  vocabulary = loading.load(shared_data / 'tokenizers' / name)
   with gzip.open(shared_data / 'flores/flores-dev.en.gz', 'rt') as file:
     lines = file.read().splitlines()[:100]
   exact = 0
@@ -144,10 +144,10 @@ def test_text_survives_a_round_trip(shared_data, name):
 
 @pytest.mark.parametrize('name', REAL)
 def test_saved_and_loaded_is_the_same(shared_data, tmp_path, name):
-  vocabulary = vocabularies.load(shared_data / 'tokenizers' / name)
+  vocabulary = loading.load(shared_data / 'tokenizers' / name)
   vocabulary.save(tmp_path / 'saved')
   vocabulary.save(tmp_path / 'saved')  # Over itself.
-  loaded = vocabularies.load(tmp_path / 'saved')
+  loaded = loading.load(tmp_path / 'saved')
   assert loaded.fingerprint() == vocabulary.fingerprint()
   assert loaded == vocabulary and hash(loaded) == hash(vocabulary)
   assert loaded.encode('a <pad> b </s>') == vocabulary.encode('a <pad> b </s>')
@@ -155,20 +155,18 @@ def test_saved_and_loaded_is_the_same(shared_data, tmp_path, name):
 
 
 def test_vocabularies_of_different_content_differ(shared_data):
-  loaded = [
-    vocabularies.load(shared_data / 'tokenizers' / name) for name in REAL
-  ]
+  loaded = [loading.load(shared_data / 'tokenizers' / name) for name in REAL]
   loaded.append(
-    vocabularies.load(shared_data / 'tokenizers/t5/spiece.model', extra_ids=100)
+    loading.load(shared_data / 'tokenizers/t5/spiece.model', extra_ids=100)
   )
   loaded.append(
-    vocabularies.load(shared_data / 'tokenizers/t5/spiece.model', start_id=1)
+    loading.load(shared_data / 'tokenizers/t5/spiece.model', start_id=1)
   )
   assert len(set(loaded)) == len(REAL) + 2
 
 
 def test_id_0_of_gpt2_is_text(shared_data):
-  vocabulary = vocabularies.load(shared_data / 'tokenizers/gpt2')
+  vocabulary = loading.load(shared_data / 'tokenizers/gpt2')
   assert vocabulary.encode('!') == [0]
   assert vocabulary.decode([0, 0, 50256, 0]) == '!!'
   assert vocabulary.decode([0, 50257, -1, 0]) == '!!'  # Nothing is unknown.
@@ -176,7 +174,7 @@ def test_id_0_of_gpt2_is_text(shared_data):
 
 def test_extra_ids_are_those_of_seqio(shared_data, tmp_path):
   path = shared_data / 'tokenizers/t5/spiece.model'
-  vocabulary = vocabularies.load(path, extra_ids=100)
+  vocabulary = loading.load(path, extra_ids=100)
   assert vocabulary.vocab_size == 32100
   # Ids of seqio.SentencePieceVocabulary(path, extra_ids=100), seqio 0.0.20.
   assert vocabulary.encode('<extra_id_0> <pad> </s> x < 3') == [
@@ -199,17 +197,17 @@ def test_extra_ids_are_those_of_seqio(shared_data, tmp_path):
   assert vocabulary.encode('a <extra_id_99>') == [3, 9, 32000]
   assert vocabulary.decode([32099, 5, 32000]) == '<extra_id_0>. <extra_id_99>'
   vocabulary.save(tmp_path)
-  assert vocabularies.load(tmp_path) == vocabulary
-  assert vocabularies.load(tmp_path, extra_ids=100) == vocabulary
+  assert loading.load(tmp_path) == vocabulary
+  assert loading.load(tmp_path, extra_ids=100) == vocabulary
 
 
 def test_mt5_already_has_its_extra_ids(shared_data):
   path = shared_data / 'tokenizers/mt5'
-  assert vocabularies.load(path, extra_ids=100) == vocabularies.load(path)
+  assert loading.load(path, extra_ids=100) == loading.load(path)
 
 
 def test_a_copy_or_pickle_is_equal_and_works(trained, small_json):
-  for vocabulary in (trained, vocabularies.load(small_json)):
+  for vocabulary in (trained, loading.load(small_json)):
     ids = vocabulary.encode('one red cat')
     for twin in (
       copy.deepcopy(vocabulary),
@@ -220,7 +218,7 @@ def test_a_copy_or_pickle_is_equal_and_works(trained, small_json):
 
 
 def test_decoding_cuts_at_the_first_eos(trained, small_json):
-  for vocabulary in (trained, vocabularies.load(small_json)):
+  for vocabulary in (trained, loading.load(small_json)):
     a, b = vocabulary.vocab_size - 1, vocabulary.vocab_size - 2
     assert vocabulary.decode([a, vocabulary.eos_id, b]) == vocabulary.decode(
       [a]
@@ -230,7 +228,7 @@ def test_decoding_cuts_at_the_first_eos(trained, small_json):
 
 
 def test_ids_outside_the_vocabulary_decode_as_unknown(trained, small_json):
-  for vocabulary in (trained, vocabularies.load(small_json)):
+  for vocabulary in (trained, loading.load(small_json)):
     assert vocabulary.unk_id is not None
     unknown = vocabulary.decode([vocabulary.unk_id])
     assert unknown
@@ -239,18 +237,18 @@ def test_ids_outside_the_vocabulary_decode_as_unknown(trained, small_json):
 
 
 def test_pad_tokens_leave_no_text(trained, small_json):
-  for vocabulary in (trained, vocabularies.load(small_json)):
+  for vocabulary in (trained, loading.load(small_json)):
     ids = vocabulary.encode('one')
     pad = vocabulary.pad_id
     assert vocabulary.decode([pad, *ids, pad]) == vocabulary.decode(ids)
 
 
 def test_a_tokenizer_neither_truncates_nor_pads(small_json):
-  assert vocabularies.load(small_json).encode('one two three') == [4, 5, 6]
+  assert loading.load(small_json).encode('one two three') == [4, 5, 6]
 
 
 def test_files_beside_a_tokenizer_name_its_special_tokens(small_json, tmp_path):
-  plain = vocabularies.load(small_json)
+  plain = loading.load(small_json)
   assert (plain.start_id, plain.eos_id, plain.pad_id) == (0, 1, 0)
   write_json(
     small_json.with_name('special_tokens_map.json'),
@@ -260,7 +258,7 @@ def test_files_beside_a_tokenizer_name_its_special_tokens(small_json, tmp_path):
     small_json.with_name('tokenizer_config.json'),
     {'eos_token': {'content': 'three'}, 'bos_token': '<go>', 'pad_token': None},
   )
-  named = vocabularies.load(small_json)
+  named = loading.load(small_json)
   assert (named.start_id, named.eos_id, named.pad_id) == (3, 6, 0)
   assert named.unk_id == 2
   assert named != plain
@@ -268,7 +266,7 @@ def test_files_beside_a_tokenizer_name_its_special_tokens(small_json, tmp_path):
   folder = tmp_path / 'run' / 'vocabularies' / 'answer'
   named.save(folder)
   (tmp_path / 'run' / 'model.json').write_text('{}')
-  assert vocabularies.load(folder) == named
+  assert loading.load(folder) == named
 
 
 def test_a_named_special_token_must_exist(small_json):
@@ -280,20 +278,20 @@ def test_a_named_special_token_must_exist(small_json):
     ValueError,
     match=("eos_token '<end>': named by tokenizer_config.json in .*small"),
   ):
-    vocabularies.load(small_json)
+    loading.load(small_json)
 
 
 def test_ids_can_be_given(trained):
   path = trained.path
-  given = vocabularies.load(path, start_id=1, eos_id=5, pad_id=2)
+  given = loading.load(path, start_id=1, eos_id=5, pad_id=2)
   assert (given.start_id, given.eos_id, given.pad_id) == (1, 5, 2)
   assert given != trained
   with pytest.raises(ValueError, match=r'start_id=40 .*spiece.model.* 0 to 39'):
-    vocabularies.load(path, start_id=40)
+    loading.load(path, start_id=40)
 
 
 def test_training_reproduces_the_same_bytes(trained, tmp_path):
-  twin = vocabularies.train_sentencepiece(
+  twin = sentencepiece.train(
     iter(TEXTS), tmp_path / 'twin.model', vocab_size=40
   )
   with open(trained.path, 'rb') as file:
@@ -316,7 +314,7 @@ def test_a_trained_model_is_like_t5(trained):
 
 
 def test_byte_fallback_leaves_nothing_unknown(tmp_path):
-  vocabulary = vocabularies.train_sentencepiece(
+  vocabulary = sentencepiece.train(
     TEXTS, tmp_path / 'bytes.model', vocab_size=290, byte_fallback=True
   )
   assert vocabulary.decode(vocabulary.encode('Ω ship')) == 'Ω ship'
@@ -324,7 +322,7 @@ def test_byte_fallback_leaves_nothing_unknown(tmp_path):
 
 def test_long_lines_take_part_in_training(tmp_path):
   # SentencePiece by itself drops lines over 4192 bytes, without a word.
-  vocabulary = vocabularies.train_sentencepiece(
+  vocabulary = sentencepiece.train(
     ['xyz ' * 2000, *TEXTS], tmp_path / 'long.model', vocab_size=40
   )
   assert vocabulary.unk_id not in vocabulary.encode('xyz')
@@ -341,14 +339,12 @@ def test_long_lines_take_part_in_training(tmp_path):
 )
 def test_training_that_fails_writes_nothing(tmp_path, texts, options, message):
   with pytest.raises(ValueError, match=f'model.model with .*{message}'):
-    vocabularies.train_sentencepiece(texts, tmp_path / 'model.model', **options)
+    sentencepiece.train(texts, tmp_path / 'model.model', **options)
   assert not list(tmp_path.iterdir())
 
 
 def test_training_prints_nothing(capfd, tmp_path):
-  vocabularies.train_sentencepiece(
-    TEXTS, tmp_path / 'quiet.model', vocab_size=40
-  )
+  sentencepiece.train(TEXTS, tmp_path / 'quiet.model', vocab_size=40)
   assert capfd.readouterr() == ('', '')
 
 
@@ -357,7 +353,7 @@ def test_a_missing_path_is_named(tmp_path):
     with pytest.raises(
       FileNotFoundError, match=re.escape(f'{tmp_path / name} is missing')
     ):
-      vocabularies.load(tmp_path / name)
+      loading.load(tmp_path / name)
 
 
 def test_a_folder_without_tokenizer_lists_what_was_looked_for(tmp_path):
@@ -370,7 +366,7 @@ def test_a_folder_without_tokenizer_lists_what_was_looked_for(tmp_path):
       'with merges.txt and tokenizer_config.json of a ByT5Tokenizer.'
     ),
   ):
-    vocabularies.load(tmp_path)
+    loading.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +383,7 @@ def test_a_broken_file_is_named(tmp_path, name, content, message):
   path = tmp_path / name
   path.write_bytes(content)
   with pytest.raises(ValueError, match=f'{re.escape(str(path))}:? .*{message}'):
-    vocabularies.load(path)
+    loading.load(path)
 
 
 @pytest.mark.parametrize(
@@ -400,7 +396,7 @@ def test_a_broken_file_is_named(tmp_path, name, content, message):
 def test_a_broken_file_beside_is_named(small_json, content, message):
   small_json.with_name('tokenizer_config.json').write_text(content)
   with pytest.raises(ValueError, match=message):
-    vocabularies.load(small_json)
+    loading.load(small_json)
 
 
 @pytest.mark.parametrize(
@@ -414,7 +410,7 @@ def test_a_broken_file_beside_is_named(small_json, content, message):
 def test_files_that_are_not_gpt2s_are_refused(tmp_path, vocab, merges, message):
   write_gpt2(tmp_path, vocab, merges)
   with pytest.raises(ValueError, match=message):
-    vocabularies.load(tmp_path)
+    loading.load(tmp_path)
 
 
 def test_a_tokenizer_without_eos_asks_for_one(tmp_path):
@@ -430,13 +426,13 @@ def test_a_tokenizer_without_eos_asks_for_one(tmp_path):
     },
   )
   with pytest.raises(ValueError, match='tokenizer.json names no end.*eos_id='):
-    vocabularies.load(path)
-  assert vocabularies.load(path, eos_id=1).start_id == 1
+    loading.load(path)
+  assert loading.load(path, eos_id=1).start_id == 1
 
 
 def test_extra_ids_of_a_hugging_face_tokenizer_are_refused(small_json):
   with pytest.raises(ValueError, match='extra_ids=100 .*tokenizer.json'):
-    vocabularies.load(small_json, extra_ids=100)
+    loading.load(small_json, extra_ids=100)
 
 
 def test_saving_beside_another_tokenizer_is_refused(trained, small_json):
@@ -448,7 +444,7 @@ def test_saving_beside_another_tokenizer_is_refused(trained, small_json):
 
 def test_the_module_imports_no_tensorflow():
   program = (
-    'import sys, l2s_jax.vocabularies, l2s_jax.metrics; '
+    'import sys, l2s_jax.vocabularies.loading, l2s_jax.metrics.metric_fns; '
     'sys.exit(any(m in sys.modules for m in '
     '("tensorflow", "seqio", "transformers")))'
   )

@@ -17,10 +17,16 @@ import pytest
 import safetensors.numpy
 from flax import traverse_util
 
-from l2s_jax import checkpoint, parameters, partition, state, weights
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
-from l2s_jax.weights import huggingface, rows
+from l2s_jax.models import shapes as shapes_lib
+from l2s_jax.runtime import partitioning
+from l2s_jax.systems import parameters
+from l2s_jax.training import checkpoint, state
+from l2s_jax.weights import opening
+from l2s_jax.weights import source as source_lib
+from l2s_jax.weights.families import name_table
+from l2s_jax.weights.formats import huggingface
 
 # No two sizes are equal, so that a transposed tensor has another shape.
 T5_JSON: dict[str, Any] = {
@@ -117,7 +123,7 @@ FAMILIES |= {
 
 def model_shapes(config):
   module = l2s.build(config)
-  shapes, _ = partition.abstract_params(
+  shapes, _ = partitioning.abstract_params(
     lambda key, batch: module.init(key, batch, deterministic=True),
     jax.random.key(0),
     parameters.example_batch(1, 2, 2),
@@ -134,9 +140,9 @@ def random_params(config, seed=0):
 
 def to_theirs(config_json, config, params):
   """Returns the tensors of a Hugging Face file: the table read backwards."""
-  sizes = rows.axis_sizes(config)
+  sizes = name_table.axis_sizes(config)
   flat = traverse_util.flatten_dict(params)
-  parts: dict[str, list[tuple[rows.Row, np.ndarray]]] = {}
+  parts: dict[str, list[tuple[name_table.Row, np.ndarray]]] = {}
   for row in huggingface.FAMILIES[config_json['model_type']].rows:
     if row.path not in flat:
       continue
@@ -144,7 +150,7 @@ def to_theirs(config_json, config, params):
     for name, layer in zip(row.names(config), layers, strict=True):
       parts.setdefault(name, []).append((row, layer))
   return {
-    name: rows.to_theirs(
+    name: name_table.to_theirs(
       [row for row, _ in pairs], [layer for _, layer in pairs], sizes
     )
     for name, pairs in parts.items()
@@ -163,7 +169,7 @@ def load(folder, shapes):
   """Returns parameters and fingerprint, on one device."""
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   shardings = jax.tree.map(lambda _: device, shapes)
-  return weights.load(weights.open_source(str(folder)), shapes, shardings)
+  return source_lib.load(opening.open_source(str(folder)), shapes, shardings)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -453,7 +459,7 @@ def test_buffers_and_heads_for_other_uses_are_passed_over(
   folder = write_folder(tmp_path / 'hf', config_json, tensors)
   assert (
     huggingface.Folder(folder).shapes().keys()
-    == weights.shapes_of(config).keys()
+    == shapes_lib.of_model(config).keys()
   )
 
 
@@ -642,7 +648,7 @@ def test_missing_shards_are_named(t5_folder):
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
   with pytest.raises(FileNotFoundError, match='nor model.json .* nor config'):
-    weights.open_source(str(tmp_path))
+    opening.open_source(str(tmp_path))
 
 
 # The logits of four words after the last real token of two rows, from models of

@@ -24,7 +24,10 @@ from l2s_jax import (
 from l2s_jax import state as state_lib
 from l2s_jax.models import config as config_lib
 
-NEEDS_TENSORFLOW = {'l2s_jax.features', 'l2s_jax.evaluation'}
+NEEDS_TENSORFLOW = {
+  'l2s_jax.data.features',
+  'l2s_jax.evaluation.seqio_evaluator',
+}
 for module in pkgutil.walk_packages(l2s_jax.__path__, 'l2s_jax.'):
   if module.name not in NEEDS_TENSORFLOW | {'l2s_jax.__main__'}:
     importlib.import_module(module.name)

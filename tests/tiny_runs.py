@@ -7,7 +7,8 @@ import pathlib
 import subprocess
 import sys
 
-from l2s_jax import cldr, vocabularies
+from l2s_jax.data import cldr
+from l2s_jax.vocabularies import sentencepiece
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = """
@@ -94,7 +95,7 @@ def write_experiments(path):
     for language, key in (('en', 'source'), ('de', 'answer')):
       with opener(path / f'{split}.{language}{suffix}', 'wt') as file:
         file.writelines(example[key] + '\n' for example in examples)
-  vocabularies.train_sentencepiece(
+  sentencepiece.train(
     (text for e in german for text in (e['prompt'], e['answer'])),
     path / 'tiny.model',
     vocab_size=300,

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from l2s_jax import partition
 from l2s_jax.models import cache as cache_lib
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import layers, positions
+from l2s_jax.runtime import partitioning
 
 
 class Attention(nn.Module):
@@ -58,7 +58,7 @@ class Attention(nn.Module):
       key = positions.rotate(key, rotation)
     axes = ('batch', 'kv_heads', 'length', 'kv')
     return cache_lib.KeyValues(
-      partition.constrain(key, axes), partition.constrain(value, axes)
+      partitioning.constrain(key, axes), partitioning.constrain(value, axes)
     )
 
   def __call__(

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from l2s_jax import partition
 from l2s_jax.models import config as config_lib
+from l2s_jax.runtime import partitioning
 
 
 class KeyValues(struct.PyTreeNode):
@@ -61,14 +61,14 @@ def empty(
   """Returns a cache of `num_slots` slots that holds nothing yet."""
   shape = (batch_size, config.kv_heads, num_slots, config.head_dim)
   # Pinned: what is made of constants would be whole on every device.
-  zeros = partition.constrain(
+  zeros = partitioning.constrain(
     jnp.zeros(shape, config.activation_dtype),
     ('batch', 'kv_heads', 'length', 'kv'),
   )
   valid = jnp.zeros((batch_size, num_slots), bool)
   return Cache(
     kv=(KeyValues(zeros, zeros),) * config.num_decoder_layers,
-    valid=partition.constrain(valid, ('batch', 'length')),
+    valid=partitioning.constrain(valid, ('batch', 'length')),
     slot=jnp.zeros((), jnp.int32),
   )
 

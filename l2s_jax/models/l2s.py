@@ -6,6 +6,7 @@
 Source: arXiv 2402.16844.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,10 +15,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from l2s_jax import partition
 from l2s_jax.models import cache as cache_lib
 from l2s_jax.models import config as config_lib
-from l2s_jax.models import decoder_only, language_model, projector, t5
+from l2s_jax.models import decoder_only, encoder_decoder, language_model, layers
+from l2s_jax.runtime import partitioning
 
 PyTree = Any
 
@@ -49,7 +50,7 @@ def build_reader(
 ) -> language_model.LanguageModel:
   """Returns the module of a language model, or of an encoder alone."""
   if config.is_encoder_decoder:
-    return t5.EncoderDecoder(config, name=name)
+    return encoder_decoder.EncoderDecoder(config, name=name)
   return decoder_only.DecoderOnly(config, name=name)
 
 
@@ -79,7 +80,7 @@ def _pin(
   Left to choose where these two are, XLA (0.10.2) has added rows of different
   prompts, on a mesh with several devices along each axis and a row in each.
   """
-  return partition.constrain(embeddings, ('batch', 'length', 'embed'))
+  return partitioning.constrain(embeddings, ('batch', 'length', 'embed'))
 
 
 class LlmToSlm(nn.Module):
@@ -99,7 +100,7 @@ class LlmToSlm(nn.Module):
   slm_config: config_lib.TransformerConfig
   injection: str = 'add'
   shared_vocabulary: bool = True
-  llm_rules: partition.Rules = partition.DEFAULT_RULES
+  llm_rules: partitioning.Rules = partitioning.DEFAULT_RULES
 
   def setup(self):
     if self.injection not in INJECTIONS:
@@ -107,14 +108,10 @@ class LlmToSlm(nn.Module):
         f'INJECTION={self.injection!r} is not one of {INJECTIONS}.'
       )
     self.llm = build_reader(self.llm_config)
-    self.projector = projector.Projector(
-      self.llm_config.emb_dim, self.slm_config
-    )
+    self.projector = Projector(self.llm_config.emb_dim, self.slm_config)
     self.slm = build(self.slm_config)
     if self.injection == 'add' and not self.shared_vocabulary:
-      self.prompt_embedder = projector.from_llm(
-        self.llm_config.emb_dim, self.slm_config
-      )
+      self.prompt_embedder = from_llm(self.llm_config.emb_dim, self.slm_config)
 
   def encode_prompt(
     self, batch: language_model.Batch
@@ -135,7 +132,7 @@ class LlmToSlm(nn.Module):
     """Returns the LLM's states and segment ids."""
     tokens = batch.get('llm_input_tokens', batch['encoder_input_tokens'])
     segment_ids = batch.get('llm_segment_ids', batch['encoder_segment_ids'])
-    with partition.axis_rules(self.llm_rules):
+    with partitioning.axis_rules(self.llm_rules):
       llm_states = self.llm.encode(
         self.llm.embed(tokens), segment_ids, deterministic=True
       )
@@ -165,7 +162,7 @@ class LlmToSlm(nn.Module):
   ) -> Float[Array, 'batch prompt embed']:
     if self.shared_vocabulary:
       return self.slm.embed(tokens)
-    with partition.axis_rules(self.llm_rules):
+    with partitioning.axis_rules(self.llm_rules):
       embeddings = jax.lax.stop_gradient(self.llm.embed(tokens))
     return _pin(self.prompt_embedder(embeddings))
 
@@ -190,7 +187,7 @@ class DraftAndVerify(LlmToSlm):
   """LLM-to-SLM, which drafts, with the LLM's own decoder, which verifies.
 
   The LLM reads a prompt once, for both. What is written is the LLM's answer
-  (`speculative.py`), and so are the logits.
+  (`inference/speculative.py`), and so are the logits.
   """
 
   def __call__(
@@ -199,7 +196,7 @@ class DraftAndVerify(LlmToSlm):
     """Returns teacher-forced float32 logits of the LLM."""
     # For the SLM's parameters and the lengths that it refuses.
     super().__call__(batch, deterministic=deterministic)
-    with partition.axis_rules(self.llm_rules):
+    with partitioning.axis_rules(self.llm_rules):
       return self.llm(batch, deterministic=True)
 
   def prefill(
@@ -207,7 +204,7 @@ class DraftAndVerify(LlmToSlm):
   ) -> dict[str, cache_lib.Cache]:
     """Reads the prompts of a batch once, for both decoders."""
     llm_states, llm_segment_ids = self._read(batch)
-    with partition.axis_rules(self.llm_rules):
+    with partitioning.axis_rules(self.llm_rules):
       llm_cache = self.llm.start_answer(
         llm_states, llm_segment_ids, num_slots=num_slots
       )
@@ -225,7 +222,7 @@ class DraftAndVerify(LlmToSlm):
     self, tokens: Int[Array, 'batch length'], cache: cache_lib.Cache
   ) -> tuple[Float[Array, 'batch length vocab'], cache_lib.Cache]:
     """Reads tokens of the answer with the LLM's decoder."""
-    with partition.axis_rules(self.llm_rules):
+    with partitioning.axis_rules(self.llm_rules):
       return self.llm.extend(tokens, cache)
 
 
@@ -314,3 +311,51 @@ def decoder_params(params: PyTree) -> PyTree:
   """Returns the parameters with which `DraftAndVerify` writes."""
   llm = {name: x for name, x in params['llm'].items() if name != 'encoder'}
   return {'llm': llm, 'slm': params['slm']}
+
+
+class Projector(nn.Module):
+  """Linear, ReLU, Linear with biases: llm_embed -> embed -> embed.
+
+  Source: arXiv 2402.16844, section 3.
+  """
+
+  llm_emb_dim: int
+  slm_config: config_lib.TransformerConfig
+
+  @nn.compact
+  def __call__(
+    self, llm_states: Float[Array, 'batch length llm_embed']
+  ) -> Float[Array, 'batch length embed']:
+    d = self.slm_config.emb_dim
+    hidden = from_llm(self.llm_emb_dim, self.slm_config, name='wi')(llm_states)
+    return layers.Dense(
+      (d,),
+      (d,),
+      ('mlp', 'embed'),
+      _scaled_by_fan_in(self.slm_config),
+      use_bias=True,
+      name='wo',
+    )(nn.relu(hidden))
+
+
+def from_llm(
+  llm_emb_dim: int,
+  slm_config: config_lib.TransformerConfig,
+  name: str | None = None,
+) -> layers.Dense:
+  """Returns a linear layer with bias from the LLM's width to the SLM's."""
+  return layers.Dense(
+    (llm_emb_dim,),
+    (slm_config.emb_dim,),
+    ('llm_embed', 'mlp'),
+    _scaled_by_fan_in(slm_config),
+    use_bias=True,
+    name=name,
+  )
+
+
+def _scaled_by_fan_in(
+  config: config_lib.TransformerConfig,
+) -> config_lib.TransformerConfig:
+  """These layers are new: an initial scale made for GPT-2's depth misleads."""
+  return dataclasses.replace(config, kernel_init_stddev=None)

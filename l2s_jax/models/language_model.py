@@ -2,7 +2,7 @@
 """What training and decoding ask of a model, whatever its architecture.
 
 A language model reads prompt *embeddings*: its own, or those that LLM-to-SLM
-puts in their place. The batch keys are those of `features.py`.
+puts in their place. The batch keys are those of `data/features.py`.
 """
 
 import dataclasses

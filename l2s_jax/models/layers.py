@@ -16,8 +16,8 @@ from flax import linen as nn
 from jax import ad_checkpoint
 from jaxtyping import Array, Float, Int
 
-from l2s_jax import partition
 from l2s_jax.models import config as config_lib
+from l2s_jax.runtime import partitioning
 
 # What of a layer may be kept for the backward pass when the rest is not.
 PRODUCT = 'product with a kernel'
@@ -224,7 +224,7 @@ class Embed(nn.Module):
     )
 
   def __call__(self, ids: Int[Array, '*batch']) -> Float[Array, '*batch embed']:
-    embeddings = partition.look_up(self.embedding, ids, self.axes)
+    embeddings = partitioning.look_up(self.embedding, ids, self.axes)
     return embeddings.astype(self.config.activation_dtype) * self.multiplier
 
   def attend(

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2s_jax import files, integrity, weights
 from l2s_jax.models import config as config_lib
-from l2s_jax.weights import tensor_files
+from l2s_jax.models import shapes as shapes_lib
+from l2s_jax.runtime import files, integrity
+from l2s_jax.weights import source as source_lib
+from l2s_jax.weights.formats import tensor_files
 
 DESCRIPTION = 'weights.json'
 FORMAT_VERSION = 1
@@ -85,7 +87,7 @@ class Folder:
   def step(self) -> int | None:
     return None
 
-  def shapes(self) -> dict[weights.Path, jax.ShapeDtypeStruct]:
+  def shapes(self) -> dict[shapes_lib.Path, jax.ShapeDtypeStruct]:
     return {
       tuple(name.split('/')): jax.ShapeDtypeStruct(
         tensor.shape, jnp.dtype(tensor_files.DTYPES[tensor.dtype])
@@ -93,18 +95,18 @@ class Folder:
       for name, tensor in self._tensors.items()
     }
 
-  def read(self, path: weights.Path, layer: int | None = None) -> np.ndarray:
+  def read(self, path: shapes_lib.Path, layer: int | None = None) -> np.ndarray:
     array = self._tensors['/'.join(path)].read()
     return array if layer is None else array[layer]
 
-  def name(self, path: weights.Path) -> str:
+  def name(self, path: shapes_lib.Path) -> str:
     return '/'.join(path)
 
-  def digest(self, path: weights.Path) -> str | None:
+  def digest(self, path: shapes_lib.Path) -> str | None:
     return self._digests['/'.join(path)]
 
 
-def save(source: weights.Source, folder: pathlib.Path) -> None:
+def save(source: source_lib.Source, folder: pathlib.Path) -> None:
   """Writes weights as a converted folder, layer by layer.
 
   Args:
@@ -115,7 +117,7 @@ def save(source: weights.Source, folder: pathlib.Path) -> None:
 
   def pieces(name):
     path = tuple(name.split('/'))
-    for layer in weights.layers(path, shapes[name].shape):
+    for layer in source_lib.layers(path, shapes[name].shape):
       yield source.read(path, layer)
 
   tensor_files.save_safetensors(folder, shapes, pieces)
@@ -131,7 +133,7 @@ def save(source: weights.Source, folder: pathlib.Path) -> None:
       'special_ids': source.special_ids,
       'config': dataclasses.asdict(source.config),
       'digests': {'/'.join(path): value for path, value in digests.items()},
-      'fingerprint': weights.fingerprint(digests),
+      'fingerprint': source_lib.fingerprint(digests),
     }
   )
   files.write_json(folder / DESCRIPTION, description)

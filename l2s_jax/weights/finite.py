@@ -10,7 +10,7 @@ from typing import Any
 import gin
 import numpy as np
 
-from l2s_jax import distributed
+from l2s_jax.runtime import distributed
 
 # Bits of the exponent, all of them set in what is not finite, by the width.
 _EXPONENTS = {

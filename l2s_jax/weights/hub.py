@@ -4,8 +4,8 @@
 import pathlib
 import re
 
-from l2s_jax import vocabularies
-from l2s_jax.weights import tensor_files
+from l2s_jax.vocabularies import tokenizer_files
+from l2s_jax.weights.formats import tensor_files
 
 _CONFIG = 'config.json'
 # Not *.bin in general: optimizer states and training arguments end so, too.
@@ -35,7 +35,7 @@ def download(name: str) -> pathlib.Path:
       f'{name} is no folder here. To fetch it from the Hugging Face Hub: pip '
       'install huggingface_hub.'
     ) from error
-  common = (_CONFIG, *vocabularies.ALL_FILES)
+  common = (_CONFIG, *tokenizer_files.ALL_FILES)
   try:
     for weights in (('*.safetensors', tensor_files.INDEX), _PICKLES):
       folder = pathlib.Path(

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from l2s_jax.models import config as config_lib
-from l2s_jax.weights import rows
-from l2s_jax.weights.rows import Row
+from l2s_jax.weights.families import name_table
+from l2s_jax.weights.families.name_table import Row
 
 _MOST_LINES = 10
 _LAYERS = {'encoder': 'num_encoder_layers', 'decoder': 'num_decoder_layers'}
@@ -92,7 +92,7 @@ def widths(
     shapes: of all tensors, by their names in the table.
     keys: what the config's file calls a size, as `rows.Family.sizes`.
   """
-  sizes = rows.axis_sizes(config)
+  sizes = name_table.axis_sizes(config)
   counts: dict[tuple[str, ...], collections.Counter[int]]
   counts = collections.defaultdict(collections.Counter)
   for row in table:

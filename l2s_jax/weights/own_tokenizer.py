@@ -5,13 +5,14 @@ import functools
 import pathlib
 import tempfile
 
-from l2s_jax import vocabularies
-from l2s_jax.weights import gguf_file, hub, runs, t5x
+from l2s_jax.vocabularies import base, loading, tokenizer_files
+from l2s_jax.weights import hub, runs
+from l2s_jax.weights.formats import gguf_file, t5x
 
 
 def load(
   location: str, *, extra_ids: int = 0, setting: str = 'VOCABULARY'
-) -> vocabularies.Vocabulary:
+) -> base.Vocabulary:
   """Returns the tokenizer beside weights, or in them.
 
   Args:
@@ -34,7 +35,7 @@ def load(
   ):
     raise ValueError(_asks_for_one(location, setting))
   try:
-    return vocabularies.load(path, extra_ids=extra_ids)
+    return loading.load(path, extra_ids=extra_ids)
   except FileNotFoundError as error:
     if not path.exists():
       raise
@@ -43,7 +44,7 @@ def load(
 
 def vocabularies_are_in(folder: pathlib.Path) -> bool:
   """Returns whether a folder has a file that a tokenizer may be read from."""
-  return any((folder / name).is_file() for name in vocabularies.ALL_FILES)
+  return any((folder / name).is_file() for name in tokenizer_files.ALL_FILES)
 
 
 def _asks_for_one(location: str, setting: str) -> str:

@@ -9,8 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from l2s_jax import checkpoint, files, integrity, vocabularies
 from l2s_jax.models import config as config_lib
+from l2s_jax.runtime import files, integrity
+from l2s_jax.vocabularies import base, loading
+from l2s_jax.weights import saved_steps
 
 VOCABULARIES = 'vocabularies'
 # What may differ between starts of one run: where its LLM is, and how it is
@@ -58,7 +60,7 @@ def read_description(folder: pathlib.Path) -> dict[str, Any]:
       f'{path} lacks {", ".join(missing)}. Copy it again from where the run '
       'was made.'
     )
-  saved = checkpoint.description(folder)
+  saved = saved_steps.description(folder)
   if saved is not None and integrity.verification():
     differences = files.differences(
       saved,
@@ -78,7 +80,7 @@ def read_description(folder: pathlib.Path) -> dict[str, Any]:
 
 def load_vocabulary(
   folder: pathlib.Path, description: Mapping[str, Any], name: str
-) -> vocabularies.Vocabulary:
+) -> base.Vocabulary:
   """Returns a vocabulary of a run, which is the one that it began with.
 
   Args:
@@ -91,7 +93,7 @@ def load_vocabulary(
     ValueError: if it is broken, or another.
   """
   place = folder / VOCABULARIES / name
-  vocabulary = vocabularies.load(place)
+  vocabulary = loading.load(place)
   expected = description['vocabularies'].get(name)
   if vocabulary.fingerprint() != expected:
     raise ValueError(
@@ -139,20 +141,20 @@ class Run:
 
   @functools.cached_property
   def _found(self) -> tuple[pathlib.Path, int]:
-    return checkpoint.params_folder(self._folder, self._step)
+    return saved_steps.params_folder(self._folder, self._step)
 
   def shapes(self) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     depth = len(self._prefix)
     return {
       path[depth:]: array
-      for path, array in checkpoint.array_shapes(self._params).items()
+      for path, array in saved_steps.array_shapes(self._params).items()
       if path[:depth] == self._prefix
     }
 
   def read(self, path: tuple[str, ...], layer: int | None = None) -> np.ndarray:
     full = self._prefix + path
     if self._held[0] != full:  # A stack is asked for layer after layer.
-      array = checkpoint.read_arrays(self._params, [full])[full]
+      array = saved_steps.read_arrays(self._params, [full])[full]
       self._held = (full, array)
     array = self._held[1]
     return array if layer is None else array[layer]
@@ -171,7 +173,7 @@ class Run:
     depth = len(self._prefix)
     paths = [
       path
-      for path in checkpoint.array_shapes(self._params)
+      for path in saved_steps.array_shapes(self._params)
       if path[:depth] != self._prefix
     ]
-    return checkpoint.read_arrays(self._params, paths)
+    return saved_steps.read_arrays(self._params, paths)

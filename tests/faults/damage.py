@@ -34,25 +34,23 @@ import jax
 import numpy as np
 
 from l2s_jax import __main__ as command_line
-from l2s_jax import (
-  checkpoint,
-  convert,
-  infer,
-  optim,
-  parameters,
-  partition,
-  systems,
-  weights,
-)
-from l2s_jax import state as state_lib
+from l2s_jax.inference import infer
+from l2s_jax.interop import convert
 from l2s_jax.models import l2s
-from l2s_jax.weights import converted, huggingface
+from l2s_jax.runtime import partitioning
+from l2s_jax.systems import parameters, run_folder
+from l2s_jax.systems import system as system_lib
+from l2s_jax.training import checkpoint, optim
+from l2s_jax.training import state as state_lib
+from l2s_jax.weights import converted, saved_steps
+from l2s_jax.weights import source as source_lib
+from l2s_jax.weights.formats import huggingface
 
 MODULE = helpers.MODULES['llm_to_t5_1_0-add-shared']
 STEPS = (4, 8)
 KINDS = ('cut', 'empty', 'delete', 'flip')
 LINES = ('a b c', 'd e', 'f', 'g h i j', 'k l', 'm n o')
-MESH = partition.MeshConfig(data=1)
+MESH = partitioning.MeshConfig(data=1)
 
 
 def make(folder: pathlib.Path) -> None:
@@ -64,14 +62,14 @@ def make(folder: pathlib.Path) -> None:
   converted.save(source, folder / 'llm')
   system = _system(folder)
   system, _ = parameters.load_frozen(system, _layout(system))
-  systems.save(system, folder / 'run')
+  run_folder.save(system, folder / 'run')
   optimizer = optim.adamw().make({})
   with contextlib.closing(
     checkpoint.Checkpointer(folder / 'run')
   ) as checkpointer:
     for step in STEPS:
       params = helpers.random_params(MODULE, step)
-      trainable = state_lib.split(params, system.frozen)[1]
+      trainable = parameters.split(params, system.frozen)[1]
       state = state_lib.create(trainable, optimizer, step)
       state = dataclasses.replace(state, step=jax.numpy.int32(step))
       data = {'num_rows': 8 * step, 'sums': {'loss': 0.1 * step}}
@@ -84,34 +82,34 @@ def make(folder: pathlib.Path) -> None:
   _infer(folder)
 
 
-def _system(folder: pathlib.Path) -> systems.System:
+def _system(folder: pathlib.Path) -> system_lib.System:
   return dataclasses.replace(
     helpers.system(MODULE), sources={'llm': str(folder / 'llm')}
   )
 
 
-def _layout(system: systems.System) -> parameters.Layout:
+def _layout(system: system_lib.System) -> parameters.Layout:
   return parameters.layout(
-    system, partition.make_mesh(MESH, jax.devices()[:1]), MESH
+    system, partitioning.make_mesh(MESH, jax.devices()[:1]), MESH
   )
 
 
 def resume(folder: pathlib.Path) -> dict[str, Any]:
   """Returns what training goes on from; mends what training mends."""
   run = folder / 'run'
-  system = systems.pin_llm(_system(folder), run)
+  system = run_folder.pin_llm(_system(folder), run)
   layout = _layout(system)
   system, frozen = parameters.load_frozen(system, layout)
-  systems.save(system, run)
+  run_folder.save(system, run)
   trainable, shardings = (
-    state_lib.split(tree, system.frozen)[1]
+    parameters.split(tree, system.frozen)[1]
     for tree in (layout.shapes, layout.shardings)
   )
   shapes, state_shardings = state_lib.shardings(
     trainable,
     shardings,
     optim.adamw().make({}),
-    partition.make_mesh(MESH, jax.devices()[:1]),
+    partitioning.make_mesh(MESH, jax.devices()[:1]),
   )
   with contextlib.closing(checkpoint.Checkpointer(run)) as checkpointer:
     data = checkpointer.restore_data()
@@ -121,16 +119,16 @@ def resume(folder: pathlib.Path) -> dict[str, Any]:
     'data': data,
     'state': jax.device_get(state),
     'frozen': jax.device_get(frozen),
-    'model': systems.load(run).describe(),
-    'ids': _ids(systems.load(run)),
+    'model': run_folder.load(run).describe(),
+    'ids': _ids(run_folder.load(run)),
   }
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
   """Returns all that an evaluation or inference reads of a run."""
   run = folder / 'run'
-  system = systems.load(run)
-  _, step = checkpoint.params_folder(run)
+  system = run_folder.load(run)
+  _, step = saved_steps.params_folder(run)
   params = parameters.load_params(system, _layout(system), run, step)
   return {
     'step': step,
@@ -143,13 +141,13 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
 def read_best(folder: pathlib.Path) -> dict[str, Any]:
   """Returns what an evaluation reads that was asked for the best step."""
   run = folder / 'run'
-  system = systems.load(run)
-  _, step = checkpoint.params_folder(run, 'best')
+  system = run_folder.load(run)
+  _, step = saved_steps.params_folder(run, 'best')
   params = parameters.load_params(system, _layout(system), run, step)
   return {'step': step, 'params': jax.device_get(params), 'ids': _ids(system)}
 
 
-def _ids(system: systems.System) -> list[Any]:
+def _ids(system: system_lib.System) -> list[Any]:
   return [
     (v.start_id, v.eos_id, v.pad_id, *map(tuple, map(v.encode, LINES)))
     for v in (system.prompt_vocabulary, system.answer_vocabulary)
@@ -176,7 +174,7 @@ def to_l2s(folder: pathlib.Path) -> dict[str, Any]:
   return _tensors(converted.Folder(out))
 
 
-def _tensors(source: weights.Source) -> dict[str, Any]:
+def _tensors(source: source_lib.Source) -> dict[str, Any]:
   config = dataclasses.asdict(source.config)
   return {'config': config} | {
     '/'.join(path): source.read(path) for path in source.shapes()
@@ -209,7 +207,7 @@ def _infer(folder: pathlib.Path, answers: str = 'answers') -> None:
       prompt_length=8,
       max_decode_len=4,
       batch_size=1,
-      mesh=partition.MeshConfig(data=len(jax.devices())),
+      mesh=partitioning.MeshConfig(data=len(jax.devices())),
     )
 
 
@@ -220,7 +218,7 @@ class _Stopped(Exception):
 @contextlib.contextmanager
 def _partly(count: int) -> Iterator[None]:
   """Stops inference when the writer has been given so many batches."""
-  from l2s_jax import predictions
+  from l2s_jax.inference import predictions
 
   append = predictions.GrowingFile.append
   calls = []

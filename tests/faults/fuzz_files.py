@@ -28,16 +28,11 @@ import tokenizers
 
 from faults import mutate
 from l2s_jax import __main__ as command_line
-from l2s_jax import (
-  checkpoint,
-  evaluate,
-  gin_utils,
-  metric_writer,
-  os_errors,
-  predictions,
-  report,
-  vocabularies,
-)
+from l2s_jax.evaluation import evaluate, metric_writer, report
+from l2s_jax.inference import predictions
+from l2s_jax.runtime import gin_config, os_errors
+from l2s_jax.vocabularies import loading
+from l2s_jax.weights import saved_steps
 
 TEXT = 'Translate: ten ș 123 <a>  twelve\tfives 🙂\n'
 # A Python panic of Rust's is no Exception.
@@ -129,7 +124,7 @@ def _read_answers(folder: pathlib.Path) -> None:
 
 
 def _read_tokenizer(folder: pathlib.Path) -> None:
-  vocabulary = vocabularies.load(folder)
+  vocabulary = loading.load(folder)
   vocabulary.decode(vocabulary.encode(TEXT))
 
 
@@ -201,9 +196,9 @@ def kinds() -> dict[str, Kind]:
   scores = {'bleu': 31.5, 'bleu_low': 30.1, 'bleu_high': 33.0, 'loss': 0.5}
   found = {
     'best': Kind(
-      checkpoint.BEST,
+      saved_steps.BEST,
       _dump({'metric': 'bleu', 'score': 31.5, 'step': 100}),
-      checkpoint.best_step,
+      saved_steps.best_step,
     ),
     'log': Kind(
       metric_writer.FILE,
@@ -317,8 +312,8 @@ def gin_cases(seed: int, count: int) -> Iterator[list[str]]:
 def run_gin(bindings: Sequence[str]) -> None:
   """Reads settings as `train` does, up to where it looks at files."""
   verb = command_line.VERBS['train'].load()
-  parsed = gin_utils.parse_config(_GIN_FILES, bindings)
-  gin_utils.check_required(verb, ('dry_run',), parsed.required)
+  parsed = gin_config.parse_config(_GIN_FILES, bindings)
+  gin_config.check_required(verb, ('dry_run',), parsed.required)
   bound = gin.get_bindings(verb, resolve_references=False)
   bound.pop('model')  # It would look for files.
   values = {
@@ -327,7 +322,7 @@ def run_gin(bindings: Sequence[str]) -> None:
     else value
     for name, value in bound.items()
   }
-  gin_utils.check_lengths(values['task_feature_lengths'])
+  gin_config.check_lengths(values['task_feature_lengths'])
 
 
 # --- all of them ---

@@ -31,9 +31,12 @@ import helpers
 import numpy as np
 
 from faults import mutate
-from l2s_jax import __main__, convert, random_weights, weights
+from l2s_jax import __main__
+from l2s_jax.interop import convert, to_huggingface, to_t5x
 from l2s_jax.models import config as config_lib
-from l2s_jax.weights import to_huggingface, to_t5x
+from l2s_jax.performance import random_weights
+from l2s_jax.weights import opening
+from l2s_jax.weights import source as source_lib
 
 EQUAL, OTHER, REFUSED = 'read as before', 'read otherwise', 'refused'
 TRACEBACK, HANGS = 'traceback', 'hangs'
@@ -219,12 +222,12 @@ def _write_gguf(path: pathlib.Path) -> int:
 
 def read(location: pathlib.Path) -> tuple[Any, ...]:
   """Returns all that is read of weights: the config, and every number."""
-  source = weights.open_source(str(location))
+  source = opening.open_source(str(location))
   if (location / 'model.json').is_file():  # It has no checkpoint.
     return (source.config,)
   arrays = {path: source.read(path) for path in sorted(source.shapes())}
   return source.config, {
-    path: weights.digest([weights.digest_layer(array)])
+    path: source_lib.digest([source_lib.digest_layer(array)])
     for path, array in arrays.items()
   }
 

@@ -1,0 +1,584 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What SeqIO needs to know of us: our vocabularies and our batch keys.
+
+The one place that imports TensorFlow and SeqIO: quietly, and leaving every GPU
+to JAX. Whoever else needs them takes them from here, so that neither is ever
+imported otherwise: `from l2s_jax.features import seqio, tf`. Which texts become
+prompts and answers is in `tasks.py`; batching, shuffling and the same batches
+without TensorFlow are in `batching.py`.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from l2s_jax.data import packing
+from l2s_jax.vocabularies import base, sentencepiece
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+  """Sends file descriptor 2 to nowhere.
+
+  TensorFlow's C++ half greets on it before it reads any log level. A failing
+  import still raises, and Python prints that after the descriptor is back.
+  """
+  saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+  os.dup2(nowhere, 2)
+  try:
+    yield
+  finally:
+    os.dup2(saved, 2)
+    os.close(saved)
+    os.close(nowhere)
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+  """Drops advice of SeqIO and TFDS that does not apply to how we use them."""
+  return record.levelno >= logging.ERROR or not any(
+    f'{os.sep}{package}{os.sep}' in record.pathname
+    for package in ('seqio', 'tensorflow_datasets')
+  )
+
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+with _silence():
+  import seqio
+  import tensorflow as tf
+  import tensorflow_datasets as tfds  # noqa: F401, for sources.py
+  import tensorflow_text
+  from sentencepiece import sentencepiece_model_pb2
+
+  tf.config.set_visible_devices([], 'GPU')
+logging.getLogger('absl').addFilter(_is_worth_reading)
+
+EOS_STEPS = (
+  seqio.preprocessors.append_eos,
+  seqio.preprocessors.append_eos_after_trim,
+)
+_TOKENIZE_STEPS = (
+  seqio.preprocessors.tokenize,
+  seqio.preprocessors.tokenize_and_append_eos,
+)
+
+
+class SeqioVocabulary(seqio.Vocabulary):
+  """One of our vocabularies in SeqIO's clothes; ours does all the work."""
+
+  def __init__(self, vocabulary: base.Vocabulary):
+    super().__init__()
+    self.vocabulary = vocabulary
+
+  @property
+  def start_id(self) -> int:
+    return self.vocabulary.start_id
+
+  @property
+  def eos_id(self) -> int:
+    return self.vocabulary.eos_id
+
+  @property
+  def eos_ids(self) -> tuple[int, ...]:
+    return self.vocabulary.eos_ids
+
+  @property
+  def pad_id(self) -> int:
+    return self.vocabulary.pad_id
+
+  @property
+  def unk_id(self) -> int | None:
+    return self.vocabulary.unk_id
+
+  @property
+  def _base_vocab_size(self) -> int:
+    return self.vocabulary.vocab_size
+
+  def _encode(self, s: str) -> list[int]:
+    return self.vocabulary.encode(s)
+
+  def decode(self, ids: Any) -> str:
+    # Overrides more than `_decode`: SeqIO keeps the EOS, ours cuts before it.
+    return self.vocabulary.decode(np.asarray(ids).tolist())
+
+  def _decode(self, ids: Any) -> str:
+    return self.decode(ids)
+
+  def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+    def encode(text: bytes) -> np.ndarray:
+      return np.array(self.vocabulary.encode(text.decode()), np.int32)
+
+    ids = tf.numpy_function(encode, [s], tf.int32, stateful=False)
+    return tf.ensure_shape(ids, [None])
+
+  def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+    def decode(rows: np.ndarray) -> np.ndarray:
+      texts = [
+        self.decode(row).encode() for row in rows.reshape(-1, rows.shape[-1])
+      ]
+      return np.array(texts, object).reshape(rows.shape[:-1])
+
+    texts = tf.numpy_function(decode, [ids], tf.string, stateful=False)
+    return tf.ensure_shape(texts, ids.shape[:-1])
+
+  def __str__(self) -> str:
+    return f'SeqioVocabulary({self.vocabulary!r})'
+
+
+class SentencePieceVocabulary(SeqioVocabulary):
+  """Encodes in TensorFlow's own op: no Python in the input pipeline."""
+
+  @functools.cached_property
+  def model(self) -> bytes:
+    """The model, with the extra ids, unlike the file at `vocabulary.path`."""
+    vocabulary = self.vocabulary
+    assert isinstance(vocabulary, sentencepiece.SentencePieceVocabulary)
+    return vocabulary.model
+
+  @functools.cached_property
+  def _tokenizer(self) -> tensorflow_text.SentencepieceTokenizer:
+    with tf.init_scope():
+      return tensorflow_text.SentencepieceTokenizer(self.model)
+
+  def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+    return self._tokenizer.tokenize(s)
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+  """Raises the ValueError of ours that TensorFlow has wrapped, by itself."""
+  try:
+    yield
+  except tf.errors.InvalidArgumentError as error:
+    found = re.search(r'ValueError: (.+)\nTraceback', str(error))
+    if found is None:
+      raise
+    raise ValueError(found[1]) from error
+
+
+def wrap_vocabulary(vocabulary: base.Vocabulary) -> SeqioVocabulary:
+  """Returns a `seqio.Vocabulary` that reads and writes as `vocabulary` does."""
+  # TensorFlow's op would not refuse ids beyond the embedding table.
+  is_model = isinstance(vocabulary, sentencepiece.SentencePieceVocabulary)
+  if is_model and vocabulary.has_rows_for_all:
+    return SentencePieceVocabulary(vocabulary)
+  return SeqioVocabulary(vocabulary)
+
+
+def encodes_alike(vocabulary: seqio.Vocabulary, bound: SeqioVocabulary) -> bool:
+  """Returns whether ids of a task's own vocabulary are those of a bound one.
+
+  False also where it cannot be known.
+  """
+  if isinstance(vocabulary, SeqioVocabulary):
+    return vocabulary.vocabulary == bound.vocabulary
+  if not (
+    isinstance(vocabulary, seqio.SentencePieceVocabulary)
+    and isinstance(bound, SentencePieceVocabulary)
+  ):
+    return False
+  models = [
+    sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+    for model in (vocabulary.sp_model, bound.model)
+  ]
+  return vocabulary.eos_id == bound.eos_id and models[0] == models[1]
+
+
+def tokenize_and_measure(
+  dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]
+) -> tf.data.Dataset:
+  """Turns text into ids with EOS and notes their lengths, before any trimming.
+
+  A SeqIO preprocessor, the last one of every bound task. Text that an earlier
+  one has tokenized already only gets its EOS, if it has none, and its length:
+  `inputs_length` and `targets_length`, scalars, in tokens, EOS included.
+  """
+  if dataset.element_spec['inputs'].dtype == tf.string:
+    dataset = seqio.preprocessors.tokenize(dataset, output_features)
+
+  def measure(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    measured = dict(example)
+    for key, feature in output_features.items():
+      ids = tf.cast(example[key], tf.int32)
+      eos_id = feature.vocabulary.eos_id
+      ends = tf.reduce_any(tf.equal(ids[-1:], eos_id))
+      ids = tf.concat([ids, tf.fill([1 - tf.cast(ends, tf.int32)], eos_id)], 0)
+      measured |= {key: ids, f'{key}_length': tf.size(ids)}
+    return measured
+
+  return dataset.map(measure, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+class CachedSource(seqio.DataSource):
+  """What `seqio_cache_tasks` has written of a task, found at first use.
+
+  A cache is a folder, named after the task, with a file COMPLETED, and for
+  each split `info.SPLIT.json`, `stats.SPLIT.json` and TFRecord files.
+  """
+
+  supports_arbitrary_sharding = False
+
+  def __init__(self, task: seqio.Task, cache_dirs: Sequence[str]):
+    """Keeps where to look.
+
+    Args:
+      task: whose output before its CacheDatasetPlaceholder is cached.
+      cache_dirs: folders that may hold the task's; the first that does is
+        read.
+    """
+    super().__init__(splits=())
+    self._task = task
+    self._folders = [
+      os.path.join(folder, seqio.utils.get_task_dir_from_name(task.name))
+      for folder in cache_dirs
+    ]
+
+  @functools.cached_property
+  def folder(self) -> str:
+    """Where the cache is.
+
+    Raises:
+      FileNotFoundError: if there is none, with the command that makes it.
+    """
+    for folder in self._folders:
+      if tf.io.gfile.exists(os.path.join(folder, 'COMPLETED')):
+        return folder
+    raise FileNotFoundError(
+      f'USE_CACHED_TASKS: task {self._task.name!r} has no whole cache; looked '
+      f'for {" and ".join(self._folders) or "none"}, in TASK_CACHE_DIRS, with '
+      'a file COMPLETED. Make one with\n'
+      f'  seqio_cache_tasks --tasks={self._task.name} '
+      '--output_cache_dir=FOLDER --module_import=YOUR_TASKS\n'
+      'and name FOLDER in TASK_CACHE_DIRS, or set USE_CACHED_TASKS=False.'
+    )
+
+  @functools.cached_property
+  def splits(self) -> Sequence[str]:
+    names = (
+      re.fullmatch(r'info\.(.+)\.json', name)
+      for name in tf.io.gfile.listdir(self.folder)
+    )
+    return sorted(name[1] for name in names if name)
+
+  def list_shards(self, split: str) -> Sequence[str]:
+    return self._open(split).list_shards(split)
+
+  def num_input_examples(self, split: str) -> int:
+    return self._open(split).num_input_examples(split)
+
+  def get_dataset(
+    self,
+    split: str = 'train',
+    shuffle: bool = True,
+    seed: int | None = None,
+    shard_info: seqio.ShardInfo | None = None,
+    **unused: Any,
+  ) -> tf.data.Dataset:
+    return self._open(split).get_dataset(
+      split=split, shuffle=shuffle, seed=seed, shard_info=shard_info
+    )
+
+  def _open(self, split: str) -> seqio.DataSource:
+    placeholder = self._task._cache_dataset_placerholder
+    return seqio.dataset_providers._CachedDataSource(
+      self.folder,
+      split,
+      file_shuffle_buffer_size=placeholder.file_shuffle_buffer_size,
+    )
+
+
+def translate_cached_ids(task: seqio.Task) -> Callable[..., tf.data.Dataset]:
+  """Returns a preprocessor that makes a cache fit the bound vocabularies.
+
+  It is the first after the cache. Cached text stays as it is, and so do ids of
+  a vocabulary that encodes as the bound one does; other ids are replaced by
+  those of the text they were made from, which SeqIO's `tokenize` keeps in the
+  cache as `*_pretokenized`.
+
+  Args:
+    task: as it was when cached, with its own vocabularies.
+  """
+  steps = [
+    step.func if isinstance(step, functools.partial) else step
+    for step in task.preprocessors[: task._cache_step_idx]
+  ]
+  tokenizers = [n for n, step in enumerate(steps) if step in _TOKENIZE_STEPS]
+  # Ids that a later step has changed are no longer those of the text.
+  are_of_text = bool(tokenizers) and all(
+    step in EOS_STEPS for step in steps[tokenizers[0] + 1 :]
+  )
+
+  def translate(
+    dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]
+  ) -> tf.data.Dataset:
+    spec = dataset.element_spec
+    foreign = [
+      key
+      for key, feature in output_features.items()
+      if key in spec
+      and spec[key].dtype != tf.string
+      and not encodes_alike(
+        task.output_features[key].vocabulary, feature.vocabulary
+      )
+    ]
+    for key in foreign:
+      has_text = f'{key}_pretokenized' in spec
+      if not (are_of_text and has_text):
+        raise ValueError(
+          f'the cache of task {task.name!r} holds {key!r} as ids of '
+          f'{task.output_features[key].vocabulary}, which mean nothing to the '
+          f"model's {output_features[key].vocabulary}; and "
+          + (
+            'steps after the tokenizer have changed them'
+            if has_text
+            else f'no text to encode anew, {key}_pretokenized'
+          )
+          + '. Cache the task as text, with CacheDatasetPlaceholder before '
+          'its tokenizer, or set USE_CACHED_TASKS=False.'
+        )
+    if not foreign:
+      return dataset
+
+    def encode(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+      ids = {
+        key: output_features[key].vocabulary.encode_tf(
+          example[f'{key}_pretokenized']
+        )
+        for key in foreign
+      }
+      return {**example, **ids}
+
+    return dataset.map(encode, num_parallel_calls=tf.data.AUTOTUNE)
+
+  return translate
+
+
+class L2SFeatureConverter(seqio.FeatureConverter):
+  """Makes the batch keys out of a bound task, with two vocabularies.
+
+  With lengths 5 and 4, EOS 1, pad 0 in the prompt's vocabulary, and EOS 9,
+  start 8, pad 7 in the answer's:
+
+      {'inputs': [3, 4, 1], 'targets': [0, 5, 9],
+       'inputs_length': 3, 'targets_length': 3}
+
+  becomes
+
+      encoder_input_tokens:  [3, 4, 1, 0, 0]
+      encoder_segment_ids:   [1, 1, 1, 0, 0]
+      decoder_input_tokens:  [8, 0, 5, 7]
+      decoder_target_tokens: [0, 5, 9, 7]
+      decoder_segment_ids:   [1, 1, 1, 0]
+      decoder_loss_weights:  [1., 1., 1., 0.]
+      encoder_truncated: 0, decoder_truncated: 0
+
+  Masks come from lengths, so that an answer may hold id 0. `*_truncated` counts
+  the row's sequences that were longer than their length.
+
+  With `pack`, a row holds as many examples as fit. The one above and
+
+      {'inputs': [6, 1], 'targets': [9],
+       'inputs_length': 2, 'targets_length': 1}
+
+  share one, in which each keeps its start token and its number:
+
+      encoder_input_tokens:  [3, 4, 1, 6, 1]
+      encoder_segment_ids:   [1, 1, 1, 2, 2]
+      decoder_input_tokens:  [8, 0, 5, 8]
+      decoder_target_tokens: [0, 5, 9, 9]
+      decoder_segment_ids:   [1, 1, 1, 2]
+      decoder_loss_weights:  [1., 1., 1., 1.]
+
+  Each example goes to the first row that has room for it, of those that are
+  filled from the same `WINDOW` examples.
+  """
+
+  # Of Multi30K's captions in rows of 64 + 64 tokens, 84 % of the slots are
+  # filled from windows of 64 examples, 87 % from 1024, and no more from 4096.
+  WINDOW = 1024
+
+  TASK_FEATURES = {
+    'inputs': seqio.FeatureConverter.FeatureSpec(dtype=tf.int32),
+    'targets': seqio.FeatureConverter.FeatureSpec(dtype=tf.int32),
+  }
+  MODEL_FEATURES = {
+    **{
+      key: seqio.FeatureConverter.FeatureSpec(dtype=tf.int32)
+      for key in (
+        'encoder_input_tokens',
+        'encoder_segment_ids',
+        'decoder_input_tokens',
+        'decoder_target_tokens',
+        'decoder_segment_ids',
+      )
+    },
+    'decoder_loss_weights': seqio.FeatureConverter.FeatureSpec(
+      dtype=tf.float32
+    ),
+    **{
+      key: seqio.FeatureConverter.FeatureSpec(dtype=tf.int32, rank=0)
+      for key in ('encoder_truncated', 'decoder_truncated')
+    },
+  }
+  PACKING_FEATURE_DTYPES: Mapping[str, tf.DType] = {}
+
+  def __init__(
+    self,
+    prompt_vocabulary: SeqioVocabulary,
+    answer_vocabulary: SeqioVocabulary,
+    *,
+    pack: bool = False,
+  ):
+    """Keeps the ids that pad and start, and whether rows hold several."""
+    # SeqIO's own packing takes id 0 for padding, and cuts what has one.
+    super().__init__(
+      pack=False, apply_length_check=False, bos_id=answer_vocabulary.start_id
+    )
+    self._shares_rows = pack
+    self._prompt_pad_id = prompt_vocabulary.pad_id
+    self._answer_pad_id = answer_vocabulary.pad_id
+
+  def _convert_features(
+    self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
+  ) -> tf.data.Dataset:
+    convert = self._pack_rows if self._shares_rows else self._pad_rows
+    return convert(
+      ds, task_feature_lengths['inputs'], task_feature_lengths['targets']
+    )
+
+  def _pad_rows(
+    self, ds: tf.data.Dataset, prompt_length: int, answer_length: int
+  ) -> tf.data.Dataset:
+    def pad(ids: tf.Tensor, length: int, pad_id: int) -> tf.Tensor:
+      padded = tf.pad(ids, [[0, length - tf.size(ids)]], constant_values=pad_id)
+      return tf.ensure_shape(padded, [length])
+
+    def convert(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+      prompt, answer = example['inputs'], example['targets']
+      shifted = tf.concat([[self.bos_id], answer[:-1]], 0)
+      answer_mask = tf.sequence_mask(tf.size(answer), answer_length)
+      return {
+        'encoder_input_tokens': pad(prompt, prompt_length, self._prompt_pad_id),
+        'encoder_segment_ids': tf.sequence_mask(
+          tf.size(prompt), prompt_length, tf.int32
+        ),
+        'decoder_input_tokens': pad(
+          shifted, answer_length, self._answer_pad_id
+        ),
+        'decoder_target_tokens': pad(
+          answer, answer_length, self._answer_pad_id
+        ),
+        'decoder_segment_ids': tf.cast(answer_mask, tf.int32),
+        'decoder_loss_weights': tf.cast(answer_mask, tf.float32),
+        'encoder_truncated': tf.cast(
+          example['inputs_length'] > prompt_length, tf.int32
+        ),
+        'decoder_truncated': tf.cast(
+          example['targets_length'] > answer_length, tf.int32
+        ),
+      }
+
+    return ds.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
+
+  def _pack_rows(
+    self, ds: tf.data.Dataset, prompt_length: int, answer_length: int
+  ) -> tf.data.Dataset:
+    lengths = {'inputs': prompt_length, 'targets': answer_length}
+    shapes = self.get_model_feature_lengths(lengths)
+    specs = {
+      key: tf.TensorSpec([None, shapes[key]][: 1 + spec.rank], spec.dtype)
+      for key, spec in self.MODEL_FEATURES.items()
+    }
+
+    def pack(
+      prompt_ids: np.ndarray,
+      prompt_splits: np.ndarray,
+      answer_ids: np.ndarray,
+      answer_splits: np.ndarray,
+      *are_cut: np.ndarray,
+    ) -> list[np.ndarray]:
+      sizes = np.stack([np.diff(prompt_splits), np.diff(answer_splits)], axis=1)
+      rows = packing.first_fit(sizes, (prompt_length, answer_length))
+      batch = packing.lay_out(
+        np.split(prompt_ids, prompt_splits[1:-1]),
+        np.split(answer_ids, answer_splits[1:-1]),
+        rows,
+        task_feature_lengths=lengths,
+        prompt_pad_id=self._prompt_pad_id,
+        answer_pad_id=self._answer_pad_id,
+        start_id=self.bos_id,
+      )
+      for key, cut in zip(('encoder', 'decoder'), are_cut, strict=True):
+        batch[f'{key}_truncated'] = np.bincount(rows, cut).astype(np.int32)
+      return [batch[key] for key in specs]
+
+    def convert(window: dict[str, Any]) -> dict[str, tf.Tensor]:
+      prompts, answers = window['inputs'], window['targets']
+      arrays = tf.numpy_function(
+        pack,
+        [
+          prompts.flat_values,
+          prompts.row_splits,
+          answers.flat_values,
+          answers.row_splits,
+          window['inputs_length'] > prompt_length,
+          window['targets_length'] > answer_length,
+        ],
+        [spec.dtype for spec in specs.values()],
+        stateful=False,
+      )
+      return {
+        key: tf.ensure_shape(array, spec.shape)
+        for (key, spec), array in zip(specs.items(), arrays, strict=True)
+      }
+
+    keys = [*lengths, *(f'{key}_length' for key in lengths)]
+    ds = ds.map(lambda example: {key: example[key] for key in keys})
+    ds = ds.ragged_batch(self.WINDOW)
+    return ds.map(convert, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
+
+  def get_model_feature_lengths(
+    self, task_feature_lengths: Mapping[str, int]
+  ) -> Mapping[str, int]:
+    lengths = {
+      'encoder': task_feature_lengths['inputs'],
+      'decoder': task_feature_lengths['targets'],
+    }
+    return {
+      key: lengths[key.split('_')[0]] if spec.rank else 0
+      for key, spec in self.MODEL_FEATURES.items()
+    }
+
+
+def make_converter(
+  task: seqio.Task | seqio.Mixture, *, pack: bool = False
+) -> L2SFeatureConverter:
+  """Returns the converter for the vocabularies bound to a task.
+
+  Args:
+    task: from `tasks.bind`.
+    pack: whether rows hold several examples.
+
+  Raises:
+    ValueError: if none of ours are.
+  """
+  bound = [
+    feature.vocabulary
+    for key, feature in task.output_features.items()
+    if key in L2SFeatureConverter.TASK_FEATURES
+  ]
+  if not all(isinstance(vocabulary, SeqioVocabulary) for vocabulary in bound):
+    raise ValueError(
+      f'task {task.name!r} has its own vocabularies, '
+      f'{", ".join(map(str, bound))}; pass it through tasks.bind first.'
+    )
+  return L2SFeatureConverter(
+    task.output_features['inputs'].vocabulary,
+    task.output_features['targets'].vocabulary,
+    pack=pack,
+  )

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streams batches from a bound SeqIO task, in training and in evaluation."""
+
+import functools
+import itertools
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from l2s_jax.data import tasks
+
+if TYPE_CHECKING:
+  import seqio
+  import tensorflow as tf
+from l2s_jax.data import batching
+
+LengthBuckets = Sequence[Sequence[int]]
+
+
+class TaskBatches(Iterator[batching.Batch]):
+  """Batches of a task, and what was cut in making them.
+
+  TensorFlow makes batches ahead; the counts are of those returned so far, from
+  `start_row` on.
+
+  Attributes:
+    num_examples: examples seen, copies that fill up a batch excluded.
+    num_truncated_prompts: of these, how many had a longer prompt.
+    num_truncated_targets: likewise for the answer.
+    close: a function that ends the threads behind the batches, and these.
+  """
+
+  def __init__(self, batches: Iterator[batching.Batch], batch_size: int):
+    # With a Hugging Face tokenizer TensorFlow's threads run Python, and most
+    # often hang the process if the interpreter ends first; so end them before.
+    self._iterator = [batches]
+    self.close = weakref.finalize(self, self._iterator.clear)
+    self._batch_size = batch_size
+    self.num_examples = 0
+    self.num_truncated_prompts = 0
+    self.num_truncated_targets = 0
+
+  def __next__(self) -> batching.Batch:
+    if not self._iterator:
+      raise StopIteration
+    from l2s_jax.data import features
+
+    with features.plain_errors():
+      batch = dict(next(self._iterator[0]))
+    prompts = batch.pop('encoder_truncated')
+    targets = batch.pop('decoder_truncated')
+    self.num_examples += int(batch['encoder_segment_ids'].max(axis=1).sum())
+    self.num_truncated_prompts += int(prompts.sum())
+    self.num_truncated_targets += int(targets.sum())
+    return batching.pad_rows(batch, self._batch_size)
+
+
+def train_batches(
+  task: 'seqio.Task | seqio.Mixture',
+  *,
+  task_feature_lengths: Mapping[str, int],
+  batch_size: int,
+  seed: int,
+  split: str = 'train',
+  pack: bool = False,
+  length_buckets: LengthBuckets = (),
+  start_row: int = 0,
+  num_epochs: int | None = None,
+) -> TaskBatches:
+  """Returns shuffled batches, the same for the same arguments.
+
+  Each epoch is a fresh order of the whole split (within the task's shuffle
+  buffer); a mixture samples from its tasks instead. Batches cross the ends of
+  epochs, and an incomplete last one is dropped. Randomness in the task's own
+  preprocessors is the same in every epoch, unless it is in a mixture.
+
+  Padding costs as much as what is trained on. There is less of it with `pack`,
+  where a row holds as many examples as fit, or with `length_buckets`, where the
+  examples of a batch are of like length; one that is rare waits until its batch
+  is full.
+
+  Args:
+    task: from `tasks.bind`.
+    task_feature_lengths: `inputs` and `targets`, in tokens; longer is cut.
+    batch_size: rows, over all devices.
+    seed: of the order.
+    split: `train`, or another.
+    pack: whether a row holds several examples, for encoder-decoders.
+    length_buckets: as `bucket_lengths` takes them.
+    start_row: how many rows to pass over: those that follow in an uninterrupted
+      run come first, whatever the source and the tokenizer. The first batch
+      waits until all of them have been read, shuffled and tokenized again: on
+      two busy cores 7,000 short sentences a second with T5's SentencePiece
+      model, 3,500 with GPT-2's tokenizer.
+    num_epochs: None: without end.
+
+  Raises:
+    ValueError: if the split or a length is missing, or the task is not bound;
+      for buckets that are none, or with a `start_row` within a batch.
+  """
+  from l2s_jax.data import features
+  from l2s_jax.data.features import seqio, tf
+
+  _check_settings(task, split, task_feature_lengths)
+  buckets = bucket_lengths(task_feature_lengths, length_buckets)
+  options = {
+    'sequence_length': task_feature_lengths,
+    'split': split,
+    'shuffle': True,
+    'seed': seed,
+    # SeqIO's cache would keep the order of the first epoch.
+    'try_in_mem_cache': False,
+  }
+  if isinstance(task, seqio.Mixture):
+    dataset = task.get_dataset(
+      num_epochs=num_epochs,
+      passthrough_features=['inputs_length', 'targets_length'],
+      **options,
+    )
+  else:
+    # Not SeqIO's num_epochs: it repeats before it shuffles, and mixes epochs.
+    dataset = task.get_dataset(num_epochs=1, **options).repeat(num_epochs)
+  converter = features.make_converter(task, pack=pack)
+  if length_buckets:
+    num_batches, rest = divmod(start_row, batch_size)
+    if rest:
+      raise ValueError(
+        f'start_row={start_row} is in the middle of a batch of {batch_size}; '
+        'with length_buckets only whole batches can be passed over.'
+      )
+    dataset = converter(dataset, task_feature_lengths)
+    dataset = _batch_by_length(dataset, buckets, batch_size).skip(num_batches)
+  else:
+    if pack:
+      dataset = converter(dataset, task_feature_lengths).skip(start_row)
+    else:  # Not converting what is passed over saves time.
+      dataset = converter(dataset.skip(start_row), task_feature_lengths)
+    dataset = dataset.batch(batch_size, drop_remainder=True)
+  return TaskBatches(
+    dataset.prefetch(tf.data.AUTOTUNE).as_numpy_iterator(), batch_size
+  )
+
+
+def bucket_lengths(
+  task_feature_lengths: Mapping[str, int], length_buckets: LengthBuckets
+) -> list[tuple[int, int]]:
+  """Returns the lengths, of prompt and answer, that batches may have.
+
+  Args:
+    task_feature_lengths: `inputs` and `targets`, in tokens: the last bucket.
+    length_buckets: the others, such as `((16, 24), (32, 40))`. An example goes
+      to the first that has room for both its prompt and its answer.
+
+  Raises:
+    ValueError: if they do not grow.
+  """
+  last = task_feature_lengths['inputs'], task_feature_lengths['targets']
+  buckets = [*length_buckets, last]
+  are_lengths = all(
+    len(bucket) == 2
+    and all(isinstance(length, int) and length > 0 for length in bucket)
+    for bucket in buckets
+  )
+  if not are_lengths or any(
+    shorter == longer or shorter[0] > longer[0] or shorter[1] > longer[1]
+    for shorter, longer in itertools.pairwise(buckets)
+  ):
+    raise ValueError(
+      f'LENGTH_BUCKETS={length_buckets!r}: expected pairs of lengths, in '
+      'tokens of prompt and answer, none shorter than those before it and all '
+      f'below TASK_FEATURE_LENGTHS, {last}; such as ((16, 24), (32, 40)).'
+    )
+  return [(prompt, answer) for prompt, answer in buckets]
+
+
+def _batch_by_length(
+  rows: 'tf.data.Dataset', buckets: Sequence[tuple[int, int]], batch_size: int
+) -> 'tf.data.Dataset':
+  """Returns batches of rows that fit the same lengths, cut to these."""
+  from l2s_jax.data.features import tf
+
+  def bucket_of(row):
+    size = [
+      tf.reduce_sum(row[f'{tower}_segment_ids'])
+      for tower in ('encoder', 'decoder')
+    ]
+    has_room = tf.reduce_all(tf.constant(buckets) >= size, axis=1)
+    return tf.argmax(tf.cast(has_room, tf.int32))  # The first that has.
+
+  def make_batch(bucket, rows):
+    lengths = dict(
+      zip(
+        ('encoder', 'decoder'),
+        tf.unstack(tf.constant(buckets)[bucket]),
+        strict=True,
+      )
+    )
+
+    def cut(batch):
+      return {
+        key: value[:, : lengths[key.split('_')[0]]]
+        if len(value.shape) == 2
+        else value
+        for key, value in batch.items()
+      }
+
+    return rows.batch(batch_size, drop_remainder=True).map(cut)
+
+  return rows.group_by_window(bucket_of, make_batch, window_size=batch_size)
+
+
+def eval_batches(
+  task: 'seqio.Task | seqio.Mixture',
+  *,
+  task_feature_lengths: Mapping[str, int],
+  batch_size: int,
+  split: str = 'validation',
+  num_examples: int | None = None,
+) -> TaskBatches:
+  """Returns one pass over a split in its own order, task after task.
+
+  Every example is there once, at its weight; the last batch is filled up.
+
+  Args:
+    task: from `tasks.bind`; of a mixture, the tasks that have the split.
+    task_feature_lengths: `inputs` and `targets`, in tokens; longer is cut.
+    batch_size: over all devices.
+    split: `validation`, `test`, or another.
+    num_examples: the first so many of each task; None: all.
+
+  Raises:
+    ValueError: as `train_batches`.
+  """
+  from l2s_jax.data import features
+  from l2s_jax.data.features import seqio, tf
+
+  _check_settings(task, split, task_feature_lengths)
+  converter = features.make_converter(task)
+  datasets = [
+    converter(
+      part.get_dataset(
+        task_feature_lengths, split=split, shuffle=False, num_epochs=1
+      ).take(-1 if num_examples is None else num_examples),
+      task_feature_lengths,
+    )
+    for part in seqio.get_subtasks(task)
+    if split in part.splits
+  ]
+  dataset = functools.reduce(lambda one, two: one.concatenate(two), datasets)
+  dataset = dataset.batch(batch_size).prefetch(tf.data.AUTOTUNE)
+  return TaskBatches(dataset.as_numpy_iterator(), batch_size)
+
+
+def check_task(
+  task: 'seqio.Task | seqio.Mixture',
+  split: str,
+  task_feature_lengths: Mapping[str, int],
+) -> None:
+  """Refuses what could not be read, before anything is computed.
+
+  The split's files are opened; local ones are read and checked to their end.
+
+  Raises:
+    FileNotFoundError: if a data set, a cache or a file is not there.
+    ValueError: for a split that the task does not have, lengths that are off,
+      or what a source or a preprocessor refuses.
+  """
+  from l2s_jax.data.features import seqio
+
+  _check_settings(task, split, task_feature_lengths)
+  for part in seqio.get_subtasks(task):
+    if split in part.splits:
+      part.get_dataset(task_feature_lengths, split=split, shuffle=False)
+
+
+def _check_settings(
+  task: 'seqio.Task | seqio.Mixture',
+  split: str,
+  task_feature_lengths: Mapping[str, int],
+) -> None:
+  """Refuses missing data, a missing split, and lengths that are off."""
+  from l2s_jax.data.features import seqio
+
+  for part in seqio.get_subtasks(task):
+    tasks.check_data(part, split)
+  if split not in task.splits:
+    raise ValueError(
+      f'task {task.name!r} has no split {split!r}; it has '
+      f'{", ".join(sorted(task.splits))}.'
+    )
+  if set(task_feature_lengths) != {'inputs', 'targets'}:
+    raise ValueError(
+      f'TASK_FEATURE_LENGTHS has {", ".join(task_feature_lengths)}; expected '
+      'inputs and targets, in tokens.'
+    )
+  for name, length in task_feature_lengths.items():
+    if not isinstance(length, int) or length < 1:
+      raise ValueError(
+        f'TASK_FEATURE_LENGTHS has {name}={length!r}; expected a positive '
+        'number of tokens.'
+      )

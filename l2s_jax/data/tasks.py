@@ -1,0 +1,557 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks: what the prompt is, what the answer is, and how answers are scored.
+
+A task is text to text and knows no vocabulary. `bind` gives any registered
+SeqIO task or mixture, a user's own included, the two vocabularies of a model:
+(LLM, SLM) for LLM-to-SLM, (LLM, LLM) and (SLM, SLM) for the baselines. Where
+the columns of text come from is in `sources.py`; lengths, padding and batches
+are in `features.py` and `streams.py`. Importing this module, as reading a gin
+file does, does not import TensorFlow.
+"""
+
+import dataclasses
+import difflib
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import gin
+
+from l2s_jax.data import sources, templates
+from l2s_jax.metrics import bleu, scores
+from l2s_jax.metrics import metric_fns as metric_fns_lib
+from l2s_jax.vocabularies import base
+
+if TYPE_CHECKING:
+  import seqio
+
+_TRANSLATION_METRICS = ('bleu', 'chrf', 'exact_match')
+
+
+class _TfdsTask(NamedTuple):
+  """A task from TFDS, with T5's prefix in its template."""
+
+  tfds_name: str
+  template: str
+  source_column: str
+  target_column: str
+  metric_fns: Sequence[metric_fns_lib.Metric]
+
+
+def _translation(
+  tfds_name: str, language: str, code: str, tokenizer: str = '13a'
+) -> _TfdsTask:
+  """Returns a task from English to another language, BLEU of its tokens."""
+  template = f'translate English to {language}: {{source}}'
+  scored = [
+    bleu.Bleu('bleu', tokenizer),
+    metric_fns_lib.chrf,
+    metric_fns_lib.exact_match,
+  ]
+  return _TfdsTask(tfds_name, template, 'en', code, scored)
+
+
+_TFDS_TASKS = {
+  'wmt14_en_de': _translation('wmt14_translate/de-en:1.0.0', 'German', 'de'),
+  'wmt14_en_fr': _translation('wmt14_translate/fr-en:1.0.0', 'French', 'fr'),
+  'wmt16_en_de': _translation('wmt16_translate/de-en:1.0.0', 'German', 'de'),
+  'wmt16_en_ro': _translation('wmt16_translate/ro-en:1.0.0', 'Romanian', 'ro'),
+  'wmt19_en_zh': _translation(
+    'wmt19_translate/zh-en:1.0.0', 'Chinese', 'zh', tokenizer='zh'
+  ),
+  'cnn_dailymail': _TfdsTask(
+    'cnn_dailymail:3.4.0',
+    'summarize: {source}',
+    'article',
+    'highlights',
+    [metric_fns_lib.rouge],
+  ),
+}
+
+
+def register() -> None:
+  """Adds `cldr`, the WMT tasks and `cnn_dailymail` to SeqIO's registry, once.
+
+  What `seqio_cache_tasks` caches of them is their columns of text, so that one
+  cache serves any template and any vocabulary.
+  """
+  from l2s_jax.data.features import seqio
+
+  if 'cldr' in seqio.TaskRegistry.names():
+    return
+  prompt = templates.Template('{prompt}')
+  seqio.TaskRegistry.add_provider(
+    'cldr',
+    _make_task(
+      'cldr',
+      sources.cldr_source(),
+      [
+        seqio.CacheDatasetPlaceholder(),
+        templates.text_to_text(prompt, prompt, 'answer'),
+      ],
+      [metric_fns_lib.METRICS[name] for name in _TRANSLATION_METRICS],
+    ),
+  )
+  for name, task in _TFDS_TASKS.items():
+    seqio.TaskRegistry.add_provider(
+      name,
+      _make_task(
+        name,
+        seqio.TfdsDataSource(task.tfds_name),
+        _tfds_preprocessors(task, task.template),
+        task.metric_fns,
+      ),
+    )
+
+
+@gin.configurable(module='l2s_jax')
+def local_task(
+  data_files: Any,  # `sources` says what is wrong with it, by its splits.
+  *,
+  data_dir: str | None = None,
+  template: str = '{source}',
+  fallback_template: str | None = None,
+  source_column: str = 'source',
+  target_column: str = 'target',
+  reference_columns: Sequence[str] = (),
+  column_names: Sequence[str] | None = None,
+  bad_lines: str = 'refuse',
+  metrics: Sequence[str] = _TRANSLATION_METRICS,
+  name: str = 'local',
+) -> 'seqio.Task':
+  """Makes a task out of the user's own files.
+
+  `bind('local', ...)` calls it with what gin binds, and `bind('NAME/local')`
+  with what gin binds in the scope NAME: `NAME/local_task.data_files = ...`.
+
+  Parallel text is streamed, after one pass that checks it when its split is
+  first used; files of records are read into memory. File names that end in
+  `.gz` are gzip.
+
+  Args:
+    data_files: for each split its files. A tuple of two is a pair of parallel
+      text files, prompts then answers, line by line; a string is a file
+      `*.jsonl`, `*.ndjson`, `*.json`, `*.tsv`, `*.csv`, `*.parquet` or
+      `*.tfrecord`, as `text_files.py` reads it; a list holds several of either.
+    data_dir: where relative paths start; None: the working directory.
+    template: the prompt. `{source}` stands for the column `source_column`, any
+      other name in braces for the column of that name; braces meant literally
+      are doubled.
+    fallback_template: the prompt of rows that lack text in a column which
+      `template` alone names, as Alpaca's instructions without input do; None:
+      such rows are bad lines.
+    source_column: column of the prompt's text; one within another is written
+      `translation.en`.
+    target_column: column of the answer.
+    reference_columns: columns with a text or a list of texts, if any, that are
+      as good as the answer when one is scored.
+    column_names: of TSV and CSV files whose first line does not name them.
+    bad_lines: 'refuse' them, or 'skip' them, with one line that counts them on
+      standard error. Bad is what is not UTF-8 or not of the file's kind, or
+      has no text where the task needs it.
+    metrics: names of metrics in `metrics/metric_fns.py` or of
+      `scores.functions`; their settings are those of `scores`.
+    name: of the task.
+
+  Raises:
+    FileNotFoundError: if files are missing.
+    ValueError: if a file's kind, the template or a metric is not understood;
+      later, from the dataset, if what a file holds is not.
+  """
+  prompt = templates.Template(template, source_column)
+  fallback = templates.Template(fallback_template or template, source_column)
+  required = {*fallback.columns, target_column}
+  source = sources.local_source(
+    data_files,
+    data_dir=data_dir,
+    columns=sources.Columns(
+      required=sorted(required),
+      optional=sorted(set(prompt.columns) - required),
+      references=reference_columns,
+      names=column_names,
+    ),
+    pair=(source_column, target_column),
+    bad_lines=bad_lines,
+    name=name,
+  )
+  return _make_task(
+    name,
+    source,
+    [templates.text_to_text(prompt, fallback, target_column)],
+    scores.Scores().named(metrics, 'local_task.metrics'),
+    postprocess_fn=_with_references if reference_columns else None,
+  )
+
+
+@gin.configurable(module='l2s_jax')
+def mixture(
+  tasks: Mapping[str, float | str], name: str = 'mixture'
+) -> 'seqio.Mixture':
+  """Makes a mixture out of tasks by name.
+
+  `bind('mixture', ...)` calls it with what gin binds. Each example is drawn
+  from a task with the probability of its rate in the sum of all rates.
+
+  Args:
+    tasks: the rate of each task: a number, or 'proportional' for its number of
+      training examples. The names are those that `bind` takes: SeqIO's tasks
+      and mixtures, `local`, and `NAME/local` for several local tasks.
+    name: of the mixture.
+
+  Raises:
+    ValueError: if there are no tasks, two of one name, or a rate is neither.
+  """
+  from l2s_jax.data.features import seqio
+
+  rates = dict(tasks)
+  bad = {
+    task: rate
+    for task, rate in rates.items()
+    if rate != 'proportional'
+    and not (isinstance(rate, int | float) and 0 < rate < float('inf'))
+  }
+  if bad or not rates:
+    raise ValueError(
+      f"mixture.tasks={rates!r}: expected {{'task': rate, ...}}, each rate "
+      "positive or 'proportional'."
+    )
+  parts = [
+    (_find(task), _num_train_examples if rate == 'proportional' else rate)
+    for task, rate in rates.items()
+  ]
+  names = [part.name for part, _ in parts]
+  if len(set(names)) < len(names):
+    raise ValueError(
+      f'mixture.tasks={rates!r} are named {", ".join(names)}; each name must '
+      'be another.'
+    )
+  return seqio.Mixture(name, parts)
+
+
+@gin.configurable('tfds', module='l2s_jax')
+@dataclasses.dataclass(frozen=True)
+class TfdsConfig:
+  """How tasks from TFDS are read; in a gin scope, the task of that name.
+
+  Attributes:
+    data_dir: the folder with TFDS data sets; None: TFDS's own default.
+    template: the prompt of this module's TFDS tasks, with `{source}` or the
+      data set's columns in braces; None: each one's own, with T5's prefix.
+    download: whether a data set that is not there is downloaded and prepared,
+      which takes from minutes to days; otherwise it is refused.
+  """
+
+  data_dir: str | None = None
+  template: str | None = None
+  download: bool = False
+
+
+@gin.configurable('cached_tasks', module='l2s_jax')
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+  """Whether tasks are read from what `seqio_cache_tasks` wrote of them.
+
+  Attributes:
+    use: reads every task that has a CacheDatasetPlaceholder from its cache.
+    cache_dirs: folders that hold caches, searched before those registered by
+      `seqio.add_global_cache_dirs`.
+  """
+
+  use: bool = False
+  cache_dirs: Sequence[str] = ()
+
+
+def bind(
+  name: str,
+  prompt_vocabulary: base.Vocabulary,
+  answer_vocabulary: base.Vocabulary,
+  *,
+  label: str | None = None,
+) -> 'seqio.Task | seqio.Mixture':
+  """Returns a task or mixture that speaks the given vocabularies.
+
+  Source, preprocessors, postprocessing and metrics are the registered task's;
+  of a cached task, source and preprocessors are those after the cache. The
+  result has its name and is not registered. EOS is appended before trimming,
+  whatever the task did, so that a truncated sequence has none and can be
+  counted; the raw answer stays beside the ids as `targets_pretokenized`.
+
+  No data are read yet; `data.check_task` looks for them.
+
+  Args:
+    name: of a SeqIO task or mixture, `local`, `mixture`, or either of these
+      with a gin scope before it, such as `news/local`.
+    prompt_vocabulary: for `inputs`.
+    answer_vocabulary: for `targets`.
+    label: the setting that has the name, for messages; None:
+      MIXTURE_OR_TASK_NAME.
+
+  Raises:
+    ValueError: if there is no such name, a task has no `inputs` or no
+      `targets`, or must be cached and is not to be read from a cache.
+  """
+  from l2s_jax.data import features
+  from l2s_jax.data.features import seqio, tf
+
+  output_features = {
+    key: seqio.Feature(
+      vocabulary=features.wrap_vocabulary(vocabulary),
+      add_eos=True,
+      dtype=tf.int32,
+    )
+    for key, vocabulary in (
+      ('inputs', prompt_vocabulary),
+      ('targets', answer_vocabulary),
+    )
+  }
+
+  @functools.cache  # Two mixtures may share a task, which must stay one task.
+  def bind_provider(
+    provider: 'seqio.Task | seqio.Mixture',
+  ) -> 'seqio.Task | seqio.Mixture':
+    if isinstance(provider, seqio.Mixture):
+      parts = [*provider._tasks, *provider._sub_mixtures]
+      return seqio.Mixture(
+        provider.name,
+        [
+          (bind_provider(part), provider.rate_per_task_name[part.name])
+          for part in parts
+        ],
+        sample_fn=provider._sample_fn,
+      )
+    return _bind_task(provider, output_features)
+
+  return bind_provider(_find(name, label))
+
+
+def _bind_task(
+  task: 'seqio.Task', output_features: Mapping[str, 'seqio.Feature']
+) -> 'seqio.Task':
+  """Returns a task that ends with the ids of the given vocabularies."""
+  from l2s_jax.data import features
+  from l2s_jax.data.features import seqio
+
+  missing = output_features.keys() - task.output_features.keys()
+  if missing:
+    raise ValueError(
+      f'task {task.name!r} gives {", ".join(task.output_features)} and no '
+      f'{", ".join(sorted(missing))}; a prompt and an answer are needed: let a '
+      'preprocessor make them.'
+    )
+  if task.name in seqio.TaskRegistry.names():  # Else they were just made.
+    settings = score_settings(task.name)
+    task = task.replace(metric_fns=settings.of_task(task.metric_fns))
+  task = _read_from_cache(_set_up_tfds(task), CacheConfig())
+  steps = [
+    step for step in task.preprocessors if step not in features.EOS_STEPS
+  ]
+  return task.replace(
+    output_features=output_features,
+    preprocessors=[*steps, features.tokenize_and_measure],
+  )
+
+
+def data_settings(name: str) -> dict[str, Any]:
+  """Returns what a task's training examples depend on, as JSON has it.
+
+  Local files stand here with a hash of their contents, not with their names.
+  How answers are scored is left out. Two runs with the same, and with the same
+  seed and lengths, see the same examples in the same order.
+
+  Args:
+    name: as for `bind`.
+  """
+  scope, _, kind = name.rpartition('/')
+  if kind == 'mixture':
+    with gin.config_scope(scope or None):
+      rates = gin.get_bindings(mixture).get('tasks', {})
+    settings: dict[str, Any] = {'tasks': dict(rates)}
+    for task in rates:
+      settings |= data_settings(task)
+  elif kind == 'local':
+    with gin.config_scope(scope or None):
+      bound = gin.get_bindings(local_task)
+    data_files = bound.pop('data_files', {}).get('train')
+    data_dir = bound.pop('data_dir', None)
+    for scoring in ('metrics', 'reference_columns'):
+      bound.pop(scoring, None)
+    if data_files is not None:
+      bound['train_files'] = sources.fingerprint(data_files, data_dir)
+    settings = {name: bound}
+  else:
+    settings = {name: {'template': _tfds_config(name).template}}
+  settings['cached'] = CacheConfig().use
+  return json.loads(json.dumps(settings))
+
+
+def check_data(task: 'seqio.Task', split: str) -> None:
+  """Refuses a TFDS task whose data are not there, without any network.
+
+  Raises:
+    FileNotFoundError: saying what was looked for where, and how to get it.
+  """
+  from l2s_jax.data.features import seqio
+
+  if isinstance(task.source, seqio.TfdsDataSource):
+    if not _tfds_config(task.name).download:
+      sources.check_tfds(task.source, split, task.name)
+
+
+def score_settings(name: str) -> scores.Scores:
+  """Returns how gin wants a task to be scored.
+
+  Args:
+    name: of the task, which is a scope of gin where it can be one.
+  """
+  scope = name.replace('/', '_').replace('.', '_').isidentifier()
+  with gin.config_scope(name if scope else None):
+    return scores.Scores()
+
+
+def _tfds_config(task_name: str) -> TfdsConfig:
+  with gin.config_scope(task_name):
+    return TfdsConfig()
+
+
+def _set_up_tfds(task: 'seqio.Task') -> 'seqio.Task':
+  """Returns a task with the data folder and template that gin has for it."""
+  from l2s_jax.data.features import seqio
+
+  if not isinstance(task.source, seqio.TfdsDataSource):
+    return task
+  config = _tfds_config(task.name)
+  data_dir = config.data_dir
+  task.source.tfds_dataset.override_data_dir(
+    data_dir and os.path.expanduser(data_dir)
+  )
+  if config.template is None or task.name not in _TFDS_TASKS:
+    return task
+  return task.replace(
+    preprocessors=_tfds_preprocessors(_TFDS_TASKS[task.name], config.template)
+  )
+
+
+def _read_from_cache(task: 'seqio.Task', config: CacheConfig) -> 'seqio.Task':
+  """Returns a task that begins at its cache, if it is to be read from one.
+
+  Raises:
+    ValueError: if it is not, and must be.
+  """
+  from l2s_jax.data import features
+  from l2s_jax.data.features import seqio
+
+  if not config.use:
+    if task.requires_caching:
+      raise ValueError(
+        f'task {task.name!r} can be read from a cache only: set '
+        'USE_CACHED_TASKS=True, and TASK_CACHE_DIRS to the folders of caches.'
+      )
+    return task
+  if not task.supports_caching:
+    print(
+      f'task {task.name!r} has no CacheDatasetPlaceholder; it is read without '
+      'a cache.',
+      file=sys.stderr,
+    )
+    return task
+  sources.check_sequence('TASK_CACHE_DIRS', config.cache_dirs)
+  cache_dirs = [*config.cache_dirs, *seqio.get_global_cache_dirs()]
+  return task.replace(
+    source=features.CachedSource(task, cache_dirs),
+    preprocessors=[
+      features.translate_cached_ids(task),
+      *task.preprocessors[task._cache_step_idx + 1 :],
+    ],
+  )
+
+
+def _num_train_examples(task: 'seqio.Task') -> float:
+  """Returns the rate of a task that is mixed in proportion to its size."""
+  check_data(task, 'train')
+  number = task.num_input_examples('train')
+  if number is None:
+    number = int(task.source.get_dataset('train', shuffle=False).cardinality())
+  if number <= 0:
+    raise ValueError(
+      f"mixture.tasks: the rate 'proportional' needs the number of examples "
+      f'of task {task.name!r}, which its source does not know; give a number.'
+    )
+  return float(number)
+
+
+def _find(name: str, label: str | None = None) -> 'seqio.Task | seqio.Mixture':
+  from l2s_jax.data.features import seqio
+
+  register()
+  registered = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+  if name in registered:
+    return seqio.get_mixture_or_task(name)
+  # Not registered: what they are comes with the config.
+  made = {'local': local_task, 'mixture': mixture}
+  scope, _, kind = name.rpartition('/')
+  if kind in made:
+    with gin.config_scope(scope or None):
+      return made[kind](name=scope.replace('/', '.') or kind)
+  names = sorted(registered | made.keys())
+  near = difflib.get_close_matches(name, names)
+  raise ValueError(
+    f'{label or f"MIXTURE_OR_TASK_NAME={name!r}"} is not registered with SeqIO'
+    + (f'; did you mean {" or ".join(near)}?' if near else '.')
+    + f' There are {", ".join(names)}. A task of your own is there once its '
+    'module is imported: add `import my_tasks` to a gin file.'
+  )
+
+
+def _make_task(
+  name: str,
+  source: 'seqio.DataSource',
+  preprocessors: Sequence[Callable[..., Any]],
+  metric_fns: Sequence[metric_fns_lib.Metric],
+  *,
+  postprocess_fn: Callable[..., Any] | None = None,
+) -> 'seqio.Task':
+  """Returns a task that stops at text; `bind` adds the tokens."""
+  from l2s_jax.data.features import seqio, tf
+
+  text = seqio.Feature(
+    seqio.PassThroughVocabulary(size=0), add_eos=False, dtype=tf.string, rank=0
+  )
+  return seqio.Task(
+    name,
+    source,
+    output_features={'inputs': text, 'targets': text},
+    preprocessors=preprocessors,
+    postprocess_fn=postprocess_fn,
+    metric_fns=list(metric_fns),
+  )
+
+
+def _tfds_preprocessors(
+  task: _TfdsTask, template: str
+) -> list[Callable[..., Any]]:
+  from l2s_jax.data.features import seqio
+
+  prompt = templates.Template(template, task.source_column)
+  # The template comes after the cache, which then serves any.
+  return [
+    seqio.CacheDatasetPlaceholder(),
+    templates.text_to_text(prompt, prompt, task.target_column),
+  ]
+
+
+def _with_references(
+  text: str,
+  *,
+  example: Mapping[str, Any] | None = None,
+  is_target: bool = False,
+) -> str | list[str]:
+  """Returns a target with the references beside it; a prediction as it is.
+
+  A SeqIO `postprocess_fn`.
+  """
+  if not is_target or example is None:
+    return text
+  return [text, *(reference.decode() for reference in example['references'])]

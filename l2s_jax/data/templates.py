@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Templates: the prompt as text with columns in braces.
+
+Importing this module does not import TensorFlow.
+"""
+
+import string
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  import tensorflow as tf
+
+
+class Template:
+  """A prompt with columns in braces, such as 'summarize: {source}'.
+
+  Attributes:
+    columns: those that it names, in order.
+  """
+
+  def __init__(
+    self,
+    text: str,
+    source_column: str = 'source',
+    *,
+    placeholder: str = 'source',
+  ):
+    """Parses it.
+
+    Args:
+      text: `{source}` stands for the source column, any other name in braces
+        for the column of that name; a literal brace is doubled.
+      source_column: the column that `{source}` stands for.
+      placeholder: another name than `source` for it.
+
+    Raises:
+      ValueError: if it names no column, or something else is in braces.
+    """
+    # Literal text, and the column that follows it, if any.
+    self._parts: list[tuple[str, str | None]] = []
+    try:
+      for literal, name, spec, conversion in string.Formatter().parse(text):
+        if name is not None and (spec or conversion or not name.strip()):
+          raise ValueError('only a plain {name} may stand in braces')
+        column = source_column if name == placeholder else name
+        self._parts.append((literal, column))
+      self.columns = [column for _, column in self._parts if column]
+      if not self.columns:
+        raise ValueError('it names no column')
+    except ValueError as error:
+      raise ValueError(
+        f'template={text!r}: {error}. Write a column as {{name}} and a '
+        'literal brace twice.'
+      ) from error
+
+  def fill_text(self, row: Mapping[str, str]) -> str:
+    """Returns the prompt of a row that has text in all `columns`."""
+    return ''.join(
+      literal + (row[column] if column else '')
+      for literal, column in self._parts
+    )
+
+  def fill(self, example: Mapping[str, 'tf.Tensor']) -> 'tf.Tensor':
+    """Returns the prompt of an example in a `tf.data` pipeline."""
+    from l2s_jax.data.features import tf
+
+    return tf.strings.join(
+      [
+        piece
+        for literal, column in self._parts
+        for piece in (literal, example[column] if column else '')
+      ]
+    )
+
+
+def text_to_text(
+  template: Template, fallback: Template, target_column: str
+) -> Callable[..., Any]:
+  """Returns a SeqIO preprocessor from columns to `inputs` and `targets`.
+
+  A column `references` is passed on.
+
+  Args:
+    template: of the prompt.
+    fallback: for rows that lack text in a column which `template` alone names;
+      the same template where there is no such column.
+    target_column: column of the answer.
+  """
+  optional = sorted(set(template.columns) - set(fallback.columns))
+
+  def fill(example: Mapping[str, 'tf.Tensor']) -> dict[str, 'tf.Tensor']:
+    from l2s_jax.data.features import tf
+
+    prompt = template.fill(example)
+    if optional:
+      has_all = tf.reduce_all(
+        [tf.strings.strip(example[column]) != '' for column in optional]
+      )
+      prompt = tf.where(has_all, prompt, fallback.fill(example))
+    filled = {'inputs': prompt, 'targets': example[target_column]}
+    if 'references' in example:
+      filled['references'] = example['references']
+    return filled
+
+  def fill_all(dataset: 'tf.data.Dataset') -> 'tf.data.Dataset':
+    columns = dataset.element_spec.keys()
+    missing = {*template.columns, target_column} - columns
+    if missing:
+      raise ValueError(
+        f'the template names {", ".join(sorted(missing))}, but the columns '
+        f'are {", ".join(sorted(columns))}.'
+      )
+    return dataset.map(fill)
+
+  return fill_all

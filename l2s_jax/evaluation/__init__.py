@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores, loss and controls of the steps of a run.
+
+`evaluator.Evaluator` evaluates parameters with SeqIO's Evaluator, in training
+and afterwards; `evaluate` is the verb; `report` writes tables and plots,
+`metric_writer` the logs.
+"""
+
+# The modules that other packages may import.
+__all__ = ('evaluate', 'evaluator', 'metric_writer', 'report')

@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation of a system on a SeqIO task: loss, decoded metrics, controls."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gin
+
+from l2s_jax.data import streams, tasks
+from l2s_jax.evaluation import evaluator as evaluator_lib
+from l2s_jax.evaluation import metric_writer, report
+from l2s_jax.inference import generate, sampling
+from l2s_jax.runtime import distributed, files, gin_config, locks, partitioning
+from l2s_jax.systems import as_it_came, builders, parameters
+from l2s_jax.systems import system as system_lib
+from l2s_jax.weights import saved_steps
+
+PyTree = Any
+
+
+def bind_task(
+  system: system_lib.System, mixture_or_task_name: str, label: str | None = None
+) -> Any:
+  """Returns a SeqIO task or mixture with a system's vocabularies.
+
+  Args:
+    system: that reads and writes its texts.
+    mixture_or_task_name: as `tasks.bind` takes it.
+    label: the setting that has the name, for messages.
+  """
+  # Imports TensorFlow where it is called; the core does without.
+  return tasks.bind(
+    mixture_or_task_name,
+    system.prompt_vocabulary,
+    system.answer_vocabulary,
+    label=label,
+  )
+
+
+def check_splits(
+  task: Any,
+  task_feature_lengths: Mapping[str, int],
+  *,
+  read: Sequence[str] = (),
+  evaluated: str | None = None,
+) -> None:
+  """Refuses what a task cannot give, before anything is computed.
+
+  Args:
+    task: from `bind_task`.
+    task_feature_lengths: tokens of 'inputs' and 'targets'.
+    read: splits that must be there.
+    evaluated: a split that must be there, with metrics; None for none.
+
+  Raises:
+    ValueError: for a missing split, lengths that are off, or no metrics.
+  """
+  for split in read:
+    streams.check_task(task, split, task_feature_lengths)
+  if evaluated is not None:
+    from l2s_jax.evaluation import seqio_evaluator
+
+    streams.check_task(task, evaluated, task_feature_lengths)
+    seqio_evaluator.check_evaluable(task, evaluated)
+
+
+@gin.configurable(module='l2s_jax')
+def evaluate(
+  checkpoint_path: str = gin.REQUIRED,
+  mixture_or_task_name: str = gin.REQUIRED,
+  task_feature_lengths: Mapping[str, int] = gin.REQUIRED,
+  batch_size: int = 32,
+  steps: Any = None,
+  split: str = 'validation',
+  num_examples: int | None = None,
+  controls: Sequence[str] = ('none',),
+  max_decode_len: int | None = None,
+  num_bootstrap_samples: int = 1000,
+  output_dir: str | None = None,
+  llm_path: str | None = None,
+  vocabulary: str | None = None,
+  extra_ids: int = 0,
+  mesh: partitioning.MeshConfig | None = None,
+  decoding: sampling.Decoding | None = None,
+  *,
+  dry_run: bool = False,
+) -> dict[int, dict[str, dict[str, float]]]:
+  """Evaluates one checkpoint of a run, or several, or a model as it came.
+
+  Each evaluation is added to `eval/metrics-<task>-<split>.json` as it is done.
+  From all that are there come a table, `eval/curves-<task>-<split>.png`, and
+  TensorBoard's logs in `eval/tensorboard`.
+
+  Args:
+    checkpoint_path: the run's folder (MODEL_DIR of its training); or a Hugging
+      Face or converted folder, a checkpoint of T5X, a GGUF file, or a name on
+      the Hub.
+    mixture_or_task_name: SeqIO task or mixture.
+    task_feature_lengths: tokens of 'inputs' and 'targets'.
+    batch_size: examples a batch, over all devices.
+    steps: a checkpoint's step or a tuple of them, 'all', 'best' (the one that
+      training chose by BEST_METRIC), or None for the newest.
+    split: of the task.
+    num_examples: the first so many; None takes all.
+    controls: any of 'none', 'zero', 'other': Z of the prompt, Z = 0, Z of
+      another prompt.
+    max_decode_len: tokens an answer at most; None: that of 'targets'.
+    num_bootstrap_samples: for 95 % confidence intervals; 0 for none.
+    output_dir: where predictions and metrics go; None: the run's folder. A
+      model as it came needs one.
+    llm_path: where the LLM's weights are, if not where the run says.
+    vocabulary: tokenizer of a model as it came that brings none.
+    extra_ids: sentinels that T5 adds behind its SentencePiece model.
+    mesh: device mesh and axis rules.
+    decoding: how answers are written; None is greedy.
+    dry_run: prints sizes and shardings, and stops.
+
+  Returns:
+    Scores by step and control.
+  """
+  gin_config.check_positive(
+    BATCH_SIZE=batch_size,
+    num_examples=num_examples,
+    max_decode_len=max_decode_len,
+  )
+  gin_config.check_lengths(task_feature_lengths)
+  gin_config.check_between(
+    0, gin_config.LARGEST, EVAL_BOOTSTRAP_SAMPLES=num_bootstrap_samples
+  )
+  as_it_came.check_path(checkpoint_path)
+  mesh_config = mesh or partitioning.MeshConfig()
+  device_mesh = partitioning.make_mesh(mesh_config)
+  partitioning.check_batch_size(batch_size, device_mesh)
+  system = builders.with_rules(
+    as_it_came.load(
+      checkpoint_path,
+      llm_path=llm_path,
+      vocabulary=vocabulary,
+      extra_ids=extra_ids,
+    ),
+    mesh_config,
+  )
+  folder = as_it_came.output_dir(checkpoint_path, output_dir, 'EVAL_OUTPUT_DIR')
+  evaluator_lib.check_controls(controls, system)
+  decoding = decoding or sampling.Decoding()
+  evaluator_lib.check_decoding(decoding)
+  generate.check(decoding, max_decode_len or task_feature_lengths['targets'])
+  task = bind_task(system, mixture_or_task_name)
+  if not dry_run:  # which needs no data
+    check_splits(task, task_feature_lengths, evaluated=split)
+  # The run may go on, and save, at this moment.
+  chosen = distributed.from_first(_choose_steps(checkpoint_path, steps))
+
+  with (
+    partitioning.use_mesh(device_mesh),
+    partitioning.axis_rules(mesh_config.rules('slm')),
+    distributed.preemptible() as stop,
+    contextlib.ExitStack() as opened,
+  ):
+    layout = parameters.layout(system, device_mesh, mesh_config)
+    answer_length = max(max_decode_len or 0, task_feature_lengths['targets'])
+    parameters.check_lengths(
+      system,
+      layout,
+      {'inputs': task_feature_lengths['inputs'], 'targets': answer_length},
+    )
+    if dry_run:
+      print(parameters.summary(system, layout, None, device_mesh))
+      return {}
+    evaluator = evaluator_lib.Evaluator(
+      system,
+      device_mesh,
+      task,
+      task_feature_lengths,
+      split=split,
+      batch_size=batch_size,
+      num_examples=num_examples,
+      max_decode_len=max_decode_len,
+      decoding=decoding,
+      num_bootstrap_samples=num_bootstrap_samples,
+    )
+    _, frozen = parameters.load_frozen(system, layout)
+    stop()
+    results: dict[int, dict[str, dict[str, float]]] = {}
+    if distributed.is_first():
+      opened.enter_context(locks.held(folder / 'eval', 'EVAL_OUTPUT_DIR'))
+    name = f'{task.name}-{split}'
+    # Scores are compared with those of the same settings alone.
+    settings = {
+      # JSON knows no tuples, and these are compared with what it kept.
+      'decoding': json.loads(json.dumps(dataclasses.asdict(decoding))),
+      'num_examples': num_examples,
+      'task_feature_lengths': dict(task_feature_lengths),
+      'max_decode_len': max_decode_len or task_feature_lengths['targets'],
+    }
+    for step in chosen:
+      params = parameters.merge(
+        frozen,
+        parameters.load_trained(system, layout, checkpoint_path, step),
+      )
+      results[step] = {}
+      for control in controls:
+        scores = evaluator.evaluate(
+          params, step=step, output_dir=folder, control=control, stop=stop
+        )
+        results[step][control] = scores
+        label = '' if control == 'none' else f' (Z: {control})'
+        signatures = evaluator.signatures
+        line = evaluator_lib.format_scores(scores, signatures)
+        print(f'step {step}{label}: {line}', flush=True)
+        if distributed.is_first():
+          _record(
+            folder / 'eval' / f'metrics-{name}.json',
+            step,
+            control,
+            scores | {'settings': settings, 'signatures': signatures},
+          )
+      if set(results[step]) == set(evaluator_lib.CONTROLS):
+        print(report.describe_controls(results[step]), flush=True)
+    if distributed.is_first():
+      _write_curves(folder / 'eval', name, settings, evaluator.signatures)
+    distributed.wait_for_all('evaluate')
+  return results
+
+
+def _choose_steps(run_dir: str, steps: Any) -> list[int]:
+  """Returns the steps to evaluate, all of which are there."""
+  if steps == 'all':
+    if not as_it_came.is_run(run_dir):
+      return [as_it_came.choose_step(run_dir, steps, 'EVAL_STEPS')]  # raises
+    found = distributed.from_first(saved_steps.steps(run_dir))
+    bad = {step: saved_steps.problem(run_dir, step) for step in found}
+    for wrong in filter(None, bad.values()):
+      distributed.say(f'{wrong}: it is left out.')
+    if all(bad.values()):
+      saved_steps.params_folder(run_dir)  # raises: there is no good one
+    return [step for step in found if not bad[step]]
+  wanted = steps if isinstance(steps, tuple | list) else [steps]
+  if not all(s is None or s == 'best' or isinstance(s, int) for s in wanted):
+    raise ValueError(
+      f'EVAL_STEPS={steps!r}: expected a step, a tuple of steps such as '
+      "(1000, 2000), 'all', 'best', or None for the newest."
+    )
+  return [
+    as_it_came.choose_step(run_dir, step, 'EVAL_STEPS') for step in wanted
+  ]
+
+
+def _record(
+  path: pathlib.Path, step: int, control: str, scores: Mapping[str, Any]
+) -> None:
+  """Adds scores to a metrics file, by step and control."""
+  found = read_scores(path) if path.is_file() else {}
+  found.setdefault(str(step), {})[control] = dict(scores)
+  files.write_json(path, found)
+
+
+def read_scores(path: pathlib.Path) -> dict[str, dict[str, dict[str, Any]]]:
+  """Returns what a metrics file holds: scores by step and control.
+
+  Raises:
+    ValueError: if it is broken, naming the key.
+  """
+  remedy = 'remove it, and evaluate its steps again.'
+  found = files.read_json(path, remedy=remedy, finite=False)
+  for step, by_control in found.items():
+    if not step.isdecimal():
+      raise ValueError(f'{path}: key {step!r} is no step; {remedy}')
+    files.check_keys(found, path, keys={step: dict}, remedy=remedy)
+    for control, scores in by_control.items():
+      place = f'{path}, step {step}'
+      files.check_keys(by_control, place, keys={control: dict}, remedy=remedy)
+      kinds = {
+        k: dict if k in ('settings', 'signatures') else float for k in scores
+      }
+      place = f'{place}, {control}'
+      files.check_keys(scores, place, keys=kinds, remedy=remedy)
+  return found
+
+
+def _write_curves(
+  folder: pathlib.Path,
+  name: str,
+  settings: Mapping[str, Any],
+  signatures: Mapping[str, str],
+) -> None:
+  """Makes a table, a plot and TensorBoard's logs of a metrics file.
+
+  Evaluations with other settings, or scores with other signatures, stay in the
+  file alone.
+  """
+  found = read_scores(folder / f'metrics-{name}.json')
+  by_control: dict[str, dict[int, dict[str, float]]] = {}
+  for step in sorted(found, key=int):
+    for control, scores in found[step].items():
+      # Earlier versions kept no signatures, and had these.
+      signed = scores.pop('signatures', signatures)
+      if scores.pop('settings', None) == settings and signed == signatures:
+        by_control.setdefault(control, {})[int(step)] = scores
+  for control, by_step in by_control.items():
+    label = name if control == 'none' else f'{name}-{control}'
+    logs = folder / 'tensorboard' / label
+    with contextlib.closing(metric_writer.EventFile(logs)) as writer:
+      for number, scores in by_step.items():
+        for score in report.score_names(scores):
+          writer.add(f'eval/{score}', scores[score], number, time.time())
+      writer.replace_others()
+  if max(map(len, by_control.values())) > 1:
+    if 'none' in by_control:
+      print(f'\n{report.steps_table(by_control["none"])}')
+    path = folder / f'curves-{name}.png'
+    report.plot_curves(by_control, path, title=name)
+    print(f'See {path}')

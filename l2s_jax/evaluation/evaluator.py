@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluates the parameters of one step, in training and afterwards."""
+
+import functools
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from l2s_jax.data import batching
+from l2s_jax.evaluation import report
+from l2s_jax.inference import sampling
+from l2s_jax.models import losses
+from l2s_jax.runtime import distributed, partitioning
+from l2s_jax.systems import system as system_lib
+
+PyTree = Any
+
+# Which Z the SLM gets: that of the prompt, zero, or that of another prompt.
+CONTROLS = ('none', 'zero', 'other')
+
+Stop = Callable[[], None]
+
+
+def check_score(name: str, score: str | None, task: Any, split: str) -> None:
+  """Refuses a score that no evaluation of a task will give.
+
+  Args:
+    name: of the setting, for the error.
+    score: as evaluations name it; None is none.
+    task: from `bind_task`.
+    split: to be evaluated.
+
+  Raises:
+    ValueError: with those that there are.
+  """
+  from l2s_jax.evaluation import seqio_evaluator
+
+  if score is None:
+    return
+  known = seqio_evaluator.score_names(task, split)
+  if known is not None and score not in known:
+    raise ValueError(
+      f'{name}={score!r} is not a score of this task; there are '
+      f'{", ".join(known)}.'
+    )
+
+
+class Evaluator:
+  """Evaluates one system on one split, as often as asked.
+
+  Functions are compiled once. Loss is teacher-forced; the decoded metrics are
+  those of the task, by SeqIO's Evaluator, which tokenizes the split once.
+  """
+
+  def __init__(
+    self,
+    system: system_lib.System,
+    mesh: jax.sharding.Mesh,
+    task: Any,
+    task_feature_lengths: Mapping[str, int],
+    *,
+    split: str,
+    batch_size: int,
+    num_examples: int | None = None,
+    max_decode_len: int | None = None,
+    decoding: sampling.Decoding | None = None,
+    num_bootstrap_samples: int = 0,
+  ):
+    """Prepares the evaluation; nothing compiles and no data are read yet.
+
+    Args:
+      system: what to evaluate.
+      mesh: the device mesh.
+      task: from `bind_task`.
+      task_feature_lengths: tokens of 'inputs' and 'targets'.
+      split: of the task.
+      batch_size: examples a batch, over all devices.
+      num_examples: the first so many of each task; None takes all.
+      max_decode_len: tokens an answer at most; None: that of 'targets'.
+      decoding: how answers are written; None is greedy.
+      num_bootstrap_samples: for confidence intervals; 0 for none.
+    """
+    self.generator = system_lib.generator(
+      system,
+      max_decode_len or task_feature_lengths['targets'],
+      decoding=decoding,
+      unstack_llm=False,  # It may be large, and training goes on beside this.
+    )
+    self._mesh = mesh
+    # Of a system whose answers go on where its prompts end.
+    self._prompt_vocabulary = (
+      system.prompt_vocabulary if system.continues else None
+    )
+    self._task = task
+    self._reading: dict[str, Any] = {
+      'task_feature_lengths': task_feature_lengths,
+      'split': split,
+      'batch_size': batch_size,
+      'num_examples': num_examples,
+      'num_bootstrap_samples': num_bootstrap_samples,
+    }
+
+    def loss_sums(params, batch):
+      logits = system.module.apply(
+        {'params': params}, batch, deterministic=True
+      )
+      return losses.token_cross_entropy(
+        logits, batch['decoder_target_tokens'], batch['decoder_loss_weights']
+      )[1]
+
+    self._loss_sums = jax.jit(loss_sums)
+
+  @property
+  def signatures(self) -> dict[str, str]:
+    """What gave the last scores, by their names; of ROUGE's, by rougeLsum."""
+    by_task = self._by_seqio.signatures
+    return {
+      name if len(by_task) == 1 else f'{task}/{name}': signature
+      for task, signatures in by_task.items()
+      for name, signature in signatures.items()
+    }
+
+  @functools.cached_property
+  def _by_seqio(self) -> Any:
+    from l2s_jax.evaluation import seqio_evaluator
+
+    return seqio_evaluator.TaskEvaluator(self._task, **self._reading)
+
+  def evaluate(
+    self,
+    params: PyTree,
+    *,
+    step: int,
+    output_dir: str | pathlib.Path | None = None,
+    control: str = 'none',
+    stop: Stop | None = None,
+  ) -> dict[str, float]:
+    """Returns the scores by name; of a mixture by 'task/name'.
+
+    'loss' (nats per target token) and 'token_accuracy', both teacher-forced,
+    are among them. A score of `metrics/metric_fns.py` comes with the ends of
+    its confidence interval, if that was asked for.
+
+    Args:
+      params: all of the system's parameters.
+      step: of the checkpoint, for the names of files.
+      output_dir: predictions go to `eval/` in it; None writes none.
+      control: one of `CONTROLS`.
+      stop: called before each batch; raises to leave.
+    """
+
+    def put(batch: batching.Batch) -> dict[str, jax.Array]:
+      if stop:
+        stop()
+      if self._prompt_vocabulary is not None:
+        batch = batching.continuing(
+          batch,
+          self._prompt_vocabulary.prefix_ids,
+          self._prompt_vocabulary.eos_ids,
+        )
+      if control == 'zero':
+        rows = batch['encoder_input_tokens'].shape[0]
+        batch = batch | {'llm_scale': np.zeros((rows,), np.float32)}
+      return partitioning.put_batch(batch, self._mesh)
+
+    def predict(batch: batching.Batch) -> np.ndarray:
+      row_ids = batch.pop('row_ids')
+      return distributed.fetch(self.generator(prepared, put(batch), row_ids))
+
+    prepared = self.generator.prepare(params)
+    folder = None
+    if output_dir is not None and distributed.is_first():
+      folder = pathlib.Path(output_dir) / 'eval'
+    by_task = self._by_seqio.evaluate(
+      predict, control=control, step=step, output_dir=folder
+    )
+    for task in self._by_seqio.tasks:
+      batches = self._by_seqio.batches(task, control)
+      by_task[task.name] |= self._loss(params, map(put, batches))
+    return {
+      name if len(by_task) == 1 else f'{task}/{name}': value
+      for task, scores in by_task.items()
+      for name, value in scores.items()
+    }
+
+  def _loss(
+    self, params: PyTree, batches: Iterable[dict[str, jax.Array]]
+  ) -> dict[str, float]:
+    """Returns teacher-forced loss (nats per target token) and accuracy."""
+    sums: dict[str, float] = {}
+    for batch in tqdm.tqdm(
+      batches,
+      desc='loss',
+      unit='batch',
+      leave=False,
+      dynamic_ncols=True,
+      disable=not distributed.is_first(),
+    ):
+      for name, value in self._loss_sums(params, batch).items():
+        sums[name] = sums.get(name, 0.0) + float(value)
+    tokens = max(sums['loss_weight'], 1.0)
+    return {
+      'loss': sums['loss'] / tokens,
+      'token_accuracy': sums['num_correct'] / tokens,
+    }
+
+
+def format_scores(
+  scores: Mapping[str, float], signatures: Mapping[str, str]
+) -> str:
+  """Returns one line; scores with their signatures, for others to repeat them.
+
+  Args:
+    scores: by name.
+    signatures: by name of a score, see `Evaluator.signatures`.
+  """
+  parts = []
+  for name, value in scores.items():
+    if report.is_interval_end(name, scores):
+      continue
+    text = (
+      f'{name} {value}' if isinstance(value, int) else f'{name} {value:.4g}'
+    )
+    if f'{name}_low' in scores:
+      text += f' [{scores[f"{name}_low"]:.4g}, {scores[f"{name}_high"]:.4g}]'
+    if name in signatures:
+      text += f' ({signatures[name]})'
+    parts.append(text)
+  return ', '.join(parts)
+
+
+def check_controls(controls: Sequence[str], system: system_lib.System) -> None:
+  allowed = CONTROLS if system.frozen else CONTROLS[:1]
+  if isinstance(controls, str) or not set(controls) <= set(allowed):
+    raise ValueError(
+      f'EVAL_CONTROLS={controls!r}: expected a tuple of any of {CONTROLS} for '
+      "an LLM-to-SLM run, and ('none',) for a language model alone."
+    )
+
+
+def check_decoding(decoding: sampling.Decoding) -> None:
+  if decoding.stop:
+    raise ValueError(
+      f'Decoding.stop={decoding.stop!r}: texts that end an answer are for '
+      'infer. An evaluation scores what the model ends by itself; leave it '
+      'out.'
+    )
+  if decoding.draft_len:
+    raise ValueError(
+      f'Decoding.draft_len={decoding.draft_len}: answers would be those of the '
+      'LLM, whatever the SLM drafts. Evaluate the LLM, or set it to 0.'
+    )

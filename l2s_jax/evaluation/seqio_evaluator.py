@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores a model's answers with SeqIO's Evaluator, against the raw text.
+
+It turns a function from batches to token ids into metrics, a file of
+predictions, and counts of what was cut, and gives the batches to whoever
+measures losses. Which model answers, and how it decodes, is the caller's
+business.
+"""
+
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tqdm
+from jaxtyping import Int
+
+from l2s_jax.data import batching, features
+from l2s_jax.data.features import seqio, tf
+from l2s_jax.inference import length_buckets
+from l2s_jax.metrics import metric_fns
+from l2s_jax.runtime import distributed, files
+
+# The name under which SeqIO's Evaluator finds a bound task, for a moment.
+_REGISTERED_NAME = 'l2s_jax:bound'
+# Fewer are not worth the shapes that would have to be compiled.
+_FEWEST_BATCHES_TO_SORT = 8
+
+Predict = Callable[[batching.Batch], Int[np.ndarray, 'batch steps']]
+
+
+class TaskEvaluator:
+  """Evaluates a task's split as often as wanted; it is tokenized once.
+
+  A mixture is evaluated task by task; its tasks without the split or without
+  metrics are left out.
+  """
+
+  def __init__(
+    self,
+    task: seqio.Task | seqio.Mixture,
+    *,
+    task_feature_lengths: Mapping[str, int],
+    split: str,
+    batch_size: int,
+    num_examples: int | None = None,
+    num_bootstrap_samples: int = 0,
+  ):
+    """Reads and tokenizes the split.
+
+    Args:
+      task: from `tasks.bind`.
+      task_feature_lengths: `inputs` and `targets`, in tokens. Longer prompts
+        are cut; references are not.
+      split: `validation`, `test`, or another.
+      batch_size: of the batches that are predicted.
+      num_examples: the first so many of each task; None: all.
+      num_bootstrap_samples: for a confidence interval beside each score, see
+        `metrics.with_intervals`; 0: none.
+
+    Raises:
+      ValueError: if the task is not bound, no task has the split and metrics,
+        a task is empty, does not keep its raw answers, or has metrics of
+        something else than predictions.
+    """
+    # Of the scores of the last evaluation, by task and metric.
+    self.signatures: dict[str, dict[str, str]] = {}
+    self._task_feature_lengths = task_feature_lengths
+    self._split = split
+    self._batch_size = batch_size
+    scored = check_evaluable(task, split)
+    if num_bootstrap_samples:
+      scored = [_with_intervals(part, num_bootstrap_samples) for part in scored]
+    seqio.MixtureRegistry.add_provider(
+      _REGISTERED_NAME,
+      seqio.Mixture(_REGISTERED_NAME, [(part, 1.0) for part in scored]),
+    )
+    try:
+      with features.plain_errors():
+        self._evaluator = seqio.Evaluator(
+          _REGISTERED_NAME,
+          features.make_converter(task),
+          eval_split=split,
+          sequence_length=task_feature_lengths,
+          num_examples=num_examples,
+          async_compute_metrics=False,
+        )
+    finally:
+      seqio.MixtureRegistry.remove(_REGISTERED_NAME)
+    for name, dataset in self._evaluator.cached_task_datasets.items():
+      if not len(dataset):
+        raise ValueError(f'task {name!r} has no examples in split {split!r}.')
+      if 'targets_pretokenized' not in dataset.element_spec:
+        raise ValueError(
+          f'task {name!r} drops the raw answers, and what the tokenizer '
+          'makes of them is no reference; give seqio.preprocessors.tokenize '
+          'copy_pretokenized=True.'
+        )
+
+  @property
+  def tasks(self) -> Sequence[seqio.Task]:
+    """The bound tasks that are evaluated."""
+    return self._evaluator.eval_tasks
+
+  def batches(
+    self, task: seqio.Task, control: str = 'none'
+  ) -> Iterator[batching.Batch]:
+    """Yields the split of one of `tasks` as `evaluate` predicts it.
+
+    Each example is there once; the last batch is filled up. Of many batches,
+    those of like prompts come together, the longest first, and have no more
+    padding than they need.
+
+    Args:
+      task: one of `tasks`.
+      control: `other` adds `llm_input_tokens` and `llm_segment_ids`, another
+        example's prompt; other names change nothing.
+    """
+    dataset = self._evaluator.cached_model_datasets[task.name]
+    for _, batch in self._batches(_stack(dataset)[1], control):
+      yield batch
+
+  def evaluate(
+    self,
+    predict: Predict,
+    *,
+    step: int,
+    control: str = 'none',
+    output_dir: str | os.PathLike[str] | None = None,
+  ) -> dict[str, dict[str, float]]:
+    """Returns each task's metrics, and counts of its examples.
+
+    The counts: `num_examples`; `num_truncated_prompts` and
+    `num_truncated_targets`, longer than their feature length (a reference is
+    scored whole all the same); `num_without_eos`, answers that did not end.
+    Where the task's `postprocess_fn` gives several references,
+    `min_references` and `max_references` of an example.
+
+    Args:
+      predict: from a batch of exactly `batch_size` rows, which has `row_ids`,
+        their places in the split, beside the keys of `batches`, to ids whose
+        first EOS ends the answer. What it raises, such as to leave, ends the
+        evaluation before any file is written.
+      step: of the checkpoint, for the name of the file.
+      control: as `batches` has it, and for the name of the file.
+      output_dir: gets `<task>-<split>-<step>[-<control>].jsonl`, a line for
+        each example with `prompt`, `prediction` and `target` as text, and all
+        `references` where there are several; None: no file, as on every
+        process but one.
+
+    Raises:
+      ValueError: if `predict` returns another shape than [batch, steps].
+    """
+    task_metrics, outputs = self._evaluator.evaluate(
+      compute_metrics=True,
+      step=step,
+      predict_fn=functools.partial(self._predict, predict, control),
+    )
+    results = {}
+    for task in self._evaluator.eval_tasks:
+      (predictions,) = outputs[task.name].values()
+      examples = list(
+        self._evaluator.cached_task_datasets[task.name].as_numpy_iterator()
+      )
+      vocabulary = task.output_features['targets'].vocabulary
+      targets = [_target(task, example) for example in examples]
+      self.signatures[task.name] = metric_fns.signatures(
+        task.metric_fns, targets
+      )
+      references = [
+        [text for text in target if isinstance(text, str)]
+        if isinstance(target, list | tuple)
+        else []
+        for target in targets
+      ]
+      num_references = [len(texts) for texts in references if texts]
+      results[task.name] = {
+        **_scalars(task_metrics.result()[task.name]),
+        'num_examples': len(examples),
+        'num_truncated_prompts': self._count_longer(examples, 'inputs'),
+        'num_truncated_targets': self._count_longer(examples, 'targets'),
+        'num_without_eos': sum(
+          not set(vocabulary.eos_ids) & set(ids) for ids in predictions
+        ),
+      }
+      if num_references:
+        results[task.name] |= {
+          'min_references': min(num_references),
+          'max_references': max(num_references),
+        }
+      if output_dir is not None:
+        suffix = '' if control == 'none' else f'-{control}'
+        _write_predictions(
+          pathlib.Path(
+            output_dir, f'{task.name}-{self._split}-{step}{suffix}.jsonl'
+          ),
+          examples,
+          [vocabulary.decode(ids) for ids in predictions],
+          references,
+        )
+    return results
+
+  def _predict(
+    self, predict: Predict, control: str, dataset: tf.data.Dataset
+  ) -> list[tuple[int, Int[np.ndarray, ' steps']]]:
+    """Returns index and ids of each example, as SeqIO asks for."""
+    indices, examples = _stack(dataset)
+    predictions: list[Any] = [None] * len(indices)
+    for rows, batch in tqdm.tqdm(
+      self._batches(examples, control),
+      total=-(-len(indices) // self._batch_size),
+      desc='decoding',
+      unit='batch',
+      leave=False,
+      dynamic_ncols=True,
+      disable=not distributed.is_first(),
+    ):
+      row_ids = np.resize(rows, self._batch_size).astype(np.int32)
+      ids = np.asarray(predict(batch | {'row_ids': row_ids}))
+      if ids.ndim != 2 or len(ids) != self._batch_size:
+        raise ValueError(
+          f'predict returned shape {ids.shape}, expected '
+          f'({self._batch_size}, steps).'
+        )
+      for row, answer in zip(rows, ids, strict=False):  # Not the copies.
+        predictions[row] = answer
+    return list(zip(indices.tolist(), predictions, strict=True))
+
+  def _batches(
+    self, examples: batching.Batch, control: str
+  ) -> Iterator[tuple[Int[np.ndarray, ' rows'], batching.Batch]]:
+    """Yields places in the split, and the batch of these examples."""
+    if control == 'other':
+      examples = _with_partners(examples)
+    is_read = {key: not key.startswith('decoder') for key in examples}
+    sizes = np.max(
+      [
+        (value > 0).sum(axis=1)
+        for key, value in examples.items()
+        if is_read[key] and key.endswith('segment_ids')
+      ],
+      axis=0,
+    )
+    longest = self._task_feature_lengths['inputs']
+    lengths, order = [longest], np.arange(len(sizes))
+    if len(sizes) >= _FEWEST_BATCHES_TO_SORT * self._batch_size:
+      lengths = length_buckets.lengths(longest)
+      order = np.argsort(-sizes, kind='stable')
+    for start in range(0, len(order), self._batch_size):
+      rows = order[start : start + self._batch_size]
+      length = min(size for size in lengths if size >= sizes[rows].max())
+      batch = {
+        key: value[rows, :length] if is_read[key] else value[rows]
+        for key, value in examples.items()
+      }
+      yield rows, batching.pad_rows(batch, self._batch_size)
+
+  def _count_longer(self, examples: list[dict[str, Any]], key: str) -> int:
+    length = self._task_feature_lengths[key]
+    return sum(int(example[f'{key}_length']) > length for example in examples)
+
+
+def score_names(
+  task: seqio.Task | seqio.Mixture, split: str
+) -> list[str] | None:
+  """Returns the scores that an evaluation will have; of a mixture 'task/score'.
+
+  None if a task has metrics that are not of `metrics/metric_fns.py`.
+  """
+  parts = [
+    part
+    for part in seqio.get_subtasks(task)
+    if part.metric_objs and split in part.splits
+  ]
+  names = []
+  for part in parts:
+    scores = ['loss', 'token_accuracy']
+    for function in part.predict_metric_fns:
+      if not isinstance(function, metric_fns.Metric):
+        return None
+      scores += function.score_names
+    prefix = f'{part.name}/' if len(parts) > 1 else ''
+    names += [prefix + score for score in scores]
+  return names
+
+
+def check_evaluable(
+  task: seqio.Task | seqio.Mixture, split: str
+) -> list[seqio.Task]:
+  """Returns the tasks that can be scored, before anything is computed.
+
+  Raises:
+    ValueError: if no task has the split and metrics, or metrics are of
+      something else than predictions.
+  """
+  parts = seqio.get_subtasks(task)
+  scored = [part for part in parts if part.metric_objs and split in part.splits]
+  if not scored:
+    found = '; '.join(
+      f'{part.name} has splits {", ".join(part.splits)} and '
+      f'{len(part.metric_objs)} metrics'
+      for part in parts
+    )
+    raise ValueError(
+      f'nothing to evaluate in split {split!r} of {task.name!r}: {found}.'
+    )
+  for part in scored:
+    kinds = {metric.model_output_type.name for metric in part.metric_objs}
+    if kinds != {'PREDICTION'}:
+      raise ValueError(
+        f'task {part.name!r} has metrics of {", ".join(sorted(kinds))}; only '
+        'those of (targets, predictions) can be evaluated.'
+      )
+  return scored
+
+
+def _with_intervals(task: seqio.Task, num_samples: int) -> seqio.Task:
+  return task.replace(
+    metric_fns=[
+      metric_fns.with_intervals(metric_fn, num_samples=num_samples)
+      for metric_fn in task.metric_fns
+    ]
+  )
+
+
+def _stack(dataset: tf.data.Dataset) -> tuple[np.ndarray, batching.Batch]:
+  """Returns the indices and all rows of a cached, enumerated dataset."""
+  indices, examples = next(dataset.batch(len(dataset)).as_numpy_iterator())
+  return indices, {
+    key: value
+    for key, value in examples.items()
+    if not key.endswith('_truncated')
+  }
+
+
+def _with_partners(examples: batching.Batch) -> batching.Batch:
+  """Adds another example's prompt for the LLM to read."""
+  tokens = examples['encoder_input_tokens']
+  segment_ids = examples['encoder_segment_ids']
+  partners = batching.control_partners(
+    [
+      row[segments > 0].tolist()
+      for row, segments in zip(tokens, segment_ids, strict=True)
+    ]
+  )
+  return {
+    **examples,
+    'llm_input_tokens': tokens[partners],
+    'llm_segment_ids': segment_ids[partners],
+  }
+
+
+def _target(task: seqio.Task, example: Mapping[str, Any]) -> Any:
+  """Returns what a task scores an answer against."""
+  return task.postprocess_fn(
+    example['targets_pretokenized'].decode(), example=example, is_target=True
+  )
+
+
+def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
+  """Returns the numbers; texts and images are for SeqIO's own loggers."""
+  values = {
+    name: value.value if isinstance(value, seqio.metrics.Scalar) else value
+    for name, value in values.items()
+  }
+  return {
+    name: float(value)
+    for name, value in values.items()
+    if not isinstance(value, seqio.metrics.MetricValue)
+  }
+
+
+def _write_predictions(
+  path: pathlib.Path,
+  examples: list[dict[str, Any]],
+  predictions: list[str],
+  references: list[list[str]],
+) -> None:
+  """Writes a line for each example."""
+  with files.whole(path) as file:
+    for example, prediction, texts in zip(
+      examples, predictions, references, strict=True
+    ):
+      line = {
+        'prompt': example['inputs_pretokenized'].decode(),
+        'prediction': prediction,
+        'target': example['targets_pretokenized'].decode(),
+      }
+      if texts:
+        line['references'] = texts
+      file.write(json.dumps(line, ensure_ascii=False) + '\n')

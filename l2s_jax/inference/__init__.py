@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From prompts to answers.
+
+`generate.Generator` prefills and runs a decoding strategy; `answerer` has text
+on both sides; `infer` is the verb, which answers the prompts of a file, a task
+or standard input and can be started again.
+"""
+
+# The modules that other packages may import.
+__all__ = (
+  'answerer',
+  'generate',
+  'infer',
+  'length_buckets',
+  'sampling',
+  'speculative',
+  'strategies',
+)

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From prompts to answers, as text on both sides.
+
+Tokenizes, packs batches, has them generated, and reads the tokens back. Texts
+that end an answer (`Decoding.stop`) are found here, since no token stands for
+them; so is what of an answer can be shown while it is being written.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from l2s_jax.data import batching
+from l2s_jax.inference import generate, length_buckets, sampling, strategies
+from l2s_jax.runtime import distributed, partitioning
+from l2s_jax.systems import system as system_lib
+
+PyTree = Any
+
+# Tokens between two looks for a stop text.
+_STOP_PERIOD = 8
+_NUM_DECIMALS = 5  # Of log-probabilities; more are float32's noise.
+_INCOMPLETE = '\ufffd'  # What bytes that begin a character are decoded to.
+
+
+class Prompt(NamedTuple):
+  """A prompt to be answered.
+
+  Attributes:
+    ids: its tokens, EOS included unless it was cut.
+    was_cut: whether it had more tokens.
+    max_len: tokens that its answer may have, EOS included.
+    row_id: its index in the input, from which samples are drawn.
+  """
+
+  ids: list[int]
+  was_cut: bool
+  max_len: int
+  row_id: int
+
+
+class Answer(NamedTuple):
+  """What was written to a prompt.
+
+  Attributes:
+    text: the best answer.
+    details: what else was asked for: `predictions`, the best first, and
+      `scores`, if more than one answer was; `score`, `token_ids` and
+      `token_log_probs` of the best, EOS included, with `Decoding.log_probs`.
+  """
+
+  text: str
+  details: dict[str, Any]
+
+
+class Writing(NamedTuple):
+  """A batch that is being answered."""
+
+  prompts: Sequence[Prompt]
+  generation: generate.Generation
+
+
+class PromptAnswerer:
+  """Writes answers to prompts with a system and its parameters.
+
+  Attributes:
+    generator: what writes them.
+    batch_size: prompts of the greatest length a batch.
+    num_tokens: of all prompts started so far.
+    num_slots: likewise, with padding.
+  """
+
+  def __init__(
+    self,
+    system: system_lib.System,
+    params: PyTree,
+    mesh: jax.sharding.Mesh,
+    *,
+    prompt_length: int,
+    max_decode_len: int,
+    batch_size: int,
+    decoding: sampling.Decoding | None = None,
+    consume: bool = False,
+  ):
+    """Prepares inference; compiles at the first call.
+
+    Args:
+      system: the system.
+      params: all of its parameters.
+      mesh: the device mesh.
+      prompt_length: tokens a prompt; longer ones are cut.
+      max_decode_len: tokens an answer at most.
+      batch_size: prompts a batch, if they are as long as they may be.
+      decoding: how answers are written; None is greedy.
+      consume: whether `params` may be taken apart, not to be used again.
+    """
+    self.generator = system_lib.generator(
+      system, max_decode_len, decoding=decoding
+    )
+    self.batch_size = batch_size
+    self.num_tokens = self.num_slots = 0
+    self._params = self.generator.prepare(params, consume=consume)
+    self._prompt_vocabulary = system.prompt_vocabulary
+    self._vocabulary = system.answer_vocabulary
+    # None: not of a system whose answers go on where its prompts end.
+    self._prefix_ids = (
+      system.prompt_vocabulary.prefix_ids if system.continues else None
+    )
+    self._mesh = mesh
+    self._prompt_length = prompt_length
+    self._decoding = self.generator.decoding
+    self._stops = self._decoding.stop
+    self._buckets = length_buckets.Buckets(
+      prompt_length=prompt_length,
+      answer_length=max_decode_len * self._decoding.num_beams,
+      batch_size=batch_size,
+      num_shards=mesh.shape['data'] * mesh.shape['fsdp'],
+    )
+
+  def __call__(self, texts: Sequence[str]) -> list[str]:
+    """Returns an answer to each text."""
+    prompts = [self.encode(text, row_id=row) for row, text in enumerate(texts)]
+    answers: dict[int, Answer] = {}
+    for batch in self.pack(prompts):
+      found = self.finish(self.start([prompts[row] for row in batch]))
+      answers.update(zip(batch, found, strict=True))
+    return [answers[row].text for row in range(len(texts))]
+
+  def encode(
+    self, text: str, *, row_id: int, max_len: int | None = None
+  ) -> Prompt:
+    """Returns a prompt; its answer may have `max_len` tokens, None: the most.
+
+    Args:
+      text: of the prompt.
+      row_id: its index in the input.
+      max_len: not more than `max_decode_len`.
+    """
+    vocabulary = self._prompt_vocabulary
+    ids = vocabulary.encode(text)
+    if self._prefix_ids is None:
+      ids = [*ids, vocabulary.eos_id]
+    else:
+      ids = [*self._prefix_ids, *ids]
+    return Prompt(
+      ids=ids[: self._prompt_length],
+      was_cut=len(ids) > self._prompt_length,
+      max_len=max_len or self.generator.max_decode_len,
+      row_id=row_id,
+    )
+
+  def pack(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Returns batches of indices, for `start`."""
+    return self._buckets.pack([(len(p.ids), p.max_len) for p in prompts])
+
+  def start(
+    self, prompts: Sequence[Prompt], num_tokens: int | None = None
+  ) -> Writing:
+    """Starts the answers to a batch of prompts; does not wait for the device.
+
+    Args:
+      prompts: of one batch that `pack` has made.
+      num_tokens: to be written at once; None: all that can be.
+    """
+    rows, length = self._buckets.shape([len(p.ids) for p in prompts])
+    batch = batching.prompt_batch(
+      [prompt.ids for prompt in prompts],
+      length=length,
+      pad_id=self._prompt_vocabulary.pad_id,
+      batch_size=rows,
+    )
+    if self._prefix_ids is not None:
+      batch = batching.continuing(batch, (), ())
+    num_filling = rows - len(prompts)
+    arrays = partitioning.put_batch(
+      batch
+      | {
+        'row_ids': _column([p.row_id for p in prompts], num_filling),
+        # Rows that fill up write nothing.
+        'max_lens': _column([p.max_len for p in prompts], num_filling),
+      },
+      self._mesh,
+    )
+    self.num_tokens += sum(len(prompt.ids) for prompt in prompts)
+    self.num_slots += rows * length
+    row_ids, max_lens = arrays.pop('row_ids'), arrays.pop('max_lens')
+    generation = self.generator.start(self._params, arrays, row_ids, max_lens)
+    if num_tokens is None and self._looks_for_stops:
+      num_tokens = _STOP_PERIOD
+    generation.advance(num_tokens)
+    return Writing(prompts, generation)
+
+  def finish(self, writing: Writing) -> list[Answer]:
+    """Waits for the answers to a batch."""
+    if self._looks_for_stops:
+      for _ in self._settled(writing, _STOP_PERIOD):
+        pass
+    answers = distributed.fetch(writing.generation.finish())
+    return [
+      self._answer(prompt, answers, row)
+      for row, prompt in enumerate(writing.prompts)
+    ]
+
+  def stream(self, prompt: Prompt, write: Callable[[str], Any]) -> Answer:
+    """Writes an answer piece by piece, as its tokens come, and returns it.
+
+    Args:
+      prompt: to be answered.
+      write: gets pieces of text, which together are that of the answer.
+    """
+    writing = self.start([prompt], num_tokens=1)
+    shown = ''
+    for (text,) in self._settled(writing, 1):
+      if len(text) > len(shown):
+        write(text[len(shown) :])
+        shown = text
+    (answer,) = self.finish(writing)
+    if len(answer.text) > len(shown):
+      write(answer.text[len(shown) :])
+    return answer
+
+  @property
+  def _looks_for_stops(self) -> bool:
+    # Which beam will be the best is known at the end; its text is cut then.
+    return bool(self._stops) and self._decoding.num_beams == 1
+
+  def _settled(self, writing: Writing, period: int) -> Iterator[list[str]]:
+    """Yields what can be said of each answer's text, every `period` tokens.
+
+    Ends the rows that have come to a stop text.
+    """
+    generation = writing.generation
+    while not generation.is_over():
+      answers = generation.answers()
+      generation.advance(period)  # The device goes on while the host reads.
+      tokens, sizes = distributed.fetch(
+        (answers.tokens[:, 0], answers.num_tokens)
+      )
+      texts = [
+        self._vocabulary.decode(
+          tokens[row, : min(sizes[row], prompt.max_len)].tolist()
+        )
+        for row, prompt in enumerate(writing.prompts)
+      ]
+      yield [settled(text, self._stops) for text in texts]
+      has_ended = np.zeros(len(tokens), bool)
+      for row, text in enumerate(texts):
+        has_ended[row] = find_stop(text, self._stops) is not None
+      if has_ended.any():
+        generation.stop(has_ended)
+
+  def _answer(
+    self, prompt: Prompt, answers: strategies.Answers, row: int
+  ) -> Answer:
+    """Returns the answer of one row."""
+    candidates = answers.tokens[row, :, : prompt.max_len].tolist()
+    texts = [
+      cut(self._vocabulary.decode(tokens), self._stops) for tokens in candidates
+    ]
+    details: dict[str, Any] = {}
+    if len(texts) > 1:
+      details['predictions'] = texts
+      if answers.scores is not None:
+        details['scores'] = _rounded(answers.scores[row])
+    if answers.log_probs is not None and answers.scores is not None:
+      size = self._num_written(candidates[0])
+      log_probs = answers.log_probs[row, 0, :size]
+      # A beam's has a length penalty, and is of all of it.
+      is_sum = self._decoding.num_beams == 1
+      score = log_probs.sum() if is_sum else answers.scores[row, 0]
+      details |= {
+        'score': _rounded(score),
+        'token_ids': candidates[0][:size],
+        'token_log_probs': _rounded(log_probs),
+      }
+    return Answer(texts[0], details)
+
+  def _num_written(self, tokens: list[int]) -> int:
+    """Returns how many tokens an answer has, with its EOS or its stop text."""
+    eos_ids = self._vocabulary.eos_ids
+    ends = (n for n, token in enumerate(tokens, 1) if token in eos_ids)
+    most = next(ends, len(tokens))
+
+    def has_stopped(size: int) -> bool:
+      text = self._vocabulary.decode(tokens[:size])
+      return find_stop(text, self._stops) is not None
+
+    if not has_stopped(most):
+      return most
+    return next(size for size in range(1, most + 1) if has_stopped(size))
+
+
+def find_stop(text: str, stops: Sequence[str]) -> int | None:
+  """Returns where the stop text begins that is the first to be complete."""
+  ends_and_starts = [
+    (start + len(stop), start)
+    for stop in stops
+    if (start := text.find(stop)) >= 0
+  ]
+  return min(ends_and_starts)[1] if ends_and_starts else None
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+  """Returns the text before the stop text that is the first to be complete."""
+  return text[: find_stop(text, stops)]
+
+
+def settled(text: str, stops: Sequence[str]) -> str:
+  """Returns what of an answer's text further tokens cannot change.
+
+  A character whose bytes are not all there is held back, and so is what may be
+  the beginning of a stop text.
+  """
+  position = find_stop(text, stops)
+  if position is not None:
+    return text[:position]
+  text = text.rstrip(_INCOMPLETE)
+  starts = range(max(len(text) - max(map(len, stops), default=0), 0), len(text))
+  return text[
+    : next(
+      (n for n in starts if any(s.startswith(text[n:]) for s in stops)), None
+    )
+  ]
+
+
+def _column(values: Sequence[int], num_filling: int) -> np.ndarray:
+  return np.array([*values, *[0] * num_filling], np.int32)
+
+
+def _rounded(values: Any) -> Any:
+  """Returns floats that JSON can have."""
+  return np.round(np.asarray(values, np.float64), _NUM_DECIMALS).tolist()

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lines in, records out: in order, without the device waiting for the host.
+
+Lines are read a window at a time, so that batches are of like lengths and
+memory is bounded. Where lines come from is the affair of `prompts.py`, what
+becomes of records that of `predictions.py`.
+"""
+
+import itertools
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import IO, Any
+
+import tqdm
+
+from l2s_jax.data import text_files
+from l2s_jax.inference import predictions, prompts
+from l2s_jax.inference.answerer import Prompt, PromptAnswerer
+from l2s_jax.runtime import distributed, locks
+
+# Lines that are sorted by length together, in batches of the greatest length;
+# twice as many are in memory.
+WINDOW_BATCHES = 8
+STREAMS = ('jsonl', 'text')
+
+
+class _Window:
+  """Lines that are read together; their batches end in any order.
+
+  Attributes:
+    batches: of prompts, by their places in the window; one without a prompt if
+      no line has one.
+  """
+
+  def __init__(
+    self,
+    answerer: PromptAnswerer,
+    items: Sequence[prompts.Item],
+    first_line: int,
+    lengths: prompts.AnswerLengths | None,
+  ):
+    self._answerer = answerer
+    self._rows: dict[int, Mapping[str, Any]] = {}
+    self._prompts: dict[int, Prompt] = {}
+    self._records: list[predictions.Record | None] = []
+    self._num_handed_out = 0
+    for place, item in enumerate(items):
+      if isinstance(item, text_files.BadLine):
+        self._records.append(predictions.unanswered(item))
+        continue
+      self._records.append(None)
+      self._rows[place] = item
+      self._prompts[place] = answerer.encode(
+        item['prompt'],
+        row_id=first_line + place,
+        max_len=lengths(item) if lengths else None,
+      )
+    places = list(self._prompts)
+    packed = answerer.pack(list(self._prompts.values()))
+    self.batches = [[places[i] for i in batch] for batch in packed] or [[]]
+
+  def start(
+    self, batch: Sequence[int]
+  ) -> Callable[[], list[predictions.Record]]:
+    """Starts a batch; returns a function that waits for it.
+
+    That returns the records that are next in order and whole.
+    """
+    chosen = [self._prompts[place] for place in batch]
+    writing = self._answerer.start(chosen) if chosen else None
+
+    def finish() -> list[predictions.Record]:
+      answers = self._answerer.finish(writing) if writing else []
+      for place, prompt, found in zip(batch, chosen, answers, strict=True):
+        self._records[place] = predictions.answered(
+          self._rows[place], found.text, prompt.was_cut, **found.details
+        )
+      whole = []
+      for record in self._records[self._num_handed_out :]:
+        if record is None:
+          break
+        whole.append(record)
+      self._num_handed_out += len(whole)
+      return whole
+
+    return finish
+
+
+def answer(
+  answerer: PromptAnswerer,
+  items: Iterable[prompts.Item],
+  *,
+  first_line: int = 0,
+  lengths: prompts.AnswerLengths | None = None,
+  stop: Callable[[], None] = lambda: None,
+) -> Iterator[list[predictions.Record]]:
+  """Yields records in the order of the items, as many at a time as are whole.
+
+  The device works on a batch while the host decodes the one before, hands it
+  out, and tokenizes what comes after.
+
+  Args:
+    answerer: has the batch size.
+    items: to be answered.
+    first_line: the first item's index in the input, from 0.
+    lengths: how long each answer may be; None: all as the answerer says.
+    stop: called before each batch; raises to leave.
+  """
+  items = iter(items)
+  running: Callable[[], list[predictions.Record]] | None = None
+  size = WINDOW_BATCHES * answerer.batch_size
+  while chunk := list(itertools.islice(items, size)):
+    window = _Window(answerer, chunk, first_line, lengths)
+    first_line += len(chunk)
+    for batch in window.batches:
+      stop()
+      following = window.start(batch)
+      if running is not None and (records := running()):
+        yield records
+      running = following
+  if running is not None:
+    yield running()
+
+
+def answer_each(
+  answerer: PromptAnswerer,
+  items: Iterable[prompts.Item],
+  sink: IO[str],
+  stream: str | None = None,
+) -> predictions.Tally:
+  """Answers items one by one as they come; returns their counts.
+
+  Args:
+    answerer: any.
+    items: to be answered.
+    sink: gets a line of JSON for each.
+    stream: 'jsonl' writes lines {"delta": TEXT} before it, as tokens come;
+      'text' writes the text as it comes and a newline, and no JSON.
+  """
+
+  def write_piece(text: str) -> None:
+    if stream == 'jsonl':
+      text = json.dumps({'delta': text}, ensure_ascii=False) + '\n'
+    sink.write(text)
+    sink.flush()
+
+  def records() -> Iterator[list[predictions.Record]]:
+    for row_id, item in enumerate(items):
+      if isinstance(item, text_files.BadLine):
+        yield [predictions.unanswered(item)]
+        continue
+      prompt = answerer.encode(item['prompt'], row_id=row_id)
+      if stream is None:
+        (found,) = answerer.finish(answerer.start([prompt]))
+      else:
+        found = answerer.stream(prompt, write_piece)
+      yield [
+        predictions.answered(item, found.text, prompt.was_cut, **found.details)
+      ]
+
+  if stream == 'text':
+    return write(records(), sink, dump=lambda _: '\n')
+  return write(records(), sink)
+
+
+def answer_all(
+  answerer: PromptAnswerer,
+  items: Iterable[prompts.Item],
+  *,
+  total: int,
+  done: int = 0,
+  **options: Any,
+) -> Iterator[list[predictions.Record]]:
+  """Yields the records of `answer`, with a progress bar.
+
+  Args:
+    answerer: has the batch size.
+    items: what is left to do.
+    total: how many there are, those included that are done.
+    done: how many were answered before.
+    **options: of `answer`.
+  """
+  start = time.perf_counter()
+  with tqdm.tqdm(
+    total=total,
+    initial=done,
+    unit='prompt',
+    desc='infer',
+    file=sys.stderr,
+    dynamic_ncols=True,
+    disable=not distributed.is_first(),
+  ) as bar:
+    for records in answer(answerer, items, **options):
+      yield records
+      bar.update(len(records))
+  if total > done:
+    compiling = answerer.generator.announce.total_secs
+    rate = (total - done) / (time.perf_counter() - start - compiling)
+    padding = 1 - answerer.num_tokens / max(answerer.num_slots, 1)
+    distributed.say(
+      f'{rate:.4g} prompts/s beside {compiling:.3g} s of compiling; '
+      f'{padding:.0%} of the prompts as the model read them was padding.'
+    )
+
+
+def answer_lines(
+  load: Callable[[], PromptAnswerer],
+  read: prompts.Reader,
+  survey: prompts.Survey,
+  part: predictions.Shard,
+  folder: pathlib.Path | None,
+  settings: Mapping[str, Any],
+  lengths: prompts.AnswerLengths | None = None,
+  stop: Callable[[], None] = lambda: None,
+) -> predictions.Tally:
+  """Answers what is missing of a shard; returns the counts of all of it.
+
+  Args:
+    load: makes the answerer, if there is anything to answer.
+    read: starts reading the input, of which the shard is a part.
+    survey: of the input.
+    part: the shard.
+    folder: of the predictions; None: standard output.
+    settings: what the answers depend on beside the input.
+    lengths: how long each answer may be; None: all as the answerer says.
+    stop: called before each batch; raises to leave.
+
+  Raises:
+    ValueError: if the folder holds answers with other settings.
+  """
+  lines = part.lines(survey.num_lines)
+
+  def items() -> Iterator[prompts.Item]:
+    return itertools.islice(read(), lines.start, lines.stop)
+
+  def answers(done: int) -> Iterator[list[predictions.Record]]:
+    return answer_all(
+      load(),
+      itertools.islice(read(), lines.start + done, lines.stop),
+      total=len(lines),
+      done=done,
+      first_line=lines.start + done,
+      lengths=lengths,
+      stop=stop,
+    )
+
+  if folder is None:
+    return write(answers(0), sys.stdout)
+  predictions.settle(
+    folder,
+    {
+      **settings,
+      'num_lines': survey.num_lines,
+      'num_shards': part.count,
+      'prompts_sha256': survey.sha256,
+    },
+  )
+  path = folder / part.name('predictions', '.jsonl')
+  if distributed.from_first(path.is_file()):
+    tally = predictions.read_whole(path, items())
+    distributed.say(f'{path} is whole: nothing to answer.')
+    return tally
+  if not distributed.is_first():  # It computes with the first, which writes.
+    done = distributed.from_first(None)
+    tally = predictions.Tally()
+    for records in answers(done) if done < len(lines) else ():
+      for record in records:
+        tally.add(record)
+    return tally
+  with (
+    locks.held(folder, 'INFER_OUTPUT_DIR', f'.{path.name}.lock'),
+    predictions.GrowingFile(path, items()) as file,
+  ):
+    done = distributed.from_first(file.tally.num_lines)
+    if done:
+      print(
+        f'{path}: {done} of {len(lines)} lines are there; passing over them.',
+        file=sys.stderr,
+      )
+    if done < len(lines):
+      for records in answers(done):
+        file.append(records)
+    file.finish()
+  return file.tally
+
+
+def write(
+  batches: Iterable[list[predictions.Record]],
+  sink: IO[str],
+  dump: Callable[[list[predictions.Record]], str] = predictions.dump,
+) -> predictions.Tally:
+  """Writes records as they come; ends quietly when nobody reads any more."""
+  tally = predictions.Tally()
+  try:
+    for records in batches:
+      sink.write(dump(records))
+      sink.flush()
+      for record in records:
+        tally.add(record)
+  except BrokenPipeError:
+    # What is left in the buffer is flushed at the end, and would fail again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sink.fileno())
+  return tally

@@ -1,0 +1,505 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder of answers: files that grow by lines, stop anywhere, and go on.
+
+    settings.json                      what the answers depend on
+    predictions.jsonl                  whole, a line for each line of the input
+    predictions.jsonl.partial          the same on its way there
+    predictions-00001-of-00004.jsonl   a shard, likewise; in order they make up
+                                       predictions.jsonl
+    scores.json                        likewise scores-00001-of-00004.json
+    .predictions.jsonl.digests         of the lines as they were written
+
+A line with the prediction null stands for a line that could not be answered.
+Which model answers is not known here.
+"""
+
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import IO, Any, NoReturn
+
+import xxhash
+
+from l2s_jax.data import text_files
+from l2s_jax.inference import prompts
+from l2s_jax.metrics import metric_fns
+from l2s_jax.runtime import files
+
+Record = dict[str, Any]
+
+SETTINGS = 'settings.json'
+FORMAT_VERSION = 1
+# What a record has beside the columns of its line, or in their place.
+OWN_COLUMNS = (
+  'prompt',
+  'prediction',
+  'predictions',
+  'scores',
+  'score',
+  'token_ids',
+  'token_log_probs',
+  'prompt_truncated',
+)
+# Where things are, which may change as long as what they hold does not.
+_PLACES = ('checkpoint_path', 'input')
+_NUM_NAMED = 5
+_SYNC_PERIOD_SECS = 10.0
+_CHUNK_BYTES = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """One of `count` contiguous parts of the input."""
+
+  index: int = 0
+  count: int = 1
+
+  def check(self) -> None:
+    """Refuses what is no shard.
+
+    Raises:
+      ValueError: says what may be asked for.
+    """
+    if self.count < 1 or not 0 <= self.index < self.count:
+      raise ValueError(
+        f'shard={self.index} of num_shards={self.count}: expected one of 0 to '
+        'num_shards - 1.'
+      )
+
+  def lines(self, num_lines: int) -> range:
+    """Returns which lines of the input, from 0, are in the shard."""
+    return range(
+      self.index * num_lines // self.count,
+      (self.index + 1) * num_lines // self.count,
+    )
+
+  def name(self, stem: str, suffix: str) -> str:
+    """Returns the name of the shard's file."""
+    if self.count == 1:
+      return stem + suffix
+    return f'{stem}-{self.index:05}-of-{self.count:05}{suffix}'
+
+
+class Tally:
+  """Counts records as they are written or read.
+
+  Attributes:
+    num_lines: all of them.
+    num_bad: those without an answer.
+    num_truncated: those whose prompt was cut.
+  """
+
+  def __init__(self):
+    """Starts at nothing."""
+    self.num_lines = self.num_bad = self.num_truncated = 0
+    self._named: list[str] = []
+
+  def add(self, record: Record) -> None:
+    """Counts one record."""
+    self.num_lines += 1
+    self.num_truncated += record.get('prompt_truncated') is True
+    if record['prediction'] is None:
+      self.num_bad += 1
+      if len(self._named) < _NUM_NAMED:
+        self._named.append(f'  line {record["line"]} {record["error"]}')
+
+  def describe(self, prompt_length: int) -> str:
+    """Returns what the user should know of; '' if all went well."""
+    lines = []
+    if self.num_truncated:
+      lines.append(
+        f'{self.num_truncated} prompts were longer than {prompt_length} tokens '
+        'and were cut; their lines have "prompt_truncated": true.'
+      )
+    if self.num_bad:
+      lines += [
+        f'{self.num_bad} of {self.num_lines} lines could not be answered:',
+        *self._named,
+      ]
+      if self.num_bad > len(self._named):
+        lines.append(f'  and {self.num_bad - len(self._named)} more')
+    return '\n'.join(lines)
+
+
+def answered(
+  row: Mapping[str, Any], prediction: str, was_cut: bool, **details: Any
+) -> Record:
+  """Returns the record of a line that was answered: its columns and more.
+
+  Args:
+    row: the columns of its line.
+    prediction: the best answer.
+    was_cut: whether the prompt was.
+    **details: what else was asked for of the answer, by the name of its column.
+  """
+  record = {**row, 'prediction': prediction, **details}
+  record.pop('prompt_truncated', None)  # Of an earlier inference.
+  return record | {'prompt_truncated': True} if was_cut else record
+
+
+def unanswered(bad: text_files.BadLine) -> Record:
+  """Returns the record of a line that could not be."""
+  return {'line': bad.number, 'error': bad.reason, 'prediction': None}
+
+
+def dump(records: Iterable[Record]) -> str:
+  """Returns a line of JSON for each record."""
+  return ''.join(
+    json.dumps(record, ensure_ascii=False) + '\n' for record in records
+  )
+
+
+def settle(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
+  """Says what the folder's answers depend on, or sees that it says the same.
+
+  Args:
+    folder: made if absent.
+    settings: of the job, the same for all its shards.
+
+  Raises:
+    ValueError: lists the differences, if the folder holds another job.
+  """
+  settings = {'format_version': FORMAT_VERSION, **settings}
+  path = folder / SETTINGS
+  if not path.is_file():
+    strangers = sorted(path.name for path in folder.glob('predictions*'))
+    if strangers:
+      raise ValueError(
+        f'INFER_OUTPUT_DIR={folder} holds {", ".join(strangers)} without the '
+        f'{SETTINGS} that says how they were made. Choose another folder.'
+      )
+    files.write_json(path, settings)
+    return
+  found = files.read_json(
+    path,
+    remedy=f'remove INFER_OUTPUT_DIR={folder} to start again, or choose '
+    'another folder.',
+  )
+  differences = files.differences(found, settings, ignored=_PLACES)
+  if differences:
+    raise ValueError(
+      f'INFER_OUTPUT_DIR={folder} holds the answers of another job. Choose '
+      'another folder, or remove it to start again:\n' + '\n'.join(differences)
+    )
+
+
+class GrowingFile:
+  """JSON lines that stay, once written, and get their name when all are there.
+
+      with GrowingFile(folder / 'predictions.jsonl') as file:
+        for records in answers(start=file.tally.num_lines):
+          file.append(records)
+        file.finish()
+
+  Attributes:
+    path: of the whole file.
+    tally: of the lines that are there, those of earlier starts included.
+  """
+
+  def __init__(
+    self, path: pathlib.Path, items: Iterable[prompts.Item] | None = None
+  ):
+    """Prepares; nothing is read or written yet.
+
+    Args:
+      path: of the whole file.
+      items: that its lines are to answer, in order; None: not compared.
+    """
+    self.path = path
+    self.tally = Tally()
+    self._items = items
+    self._partial = path.with_name(f'{path.name}.partial')
+    self._last_sync = time.monotonic()
+
+  def __enter__(self) -> 'GrowingFile':
+    """Opens the file, cuts off what is torn or damaged, counts what is left.
+
+    Raises:
+      ValueError: if another process is writing it, or a line does not answer
+        the input's.
+    """
+    self._file: IO[bytes] = self._partial.open('ab+')
+    try:
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      self._file.close()
+      raise ValueError(
+        f'another process is writing {self._partial}. Wait for it, or give '
+        'each its own shard.'
+      ) from error
+    except OSError:
+      pass  # A file system without locks; the user keeps to one writer.
+    size = self._file.seek(0, os.SEEK_END)
+    self._file.seek(0)
+    good, notes = _good_size(self._file, _notes_of(self.path))
+    end = 0
+    matching = _Matching(self._partial, self._items)
+    self._hasher = xxhash.xxh3_128()
+    self._file.seek(0)
+    for line in self._file:
+      record = _parse(line)
+      if record is None or end + len(line) > good:
+        break
+      matching.check(record)
+      self.tally.add(record)
+      self._hasher.update(line)
+      end += len(line)
+    if end < size:
+      why = 'are not as they were written' if good < size else 'are torn'
+      print(
+        f'{self._partial}: cut off {size - end} bytes that {why}.',
+        file=sys.stderr,
+      )
+      self._file.truncate(end)
+    self._notes: IO[bytes] = _notes_of(self.path).open('wb')
+    self._notes.write(b''.join(note for offset, note in notes if offset <= end))
+    self._note(end)
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._notes.close()
+    self._file.close()
+
+  def append(self, records: Sequence[Record]) -> None:
+    """Writes records; a process that is killed later does not lose them."""
+    content = dump(records).encode()
+    self._file.write(content)
+    self._file.flush()
+    self._hasher.update(content)
+    self._note(self._file.tell())
+    # Flushed lines outlive the process; only a crash of the machine needs more.
+    if time.monotonic() - self._last_sync > _SYNC_PERIOD_SECS:
+      self._sync()
+    for record in records:
+      self.tally.add(record)
+
+  def finish(self) -> None:
+    """Gives the file, which is whole, its name."""
+    self._sync()
+    self._partial.replace(self.path)
+
+  def _note(self, size: int) -> None:
+    self._notes.write(f'{size} {self._hasher.hexdigest()}\n'.encode())
+    self._notes.flush()
+
+  def _sync(self) -> None:
+    os.fsync(self._file.fileno())
+    os.fsync(self._notes.fileno())
+    self._last_sync = time.monotonic()
+
+
+class _Matching:
+  """Compares records, in order, with the items that they answer."""
+
+  def __init__(self, path: pathlib.Path, items: Iterable[prompts.Item] | None):
+    self._path = path
+    self._items = None if items is None else iter(items)
+    self._count = 0
+
+  def check(self, record: Record) -> None:
+    """Refuses a record that answers another item than the next.
+
+    Raises:
+      ValueError: names file and line.
+    """
+    if self._items is None:
+      return
+    item = next(self._items, None)
+    if item is None:
+      self._refuse(f'the input has only {self._count} lines')
+    self._count += 1
+    if isinstance(item, text_files.BadLine):
+      if record['prediction'] is not None or record.get('line') != item.number:
+        self._refuse(f'line {item.number} of the input has no prompt')
+    elif record['prediction'] is None:
+      self._refuse('it has no answer to a line of the input that has a prompt')
+    elif record.get('prompt') != item['prompt']:
+      self._refuse('its prompt is not that of the line of the input')
+
+  def check_end(self) -> None:
+    """Refuses a whole file that ends before its input."""
+    num_missing = sum(1 for _ in self._items or ())
+    if num_missing:
+      raise ValueError(
+        f'{self._path} holds {self._count} lines, and its input has '
+        f'{self._count + num_missing}: it is not as it was written. Remove it '
+        'to answer again.'
+      )
+
+  def _refuse(self, why: str) -> NoReturn:
+    raise ValueError(
+      f'{self._path}, line {self._count}, is not as it was written: {why}. '
+      'Remove the file to answer again.'
+    )
+
+
+def _notes_of(path: pathlib.Path) -> pathlib.Path:
+  return path.with_name(f'.{path.name}.digests')
+
+
+def _good_size(
+  file: IO[bytes], notes: pathlib.Path
+) -> tuple[int | float, list[tuple[int, bytes]]]:
+  """Returns how much of a file is as it was written, and the notes on that.
+
+  Without notes (an earlier version left none) all may be: infinity.
+
+  Args:
+    file: from its start.
+    notes: lines of an offset and the digest of all before it.
+  """
+  try:
+    lines = notes.read_bytes().split(b'\n')[:-1]
+  except FileNotFoundError:
+    return math.inf, []
+  hasher = xxhash.xxh3_128()
+  position, good = 0, 0
+  kept: list[tuple[int, bytes]] = []
+  for line in lines:
+    offset, _, value = line.partition(b' ')
+    if not offset.isdigit() or len(offset) > 18 or int(offset) < position:
+      continue  # A damaged note.
+    while position < int(offset):
+      chunk = file.read(min(_CHUNK_BYTES, int(offset) - position))
+      if not chunk:
+        return good, kept
+      hasher.update(chunk)
+      position += len(chunk)
+    if hasher.hexdigest().encode() == value:
+      good = position
+      kept.append((position, line + b'\n'))
+  return good, kept
+
+
+def _parse(line: bytes) -> Record | None:
+  """Returns a line's record; None if it is torn."""
+  if not line.endswith(b'\n'):
+    return None
+  try:
+    record = files.parse_json(line, 'the line', remedy='', finite=False)
+  except ValueError:
+    return None
+  is_answer = isinstance(record.get('prediction', 0), str)
+  is_refusal = {'line', 'error', 'prediction'} <= record.keys()
+  return record if is_answer or is_refusal else None
+
+
+def _last_offset(notes: pathlib.Path) -> int:
+  """Returns how long the file was when the last note on it was written."""
+  offset = notes.read_bytes().rpartition(b' ')[0].rpartition(b'\n')[2]
+  return int(offset) if offset.isdigit() and len(offset) <= 18 else 0
+
+
+def read(paths: Iterable[pathlib.Path]) -> Iterator[Record]:
+  """Yields the records of whole files.
+
+  Raises:
+    ValueError: names a file that is not as it was written.
+  """
+  for path in paths:
+    with path.open('rb') as file:
+      notes = _notes_of(path)
+      good, _ = _good_size(file, notes)
+      size = file.seek(0, os.SEEK_END)
+      file.seek(0)
+      if good != math.inf and not good == size == _last_offset(notes):
+        raise ValueError(
+          f'{path} is not as it was written. Remove it to answer again.'
+        )
+      for number, line in enumerate(file, start=1):
+        yield files.parse_json(
+          line,
+          f'{path}, line {number}',
+          keys={'prediction': (str, type(None))},
+          remedy='it is not as it was written. Remove it to answer again.',
+          finite=False,
+        )
+
+
+def read_whole(path: pathlib.Path, items: Iterable[prompts.Item]) -> Tally:
+  """Returns the counts of a whole file, which is compared with its input.
+
+  Args:
+    path: of the file.
+    items: that its lines answer, in order.
+
+  Raises:
+    ValueError: if a line is not as it was written or answers another, or lines
+      are missing or too many.
+  """
+  matching, tally = _Matching(path, items), Tally()
+  for record in read([path]):
+    matching.check(record)
+    tally.add(record)
+  matching.check_end()
+  return tally
+
+
+def score(
+  records: Iterable[Record],
+  scored_by: Sequence[metric_fns.Metric],
+  target_column: str,
+) -> dict[str, Any]:
+  """Returns what a `scores.json` holds: scores, signatures and counts.
+
+  Only answered lines with a target are scored.
+  """
+  tally = Tally()
+  pairs = []
+  for record in records:
+    tally.add(record)
+    target = prompts.reference(record, target_column)
+    if target is not None and record['prediction'] is not None:
+      pairs.append((target, record['prediction']))
+  results: dict[str, Any] = {
+    'num_lines': tally.num_lines,
+    'num_bad': tally.num_bad,
+    'num_scored': len(pairs),
+    'num_truncated_prompts': tally.num_truncated,
+    'scores': {},
+    'signatures': {},
+  }
+  if not pairs:
+    return results
+  targets, answers = zip(*pairs, strict=True)
+  for metric in scored_by:
+    results['scores'] |= metric(targets, answers)
+  results['signatures'] = metric_fns.signatures(scored_by, targets)
+  return results
+
+
+def write_scores(
+  folder: pathlib.Path,
+  part: Shard,
+  scored_by: Sequence[metric_fns.Metric],
+  target_column: str,
+) -> dict[pathlib.Path, dict[str, Any]]:
+  """Scores a shard and, if it is the last to be whole, all together.
+
+  Returns:
+    What each file of scores holds, by its path.
+  """
+  scored = {}
+  every = [Shard(index, part.count) for index in range(part.count)]
+  for name, parts in {part: [part], Shard(): every}.items():
+    paths = [folder / shard.name('predictions', '.jsonl') for shard in parts]
+    if all(path.is_file() for path in paths):
+      path = folder / name.name('scores', '.json')
+      scored[path] = score(read(paths), scored_by, target_column)
+      files.write_json(path, scored[path])
+  return scored
+
+
+def describe_scores(results: Mapping[str, Any]) -> str:
+  """Returns on one line what `score` returns."""
+  values = [f'{name} {value:.4g}' for name, value in results['scores'].items()]
+  return (
+    f'{", ".join(values) or "no scores"}; {results["num_scored"]} of '
+    f'{results["num_lines"]} lines scored, {results["num_bad"]} bad'
+  )

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts to be answered: where they come from, and which cannot be.
+
+Files (see `data/text_files.py`), a SeqIO task and standard input all become the
+same: for each line, in order, either its columns with the `prompt` made of
+them, or a `BadLine` that says what is wrong with it. What becomes of that is
+the caller's choice. No TensorFlow.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from l2s_jax.data import text_files
+from l2s_jax.data.templates import Template
+from l2s_jax.data.text_files import BadLine
+
+Item = dict[str, Any] | BadLine
+Reader = Callable[[], Iterator[Item]]  # Starts from the first, at each call.
+
+
+class AnswerLengths(NamedTuple):
+  """A column that says how many tokens each line's answer may have.
+
+  Attributes:
+    column: holds an integer, in JSON or as text.
+    most: that it may be; named MAX_DECODE_LEN in errors.
+  """
+
+  column: str
+  most: int
+
+  def __call__(self, row: Mapping[str, Any]) -> int | None:
+    """Returns the number of a row; None if it has none that may be."""
+    value = text_files.value(dict(row), self.column)
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+      value = int(value)
+    is_length = type(value) is int and 1 <= value <= self.most  # True is none.
+    return value if is_length else None
+
+  def problem(self, row: Mapping[str, Any]) -> str | None:
+    """Returns what is wrong with a row that has none."""
+    if self(row) is not None:
+      return None
+    return (
+      f'has no integer from 1 to MAX_DECODE_LEN={self.most} in column '
+      f'{self.column!r}'
+    )
+
+
+def parse_template(text: str, prompt_column: str = 'prompt') -> Template:
+  """Returns a template in which `{prompt}` stands for the prompt column.
+
+  Raises:
+    ValueError: as `Template`.
+  """
+  return Template(text, prompt_column, placeholder='prompt')
+
+
+def read_file(
+  path: str,
+  template: Template,
+  *,
+  fallback: Template | None = None,
+  column_names: Sequence[str] | None = None,
+  lengths: AnswerLengths | None = None,
+) -> Iterator[Item]:
+  """Yields an item for each line of a file that `text_files` can read.
+
+  Args:
+    path: of the file.
+    template: what to make of the columns; of plain text, a line is `prompt`.
+    fallback: what to make of lines without text in a column that `template`
+      alone names; None: such a line is bad.
+    column_names: of a TSV or CSV file whose first line does not name them.
+    lengths: refuses lines that do not say how long their answer may be.
+
+  Raises:
+    ValueError: as `text_files.read_rows`.
+  """
+  if text_files.kind(path) in ('text', 'json'):
+    column_names = ('prompt',)  # Of a line, and of a list of texts.
+  fallback = fallback or template
+  rows = text_files.read_rows(
+    epath.Path(path),
+    columns=fallback.columns,
+    column_names=column_names,
+    problem=lengths.problem if lengths else lambda row: None,
+  )
+  for row in rows:
+    if isinstance(row, BadLine):
+      yield row
+      continue
+    texts = {
+      column: text_files.value(row, column)
+      for column in (*template.columns, *fallback.columns)
+    }
+    has_all = all(
+      isinstance(texts[column], str) and texts[column].strip()
+      for column in template.columns
+    )
+    chosen = template if has_all else fallback
+    yield row | {'prompt': chosen.fill_text(texts)}
+
+
+def check_task(task: Any, split: str) -> None:
+  """Refuses a task that has ids of its prompts, and no text.
+
+  Raises:
+    ValueError: says what the task should keep.
+  """
+  spec = task.get_dataset(
+    None, split=split, shuffle=False, num_epochs=1
+  ).element_spec
+  lacking = [
+    key
+    for key in ('inputs_pretokenized', 'targets_pretokenized')
+    if key not in spec
+  ]
+  if lacking:
+    raise ValueError(
+      f'INPUT=task:{task.name}: the task is tokenized already and has no '
+      f'{" and no ".join(lacking)}, the text of its prompts and answers; give '
+      'its seqio.preprocessors.tokenize copy_pretokenized=True, or give INPUT '
+      'a file of the prompts.'
+    )
+
+
+def read_task(task: Any, split: str) -> Iterator[Item]:
+  """Yields {'prompt': ..., 'target': ...} of a bound SeqIO task's split.
+
+  The target is a list where the task has more than one reference.
+  """
+  dataset = task.get_dataset(None, split=split, shuffle=False, num_epochs=1)
+  for number, example in enumerate(dataset.as_numpy_iterator(), start=1):
+    try:
+      prompt = example['inputs_pretokenized'].decode()
+      answer = example['targets_pretokenized'].decode()
+      references = [text.decode() for text in example.get('references', ())]
+    except UnicodeDecodeError as error:
+      yield BadLine(f'{task.name}:{split}', number, f'is not UTF-8: {error}')
+      continue
+    if prompt.strip():
+      target = [answer, *references] if references else answer
+      yield {'prompt': prompt, 'target': target}
+    else:
+      yield BadLine(f'{task.name}:{split}', number, 'is empty')
+
+
+def read_stream(stream: Iterable[bytes], template: Template) -> Iterator[Item]:
+  """Yields an item for each line of text, as it comes."""
+  for number, line in enumerate(stream, start=1):
+    text, reason = text_files.decode_line(line, number)
+    if not reason and not text.strip():
+      reason = 'is empty'
+    if reason:
+      yield BadLine('standard input', number, reason)
+    else:
+      yield {'prompt': template.fill_text({'prompt': text})}
+
+
+class Survey(NamedTuple):
+  """What one pass over the items finds, before anything is computed.
+
+  Attributes:
+    num_lines: the bad ones included.
+    num_bad: of these.
+    first_bad: names the first of these.
+    num_targets: lines with something to score their answer against.
+    sha256: of all items, in hex: the same if these are the same.
+  """
+
+  num_lines: int
+  num_bad: int
+  first_bad: BadLine | None
+  num_targets: int
+  sha256: str
+
+
+def survey(items: Iterable[Item], target_column: str) -> Survey:
+  """Reads all items once."""
+  num_lines = num_bad = num_targets = 0
+  first_bad = None
+  digest = hashlib.sha256()
+  for item in items:
+    num_lines += 1
+    if isinstance(item, BadLine):
+      num_bad += 1
+      first_bad = first_bad or item
+      digest.update(f'bad {item.number} {item.reason}\n'.encode())
+    else:
+      num_targets += reference(item, target_column) is not None
+      digest.update(json.dumps(item).encode() + b'\n')
+  return Survey(num_lines, num_bad, first_bad, num_targets, digest.hexdigest())
+
+
+def refusing(read: Reader) -> Reader:
+  """Returns a reader that raises ValueError at the first bad line."""
+
+  def read_good() -> Iterator[Item]:
+    for item in read():
+      if isinstance(item, BadLine):
+        raise ValueError(
+          f"{item} INFER_BAD_LINES='keep' leaves an error in its place."
+        )
+      yield item
+
+  return read_good
+
+
+def reference(row: Mapping[str, Any], column: str) -> str | list[str] | None:
+  """Returns what a row's answer is scored against, if the row has it.
+
+  A list of texts are several references, each as good as the others.
+  """
+  value = text_files.value(dict(row), column)
+  references = value if isinstance(value, list) else [value]
+  if references and all(isinstance(text, str) for text in references):
+    return value
+  return None

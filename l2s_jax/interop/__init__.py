@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Out of this project: what others read, and proofs that it is equal.
+
+`convert` is the verb. Reading the forms of others is in `weights/formats/`.
+"""
+
+# The modules that other packages may import.
+__all__ = ('convert', 'parity', 'to_huggingface', 'to_t5x')

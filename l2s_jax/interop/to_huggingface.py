@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes weights as a Hugging Face folder, and an LLM-to-SLM run as two.
+
+The way in is `weights/formats/huggingface.py`; both go through the same tables
+of names.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+
+from l2s_jax.models import config as config_lib
+from l2s_jax.models import shapes as shapes_lib
+from l2s_jax.runtime import files
+from l2s_jax.vocabularies import base
+from l2s_jax.weights import runs
+from l2s_jax.weights import source as source_lib
+from l2s_jax.weights.families import name_table
+from l2s_jax.weights.formats import huggingface, tensor_files
+
+SLM = 'slm'
+PROJECTOR = 'projector'
+
+# Their name, as in a torch.nn.Sequential(Linear, ReLU, Linear), of each of our
+# tensors; PyTorch's Linear keeps [out, in].
+_PROJECTOR = {
+  ('projector', 'wi', 'kernel'): 'projector.0.weight',
+  ('projector', 'wi', 'bias'): 'projector.0.bias',
+  ('projector', 'wo', 'kernel'): 'projector.2.weight',
+  ('projector', 'wo', 'bias'): 'projector.2.bias',
+  ('prompt_embedder', 'kernel'): 'prompt_embedder.weight',
+  ('prompt_embedder', 'bias'): 'prompt_embedder.bias',
+}
+
+
+def save(
+  source: source_lib.Source,
+  folder: pathlib.Path,
+  vocabulary: base.Vocabulary | None,
+  *,
+  max_file_bytes: int = tensor_files.MAX_FILE_BYTES,
+) -> None:
+  """Writes config.json and safetensors files, tensor by tensor.
+
+  Args:
+    source: where from.
+    folder: where to; made if absent.
+    vocabulary: whose special ids config.json names where nobody said what
+      family the source is of; None: T5's.
+    max_file_bytes: of one file, before another is begun.
+
+  Raises:
+    ValueError: if transformers has no family that is built so.
+  """
+  model_type = find_model_type(source)
+  family = huggingface.FAMILIES[model_type]
+  config, sizes = source.config, name_table.axis_sizes(source.config)
+  stored = source.shapes()
+  is_encoder_only = shapes_lib.is_encoder_alone(stored)
+  parts: dict[str, list[tuple[name_table.Row, int | None]]] = {}
+  for row in family.rows:
+    if row.path not in stored:
+      continue
+    for layer, name in enumerate(row.names(config)):
+      # save_pretrained prefixes all but the head, and no encoder by itself.
+      is_bare = is_encoder_only or row.path[0] == 'logits_dense'
+      prefix = '' if is_bare else family.prefix
+      parts.setdefault(prefix + name, []).append(
+        (row, layer if row.is_stacked else None)
+      )
+
+  def pieces(name):
+    yield name_table.to_theirs(
+      [row for row, _ in parts[name]],
+      [source.read(row.path, layer) for row, layer in parts[name]],
+      sizes,
+    )
+
+  shapes = {
+    name: jax.ShapeDtypeStruct(row.shape(sizes), stored[row.path].dtype)
+    for name, ((row, _), *_) in parts.items()
+  }
+  tensor_files.save_safetensors(
+    folder, shapes, pieces, max_file_bytes=max_file_bytes
+  )
+  content = _config_json(source, model_type, vocabulary)
+  files.write_json(folder / huggingface.CONFIG, content)
+  generation = folder / 'generation_config.json'
+  if source.model_type is None or not generation.is_file():
+    ids = special_ids(source, vocabulary)
+    for name in huggingface.SUB_CONFIGS:
+      ids |= ids.pop(name, {})
+    if ids:
+      files.write_json(generation, ids)
+
+
+def _config_json(
+  source: source_lib.Source,
+  model_type: str,
+  vocabulary: base.Vocabulary | None,
+) -> dict[str, Any]:
+  """Returns what config.json says of the model, its tokens and its dtype."""
+  content = huggingface.config_json(model_type, source.config)
+  stored = source.shapes()
+  if shapes_lib.is_encoder_alone(stored):
+    content['is_encoder_decoder'] = False
+    content['architectures'] = [
+      name.replace('ForConditionalGeneration', 'EncoderModel')
+      for name in content['architectures']
+    ]
+  dtype = stored[('token_embedder', 'embedding')].dtype.name
+  ids = special_ids(source, vocabulary)
+  for name in huggingface.SUB_CONFIGS:
+    if name in content:
+      content[name] |= ids.pop(name, ids)
+  return content | ids | {'torch_dtype': dtype}
+
+
+def find_model_type(source: source_lib.Source) -> str:
+  """Returns the family to write: that of the source, or one that fits."""
+  fitting = huggingface.model_types(source.config)
+  if source.model_type in fitting:
+    return source.model_type
+  if not fitting:
+    raise ValueError(
+      f'No family of transformers is built like the model in {source.location}.'
+      ' Choose --to=l2s. What sets it apart from a T5 v1.0:\n  '
+      + '\n  '.join(_unusual(source.config))
+    )
+  return fitting[0]
+
+
+def _unusual(config: config_lib.TransformerConfig) -> list[str]:
+  """Returns the fields that are not as their default."""
+  return [
+    f'{field.name}={getattr(config, field.name)!r}'
+    for field in dataclasses.fields(config)
+    if getattr(config, field.name) != field.default
+  ]
+
+
+def special_ids(
+  source: source_lib.Source,
+  vocabulary: base.Vocabulary | None,
+) -> dict[str, Any]:
+  """Returns the special ids as the source has them, else the tokenizer's."""
+  if source.model_type is not None:
+    return dict(source.special_ids)
+  is_encoder_decoder = source.config.is_encoder_decoder
+  start = 'decoder_start_token_id' if is_encoder_decoder else 'bos_token_id'
+  if vocabulary is not None:
+    ends = vocabulary.eos_ids
+    ids = {
+      'eos_token_id': ends[0] if len(ends) == 1 else list(ends),
+      start: vocabulary.start_id,
+    }
+    # A made-up one would be masked in prompts: 0 is GPT-2's '!'.
+    if vocabulary.has_pad:
+      ids['pad_token_id'] = vocabulary.pad_id
+    return ids
+  if is_encoder_decoder:
+    return {'pad_token_id': 0, 'eos_token_id': 1, start: 0}
+  return {}
+
+
+def save_run(
+  source: source_lib.Source, run: runs.Run, folder: pathlib.Path
+) -> None:
+  """Writes what an LLM-to-SLM run has beside its SLM.
+
+  Args:
+    source: the SLM, which `save` writes into the folder `slm`.
+    run: the run.
+    folder: gets `projector.safetensors` and a config.json that says how LLM,
+      projector and SLM fit together.
+  """
+  others = run.read_others()
+  tensors = {
+    _PROJECTOR[path]: array.T if path[-1] == 'kernel' else array
+    for path, array in others.items()
+  }
+  shapes = {
+    name: jax.ShapeDtypeStruct(array.shape, array.dtype)
+    for name, array in tensors.items()
+  }
+  tensor_files.save_safetensors(
+    folder, shapes, lambda name: [tensors[name]], stem=PROJECTOR
+  )
+  files.write_json(folder / huggingface.CONFIG, _how_it_fits(source, run))
+
+
+def _how_it_fits(source: source_lib.Source, run: runs.Run) -> dict[str, Any]:
+  description = run.description
+  is_own = description['shared_vocabulary']
+  if description['injection'] == 'replace':
+    embeddings = 'Z'
+  elif is_own:
+    embeddings = "Z + the SLM's embeddings of the prompt"
+  else:
+    embeddings = "Z + prompt_embedder(the LLM's embeddings of the prompt)"
+  return {
+    'model_type': 'llm_to_slm',
+    'llm': {
+      'path': description['llm_path'],
+      'fingerprint': description['llm_fingerprint'],
+      'model_types': huggingface.model_types(
+        config_lib.from_json(description['llm'], run.location, 'llm')
+      ),
+      'emb_dim': description['llm']['emb_dim'],
+      'dtype': description['frozen_dtype'],
+    },
+    'projector': {
+      'file': f'{PROJECTOR}.safetensors',
+      'layers': ['Linear', 'ReLU', 'Linear'],
+      'reads': "H, the last hidden states of the LLM's encoder",
+      'gives': 'Z',
+    },
+    'slm': {
+      'path': SLM,
+      'emb_dim': source.config.emb_dim,
+      'inputs_embeds': embeddings,
+    },
+    'injection': description['injection'],
+    'shared_vocabulary': is_own,
+    'step': run.step(),
+  }

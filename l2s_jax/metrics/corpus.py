@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all metrics of a corpus have in common: `metric_fns.py` has the metrics.
+
+A metric takes `(targets, predictions)`, as a SeqIO `metric_fn` does, and has
+its settings in its attributes. Its score is taken apart into sums over
+examples, of which `with_intervals` draws samples.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import Float
+
+from l2s_jax.metrics import words
+from l2s_jax.runtime import distributed
+
+Targets = Sequence[str | Sequence[str]]
+MetricFn = Callable[[Targets, Sequence[str]], dict[str, float]]
+
+# Of text without spaces, tokens of more letters than this are no words.
+_LONGEST_MEAN_WORD = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+  """A score of a corpus, with its settings; called as SeqIO calls a metric.
+
+  Attributes:
+    name: that configs use and, but for ROUGE's, that of the score.
+  """
+
+  name: str
+  # Whether it is made of sums over examples.
+  adds_up: ClassVar[bool] = True
+
+  @property
+  def score_names(self) -> tuple[str, ...]:
+    """Of the scores that it returns; the last stands for all of them."""
+    return (self.name,)
+
+  @property
+  def __name__(self) -> str:
+    return self.name
+
+  def __call__(
+    self, targets: Targets, predictions: Sequence[str]
+  ) -> dict[str, float]:
+    """Returns scores by name, and warns of settings that do not fit.
+
+    Raises:
+      ValueError: if there are no pairs, the sizes differ, or an example has no
+        reference.
+    """
+    return self.checked_sums(targets, predictions).of_corpus()
+
+  def signature(self, targets: Targets) -> str | None:
+    """Returns what others need to repeat the score; None: its name says all.
+
+    Args:
+      targets: that are scored; of predictions it is independent.
+    """
+    return None
+
+  def check(self) -> None:
+    """Refuses settings that cannot be computed here.
+
+    Raises:
+      ValueError: with what is wrong, or what is to be installed.
+    """
+
+  def sums(self, targets: Targets, predictions: Sequence[str]) -> 'Sums':
+    raise NotImplementedError
+
+  def warnings(self, targets: Targets) -> Iterator[str]:
+    yield from ()
+
+  def checked_sums(
+    self, targets: Targets, predictions: Sequence[str]
+  ) -> 'Sums':
+    check_pairs(targets, predictions)
+    for warning in self.warnings(targets):
+      distributed.say(f'{self.name}: {warning}')
+    return self.sums(targets, predictions)
+
+
+def with_intervals(
+  metric_fn: MetricFn, *, num_samples: int = 1000, seed: int = 0
+) -> MetricFn:
+  """Returns the metric with a 95 % confidence interval beside each score.
+
+  `bleu` comes with `bleu_low` and `bleu_high`, the 2.5th and 97.5th
+  percentiles of BLEU over corpora of as many examples, drawn with replacement
+  (Koehn 2004, the bootstrap). The same seed and number of examples give the
+  same draws.
+
+  Args:
+    metric_fn: one of this module; another comes back as it is, since how its
+      score depends on single examples is not known.
+    num_samples: corpora to draw.
+    seed: of the draws.
+  """
+  if not isinstance(metric_fn, Metric) or not metric_fn.adds_up:
+    return metric_fn
+
+  @functools.wraps(metric_fn)
+  def metric_with_intervals(
+    targets: Targets, predictions: Sequence[str]
+  ) -> dict[str, float]:
+    sums = metric_fn.checked_sums(targets, predictions)
+    rng = np.random.default_rng(seed)
+    num_examples = len(sums.rows)
+    samples = [
+      sums.score(sums.rows[rng.integers(num_examples, size=num_examples)])
+      for _ in range(num_samples)
+    ]
+    scores = sums.of_corpus()
+    for name in list(scores):
+      low, high = np.percentile([s[name] for s in samples], [2.5, 97.5])
+      scores |= {f'{name}_low': float(low), f'{name}_high': float(high)}
+    return scores
+
+  return metric_with_intervals
+
+
+def signatures(
+  metric_fns: Sequence[MetricFn], targets: Targets
+) -> dict[str, str]:
+  """Returns the signatures of those of our metrics that have one.
+
+  Args:
+    metric_fns: any functions, such as those of `with_intervals`.
+    targets: that they score.
+
+  Returns:
+    By the name of each metric's last score.
+  """
+  found = [inspect.unwrap(metric_fn) for metric_fn in metric_fns]
+  signed = {
+    metric.score_names[-1]: metric.signature(targets)
+    for metric in found
+    if isinstance(metric, Metric)
+  }
+  return {name: text for name, text in signed.items() if text is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+  """A corpus score taken apart into statistics that add up over examples.
+
+  Attributes:
+    rows: a row of statistics for each example.
+    score_of_sum: from the sum of as many rows to scores by name.
+  """
+
+  rows: Float[np.ndarray, 'example statistic']
+  score_of_sum: Callable[[Float[np.ndarray, ' statistic']], dict[str, float]]
+
+  def score(self, rows: Float[np.ndarray, 'example statistic']) -> dict:
+    return self.score_of_sum(rows.sum(axis=0))
+
+  def of_corpus(self) -> dict[str, float]:
+    return self.score(self.rows)
+
+
+def mean_sums(scores: Mapping[str, Sequence[float]]) -> Sums:
+  """Takes means apart, of scores between 0 and 1 for each example."""
+  rows = np.array(list(scores.values()), np.float64).T
+
+  def percentages(sums: Float[np.ndarray, ' statistic']) -> dict[str, float]:
+    return dict(zip(scores, (100 * sums / len(rows)).tolist(), strict=True))
+
+  return Sums(rows, percentages)
+
+
+def finds_no_words(texts: Sequence[str], num_tokens: int) -> bool:
+  """Returns whether texts are of an unspaced script, and tokens too long."""
+  num_letters = words.num_letters(texts)
+  return (
+    num_letters > _LONGEST_MEAN_WORD * num_tokens
+    and words.unspaced_share(texts) > 0.5
+  )
+
+
+def references(target: str | Sequence[str]) -> Sequence[str]:
+  return [target] if isinstance(target, str) else target
+
+
+def all_references(targets: Targets) -> list[str]:
+  return [text for target in targets for text in references(target)]
+
+
+def check_pairs(targets: Targets, predictions: Sequence[str]) -> None:
+  if not len(targets) == len(predictions) > 0:
+    raise ValueError(
+      f'{len(targets)} targets and {len(predictions)} predictions: expected '
+      'as many of one as of the other, and at least one.'
+    )
+  for index, target in enumerate(targets):
+    if not len(references(target)):
+      raise ValueError(
+        f'example {index} has an empty list of references; expected a text, '
+        'or a list of at least one.'
+      )

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Corpus metrics of written answers, in the form of a SeqIO `metric_fn`.
+
+Each takes `(targets, predictions)`, one prediction per example and as target
+one reference or a list of several, and returns `{name: score}` on a scale of 0
+to 100. Of several references the best counts, as each metric defines it.
+`with_intervals` adds confidence intervals. BLEU and chrF are sacreBLEU's and
+ROUGE is `rouge_score`'s, so that figures compare with published ones; the
+`signature` of a metric says which settings gave them. Which settings a task has
+is in `scores.py`; losses and accuracies of tokens are in `models/losses.py`.
+"""
+
+import collections
+import dataclasses
+import re
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+from l2s_jax.metrics import bleu as bleu_lib
+from l2s_jax.metrics import corpus
+from l2s_jax.metrics import rouge as rouge_lib
+
+MetricFn = corpus.MetricFn
+Metric = corpus.Metric
+Targets = corpus.Targets
+signatures = corpus.signatures
+with_intervals = corpus.with_intervals
+
+_ARTICLES = re.compile(r'\b(a|an|the)\b')
+_NO_PUNCTUATION = str.maketrans('', '', string.punctuation)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactMatch(Metric):
+  """The percentage of predictions equal to one of their references."""
+
+  def sums(self, targets: Targets, predictions: Sequence[str]) -> corpus.Sums:
+    return corpus.mean_sums(
+      {
+        self.name: [
+          float(prediction in corpus.references(target))
+          for target, prediction in zip(targets, predictions, strict=True)
+        ]
+      }
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenF1(Metric):
+  """SQuAD's F1 of words: the mean over examples of the best reference.
+
+  Words are what white space separates once letters are lower-cased and ASCII
+  punctuation and the articles a, an, the are gone. As in SQuAD 2.0, two texts
+  without words agree.
+  """
+
+  def warnings(self, targets: Targets) -> Iterator[str]:
+    texts = corpus.all_references(targets)
+    if corpus.finds_no_words(texts, sum(len(_words(text)) for text in texts)):
+      yield (
+        'words are what white space separates, and the script of these '
+        'references has none between words, so that sentences are compared '
+        'whole. chrf, or rouge, fits it.'
+      )
+
+  def sums(self, targets: Targets, predictions: Sequence[str]) -> corpus.Sums:
+    return corpus.mean_sums(
+      {
+        self.name: [
+          max(
+            _f1(_words(reference), _words(prediction))
+            for reference in corpus.references(target)
+          )
+          for target, prediction in zip(targets, predictions, strict=True)
+        ]
+      }
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class UserMetric(Metric):
+  """A user's own score of a corpus.
+
+  Attributes:
+    function: takes targets (each a text, or a list of references) and
+      predictions, and returns a number.
+  """
+
+  adds_up: ClassVar[bool] = False
+  function: Any = None
+
+  def __call__(
+    self, targets: Targets, predictions: Sequence[str]
+  ) -> dict[str, float]:
+    corpus.check_pairs(targets, predictions)
+    score = self.function(targets, predictions)
+    try:
+      return {self.name: float(score)}
+    except (TypeError, ValueError) as error:
+      raise ValueError(
+        f'scores.functions[{self.name!r}] returned a {type(score).__name__}; '
+        'expected one number for all targets and predictions.'
+      ) from error
+
+  def check(self) -> None:
+    if not callable(self.function):
+      raise ValueError(
+        f'scores.functions[{self.name!r}] is {self.function!r}; expected a '
+        'function of (targets, predictions), such as @my_metrics.comet without '
+        'parentheses.'
+      )
+
+
+bleu = bleu_lib.Bleu('bleu')
+chrf = bleu_lib.Chrf('chrf')
+rouge = rouge_lib.Rouge('rouge')
+exact_match = ExactMatch('exact_match')
+token_f1 = TokenF1('token_f1')
+spbleu = bleu_lib.Bleu('spbleu', 'flores200', 'scores.spbleu_tokenizer')
+chrfpp = bleu_lib.Chrf('chrfpp', word_order=2)
+
+# By the names that configs use, each with its default settings.
+METRICS: Mapping[str, Metric] = {
+  metric.name: metric
+  for metric in (bleu, chrf, rouge, exact_match, token_f1, spbleu, chrfpp)
+}
+
+
+def bleu_signature(num_references: int | None = 1) -> str:
+  """Returns sacreBLEU's description of what `bleu` computes by default.
+
+  Args:
+    num_references: of each example; None: it varies.
+  """
+  return bleu.signature(_example_targets(num_references))
+
+
+def chrf_signature(num_references: int | None = 1) -> str:
+  """Returns sacreBLEU's description of what `chrf` computes.
+
+  Args:
+    num_references: of each example; None: it varies.
+  """
+  return chrf.signature(_example_targets(num_references))
+
+
+def _example_targets(num_references: int | None) -> Targets:
+  sizes = (1, 2) if num_references is None else (num_references,)
+  return [['four words or more'] * size for size in sizes]
+
+
+def _words(text: str) -> list[str]:
+  text = text.lower().translate(_NO_PUNCTUATION)
+  return _ARTICLES.sub(' ', text).split()
+
+
+def _f1(reference: Sequence[str], prediction: Sequence[str]) -> float:
+  if not reference or not prediction:
+    return float(reference == prediction)
+  common = collections.Counter(reference) & collections.Counter(prediction)
+  return 2 * common.total() / (len(reference) + len(prediction))

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ROUGE as `rouge_score` computes it, of words of any script.
+
+Where every example has a reference of one word, and no answer has more, ROUGE-2
+is 0 even of equal texts. Then two texts without bigrams agree if their words
+do, and the signature says `eff:yes`.
+"""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Callable, Iterator, Sequence
+
+from l2s_jax.metrics import corpus, words
+
+TOKENIZERS = ('latin', 'words', 'characters')
+_TYPES = ('rouge1', 'rouge2', 'rougeLsum')
+
+
+@dataclasses.dataclass(frozen=True)
+class Rouge(corpus.Metric):
+  """ROUGE-1, ROUGE-2 and summary-level ROUGE-L, the mean F-measures.
+
+  Of several references each score takes its best, example by example. For
+  `rougeLsum` a sentence ends at a newline and, since T5's tokenizer loses
+  newlines, at ' . ', as in T5's own metric.
+
+  The default compares with figures of `rouge_score` with stemming, such as
+  those of Hugging Face's summarization examples, which have NLTK end sentences
+  for `rougeLsum`. T5's tasks do not stem: theirs are half a point to one and a
+  half lower on CNN/DailyMail, and are the median of random resamples, not the
+  mean.
+
+  Attributes:
+    tokenizer: `latin`, rouge_score's runs of a-z and 0-9, of which no other
+      letter is left; `words` of any script; `characters`; see `words.py`. None:
+      latin, and words where most letters of the references are not a-z.
+    stemmer: whether English words lose their endings (Porter).
+  """
+
+  tokenizer: str | None = None
+  stemmer: bool = True
+
+  @property
+  def score_names(self) -> tuple[str, ...]:
+    return _TYPES
+
+  def signature(self, targets: corpus.Targets) -> str:
+    tokenizer = self._tokenizer(targets)
+    stems = self.stemmer and tokenizer != 'characters'
+    return _join_signature(
+      nrefs=_num_references(targets),
+      tok=tokenizer,
+      stem='yes' if stems else 'no',
+      eff='yes' if self._undefined(targets) else 'no',
+      version=f'rouge_score-{importlib.metadata.version("rouge-score")}',
+    )
+
+  def check(self) -> None:
+    if self.tokenizer is not None and self.tokenizer not in TOKENIZERS:
+      raise ValueError(
+        f'scores.rouge_tokenizer={self.tokenizer!r}: expected one of '
+        f'{", ".join(TOKENIZERS)}, or None.'
+      )
+
+  def _tokenizer(self, targets: corpus.Targets) -> str:
+    if self.tokenizer is not None:
+      return self.tokenizer
+    is_latin = words.ascii_share(corpus.all_references(targets)) >= 0.5
+    return 'latin' if is_latin else 'words'
+
+  def _tokenize(self, targets: corpus.Targets) -> Callable[[str], list[str]]:
+    # Imported here: it takes half a second, and only ROUGE needs it.
+    from rouge_score import tokenizers
+
+    tokenizer = self._tokenizer(targets)
+    latin = tokenizers.DefaultTokenizer(self.stemmer)
+    if tokenizer == 'latin':
+      return latin.tokenize
+    if tokenizer == 'characters':
+      return words.characters
+
+    def tokenize(text: str) -> list[str]:
+      return [
+        token
+        for word in words.words(text)
+        for token in (latin.tokenize(word) if word.isascii() else [word])
+      ]
+
+    return tokenize
+
+  def _undefined(self, targets: corpus.Targets) -> set[str]:
+    """Returns which scores even equal texts would not have.
+
+    As of BLEU: each example has a reference too short for an n-gram.
+    """
+    tokenize = dataclasses.replace(self, stemmer=False)._tokenize(targets)
+
+    def are_short(length: int) -> bool:
+      return all(
+        any(len(tokenize(text)) < length for text in corpus.references(target))
+        for target in targets
+      )
+
+    return {name for name in _TYPES if are_short(2 if name == 'rouge2' else 1)}
+
+  def warnings(self, targets: corpus.Targets) -> Iterator[str]:
+    texts = corpus.all_references(targets)
+    share = 1 - words.ascii_share(texts)
+    if share <= 0.5:
+      return
+    if self.tokenizer == 'latin':
+      yield (
+        f"the tokenizer 'latin' knows a-z and 0-9 alone: {share:.0%} of the "
+        "references' letters are dropped. Set scores.rouge_tokenizer to words "
+        'or characters.'
+      )
+    elif self.tokenizer is None:
+      yield (
+        f"rouge_score's own tokenizer would drop {share:.0%} of the "
+        "references' letters, which are not a-z; words of any script are "
+        'counted instead (tok:words in the signature). '
+        "scores.rouge_tokenizer='words' says so without this warning."
+      )
+
+  def sums(
+    self, targets: corpus.Targets, predictions: Sequence[str]
+  ) -> corpus.Sums:
+    from rouge_score import rouge_scorer, tokenizers
+
+    tokenize = self._tokenize(targets)
+
+    class Tokenizer(tokenizers.Tokenizer):
+      def tokenize(self, text: str) -> list[str]:
+        return tokenize(text)
+
+    scorer = rouge_scorer.RougeScorer(_TYPES, tokenizer=Tokenizer())
+
+    def sentences(text: str) -> str:
+      return text.replace(' . ', ' .\n')
+
+    scores = [
+      scorer.score_multi(
+        [sentences(reference) for reference in corpus.references(target)],
+        sentences(prediction),
+      )
+      for target, prediction in zip(targets, predictions, strict=True)
+    ]
+    by_name = {
+      name: [score[name].fmeasure for score in scores] for name in _TYPES
+    }
+    for name in self._undefined(targets):
+      by_name[name] = [
+        max(score, float(_agree(target, prediction, tokenize)))
+        for score, target, prediction in zip(
+          by_name[name], targets, predictions, strict=True
+        )
+      ]
+    return corpus.mean_sums(by_name)
+
+
+def _agree(
+  target: str | Sequence[str],
+  prediction: str,
+  tokenize: Callable[[str], list[str]],
+) -> bool:
+  """Returns whether a prediction has the tokens, if any, of a reference."""
+  tokens = tokenize(prediction)
+  return any(
+    tokens == tokenize(text) and (tokens or text.split() == prediction.split())
+    for text in corpus.references(target)
+  )
+
+
+def _num_references(targets: corpus.Targets) -> str:
+  sizes = {len(corpus.references(target)) for target in targets}
+  return str(sizes.pop()) if len(sizes) == 1 else 'var'
+
+
+def _join_signature(**parts: str) -> str:
+  return '|'.join(f'{name}:{value}' for name, value in parts.items())

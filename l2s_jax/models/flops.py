@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What models must compute and read.
+
+Formulas from the config, not measurements. FLOPs are those of matrix products
+(a product of [m, k] and [k, n] is 2mkn), of projections, attention and output
+head; norms, softmax and activations are left out. XLA's own count of the same
+functions is a few percent higher.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from l2s_jax.models import config as config_lib
+from l2s_jax.models import l2s
+from l2s_jax.models import shapes as shapes_lib
+
+Number = int | float
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+  """What one system costs at one shape.
+
+  Attributes:
+    num_params: of all that it holds.
+    flops_per_prompt: to read one prompt.
+    flops_per_token: to write one token of one row.
+    bytes_per_step: read to write one token of every row: the weights once, the
+      cache of each row. This and the former are None where drafts are verified:
+      they depend on how many stay.
+  """
+
+  num_params: int
+  flops_per_prompt: Number
+  flops_per_token: Number | None
+  bytes_per_step: Number | None
+
+
+def count(
+  module: shapes_lib.Module,
+  *,
+  batch_size: int,
+  prompt_length: int,
+  num_tokens: int,
+  weight_bytes: Number,
+  cache_bytes: Number,
+) -> Costs:
+  """Returns the costs of answers of `num_tokens`, the mean over their tokens.
+
+  Args:
+    module: the system's.
+    batch_size: rows written at once.
+    prompt_length: of each prompt, without padding.
+    num_tokens: of each answer.
+    weight_bytes: of one number of the weights.
+    cache_bytes: of one number of the cache.
+  """
+  reading = Costs(
+    num_params(module), prompt_flops(module, prompt_length), None, None
+  )
+  if isinstance(module, l2s.DraftAndVerify):
+    return reading
+  writer, _ = l2s.writer(module)
+  # The first token is written when nothing but itself is there.
+  num_keys = (num_tokens + 1) / 2
+  return dataclasses.replace(
+    reading,
+    flops_per_token=token_flops(writer.config, prompt_length, num_keys),
+    bytes_per_step=step_bytes(
+      writer.config,
+      batch_size=batch_size,
+      prompt_length=prompt_length,
+      num_keys=num_keys,
+      weight_bytes=weight_bytes,
+      cache_bytes=cache_bytes,
+    ),
+  )
+
+
+def num_params(module: shapes_lib.Module) -> int:
+  """Returns the numbers that a system holds."""
+  return sum(shape.size for shape in shapes_lib.of_system(module).values())
+
+
+def prompt_flops(module: shapes_lib.Module, length: Number) -> Number:
+  """Returns the FLOPs of prefill of one prompt, no logits included."""
+  if not isinstance(module, l2s.LlmToSlm):
+    return _start_flops(module.config, length)
+  if isinstance(module, l2s.DraftAndVerify):
+    of_llm = _start_flops(module.llm_config, length)
+  else:
+    of_llm = reading_flops(module.llm_config, length)
+  return (
+    of_llm
+    + 2 * length * _between(module)
+    + _start_flops(module.slm_config, length)
+  )
+
+
+def train_flops(
+  module: shapes_lib.Module, prompt_length: Number, answer_length: Number
+) -> Number:
+  """Returns the FLOPs of training on one example.
+
+  Backwards costs twice as much as forwards, of what is trained. What
+  rematerialisation computes again is not counted, nor is padding.
+
+  Args:
+    module: the system's.
+    prompt_length: tokens of the prompt.
+    answer_length: those of the answer.
+  """
+  config = l2s.writer(module)[0].config
+  forward = prompt_flops(module, prompt_length) + answer_length * token_flops(
+    config, prompt_length, (answer_length + 1) / 2
+  )
+  if not isinstance(module, l2s.LlmToSlm):
+    return 3 * forward
+  return 3 * forward - 2 * reading_flops(module.llm_config, prompt_length)
+
+
+def token_flops(
+  config: config_lib.TransformerConfig, prompt_length: Number, num_keys: Number
+) -> Number:
+  """Returns the FLOPs of one token of one row.
+
+  Args:
+    config: of the model that writes.
+    prompt_length: keys of the prompt, in cross- or self-attention.
+    num_keys: those of the answer, the token's own included.
+  """
+  read = _size(config, lambda p: p[-1] == 'kernel' and _is_read_by_a_step(p))
+  return 2 * (read + config.vocab_size * config.emb_dim) + _attention_flops(
+    config, config.num_decoder_layers, prompt_length + num_keys
+  )
+
+
+def step_bytes(
+  config: config_lib.TransformerConfig,
+  *,
+  batch_size: int,
+  prompt_length: int,
+  num_keys: Number,
+  weight_bytes: Number,
+  cache_bytes: Number,
+) -> Number:
+  """Returns the bytes that writing one token of every row has to read.
+
+  The decoder without what projects the prompt to keys and values, the output
+  head, and of the embedding tables a row a token; keys and values of all
+  layers.
+
+  Args:
+    config: of the model that writes.
+    batch_size: rows.
+    prompt_length: keys of the prompt.
+    num_keys: those of the answer.
+    weight_bytes: of one number of the weights.
+    cache_bytes: of one number of the cache.
+  """
+  tables = 2 if config.positions == 'learned' else 1
+  read = (
+    _size(config, _is_read_by_a_step)
+    + config.vocab_size * config.emb_dim
+    + batch_size * tables * config.emb_dim
+  )
+  key_values = (
+    2
+    * config.num_decoder_layers
+    * config.kv_heads
+    * config.head_dim
+    * (prompt_length + num_keys)
+  )
+  return read * weight_bytes + batch_size * key_values * cache_bytes
+
+
+def _size(
+  config: config_lib.TransformerConfig,
+  is_counted: Callable[[shapes_lib.Path], bool],
+) -> int:
+  shapes = shapes_lib.of_model(config)
+  return sum(shape.size for path, shape in shapes.items() if is_counted(path))
+
+
+def _is_of_cross_kv(path: shapes_lib.Path) -> bool:
+  return 'cross_attention' in path and path[-2] in ('key', 'value')
+
+
+def _is_read_by_a_step(path: shapes_lib.Path) -> bool:
+  return path[0] == 'decoder' and not _is_of_cross_kv(path)
+
+
+def _between(module: l2s.LlmToSlm) -> int:
+  """Returns the numbers of the kernels between LLM and SLM."""
+  return sum(
+    shape.size
+    for path, shape in shapes_lib.of_system(module).items()
+    if path[0] not in ('llm', 'slm') and path[-1] == 'kernel'
+  )
+
+
+def reading_flops(
+  config: config_lib.TransformerConfig, length: Number
+) -> Number:
+  """Returns the FLOPs of encoding a prompt, which is all a frozen LLM does."""
+  stack, num_layers = 'encoder', config.num_encoder_layers
+  if not config.is_encoder_decoder:
+    stack, num_layers = 'decoder', config.num_decoder_layers
+  kernels = _size(config, lambda p: p[0] == stack and p[-1] == 'kernel')
+  return length * (2 * kernels + _attention_flops(config, num_layers, length))
+
+
+def _start_flops(
+  config: config_lib.TransformerConfig, length: Number
+) -> Number:
+  cross_kv = _size(config, lambda p: p[-1] == 'kernel' and _is_of_cross_kv(p))
+  return reading_flops(config, length) + 2 * length * cross_kv
+
+
+def _attention_flops(
+  config: config_lib.TransformerConfig, num_layers: int, num_keys: Number
+) -> Number:
+  """Returns the FLOPs of one query: with each key, and of each value."""
+  return 4 * num_layers * config.num_heads * config.head_dim * num_keys

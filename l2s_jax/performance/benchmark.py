@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb `benchmark`: how fast the systems write, beside other engines.
+
+All contenders are in memory at once and take turns; `timing.py` says what is
+timed. Speed does not depend on what weights hold: without a checkpoint they
+are random.
+"""
+
+import collections
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gin
+import numpy as np
+from etils import epath
+
+from l2s_jax.data import text_files
+from l2s_jax.evaluation import evaluate, report
+from l2s_jax.models import config as config_lib
+from l2s_jax.models import flops, l2s
+from l2s_jax.performance import bandwidth as bandwidth_lib
+from l2s_jax.performance import (
+  contenders,
+  goals,
+  speed_report,
+  timing,
+  train_benchmark,
+)
+from l2s_jax.performance import peers as peers_lib
+from l2s_jax.runtime import files, gin_config
+from l2s_jax.systems import as_it_came
+from l2s_jax.systems import system as system_lib
+from l2s_jax.weights import runs
+
+Row = dict[str, Any]
+Shape = tuple[int, int, int]  # batch size, tokens of a prompt, of an answer
+
+BYTES = {'float32': 4, 'bfloat16': 2, 'int8': 1, 'int8_dynamic': 1}
+# The threads of some engines go on spinning for so long after their work.
+_PAUSE_SECS = 0.3
+
+
+@gin.configurable(module='l2s_jax')
+def benchmark(
+  output_dir: str,
+  llm: system_lib.Tower | None = None,
+  slm: system_lib.Tower | None = None,
+  checkpoint_path: str | None = None,
+  injection: str = 'add',
+  draft_len: int = 0,
+  dtype: str = 'float32',
+  quantizations: Sequence[str] = ('none',),
+  prompts_path: str | None = None,
+  batch_sizes: int | Sequence[int] = (1, 8),
+  prompt_lengths: int | Sequence[int] = (128,),
+  output_lengths: int | Sequence[int] = (64,),
+  rounds: int = 7,
+  seed: int = 0,
+  quality: str | None = None,
+  peer_names: Sequence[str] = peers_lib.DEFAULT,
+  peers: bool = False,
+  train: bool = False,
+  dry_run: bool = False,
+) -> None:
+  """Times the LLM, the SLM and LLM-to-SLM, and writes what it finds.
+
+  Prompts are random tokens, or lines of a file; all have exactly as many tokens
+  as asked for.
+
+  Args:
+    output_dir: gets benchmark.json, benchmark.md and benchmark.png.
+    llm: the LLM: weights, or a config for random ones; without either, the SLM
+      is timed alone.
+    slm: the SLM, likewise.
+    checkpoint_path: an LLM-to-SLM run, which brings its LLM and SLM; any other
+      model, a run or as it came, is timed alone, as the LLM.
+    injection: 'add' or 'replace', where there is no run.
+    draft_len: tokens that LLM-to-SLM drafts for the LLM to verify; 0: no such
+      contender. How many stay depends on what was trained, and on prompts:
+      with `prompts_path` EOS ends its answers, and those of one more LLM.
+    dtype: of our weights and activations, 'float32' or 'bfloat16'.
+    quantizations: of our weights, one or several; see
+      `TransformerConfig.quantization`. Each is a contender.
+    prompts_path: a text file, of which the lines are taken that have as many
+      tokens as asked for, EOS included; None: random tokens.
+    batch_sizes: prompts read at once; one number or several, as are
+    prompt_lengths: tokens of a prompt, and
+    output_lengths: tokens of an answer, at least 2.
+    rounds: that are measured; one more goes first and compiles.
+    seed: of random weights and prompts.
+    quality: a task and its split, such as 'multi30k-test': adds the scores that
+      `evaluate` has left in the runs' folders, of the steps that are timed.
+    peer_names: the engines that --peers means, one or several.
+    peers: whether other engines run the LLM and the SLM, too.
+    train: whether training steps are timed instead: AdamW, random tokens, and
+      `output_lengths` are those of the answers trained on. A model alone is
+      compared with peers; of an LLM and an SLM, LLM-to-SLM with its parts.
+
+  Raises:
+    ValueError: if a setting is not one, before anything is loaded.
+  """
+  if isinstance(quantizations, str):
+    quantizations = (quantizations,)
+  if isinstance(peer_names, str):
+    peer_names = (peer_names,)
+  _check(
+    dtype=dtype,
+    quantizations=quantizations,
+    peer_names=peer_names,
+    injection=injection,
+  )
+  gin_config.check_positive(BENCHMARK_ROUNDS=rounds)
+  folder = files.local_folder(output_dir, 'BENCHMARK_DIR')
+  shapes = _shapes(batch_sizes, prompt_lengths, output_lengths)
+  models, pair = contenders.find_models(
+    llm, slm, checkpoint_path, injection, dtype, seed
+  )
+  _check_positions(models, shapes)
+  _check_drafts(models, pair, draft_len)
+  if train and (tuple(quantizations) != ('none',) or draft_len or prompts_path):
+    raise ValueError(
+      '--train times steps on random tokens: leave out QUANTIZATIONS, '
+      'DRAFT_LEN and BENCHMARK_PROMPTS.'
+    )
+  prompts = _Prompts(seed, prompts_path, checkpoint_path)
+  for batch_size, prompt_length, _ in shapes:
+    prompts.check(batch_size, prompt_length)
+  scores = {} if quality is None else _scores(models, pair, quality)
+  if peers:
+    contenders.check_disk(models, peer_names, folder)
+  print(_describe(models, pair))
+  if dry_run:
+    return
+  if train:
+    train_benchmark.run(
+      folder, models, pair, shapes, rounds=rounds, seed=seed, has_peers=peers
+    )
+    return
+  entered = list(
+    contenders.ours(
+      models,
+      pair,
+      dtype,
+      quantizations,
+      draft_len,
+      to_eos=prompts_path is not None,
+    )
+  )
+  if peers:
+    # On disk, where the user has room, and not in a /tmp that may be memory.
+    scratch = folder / '.peers'
+    shutil.rmtree(scratch, ignore_errors=True)  # Left by one that was killed.
+    try:
+      entered += contenders.of_peers(models, peer_names, scratch)
+    finally:
+      shutil.rmtree(scratch, ignore_errors=True)
+  bandwidth = bandwidth_lib.Bandwidth()
+  rows: list[Row] = []
+  for shape in shapes:
+    rows += _time(entered, shape, rounds, prompts, bandwidth)
+  for row in rows:
+    if row['engine'] == contenders.OURS and not row['dtype'].startswith('int'):
+      row['scores'] = scores.get(row['system'], {})
+    if row['bytes_per_step'] is not None and 'prefill_ms' in row:
+      bytes_per_sec = 1e3 * row['bytes_per_step'] / row['ms_per_token']
+      row['bandwidth_fraction'] = bytes_per_sec / bandwidth.bytes_per_sec
+  settings = {
+    'dtype': dtype,
+    'injection': injection,
+    'draft_len': draft_len,
+    'prompts': prompts_path or 'random tokens',
+    'rounds': rounds,
+    'seed': seed,
+    'weights': {role: model.source.location for role, model in models.items()},
+    'checkpoint': checkpoint_path,
+  }
+  machine = speed_report.machine() | {
+    'bandwidth_gb_per_sec': bandwidth.bytes_per_sec / 1e9,
+  }
+  speed_report.write(
+    folder,
+    rows,
+    goals.judge(rows),
+    goals.num_not_measured(rows),
+    machine,
+    settings,
+  )
+
+
+def _check(
+  *,
+  dtype: str,
+  quantizations: Sequence[str],
+  peer_names: Sequence[str],
+  injection: str,
+) -> None:
+  """Refuses settings that mean nothing."""
+  for name, values, known in (
+    ('DTYPE', (dtype,), ('float32', 'bfloat16')),
+    ('INJECTION', (injection,), l2s.INJECTIONS),
+    ('QUANTIZATIONS', quantizations, config_lib.QUANTIZATIONS),
+    ('BENCHMARK_PEERS', peer_names, tuple(peers_lib.PEERS)),
+  ):
+    for value in values:
+      if value not in known:
+        raise ValueError(f'{name}: {value!r} is not one of {known}.')
+
+
+def _shapes(
+  batch_sizes: int | Sequence[int],
+  prompt_lengths: int | Sequence[int],
+  output_lengths: int | Sequence[int],
+) -> list[Shape]:
+  """Returns all combinations."""
+  batch_sizes, prompt_lengths, output_lengths = (
+    (value,) if isinstance(value, int) else value
+    for value in (batch_sizes, prompt_lengths, output_lengths)
+  )
+  shapes = [
+    (batch_size, prompt_length, num_tokens)
+    for prompt_length in prompt_lengths
+    for num_tokens in output_lengths
+    for batch_size in batch_sizes
+  ]
+  if not shapes:
+    raise ValueError(
+      'Nothing to time: BATCH_SIZES, PROMPT_LENGTHS or OUTPUT_LENGTHS is empty.'
+    )
+  for batch_size, prompt_length, num_tokens in shapes:
+    gin_config.check_positive(
+      BATCH_SIZES=batch_size, PROMPT_LENGTHS=prompt_length
+    )
+    if num_tokens < 2:
+      raise ValueError(
+        f'OUTPUT_LENGTHS={num_tokens}: a token takes what the others add to '
+        'the first; ask for 2 or more.'
+      )
+  return shapes
+
+
+def _check_positions(
+  models: Mapping[str, contenders.Model], shapes: Sequence[Shape]
+) -> None:
+  """Refuses lengths that a model has no positions for."""
+  for model in models.values():
+    module = l2s.build_reader(model.config)
+    for _, prompt_length, num_tokens in shapes:
+      module.check_lengths(prompt_length, num_tokens)
+
+
+def _check_drafts(
+  models: Mapping[str, contenders.Model],
+  pair: contenders.Pair | None,
+  draft_len: int,
+) -> None:
+  """Refuses drafts that no LLM can verify."""
+  if not draft_len:
+    return
+  gin_config.check_positive(DRAFT_LEN=draft_len)
+  if (
+    pair is None
+    or not pair.module.shared_vocabulary
+    or not pair.module.llm_config.is_encoder_decoder
+    or not models[contenders.LLM].writes
+  ):
+    raise ValueError(
+      f'DRAFT_LEN={draft_len}: drafts are of LLM-to-SLM, whose LLM is an '
+      'encoder and a decoder, and has the vocabulary of the SLM. Set it to 0.'
+    )
+
+
+def _scores(
+  models: Mapping[str, contenders.Model],
+  pair: contenders.Pair | None,
+  name: str,
+) -> dict[str, dict[str, float]]:
+  """Returns the main scores of each system that was evaluated as it is timed.
+
+  Raises:
+    ValueError: if none was.
+  """
+  sources = {role: model.source for role, model in models.items()}
+  if pair is not None:
+    sources[contenders.LLM_TO_SLM] = pair.slm.source
+    if pair.slm is models[contenders.SLM]:
+      del sources[contenders.SLM]  # Its scores are those of LLM-to-SLM.
+  found = {}
+  for system, source in sources.items():
+    path = pathlib.Path(source.location) / 'eval' / f'metrics-{name}.json'
+    if not isinstance(source, runs.Run) or not path.is_file():
+      continue
+    by_control = evaluate.read_scores(path).get(str(source.step()), {})
+    scores = by_control.get('none', {})
+    found[system] = {k: scores[k] for k in report.MAIN_SCORES if k in scores}
+  if not any(found.values()):
+    raise ValueError(
+      f'BENCHMARK_QUALITY={name}: no run that is timed was evaluated on it at '
+      f'its step: eval/metrics-{name}.json is missing, or has other steps. '
+      'Run `evaluate` first.'
+    )
+  if contenders.LLM in found:  # What speculative decoding writes is the LLM's.
+    found[contenders.SPECULATIVE] = found[contenders.LLM]
+    found[contenders.SPECULATIVE_TO_EOS] = found[contenders.LLM]
+    found[contenders.LLM_TO_EOS] = found[contenders.LLM]
+  return found
+
+
+class _Prompts:
+  """Gives prompts of one length, the same to all that have as many ids."""
+
+  def __init__(self, seed: int, path: str | None, checkpoint_path: str | None):
+    """Reads the file.
+
+    Raises:
+      ValueError: if there is no run whose tokenizer the file needs.
+    """
+    self._seed = seed
+    self._path = path
+    self._rows: list[list[int]] = []
+    self._vocab_size = 0
+    if path is None:
+      return
+    if checkpoint_path is None:
+      raise ValueError(
+        f'BENCHMARK_PROMPTS={path} is read with the tokenizer of a run: set '
+        'CHECKPOINT_PATH.'
+      )
+    system = as_it_came.load(checkpoint_path)
+    vocabulary = system.prompt_vocabulary
+    module = system.module
+    reader = (
+      module.llm_config if isinstance(module, l2s.LlmToSlm) else module.config
+    )
+    self._vocab_size = reader.vocab_size
+    self._rows = [
+      [*vocabulary.encode(line), vocabulary.eos_id]
+      for line in text_files.read_lines(epath.Path(path))
+    ]
+
+  def check(self, batch_size: int, length: int) -> None:
+    """Refuses a shape that the file has not lines enough for."""
+    counts = collections.Counter(map(len, self._rows))
+    if self._path is not None and counts[length] < batch_size:
+      common = sorted(length for length, _ in counts.most_common(8))
+      raise ValueError(
+        f'{self._path} has {counts[length]} lines of {length} tokens, EOS '
+        f'included, and the batch has {batch_size}. The most lines have '
+        f'{", ".join(map(str, common))}: set PROMPT_LENGTHS to some of these.'
+      )
+
+  def __call__(
+    self, vocab_size: int, batch_size: int, length: int
+  ) -> np.ndarray:
+    """Returns token ids below `vocab_size`, [batch_size, length]."""
+    if vocab_size == self._vocab_size:
+      rows = [row for row in self._rows if len(row) == length]
+      return np.array(rows[:batch_size], np.int32)
+    generator = np.random.default_rng(self._seed)
+    return generator.integers(3, vocab_size, (batch_size, length), np.int32)
+
+
+def _describe(
+  models: Mapping[str, contenders.Model], pair: contenders.Pair | None
+) -> str:
+  lines = [
+    f'{role}: {model.name}, {model.source.location}, '
+    f'{model.num_params:,} parameters'
+    for role, model in models.items()
+  ]
+  if pair is not None:
+    number = flops.num_params(pair.module)
+    lines.append(f'{contenders.LLM_TO_SLM}: {pair.name}, {number:,} parameters')
+  return '\n'.join(lines)
+
+
+def _time(
+  entered: Sequence[contenders.Contender],
+  shape: Shape,
+  rounds: int,
+  prompts: _Prompts,
+  bandwidth: bandwidth_lib.Bandwidth,
+) -> list[Row]:
+  """Returns a row for each contender at one shape."""
+  batch_size, prompt_length, num_tokens = shape
+  print(
+    f'batch {batch_size}, {prompt_length} tokens in, {num_tokens} out: '
+    f'{len(entered)} contenders, {rounds} rounds',
+    flush=True,
+  )
+  started = {
+    contender.name: contender.start(
+      prompts(contender.vocab_size, batch_size, prompt_length), num_tokens
+    )
+    for contender in entered
+  }
+  has_peers = any(contender.engine != contenders.OURS for contender in entered)
+  measured = timing.measure(
+    started,
+    num_tokens=num_tokens,
+    rounds=rounds,
+    pause_secs=_PAUSE_SECS if has_peers else 0.0,
+    each_round=bandwidth.measure,
+  )
+  rows = []
+  for contender in entered:
+    times = measured[contender.name]
+    row = _row(contender, shape, times)
+    run = started[contender.name]
+    if isinstance(run, timing.OurRun):
+      row['memory_bytes'] = run.memory_bytes()
+      row['acceptance'] = run.acceptance()
+    reference = measured.get(contender.reference)
+    if reference is not None and contender.reference != contender.name:
+      row['equal_tokens'] = _equal(times, reference, contender.eos)
+    rows.append(row)
+  return rows
+
+
+def _equal(
+  times: timing.Times, reference: timing.Times, eos: int | tuple[int, ...]
+) -> float:
+  """Returns the part of tokens that are equal; what both lack is not one."""
+  length = np.maximum(times.lengths(eos), reference.lengths(eos))
+  is_token = np.arange(times.tokens.shape[1]) < length[:, None]
+  return float(np.mean((times.tokens == reference.tokens)[is_token]))
+
+
+def _row(
+  contender: contenders.Contender, shape: Shape, times: timing.Times
+) -> Row:
+  batch_size, prompt_length, num_tokens = shape
+  ends = contender.eos != -1
+  in_rounds = times.rounds_to_eos(contender.eos) if ends else times.rounds()
+  num_written = float(times.lengths(contender.eos).mean())
+  row: Row = {
+    'system': contender.system,
+    'model': contender.model,
+    'engine': contender.engine,
+    'dtype': contender.dtype,
+    'batch_size': batch_size,
+    'prompt_length': prompt_length,
+    'num_tokens': num_tokens,
+    'first_call_secs': times.first_call,
+    'rounds': in_rounds,
+  }
+  for name, values in in_rounds.items():
+    low, row[name], high = map(float, np.percentile(values, [25, 50, 75]))
+    row |= {f'{name}_low': low, f'{name}_high': high}
+  row['tokens_per_sec'] = 1e3 * batch_size * num_written / row['total_ms']
+  if ends:
+    row['num_written'] = num_written
+  row |= dataclasses.asdict(
+    flops.count(
+      contender.module,
+      batch_size=batch_size,
+      prompt_length=prompt_length,
+      num_tokens=round(num_written),
+      weight_bytes=BYTES[contender.dtype],
+      cache_bytes=BYTES[contender.cache_dtype],
+    )
+  )
+  return row

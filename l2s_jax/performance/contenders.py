@@ -1,0 +1,613 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What takes part in a benchmark: models, systems of them, engines.
+
+Our systems share their arrays: LLM-to-SLM has those of the LLM's encoder and of
+the SLM. Weights are read from their source twice where other engines take part,
+for us and to be written for them; nobody holds a copy that is not run.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from l2s_jax.inference import generate, sampling, strategies
+from l2s_jax.interop import to_huggingface
+from l2s_jax.models import config as config_lib
+from l2s_jax.models import l2s, language_model
+from l2s_jax.models import shapes as shapes_lib
+from l2s_jax.performance import peers, random_weights, timing
+from l2s_jax.runtime import files
+from l2s_jax.systems import system as system_lib
+from l2s_jax.vocabularies import base, loading
+from l2s_jax.weights import hub, opening, runs
+from l2s_jax.weights import source as source_lib
+from l2s_jax.weights.formats import huggingface
+
+PyTree = Any
+Start = Callable[[np.ndarray, int], timing.Run]
+
+OURS = 'l2s_jax'
+LLM, SLM, LLM_TO_SLM = 'LLM', 'SLM', 'LLM-to-SLM'
+SPECULATIVE = 'speculative'
+LLM_TO_EOS, SPECULATIVE_TO_EOS = 'LLM, to EOS', 'speculative, to EOS'
+
+# What of a config says neither how a model is built nor what it computes.
+_UNASKED = (
+  *config_lib.RUNTIME_FIELDS,
+  'kernel_init_stddev',
+  'embedding_init_stddev',
+)
+# Of weights that came without a tokenizer.
+_IDS = strategies.Ids(start=peers.START_ID, eos=-1, pad=0)
+
+
+def llm_of(system: str) -> str:
+  """Returns the system of the LLM alone whose answers end alike."""
+  ends = system in (LLM_TO_EOS, SPECULATIVE_TO_EOS)
+  return LLM_TO_EOS if ends else LLM
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A language model that takes part.
+
+  Attributes:
+    name: as tables have it.
+    source: its weights.
+    config: how it is computed.
+    ids: of what it writes.
+  """
+
+  name: str
+  source: source_lib.Source
+  config: config_lib.TransformerConfig
+  ids: strategies.Ids = _IDS
+
+  @property
+  def writes(self) -> bool:
+    """Whether it is more than an encoder, which serves LLM-to-SLM alone."""
+    shapes = self.source.shapes()
+    return self.config.has_decoder and not shapes_lib.is_encoder_alone(shapes)
+
+  @property
+  def num_params(self) -> int:
+    """How many numbers its weights have."""
+    shapes = source_lib.demanded(self.config, self.source.shapes())
+    return sum(shape.size for shape in shapes.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """LLM-to-SLM: two models and what is between them.
+
+  Attributes:
+    name: as tables have it.
+    module: of the three.
+    slm: may have other weights than the SLM that is timed alone.
+    read: returns a parameter between them.
+    llm_fingerprint: of the LLM that it was trained with, where it is known.
+  """
+
+  name: str
+  module: l2s.LlmToSlm
+  slm: Model
+  read: Callable[[shapes_lib.Path], np.ndarray]
+  llm_fingerprint: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+  """A system and the engine that runs it.
+
+  Attributes:
+    system: 'LLM', 'SLM', 'LLM-to-SLM' or 'speculative', or 'LLM, to EOS' or
+      'speculative, to EOS', whose answers end.
+    model: the name of its model, or of its pair.
+    engine: 'l2s_jax' or a peer's.
+    dtype: of the weights.
+    cache_dtype: of the cache.
+    module: ours, that says what has to be computed.
+    start: takes prompts and the longest answer, returns what writes.
+    eos: ends an answer, or a tuple of all that do; -1: nothing does.
+  """
+
+  system: str
+  model: str
+  engine: str
+  dtype: str
+  cache_dtype: str
+  module: shapes_lib.Module
+  start: Start
+  eos: int | tuple[int, ...] = -1
+
+  @property
+  def name(self) -> str:
+    return f'{self.system}, {self.engine} {self.dtype}'
+
+  @property
+  def reference(self) -> str:
+    """The name of the contender whose tokens should be equal, in float32."""
+    # What speculative decoding writes is the LLM's.
+    is_llms = self.system in (SPECULATIVE, SPECULATIVE_TO_EOS)
+    system = llm_of(self.system) if is_llms else self.system
+    return f'{system}, {OURS} float32'
+
+  @property
+  def vocab_size(self) -> int:
+    """How many ids prompts have."""
+    if isinstance(self.module, l2s.LlmToSlm):
+      return self.module.llm_config.vocab_size
+    return self.module.config.vocab_size
+
+
+def find_models(
+  llm: system_lib.Tower | None,
+  slm: system_lib.Tower | None,
+  checkpoint_path: str | None,
+  injection: str,
+  dtype: str,
+  seed: int,
+) -> tuple[dict[str, Model], Pair | None]:
+  """Returns the models by role, and what is between LLM and SLM, if both.
+
+  Raises:
+    ValueError: if there are none, one cannot write, or one is not the run's.
+    FileNotFoundError: if there is none where it should be.
+  """
+  given = {LLM: llm or system_lib.Tower(), SLM: slm or system_lib.Tower()}
+  models, pair = _find_models(given, checkpoint_path, injection, dtype, seed)
+  for role, model in models.items():
+    if not model.writes and (role != LLM or pair is None):
+      raise ValueError(
+        f'{role}: {model.source.location} is an encoder alone, which writes '
+        'nothing. It serves as the LLM beside an SLM.'
+      )
+  return models, pair
+
+
+def _find_models(
+  given: Mapping[str, system_lib.Tower],
+  checkpoint_path: str | None,
+  injection: str,
+  dtype: str,
+  seed: int,
+) -> tuple[dict[str, Model], Pair | None]:
+  if checkpoint_path is not None:
+    return _of_run(checkpoint_path, given, dtype, seed)
+  models = {
+    role: _model(role, tower, dtype, seed + i)
+    for i, (role, tower) in enumerate(given.items())
+    if tower.path is not None or tower.config is not None
+  }
+  if not models:
+    raise ValueError(
+      'Nothing to time. Set LLM and SLM, or one of them, to configs (such as '
+      '%T5_SMALL, with its gin file) for random weights, LLM_PATH and SLM_PATH '
+      'to weights, or CHECKPOINT_PATH to an LLM-to-SLM run.'
+    )
+  if len(models) < 2:
+    return models, None
+  configs = models[LLM].config, models[SLM].config
+  is_shared = configs[0].vocab_size == configs[1].vocab_size
+  module = l2s.LlmToSlm(*configs, injection, is_shared)
+  shapes = shapes_lib.of_system(module)
+
+  def read(path: shapes_lib.Path) -> np.ndarray:
+    return random_weights.draw(configs[1], path, shapes[path].shape, seed)
+
+  return models, Pair(_pair_name(models), module, models[SLM], read)
+
+
+def _model(role: str, tower: system_lib.Tower, dtype: str, seed: int) -> Model:
+  if tower.path is None:
+    drawn = random_weights.RandomWeights(tower.load_config(), seed)
+    return Model(_preset(role) or role, drawn, _at(drawn.config, dtype))
+  name = pathlib.Path(tower.path).name
+  source = opening.open_source(tower.path)
+  ids = _IDS
+  if isinstance(source, runs.Run):
+    ids = _ids_of(tower.load_vocabulary())
+  return Model(name, source, _at(source.config, dtype), ids)
+
+
+def _ids_of(vocabulary: base.Vocabulary) -> strategies.Ids:
+  return strategies.Ids(
+    vocabulary.start_id, vocabulary.eos_ids, vocabulary.pad_id
+  )
+
+
+def _preset(macro: str) -> str | None:
+  """Returns the name of what gin bound to a macro, if it has one."""
+  try:
+    value = repr(gin.query_parameter(f'{macro}/gin.macro.value'))
+  except ValueError:  # Nothing is bound.
+    return None
+  return value.removeprefix('%') if value.startswith('%') else None
+
+
+def _of_run(
+  folder: str,
+  given: Mapping[str, system_lib.Tower],
+  dtype: str,
+  seed: int,
+) -> tuple[dict[str, Model], Pair | None]:
+  """Returns the models of an LLM-to-SLM run; an SLM that is named is alone.
+
+  Any other CHECKPOINT_PATH is a model that is timed alone, in the LLM's place.
+  """
+  run = opening.open_source(folder)
+  if not isinstance(run, runs.Run) or run.description['kind'] != 'llm_to_slm':
+    named = [
+      role for role, tower in given.items() if tower != system_lib.Tower()
+    ]
+    if named:
+      raise ValueError(
+        f'CHECKPOINT_PATH={folder} is a language model alone, and '
+        f'{" and ".join(named)} is set beside it. Name both as LLM_PATH and '
+        'SLM_PATH.'
+      )
+    return {LLM: _model(LLM, system_lib.Tower(folder), dtype, seed)}, None
+  description = run.description
+  prompt, answer = (
+    _ids_of(loading.load(f'{folder}/{runs.VOCABULARIES}/{name}'))
+    for name in ('prompt', 'answer')
+  )
+  source = _open_llm(run, given[LLM])
+  name = pathlib.Path(source.location).name
+  llm = Model(name, source, _at(source.config, dtype), prompt)
+  run_name = pathlib.Path(folder).name
+  slm = alone = Model(run_name, run, _at(run.config, dtype), answer)
+  if given[SLM].path is not None or given[SLM].config is not None:
+    alone = _model(SLM, given[SLM], dtype, seed)
+  models = {LLM: llm, SLM: alone}
+  module = l2s.LlmToSlm(
+    llm.config,
+    slm.config,
+    description['injection'],
+    description['shared_vocabulary'],
+  )
+  others = run.read_others()
+  fingerprint = description['llm_fingerprint']
+  return models, Pair(run_name, module, slm, others.__getitem__, fingerprint)
+
+
+def _open_llm(run: runs.Run, tower: system_lib.Tower) -> source_lib.Source:
+  """Opens the LLM of a run, where it was or where it is said to be now."""
+  description = run.description
+  path = tower.path or description['llm_path']
+  both = f'LLM_PATH={path} and CHECKPOINT_PATH={run.location}'
+  if tower.path is None and tower.config is not None:
+    raise ValueError(
+      f'LLM is set beside CHECKPOINT_PATH={run.location}, which has its own, '
+      f'{path}. Leave LLM unset; LLM_PATH says where that one is now.'
+    )
+  if not pathlib.Path(path).exists() and not hub.is_name(path):
+    raise FileNotFoundError(
+      f'The LLM of CHECKPOINT_PATH={run.location} is not at {path}. Set '
+      'LLM_PATH to where it is now.'
+    )
+  source = opening.open_source(path, description['llm_step'])
+  # Through a config: a run does not name the fields that came after it.
+  config = config_lib.from_json(description['llm'], run.location, 'llm')
+  differences = files.differences(
+    config.to_json(), source.config.to_json(), ignored=_UNASKED
+  )
+  if differences:
+    raise ValueError(
+      f'{both}: the run was trained with another LLM. Set LLM_PATH to that '
+      'one, or leave it unset:\n' + '\n'.join(differences)
+    )
+  return source
+
+
+def _at(
+  config: config_lib.TransformerConfig, dtype: str
+) -> config_lib.TransformerConfig:
+  return dataclasses.replace(config, dtype=dtype)
+
+
+def _pair_name(models: Mapping[str, Model]) -> str:
+  return f'{models[LLM].name} -> {models[SLM].name}'
+
+
+def ours(
+  models: Mapping[str, Model],
+  pair: Pair | None,
+  dtype: str,
+  quantizations: Sequence[str],
+  draft_len: int,
+  to_eos: bool = False,
+) -> Iterator[Contender]:
+  """Yields our systems; LLM-to-SLM shares its arrays with its parts.
+
+  Args:
+    models: by role.
+    pair: what is between them.
+    dtype: of weights and activations.
+    quantizations: each of which is a contender.
+    draft_len: of speculative decoding; 0: there is none.
+    to_eos: whether EOS ends the answers of speculative decoding and of one
+      more LLM, which it is compared with.
+
+  Raises:
+    ValueError: if the LLM is not the one that the run was trained with.
+  """
+  prepared: dict[str, dict[str, PyTree]] = {}
+  for role, model in models.items():
+    is_of_pair = role == LLM and pair is not None
+    prepared[role] = _prepare(
+      model, dtype, quantizations, pair if is_of_pair else None
+    )
+    if not model.writes:
+      print(
+        f'{role} is left out: {model.name} is an encoder alone. It takes part '
+        f'in {LLM_TO_SLM}.'
+      )
+      continue
+    module = l2s.build(model.config)
+    names = [role]
+    if to_eos and draft_len and is_of_pair:
+      names.append(LLM_TO_EOS)
+    for name in names:
+      ids = model.ids if name == LLM_TO_EOS else model.ids.replace(eos=-1)
+      for quantization, params in prepared[role].items():
+        yield _our_contender(
+          name, model.name, dtype, quantization, module, params, ids
+        )
+  if pair is None:
+    return
+  slm = prepared[SLM]
+  if pair.slm.source is not models[SLM].source:
+    slm = _prepare(pair.slm, dtype, quantizations)
+  yield from _with_pair(
+    pair, models[LLM], prepared[LLM], slm, dtype, draft_len, to_eos
+  )
+
+
+def _with_pair(
+  pair: Pair,
+  llm_model: Model,
+  llms: Mapping[str, PyTree],
+  slms: Mapping[str, PyTree],
+  dtype: str,
+  draft_len: int,
+  to_eos: bool,
+) -> Iterator[Contender]:
+  """Yields LLM-to-SLM and speculative decoding, in each quantization."""
+  shapes = shapes_lib.of_system(pair.module)
+  between = traverse_util.unflatten_dict(
+    {
+      path: jnp.asarray(pair.read(path), dtype)
+      for path in shapes
+      if path[0] not in ('llm', 'slm')
+    }
+  )
+  of_llm = _of_llm(pair)
+  for quantization, llm in llms.items():
+    params = {
+      'llm': {name: module for name, module in llm.items() if name in of_llm},
+      'slm': slms[quantization],
+      **between,
+    }
+    yield _our_contender(
+      LLM_TO_SLM,
+      pair.name,
+      dtype,
+      quantization,
+      pair.module,
+      params,
+      pair.slm.ids.replace(eos=-1),
+    )
+    if draft_len:
+      yield _our_contender(
+        SPECULATIVE_TO_EOS if to_eos else SPECULATIVE,
+        pair.name,
+        dtype,
+        quantization,
+        l2s.with_verifier(pair.module),
+        {**params, 'llm': llm},
+        llm_model.ids if to_eos else llm_model.ids.replace(eos=-1),
+        draft_len,
+      )
+
+
+def _of_llm(pair: Pair) -> set[str]:
+  """Returns the names of the LLM's parts that LLM-to-SLM has."""
+  shapes = shapes_lib.of_system(pair.module)
+  return {path[1] for path in shapes if path[0] == 'llm'}
+
+
+def _prepare(
+  model: Model,
+  dtype: str,
+  quantizations: Sequence[str],
+  pair: Pair | None = None,
+) -> dict[str, PyTree]:
+  """Returns the parameters as generation reads them, by quantization.
+
+  Args:
+    model: which.
+    dtype: of the parameters.
+    quantizations: of them.
+    pair: whose LLM this has to be; None: any model will do.
+
+  Raises:
+    ValueError: if it is not.
+  """
+  shapes = source_lib.demanded(model.config, model.source.shapes())
+  of_pair = _of_llm(pair) if pair is not None else set()
+  encodes = {path for path in shapes if path[0] in of_pair}
+  params, fingerprint = _load(model.source, encodes, shapes, dtype)
+  if pair is not None and pair.llm_fingerprint not in (None, fingerprint):
+    raise ValueError(
+      f'LLM_PATH={model.source.location} is not the LLM that CHECKPOINT_PATH='
+      f'{pair.slm.source.location} was trained with: its fingerprint is '
+      f'{fingerprint[:16]}, the run has {pair.llm_fingerprint[:16]}. Set '
+      'LLM_PATH to the right weights.'
+    )
+  # Apart: the fingerprint of a run is that of what encodes.
+  params |= _load(model.source, shapes.keys() - encodes, shapes, dtype)[0]
+  return {
+    quantization: jax.block_until_ready(
+      language_model.params_for_generation(
+        language_model.for_generation(model.config, quantization), params
+      )
+    )
+    for quantization in quantizations
+  }
+
+
+def _load(
+  source: source_lib.Source,
+  paths: Collection[shapes_lib.Path],
+  shapes: Mapping[shapes_lib.Path, jax.ShapeDtypeStruct],
+  dtype: str,
+) -> tuple[dict[str, PyTree], str]:
+  """Reads some tensors; returns them and their fingerprint."""
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  wanted = {
+    path: jax.ShapeDtypeStruct(shapes[path].shape, dtype) for path in paths
+  }
+  return source_lib.load(
+    source,
+    traverse_util.unflatten_dict(wanted),
+    traverse_util.unflatten_dict(dict.fromkeys(wanted, device)),
+  )
+
+
+def load_params(model: Model) -> PyTree:
+  """Returns the float32 parameters of a model, as it is trained."""
+  shapes = source_lib.demanded(model.config, model.source.shapes())
+  return _load(model.source, shapes, shapes, 'float32')[0]
+
+
+def _our_contender(
+  system: str,
+  model: str,
+  dtype: str,
+  quantization: str,
+  module: shapes_lib.Module,
+  params: PyTree,
+  ids: strategies.Ids,
+  draft_len: int = 0,
+) -> Contender:
+  def start(prompts: np.ndarray, num_tokens: int) -> timing.Run:
+    generator = generate.Generator(
+      module,
+      max_decode_len=num_tokens,
+      ids=ids,
+      decoding=sampling.Decoding(
+        draft_len=draft_len,
+        quantization=quantization,
+        llm_quantization=quantization,
+      ),
+    )
+    batch = {
+      'encoder_input_tokens': prompts,
+      'encoder_segment_ids': np.ones_like(prompts),
+    }
+    return timing.OurRun(generator, params, batch)
+
+  return Contender(
+    system,
+    model,
+    OURS,
+    dtype if quantization == 'none' else quantization,
+    dtype,
+    module,
+    start,
+    ids.eos,
+  )
+
+
+def check_disk(
+  models: Mapping[str, Model], names: Sequence[str], folder: pathlib.Path
+) -> None:
+  """Refuses a disk without room for the weights that peers will read.
+
+  Raises:
+    ValueError: with what is free and what is needed.
+  """
+  engines = {
+    peers.PEERS[name].engine
+    for name in names
+    if peers.why_missing(name) is None
+  }
+  # CTranslate2 has a copy of its own.
+  num_copies = 1 + ('ctranslate2' in engines) if engines else 0
+  num_bytes = num_copies * sum(
+    shape.size * shape.dtype.itemsize
+    for model in models.values()
+    if model.writes
+    for shape in model.source.shapes().values()
+  )
+  parent = next(
+    path for path in (folder, *folder.absolute().parents) if path.exists()
+  )
+  free = shutil.disk_usage(parent).free
+  if free < num_bytes:
+    raise ValueError(
+      f'BENCHMARK_DIR={folder} has {free / 1e9:,.1f} GB free; other engines '
+      f'need the weights there, {num_bytes / 1e9:,.1f} GB while they are '
+      'loaded. Make room, name another BENCHMARK_DIR, or leave --peers out.'
+    )
+
+
+def of_peers(
+  models: Mapping[str, Model], names: Sequence[str], scratch: pathlib.Path
+) -> list[Contender]:
+  """Returns other engines with our models; says which are left out and why."""
+  present = []
+  for name in names:
+    reason = peers.why_missing(name)
+    if reason is None:
+      present.append(name)
+    else:
+      print(f'{name} is left out: {reason}')
+  contenders = []
+  for role, model in models.items():
+    if not present:
+      break
+    if not model.writes:
+      continue
+    if not huggingface.model_types(model.config):
+      print(f'{model.name}: left out of all peers: transformers has none such')
+      continue
+    folder = scratch / role
+    print(f'{model.name}: written for {", ".join(present)}')
+    to_huggingface.save(model.source, folder, None)
+    for name in present:
+      try:
+        start = peers.load(name, folder, model.config, model.ids.start)
+      except peers.UnsupportedError as error:
+        print(f'{model.name} is left out: {error}')
+        continue
+      peer = peers.PEERS[name]
+      contenders.append(
+        Contender(
+          role,
+          model.name,
+          peer.engine,
+          peer.dtype,
+          'bfloat16' if peer.dtype == 'bfloat16' else 'float32',
+          l2s.build(model.config),
+          functools.partial(_start_peer, start),
+        )
+      )
+  return contenders
+
+
+def _start_peer(
+  start: peers.Start, prompts: np.ndarray, num_tokens: int
+) -> timing.Run:
+  del num_tokens  # It is said with each call.
+  return start(prompts)

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb `precompile`: what a system needs on TPUs that are not here.
+
+The TPU's own compiler (`libtpu`) compiles the train step, prefill and the
+decode loop on this machine's CPU for a named topology. What a device then holds
+and does is read from the compiled programs; times are bounds, by the chips'
+figures (`runtime/chips.py`): nothing runs.
+"""
+
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gin
+import jax
+from jax.experimental import topologies
+
+from l2s_jax.models import l2s
+from l2s_jax.performance import pod_compiler, precompile_report, programs
+from l2s_jax.runtime import chips, files, gin_config, partitioning
+from l2s_jax.systems import system
+from l2s_jax.training import optim
+
+Row = dict[str, Any]
+
+
+@gin.configurable(module='l2s_jax')
+def precompile(
+  task_feature_lengths: Mapping[str, int] = gin.REQUIRED,
+  batch_size: int = gin.REQUIRED,
+  optimizer: optim.Optimizer = gin.REQUIRED,
+  topology: str | None = None,
+  llm: system.Tower | None = None,
+  slm: system.Tower | None = None,
+  injection: str = 'add',
+  shared_vocabulary: bool | None = None,
+  dtype: str = 'bfloat16',
+  llm_dtype: str = 'bfloat16',
+  mesh: partitioning.MeshConfig | None = None,
+  num_slices: int = 1,
+  num_microbatches: int = 1,
+  remat: str = 'none',
+  decode_batch_sizes: int | Sequence[int] | None = None,
+  program_names: Sequence[str] = pod_compiler.PROGRAMS,
+  suggest: bool = True,
+  find_largest_batch: bool = False,
+  output_dir: str | None = None,
+  *,
+  dry_run: bool = False,
+) -> list[Row]:
+  """Compiles a system for TPUs that are not here, and says what it needs there.
+
+  Of each program, per device: bytes held against the chip's memory, FLOPs,
+  bytes moved, collectives by kind and size, and the least time that these take.
+
+  Args:
+    task_feature_lengths: tokens of 'inputs' (prompt) and 'targets' (answer).
+    batch_size: rows a train step, over all devices.
+    optimizer: of the train step.
+    topology: a TPU and how many chips stand along each axis of its links:
+      'v5e:2x4', 'v5e:16x16', 'v6e:16x16', 'v5p:4x4x4' (sold as v5p-128: Google
+      counts the cores of v5p, two a chip).
+    llm: the LLM, by its config or its weights; None compiles the SLM alone.
+    slm: the SLM, likewise.
+    injection: 'add' or 'replace'.
+    shared_vocabulary: whether LLM and SLM have one; None: if their tables have
+      as many rows.
+    dtype: of the SLM's activations, and of its weights when it writes.
+    llm_dtype: of the LLM.
+    mesh: device mesh and axis rules; None puts all devices along `data`.
+    num_slices: slices of that topology, which the network joins.
+    num_microbatches: parts a batch is computed in, one after another.
+    remat: of the model that is trained; see `TransformerConfig.remat`.
+    decode_batch_sizes: prompts answered at once, one number or several; None
+      takes `batch_size`.
+    program_names: which of 'train', 'prefill' and 'decode'; 'decode' needs
+      'prefill'.
+    suggest: whether to look for what does fit if the train step does not; each
+      attempt compiles.
+    find_largest_batch: whether to double the train step's batch for as long as
+      it fits.
+    output_dir: gets precompile.json and precompile.md; None: nothing is
+      written.
+    dry_run: prints the mesh and what the train step's arguments take, and
+      compiles nothing.
+
+  Returns:
+    A row for each program.
+
+  Raises:
+    ValueError: if a program does not fit; names the largest tensors and, for
+      the train step, what fits. Or if a setting is not one.
+  """
+  gin_config.check_positive(
+    BATCH_SIZE=batch_size,
+    NUM_SLICES=num_slices,
+    NUM_MICROBATCHES=num_microbatches,
+  )
+  gin_config.check_lengths(task_feature_lengths)
+  _check(program_names, injection)
+  if topology is None:
+    raise ValueError(
+      'What is compiled for? Set --topology to a TPU and how many chips stand '
+      'along each axis of its links, such as v5e:2x4.'
+    )
+  slice_ = chips.find(topology, num_slices)
+  folder = None
+  if output_dir is not None:
+    folder = files.local_folder(output_dir, 'OUTPUT_DIR')
+  configs = {
+    name: tower.load_config()
+    for name, tower in (('llm', llm), ('slm', slm))
+    if tower is not None and (tower.config or tower.path)
+  }
+  if not configs:
+    raise ValueError(
+      'Nothing to compile: set LLM and SLM, or one of them, to configs (such '
+      'as %T5_1_1_XL, with its gin file), or LLM_PATH and SLM_PATH to weights.'
+    )
+  setting = pod_compiler.Setting(
+    batch_size, mesh or partitioning.MeshConfig(), num_microbatches, remat
+  )
+  compiler = pod_compiler.Compiler(
+    slice_,
+    _devices(slice_),
+    programs.Models(
+      configs.get('llm'),
+      configs.get('slm'),
+      injection=injection,
+      shared_vocabulary=shared_vocabulary,
+      dtype=dtype,
+      llm_dtype=llm_dtype,
+    ),
+    task_feature_lengths,
+    optimizer,
+  )
+  if decode_batch_sizes is None:
+    decode_batch_sizes = batch_size
+  if isinstance(decode_batch_sizes, int):
+    decode_batch_sizes = (decode_batch_sizes,)
+  description = compiler.describe(setting)
+  print(description)
+  compiler.check(setting, program_names, decode_batch_sizes)
+  if dry_run:
+    print(compiler.describe_arguments(setting))
+    return []
+  rows: list[Row] = []
+  advice: list[str] = []
+
+  def write() -> None:
+    if folder is not None:
+      precompile_report.write(folder, description, rows)
+
+  def report(row: Row) -> None:
+    print(precompile_report.describe(row), flush=True)
+    rows.append(row)
+    write()
+
+  if pod_compiler.TRAIN in program_names:
+    row = compiler.train_step(setting)
+    report(row)
+    if not row['fits'] and suggest:
+      advice.append(precompile_report.advice(*compiler.advise(setting)))
+    elif row['fits'] and find_largest_batch:
+      row['largest_batch'] = compiler.largest_batch(setting, row)
+      print(f'  the largest batch that fits: {row["largest_batch"]}')
+      write()
+  if pod_compiler.PREFILL in program_names:
+    decodes = pod_compiler.DECODE in program_names
+    for size in decode_batch_sizes:
+      for row in compiler.generation(setting, size, decodes=decodes):
+        report(row)
+  too_large = [row for row in rows if not row['fits']]
+  if too_large:
+    refusals = map(precompile_report.refusal, too_large)
+    raise ValueError('\n'.join([*refusals, *advice]))
+  return rows
+
+
+def _check(program_names: Sequence[str], injection: str) -> None:
+  """Refuses names that mean nothing."""
+  if injection not in l2s.INJECTIONS:
+    raise ValueError(f'INJECTION={injection!r} is not one of {l2s.INJECTIONS}.')
+  unknown = set(program_names) - set(pod_compiler.PROGRAMS)
+  if unknown or isinstance(program_names, str):
+    raise ValueError(
+      f'PROGRAMS={program_names!r}: it is a tuple of {pod_compiler.PROGRAMS}.'
+    )
+  if (
+    pod_compiler.DECODE in program_names
+    and pod_compiler.PREFILL not in program_names
+  ):
+    raise ValueError(
+      f'PROGRAMS={program_names!r}: decode begins with what prefill returns; '
+      'add it.'
+    )
+
+
+def _devices(slice_: chips.Slice) -> list[Any]:
+  """Returns what the TPU's compiler knows of the devices of a slice.
+
+  Raises:
+    ValueError: if `libtpu` is not installed, or knows no such slice.
+  """
+  if importlib.util.find_spec('libtpu') is None:
+    raise ValueError(
+      'precompile needs the compiler for TPUs, libtpu, which runs on any '
+      'x86-64 Linux: pip install -r requirements-tpu.txt.'
+    )
+  # libtpu would ask Google's cloud which machine this is, and wait.
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  os.environ.setdefault('TPU_ACCELERATOR_TYPE', slice_.accelerator_type)
+  os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+  # Only one process may use TPUs; as many as like may compile for them.
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  # What JAX itself computes on the way needs no TPU, and must not look for one.
+  jax.config.update('jax_platforms', 'cpu')
+  # What was compiled for other machines cannot be loaded here.
+  jax.config.update('jax_enable_compilation_cache', False)
+  options: dict[str, Any] = {'wrap': _along_three(slice_.wraps, False)}
+  if slice_.num_chips < 4:  # Else 2 x 2 to a host.
+    options['chips_per_host_bounds'] = _along_three(slice_.shape, 1)
+  if slice_.num_slices > 1:
+    options['num_slices'] = slice_.num_slices
+  try:
+    topology = topologies.get_topology_desc(
+      platform='tpu', topology_name=slice_.name, **options
+    )
+  except jax.errors.JaxRuntimeError as error:
+    raise ValueError(
+      f'TOPOLOGY={slice_.name!r} is no slice that the compiler knows; hosts '
+      f'have 2 x 2 chips, so that axes of more than one are even. {error}'
+    ) from None
+  return list(topology.devices)
+
+
+def _along_three(values: Sequence[Any], default: Any) -> tuple[Any, ...]:
+  """Returns a value for each axis that the compiler knows."""
+  return (*values, *[default] * (3 - len(values)))

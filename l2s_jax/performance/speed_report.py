@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `benchmark` found, for people and programs: Markdown, PNG, JSON."""
+
+import importlib.metadata
+import pathlib
+import platform
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from l2s_jax.evaluation import report
+from l2s_jax.performance import contenders, peers
+from l2s_jax.runtime import files
+
+Row = Mapping[str, Any]
+
+JSON, MARKDOWN, PNG = 'benchmark.json', 'benchmark.md', 'benchmark.png'
+_TIMES = {
+  'system': 'system',
+  'model': 'model',
+  'engine': 'engine',
+  'dtype': 'dtype',
+  'prefill_ms': 'prefill ms',
+  'first_token_ms': 'first token ms',
+  'ms_per_token': 'ms/token',
+  'ms_per_token_spread': 'quartiles',
+  'tokens_per_sec': 'tokens/s',
+  'num_written': 'tokens/answer',
+  'total_ms': 'total ms',
+  'total_ms_spread': 'quartiles',
+  'speedup': 'x LLM',
+  'bandwidth_percent': '% of bandwidth',
+  'acceptance_percent': '% of drafts kept',
+  'equal_percent': '% of tokens equal',
+  'first_call_secs': 'first call s',
+  **report.MAIN_SCORES,
+}
+_COSTS = {
+  'system': 'system',
+  'model': 'model',
+  'dtype': 'dtype',
+  'params_millions': 'M parameters',
+  'memory_mb': 'memory MB',
+  'gflops_per_prompt': 'GFLOP/prompt',
+  'mflops_per_token': 'MFLOP/token',
+  'mb_per_step': 'MB read/step',
+}
+_GOALS = {
+  'ours': 'ours',
+  'theirs': 'compared with',
+  'quantity': 'quantity',
+  'batch_size': 'batch',
+  'prompt_length': 'in',
+  'num_tokens': 'out',
+  'goal': 'goal, times as fast',
+  'speedup': 'found',
+  'verdict': 'verdict',
+}
+# Columns in other units: of what, and by which factor.
+_UNITS = {
+  'bandwidth_percent': ('bandwidth_fraction', 100),
+  'acceptance_percent': ('acceptance', 100),
+  'equal_percent': ('equal_tokens', 100),
+  'params_millions': ('num_params', 1e-6),
+  'gflops_per_prompt': ('flops_per_prompt', 1e-9),
+  'mflops_per_token': ('flops_per_token', 1e-6),
+  'mb_per_step': ('bytes_per_step', 1e-6),
+  'memory_mb': ('memory_bytes', 1e-6),
+}
+_SHAPE = ('batch_size', 'prompt_length', 'num_tokens')
+_WORDS = """\
+Times are medians over {rounds} rounds, with quartiles; contenders take turns in
+each round. Both numbers come from the time of one token and of all: ms/token =
+(all - one) / (n - 1), prefill = one - ms/token; EOS ends no answer. In rows `to
+EOS` it does, and ms/token is all of the time, prefill included, over the tokens
+that a row got. `x LLM` is the total time of our LLM, unquantized, over that of
+the row; of rows `to EOS`, of the LLM to EOS. `MB read/step` is what writing
+one token of every row has to read: the weights once, and the cache of each row
+at the mean length of the answer. `% of bandwidth` is how fast that is read, of
+{bandwidth:.1f} GB/s, which this machine reads at best: one large array, in the
+same rounds; more than 100 % come from caches. FLOPs are of matrix products.
+Memory is weights, cache and scratch of our compiled functions;
+`process_peak_mb` is of the whole process, with all engines and the array that
+bandwidth is measured with. `% of tokens equal`: to those that our float32
+writes; of speculative decoding, to those of the LLM. CTranslate2 cannot write
+EOS before the end of an answer, and writes its second choice there. On a GPU,
+JAX and torch may compute float32 products in TF32. `first call s` is what
+compiles, and one run of each.
+"""
+
+
+def machine() -> dict[str, Any]:
+  """Returns what figures depend on: processor, devices, versions."""
+  packages = ('jax', 'jaxlib', 'flax')
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  description: dict[str, Any] = {
+    'cpu': _cpu(),
+    'cpu_cores': peers.num_cores(),
+    'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+    'python': platform.python_version(),
+    **{name: importlib.metadata.version(name) for name in packages},
+    **peers.versions(),
+    # Kilobytes, but on macOS bytes.
+    'process_peak_mb': peak / (1e6 if sys.platform == 'darwin' else 1e3),
+  }
+  stats = jax.devices()[0].memory_stats()
+  if stats:
+    description['device_peak_mb'] = stats['peak_bytes_in_use'] / 1e6
+  return description
+
+
+def _cpu() -> str:
+  path = pathlib.Path('/proc/cpuinfo')
+  if path.is_file():
+    for line in path.read_text().splitlines():
+      if line.startswith('model name'):
+        return line.partition(':')[2].strip()
+  return platform.processor() or platform.machine()
+
+
+def write(
+  folder: pathlib.Path,
+  rows: Sequence[Row],
+  goals: Sequence[Row],
+  num_not_measured: int,
+  machine: Mapping[str, Any],
+  settings: Mapping[str, Any],
+) -> None:
+  """Writes benchmark.json, benchmark.md and benchmark.png; prints the tables.
+
+  Args:
+    folder: where to.
+    rows: a contender at a shape each.
+    goals: those that were judged.
+    num_not_measured: how many goals were not.
+    machine: from `machine`.
+    settings: what was asked for.
+  """
+  content = {
+    'rows': rows,
+    'goals': goals,
+    'goals_not_measured': num_not_measured,
+    'machine': machine,
+    'settings': settings,
+  }
+  files.write_json(folder / JSON, content)
+  text = markdown(rows, goals, num_not_measured, machine, settings)
+  with files.whole(folder / MARKDOWN) as file:
+    file.write(text)
+  plot(rows, folder / PNG)
+  print(f'{text}\nSee {folder}')
+
+
+def markdown(
+  rows: Sequence[Row],
+  goals: Sequence[Row],
+  num_not_measured: int,
+  machine: Mapping[str, Any],
+  settings: Mapping[str, Any],
+) -> str:
+  """Returns the tables, a pair of them for each shape."""
+  parts = ['# Benchmark\n']
+  for shape, group in by_shape(rows).items():
+    llms = {row['system']: row for row in group if _is_llm(row)}
+    shown = [_shown(row, llms) for row in group]
+    ours = [row for row in shown if row['engine'] == contenders.OURS]
+    parts += [
+      f'## Batch {shape[0]}, {shape[1]} tokens in, {shape[2]} out\n',
+      report.markdown_table(shown, _columns(shown, _TIMES)),
+      report.markdown_table(ours, _columns(ours, _COSTS)),
+    ]
+  parts.append('## Goals\n')
+  if goals:
+    parts.append(report.markdown_table(goals, _GOALS))
+  parts.append(f'{num_not_measured} goals were not measured in this run.\n')
+  bandwidth = machine['bandwidth_gb_per_sec']
+  parts.append(_WORDS.format(rounds=settings['rounds'], bandwidth=bandwidth))
+  facts = {**machine, **settings}
+  parts.append(''.join(f'- {name}: {_fact(x)}\n' for name, x in facts.items()))
+  return '\n'.join(parts)
+
+
+def by_shape(rows: Sequence[Row]) -> dict[tuple[int, ...], list[Row]]:
+  """Returns the rows of each batch size, prompt and output length."""
+  groups: dict[tuple[int, ...], list[Row]] = {}
+  for row in rows:
+    groups.setdefault(tuple(row[key] for key in _SHAPE), []).append(row)
+  return groups
+
+
+def _is_llm(row: Row) -> bool:
+  return (
+    row['system'] in (contenders.LLM, contenders.LLM_TO_EOS)
+    and row['engine'] == contenders.OURS
+    and not row['dtype'].startswith('int')
+  )
+
+
+def _shown(row: Row, llms: Mapping[str, Row]) -> dict[str, Any]:
+  """Returns a row with its numbers in the units of the tables."""
+  shown = {**row, **row.get('scores', {})}
+  for name, (source, factor) in _UNITS.items():
+    if row.get(source) is not None:
+      shown[name] = row[source] * factor
+  for name in ('ms_per_token', 'total_ms'):
+    low, high = row[f'{name}_low'], row[f'{name}_high']
+    digits = 1 if row[name] >= 10 else 2
+    shown[f'{name}_spread'] = f'{low:.{digits}f}-{high:.{digits}f}'
+  llm = llms.get(contenders.llm_of(row['system']))
+  if llm is not None:
+    shown['speedup'] = llm['total_ms'] / row['total_ms']
+  return shown
+
+
+def _columns(rows: Sequence[Row], columns: Mapping[str, str]) -> dict[str, str]:
+  """Returns the columns that a row has something in."""
+  return {
+    key: heading
+    for key, heading in columns.items()
+    if any(key in row for row in rows)
+  }
+
+
+def _fact(value: Any) -> str:
+  return f'{value:,.1f}' if isinstance(value, float) else str(value)
+
+
+def plot(rows: Sequence[Row], path: pathlib.Path) -> None:
+  """Writes a PNG: a panel a shape, a bar a contender, prefill and tokens."""
+  # Imported here: it takes a second, and only reports need it.
+  import matplotlib
+
+  matplotlib.use('Agg')
+  from matplotlib import pyplot
+
+  groups = by_shape(rows)
+  most = max(map(len, groups.values()))
+  figure, panels = pyplot.subplots(
+    len(groups),
+    figsize=(8, (0.35 * most + 1.2) * len(groups)),
+    layout='constrained',
+    squeeze=False,
+  )
+  for panel, (shape, group) in zip(panels[:, 0], groups.items(), strict=True):
+    names = [
+      f'{row["system"]}, {row["model"]}\n{row["engine"]} {row["dtype"]}'
+      for row in group
+    ]
+    # Of answers to EOS all is shown as one.
+    prefill = [row.get('prefill_ms', 0) for row in group]
+    tokens = [
+      row['total_ms'] - of_prompt
+      for row, of_prompt in zip(group, prefill, strict=True)
+    ]
+    places = range(len(group))
+    panel.barh(places, prefill, label='prefill')
+    panel.barh(places, tokens, left=prefill, label='tokens')
+    panel.set_yticks(places, names, fontsize=7)
+    panel.invert_yaxis()
+    panel.set_xlabel('ms')
+    panel.set_title(f'batch {shape[0]}, {shape[1]} tokens in, {shape[2]} out')
+    panel.grid(axis='x', alpha=0.3)
+  panels[0, 0].legend()
+  figure.savefig(path, dpi=120)
+  pyplot.close(figure)

@@ -1,0 +1,451 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`benchmark --train`: how fast a training step is, beside other engines'.
+
+One model alone takes its own fine-tuning step and is compared with peers. Of
+an LLM and an SLM there are three contenders: LLM-to-SLM's step, the SLM's, and
+reading the prompts with the LLM; the first should cost little more than the
+others together. Rows of a batch are full: a token is a token, none is padding.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from l2s_jax.evaluation import report
+from l2s_jax.interop import to_huggingface
+from l2s_jax.models import flops as flops_lib
+from l2s_jax.models import l2s, language_model
+from l2s_jax.models import shapes as shapes_lib
+from l2s_jax.performance import (
+  contenders,
+  goals,
+  peers,
+  speed_report,
+  train_peers,
+)
+from l2s_jax.runtime import chips, files, partitioning
+from l2s_jax.systems import parameters
+from l2s_jax.training import optim, train
+from l2s_jax.training import state as state_lib
+
+PyTree = Any
+Row = dict[str, Any]
+Shape = tuple[int, int, int]  # rows, tokens of a prompt, of an answer
+
+READ, BOTH = 'LLM reads', 'LLM reads + SLM'
+_JSON, _MARKDOWN = 'train.json', 'train.md'
+_COLUMNS = {
+  'system': 'system',
+  'model': 'model',
+  'engine': 'engine',
+  'dtype': 'dtype',
+  'ms_per_step': 'ms/step',
+  'spread': 'quartiles',
+  'tokens_per_sec': 'tokens/s',
+  'gflops_per_sec': 'GFLOP/s',
+  'mfu_percent': 'MFU %',
+  'params_millions': 'M trained',
+  'memory_mb': 'memory MB',
+  'first_call_secs': 'first call s',
+}
+_GOALS = {
+  'ours': 'ours',
+  'theirs': 'compared with',
+  'batch_size': 'batch',
+  'prompt_length': 'in',
+  'num_tokens': 'out',
+  'goal': 'goal, times as fast',
+  'speedup': 'found',
+  'verdict': 'verdict',
+}
+_WORDS = """\
+Times are medians over {rounds} rounds, with quartiles; contenders take turns.
+A step is forwards, backwards and AdamW, dropout as the config has it, on a
+batch of full rows that is on the device already. Tokens are those of prompts
+and answers. GFLOP/s are of what the formula counts (`costs.train_flops`), not
+of what an engine may compute beside it; MFU is its part of the chip's peak,
+where that is known. `LLM reads + SLM` is the sum of two rows, round by round.
+Memory is what XLA plans: arguments and scratch.
+"""
+
+_OURS = {'engine': 'l2s_jax', 'dtype': 'float32'}
+_SHAPE = {'batch_size': 16, 'prompt_length': 64, 'num_tokens': 64}
+GOALS = (
+  *(
+    goals.Goal(
+      {'model': 'T5_SMALL', **_OURS},
+      {'model': 'T5_SMALL', 'engine': engine, 'dtype': 'float32'},
+      'ms_per_step',
+      speedup,
+      _SHAPE,
+    )
+    for engine, speedup in (('t5x', 1.3), ('transformers', 1.5))
+  ),
+  goals.Goal(
+    {'system': contenders.LLM_TO_SLM, **_OURS},
+    {'system': BOTH, **_OURS},
+    'ms_per_step',
+    1 / 1.1,
+    {},
+  ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+  """Something that does a step.
+
+  Attributes:
+    system: 'LLM', 'SLM', 'LLM-to-SLM', or 'LLM reads'.
+    model: the name of its model, or of its pair.
+    engine: 'l2s_jax' or a peer's.
+    dtype: of activations.
+    flops: of a step, without padding or what is computed again.
+    num_trained: parameters.
+    step: does one, waits for it, and returns its loss, if it has one.
+    memory_bytes: tells what the compiled step needs; None: nobody does.
+  """
+
+  system: str
+  model: str
+  engine: str
+  dtype: str
+  flops: flops_lib.Number
+  num_trained: int
+  step: Callable[[], float | None]
+  memory_bytes: Callable[[], int | None] = lambda: None
+
+
+def run(
+  folder: pathlib.Path,
+  models: Mapping[str, contenders.Model],
+  pair: contenders.Pair | None,
+  shapes: Sequence[Shape],
+  *,
+  rounds: int,
+  seed: int,
+  has_peers: bool,
+) -> None:
+  """Times the steps and writes train.json and train.md.
+
+  Args:
+    folder: where to.
+    models: by role.
+    pair: what is between LLM and SLM, if both are there.
+    shapes: of batches.
+    rounds: that are measured; one more goes first and compiles.
+    seed: of weights and tokens.
+    has_peers: whether other engines take part, with models alone.
+  """
+  rows: list[Row] = []
+  for shape in shapes:
+    entered = list(_ours(models, pair, shape, seed))
+    if has_peers and pair is None:
+      entered += _of_peers(models, shape, seed, folder / '.peers')
+    print(
+      f'batch {shape[0]}, {shape[1]} tokens in, {shape[2]} out: '
+      f'{len(entered)} contenders, {rounds} rounds',
+      flush=True,
+    )
+    rows += _with_sum(_measure(entered, shape, rounds))
+  _write(folder, rows, rounds)
+
+
+def _ours(
+  models: Mapping[str, contenders.Model],
+  pair: contenders.Pair | None,
+  shape: Shape,
+  seed: int,
+) -> Iterator[Contender]:
+  """Yields our steps."""
+  if pair is None:
+    for role, model in models.items():
+      module = l2s.build(model.config)
+      params = contenders.load_params(model)  # Those that peers have.
+      yield _our_step(role, model.name, module, shape, seed, params)
+    return
+  yield _our_step(contenders.LLM_TO_SLM, pair.name, pair.module, shape, seed)
+  slm = l2s.build(pair.module.slm_config)
+  yield _our_step(contenders.SLM, pair.slm.name, slm, shape, seed)
+  yield _our_reading(models[contenders.LLM].name, pair.module, shape, seed)
+
+
+def _our_step(
+  system: str,
+  model: str,
+  module: shapes_lib.Module,
+  shape: Shape,
+  seed: int,
+  params: PyTree | None = None,
+) -> Contender:
+  """Returns the training step of a system, as `train` has it."""
+  frozen_names = ('llm',) if isinstance(module, l2s.LlmToSlm) else ()
+  batch = jax.device_put(_batch(module, shape, seed))
+  init = functools.partial(module.init, deterministic=True)
+  _, axes = partitioning.abstract_params(init, jax.random.key(0), batch)
+  if params is None:
+    make = jax.jit(lambda key: partitioning.unbox(init(key, batch))['params'])
+    params = make(jax.random.key(seed))
+  frozen, trainable = parameters.split(params, frozen_names)
+  optimizer = optim.adamw(train_peers.LEARNING_RATE).make(
+    parameters.split(axes, frozen_names)[1]
+  )
+  state = state_lib.create(trainable, optimizer, seed)
+  compiled = (
+    jax.jit(
+      functools.partial(train.train_step, module=module, optimizer=optimizer),
+      donate_argnums=0,
+    )
+    .lower(state, frozen, batch)
+    .compile()
+  )
+
+  def step() -> float:
+    nonlocal state
+    state, sums = compiled(state, frozen, batch)
+    return float(sums['loss'] / sums['loss_weight'])
+
+  return Contender(
+    system,
+    model,
+    contenders.OURS,
+    _config(module).dtype,
+    shape[0] * flops_lib.train_flops(module, shape[1], shape[2]),
+    parameters.num_params(trainable),
+    step,
+    functools.partial(_memory_bytes, compiled),
+  )
+
+
+def _our_reading(
+  model: str, module: l2s.LlmToSlm, shape: Shape, seed: int
+) -> Contender:
+  """Returns the frozen LLM alone, which reads the prompts."""
+  llm = l2s.build_reader(module.llm_config)
+  batch = jax.device_put(_batch(module, shape, seed))
+
+  def read(
+    llm: language_model.LanguageModel, batch: language_model.Batch
+  ) -> jax.Array:
+    embeddings = llm.embed(batch['encoder_input_tokens'])
+    return llm.encode(
+      embeddings, batch['encoder_segment_ids'], deterministic=True
+    )
+
+  params = jax.jit(
+    lambda key: partitioning.unbox(llm.init(key, batch, method=read))
+  )(jax.random.key(seed))
+  compiled = (
+    jax.jit(lambda params, batch: llm.apply(params, batch, method=read))
+    .lower(params, batch)
+    .compile()
+  )
+
+  def step() -> None:
+    jax.block_until_ready(compiled(params, batch))
+
+  return Contender(
+    READ,
+    model,
+    contenders.OURS,
+    module.llm_config.dtype,
+    shape[0] * flops_lib.reading_flops(module.llm_config, shape[1]),
+    0,
+    step,
+    functools.partial(_memory_bytes, compiled),
+  )
+
+
+def _of_peers(
+  models: Mapping[str, contenders.Model],
+  shape: Shape,
+  seed: int,
+  scratch: pathlib.Path,
+) -> Iterator[Contender]:
+  """Yields the peers that are there; says which are left out and why."""
+  for role, model in models.items():
+    module = l2s.build(model.config)
+    batch = _batch(module, shape, seed)
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+      to_huggingface.save(model.source, scratch, None)
+      for peer in train_peers.PEERS:
+        reason = train_peers.why_missing(peer)
+        if reason is not None:
+          print(f'{peer.engine} {peer.dtype} is left out: {reason}')
+          continue
+        try:
+          step = train_peers.load(peer, scratch, model.config, batch)
+        except peers.UnsupportedError as error:
+          print(f'{model.name} is left out: {error}')
+          continue
+        yield Contender(
+          role,
+          model.name,
+          peer.engine,
+          peer.dtype,
+          shape[0] * flops_lib.train_flops(module, shape[1], shape[2]),
+          model.num_params,
+          step,
+        )
+    finally:
+      shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _batch(
+  module: shapes_lib.Module, shape: Shape, seed: int
+) -> dict[str, Any]:
+  """Returns a batch of random tokens without padding."""
+  batch_size, prompt_length, answer_length = shape
+  generator = np.random.default_rng(seed)
+  reader = (
+    module.llm_config if isinstance(module, l2s.LlmToSlm) else module.config
+  )
+
+  def draw(vocab_size: int, length: int) -> np.ndarray:
+    return generator.integers(3, vocab_size, (batch_size, length), np.int32)
+
+  prompts = draw(reader.vocab_size, prompt_length)
+  answers = draw(_config(module).vocab_size, answer_length)
+  shifted = np.roll(answers, 1, axis=1)
+  shifted[:, 0] = 0
+  return {
+    'encoder_input_tokens': prompts,
+    'encoder_segment_ids': np.ones_like(prompts),
+    'decoder_input_tokens': shifted,
+    'decoder_target_tokens': answers,
+    'decoder_segment_ids': np.ones_like(answers),
+    'decoder_loss_weights': np.ones(answers.shape, np.float32),
+  }
+
+
+def _config(module: shapes_lib.Module) -> Any:
+  return l2s.writer(module)[0].config
+
+
+def _memory_bytes(compiled: jax.stages.Compiled) -> int | None:
+  analysis = compiled.memory_analysis()
+  if analysis is None:
+    return None
+  return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+
+
+def _measure(
+  entered: Sequence[Contender], shape: Shape, rounds: int
+) -> list[Row]:
+  """Returns a row for each contender; they take turns."""
+  losses: list[list[float | None]] = []
+  first: list[float] = []
+  times: list[list[float]] = [[] for _ in entered]
+  for contender in entered:
+    start = time.perf_counter()
+    losses.append([contender.step(), contender.step()])
+    first.append(time.perf_counter() - start)
+  for _ in tqdm.trange(rounds, desc='rounds', file=sys.stderr, leave=False):
+    for contender, secs in zip(entered, times, strict=True):
+      contender.step()  # Not timed: caches hold what another has left.
+      start = time.perf_counter()
+      contender.step()
+      secs.append(time.perf_counter() - start)
+  return [
+    {
+      'system': contender.system,
+      'model': contender.model,
+      'engine': contender.engine,
+      'dtype': contender.dtype,
+      'batch_size': shape[0],
+      'prompt_length': shape[1],
+      'num_tokens': shape[2],
+      'rounds': {'ms_per_step': [1e3 * x for x in secs]},
+      'first_call_secs': first_secs,
+      'flops': contender.flops,
+      'num_trained': contender.num_trained,
+      'memory_bytes': contender.memory_bytes(),
+      'first_losses': first_losses,
+    }
+    for contender, secs, first_secs, first_losses in zip(
+      entered, times, first, losses, strict=True
+    )
+  ]
+
+
+def _with_sum(rows: list[Row]) -> list[Row]:
+  """Adds the sum of the SLM's step and of the LLM's reading, if both are."""
+  parts = {
+    row['system']: row for row in rows if row['engine'] == contenders.OURS
+  }
+  if not {READ, contenders.SLM} <= parts.keys():
+    return rows
+  read, slm = parts[READ], parts[contenders.SLM]
+  in_all = np.add(*(row['rounds']['ms_per_step'] for row in (read, slm)))
+  return [
+    *rows,
+    slm
+    | {
+      'system': BOTH,
+      'model': f'{read["model"]}, {slm["model"]}',
+      'rounds': {'ms_per_step': in_all.tolist()},
+      'flops': read['flops'] + slm['flops'],
+      'first_call_secs': read['first_call_secs'] + slm['first_call_secs'],
+      'memory_bytes': None,
+    },
+  ]
+
+
+def _shown(row: Row) -> Row:
+  """Returns a row with its numbers in the units of the table."""
+  low, middle, high = np.percentile(row['rounds']['ms_per_step'], [25, 50, 75])
+  num_tokens = row['batch_size'] * (row['prompt_length'] + row['num_tokens'])
+  flops_per_sec = 1e3 * row['flops'] / middle
+  shown = row | {
+    'ms_per_step': middle,
+    'spread': f'{low:.1f}-{high:.1f}',
+    'tokens_per_sec': 1e3 * num_tokens / middle,
+    'gflops_per_sec': flops_per_sec / 1e9,
+    'params_millions': row['num_trained'] / 1e6,
+  }
+  chip = chips.of_device(jax.devices()[0].device_kind)
+  if chip is not None:
+    shown['mfu_percent'] = 100 * flops_per_sec / chip.flops_per_sec
+  if row['memory_bytes'] is not None:
+    shown['memory_mb'] = row['memory_bytes'] / 1e6
+  return shown
+
+
+def _write(folder: pathlib.Path, rows: Sequence[Row], rounds: int) -> None:
+  machine = speed_report.machine()
+  judged = goals.judge(rows, GOALS)
+  files.write_json(
+    folder / _JSON, {'rows': rows, 'goals': judged, 'machine': machine}
+  )
+  parts = ['# Training\n']
+  for shape, group in speed_report.by_shape(rows).items():
+    shown = [_shown(dict(row)) for row in group]
+    columns = {
+      key: heading
+      for key, heading in _COLUMNS.items()
+      if any(key in row for row in shown)
+    }
+    parts += [
+      f'## Batch {shape[0]}, {shape[1]} tokens in, {shape[2]} out\n',
+      report.markdown_table(shown, columns),
+    ]
+  if judged:
+    parts += ['## Goals\n', report.markdown_table(judged, _GOALS)]
+  parts += [
+    _WORDS.format(rounds=rounds),
+    ''.join(f'- {name}: {x}\n' for name, x in machine.items()),
+  ]
+  text = '\n'.join(parts)
+  with files.whole(folder / _MARKDOWN) as file:
+    file.write(text)
+  print(f'{text}\nSee {folder}')

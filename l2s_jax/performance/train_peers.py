@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Other engines' training steps, on the same shapes: for `benchmark --train`.
+
+AdamW with a learning rate that changes nothing worth seeing, dropout as the
+config has it, random weights. Both peers are optional: transformers with torch,
+and T5X, which is on no package index and takes part where it can be imported.
+"""
+
+import importlib.util
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l2s_jax.models import config as config_lib
+from l2s_jax.performance import peers
+
+Batch = Mapping[str, np.ndarray]
+# Does one step, waits for it, and returns its loss in nats a target token.
+Step = Callable[[], float]
+
+LEARNING_RATE = 1e-4
+_START_ID = 0
+
+
+class Peer(NamedTuple):
+  """An engine as it is timed.
+
+  Attributes:
+    engine: its name in tables.
+    dtype: of its activations; weights and the optimizer's slots are float32.
+    packages: that must be installed.
+  """
+
+  engine: str
+  dtype: str
+  packages: Sequence[str]
+
+
+_TORCH = ('torch', 'transformers')
+PEERS = (
+  Peer('transformers', 'float32', _TORCH),
+  Peer('transformers', 'bfloat16', _TORCH),
+  Peer('t5x', 'float32', ('t5x',)),
+)
+
+
+def why_missing(peer: Peer) -> str | None:
+  """Returns what a peer lacks on this machine; None: nothing."""
+  for package in peer.packages:
+    if importlib.util.find_spec(package) is None:
+      return f'the package {package} cannot be imported'
+  return None
+
+
+def load(
+  peer: Peer,
+  folder: pathlib.Path,
+  config: config_lib.TransformerConfig,
+  batch: Batch,
+) -> Step:
+  """Loads a model; returns what trains it on one batch, again and again.
+
+  Args:
+    peer: one that lacks nothing.
+    folder: the model's in Hugging Face's form.
+    config: of the model, an encoder-decoder or a decoder alone.
+    batch: of full rows, without padding.
+
+  Raises:
+    peers.UnsupportedError: if T5X has no such model.
+  """
+  if peer.engine == 't5x':
+    return _load_t5x(config, batch)
+  return _load_transformers(folder, config, batch, peer.dtype)
+
+
+def _load_transformers(
+  folder: pathlib.Path,
+  config: config_lib.TransformerConfig,
+  batch: Batch,
+  dtype: str,
+) -> Step:
+  import torch
+  import transformers
+
+  transformers.utils.logging.disable_progress_bar()
+  torch.set_num_threads(peers.num_cores())
+  is_on_gpu = jax.default_backend() == 'gpu' and torch.cuda.is_available()
+  device = 'cuda' if is_on_gpu else 'cpu'
+  kind = (
+    transformers.AutoModelForSeq2SeqLM
+    if config.is_encoder_decoder
+    else transformers.AutoModelForCausalLM
+  )
+  model: Any = kind.from_pretrained(folder, dtype=torch.float32)
+  model = model.to(device).train()
+  optimizer = torch.optim.AdamW(
+    model.parameters(), LEARNING_RATE, weight_decay=0.0, fused=True
+  )
+  prompts, answers = (
+    torch.tensor(batch[key], dtype=torch.long, device=device)
+    for key in ('encoder_input_tokens', 'decoder_target_tokens')
+  )
+  if config.is_encoder_decoder:
+    inputs, labels = prompts, answers
+  else:
+    start = torch.full_like(answers[:, :1], _START_ID)
+    inputs = torch.cat([prompts, start, answers], 1)
+    unasked = torch.full_like(inputs[:, : -answers.shape[1]], -100)
+    labels = torch.cat([unasked, answers], 1)
+
+  def step() -> float:
+    with torch.autocast(device, torch.bfloat16, enabled=dtype == 'bfloat16'):
+      loss = model(
+        input_ids=inputs, attention_mask=torch.ones_like(inputs), labels=labels
+      ).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+  return step
+
+
+def _load_t5x(config: config_lib.TransformerConfig, batch: Batch) -> Step:
+  import optax
+
+  with gin.unlock_config():  # It brings configurables.
+    import seqio
+    from t5x import models, optimizers, train_state, trainer
+    from t5x.examples.t5 import network
+
+  if not config.is_encoder_decoder or config.positions != 'relative':
+    raise peers.UnsupportedError('T5X has T5s alone.')
+  module = network.Transformer(
+    network.T5Config(
+      vocab_size=config.vocab_size,
+      dtype=jnp.float32,
+      emb_dim=config.emb_dim,
+      num_heads=config.num_heads,
+      num_encoder_layers=config.num_encoder_layers,
+      num_decoder_layers=config.num_decoder_layers,
+      head_dim=config.head_dim,
+      mlp_dim=config.mlp_dim,
+      mlp_activations=tuple(config.mlp_activations),
+      dropout_rate=config.dropout_rate,
+      logits_via_embedding=config.logits_via_embedding,
+    )
+  )
+  vocabulary = seqio.PassThroughVocabulary(config.vocab_size)
+  definition = optimizers.wrap_optax_optimizer(optax.adamw)(
+    learning_rate=LEARNING_RATE, weight_decay=0.0
+  )
+  model = models.EncoderDecoderModel(module, vocabulary, vocabulary, definition)
+  keys = (
+    'encoder_input_tokens',
+    'decoder_input_tokens',
+    'decoder_target_tokens',
+    'decoder_loss_weights',
+  )
+  arrays = jax.device_put({key: batch[key] for key in keys})
+  variables = model.get_initial_variables(
+    jax.random.key(0),
+    {key: x.shape for key, x in arrays.items()},
+    {key: x.dtype for key, x in arrays.items()},
+  )
+  state = train_state.FlaxOptimTrainState.create(definition, variables)
+
+  def update(state: Any, batch: Any, key: Any) -> Any:
+    return trainer.train_with_lr(
+      state, batch, jnp.float32(LEARNING_RATE), key, model, None
+    )
+
+  compiled = jax.jit(update, donate_argnums=0)
+
+  def step() -> float:
+    nonlocal state
+    key = jax.random.fold_in(jax.random.key(1), state.step)
+    state, metrics = compiled(state, arrays, key)
+    sums = jax.block_until_ready(metrics)['loss_per_nonpadding_target_token']
+    return float(sums.compute())
+
+  return step

@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A system: a module, its vocabularies, and its parameters.
+
+`builders` makes one from what gin names, `run_folder` from a run's folder,
+`as_it_came` from a model of others; `parameters` lays its parameters out on a
+mesh and reads them.
+"""
+
+# The modules that other packages may import.
+__all__ = ('as_it_came', 'builders', 'parameters', 'run_folder', 'system')

@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A system's parameters: shapes, shardings, first values, stored values."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from l2s_jax.models import l2s
+from l2s_jax.models import shapes as shapes_lib
+from l2s_jax.runtime import distributed, partitioning
+from l2s_jax.systems import as_it_came
+from l2s_jax.systems import system as system_lib
+from l2s_jax.training import state as state_lib
+from l2s_jax.weights import hub, opening, saved_steps
+from l2s_jax.weights import source as source_lib
+
+PyTree = Any
+
+
+def example_batch(
+  batch_size: int,
+  prompt_length: int,
+  answer_length: int,
+  sharding: jax.sharding.Sharding | None = None,
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes of a training batch, and where its rows are."""
+  prompt, answer = (batch_size, prompt_length), (batch_size, answer_length)
+  shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+  return {
+    'encoder_input_tokens': shape(prompt, np.int32),
+    'encoder_segment_ids': shape(prompt, np.int32),
+    'decoder_input_tokens': shape(answer, np.int32),
+    'decoder_target_tokens': shape(answer, np.int32),
+    'decoder_segment_ids': shape(answer, np.int32),
+    'decoder_loss_weights': shape(answer, np.float32),
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Shapes, logical axes and shardings of a system's parameters."""
+
+  shapes: dict[str, PyTree]
+  axes: dict[str, PyTree]
+  shardings: dict[str, PyTree]
+
+
+def init(system: system_lib.System, key: jax.Array) -> PyTree:
+  """Returns fresh boxed parameters, {'params': ...}. To be called in jit.
+
+  A key gives the SLM the same parameters inside LLM-to-SLM as alone, so that
+  the two can be compared.
+  """
+  batch = {
+    name: jnp.ones(shape.shape, shape.dtype)
+    for name, shape in example_batch(1, 2, 2).items()
+  }
+  params = system.module.init(key, batch, deterministic=True)['params']
+  writer, name = l2s.writer(system.module)
+  if name is not None:
+    whole = writer.init(key, batch, deterministic=True)
+    params = {**params, name: whole['params']}
+  return {'params': params}
+
+
+def layout(
+  system: system_lib.System,
+  mesh: jax.sharding.Mesh,
+  mesh_config: partitioning.MeshConfig,
+) -> Layout:
+  """Returns the layout of all parameters on a mesh, checked to divide."""
+  shapes, axes = partitioning.abstract_params(
+    functools.partial(init, system), jax.random.key(0)
+  )
+  shapes = {
+    name: jax.tree.map(
+      lambda s: jax.ShapeDtypeStruct(s.shape, system.frozen_dtype), tree
+    )
+    if name in system.frozen
+    else tree
+    for name, tree in shapes.items()
+  }
+  shardings = partitioning.param_shardings(shapes, axes, mesh, mesh_config)
+  partitioning.check_divisible(shapes, shardings)
+  return Layout(shapes, axes, shardings)
+
+
+def load_frozen(
+  system: system_lib.System, layout: Layout
+) -> tuple[system_lib.System, PyTree]:
+  """Reads the frozen LLM; returns the system with its fingerprint.
+
+  Args:
+    system: the system.
+    layout: of its parameters.
+
+  Raises:
+    ValueError: if the weights are not those that the run was trained with, or
+      not what their digests say, or lack a decoder that is to verify.
+  """
+  if not system.frozen:
+    return system, {}
+  source = _open_llm(system.sources['llm'], system.llm_step)
+  shapes, shardings = layout.shapes['llm'], layout.shardings['llm']
+  decoder: dict[str, PyTree] = {}
+  if isinstance(system.module, l2s.DraftAndVerify):
+    if shapes_lib.is_encoder_alone(source.shapes()):
+      raise ValueError(
+        f'The LLM in {source.location} is an encoder alone, and drafts are '
+        'verified by its decoder. Set LLM_PATH to the whole LLM, or '
+        'Decoding.draft_len to 0.'
+      )
+    # Loaded apart: the fingerprint of a run is that of what encodes.
+    shapes, decoder = split(shapes, l2s.ENCODER)
+    shardings, decoder_shardings = split(shardings, l2s.ENCODER)
+  params, fingerprint = source_lib.load(source, shapes, shardings)
+  if system.llm_fingerprint not in (None, fingerprint):
+    raise ValueError(
+      f'The LLM in {system.sources["llm"]} is not the one that this run was '
+      f'trained with: its fingerprint is {fingerprint[:16]}, the run has '
+      f'{system.llm_fingerprint[:16]}. Set LLM_PATH to the right weights.'
+    )
+  if distributed.from_first(fingerprint) != fingerprint:
+    raise ValueError(
+      f'The LLM in {system.sources["llm"]} was not the same to all processes: '
+      'it changes, or is not shared. Start again when it is at rest.'
+    )
+  system = dataclasses.replace(
+    system, llm_step=source.step(), llm_fingerprint=fingerprint
+  )
+  if decoder:
+    loaded, _ = source_lib.load(source, decoder, decoder_shardings)
+    params = params | loaded
+  return system, {'llm': params}
+
+
+def _open_llm(path: str, step: int | None) -> source_lib.Source:
+  if not pathlib.Path(path).exists() and not hub.is_name(path):
+    raise FileNotFoundError(
+      f"The LLM's weights are not at {path}. Set LLM_PATH to where they are "
+      'now.'
+    )
+  return opening.open_source(path, step)
+
+
+def load_pretrained(
+  system: system_lib.System, layout: Layout, params: dict[str, PyTree]
+) -> dict[str, PyTree]:
+  """Replaces fresh trainable parameters by pretrained ones, where named."""
+  for name, path in system.sources.items():
+    if name in system.frozen:
+      continue
+    source = opening.open_source(path)
+    if name:
+      loaded, _ = source_lib.load(
+        source, layout.shapes[name], layout.shardings[name]
+      )
+      params = params | {name: loaded}
+    else:
+      params, _ = source_lib.load(source, layout.shapes, layout.shardings)
+  return params
+
+
+def load_params(
+  system: system_lib.System,
+  layout: Layout,
+  run_dir: str | pathlib.Path,
+  step: int | None = None,
+) -> dict[str, PyTree]:
+  """Returns all parameters of a run's checkpoint, frozen and trained."""
+  _, frozen = load_frozen(system, layout)
+  return merge(frozen, load_trained(system, layout, run_dir, step))
+
+
+def load_trained(
+  system: system_lib.System,
+  layout: Layout,
+  run_dir: str | pathlib.Path,
+  step: int | None = None,
+) -> dict[str, PyTree]:
+  """Returns the trained parameters of a run's checkpoint.
+
+  Of a model as it came these are all.
+  """
+  if not as_it_came.is_run(run_dir):
+    source = opening.open_source(str(run_dir), step or None)
+    params, _ = source_lib.load(source, layout.shapes, layout.shardings)
+    return params
+  _, step = saved_steps.params_folder(run_dir, step)
+  return saved_steps.restore_params(
+    run_dir,
+    step,
+    split(layout.shapes, system.frozen)[1],
+    split(layout.shardings, system.frozen)[1],
+  )
+
+
+def check_lengths(
+  system: system_lib.System,
+  layout: Layout,
+  task_feature_lengths: Mapping[str, int],
+) -> None:
+  """Refuses lengths that the model has no positions for.
+
+  Raises:
+    ValueError: with both lengths and the size of the table.
+  """
+  batch = example_batch(
+    1, task_feature_lengths['inputs'], task_feature_lengths['targets']
+  )
+  jax.eval_shape(
+    lambda params, batch: system.module.apply(
+      {'params': params}, batch, deterministic=True
+    ),
+    layout.shapes,
+    batch,
+  )
+
+
+def summary(
+  system: system_lib.System,
+  layout: Layout,
+  optimizer: optax.GradientTransformation | None,
+  mesh: jax.sharding.Mesh,
+) -> str:
+  """Returns what `--dry_run` prints: sizes, shardings, bytes per device.
+
+  Args:
+    system: the system.
+    layout: of its parameters.
+    optimizer: whose state to count; None counts none.
+    mesh: the device mesh.
+  """
+  frozen, trainable = split(layout.shapes, system.frozen)
+  axes = ', '.join(f'{name}={size}' for name, size in mesh.shape.items())
+  prompt, answer = system.prompt_vocabulary, system.answer_vocabulary
+  lines = [
+    f'mesh: {axes} ({mesh.devices.flat[0].platform})',
+    f'prompt vocabulary: {prompt.path}, {prompt.vocab_size} ids',
+    f'answer vocabulary: {answer.path}, {answer.vocab_size} ids, '
+    + ('the same' if prompt == answer else 'another'),
+    'parameters:',
+  ]
+  leaves = jax.tree_util.tree_leaves_with_path(layout.shapes)
+  shardings = jax.tree.leaves(layout.shardings)
+  for (path, shape), sharding in zip(leaves, shardings, strict=True):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    state = 'frozen' if path[0].key in system.frozen else 'trainable'
+    lines.append(
+      f'  {name}: {shape.dtype}{list(shape.shape)} {state} {sharding.spec}'
+    )
+  param_bytes = partitioning.bytes_per_device(layout.shapes, layout.shardings)
+  lines += [
+    f'frozen parameters: {num_params(frozen):,}',
+    f'trainable parameters: {num_params(trainable):,}',
+    f'bytes per device: parameters {param_bytes:,}',
+  ]
+  if optimizer is not None:
+    shapes, state_shardings = state_lib.shardings(
+      trainable,
+      split(layout.shardings, system.frozen)[1],
+      optimizer,
+      mesh,
+    )
+    optimizer_bytes = partitioning.bytes_per_device(
+      shapes.opt_state, state_shardings.opt_state
+    )
+    lines[-1] += f', optimizer {optimizer_bytes:,}'
+  return '\n'.join(lines)
+
+
+def split(
+  params: Mapping[str, PyTree], frozen: tuple[str, ...]
+) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+  """Splits parameters by their top-level name into frozen and trainable."""
+  return (
+    {name: tree for name, tree in params.items() if name in frozen},
+    {name: tree for name, tree in params.items() if name not in frozen},
+  )
+
+
+def merge(*trees: Mapping[str, PyTree]) -> dict[str, PyTree]:
+  """Joins parameter trees by path; no path may come twice.
+
+  Raises:
+    ValueError: names the paths that two trees hold.
+  """
+  merged: dict[str, PyTree] = {}
+  for tree in trees:
+    for name, value in tree.items():
+      if name not in merged:
+        merged[name] = value
+      elif isinstance(value, Mapping) and isinstance(merged[name], Mapping):
+        merged[name] = merge(merged[name], value)
+      else:
+        raise ValueError(f'Two parameter trees hold {name!r}.')
+  return merged
+
+
+def num_params(tree: PyTree) -> int:
+  """Returns how many numbers a tree of parameters holds."""
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Systems: a module, its vocabularies, and where its weights come from.
+
+Three systems take part in every comparison: the LLM baseline and the SLM
+baseline, each a language model alone, and LLM-to-SLM.
+"""
+
+import dataclasses
+import os
+from typing import Any
+
+import gin
+
+from l2s_jax.inference import generate, sampling, speculative, strategies
+from l2s_jax.models import config as config_lib
+from l2s_jax.models import l2s, language_model
+from l2s_jax.vocabularies import base, loading
+from l2s_jax.weights import hub, opening, own_tokenizer
+
+PyTree = Any
+
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+  """One language model as a user names it: pretrained, fresh, or between.
+
+  Attributes:
+    path: its weights, see `weights.open_source`; None starts from random
+      parameters.
+    config: how it is built; None takes the one that came with `path`. Text
+      is a name whose percent sign was forgotten, and refused.
+    vocabulary: tokenizer file or folder; None takes the one in `path`.
+    extra_ids: sentinels that T5 adds behind its SentencePiece model.
+  """
+
+  path: str | None = None
+  config: config_lib.TransformerConfig | str | None = None
+  vocabulary: str | None = None
+  extra_ids: int = 0
+
+  def load_config(self) -> config_lib.TransformerConfig:
+    """Returns the config, from the weights unless it was given."""
+    if isinstance(self.config, str):
+      raise ValueError(
+        f'LLM / SLM is the text {self.config!r}; a config is named with a '
+        f'percent sign: %{self.config}, with its gin file beside it.'
+      )
+    if self.config is not None:
+      return self.config
+    if self.path is None:
+      raise ValueError(
+        'A model needs a config or weights: set LLM / SLM to a config (such '
+        'as %T5_1_1_SMALL, with its gin file) or LLM_PATH / SLM_PATH to '
+        'weights.'
+      )
+    return opening.open_source(self.path).config
+
+  def load_vocabulary(
+    self, setting: str = 'LLM_VOCABULARY / SLM_VOCABULARY'
+  ) -> base.Vocabulary:
+    """Returns the tokenizer, that of the weights unless another is given.
+
+    Args:
+      setting: what names a tokenizer, for errors.
+    """
+    if self.vocabulary is not None:
+      return loading.load(self.vocabulary, extra_ids=self.extra_ids)
+    if self.path is None:
+      raise ValueError(
+        f'A model without weights needs a tokenizer: set {setting} to a '
+        'SentencePiece model or a tokenizer.json.'
+      )
+    return own_tokenizer.load(
+      self.path, extra_ids=self.extra_ids, setting=setting
+    )
+
+
+def _special_ids(vocabulary: base.Vocabulary) -> dict[str, Any]:
+  """Returns the ids that the fingerprint covers, for people to read."""
+  return {
+    'start': vocabulary.start_id,
+    'eos': list(vocabulary.eos_ids),
+    'pad': vocabulary.pad_id,
+    'bos': vocabulary.bos_id,
+  }
+
+
+gin.external_configurable(Tower, module='l2s_jax')
+
+
+def _lasting(path: str) -> str:
+  """Returns what names the same weights from any working directory."""
+  return path if hub.is_name(path) else os.path.abspath(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+  """A module with its vocabularies and the sources of its parameters.
+
+  Attributes:
+    module: computes logits and prefills; see `models/language_model.py`.
+    prompt_vocabulary: of what the system reads.
+    answer_vocabulary: of what it writes.
+    sources: path of weights by top-level parameter name; '' stands for all.
+    frozen: top-level names of parameters that are not trained.
+    frozen_dtype: how those are held.
+    llm_step: the checkpoint of the LLM's run; None: the newest, or no run.
+    llm_fingerprint: of the frozen weights; None until they were read.
+    continues: whether answers go on where prompts end, as those of a
+      decoder-only model as it came do; see `data.continuing`.
+  """
+
+  module: l2s.LlmToSlm | language_model.LanguageModel
+  prompt_vocabulary: base.Vocabulary
+  answer_vocabulary: base.Vocabulary
+  sources: dict[str, str] = dataclasses.field(default_factory=dict)
+  frozen: tuple[str, ...] = ()
+  frozen_dtype: str = 'float32'
+  llm_step: int | None = None
+  llm_fingerprint: str | None = None
+  continues: bool = False
+
+  def describe(self) -> dict[str, Any]:
+    """Returns what `model.json` holds."""
+    description: dict[str, Any] = {'format_version': FORMAT_VERSION}
+    if isinstance(self.module, l2s.LlmToSlm):
+      description |= {
+        'kind': 'llm_to_slm',
+        'llm': self.module.llm_config.to_json(),
+        'slm': self.module.slm_config.to_json(),
+        'injection': self.module.injection,
+        'shared_vocabulary': self.module.shared_vocabulary,
+        'llm_path': _lasting(self.sources['llm']),
+        'llm_step': self.llm_step,
+        'llm_fingerprint': self.llm_fingerprint,
+        'frozen_dtype': self.frozen_dtype,
+      }
+    else:
+      description |= {
+        'kind': 'language_model',
+        'config': self.module.config.to_json(),
+      }
+    description['vocabularies'] = {
+      'prompt': self.prompt_vocabulary.fingerprint(),
+      'answer': self.answer_vocabulary.fingerprint(),
+    }
+    description['special_ids'] = {
+      'prompt': _special_ids(self.prompt_vocabulary),
+      'answer': _special_ids(self.answer_vocabulary),
+    }
+    return description
+
+
+def for_decoding(system: System, decoding: sampling.Decoding) -> System:
+  """Returns the system that answers are written with.
+
+  It is the same unless LLM-to-SLM is to draft (`Decoding.draft_len`) what the
+  LLM verifies: then the LLM's decoder belongs to it.
+
+  Raises:
+    ValueError: if there is none, it has another vocabulary, or the settings do
+      not go with drafts.
+  """
+  if not decoding.draft_len:
+    return system
+  speculative.check(decoding)
+  drafts = f'Decoding.draft_len={decoding.draft_len}'
+  module = system.module
+  if not isinstance(module, l2s.LlmToSlm):
+    raise ValueError(
+      f'{drafts}: LLM-to-SLM drafts what its LLM verifies, and this run is of '
+      'a language model alone. Set it to 0, or CHECKPOINT_PATH to an '
+      'LLM-to-SLM run.'
+    )
+  llm = module.llm_config
+  if not (llm.is_encoder_decoder and llm.has_decoder):
+    kind = 'an encoder alone' if llm.is_encoder_decoder else 'decoder-only'
+    raise ValueError(
+      f"{drafts}: drafts are verified by the decoder behind the LLM's encoder, "
+      f'and the LLM of this run is {kind} (num_encoder_layers='
+      f'{llm.num_encoder_layers}, num_decoder_layers='
+      f'{llm.num_decoder_layers}). Set it to 0.'
+    )
+  llm_vocabulary, slm_vocabulary = (
+    system.prompt_vocabulary,
+    system.answer_vocabulary,
+  )
+  if not loading.share_ids(llm_vocabulary, slm_vocabulary):
+    raise ValueError(
+      f'{drafts}: the LLM can verify drafts in its own vocabulary alone, '
+      f'{llm_vocabulary.path} ({llm_vocabulary.vocab_size} ids), and the SLM '
+      f'writes in {slm_vocabulary.path} ({slm_vocabulary.vocab_size} ids). Set '
+      'it to 0, or train an SLM that shares the vocabulary of the LLM.'
+    )
+  return dataclasses.replace(system, module=l2s.with_verifier(module))
+
+
+def generator(
+  system: System,
+  max_decode_len: int,
+  *,
+  decoding: sampling.Decoding | None = None,
+  ends: bool = True,
+  unstack_llm: bool = True,
+) -> generate.Generator:
+  """Returns generation for a system.
+
+  Args:
+    system: the system.
+    max_decode_len: tokens an answer at most.
+    decoding: how tokens are chosen; None is greedy.
+    ends: whether EOS ends an answer; if not, all have `max_decode_len` tokens.
+    unstack_llm: see `l2s.params_for_generation`.
+  """
+  vocabulary = system.answer_vocabulary
+  return generate.Generator(
+    system.module,
+    max_decode_len=max_decode_len,
+    ids=strategies.Ids(
+      vocabulary.start_id,
+      vocabulary.eos_ids if ends else -1,
+      vocabulary.pad_id,
+    ),
+    decoding=decoding,
+    unstack_llm=unstack_llm,
+  )

@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimizers and learning-rate schedules, as gin can name them.
+
+An optimizer is made in two steps: gin binds its settings, and `make` fits it
+to the parameters, once their paths and logical axes are known. The functions
+of one update are optax's, save for Adafactor's.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import gin
+import jax
+import jax.numpy as jnp
+import optax
+
+from l2s_jax.training import adafactor as adafactor_lib
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """An optimizer that does not know its parameters yet.
+
+  Attributes:
+    make: returns the gradient transformation of the parameters whose logical
+      axes it is given, a tree of `PartitionSpec`. Raises a ValueError where
+      `learning_rate_by_path` does not fit their paths.
+    schedule: from the number of updates done to the rate of the next one.
+    description: for JSON: the name, and what else decides what the slots hold.
+      Slots are of no use under another description.
+  """
+
+  make: Callable[[PyTree], optax.GradientTransformation]
+  schedule: optax.Schedule
+  description: dict[str, Any]
+
+
+@gin.configurable(module='l2s_jax')
+def learning_rate_schedule(
+  base_learning_rate: float = 1e-3,
+  factors: str = 'constant * linear_warmup',
+  warmup_steps: int = 0,
+  total_steps: int | None = None,
+  decay_factor: float = 0.5,
+  steps_per_decay: int = 20000,
+  steps_per_cycle: int = 100000,
+  min_learning_rate: float = 0.0,
+) -> optax.Schedule:
+  """Returns a product of factors, named and defined as in T5X.
+
+  With n the number of the update, from 1, and w = max(warmup_steps, 1):
+
+    constant                base_learning_rate
+    linear_warmup           min(n / w, 1)
+    linear_decay            alone: base_learning_rate *
+                            min(n / w, 1 + decay_factor * (w - n))
+    rsqrt_decay             1 / sqrt(max(n, w))
+    rsqrt_normalized_decay  sqrt(w / max(n, w))
+    decay_every             decay_factor ** floor(n / steps_per_decay)
+    cosine_decay            after the warm-up from 1 to 0 in steps_per_cycle
+                            updates, again and again
+    linear_to_end           after the warm-up from 1 to 0 at total_steps
+    cosine_to_end           the same along half a cosine
+
+  The last two are not T5X's. T5X numbers updates from 0, and so spends the
+  first of a warm-up at a rate of 0: our n-th update is its (n + 1)-th.
+
+  Args:
+    base_learning_rate: the factor 'constant'.
+    factors: names with '*' between them.
+    warmup_steps: updates until the full rate.
+    total_steps: for 'linear_to_end' and 'cosine_to_end'.
+    decay_factor: for 'decay_every' and 'linear_decay'.
+    steps_per_decay: for 'decay_every'.
+    steps_per_cycle: for 'cosine_decay'.
+    min_learning_rate: the rate never falls below it; T5X has 1e-8.
+
+  Raises:
+    ValueError: for an unknown factor, one without its `total_steps`,
+      'linear_decay' with another, or a negative number.
+  """
+  for name, value in (
+    ('LEARNING_RATE', base_learning_rate),
+    ('WARMUP_STEPS', warmup_steps),
+    ('learning_rate_schedule.min_learning_rate', min_learning_rate),
+  ):
+    if not value >= 0:
+      raise ValueError(f'{name}={value!r}: expected a number from 0.')
+  warm = max(warmup_steps, 1)
+
+  def to_end(n):
+    assert total_steps is not None
+    # 1 in the first update after the warm-up; the last is not wasted on 0.
+    done = (n - 1 - warmup_steps) / (total_steps - warmup_steps)
+    return 1 - jnp.clip(done, 0.0, 1.0)
+
+  curves = {
+    'constant': lambda n: base_learning_rate,
+    'linear_warmup': lambda n: jnp.minimum(n / warm, 1.0),
+    'linear_decay': lambda n: (
+      base_learning_rate * jnp.minimum(n / warm, 1 + decay_factor * (warm - n))
+    ),
+    'rsqrt_decay': lambda n: jnp.maximum(n, warm) ** -0.5,
+    'rsqrt_normalized_decay': lambda n: (warm / jnp.maximum(n, warm)) ** 0.5,
+    'decay_every': lambda n: decay_factor ** (n // steps_per_decay),
+    'cosine_decay': lambda n: _half_cosine(
+      1 - jnp.maximum(n - warmup_steps, 0.0) / steps_per_cycle % 1.0
+    ),
+    'linear_to_end': to_end,
+    'cosine_to_end': lambda n: _half_cosine(to_end(n)),
+  }
+  names = _parse_factors(factors, curves, warmup_steps, total_steps)
+
+  def schedule(step):
+    n = jnp.asarray(step, jnp.float32) + 1
+    rate = jnp.ones((), jnp.float32)
+    for name in names:
+      rate *= curves[name](n)
+    return jnp.maximum(rate, min_learning_rate)
+
+  return schedule
+
+
+def _half_cosine(left: jax.Array) -> jax.Array:
+  return 0.5 - 0.5 * jnp.cos(jnp.pi * left)
+
+
+def _parse_factors(
+  factors: str,
+  known: Mapping[str, Any],
+  warmup_steps: int,
+  total_steps: int | None,
+) -> list[str]:
+  """Returns the names of factors that mean something together."""
+  names = [name.strip() for name in factors.split('*')]
+  setting = f'learning_rate_schedule.factors={factors!r}'
+  for name in names:
+    if name not in known:
+      raise ValueError(
+        f'{setting}: {name!r} is not one of {", ".join(known)}. Write them '
+        "with '*' between, as in 'constant * linear_warmup'."
+      )
+    if name.endswith('_to_end') and (
+      total_steps is None or total_steps <= warmup_steps
+    ):
+      raise ValueError(
+        f'{setting} needs total_steps greater than '
+        f'warmup_steps={warmup_steps}; got total_steps={total_steps}.'
+      )
+  if 'linear_decay' in names and len(names) > 1:
+    raise ValueError(
+      f"{setting}: 'linear_decay' has its base rate and warm-up in it; "
+      "write 'linear_decay' alone."
+    )
+  return names
+
+
+@gin.configurable(module='l2s_jax')
+def adamw(
+  learning_rate: float | optax.Schedule = 1e-3,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  epsilon: float = 1e-8,
+  weight_decay: float = 0.0,
+  max_grad_norm: float | None = 1.0,
+  learning_rate_by_path: Mapping[str, float] | None = None,
+) -> Optimizer:
+  """Returns AdamW (Loshchilov and Hutter, arXiv:1711.05101).
+
+  Args:
+    learning_rate: a number, or a schedule of the step.
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    epsilon: added to the root of the second moment.
+    weight_decay: of kernels and embeddings, times the learning rate; not of
+      norms and biases.
+    max_grad_norm: the global norm beyond which gradients are scaled down;
+      None never does.
+    learning_rate_by_path: by regular expression of a parameter's whole path,
+      what its learning rate is multiplied by; the first that matches counts,
+      and 1 where none does. What has 0 is left as it is, and needs no slots:
+      {'slm/.*': 0.0, 'projector/.*': 3.0}.
+  """
+  return _optimizer(
+    lambda axes: optax.scale_by_adam(b1, b2, epsilon),
+    learning_rate,
+    learning_rate_by_path,
+    max_grad_norm,
+    weight_decay,
+    {'name': 'adamw', 'b1': b1, 'b2': b2},
+  )
+
+
+@gin.configurable(module='l2s_jax')
+def adafactor(
+  learning_rate: float | optax.Schedule = 1e-3,
+  decay_rate: float = 0.8,
+  clipping_threshold: float | None = 1.0,
+  multiply_by_parameter_scale: bool = True,
+  min_dim_size_to_factor: int = 128,
+  weight_decay: float = 0.0,
+  max_grad_norm: float | None = None,
+  learning_rate_by_path: Mapping[str, float] | None = None,
+) -> Optimizer:
+  """Returns Adafactor as T5X has it, without momentum; see `adafactor.py`.
+
+  T5 is fine-tuned with the defaults, at a constant rate and without warm-up.
+
+  Args:
+    learning_rate: a number, or a schedule of the step; relative to the root
+      mean square of each layer's parameter.
+    decay_rate: second moments are remembered by 1 - n ** -decay_rate in the
+      n-th update of the run (T5X needs `step_offset` for that).
+    clipping_threshold: the root mean square beyond which the update of a
+      layer's parameter is scaled down, before the rates; None never does.
+    multiply_by_parameter_scale: False makes `learning_rate` absolute.
+    min_dim_size_to_factor: a matrix outside of stacks with a shorter side
+      keeps all second moments.
+    weight_decay: as in `adamw`. T5X's `weight_decay_rate` is of all
+      parameters, and not multiplied by the learning rate.
+    max_grad_norm: as in `adamw`.
+    learning_rate_by_path: as in `adamw`.
+  """
+  return _optimizer(
+    lambda axes: adafactor_lib.scale_by_adafactor(
+      axes,
+      decay_rate=decay_rate,
+      clipping_threshold=clipping_threshold,
+      multiply_by_parameter_scale=multiply_by_parameter_scale,
+      min_dim_size_to_factor=min_dim_size_to_factor,
+    ),
+    learning_rate,
+    learning_rate_by_path,
+    max_grad_norm,
+    weight_decay,
+    {
+      'name': 'adafactor',
+      'decay_rate': decay_rate,
+      'min_dim_size_to_factor': min_dim_size_to_factor,
+    },
+  )
+
+
+@gin.configurable(module='l2s_jax')
+def lion(
+  learning_rate: float | optax.Schedule = 1e-4,
+  b1: float = 0.9,
+  b2: float = 0.99,
+  weight_decay: float = 0.0,
+  max_grad_norm: float | None = 1.0,
+  learning_rate_by_path: Mapping[str, float] | None = None,
+) -> Optimizer:
+  """Returns Lion (Chen et al., arXiv:2302.06675).
+
+  Its updates are signs: the authors take a third to a tenth of AdamW's
+  learning rate, and as many times its weight decay.
+
+  Args:
+    learning_rate: a number, or a schedule of the step.
+    b1: share of the momentum in the update, beside the gradient's.
+    b2: decay of the momentum.
+    weight_decay: as in `adamw`.
+    max_grad_norm: as in `adamw`.
+    learning_rate_by_path: as in `adamw`.
+  """
+  return _optimizer(
+    lambda axes: optax.scale_by_lion(b1, b2),
+    learning_rate,
+    learning_rate_by_path,
+    max_grad_norm,
+    weight_decay,
+    {'name': 'lion', 'b1': b1, 'b2': b2},
+  )
+
+
+def _optimizer(
+  direction: Callable[[PyTree], optax.GradientTransformation],
+  learning_rate: float | optax.Schedule,
+  learning_rate_by_path: Mapping[str, float] | None,
+  max_grad_norm: float | None,
+  weight_decay: float,
+  description: dict[str, Any],
+) -> Optimizer:
+  """Puts around a direction what all optimizers share.
+
+  The state is built alike whatever the rate, the clipping and the decay are:
+  these may change within a run.
+  """
+  name = description['name']
+  for limits, fits, values in (
+    (
+      'from 0 to below 1',
+      lambda x: 0 <= x < 1,
+      {key: description.get(key, 0) for key in ('b1', 'b2')},
+    ),
+    ('from 0', lambda x: x >= 0, {'weight_decay': weight_decay}),
+    ('above 0, or None', lambda x: x > 0, {'max_grad_norm': max_grad_norm}),
+  ):
+    for key, value in values.items():
+      if value is not None and not fits(value):
+        raise ValueError(f'{name}.{key}={value!r}: expected a number {limits}.')
+  schedule = (
+    learning_rate
+    if callable(learning_rate)
+    else optax.constant_schedule(learning_rate)
+  )
+  by_path = dict(learning_rate_by_path or {})
+  _check_numbers(by_path)
+  is_trained = [
+    [pattern, multiple > 0] for pattern, multiple in by_path.items()
+  ]
+  has_frozen = 0 in by_path.values()
+  if has_frozen:  # The slots are of the rest alone.
+    description = description | {'is_trained_by_path': is_trained}
+
+  def make(axes):
+    leaves = jax.tree_util.tree_leaves_with_path(axes)
+    multiples = _multiples([_join(path) for path, _ in leaves], by_path)
+    transform = optax.chain(
+      optax.identity()
+      if max_grad_norm is None
+      else optax.clip_by_global_norm(max_grad_norm),
+      direction(axes),
+      optax.add_decayed_weights(weight_decay, _is_decayed),
+      optax.scale_by_learning_rate(schedule),
+      _multiply(multiples) if by_path else optax.identity(),
+    )
+    if not has_frozen:
+      return transform
+    return optax.partition(
+      {'trained': transform, 'frozen': optax.set_to_zero()},
+      lambda params: _map_by_path(
+        lambda path, _: 'trained' if multiples[path] else 'frozen', params
+      ),
+    )
+
+  return Optimizer(make, schedule, description)
+
+
+def _check_numbers(by_path: Mapping[str, float]) -> None:
+  for pattern, multiple in by_path.items():
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise ValueError(
+        f'learning_rate_by_path: {pattern!r} is no regular expression: {error}.'
+      ) from error
+    if not 0 <= multiple < math.inf:
+      raise ValueError(
+        f'learning_rate_by_path: {pattern!r} has {multiple!r}; expected a '
+        'number that the learning rate is multiplied by, from 0.'
+      )
+
+
+def _multiples(
+  paths: list[str], by_path: Mapping[str, float]
+) -> dict[str, float]:
+  """Returns what the learning rate of each path is multiplied by.
+
+  Raises:
+    ValueError: names the patterns that decide nothing, and all paths.
+  """
+  multiples: dict[str, float] = {}
+  idle = []
+  for pattern, multiple in by_path.items():
+    first = [
+      path
+      for path in paths
+      if path not in multiples and re.fullmatch(pattern, path)
+    ]
+    multiples |= dict.fromkeys(first, multiple)
+    if not first:
+      idle.append(pattern)
+  if idle:
+    raise ValueError(
+      f'learning_rate_by_path: {", ".join(map(repr, idle))} decides nothing. '
+      'A pattern must match the whole path of a trained parameter that none '
+      'before it matches. The paths are:\n  ' + '\n  '.join(paths)
+    )
+  return dict.fromkeys(paths, 1.0) | multiples
+
+
+def _multiply(
+  multiples: Mapping[str, float],
+) -> optax.GradientTransformation:
+  """Multiplies updates by numbers given by path."""
+  return optax.stateless(
+    lambda updates, params: _map_by_path(
+      lambda path, update: update * multiples[path], updates
+    )
+  )
+
+
+def _is_decayed(params: PyTree) -> PyTree:
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: path[-1].key in ('kernel', 'embedding'), params
+  )
+
+
+def _map_by_path(fn: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: fn(_join(path), leaf), tree
+  )
+
+
+def _join(path: tuple[Any, ...]) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator='/')

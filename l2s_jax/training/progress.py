@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training run has done since it last said so, and how fast.
+
+Reads the sums of each step once the devices are done with it, stops the run at
+a loss that is not finite, and says so when data do not come. Writing numbers is
+`evaluation/metric_writer.py`'s.
+"""
+
+import collections
+import contextlib
+import math
+import pathlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from l2s_jax.data import batching
+from l2s_jax.runtime import chips, distributed, files
+
+# Seconds without a batch after which a word is said, again and again.
+PATIENCE_SECS = 60.0
+
+
+class Progress:
+  """Sums since the last log, of steps whose loss was seen to be finite.
+
+  The sums are part of a checkpoint: what is logged after a restart is what
+  would have been logged without it, save for the speeds.
+
+  Attributes:
+    sums: by name; with `num_steps`, `num_prompt_tokens` and `num_examples`.
+  """
+
+  def __init__(
+    self,
+    run_dir: pathlib.Path,
+    sums: Mapping[str, float],
+    *,
+    clock: Mapping[str, float] | None = None,
+    example_flops: Callable[[float, float], float] | None = None,
+  ):
+    """Starts the clock.
+
+    Args:
+      run_dir: gets the batch of a step that went wrong.
+      sums: from the checkpoint, or none.
+      clock: from the checkpoint, what `clock` returned; None: the run begins.
+      example_flops: of training on an example with so many tokens of prompt
+        and of answer, for the utilisation; None leaves it out.
+    """
+    self.sums = dict(sums)
+    self._run_dir = run_dir
+    self._example_flops = example_flops
+    self._began = clock['began'] if clock else time.time()
+    self._productive_secs = clock['productive_secs'] if clock else 0.0
+    self._underway: collections.deque[tuple[int, Any, batching.Batch]] = (
+      collections.deque()
+    )
+    self._start_clock()
+
+  def add(
+    self, step: int, sums: Mapping[str, jax.Array], batch: batching.Batch
+  ) -> None:
+    """Adds a step that the devices have yet to finish.
+
+    Waits for the one before it, so that they always have one to do, and never
+    many.
+
+    Raises:
+      FloatingPointError: as `settle`.
+    """
+    self._underway.append((step, sums, batch))
+    self.settle(leave=1)
+
+  def settle(self, leave: int = 0) -> None:
+    """Waits for all steps but the last `leave`.
+
+    Raises:
+      FloatingPointError: if the loss, the gradients or the new parameters are
+        not finite; names the step and a file with its batch.
+    """
+    while len(self._underway) > leave:
+      step, device_sums, batch = self._underway.popleft()
+      sums = {k: float(v) for k, v in jax.device_get(device_sums).items()}
+      if not all(
+        math.isfinite(sums[name])
+        for name in ('loss', 'grad_norm', 'param_norm')
+      ):
+        raise FloatingPointError(self._describe_failure(step, sums, batch))
+      sums['num_steps'] = 1
+      sums['num_prompt_tokens'] = int((batch['encoder_segment_ids'] > 0).sum())
+      sums['num_examples'] = int(batch['decoder_segment_ids'].max(1).sum())
+      for name, value in sums.items():
+        self.sums[name] = self.sums.get(name, 0.0) + value
+
+  def _describe_failure(
+    self, step: int, sums: Mapping[str, float], batch: batching.Batch
+  ) -> str:
+    path = self._run_dir / 'non_finite' / f'step-{step}.npz'
+    if distributed.is_first():
+      with files.whole(path, 'wb') as file:
+        np.savez(file, **dict[str, Any](batch))
+    return (
+      f'Step {step} has a loss of {sums["loss"]}, a gradient norm of '
+      f'{sums["grad_norm"]}, and leaves a parameter norm of '
+      f'{sums["param_norm"]}. Its batch is in {path}. No checkpoint holds what '
+      'came of it. A lower LEARNING_RATE, or DTYPE=float32, may help.'
+    )
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Leaves the time inside out of the speeds; no step may be underway."""
+    start_secs = time.perf_counter()
+    yield
+    self._start_secs += time.perf_counter() - start_secs
+
+  @contextlib.contextmanager
+  def waiting_for_data(self) -> Iterator[None]:
+    """Counts the time inside as spent without data, and tells if it is long."""
+    start_secs = time.perf_counter()
+    with reminding():
+      yield
+    self._waiting_secs += time.perf_counter() - start_secs
+
+  def clock(self) -> dict[str, float]:
+    """Returns when the run began, and the seconds that led to what is saved."""
+    return {
+      'began': self._began,
+      'productive_secs': self._productive_secs + self._secs(),
+    }
+
+  def summary(self) -> dict[str, float]:
+    """Returns what to log, of all steps so far."""
+    self.settle()
+    secs = self._secs()
+    sums, before = self.sums, self._sums_before
+    here = {name: sums[name] - before.get(name, 0.0) for name in sums}
+    tokens = max(sums['loss_weight'], 1.0)
+    summary = {
+      'train/loss': sums['loss'] / tokens,
+      'train/accuracy': sums['num_correct'] / tokens,
+      'train/grad_norm': sums['grad_norm'] / sums['num_steps'],
+      'train/param_norm': sums['param_norm'] / sums['num_steps'],
+      'train/target_tokens_per_sec': here['loss_weight'] / secs,
+      'train/prompt_tokens_per_sec': here['num_prompt_tokens'] / secs,
+      'train/secs_per_step': secs / max(here['num_steps'], 1.0),
+      **self._speeds(here, secs),
+    }
+    if sums.get('z_loss'):
+      summary['train/z_loss'] = sums['z_loss'] / tokens
+    return summary
+
+  def _speeds(self, here: Mapping[str, float], secs: float) -> dict[str, float]:
+    """Returns what is of interest to whoever pays for the devices."""
+    num_devices = jax.device_count()
+    num_tokens = here['loss_weight'] + here['num_prompt_tokens']
+    clock = self.clock()
+    speeds = {
+      'train/tokens_per_sec_per_device': num_tokens / secs / num_devices,
+      'train/examples_per_sec_per_device': (
+        here['num_examples'] / secs / num_devices
+      ),
+      'train/data_wait': self._waiting_secs / secs,
+      'train/goodput': clock['productive_secs']
+      / max(time.time() - clock['began'], 1e-9),
+    }
+    device = jax.local_devices()[0]
+    if memory := device.memory_stats():
+      speeds['train/device_peak_bytes'] = memory['peak_bytes_in_use']
+    chip = chips.of_device(device.device_kind)
+    if chip and self._example_flops and here['num_examples']:
+      flops = here['num_examples'] * self._example_flops(
+        here['num_prompt_tokens'] / here['num_examples'],
+        here['loss_weight'] / here['num_examples'],
+      )
+      speeds['train/mfu'] = flops / secs / num_devices / chip.flops_per_sec
+    return speeds
+
+  def restart(self) -> None:
+    """Starts again from nothing."""
+    self.sums = {}
+    self._productive_secs += self._secs()
+    self._start_clock()
+
+  def _start_clock(self) -> None:
+    self._sums_before = dict(self.sums)
+    self._start_secs = time.perf_counter()
+    self._waiting_secs = 0.0
+
+  def _secs(self) -> float:
+    return time.perf_counter() - self._start_secs
+
+
+@contextlib.contextmanager
+def reminding() -> Iterator[None]:
+  """Tells, again and again, if what is inside brings no batch."""
+  has_come = threading.Event()
+  threading.Thread(
+    target=_remind, args=(has_come, time.perf_counter()), daemon=True
+  ).start()
+  try:
+    yield
+  finally:
+    has_come.set()
+
+
+def _remind(has_come: threading.Event, start_secs: float) -> None:
+  """Says that a batch is late, for as long as it is."""
+  while not has_come.wait(PATIENCE_SECS):
+    print(
+      f'process {jax.process_index()} has waited for a batch for '
+      f'{time.perf_counter() - start_secs:.0f} s: the data source is slow, or '
+      'hangs.',
+      file=sys.stderr,
+      flush=True,
+    )

@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The interface of all tokenizers: text to ids and back, and special ids.
+
+Not here: batching, truncation and appending EOS, which belong to `data/`, and
+the wrapper that makes one of these a `seqio.Vocabulary`, in `data/features.py`.
+"""
+
+import abc
+import copy
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import tokenizers
+
+from l2s_jax.runtime import files as files_lib
+from l2s_jax.vocabularies import (
+  tokenizer_files,
+)
+
+# What to look for among a tokenizer's own special tokens when no file beside
+# it names an EOS.
+WELL_KNOWN_TOKENS = {
+  'bos': ('<s>', '<bos>', '<|begin_of_text|>'),
+  'eos': ('</s>', '<eos>', '<|end_of_text|>', '<|endoftext|>', '<|im_end|>'),
+  'pad': ('<pad>', '[PAD]'),
+  'unk': ('<unk>', '[UNK]'),
+}
+
+
+class Vocabulary(abc.ABC):
+  """A tokenizer read from files, of which it keeps a copy.
+
+  Two vocabularies are equal when their fingerprints are. Copies and pickles
+  carry the files, not the processor, which is built again on first use.
+
+  Attributes:
+    path: where it was loaded from, for people.
+    origin: the folder that it was loaded from, if any.
+    vocab_size: one more than the largest id, extra ids included.
+    num_plain_ids: one more than the largest id that a text may give which names
+      no added or special token.
+    table_rows: of the embedding table that the ids are for; None: not known.
+    start_id: the first token of the decoder's input: what the model's folder
+      says (`decoder_start_token_id`), else BOS where the tokenizer has one,
+      else its pad token (T5), else EOS (GPT-2).
+    eos_id: put behind a prompt and an answer.
+    eos_ids: all that end an answer, `eos_id` first; a model's folder may name
+      several, as those of Llama 3 and Gemma do.
+    bos_id: begins a text where that is the model's way; None without one.
+    pad_id: fills masked slots and means nothing else: 0 where neither tokenizer
+      nor model has one, although 0 is `!` in GPT-2 and `<unk>` in Llama.
+    unk_id: what unknown text becomes, None where nothing is unknown.
+  """
+
+  path: str
+  vocab_size: int
+  num_plain_ids: int
+  table_rows: int | None
+  start_id: int
+  eos_id: int
+  eos_ids: tuple[int, ...]
+  bos_id: int | None
+  pad_id: int
+  unk_id: int | None
+
+  def __init__(
+    self,
+    path: pathlib.Path,
+    files: Mapping[str, bytes],
+    *,
+    vocab_size: int,
+    special_ids: Mapping[str, int],
+    start_id: int | None,
+    eos_id: int | None,
+    pad_id: int | None,
+    num_plain_ids: int | None = None,
+    said_ids: Mapping[str, Any] | None = None,
+  ):
+    """Keeps the files and settles the special ids.
+
+    Args:
+      path: named in errors.
+      files: content by the name under which `load` finds it in a folder.
+      vocab_size: one more than the largest id.
+      special_ids: those of `bos`, `eos`, `pad`, `unk` that the files name, and
+        any others that tell this vocabulary from one of the same files.
+      start_id: overrides the choice; so do `eos_id` and `pad_id`.
+      num_plain_ids: see above; None: as many as there are.
+      said_ids: what the model's folder says, as `tokenizer_files.said_ids`.
+
+    Raises:
+      ValueError: if there is no EOS, or an id is outside the vocabulary.
+    """
+    said = dict(said_ids or {})
+    special_ids = dict(special_ids)
+    said_eos = said.get('eos_token_id') or []
+    for kind, value in (
+      ('eos', said_eos[0] if said_eos else None),
+      ('pad', said.get('pad_token_id')),
+    ):
+      if value is not None and value < vocab_size:
+        special_ids.setdefault(kind, value)
+    if eos_id is None:
+      if 'eos' not in special_ids:
+        raise ValueError(
+          f'{path} names no end-of-sequence token; pass eos_id=.'
+        )
+      eos_id = special_ids['eos']
+      eos_ids = (eos_id, *said_eos)
+    else:
+      eos_ids = (eos_id,)
+    if pad_id is None:
+      pad_id = special_ids.get('pad', 0)
+    bos_id = special_ids.get('bos', said.get('bos_token_id'))
+    if start_id is None:
+      start_id = said.get(
+        'decoder_start_token_id',
+        bos_id if bos_id is not None else special_ids.get('pad', eos_id),
+      )
+    for name, value in (
+      ('start_id', start_id),
+      ('eos_id', eos_id),
+      ('pad_id', pad_id),
+    ):
+      if not 0 <= value < vocab_size:
+        raise ValueError(
+          f'{name}={value} is not an id of {path}: 0 to {vocab_size - 1}.'
+        )
+    self.path = str(path)
+    self.vocab_size = vocab_size
+    self.num_plain_ids = vocab_size if num_plain_ids is None else num_plain_ids
+    self.table_rows = None
+    self.start_id = start_id
+    self.eos_id = eos_id
+    self.eos_ids = tuple(dict.fromkeys(eos_ids))
+    self.bos_id = bos_id
+    self.pad_id = pad_id
+    self.unk_id = special_ids.get('unk')
+    self._files = dict(files)
+    self._special_ids = special_ids
+    self.origin: pathlib.Path | None = None
+    if said:
+      self._files[tokenizer_files.GENERATION_FILE] = (
+        json.dumps(said, indent=2, sort_keys=True) + '\n'
+      ).encode()
+
+  @property
+  def has_pad(self) -> bool:
+    """Whether the files name a pad token; `pad_id` is 0 where they do not."""
+    return 'pad' in self._special_ids
+
+  @property
+  def prefix_ids(self) -> tuple[int, ...]:
+    """The ids that go in front of a text that a model is to continue."""
+    return () if self.bos_id is None else (self.bos_id,)
+
+  @property
+  def special_ids(self) -> dict[str, int]:
+    """The ids of bos, eos, pad and unk, of those that the files name."""
+    return {
+      kind: self._special_ids[kind]
+      for kind in WELL_KNOWN_TOKENS
+      if kind in self._special_ids
+    }
+
+  def encode(self, text: str) -> list[int]:
+    """Returns the ids of `text`, with neither start token nor EOS added.
+
+    Raises:
+      ValueError: if it names a token for which the model has no embedding.
+    """
+    ids = self._encode(text)
+    if self.has_rows_for_all or max(ids, default=0) < (self.table_rows or 0):
+      return ids
+    found = next(token for token in ids if token >= (self.table_rows or 0))
+    raise ValueError(
+      f'the text {shortened(text)!r} holds the token '
+      f'{self._decode([found])!r}, id {found} of {self.path}, and the '
+      f"model's embedding table has {self.table_rows} rows. Take it out of the "
+      'text, or use a model that knows it.'
+    )
+
+  @property
+  def has_rows_for_all(self) -> bool:
+    """Whether the embedding table, if it is known, has a row for each id."""
+    return self.table_rows is None or self.vocab_size <= self.table_rows
+
+  def for_table(self, num_rows: int) -> 'Vocabulary':
+    """Returns the vocabulary of a model whose table has so many rows.
+
+    Ids beyond them are those of tokens that no ordinary text gives, such as
+    Gemma 3's for images; a text that names one is refused.
+
+    Raises:
+      ValueError: if ordinary text gives such ids, or the answer's start, EOS
+        or padding is one.
+    """
+    needed = max(self.num_plain_ids, self.start_id + 1, self.eos_id + 1)
+    if max(needed, self.pad_id + 1) > num_rows:
+      raise ValueError(
+        f'The tokenizer {self.path} has {self.vocab_size} ids, but the '
+        f"model's embedding table has {num_rows} rows "
+        '(TransformerConfig.vocab_size). Use the tokenizer that the model was '
+        'made with.'
+      )
+    if self.table_rows is not None:
+      num_rows = min(num_rows, self.table_rows)
+    bound = copy.copy(self)
+    bound.__dict__.update(self.__dict__)  # The processor too.
+    bound.table_rows = num_rows
+    return bound
+
+  @abc.abstractmethod
+  def _encode(self, text: str) -> list[int]:
+    """Returns the ids of `text`, whether or not the table has them."""
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text of the ids before the first that ends an answer.
+
+    BOS, EOS and pad tokens leave no text; an id outside the vocabulary reads as
+    unknown text, or as none where the tokenizer knows no unknown.
+    """
+    kept: list[int | None] = []
+    for token in map(int, ids):
+      if token in self.eos_ids:
+        break
+      kept.append(token if 0 <= token < self.vocab_size else self.unk_id)
+    return self._decode([token for token in kept if token is not None])
+
+  @abc.abstractmethod
+  def _decode(self, ids: list[int]) -> str:
+    """Returns the text of ids that are all in the vocabulary."""
+
+  def save(self, folder: str | os.PathLike[str]) -> None:
+    """Writes the tokenizer's files, each atomically, for `load(folder)`.
+
+    Extra ids are written into the model; ids passed to `load` are in no file
+    and must be passed again.
+
+    Raises:
+      ValueError: if the folder holds files of another tokenizer, which `load`
+        might read instead.
+    """
+    folder = pathlib.Path(folder)
+    strangers = [
+      name
+      for name in tokenizer_files.ALL_FILES
+      if name not in self._files
+      and name != tokenizer_files.GENERATION_FILE  # of the model, not of us
+      and (folder / name).exists()
+    ]
+    if strangers:
+      raise ValueError(
+        f'{folder} holds {", ".join(strangers)} of another tokenizer beside '
+        f'{", ".join(self._files)}; remove them or save elsewhere.'
+      )
+    for name, content in self._files.items():
+      with files_lib.whole(folder / name, 'wb') as file:
+        file.write(content)
+
+  def fingerprint(self) -> str:
+    """Returns the SHA-256, in hex, of the tokenizer and its special ids."""
+    ids: tuple[Any, ...] = (
+      self.start_id,
+      self.eos_id,
+      self.pad_id,
+      sorted(self._special_ids.items()),
+    )
+    if len(self.eos_ids) > 1:
+      ids += (sorted(self.eos_ids),)
+    digest = hashlib.sha256(repr(ids).encode())
+    for name, content in self._files.items():
+      if name not in tokenizer_files.WITHOUT_PIECES:
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()
+
+  def __eq__(self, other: object) -> bool:
+    if not isinstance(other, Vocabulary):
+      return NotImplemented
+    return self.fingerprint() == other.fingerprint()
+
+  def __hash__(self) -> int:
+    return hash(self.fingerprint())
+
+  def __repr__(self) -> str:
+    return (
+      f'{type(self).__name__}({self.path!r}, '
+      f'vocab_size={self.vocab_size}, start_id={self.start_id}, '
+      f'eos_id={self.eos_id}, pad_id={self.pad_id})'
+    )
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {k: v for k, v in self.__dict__.items() if k != '_processor'}
+
+
+def shortened(text: str) -> str:
+  return text if len(text) <= 80 else f'{text[:77]}...'
+
+
+def special_ids(
+  tokenizer: tokenizers.Tokenizer,
+  side_files: Mapping[str, bytes],
+  folder: pathlib.Path,
+) -> dict[str, int]:
+  """Returns the ids of `bos`, `eos`, `pad` and `unk`, where they exist."""
+  named: dict[str, str] = {}
+  for name, content in side_files.items():
+    values = tokenizer_files.parse_json(content, folder / name)
+    for kind in WELL_KNOWN_TOKENS:
+      key = f'{kind}_token'
+      token = tokenizer_files.token_text(values.get(key), folder / name, key)
+      if token is not None:
+        named[kind] = token
+  vocab = tokenizer.get_vocab()
+  unknown = [
+    f'{kind}_token {token!r}'
+    for kind, token in named.items()
+    if token not in vocab
+  ]
+  if unknown:
+    raise ValueError(
+      f'{", ".join(unknown)}: named by {" or ".join(side_files)} in {folder} '
+      'but not in the vocabulary there; correct the name or the tokenizer.'
+    )
+  if 'eos' not in named:
+    special = {
+      token.content
+      for token in tokenizer.get_added_tokens_decoder().values()
+      if token.special
+    }
+    for kind, names in WELL_KNOWN_TOKENS.items():
+      known = [name for name in names if name in special]
+      if known:
+        named.setdefault(kind, known[0])
+  return {kind: vocab[token] for kind, token in named.items()}

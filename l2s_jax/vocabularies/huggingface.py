@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenizers of the package `tokenizers`: `tokenizer.json`, GPT-2's files."""
+
+import copy
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import tokenizers
+
+from l2s_jax.vocabularies import (
+  auto_tokenizer,
+  base,
+  tokenizer_files,
+  tokenizer_parts,
+)
+
+
+class HuggingFaceVocabulary(base.Vocabulary):
+  """A `tokenizer.json`, or GPT-2's files, read by the package tokenizers.
+
+  Special tokens written in the text (`</s>`, `<extra_id_0>`) encode to their
+  ids, as in transformers; SentencePiece reads the same text letter by letter.
+  """
+
+  def __init__(
+    self,
+    path: str | os.PathLike[str],
+    *,
+    start_id: int | None = None,
+    eos_id: int | None = None,
+    pad_id: int | None = None,
+    contents: Mapping[str, bytes] | None = None,
+    said_ids: Mapping[str, Any] | None = None,
+  ):
+    """Reads a tokenizer and the special tokens named beside it.
+
+    Args:
+      path: a `tokenizer.json`, or a folder with `vocab.json` and `merges.txt`.
+        The special tokens are those of `tokenizer_config.json` and
+        `special_tokens_map.json` in the same folder; where these name no EOS,
+        those that the tokenizer marks special and whose names are well known.
+      start_id: overrides the files; so do `eos_id` and `pad_id`.
+      contents: of these files, where they are not those of the disk.
+      said_ids: see `Vocabulary`.
+
+    Raises:
+      FileNotFoundError: if a file is missing.
+      ValueError: if a file is broken, `vocab.json` is not GPT-2's, a special
+        token is not in the vocabulary, or as `Vocabulary`.
+    """
+    path = pathlib.Path(path)
+    folder = path if path.is_dir() else path.parent
+    if contents is not None:
+      files = {
+        n: c
+        for n, c in contents.items()
+        if n not in tokenizer_files.SPECIAL_FILES
+      }
+      side_files = {
+        n: c for n, c in contents.items() if n in tokenizer_files.SPECIAL_FILES
+      }
+    else:
+      if path.is_dir():
+        files = {
+          name: tokenizer_files.read(path / name)
+          for name in tokenizer_files.GPT2_FILES
+        }
+      else:
+        files = {tokenizer_files.TOKENIZER_FILE: tokenizer_files.read(path)}
+      side_files = tokenizer_files.read_special_files(folder)
+    tokenizer = _hugging_face_tokenizer(files, path)
+    added = tokenizer.get_added_tokens_decoder()
+    ids = tokenizer.get_vocab().values()
+    super().__init__(
+      path,
+      {**files, **side_files},
+      vocab_size=max(ids) + 1,
+      special_ids=base.special_ids(tokenizer, side_files, folder),
+      start_id=start_id,
+      eos_id=eos_id,
+      pad_id=pad_id,
+      num_plain_ids=max((n for n in ids if n not in added), default=0) + 1,
+      said_ids=said_ids,
+    )
+    # Of a folder, what transformers makes of it; else the file as it is.
+    self._is_resolved = contents is not None
+    self._says_bos = False
+    self._silent_ids = {
+      self._special_ids[kind]
+      for kind in ('bos', 'eos', 'pad')
+      if kind in self._special_ids
+    }
+
+  @functools.cached_property
+  def _processor(self) -> tokenizers.Tokenizer:
+    return _hugging_face_tokenizer(self._files, self.path)
+
+  def save(self, folder: str | os.PathLike[str]) -> None:
+    """As `Vocabulary.save`; names the class that reads the file as it is."""
+    if self._is_resolved or tokenizer_files.TOKENIZER_FILE not in self._files:
+      return super().save(folder)
+    config = json.loads(self._files.get(tokenizer_files.CONFIG_FILE, b'{}'))
+    for key in ('added_tokens_decoder', 'extra_special_tokens'):
+      config.pop(key, None)
+    config.pop('additional_special_tokens', None)
+    config['tokenizer_class'] = 'PreTrainedTokenizerFast'
+    for kind, number in self.special_ids.items():
+      config[f'{kind}_token'] = self._processor.id_to_token(number)
+    plain = copy.copy(self)
+    plain._is_resolved = True
+    plain._files = {
+      name: content
+      for name, content in self._files.items()
+      if name not in tokenizer_files.SPECIAL_FILES
+    } | {
+      tokenizer_files.CONFIG_FILE: (
+        json.dumps(config, indent=2) + '\n'
+      ).encode()
+    }
+    return plain.save(folder)
+
+  @property
+  def prefix_ids(self) -> tuple[int, ...]:
+    """What the tokenizer puts in front of a text: its BOS, or nothing.
+
+    That is for its post-processor to say, then for `add_bos_token`. Where
+    neither does, Llama's and Gemma's have always had one, and these models
+    compute little of use without.
+    """
+    text = 'a'
+    ids = self._processor.encode(text, add_special_tokens=True).ids
+    (first, *_) = self._processor.encode(text, add_special_tokens=False).ids
+    prefix = tuple(ids[: ids.index(first)])
+    if prefix or self.bos_id is None or not self._says_bos:
+      return prefix
+    return (self.bos_id,)
+
+  def _encode(self, text: str) -> list[int]:
+    try:
+      return self._processor.encode(text, add_special_tokens=False).ids
+    except BaseException as error:
+      if not tokenizer_files.is_panic(error):
+        raise
+      raise ValueError(
+        f'{self.path} is a broken tokenizer: it fails on the text '
+        f'{base.shortened(text)!r}. Copy or download it again.'
+      ) from error
+
+  def _decode(self, ids: list[int]) -> str:
+    # Not skip_special_tokens: it would drop <unk> and the sentinels too, which
+    # SentencePiece shows.
+    return self._processor.decode(
+      [token for token in ids if token not in self._silent_ids],
+      skip_special_tokens=False,
+    )
+
+
+def _hugging_face_tokenizer(
+  files: Mapping[str, bytes], path: str | os.PathLike[str]
+) -> tokenizers.Tokenizer:
+  """Builds a tokenizer that neither truncates nor pads."""
+  if tokenizer_files.TOKENIZER_FILE in files:
+    content = files[tokenizer_files.TOKENIZER_FILE]
+  else:
+    content = gpt2_json(files, path)
+  file = pathlib.Path(path)
+  auto_tokenizer.check(tokenizer_files.parse_json(content, file), file)
+  with tokenizer_files.refusing(path):
+    tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.decode(tokenizer.encode('a', add_special_tokens=False).ids)
+  if not tokenizer.get_vocab():
+    raise ValueError(f'{path} is not a Hugging Face tokenizer: it is empty.')
+  return tokenizer
+
+
+def gpt2_json(
+  files: Mapping[str, bytes], path: str | os.PathLike[str]
+) -> bytes:
+  """Returns the `tokenizer.json` that GPT-2's two files amount to."""
+  folder = pathlib.Path(path)
+  vocab, merges = tokenizer_parts.parse_gpt2_files(
+    [files[name] for name in tokenizer_files.GPT2_FILES], folder
+  )
+  content = tokenizer_parts.gpt2_json(vocab, merges)
+  if content is None:
+    raise ValueError(
+      f'{folder / tokenizer_files.GPT2_FILES[0]} has no '
+      f'{tokenizer_parts.GPT2_EOS}, so it is not of GPT-2, and another '
+      'model may split text otherwise; give its '
+      'tokenizer.json.'
+    )
+  return json.dumps(content).encode()

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokenizer in a GGUF file's metadata, as the files it was made from.
+
+Byte-level BPE becomes a tokenizer.json, SentencePiece's pieces a model file.
+The weights are in `gguf_file.py`.
+"""
+
+import pathlib
+import struct
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import tokenizers
+
+from l2s_jax.runtime import files
+
+# By `tokenizer.ggml.pre`: what cuts text before the merges, besides bytes.
+_QWEN2_SPLIT = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+  r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+# As in SentencePiece.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+# By `tokenizer.ggml.model`: the file, and SentencePiece's number of the model.
+_SENTENCEPIECE = {'llama': ('tokenizer.model', 2), 't5': ('spiece.model', 1)}
+# By the names of tokenizer_config.json.
+_SPECIAL = {
+  'unk_token': 'unknown',
+  'bos_token': 'bos',
+  'eos_token': 'eos',
+  'pad_token': 'padding',
+}
+
+
+class _Table(NamedTuple):
+  """The tokens by id, what kind each is, its score, and the special ids."""
+
+  tokens: list[str]
+  kinds: list[int]
+  scores: list[float]
+  special_ids: dict[str, int]
+
+
+def save(
+  metadata: Mapping[str, Any], folder: pathlib.Path, location: str
+) -> bool:
+  """Writes the files of a tokenizer; returns whether it is one known here.
+
+  Args:
+    metadata: of a GGUF file.
+    folder: where to.
+    location: of the GGUF file, named in errors.
+
+  Raises:
+    ValueError: if a list is missing that nothing can stand for, or is not as
+      long as that of the tokens.
+  """
+  kind = metadata.get('tokenizer.ggml.model')
+  if kind == 'gpt2':
+    table = _table(metadata, location)
+    tokenizer = _byte_pairs(metadata, table, location)
+    if tokenizer is None:
+      return False
+    with files.whole(folder / 'tokenizer.json') as file:
+      file.write(tokenizer.to_str())
+  elif kind in _SENTENCEPIECE:
+    table = _table(metadata, location)
+    name, model_type = _SENTENCEPIECE[kind]
+    model = _sentencepiece(metadata, table, model_type)
+    if model is None:
+      return False
+    with files.whole(folder / name, 'wb') as file:
+      file.write(model)
+  else:
+    return False
+  special = {name: table.tokens[i] for name, i in table.special_ids.items()}
+  # As llama.cpp takes it where nothing is said.
+  adds = {'add_bos_token': kind == 'llama', 'add_eos_token': kind == 't5'}
+  said = {
+    name: bool(metadata.get(f'tokenizer.ggml.{name}', default))
+    for name, default in adds.items()
+  }
+  files.write_json(folder / 'tokenizer_config.json', special | said)
+  return True
+
+
+def _table(metadata: Mapping[str, Any], location: str) -> _Table:
+  """Returns the table, all tokens alike where nothing is said of them."""
+  tokens = _required(metadata, 'tokenizer.ggml.tokens', location)
+  _check_lists(metadata, location)
+  ids = {
+    ours: metadata.get(f'tokenizer.ggml.{theirs}_token_id', -1)
+    for ours, theirs in _SPECIAL.items()
+  }
+  # A converter's -1 is read as 2**32 - 1.
+  special_ids = {n: i for n, i in ids.items() if 0 <= i < len(tokens)}
+  kinds = [_NORMAL] * len(tokens)
+  for i in special_ids.values():
+    kinds[i] = _CONTROL  # SentencePiece takes no other for them.
+  kinds = metadata.get('tokenizer.ggml.token_type', kinds)
+  scores = metadata.get('tokenizer.ggml.scores', [0.0] * len(tokens))
+  for name, column in (('token_type', kinds), ('scores', scores)):
+    if len(column) != len(tokens):
+      raise ValueError(
+        f'{location}: tokenizer.ggml.{name} has {len(column)} entries, '
+        f'tokenizer.ggml.tokens {len(tokens)}. Download or make it again.'
+      )
+  return _Table(tokens, kinds, scores, special_ids)
+
+
+# What the lists of the metadata hold.
+_LISTS: Mapping[str, type | tuple[type, ...]] = {
+  'tokens': str,
+  'token_type': int,
+  'scores': (int, float),
+  'merges': str,
+  'precompiled_charsmap': int,
+}
+
+
+def _check_lists(metadata: Mapping[str, Any], location: str) -> None:
+  """Refuses lists of something else, and special ids that are none."""
+  for name, kind in _LISTS.items():
+    value = metadata.get(f'tokenizer.ggml.{name}', [])
+    if not isinstance(value, list) or not all(
+      isinstance(entry, kind) for entry in value
+    ):
+      raise ValueError(
+        f'{location}: tokenizer.ggml.{name} is no list of '
+        f'{"texts" if kind is str else "numbers"}. Download or make it again.'
+      )
+  for name in _SPECIAL.values():
+    value = metadata.get(f'tokenizer.ggml.{name}_token_id', -1)
+    if not isinstance(value, int):
+      raise ValueError(
+        f'{location}: tokenizer.ggml.{name}_token_id is no number. Download or '
+        'make it again.'
+      )
+  if not all(
+    0 <= byte < 256
+    for byte in metadata.get('tokenizer.ggml.precompiled_charsmap', [])
+  ):
+    raise ValueError(
+      f'{location}: tokenizer.ggml.precompiled_charsmap holds no bytes. '
+      'Download or make it again.'
+    )
+
+
+def _required(metadata: Mapping[str, Any], key: str, location: str) -> Any:
+  if key not in metadata:
+    raise ValueError(
+      f'{location} lacks {key}, without which its tokenizer '
+      f'({metadata["tokenizer.ggml.model"]}) cannot be made. Make the file '
+      'again from the Hugging Face folder, or convert that.'
+    )
+  return metadata[key]
+
+
+def _byte_pairs(
+  metadata: Mapping[str, Any], table: _Table, location: str
+) -> tokenizers.Tokenizer | None:
+  """Returns a byte-level BPE; None if how it cuts text is not known here."""
+  pre_tokenizers = tokenizers.pre_tokenizers
+  pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  by_name: dict[str, list[Any]] = {
+    'smollm': [
+      pre_tokenizers.Digits(individual_digits=True),
+      pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ],
+    'gpt-2': [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    'qwen2': [
+      pre_tokenizers.Split(tokenizers.Regex(_QWEN2_SPLIT), 'isolated'),
+      pieces,
+    ],
+  }
+  name = metadata.get('tokenizer.ggml.pre')
+  if name not in by_name:
+    return None
+  merges = [
+    tuple(merge.split(' ', 1))
+    for merge in _required(metadata, 'tokenizer.ggml.merges', location)
+  ]
+  vocab = {token: i for i, token in enumerate(table.tokens)}
+  for merge in merges:
+    if len(merge) != 2 or not {*merge, ''.join(merge)} <= vocab.keys():
+      raise ValueError(
+        f'{location}: tokenizer.ggml.merges has {" ".join(merge)!r}, which '
+        'joins no two tokens into a third. Download or make it again.'
+      )
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+  if name == 'qwen2':
+    tokenizer.normalizer = tokenizers.normalizers.NFC()
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(by_name[name])
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  for token, kind in zip(table.tokens, table.kinds, strict=True):
+    if kind == _CONTROL:
+      tokenizer.add_special_tokens([token])
+    elif kind == _USER_DEFINED:
+      tokenizer.add_tokens([tokenizers.AddedToken(token, normalized=False)])
+  return tokenizer
+
+
+def _sentencepiece(
+  metadata: Mapping[str, Any], table: _Table, model_type: int
+) -> bytes | None:
+  """Returns a SentencePiece model: a ModelProto, written by hand.
+
+  None if no piece stands for what is unknown: SentencePiece demands one. Its
+  fields: 1 a piece (1 text, 2 score, 3 type), 2 the trainer's (3 is 1 for
+  unigrams and 2 for BPE, 35 byte fallback, from 40 the ids and from 45 the
+  texts of unk, bos, eos and pad), 3 the normalizer's (1 name, 2 its table, 3
+  whether a space is put in front, 4 whether extra spaces are removed).
+  """
+
+  def message(field: int, content: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(content)) + content
+
+  def number(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value & (1 << 64) - 1)
+
+  special = [table.special_ids.get(name, -1) for name in _SPECIAL]
+  kinds = list(table.kinds)
+  if special[0] < 0:
+    if _UNKNOWN in kinds:
+      special[0] = kinds.index(_UNKNOWN)
+    elif '<unk>' in table.tokens:
+      special[0] = table.tokens.index('<unk>')
+    else:
+      return None
+  kinds[special[0]] = _UNKNOWN
+  # llama.cpp matches these in the text itself, where spaces are spaces.
+  tokens = [
+    token.replace(' ', '▁') if kind == _USER_DEFINED else token
+    for token, kind in zip(table.tokens, kinds, strict=True)
+  ]
+  while kinds[-1] == _UNUSED:  # Rows of the table that stand for nothing.
+    kinds.pop()
+  model = b''.join(
+    message(
+      1,
+      message(1, text.encode())
+      + b'\x15'
+      + struct.pack('<f', score)
+      + number(3, kind),
+    )
+    for text, score, kind in zip(tokens, table.scores, kinds, strict=False)
+  )
+  trainer = number(3, model_type) + number(35, int(_BYTE in kinds))
+  for i, token in enumerate(special):
+    trainer += number(40 + i, token)
+    if token >= 0:
+      trainer += message(45 + i, tokens[token].encode())
+  prefix = 'tokenizer.ggml.'
+  charsmap = metadata.get(prefix + 'precompiled_charsmap', [])
+  normalizer = (
+    message(1, b'nmt_nfkc' if len(charsmap) else b'identity')
+    + message(2, bytes(charsmap))
+    + number(3, int(metadata.get(prefix + 'add_space_prefix', True)))
+    + number(4, int(metadata.get(prefix + 'remove_extra_whitespaces', False)))
+  )
+  return model + message(2, trainer) + message(3, normalizer)
+
+
+def _varint(value: int) -> bytes:
+  encoded = bytearray()
+  while value > 0x7F:
+    encoded.append(value & 0x7F | 0x80)
+    value >>= 7
+  return bytes([*encoded, value])

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights in a Hugging Face folder: config.json beside files of tensors.
+
+Reading goes through a family's table of names (`weights/families/t5_names.py`,
+`weights/families/gpt_names.py`) one tensor at a time. Tokenizers are not here
+but in `vocabularies/loading.py`, the files themselves in `tensor_files.py`.
+"""
+
+import functools
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l2s_jax.models import config as config_lib
+from l2s_jax.runtime import distributed
+from l2s_jax.weights import misfits, source
+from l2s_jax.weights.families import config_json as config_json_lib
+from l2s_jax.weights.families import (
+  gpt_names,
+  llama_names,
+  name_table,
+  t5_names,
+  wrappers,
+)
+from l2s_jax.weights.families.name_table import Family
+from l2s_jax.weights.formats import tensor_files
+from l2s_jax.weights.formats.tensor_files import Tensor
+
+CONFIG = 'config.json'
+# In which T5Gemma says again what concerns one side.
+SUB_CONFIGS = ('encoder', 'decoder')
+_SPECIAL_IDS = (
+  'bos_token_id',
+  'eos_token_id',
+  'pad_token_id',
+  'decoder_start_token_id',
+)
+
+FAMILIES = t5_names.FAMILIES | gpt_names.FAMILIES | llama_names.FAMILIES
+
+
+def config_json(
+  model_type: str, config: config_lib.TransformerConfig
+) -> dict[str, Any]:
+  """Returns the config.json of a family that says what `config` says."""
+  family = FAMILIES[model_type]
+  return {
+    'model_type': model_type,
+    'architectures': [family.architecture],
+    **family.unparse(config),
+  }
+
+
+def model_types(config: config_lib.TransformerConfig) -> list[str]:
+  """Returns the families whose config.json can say what `config` says.
+
+  The usual one comes first where several can: a T5 v1.1, then an mT5. How a
+  model is run or was initialised is not asked.
+  """
+  unasked = dict.fromkeys(
+    (*config_lib.RUNTIME_FIELDS, 'kernel_init_stddev', 'embedding_init_stddev')
+  )
+
+  def fits(model_type: str) -> bool:
+    theirs = config_json(model_type, config)
+    is_tied = config.logits_via_embedding
+    try:
+      again = FAMILIES[model_type].parse(theirs, is_tied)
+    except ValueError:
+      return False
+    return config.to_json() | unasked == again.to_json() | unasked
+
+  return [name for name in FAMILIES if fits(name)]
+
+
+class Model:
+  """The weights of one model by the names that transformers gives them.
+
+  Attributes:
+    special_ids: what config.json says of token ids, by its keys; a list of
+      ids where several end an answer. T5Gemma's also has them a level deeper,
+      as it does here.
+    left_out: a clause on what of the model is not read; '' where all is.
+  """
+
+  def __init__(
+    self,
+    location: str,
+    described_by: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+  ):
+    """Finds our tensors among theirs and checks them.
+
+    Args:
+      location: named in errors.
+      described_by: what `config` was read from, named in errors.
+      config: as config.json has it.
+      tensors: by the names in the file.
+
+    Raises:
+      ValueError: if the family is not supported, or the tensors are not those
+        that the config describes; lists all of these.
+    """
+    self.location = location
+    family = _family(described_by, config)
+    config = config_json_lib.Checked(config)
+    self.model_type: str | None = config['model_type']
+    wrapper = wrappers.prefix(tensors.keys(), family)
+    if wrapper:
+      distributed.say_once(
+        f'{location}: all tensors have {wrapper!r} in front of their names, as '
+        'wrappers of a model put it there; it is taken off.'
+      )
+    self._tensors, self._stored = _by_name_of_table(
+      tensors, family, wrapper, location
+    )
+    try:
+      self.special_ids = _special_ids(config)
+      is_tied = self._is_tied(config, family)
+      self.config = family.parse(config, is_tied)
+      remark = family.remark(config, is_tied)
+      self.left_out = family.left_out(config)
+    except config_json_lib.MissingError as error:
+      raise ValueError(f'{described_by} lacks {error.args[0]}.') from error
+    except ValueError as error:
+      raise ValueError(f'{described_by}: {error}.') from error
+    if remark:
+      distributed.say_once(f'{location}: {remark}.')
+    causes = misfits.layers(
+      family.rows, self.config, self._tensors, family.sizes
+    )
+    if causes and self._asks_for_too_much():
+      raise ValueError(self._misfit(described_by, causes, ()))
+    self._sizes = name_table.axis_sizes(self.config)
+    self._names = {row.path: self._name(row) for row in family.rows}
+    found = {
+      row.path
+      for row in family.rows
+      if any(name in self._tensors for name in row.names(self.config))
+    }
+    demanded = source.demanded_paths(self.config, found)
+    self._rows = {row.path: row for row in family.rows if row.path in demanded}
+    causes += misfits.widths(
+      self._rows.values(),
+      self.config,
+      {name: tensor.shape for name, tensor in self._tensors.items()},
+      family.sizes,
+    )
+    problems = self._problems(family)
+    if problems:
+      raise ValueError(self._misfit(described_by, causes, problems))
+
+  def _asks_for_too_much(self) -> bool:
+    """Returns whether there are fewer tensors than layers."""
+    config = self.config
+    most = max(config.num_encoder_layers, config.num_decoder_layers)
+    return most > max(len(self._tensors), 100)
+
+  def _name(self, row: name_table.Row) -> str:
+    """Returns what the files call a row, `{layer}` where each has one."""
+    first = row.theirs.format(layer=0)
+    stored = self._stored.get(first, '')
+    if not stored.endswith(first):  # It is not there, or has another name.
+      return stored or row.theirs
+    return stored.removesuffix(first) + row.theirs
+
+  def _misfit(
+    self, described_by: str, causes: Sequence[str], problems: Sequence[str]
+  ) -> str:
+    because = f': {"; ".join(causes)}' if causes else ''
+    return (
+      f'The tensors in {self.location} are not those that {described_by} '
+      f'describes{because}. Use the files as they were saved together'
+      + (f':\n{misfits.listed(problems)}' if problems else '.')
+    )
+
+  def step(self) -> int | None:
+    return None
+
+  def shapes(self) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    return {
+      path: jax.ShapeDtypeStruct(
+        row.our_shape(self.config, self._sizes), self._dtype(row)
+      )
+      for path, row in self._rows.items()
+    }
+
+  def _dtype(self, row: name_table.Row) -> np.dtype:
+    """Returns the dtype that holds all layers of a row as stored."""
+    names = row.names(self.config)
+    stored = {tensor_files.DTYPES[self._tensors[name].dtype] for name in names}
+    return functools.reduce(jnp.promote_types, map(jnp.dtype, stored))
+
+  def read(self, path: tuple[str, ...], layer: int | None = None) -> np.ndarray:
+    row = self._rows[path]
+    names = row.names(self.config)
+    if row.is_stacked and layer is None:
+      return np.stack([self.read(path, i) for i in range(len(names))])
+    tensor = self._tensors[names[layer or 0]]
+    array = tensor.read().astype(self._dtype(row), copy=False)
+    return row.to_ours(array, self._sizes)
+
+  def name(self, path: tuple[str, ...]) -> str:
+    return self._names.get(path, '/'.join(path))
+
+  def digest(self, path: tuple[str, ...]) -> str | None:
+    del path
+    return None
+
+  def _is_tied(self, config: Mapping[str, Any], family: Family) -> bool:
+    """Returns whether the output head is the embedding table.
+
+    A head of its own has the last word: transformers 5 writes
+    tie_word_embeddings as true into the config.json of every T5, tied or not.
+    """
+    names = {row.ours: row.theirs for row in family.rows}
+    head, table = (
+      names['logits_dense/kernel'],
+      names.get(
+        'decoder_token_embedder/embedding', names['token_embedder/embedding']
+      ),
+    )
+    if not family.may_be_tied(config):
+      return False
+    if head not in self._tensors:
+      return True
+    if table not in self._tensors:
+      return False
+    first, second = self._tensors[head], self._tensors[table]
+    is_readable = {first.dtype, second.dtype} <= tensor_files.DTYPES.keys()
+    return (
+      is_readable
+      and first.shape == second.shape
+      and np.array_equal(first.read(), second.read())
+    )
+
+  def _problems(self, family: Family) -> list[str]:
+    """Returns what is missing, unknown, or of another shape, a line each."""
+    problems = []
+    known = set()
+    for row in self._rows.values():
+      expected = row.shape(self._sizes)
+      for name in row.names(self.config):
+        known.add(name)
+        if name not in self._tensors:
+          problems.append(f'{name} ({row.ours}) {expected}: missing')
+        elif self._tensors[name].shape != expected:
+          problems.append(
+            f'{name} ({row.ours}): expected {expected}, found '
+            f'{self._tensors[name].shape}'
+          )
+        elif self._tensors[name].dtype not in tensor_files.DTYPES:
+          problems.append(
+            f'{name}: expected one of {", ".join(tensor_files.DTYPES)}, found '
+            f'{self._tensors[name].dtype}; quantized weights are not supported'
+          )
+    ours = {n: row.ours for row in family.rows for n in row.names(self.config)}
+    if self.config.logits_via_embedding:
+      # A tied head that is stored all the same is the table again.
+      known |= {n for n in ours if ours[n] == 'logits_dense/kernel'}
+    ignored = family.ignored
+    if not self.config.has_decoder:
+      ignored += r'|(decoder|lm_head)\..*'
+    problems += [
+      f'{name}{f" ({ours[name]})" if name in ours else ""} {tensor.shape}: '
+      'unknown'
+      for name, tensor in self._tensors.items()
+      if name not in known and not re.fullmatch(ignored, name)
+    ]
+    return problems
+
+
+class Folder(Model):
+  """A folder as `save_pretrained` leaves it."""
+
+  def __init__(self, folder: pathlib.Path):
+    """Reads config.json and the headers of the weights.
+
+    Raises:
+      FileNotFoundError: if there are no weights, or some are missing.
+      ValueError: if a file is broken, or as `Model`.
+    """
+    path = folder / CONFIG
+    config = tensor_files.read_json(path)
+    _family(str(path), config)  # Before a large file is opened.
+    tensors = tensor_files.open_folder(folder)
+    super().__init__(str(folder), str(path), config, tensors)
+
+
+def _family(described_by: str, config: Mapping[str, Any]) -> Family:
+  """Returns the family, after what it demands of config.json."""
+  model_type = config.get('model_type')
+  if not isinstance(model_type, str) or model_type not in FAMILIES:
+    raise ValueError(
+      f'{described_by}: model_type is {config_lib.shorten(repr(model_type))}; '
+      f'supported are {", ".join(FAMILIES)}.'
+    )
+  family = FAMILIES[model_type]
+  problems = [f'{key}: missing' for key in family.required if key not in config]
+  problems += [
+    f'{key}: only {value!r} is supported, found '
+    f'{config_lib.shorten(repr(config[key]))}'
+    for key, value in family.fixed.items()
+    if config.get(key, value) != value
+  ]
+  if problems:
+    raise ValueError(
+      f'{described_by} does not describe a {model_type} that can be read:\n  '
+      + '\n  '.join(problems)
+    )
+  return family
+
+
+def _special_ids(config: Mapping[str, Any]) -> dict[str, Any]:
+  ids = {key: config[key] for key in _SPECIAL_IDS if key in config}
+  parts = ((name, config[name]) for name in SUB_CONFIGS if name in config)
+  return ids | {name: _special_ids(part) for name, part in parts}
+
+
+def _by_name_of_table(
+  tensors: Mapping[str, Tensor], family: Family, wrapper: str, location: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+  """Returns all tensors by the names in the family's table, and their own."""
+  stored: dict[str, str] = {}
+  for name in tensors:
+    inner = name.removeprefix(wrapper).removeprefix(family.prefix)
+    if inner in stored:
+      raise ValueError(
+        f'{location} has both {stored[inner]} and {name}, which are one tensor '
+        'of the model. Remove the one that it is not.'
+      )
+    stored[inner] = name
+  for name, aliases in family.aliases.items():
+    for alias in aliases:
+      if name not in stored and alias in stored:
+        stored[name] = stored.pop(alias)
+  return {inner: tensors[name] for inner, name in stored.items()}, stored

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opens whatever a model is named by: a folder, a file, a name on the Hub."""
+
+import pathlib
+
+from l2s_jax.models import config as config_lib
+from l2s_jax.weights import source as source_lib
+
+ADAPTER = 'adapter_config.json'  # of the package peft
+
+
+def open_source(location: str, step: int | None = None) -> source_lib.Source:
+  """Opens whatever a model is named by.
+
+  Args:
+    location: a run of ours, a converted or a Hugging Face folder, a checkpoint
+      of T5X, a GGUF file, or a name on the Hub, where there is no such folder.
+    step: the checkpoint of a run or of T5X; None takes the newest.
+
+  Raises:
+    FileNotFoundError: if there are no weights that are known.
+    ValueError: if they are broken, or a part of a model, or `step` is asked
+      for of what has one model alone.
+  """
+  from l2s_jax.weights import converted, hub, runs
+  from l2s_jax.weights.formats import (
+    gguf_file,
+    huggingface,
+    t5x,
+    tensor_files,
+  )
+
+  folder = pathlib.Path(location)
+  if hub.is_name(location):
+    folder = hub.download(location)
+  if (folder / 'model.json').is_file():
+    return runs.Run(folder, step)
+  # TensorFlow left a file `checkpoint` beside some.
+  is_theirs = (folder / huggingface.CONFIG).is_file() and tensor_files.are_in(
+    folder
+  )
+  if not is_theirs and t5x.is_checkpoint(folder):
+    return t5x.Checkpoint(folder, step)
+  if step is not None and folder.exists():
+    raise ValueError(
+      f'{location} is one model, without steps, and step {step} was asked for. '
+      'Leave the step out.'
+    )
+  if (folder / converted.DESCRIPTION).is_file():
+    return converted.Folder(folder)
+  if gguf_file.is_file(folder):
+    return gguf_file.File(folder)
+  check_no_adapter(folder)
+  if (folder / huggingface.CONFIG).is_file():
+    return huggingface.Folder(folder)
+  raise FileNotFoundError(_what_it_is_not(folder))
+
+
+def check_no_adapter(folder: pathlib.Path) -> None:
+  """Refuses a folder of LoRA's matrices alone, and says of which model."""
+  from l2s_jax.weights.formats import tensor_files
+
+  path = folder / ADAPTER
+  if not path.is_file() or tensor_files.are_in(folder):
+    return
+  content = tensor_files.read_json(path)
+  kind, base = (
+    config_lib.shorten(str(content.get(key)))
+    for key in ('peft_type', 'base_model_name_or_path')
+  )
+  raise ValueError(
+    f'{folder} is a {kind} adapter of {base}, not a model. Merge the two and '
+    "name the folder that this leaves: peft's PeftModel.from_pretrained("
+    f"model, '{folder}').merge_and_unload().save_pretrained(FOLDER), with the "
+    'tokenizer copied beside it.'
+  )
+
+
+def _what_it_is_not(folder: pathlib.Path) -> str:
+  from l2s_jax.weights import converted
+
+  if not folder.exists():
+    return (
+      f'{folder} is missing: expected a folder of weights, a GGUF file or a '
+      'checkpoint of T5X.'
+    )
+  if folder.is_file():
+    return (
+      f'{folder} is no weights file that can be named alone: expected GGUF, or '
+      "T5X's msgpack; of safetensors and pytorch_model.bin name the folder."
+    )
+  files = sorted(path.name for path in folder.glob('*.gguf'))
+  return (
+    f'{folder} is not a folder of weights: it has neither '
+    f'{converted.DESCRIPTION} (a converted folder) nor model.json (a run of '
+    'ours) nor config.json (a Hugging Face folder) nor checkpoint_STEP (T5X).'
+    + (f' Name one of its files: {", ".join(files[:5])}.' if files else '')
+  )
