@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of the source tree, beside the contracts of imports in pyproject.toml."""
+"""Laws of the source tree, beside the contracts of pyproject.toml."""
 
 import ast
 import pathlib
@@ -40,7 +40,8 @@ def public_modules(package):
   (names,) = (
     ast.literal_eval(node.value)
     for node in tree.body
-    if isinstance(node, ast.Assign) and node.targets[0].id == '__all__'
+    if isinstance(node, ast.Assign)
+    and ast.unparse(node.targets[0]) == '__all__'
   )
   return names
 
