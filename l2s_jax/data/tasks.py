@@ -279,7 +279,7 @@ def bind(
   whatever the task did, so that a truncated sequence has none and can be
   counted; the raw answer stays beside the ids as `targets_pretokenized`.
 
-  No data are read yet; `data.check_task` looks for them.
+  No data are read yet; `streams.check_task` looks for them.
 
   Args:
     name: of a SeqIO task or mixture, `local`, `mixture`, or either of these

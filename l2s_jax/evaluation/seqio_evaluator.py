@@ -59,7 +59,7 @@ class TaskEvaluator:
       batch_size: of the batches that are predicted.
       num_examples: the first so many of each task; None: all.
       num_bootstrap_samples: for a confidence interval beside each score, see
-        `metrics.with_intervals`; 0: none.
+        `corpus.with_intervals`; 0: none.
 
     Raises:
       ValueError: if the task is not bound, no task has the split and metrics,

@@ -126,7 +126,7 @@ class Generator:
 
     Args:
       prepared: what `prepare` returned.
-      batch: the encoder keys; with `first_tokens`, see `data.continuing`, the
+      batch: the encoder keys; with `first_tokens`, see `batching.continuing`, the
         answers go on where the prompts end.
       row_ids: each row's index in the input, from which its samples are
         drawn; by default its place in the batch.

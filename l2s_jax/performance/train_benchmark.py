@@ -71,7 +71,7 @@ _WORDS = """\
 Times are medians over {rounds} rounds, with quartiles; contenders take turns.
 A step is forwards, backwards and AdamW, dropout as the config has it, on a
 batch of full rows that is on the device already. Tokens are those of prompts
-and answers. GFLOP/s are of what the formula counts (`costs.train_flops`), not
+and answers. GFLOP/s are of what the formula counts (`flops.train_flops`), not
 of what an engine may compute beside it; MFU is its part of the chip's peak,
 where that is known. `LLM reads + SLM` is the sum of two rows, round by round.
 Memory is what XLA plans: arguments and scratch.

@@ -27,7 +27,7 @@ class Tower:
   """One language model as a user names it: pretrained, fresh, or between.
 
   Attributes:
-    path: its weights, see `weights.open_source`; None starts from random
+    path: its weights, see `opening.open_source`; None starts from random
       parameters.
     config: how it is built; None takes the one that came with `path`. Text
       is a name whose percent sign was forgotten, and refused.
@@ -109,7 +109,7 @@ class System:
     llm_step: the checkpoint of the LLM's run; None: the newest, or no run.
     llm_fingerprint: of the frozen weights; None until they were read.
     continues: whether answers go on where prompts end, as those of a
-      decoder-only model as it came do; see `data.continuing`.
+      decoder-only model as it came do; see `batching.continuing`.
   """
 
   module: l2s.LlmToSlm | language_model.LanguageModel

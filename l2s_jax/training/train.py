@@ -181,7 +181,7 @@ def train(
     num_microbatches: parts a batch is computed in, one after another.
     pack: whether a row holds as many examples as fit; for encoder-decoders.
     length_buckets: shorter lengths that a batch may have, as
-      `data.bucket_lengths` takes them. A step is compiled for each.
+      `streams.bucket_lengths` takes them. A step is compiled for each.
     label_smoothing: probability given to all tokens in equal parts.
     z_loss: weight of the squared log of the softmax's denominator.
     eval_period: steps between evaluations; None evaluates at the end.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """ByT5's tokenizer, which has no model file: every byte of UTF-8 is an id.
 
-Found by `vocabularies.load` in a folder whose `tokenizer_config.json` names
+Found by `loading.load` in a folder whose `tokenizer_config.json` names
 ByT5Tokenizer; `{"tokenizer_class": "ByT5Tokenizer"}` is enough of one. A folder
 is read as transformers reads it, that file named alone as SeqIO does.
 """

@@ -16,8 +16,8 @@ def load(
   """Returns the tokenizer beside weights, or in them.
 
   Args:
-    location: what the weights are named by, see `weights.open_source`.
-    extra_ids: see `vocabularies.load`.
+    location: what the weights are named by, see `opening.open_source`.
+    extra_ids: see `loading.load`.
     setting: what else names a tokenizer, for the error.
 
   Raises:
