@@ -200,4 +200,3 @@ def test_answers_of_an_older_version_go_on(tmp_path):
   change(path, 'decoding', depth=3)
   with pytest.raises(ValueError, match='has decoding.depth, which this l2s'):
     predictions.settle(tmp_path, {'decoding': now}, {'decoding': now})
-
