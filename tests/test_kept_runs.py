@@ -11,12 +11,20 @@ import pathlib
 import shutil
 
 import gin
+import jax
 import numpy as np
 import pytest
 from kept_runs import make
 
 from l2s_jax import __main__ as command_line
-from l2s_jax import checkpoint, run_format, systems, weights
+from l2s_jax import (
+  checkpoint,
+  parameters,
+  partition,
+  run_format,
+  systems,
+  weights,
+)
 from l2s_jax.models import config as config_lib
 
 KEPT = pathlib.Path(__file__).parent / 'kept_runs'
@@ -36,6 +44,11 @@ def folder(request, tmp_path):
 def run(*arguments):
   assert command_line.main(list(arguments)) == 0
   gin.clear_config()
+
+
+def load(folder, name, llm='llm'):
+  llm_path = None if name == 'llm' else str(folder / llm)
+  return systems.load(folder / name, llm_path=llm_path)
 
 
 def read_expected(folder, name):
@@ -66,12 +79,8 @@ def test_training_goes_on(name, folder):
   assert make.LAST_STEP in before
   check_close(make.losses(folder / name), read_expected(folder, name)['losses'])
   check_described(folder / name)
-  # What it has saved now it goes on from, too.
-  system = systems.load(folder / name, llm_path=str(folder / 'llm'))
-  assert (
-    systems.pin_llm(system, folder / name).describe().keys()
-    == system.describe().keys()
-  )
+  # Its checkpoints, of the one and of the other format, are of one run.
+  load(folder, name)
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -118,22 +127,28 @@ def test_it_is_converted(name, folder):
     np.testing.assert_array_equal(ours.read(path), theirs.read(path))
 
 
-@pytest.mark.parametrize('llm', ['llm', 'converted'])
-def test_it_is_the_llm_of_a_new_run(llm, folder):
+def test_they_are_the_llm_and_the_slm_of_a_new_run(folder):
   run(
     *make.train_arguments(folder, 'l2s'),
     f'--gin.MODEL_DIR={folder / "new"}',
-    f'--gin.LLM_PATH={folder / llm}',
     f'--gin.SLM_PATH={folder / "l2s"}',
     '--gin.SLM=None',
     '--gin.TRAIN_STEPS=1',
   )
   assert checkpoint.steps(folder / 'new') == [1]
-  old, new = (
-    systems.load(folder / name, llm_path=str(folder / 'llm'))
-    for name in ('l2s', 'new')
-  )
-  assert new.llm_fingerprint == old.llm_fingerprint
+  old = load(folder, 'l2s')
+  assert load(folder, 'new').llm_fingerprint == old.llm_fingerprint
+
+
+@pytest.mark.parametrize('llm', ['llm', 'converted'])
+def test_weights_have_the_fingerprint_that_runs_were_trained_with(llm, folder):
+  mesh_config = partition.MeshConfig(data=1)
+  mesh = partition.make_mesh(mesh_config, jax.devices()[:1])
+  # A converted folder has no steps, of which the run names one.
+  system = dataclasses.replace(load(folder, 'gpt', llm), llm_step=None)
+  layout = parameters.layout(system, mesh, mesh_config)
+  read, _ = parameters.load_frozen(system, layout)  # Which compares them.
+  assert read.llm_fingerprint == system.llm_fingerprint is not None
 
 
 def test_a_version_with_another_field_goes_on(folder, monkeypatch):
@@ -148,7 +163,8 @@ def test_a_version_with_another_field_goes_on(folder, monkeypatch):
   for name in ('__init__', '__eq__', '__hash__', '__dataclass_fields__'):
     monkeypatch.setattr(config, name, getattr(later, name))
   monkeypatch.setitem(config.__annotations__, 'later', float)
-  run(*make.train_arguments(folder, 'l2s'), *make.RESUMING)
-  assert checkpoint.steps(folder / 'l2s')[-1] == make.RESUMED_STEPS
+  before = checkpoint.steps(folder / 'l2s')
+  run(*make.train_arguments(folder, 'l2s'))  # Restores, and has no step to do.
+  assert checkpoint.steps(folder / 'l2s') == before
   content = json.loads((folder / 'l2s' / systems.DESCRIPTION).read_text())
   assert content['slm']['later'] == content['llm']['later'] == 0.5
