@@ -29,6 +29,7 @@ from l2s_jax import (
   parameters,
   partition,
   report,
+  run_format,
   sampling,
   systems,
   tasks,
@@ -396,8 +397,7 @@ def evaluate(
     name = f'{task.name}-{split}'
     # Scores are compared with those of the same settings alone.
     settings = {
-      # JSON knows no tuples, and these are compared with what it kept.
-      'decoding': json.loads(json.dumps(dataclasses.asdict(decoding))),
+      'decoding': _as_json(decoding),
       'num_examples': num_examples,
       'task_feature_lengths': dict(task_feature_lengths),
       'max_decode_len': max_decode_len or task_feature_lengths['targets'],
@@ -430,6 +430,11 @@ def evaluate(
       _write_curves(folder / 'eval', name, settings, evaluator.signatures)
     distributed.wait_for_all('evaluate')
   return results
+
+
+def _as_json(decoding: sampling.Decoding) -> dict[str, Any]:
+  """Returns what JSON keeps of settings; it knows no tuples."""
+  return json.loads(json.dumps(dataclasses.asdict(decoding)))
 
 
 def format_scores(
@@ -546,12 +551,14 @@ def _write_curves(
   file alone.
   """
   found = read_scores(folder / f'metrics-{name}.json')
+  defaults = {'decoding': _as_json(sampling.Decoding())}
   by_control: dict[str, dict[int, dict[str, float]]] = {}
   for step in sorted(found, key=int):
     for control, scores in found[step].items():
       # Earlier versions kept no signatures, and had these.
       signed = scores.pop('signatures', signatures)
-      if scores.pop('settings', None) == settings and signed == signatures:
+      theirs = run_format.with_defaults(scores.pop('settings', {}), defaults)
+      if theirs == settings and signed == signatures:
         by_control.setdefault(control, {})[int(step)] = scores
   for control, by_step in by_control.items():
     label = name if control == 'none' else f'{name}-{control}'

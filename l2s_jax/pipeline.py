@@ -6,6 +6,7 @@ memory is bounded. Where lines come from is the affair of `prompts.py`, what
 becomes of records that of `predictions.py`.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -17,7 +18,14 @@ from typing import IO, Any
 
 import tqdm
 
-from l2s_jax import distributed, locks, predictions, prompts, text_files
+from l2s_jax import (
+  distributed,
+  locks,
+  predictions,
+  prompts,
+  sampling,
+  text_files,
+)
 from l2s_jax.answerer import Prompt, PromptAnswerer
 
 # Lines that are sorted by length together, in batches of the greatest length;
@@ -256,6 +264,7 @@ def answer_lines(
       'num_shards': part.count,
       'prompts_sha256': survey.sha256,
     },
+    defaults={'decoding': dataclasses.asdict(sampling.Decoding())},
   )
   path = folder / part.name('predictions', '.jsonl')
   if distributed.from_first(path.is_file()):

@@ -21,6 +21,7 @@ from l2s_jax import (
   files,
   generate,
   partition,
+  run_format,
   sampling,
   speculative,
   vocabularies,
@@ -32,8 +33,7 @@ from l2s_jax.weights import hub, own_tokenizer, runs
 
 PyTree = Any
 
-FORMAT_VERSION = 1
-DESCRIPTION = 'model.json'
+DESCRIPTION = run_format.RUN
 VOCABULARIES = runs.VOCABULARIES
 
 
@@ -139,7 +139,7 @@ class System:
 
   def describe(self) -> dict[str, Any]:
     """Returns what `model.json` holds."""
-    description: dict[str, Any] = {'format_version': FORMAT_VERSION}
+    description = run_format.stamp()
     if isinstance(self.module, l2s.LlmToSlm):
       description |= {
         'kind': 'llm_to_slm',
@@ -343,7 +343,7 @@ def save(system: System, run_dir: str | pathlib.Path) -> None:
     # A run may have moved with its LLM; the fingerprint tells it is the same.
     found = runs.read_description(folder)
     found.setdefault('special_ids', description['special_ids'])  # Older runs.
-    differences = files.differences(found, description, ignored=runs.MAY_CHANGE)
+    differences = runs.differences(found, description)
     if differences:
       raise ValueError(
         f'{folder} holds another run. Choose another MODEL_DIR, or remove it '
@@ -387,11 +387,6 @@ def load(run_dir: str | pathlib.Path, *, llm_path: str | None = None) -> System:
       'the MODEL_DIR of a training run.'
     )
   description = runs.read_description(folder)
-  if description['format_version'] > FORMAT_VERSION:
-    raise ValueError(
-      f'{path} has format version {description["format_version"]}; this '
-      f'l2s_jax reads up to {FORMAT_VERSION}. Update l2s_jax.'
-    )
   prompt, answer = (
     runs.load_vocabulary(folder, description, name)
     for name in ('prompt', 'answer')

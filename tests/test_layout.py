@@ -11,6 +11,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / 'l2s_jax'
 # Lower may import higher, never the other way (docs/design.md).
 ORDER = (
   'files',
+  'run_format',
   'chips',
   'compilation',
   'preemption',

@@ -13,6 +13,7 @@ from l2s_jax import (
   cldr,
   parameters,
   partition,
+  run_format,
   systems,
   vocabularies,
 )
@@ -111,4 +112,6 @@ def test_summary_counts_frozen_and_trainable(system):
 
 
 def test_description_is_json(system):
-  assert json.loads(json.dumps(system.describe()))['format_version'] == 1
+  assert json.loads(json.dumps(system.describe()))['format_version'] == (
+    run_format.FORMAT_VERSION
+  )

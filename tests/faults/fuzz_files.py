@@ -36,6 +36,7 @@ from l2s_jax import (
   os_errors,
   predictions,
   report,
+  run_format,
   vocabularies,
 )
 
@@ -106,7 +107,7 @@ def _read_scores(folder: pathlib.Path) -> None:
 
 
 _SETTINGS = {
-  'format_version': predictions.FORMAT_VERSION,
+  'format_version': run_format.FORMAT_VERSION,
   'checkpoint_path': '/runs/x',
   'checkpoint_saved_nsecs': 1784190845012345678,
   'decoding': {'temperature': 0.0, 'stop': [], 'num_beams': 1},
