@@ -129,7 +129,7 @@ class SeqioVocabulary(seqio.Vocabulary):
     return f'SeqioVocabulary({self.vocabulary!r})'
 
 
-class SentencePieceVocabulary(SeqioVocabulary):
+class SeqioSentencePiece(SeqioVocabulary):
   """Encodes in TensorFlow's own op: no Python in the input pipeline."""
 
   @functools.cached_property
@@ -165,7 +165,7 @@ def wrap_vocabulary(vocabulary: vocabularies.Vocabulary) -> SeqioVocabulary:
   # TensorFlow's op would not refuse ids beyond the embedding table.
   is_model = isinstance(vocabulary, vocabularies.SentencePieceVocabulary)
   if is_model and vocabulary.has_rows_for_all:
-    return SentencePieceVocabulary(vocabulary)
+    return SeqioSentencePiece(vocabulary)
   return SeqioVocabulary(vocabulary)
 
 
@@ -178,7 +178,7 @@ def encodes_alike(vocabulary: seqio.Vocabulary, bound: SeqioVocabulary) -> bool:
     return vocabulary.vocabulary == bound.vocabulary
   if not (
     isinstance(vocabulary, seqio.SentencePieceVocabulary)
-    and isinstance(bound, SentencePieceVocabulary)
+    and isinstance(bound, SeqioSentencePiece)
   ):
     return False
   models = [

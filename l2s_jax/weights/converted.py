@@ -29,7 +29,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
-class Folder:
+class ConvertedFolder:
   """A converted folder."""
 
   def __init__(self, folder: pathlib.Path):

@@ -78,7 +78,7 @@ def model_types(config: config_lib.TransformerConfig) -> list[str]:
   return [name for name in FAMILIES if fits(name)]
 
 
-class Model:
+class HuggingFaceWeights:
   """The weights of one model by the names that transformers gives them.
 
   Attributes:
@@ -276,7 +276,7 @@ class Model:
     return problems
 
 
-class Folder(Model):
+class HuggingFaceFolder(HuggingFaceWeights):
   """A folder as `save_pretrained` leaves it."""
 
   def __init__(self, folder: pathlib.Path):
@@ -284,7 +284,7 @@ class Folder(Model):
 
     Raises:
       FileNotFoundError: if there are no weights, or some are missing.
-      ValueError: if a file is broken, or as `Model`.
+      ValueError: if a file is broken, or as `HuggingFaceWeights`.
     """
     path = folder / CONFIG
     config = tensor_files.read_json(path)
