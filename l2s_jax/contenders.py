@@ -20,9 +20,11 @@ from flax import traverse_util
 
 from l2s_jax import (
   costs,
+  data,
   decode,
   files,
   generate,
+  partition,
   peers,
   random_weights,
   sampling,
@@ -196,7 +198,7 @@ def _find_models(
   configs = models[LLM].config, models[SLM].config
   is_shared = configs[0].vocab_size == configs[1].vocab_size
   module = l2s.LlmToSlm(*configs, injection, is_shared)
-  shapes = costs.shapes_of(module)
+  shapes = partition.param_shapes(module)
 
   def read(path: weights.Path) -> np.ndarray:
     return random_weights.draw(configs[1], path, shapes[path].shape, seed)
@@ -378,7 +380,7 @@ def _with_pair(
   to_eos: bool,
 ) -> Iterator[Writer]:
   """Yields LLM-to-SLM and speculative decoding, in each quantization."""
-  shapes = costs.shapes_of(pair.module)
+  shapes = partition.param_shapes(pair.module)
   between = traverse_util.unflatten_dict(
     {
       path: jnp.asarray(pair.read(path), dtype)
@@ -417,7 +419,7 @@ def _with_pair(
 
 def _of_llm(pair: Pair) -> set[str]:
   """Returns the names of the LLM's parts that LLM-to-SLM has."""
-  shapes = costs.shapes_of(pair.module)
+  shapes = partition.param_shapes(pair.module)
   return {path[1] for path in shapes if path[0] == 'llm'}
 
 
@@ -506,10 +508,9 @@ def _our_contender(
         llm_quantization=quantization,
       ),
     )
-    batch = {
-      'encoder_input_tokens': prompts,
-      'encoder_segment_ids': np.ones_like(prompts),
-    }
+    batch = data.prompt_batch(
+      prompts.tolist(), length=prompts.shape[1], pad_id=ids.pad
+    )
     return timing.OurRun(generator, params, batch)
 
   return Writer(

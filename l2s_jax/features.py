@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from l2s_jax import packing, vocabularies
+from l2s_jax import batch_keys, packing, vocabularies
 
 
 @contextlib.contextmanager
@@ -407,18 +407,9 @@ class L2SFeatureConverter(seqio.FeatureConverter):
   }
   MODEL_FEATURES = {
     **{
-      key: seqio.FeatureConverter.FeatureSpec(dtype=tf.int32)
-      for key in (
-        'encoder_input_tokens',
-        'encoder_segment_ids',
-        'decoder_input_tokens',
-        'decoder_target_tokens',
-        'decoder_segment_ids',
-      )
+      key: seqio.FeatureConverter.FeatureSpec(dtype=tf.as_dtype(dtype))
+      for key, (_, dtype) in batch_keys.KEYS.items()
     },
-    'decoder_loss_weights': seqio.FeatureConverter.FeatureSpec(
-      dtype=tf.float32
-    ),
     **{
       key: seqio.FeatureConverter.FeatureSpec(dtype=tf.int32, rank=0)
       for key in ('encoder_truncated', 'decoder_truncated')

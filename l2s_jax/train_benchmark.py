@@ -24,6 +24,7 @@ from l2s_jax import (
   costs,
   files,
   optim,
+  packing,
   partition,
   report,
   speed_report,
@@ -271,16 +272,15 @@ def _batch(
 
   prompts = draw(reader.vocab_size, prompt_length)
   answers = draw(_config(module).vocab_size, answer_length)
-  shifted = np.roll(answers, 1, axis=1)
-  shifted[:, 0] = 0
-  return {
-    'encoder_input_tokens': prompts,
-    'encoder_segment_ids': np.ones_like(prompts),
-    'decoder_input_tokens': shifted,
-    'decoder_target_tokens': answers,
-    'decoder_segment_ids': np.ones_like(answers),
-    'decoder_loss_weights': np.ones(answers.shape, np.float32),
-  }
+  return packing.lay_out(
+    list(prompts),
+    list(answers),
+    range(batch_size),
+    task_feature_lengths={'inputs': prompt_length, 'targets': answer_length},
+    prompt_pad_id=0,
+    answer_pad_id=0,
+    start_id=0,
+  )
 
 
 def _config(module: costs.Module) -> Any:

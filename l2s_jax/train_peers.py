@@ -14,7 +14,7 @@ import gin
 import jax
 import jax.numpy as jnp
 
-from l2s_jax import data, peers
+from l2s_jax import batch_keys, data, peers
 from l2s_jax.models import config as config_lib
 
 # Does one step, waits for it, and returns its loss in nats a target token.
@@ -124,12 +124,8 @@ def _load_t5x(config: config_lib.TransformerConfig, batch: data.Batch) -> Step:
     learning_rate=LEARNING_RATE, weight_decay=0.0
   )
   model = models.EncoderDecoderModel(module, vocabulary, vocabulary, definition)
-  keys = (
-    'encoder_input_tokens',
-    'decoder_input_tokens',
-    'decoder_target_tokens',
-    'decoder_loss_weights',
-  )
+  # T5X tells padding by its id.
+  keys = [key for key in batch_keys.KEYS if not key.endswith('_segment_ids')]
   arrays = jax.device_put({key: batch[key] for key in keys})
   variables = model.get_initial_variables(
     jax.random.key(0),

@@ -21,9 +21,9 @@ import tokenizers
 from flax import traverse_util
 
 from l2s_jax import (
+  batch_keys,
   decode,
   files,
-  parameters,
   partition,
   systems,
   vocabularies,
@@ -198,7 +198,7 @@ def random_params(module: Module, seed: int = 0) -> dict[str, Any]:
   shapes, _ = partition.abstract_params(
     functools.partial(module.init, deterministic=True),
     jax.random.key(0),
-    parameters.example_batch(1, 2, 2),
+    batch_keys.example_batch(1, 2, 2),
   )
   generator = np.random.default_rng(seed)
 

@@ -21,6 +21,7 @@ ORDER = (
   'input_files',
   'record_files',
   'text_files',
+  'batch_keys',
   'partition',
   'models.config',
   'models.layers',

@@ -17,7 +17,7 @@ import pytest
 import safetensors.numpy
 from flax import traverse_util
 
-from l2s_jax import checkpoint, parameters, partition, state, weights
+from l2s_jax import batch_keys, checkpoint, partition, state, weights
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
 from l2s_jax.weights import huggingface, rows
@@ -120,7 +120,7 @@ def model_shapes(config):
   shapes, _ = partition.abstract_params(
     lambda key, batch: module.init(key, batch, deterministic=True),
     jax.random.key(0),
-    parameters.example_batch(1, 2, 2),
+    batch_keys.example_batch(1, 2, 2),
   )
   return shapes
 
@@ -559,8 +559,8 @@ def test_all_that_the_model_lacks_is_said_at_once(t5_folder):
     '  encoder/layers/mlp/wi/kernel '
     '(encoder.block.{layer}.layer.1.DenseReluDense.wi.weight) (3, 16, 20): '
     'missing\n'
-    '  token_embedder/embedding (shared.weight): the model has (65, 16), the '
-    'weights have (64, 16)'
+    '  token_embedder/embedding (shared.weight): expected (65, 16), found '
+    '(64, 16)'
   )
 
 
