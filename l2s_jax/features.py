@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from l2s_jax import batch_keys, packing, vocabularies
+from l2s_jax import batch_keys, packing, seqio_internals, vocabularies
 
 
 @contextlib.contextmanager
@@ -283,11 +283,9 @@ class CachedSource(seqio.DataSource):
     )
 
   def _open(self, split: str) -> seqio.DataSource:
-    placeholder = self._task._cache_dataset_placerholder
-    return seqio.dataset_providers._CachedDataSource(
-      self.folder,
-      split,
-      file_shuffle_buffer_size=placeholder.file_shuffle_buffer_size,
+    placeholder = seqio_internals.cache_placeholder(self._task)
+    return seqio_internals.cached_source(
+      self.folder, split, placeholder.file_shuffle_buffer_size
     )
 
 
@@ -304,7 +302,7 @@ def translate_cached_ids(task: seqio.Task) -> Callable[..., tf.data.Dataset]:
   """
   steps = [
     step.func if isinstance(step, functools.partial) else step
-    for step in task.preprocessors[: task._cache_step_idx]
+    for step in seqio_internals.preprocessors_around_cache(task)[0]
   ]
   tokenizers = [n for n, step in enumerate(steps) if step in _TOKENIZE_STEPS]
   # Ids that a later step has changed are no longer those of the text.

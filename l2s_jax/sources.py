@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from l2s_jax import cldr, input_files, text_files
+from l2s_jax import cldr, input_files, seqio_internals, text_files
 from l2s_jax.record_files import Record
 from l2s_jax.text_files import BadLine
 
@@ -456,7 +456,7 @@ def check_tfds(
   if loader.tfds_splits and split not in loader.tfds_splits:
     return  # Each split is a data set of its own.
   name, data_dir = loader.get_split_params(split)
-  if name is None or loader._builder_kwargs:
+  if name is None or seqio_internals.has_builder_kwargs(loader):
     return
   if tfds.core.naming.parse_builder_name_kwargs(name)[0].namespace:
     return
@@ -476,7 +476,7 @@ def check_tfds(
       + ('DATA_DIR' if data_dir else "TFDS's own default, as DATA_DIR is None")
       + f'. {command}'
     ) from error
-  tfds_split = loader._map_split(split)
+  tfds_split = seqio_internals.tfds_split(loader, split)
   if tfds_split not in builder.info.splits:
     return
   missing = [

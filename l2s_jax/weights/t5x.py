@@ -17,14 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.serialization
-import gin.config_parser
 import jax
 import jax.numpy as jnp
 import msgpack
 import numpy as np
 import tensorstore
 
-from l2s_jax import weights
+from l2s_jax import gin_internals, weights
 from l2s_jax.models import config as config_lib
 from l2s_jax.weights import misfits, rows, tensor_files
 from l2s_jax.weights.rows import Row
@@ -587,7 +586,7 @@ def _fields_beside(path: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
   return path, {}
 
 
-class _Delegate(gin.config_parser.ParserDelegate):
+class _Delegate(gin_internals.ParserDelegate):
   """Keeps references as text: T5X's functions are not here to be named."""
 
   def configurable_reference(self, scoped_name, evaluate):
@@ -600,9 +599,9 @@ class _Delegate(gin.config_parser.ParserDelegate):
 def _read_gin(text: str) -> dict[str, Any]:
   """Returns the fields that T5X's config.gin binds of T5Config."""
   macros, fields = {}, {}
-  parser = gin.config_parser.ConfigParser(text, _Delegate())
+  parser = gin_internals.ConfigParser(text, _Delegate())
   for statement in parser:
-    if not isinstance(statement, gin.config_parser.BindingStatement):
+    if not isinstance(statement, gin_internals.BindingStatement):
       continue
     if not statement.arg_name:
       macros[f'%{statement.selector}'] = statement.value
