@@ -28,7 +28,7 @@ from google.protobuf import (
 
 from l2s_jax import input_files
 
-Record = dict[str, Any]
+Fields = dict[str, Any]
 
 _ROWS_AT_ONCE = 1024
 _MOST_SHOWN = 80  # characters
@@ -65,7 +65,7 @@ message_type { name: "Example"
 
 def json_list(
   path: epath.Path, name: str
-) -> Iterator[tuple[int, Record | str]]:
+) -> Iterator[tuple[int, Fields | str]]:
   """Yields the elements of a list: objects, or texts, which become a column.
 
   Args:
@@ -128,7 +128,7 @@ def has_half_characters(value: Any) -> bool:
   return False
 
 
-def parquet(path: epath.Path) -> Iterator[tuple[int, Record | str]]:
+def parquet(path: epath.Path) -> Iterator[tuple[int, Fields | str]]:
   """Yields the rows of a Parquet file, columns within columns as dicts.
 
   Raises:
@@ -163,7 +163,7 @@ def parquet(path: epath.Path) -> Iterator[tuple[int, Record | str]]:
     ) from error
 
 
-def _rows(batch: Any) -> Iterator[Record | str]:
+def _rows(batch: Any) -> Iterator[Fields | str]:
   try:
     rows: list[Any] = batch.to_pylist()
   except UnicodeDecodeError:
@@ -177,7 +177,7 @@ def _rows(batch: Any) -> Iterator[Record | str]:
     yield row if isinstance(row, str) else _plain(row)
 
 
-def tfrecord(path: epath.Path) -> Iterator[tuple[int, Record | str]]:
+def tfrecord(path: epath.Path) -> Iterator[tuple[int, Fields | str]]:
   """Yields the features of each `tf.train.Example` of a TFRecord file.
 
   A feature with one value is that value, one with several a list.

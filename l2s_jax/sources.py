@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from l2s_jax import cldr, input_files, seqio_internals, text_files
-from l2s_jax.record_files import Record
+from l2s_jax.record_files import Fields
 from l2s_jax.text_files import BadLine
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ class _Lines:
     self._reasons: collections.Counter[str] = collections.Counter()
     self.num_with: collections.Counter[str] = collections.Counter()
 
-  def add(self, row: Record | BadLine) -> Record | None:
+  def add(self, row: Fields | BadLine) -> Fields | None:
     """Counts a line; returns it if it is good.
 
     Raises:
@@ -304,7 +304,7 @@ def _read_table(
   return tf.data.Dataset.from_tensor_slices(values)
 
 
-def _wrong_type(row: Record, columns: Columns) -> str | None:
+def _wrong_type(row: Fields, columns: Columns) -> str | None:
   """Returns what is wrong with columns that may be missing, if anything."""
   for name in columns.optional:
     if not isinstance(text_files.value(row, name), str | None):
@@ -317,7 +317,7 @@ def _wrong_type(row: Record, columns: Columns) -> str | None:
   return None
 
 
-def _texts(row: Record, name: str) -> list[str]:
+def _texts(row: Fields, name: str) -> list[str]:
   """Returns the texts of a column, those that are blank left out."""
   value = text_files.value(row, name)
   values = value if isinstance(value, list) else [value]

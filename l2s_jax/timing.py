@@ -175,7 +175,7 @@ class OurRun:
     draft_len = self._generator.decoding.draft_len
     if not draft_len:
       return None
-    return speculative.acceptance(self._generation.state, draft_len).rate
+    return speculative.acceptance(self._generation.state, draft_len)
 
 
 def measure(

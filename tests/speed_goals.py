@@ -7,7 +7,7 @@ on answers to EOS alone, which only trained weights and real prompts have.
 
 Judges the rows of a report, of generation or of training:
 
-    python tests/speed_goals.py BENCHMARK_DIR/benchmark.json
+    PYTHONPATH=. python tests/speed_goals.py BENCHMARK_DIR/benchmark.json
 """
 
 import dataclasses

@@ -4,7 +4,7 @@
 import helpers
 import seqio
 
-from l2s_jax import batch_keys, data, features
+from l2s_jax import batch_keys, features
 
 LENGTHS = {'inputs': 5, 'targets': 4}
 
@@ -15,7 +15,7 @@ def described(batch):
 
 def test_a_batch_is_what_its_example_says():
   vocabulary = helpers.vocabulary()
-  batch = data.pad_and_shift(
+  batch = helpers.pad_and_shift(
     [[7, 1], [8, 9, 1]],
     [[6, 1], [1]],
     task_feature_lengths=LENGTHS,

@@ -133,7 +133,7 @@ def test_what_a_run_exports_says_where_answers_start_and_end(madlad, tmp_path):
 
 def test_training_starts_answers_where_inference_does(madlad):
   vocabulary = vocabularies.load(madlad)
-  batch = data.pad_and_shift(
+  batch = helpers.pad_and_shift(
     [[5, 2]],
     [[6, 7, 2]],
     task_feature_lengths={'inputs': 4, 'targets': 4},

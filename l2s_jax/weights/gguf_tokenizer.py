@@ -243,8 +243,9 @@ def _sentencepiece(
     {'model_type': model_type, 'byte_fallback': _BYTE in kinds}
   ]
   for name, token in zip(('unk', 'bos', 'eos', 'pad'), special, strict=True):
-    text = {f'{name}_piece': tokens[token]} if token >= 0 else {}
-    trainer.append({f'{name}_id': token, **text})
+    trainer.append({f'{name}_id': token})
+    if token >= 0:
+      trainer[-1][f'{name}_piece'] = tokens[token]
   return (
     _MODELS.ModelProto(pieces=pieces).SerializeToString()
     + _with_trainer(trainer)
