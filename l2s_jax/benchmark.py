@@ -11,7 +11,6 @@ import dataclasses
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import gin
 import numpy as np
@@ -23,7 +22,6 @@ from l2s_jax import (
   costs,
   evaluate,
   gin_utils,
-  goals,
   report,
   speed_report,
   systems,
@@ -34,10 +32,8 @@ from l2s_jax import (
 from l2s_jax import peers as peers_lib
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
+from l2s_jax.report import TableRow
 from l2s_jax.weights import runs
-
-Row = dict[str, Any]
-Shape = tuple[int, int, int]  # batch size, tokens of a prompt, of an answer
 
 BYTES = {'float32': 4, 'bfloat16': 2, 'int8': 1, 'int8_dynamic': 1}
 # The threads of some engines go on spinning for so long after their work.
@@ -159,7 +155,7 @@ def benchmark(
     finally:
       shutil.rmtree(scratch, ignore_errors=True)
   bandwidth = costs.Bandwidth()
-  rows: list[Row] = []
+  rows: list[TableRow] = []
   for shape in shapes:
     rows += _time(entered, shape, rounds, prompts, bandwidth)
   for row in rows:
@@ -181,14 +177,7 @@ def benchmark(
   machine = speed_report.machine() | {
     'bandwidth_gb_per_sec': bandwidth.bytes_per_sec / 1e9,
   }
-  speed_report.write(
-    folder,
-    rows,
-    goals.judge(rows),
-    goals.num_not_measured(rows),
-    machine,
-    settings,
-  )
+  speed_report.write(folder, rows, machine, settings)
 
 
 def _check(
@@ -214,7 +203,7 @@ def _shapes(
   batch_sizes: int | Sequence[int],
   prompt_lengths: int | Sequence[int],
   output_lengths: int | Sequence[int],
-) -> list[Shape]:
+) -> list[timing.Shape]:
   """Returns all combinations."""
   batch_sizes, prompt_lengths, output_lengths = (
     (value,) if isinstance(value, int) else value
@@ -243,7 +232,7 @@ def _shapes(
 
 
 def _check_positions(
-  models: Mapping[str, contenders.Model], shapes: Sequence[Shape]
+  models: Mapping[str, contenders.TimedModel], shapes: Sequence[timing.Shape]
 ) -> None:
   """Refuses lengths that a model has no positions for."""
   for model in models.values():
@@ -253,7 +242,7 @@ def _check_positions(
 
 
 def _check_drafts(
-  models: Mapping[str, contenders.Model],
+  models: Mapping[str, contenders.TimedModel],
   pair: contenders.Pair | None,
   draft_len: int,
 ) -> None:
@@ -274,7 +263,7 @@ def _check_drafts(
 
 
 def _scores(
-  models: Mapping[str, contenders.Model],
+  models: Mapping[str, contenders.TimedModel],
   pair: contenders.Pair | None,
   name: str,
 ) -> dict[str, dict[str, float]]:
@@ -364,7 +353,7 @@ class _Prompts:
 
 
 def _describe(
-  models: Mapping[str, contenders.Model], pair: contenders.Pair | None
+  models: Mapping[str, contenders.TimedModel], pair: contenders.Pair | None
 ) -> str:
   lines = [
     f'{role}: {model.name}, {model.source.location}, '
@@ -378,12 +367,12 @@ def _describe(
 
 
 def _time(
-  entered: Sequence[contenders.Contender],
-  shape: Shape,
+  entered: Sequence[contenders.Writer],
+  shape: timing.Shape,
   rounds: int,
   prompts: _Prompts,
   bandwidth: costs.Bandwidth,
-) -> list[Row]:
+) -> list[TableRow]:
   """Returns a row for each contender at one shape."""
   batch_size, prompt_length, num_tokens = shape
   print(
@@ -430,20 +419,13 @@ def _equal(
 
 
 def _row(
-  contender: contenders.Contender, shape: Shape, times: timing.Times
-) -> Row:
-  batch_size, prompt_length, num_tokens = shape
+  contender: contenders.Writer, shape: timing.Shape, times: timing.Times
+) -> TableRow:
+  batch_size, prompt_length, _ = shape
   ends = contender.eos != -1
   in_rounds = times.rounds_to_eos(contender.eos) if ends else times.rounds()
   num_written = float(times.lengths(contender.eos).mean())
-  row: Row = {
-    'system': contender.system,
-    'model': contender.model,
-    'engine': contender.engine,
-    'dtype': contender.dtype,
-    'batch_size': batch_size,
-    'prompt_length': prompt_length,
-    'num_tokens': num_tokens,
+  row = contender.row(shape) | {
     'first_call_secs': times.first_call,
     'rounds': in_rounds,
   }

@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from l2s_jax import distributed, files, integrity
+from l2s_jax import distributed, files, integrity, partition
 from l2s_jax import state as state_lib
 
 PyTree = Any
@@ -211,13 +211,7 @@ class Checkpointer:
     step = self._manager.latest_step()
     if step is None:
       return None
-    target = jax.tree.map(
-      lambda s, sharding: jax.ShapeDtypeStruct(
-        s.shape, s.dtype, sharding=sharding
-      ),
-      shapes,
-      shardings,
-    )
+    target = partition.with_shardings(shapes, shardings)
     args = ocp.args.Composite(
       params=ocp.args.StandardRestore(target.trainable),
       optimizer=ocp.args.StandardRestore(
@@ -523,13 +517,7 @@ def restore_params(
 ) -> PyTree:
   """Returns the trained parameters of one step, sharded as asked."""
   folder, _ = params_folder(run_dir, step)
-  target = jax.tree.map(
-    lambda s, sharding: jax.ShapeDtypeStruct(
-      s.shape, s.dtype, sharding=sharding
-    ),
-    shapes,
-    shardings,
-  )
+  target = partition.with_shardings(shapes, shardings)
   with _reading(folder), ocp.StandardCheckpointer() as checkpointer:
     return checkpointer.restore(folder, target)
 

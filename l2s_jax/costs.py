@@ -8,14 +8,11 @@ functions is a few percent higher.
 """
 
 import dataclasses
-import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import traverse_util
 
 from l2s_jax import partition, weights
 from l2s_jax.models import config as config_lib
@@ -89,27 +86,9 @@ def count(
   )
 
 
-@functools.cache
-def shapes_of(module: Module) -> Mapping[weights.Path, jax.ShapeDtypeStruct]:
-  """Returns the parameters of a system; of an LLM that reads, its encoder."""
-  tokens = jax.ShapeDtypeStruct((1, 2), np.int32)
-  names = (
-    'encoder_input_tokens',
-    'encoder_segment_ids',
-    'decoder_input_tokens',
-    'decoder_segment_ids',
-  )
-  shapes, _ = partition.abstract_params(
-    functools.partial(module.init, deterministic=True),
-    jax.random.key(0),
-    dict.fromkeys(names, tokens),
-  )
-  return traverse_util.flatten_dict(shapes)
-
-
 def num_params(module: Module) -> int:
   """Returns the numbers that a system holds."""
-  return sum(shape.size for shape in shapes_of(module).values())
+  return sum(shape.size for shape in partition.param_shapes(module).values())
 
 
 def prompt_flops(module: Module, length: Number) -> Number:
@@ -257,7 +236,7 @@ def _between(module: l2s.LlmToSlm) -> int:
   """Returns the numbers of the kernels between LLM and SLM."""
   return sum(
     shape.size
-    for path, shape in shapes_of(module).items()
+    for path, shape in partition.param_shapes(module).items()
     if path[0] not in ('llm', 'slm') and path[-1] == 'kernel'
   )
 

@@ -13,7 +13,6 @@ The first half makes batches of token ids and needs no TensorFlow. The second
 streams them from a bound SeqIO task. Putting them on devices is not done here.
 """
 
-import functools
 import itertools
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -23,7 +22,6 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from l2s_jax import packing, tasks
-from l2s_jax.vocabularies import Vocabulary
 
 if TYPE_CHECKING:
   import seqio
@@ -108,45 +106,6 @@ def continuing(
     inputs[:, 0] = np.where(first_tokens >= 0, first_tokens, inputs[:, 0])
     result['decoder_input_tokens'] = inputs
   return result | {'first_tokens': first_tokens}
-
-
-def pad_and_shift(
-  prompt_ids: Sequence[Sequence[int]],
-  answer_ids: Sequence[Sequence[int]],
-  *,
-  task_feature_lengths: Mapping[str, int],
-  prompt_vocabulary: Vocabulary,
-  answer_vocabulary: Vocabulary,
-  batch_size: int | None = None,
-) -> Batch:
-  """Returns a whole batch, the same as SeqIO's of the same ids.
-
-  Args:
-    prompt_ids: EOS included; beyond their length they are cut.
-    answer_ids: one for each prompt, likewise.
-    task_feature_lengths: `inputs` and `targets`, in tokens.
-    prompt_vocabulary: for its pad id.
-    answer_vocabulary: for its pad and start ids.
-    batch_size: rows to fill up to; None: as many as there are prompts.
-
-  Raises:
-    ValueError: as `prompt_batch`, or if the numbers differ.
-  """
-  if len(prompt_ids) != len(answer_ids):
-    raise ValueError(
-      f'{len(prompt_ids)} prompts and {len(answer_ids)} answers; expected as '
-      'many of one as of the other.'
-    )
-  batch = packing.lay_out(
-    _cut(prompt_ids, task_feature_lengths['inputs']),
-    _cut(answer_ids, task_feature_lengths['targets']),
-    range(len(prompt_ids)),
-    task_feature_lengths=task_feature_lengths,
-    prompt_pad_id=prompt_vocabulary.pad_id,
-    answer_pad_id=answer_vocabulary.pad_id,
-    start_id=answer_vocabulary.start_id,
-  )
-  return pad_rows(batch, batch_size)
 
 
 def pad_rows(batch: Batch, batch_size: int | None) -> Batch:
@@ -411,48 +370,6 @@ def _batch_by_length(
     return rows.batch(batch_size, drop_remainder=True).map(cut)
 
   return rows.group_by_window(bucket_of, make_batch, window_size=batch_size)
-
-
-def eval_batches(
-  task: 'seqio.Task | seqio.Mixture',
-  *,
-  task_feature_lengths: Mapping[str, int],
-  batch_size: int,
-  split: str = 'validation',
-  num_examples: int | None = None,
-) -> TaskBatches:
-  """Returns one pass over a split in its own order, task after task.
-
-  Every example is there once, at its weight; the last batch is filled up.
-
-  Args:
-    task: from `tasks.bind`; of a mixture, the tasks that have the split.
-    task_feature_lengths: `inputs` and `targets`, in tokens; longer is cut.
-    batch_size: over all devices.
-    split: `validation`, `test`, or another.
-    num_examples: the first so many of each task; None: all.
-
-  Raises:
-    ValueError: as `train_batches`.
-  """
-  from l2s_jax import features
-  from l2s_jax.features import seqio, tf
-
-  _check_settings(task, split, task_feature_lengths)
-  converter = features.make_converter(task)
-  datasets = [
-    converter(
-      part.get_dataset(
-        task_feature_lengths, split=split, shuffle=False, num_epochs=1
-      ).take(-1 if num_examples is None else num_examples),
-      task_feature_lengths,
-    )
-    for part in seqio.get_subtasks(task)
-    if split in part.splits
-  ]
-  dataset = functools.reduce(lambda one, two: one.concatenate(two), datasets)
-  dataset = dataset.batch(batch_size).prefetch(tf.data.AUTOTUNE)
-  return TaskBatches(dataset.as_numpy_iterator(), batch_size)
 
 
 def check_task(

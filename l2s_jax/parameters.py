@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from l2s_jax import (
   as_it_came,
+  batch_keys,
   checkpoint,
   distributed,
   partition,
@@ -25,25 +25,6 @@ from l2s_jax.models import l2s
 from l2s_jax.weights import hub
 
 PyTree = Any
-
-
-def example_batch(
-  batch_size: int,
-  prompt_length: int,
-  answer_length: int,
-  sharding: jax.sharding.Sharding | None = None,
-) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns the shapes of a training batch, and where its rows are."""
-  prompt, answer = (batch_size, prompt_length), (batch_size, answer_length)
-  shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
-  return {
-    'encoder_input_tokens': shape(prompt, np.int32),
-    'encoder_segment_ids': shape(prompt, np.int32),
-    'decoder_input_tokens': shape(answer, np.int32),
-    'decoder_target_tokens': shape(answer, np.int32),
-    'decoder_segment_ids': shape(answer, np.int32),
-    'decoder_loss_weights': shape(answer, np.float32),
-  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +44,7 @@ def init(system: systems.System, key: jax.Array) -> PyTree:
   """
   batch = {
     name: jnp.ones(shape.shape, shape.dtype)
-    for name, shape in example_batch(1, 2, 2).items()
+    for name, shape in batch_keys.example_batch(1, 2, 2).items()
   }
   params = system.module.init(key, batch, deterministic=True)['params']
   writer, name = l2s.writer(system.module)
@@ -215,7 +196,7 @@ def check_lengths(
   Raises:
     ValueError: with both lengths and the size of the table.
   """
-  batch = example_batch(
+  batch = batch_keys.example_batch(
     1, task_feature_lengths['inputs'], task_feature_lengths['targets']
   )
   jax.eval_shape(

@@ -11,7 +11,9 @@ off parameters.
 
 import contextlib
 import dataclasses
+import functools
 import math
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,8 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import traverse_util
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from l2s_jax import batch_keys
 
 MeshAxes = str | Sequence[str] | None
 Rules = tuple[tuple[str, MeshAxes], ...]
@@ -319,6 +324,30 @@ def abstract_params(
   """
   boxed = jax.eval_shape(init, *args)['params']
   return unbox(boxed), nn.get_partition_spec(boxed)
+
+
+@functools.cache
+def param_shapes(
+  module: nn.Module,
+) -> Mapping[tuple[str, ...], jax.ShapeDtypeStruct]:
+  """Returns the parameters of a model, by path, as its `init` makes them."""
+  shapes, _ = abstract_params(
+    functools.partial(module.init, deterministic=True),
+    jax.random.key(0),
+    batch_keys.example_batch(1, 2, 2),
+  )
+  return types.MappingProxyType(traverse_util.flatten_dict(shapes))
+
+
+def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:
+  """Returns a tree of shapes with the shardings of another."""
+  return jax.tree.map(
+    lambda shape, sharding: jax.ShapeDtypeStruct(
+      shape.shape, shape.dtype, sharding=sharding
+    ),
+    shapes,
+    shardings,
+  )
 
 
 def param_shardings(

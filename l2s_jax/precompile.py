@@ -27,8 +27,7 @@ from l2s_jax import (
   systems,
 )
 from l2s_jax.models import l2s
-
-Row = dict[str, Any]
+from l2s_jax.report import TableRow
 
 
 @gin.configurable(module='l2s_jax')
@@ -54,7 +53,7 @@ def precompile(
   output_dir: str | None = None,
   *,
   dry_run: bool = False,
-) -> list[Row]:
+) -> list[TableRow]:
   """Compiles a system for TPUs that are not here, and says what it needs there.
 
   Of each program, per device: bytes held against the chip's memory, FLOPs,
@@ -151,14 +150,14 @@ def precompile(
   if dry_run:
     print(compiler.describe_arguments(setting))
     return []
-  rows: list[Row] = []
+  rows: list[TableRow] = []
   advice: list[str] = []
 
   def write() -> None:
     if folder is not None:
       precompile_report.write(folder, description, rows)
 
-  def report(row: Row) -> None:
+  def report(row: TableRow) -> None:
     print(precompile_report.describe(row), flush=True)
     rows.append(row)
     write()

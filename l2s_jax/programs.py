@@ -21,6 +21,7 @@ from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
 from l2s_jax import (
+  batch_keys,
   byte_vocabulary,
   costs,
   generate,
@@ -152,7 +153,11 @@ class Programs:
       state_lib.split(self._layout.axes, frozen_names)[1]
     )
     placed = state_lib.shardings(trainable, of_trainable, transform, self.mesh)
-    return _place(frozen, of_frozen), transform, _place(*placed)
+    return (
+      partition.with_shardings(frozen, of_frozen),
+      transform,
+      partition.with_shardings(*placed),
+    )
 
   def train_step(
     self,
@@ -196,7 +201,7 @@ class Programs:
     prompt_length, answer_length = self._lengths_of_both
     generator = systems.generator(self.system, answer_length)
     generator.first_slots = answer_length
-    params = _place(
+    params = partition.with_shardings(
       jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(dtype)),
         self._layout.shapes,
@@ -231,9 +236,11 @@ class Programs:
     return self._lengths['inputs'], self._lengths['targets']
 
   def _batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    shapes = parameters.example_batch(batch_size, *self._lengths_of_both)
-    sharding = partition.batch_sharding(self.mesh)
-    return _place(shapes, dict.fromkeys(shapes, sharding))
+    return batch_keys.example_batch(
+      batch_size,
+      *self._lengths_of_both,
+      sharding=partition.batch_sharding(self.mesh),
+    )
 
   @contextlib.contextmanager
   def entered(self) -> Iterator[None]:
@@ -254,7 +261,9 @@ class DecodeLoop:
 
   def lower(self, prefill: Program, compiled: jax.stages.Compiled) -> Program:
     """Returns the loop over the state that a compiled prefill returns."""
-    state = _place(prefill.lowered.out_info, compiled.output_shardings)
+    state = partition.with_shardings(
+      prefill.lowered.out_info, compiled.output_shardings
+    )
     params = self.generator.writer_params(self.prepared)
     with self.programs.entered():
       lowered = self.generator.decode.lower(
@@ -295,22 +304,11 @@ def _place_prepared(shapes: PyTree, shardings: PyTree) -> PyTree:
       spec = next(flat[path].spec for path in paths if path in flat)[::-1]
     mesh = next(iter(flat.values())).mesh
     sharding = NamedSharding(mesh, PartitionSpec(*spec))
-    return _place(shape, sharding)
+    return partition.with_shardings(shape, sharding)
 
   return traverse_util.unflatten_dict(
     {
       names: place(names, shape)
       for names, shape in traverse_util.flatten_dict(shapes).items()
     }
-  )
-
-
-def _place(shapes: PyTree, shardings: PyTree) -> PyTree:
-  """Returns shapes with shardings."""
-  return jax.tree.map(
-    lambda s, sharding: jax.ShapeDtypeStruct(
-      s.shape, s.dtype, sharding=sharding
-    ),
-    shapes,
-    shardings,
   )

@@ -42,6 +42,7 @@ from l2s_jax import (
   vocabularies,
 )
 from l2s_jax import state as state_lib
+from l2s_jax.report import TableRow
 
 PROMPT_LENGTH, ANSWER_LENGTH = 30, 20  # as in gin_configs/experiments
 VOCAB_SIZES = {'llm': 1200, 'slm': 800}
@@ -67,7 +68,6 @@ COLUMNS = {
   'total_ms': f'ms for {ANSWER_LENGTH} tokens',
   'speedup': 'speed-up over the LLM',
 }
-Row = dict[str, Any]
 Loaded = tuple[systems.System, dict[str, Any]]
 
 
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
   _say('5/7 evaluation on the test split, with the controls')
-  rows: dict[str, Row] = {}
+  rows: dict[str, TableRow] = {}
   for name, label in NAMES.items():
     rows |= _evaluate(name, label, output_dir / name)
 
@@ -202,7 +202,9 @@ def _run(verb: str, gin_files: list[str], bindings: list[str]) -> None:
     sys.exit(status)
 
 
-def _evaluate(name: str, label: str, run_dir: pathlib.Path) -> dict[str, Row]:
+def _evaluate(
+  name: str, label: str, run_dir: pathlib.Path
+) -> dict[str, TableRow]:
   """Returns the run's row of the table, and those of its controls."""
   labels = {'none': label} | (CONTROLS if name == 'llm_to_slm' else {})
   _run(
@@ -234,7 +236,7 @@ def _load(run_dir: pathlib.Path, mesh: jax.sharding.Mesh) -> Loaded:
   return system, parameters.load_params(system, layout, run_dir)
 
 
-def _time(rows: dict[str, Row], loaded: Mapping[str, Loaded]) -> None:
+def _time(rows: dict[str, TableRow], loaded: Mapping[str, Loaded]) -> None:
   """Adds sizes and timings to the rows of the three systems."""
   example = next(cldr.examples('test', num_examples=1))
   timings = timing.time_generation(
@@ -298,7 +300,7 @@ def _translate(
 
 def _write_report(
   output_dir: pathlib.Path,
-  rows: list[Row],
+  rows: list[TableRow],
   phrases: list[dict[str, str]],
   verdict: str,
   minutes: float,

@@ -21,6 +21,7 @@ import optax
 import tqdm
 
 from l2s_jax import (
+  batch_keys,
   checkpoint,
   costs,
   data,
@@ -374,7 +375,7 @@ def train(
       start_secs = time.perf_counter()
       compiled_steps = {}
       for lengths in buckets:
-        example = parameters.example_batch(
+        example = batch_keys.example_batch(
           batch_size,
           *lengths,
           sharding=partition.batch_sharding(device_mesh),

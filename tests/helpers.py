@@ -10,8 +10,8 @@ import dataclasses
 import functools
 import pathlib
 import tempfile
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,11 @@ import tokenizers
 from flax import traverse_util
 
 from l2s_jax import (
+  batch_keys,
+  data,
   decode,
   files,
-  parameters,
+  packing,
   partition,
   systems,
   vocabularies,
@@ -32,6 +34,9 @@ from l2s_jax import (
 from l2s_jax import generate as generate_lib
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s, language_model
+
+if TYPE_CHECKING:
+  import seqio
 
 Module = l2s.LlmToSlm | language_model.LanguageModel
 
@@ -186,6 +191,75 @@ MODULES: dict[str, Module] = (
 )
 
 
+def pad_and_shift(
+  prompt_ids: Sequence[Sequence[int]],
+  answer_ids: Sequence[Sequence[int]],
+  *,
+  task_feature_lengths: Mapping[str, int],
+  prompt_vocabulary: vocabularies.Vocabulary,
+  answer_vocabulary: vocabularies.Vocabulary,
+  batch_size: int | None = None,
+) -> data.Batch:
+  """Returns a whole batch, the same as SeqIO's of the same ids.
+
+  Args:
+    prompt_ids: EOS included; beyond their length they are cut.
+    answer_ids: one for each prompt, likewise.
+    task_feature_lengths: `inputs` and `targets`, in tokens.
+    prompt_vocabulary: for its pad id.
+    answer_vocabulary: for its pad and start ids.
+    batch_size: rows to fill up to; None: as many as there are prompts.
+  """
+  batch = packing.lay_out(
+    [ids[: task_feature_lengths['inputs']] for ids in prompt_ids],
+    [ids[: task_feature_lengths['targets']] for ids in answer_ids],
+    range(len(prompt_ids)),
+    task_feature_lengths=task_feature_lengths,
+    prompt_pad_id=prompt_vocabulary.pad_id,
+    answer_pad_id=answer_vocabulary.pad_id,
+    start_id=answer_vocabulary.start_id,
+  )
+  return data.pad_rows(batch, batch_size)
+
+
+def eval_batches(
+  task: 'seqio.Task | seqio.Mixture',
+  *,
+  task_feature_lengths: Mapping[str, int],
+  batch_size: int,
+  split: str = 'validation',
+  num_examples: int | None = None,
+) -> data.TaskBatches:
+  """Returns one pass over a split in its own order, task after task.
+
+  Every example is there once, at its weight; the last batch is filled up.
+
+  Args:
+    task: from `tasks.bind`; of a mixture, the tasks that have the split.
+    task_feature_lengths: `inputs` and `targets`, in tokens; longer is cut.
+    batch_size: over all devices.
+    split: `validation`, `test`, or another.
+    num_examples: the first so many of each task; None: all.
+  """
+  from l2s_jax import features
+  from l2s_jax.features import seqio, tf
+
+  converter = features.make_converter(task)
+  datasets = [
+    converter(
+      part.get_dataset(
+        task_feature_lengths, split=split, shuffle=False, num_epochs=1
+      ).take(-1 if num_examples is None else num_examples),
+      task_feature_lengths,
+    )
+    for part in seqio.get_subtasks(task)
+    if split in part.splits
+  ]
+  dataset = functools.reduce(lambda one, two: one.concatenate(two), datasets)
+  dataset = dataset.batch(batch_size).prefetch(tf.data.AUTOTUNE)
+  return data.TaskBatches(dataset.as_numpy_iterator(), batch_size)
+
+
 def prompt_ids(module: Module) -> int:
   """Returns how many ids the module's prompts are drawn from."""
   if isinstance(module, l2s.LlmToSlm):
@@ -198,7 +272,7 @@ def random_params(module: Module, seed: int = 0) -> dict[str, Any]:
   shapes, _ = partition.abstract_params(
     functools.partial(module.init, deterministic=True),
     jax.random.key(0),
-    parameters.example_batch(1, 2, 2),
+    batch_keys.example_batch(1, 2, 2),
   )
   generator = np.random.default_rng(seed)
 

@@ -19,7 +19,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from l2s_jax import adafactor, optim, parameters, partition
+from l2s_jax import adafactor, batch_keys, optim, parameters, partition
 from l2s_jax import state as state_lib
 
 # By path: shape; logical axes; and the shape of one layer's matrix, or None
@@ -244,7 +244,7 @@ def test_every_family_can_be_trained_with_it(name):
   shapes, axes = partition.abstract_params(
     functools.partial(helpers.MODULES[name].init, deterministic=True),
     jax.random.key(0),
-    parameters.example_batch(1, 2, 2),
+    batch_keys.example_batch(1, 2, 2),
   )
   optimizer = optim.adafactor().make(axes)
   slots = jax.eval_shape(optimizer.init, shapes)

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 
+import helpers
 import numpy as np
 import pytest
 
@@ -73,7 +74,7 @@ def test_prompt_batch_masks_by_length():
 
 
 def test_short_batch_repeats_its_last_row_at_no_weight(vocabulary):
-  batch = data.pad_and_shift(
+  batch = helpers.pad_and_shift(
     [[5, 1], [6, 7, 1]],
     [[8, 1], [1]],
     task_feature_lengths=LENGTHS,
@@ -108,12 +109,14 @@ def test_batches_without_tensorflow_equal_seqios(
   examples = list(
     task.get_dataset(None, 'validation', shuffle=False).as_numpy_iterator()
   )
-  batches = data.eval_batches(task, task_feature_lengths=LENGTHS, batch_size=8)
+  batches = helpers.eval_batches(
+    task, task_feature_lengths=LENGTHS, batch_size=8
+  )
   for number, batch in enumerate(batches):
     rows = examples[8 * number : 8 * (number + 1)]
     equal(
       batch,
-      data.pad_and_shift(
+      helpers.pad_and_shift(
         [row['inputs'].tolist() for row in rows],
         [row['targets'].tolist() for row in rows],
         task_feature_lengths=LENGTHS,
@@ -165,7 +168,7 @@ def test_partner_is_the_next_prompt_that_differs():
 
 def test_an_epoch_has_every_example_once_in_a_fresh_order(task):
   per_epoch = rows_of(
-    data.eval_batches(task, task_feature_lengths=LENGTHS, batch_size=1)
+    helpers.eval_batches(task, task_feature_lengths=LENGTHS, batch_size=1)
   )
   rows = rows_of(train(task, batch_size=1, num_epochs=3))
   epochs = [rows[i * NUM_EXAMPLES : (i + 1) * NUM_EXAMPLES] for i in range(3)]
@@ -206,7 +209,9 @@ def test_truncations_are_counted(task):
     task.get_dataset(None, 'validation', shuffle=False).as_numpy_iterator()
   )
   lengths = {'inputs': 9, 'targets': 5}
-  batches = data.eval_batches(task, task_feature_lengths=lengths, batch_size=8)
+  batches = helpers.eval_batches(
+    task, task_feature_lengths=lengths, batch_size=8
+  )
   for batch in batches:
     assert not any(key.endswith('truncated') for key in batch)
   prompts, targets = (
@@ -220,10 +225,10 @@ def test_truncations_are_counted(task):
 
 def test_evaluation_takes_the_first_examples_at_full_batches(task):
   every = rows_of(
-    data.eval_batches(task, task_feature_lengths=LENGTHS, batch_size=1)
+    helpers.eval_batches(task, task_feature_lengths=LENGTHS, batch_size=1)
   )
   batches = list(
-    data.eval_batches(
+    helpers.eval_batches(
       task, task_feature_lengths=LENGTHS, batch_size=4, num_examples=10
     )
   )

@@ -16,7 +16,6 @@ from tensorboardX.proto import event_pb2
 from l2s_jax import (
   checkpoint,
   cldr,
-  data,
   evaluate,
   metrics,
   partition,
@@ -85,7 +84,7 @@ def test_loss_is_that_of_all_tokens(mesh, llm_to_slm):
   system, params = llm_to_slm
   scores = make_evaluator(system, mesh).evaluate(params, step=0)
   loss, num_correct, num_tokens = 0.0, 0.0, 0.0
-  for batch in data.eval_batches(
+  for batch in helpers.eval_batches(
     evaluate.bind_task(system, 'numbers'),
     task_feature_lengths=LENGTHS,
     batch_size=8,

@@ -4,6 +4,7 @@
 import json
 import math
 
+import helpers
 import numpy as np
 import pytest
 
@@ -246,7 +247,7 @@ def test_batches_are_those_of_the_split(bind, vocabulary, name):
   expected = [
     batch
     for part in seqio.get_subtasks(task)
-    for batch in data.eval_batches(
+    for batch in helpers.eval_batches(
       part, task_feature_lengths=LENGTHS, split='test', batch_size=4
     )
   ]

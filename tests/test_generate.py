@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from l2s_jax import (
-  data,
   decode,
   losses,
   partition,
@@ -357,7 +356,7 @@ def test_an_answer_with_id_0_is_weighted_generated_and_decoded(
   assert vocabulary.pad_id == 0  # GPT-2 has no other
   prompt = vocabulary.encode('!a')
   length = len(answer) + 2
-  host_batch = data.pad_and_shift(
+  host_batch = helpers.pad_and_shift(
     [prompt],
     [answer],
     task_feature_lengths={'inputs': len(prompt), 'targets': length},

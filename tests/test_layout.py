@@ -22,6 +22,8 @@ ORDER = (
   'input_files',
   'record_files',
   'text_files',
+  'gin_internals',
+  'batch_keys',
   'partition',
   'models.config',
   'models.layers',
@@ -50,6 +52,7 @@ ORDER = (
   'tokenizer_json',
   'cldr',
   'packing',
+  'seqio_internals',
   'features',
   'sources',
   'templates',
@@ -114,7 +117,6 @@ ORDER = (
   'timing',
   'peers',
   'contenders',
-  'goals',
   'speed_report',
   'train_peers',
   'train_benchmark',
@@ -199,3 +201,21 @@ def test_core_imports_no_tensorflow(name, path):
   for imported in imports(path, top_level_only=True):
     assert imported.split('.')[0] not in TENSORFLOW, place
     assert imported not in ('l2s_jax.features', 'l2s_jax.evaluation'), place
+
+
+def test_no_two_public_classes_share_a_name():
+  """Nor does a type alias, but for `Metric = corpus_metrics.Metric`."""
+  places: dict[str, list[str]] = {}
+  classes = set()
+  for name, path in modules():
+    for node in ast.parse(path.read_text(encoding='utf-8')).body:
+      if isinstance(node, ast.ClassDef) and not node.name.startswith('_'):
+        classes.add(node.name)
+        places.setdefault(node.name, []).append(name)
+      elif isinstance(node, ast.Assign):
+        imported = getattr(node.value, 'attr', None)
+        for target in node.targets:
+          if isinstance(target, ast.Name) and target.id != imported:
+            places.setdefault(target.id, []).append(name)
+  shared = {name: places[name] for name in classes if len(places[name]) > 1}
+  assert not shared

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from l2s_jax import decode, generate, parameters, partition
+from l2s_jax import batch_keys, decode, generate, partition
 from l2s_jax.models import attention, l2s, layers, positions
 from l2s_jax.models import config as config_lib
 
@@ -126,7 +126,7 @@ def test_parameters_are_stacked_along_layers(slm, scan_layers):
   shapes, axes = partition.abstract_params(
     lambda key, batch: l2s.build(config).init(key, batch, deterministic=True),
     jax.random.key(0),
-    parameters.example_batch(1, 2, 2),
+    batch_keys.example_batch(1, 2, 2),
   )
   shapes = traverse_util.flatten_dict(shapes)
   axes = traverse_util.flatten_dict(axes)

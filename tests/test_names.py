@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from l2s_jax import parameters, partition
+from l2s_jax import batch_keys, partition
 from l2s_jax.models import l2s
 from l2s_jax.weights import huggingface, rows
 
@@ -67,7 +67,7 @@ def test_a_table_has_a_row_for_every_parameter_and_fills_what_it_names(
   shapes, _ = partition.abstract_params(
     lambda key, batch: module.init(key, batch, deterministic=True),
     jax.random.key(0),
-    parameters.example_batch(1, 2, 2),
+    batch_keys.example_batch(1, 2, 2),
   )
   sizes = rows.axis_sizes(config)
   table = {row.path: row for row in huggingface.FAMILIES[model_type].rows}

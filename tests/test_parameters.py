@@ -54,7 +54,7 @@ def change_a_byte(folder, source_path):
   """Flips the last bit of one tensor's last number in a converted folder."""
   (file,) = folder.glob('*.safetensors')
   content = file.read_bytes()
-  tensor = converted.Folder(folder).read(source_path).tobytes()
+  tensor = converted.ConvertedFolder(folder).read(source_path).tobytes()
   assert content.count(tensor) == 1
   end = content.index(tensor) + len(tensor)
   changed = bytes([content[end - 1] ^ 1])

@@ -19,13 +19,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from l2s_jax import (
-  gin_utils,
-  optim,
-  parameters,
-  partition,
-  systems,
-)
+from l2s_jax import batch_keys, gin_utils, optim, parameters, partition, systems
 from l2s_jax import state as state_lib
 from l2s_jax.models import l2s, layers
 
@@ -195,7 +189,7 @@ def test_the_llms_activations_follow_its_rules_too():
         lambda params, batch: systems.with_rules(
           system, mesh_config
         ).module.apply({'params': params}, batch, method='encode_prompt')
-      )(layout.shapes, parameters.example_batch(8, 7, 6))
+      )(layout.shapes, batch_keys.example_batch(8, 7, 6))
     return re.findall(r'spec=P\(.*\)', str(program))
 
   default = dataclasses.replace(CUBE, llm_rules={})
@@ -404,7 +398,7 @@ def test_every_axis_of_a_parameter_has_a_rule(name):
   _, axes = partition.abstract_params(
     functools.partial(helpers.MODULES[name].init, deterministic=True),
     jax.random.key(0),
-    parameters.example_batch(1, 2, 2),
+    batch_keys.example_batch(1, 2, 2),
   )
   used = set()
   for spec in jax.tree.leaves(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from l2s_jax import parameters, partition, weights
+from l2s_jax import batch_keys, partition, weights
 from l2s_jax.models import l2s
 
 NUM_TOKENS = 48
@@ -86,7 +86,7 @@ def stories(shared_data, tmp_path_factory):
   shapes, _ = partition.abstract_params(
     lambda key, batch: model.init(key, batch, deterministic=True),
     jax.random.key(0),
-    parameters.example_batch(1, 2, 2),
+    batch_keys.example_batch(1, 2, 2),
   )
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   params, _ = weights.load(

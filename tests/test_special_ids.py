@@ -119,7 +119,10 @@ def test_what_a_run_exports_says_where_answers_start_and_end(madlad, tmp_path):
   again = systems.Tower(path=str(out)).load_vocabulary()
   assert again.encode(text) == ids
   assert ids_of(again) == ids_of(system.answer_vocabulary)
-  assert huggingface.Folder(out).special_ids['decoder_start_token_id'] == 0
+  assert (
+    huggingface.HuggingFaceFolder(out).special_ids['decoder_start_token_id']
+    == 0
+  )
 
   l2s_folder = tmp_path / 'l2s'
   arguments = ['--from=l2s', '--to=l2s', str(run), str(l2s_folder)]
@@ -130,7 +133,7 @@ def test_what_a_run_exports_says_where_answers_start_and_end(madlad, tmp_path):
 
 def test_training_starts_answers_where_inference_does(madlad):
   vocabulary = vocabularies.load(madlad)
-  batch = data.pad_and_shift(
+  batch = helpers.pad_and_shift(
     [[5, 2]],
     [[6, 7, 2]],
     task_feature_lengths={'inputs': 4, 'targets': 4},

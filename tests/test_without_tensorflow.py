@@ -19,7 +19,7 @@ import functools, importlib, io, json, pathlib, pkgutil
 import jax, numpy as np
 import l2s_jax
 from l2s_jax import (
-    checkpoint, cldr, data, infer, optim, partition, systems, train,
+    checkpoint, cldr, infer, optim, packing, partition, systems, train,
     parameters, vocabularies)
 from l2s_jax import state as state_lib
 from l2s_jax.models import config as config_lib
@@ -51,11 +51,12 @@ with partition.use_mesh(mesh):
       system, layout, optimizer, mesh, checkpointer, 0)
   vocabulary = system.prompt_vocabulary
   ids = lambda text: [*vocabulary.encode(text), vocabulary.eos_id]
-  batch = data.pad_and_shift(
-      [ids(e['prompt']) for e in examples[:4]],
-      [ids(e['answer']) for e in examples[:4]],
+  batch = packing.lay_out(
+      [ids(e['prompt'])[:32] for e in examples[:4]],
+      [ids(e['answer'])[:16] for e in examples[:4]], range(4),
       task_feature_lengths={'inputs': 32, 'targets': 16},
-      prompt_vocabulary=vocabulary, answer_vocabulary=vocabulary)
+      prompt_pad_id=vocabulary.pad_id, answer_pad_id=vocabulary.pad_id,
+      start_id=vocabulary.start_id)
   step = jax.jit(functools.partial(
       train.train_step, module=system.module, optimizer=optimizer))
   state, sums = step(state, {}, partition.put_batch(batch, mesh))

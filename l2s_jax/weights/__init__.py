@@ -31,12 +31,6 @@ Path = tuple[str, ...]
 ADAPTER = 'adapter_config.json'  # of the package peft
 # What a T5 has beside the encoder and the embeddings that it shares.
 _DECODER = {'decoder', 'logits_dense', 'decoder_token_embedder'}
-_BATCH = (
-  'encoder_input_tokens',
-  'encoder_segment_ids',
-  'decoder_input_tokens',
-  'decoder_segment_ids',
-)
 
 
 @runtime_checkable  # for the tests' type checker
@@ -116,12 +110,12 @@ def open_source(location: str, step: int | None = None) -> Source:
       'Leave the step out.'
     )
   if (folder / converted.DESCRIPTION).is_file():
-    return converted.Folder(folder)
+    return converted.ConvertedFolder(folder)
   if gguf_file.is_file(folder):
     return gguf_file.File(folder)
   check_no_adapter(folder)
   if (folder / huggingface.CONFIG).is_file():
-    return huggingface.Folder(folder)
+    return huggingface.HuggingFaceFolder(folder)
   raise FileNotFoundError(_what_it_is_not(folder))
 
 
@@ -226,13 +220,7 @@ def shapes_of(
     whole = shapes_of(dataclasses.replace(config, num_decoder_layers=1))
     encoder = {p: s for p, s in whole.items() if p[0] not in _DECODER}
     return types.MappingProxyType(encoder)
-  batch = dict.fromkeys(_BATCH, jax.ShapeDtypeStruct((1, 2), np.int32))
-  shapes, _ = partition.abstract_params(
-    functools.partial(l2s.build(config).init, deterministic=True),
-    jax.random.key(0),
-    batch,
-  )
-  return types.MappingProxyType(traverse_util.flatten_dict(shapes))
+  return partition.param_shapes(l2s.build(config))
 
 
 def demanded(
@@ -284,23 +272,20 @@ def check_shapes(
   source: Source, wanted: Mapping[Path, jax.ShapeDtypeStruct]
 ) -> None:
   """Refuses weights that lack a tensor or have one of another shape."""
-  found = source.shapes()
-  problems = []
-  for path, shape in sorted(wanted.items()):
-    name = '/'.join(path)
-    if source.name(path) != name:
-      name += f' ({source.name(path)})'
-    if path not in found:
-      problems.append(f'{name} {tuple(shape.shape)}: missing')
-    elif tuple(found[path].shape) != tuple(shape.shape):
-      problems.append(
-        f'{name}: the model has {tuple(shape.shape)}, the weights have '
-        f'{tuple(found[path].shape)}'
-      )
+  expected = []
+  for path, shape in wanted.items():
+    name, theirs = '/'.join(path), source.name(path)
+    also = theirs if theirs != name else ''
+    expected.append(misfits.Expected(name, also, [tuple(shape.shape)]))
+  found = {'/'.join(path): shape for path, shape in source.shapes().items()}
+  problems = misfits.problems(expected, found)
   if problems:
     raise ValueError(
-      f'The weights in {source.location} do not fit the model. Use the config '
-      f'that they came with:\n{misfits.listed(problems)}'
+      misfits.refusal(
+        f'The weights in {source.location} do not fit the model',
+        'Use the config that they came with',
+        problems,
+      )
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from l2s_jax import files, integrity, run_format, weights
 from l2s_jax.models import config as config_lib
-from l2s_jax.weights import tensor_files
+from l2s_jax.weights import misfits, tensor_files
 
 DESCRIPTION = run_format.CONVERTED
 _REMEDY = 'convert again, or copy the folder whole.'
@@ -35,7 +35,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
-class Folder:
+class ConvertedFolder:
   """A converted folder."""
 
   def __init__(self, folder: pathlib.Path):
@@ -76,12 +76,17 @@ class Folder:
     self.config = config_lib.from_json(description['config'], path)
     self._digests = description['digests']
     self._tensors = tensor_files.open_folder(folder)
-    differing = self._digests.keys() ^ self._tensors.keys()
+    differing = [
+      *(f'{name}: missing' for name in self._digests.keys() - self._tensors),
+      *misfits.unknown(self._tensors.keys() - self._digests, self._tensors, {}),
+    ]
     if differing:
       raise ValueError(
-        f'The files in {folder} do not hold the tensors that {path} lists. '
-        'Convert again, or copy the folder whole; they differ in:\n  '
-        + '\n  '.join(sorted(differing))
+        misfits.refusal(
+          f'The files in {folder} do not hold the tensors that {path} lists',
+          'Convert again, or copy the folder whole',
+          differing,
+        )
       )
 
   def step(self) -> int | None:

@@ -31,6 +31,7 @@ from l2s_jax import __main__ as command_line
 from l2s_jax import (
   checkpoint,
   evaluate,
+  gin_internals,
   gin_utils,
   metric_writer,
   os_errors,
@@ -324,7 +325,7 @@ def run_gin(bindings: Sequence[str]) -> None:
   bound.pop('model')  # It would look for files.
   values = {
     name: value.scoped_configurable_fn()
-    if isinstance(value, gin.config.ConfigurableReference)
+    if isinstance(value, gin_internals.ConfigurableReference)
     else value
     for name, value in bound.items()
   }
