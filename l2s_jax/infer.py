@@ -23,7 +23,6 @@ from l2s_jax import (
   answerer,
   as_it_came,
   distributed,
-  evaluate,
   generate,
   gin_utils,
   input_files,
@@ -39,6 +38,7 @@ from l2s_jax import (
   text_files,
 )
 from l2s_jax import metrics as metrics_lib
+from l2s_jax import session as session_lib
 
 BAD_LINES = ('keep', 'refuse')
 STDIN = '-'
@@ -159,44 +159,44 @@ def infer(
       answer_lengths,
     )
   as_it_came.check_path(checkpoint_path)
-  mesh_config = mesh or partition.MeshConfig()
-  device_mesh = partition.make_mesh(mesh_config)
-  if input == STDIN:
-    batch_size = device_mesh.shape['data'] * device_mesh.shape['fsdp']
-  partition.check_batch_size(batch_size, device_mesh)
-  system = systems.with_rules(
-    as_it_came.load(
-      checkpoint_path,
-      llm_path=llm_path,
-      vocabulary=vocabulary,
-      extra_ids=extra_ids,
-    ),
-    mesh_config,
-  )
-  system = systems.for_decoding(system, decoding)
   lengths = {'inputs': prompt_length, 'targets': max_decode_len}
-  if is_task:
-    task = evaluate.bind_task(
+
+  def bind(system: systems.System) -> Any:
+    task = session_lib.bind_task(
       system, input.removeprefix(TASK), label=f'INPUT={input}'
     )
     _check_task(task, input)
     if not dry_run:  # which needs no data
-      evaluate.check_splits(task, lengths, read=(split,))
+      session_lib.check_splits(task, lengths, read=(split,))
       prompts.check_task(task, split)
-    read = functools.partial(prompts.read_task, task, split)
+    return task
+
+  session = session_lib.start(
+    lambda: generate.for_decoding(
+      as_it_came.load(
+        checkpoint_path,
+        llm_path=llm_path,
+        vocabulary=vocabulary,
+        extra_ids=extra_ids,
+      ),
+      decoding,
+    ),
+    mesh,
+    lengths,
+    batch_sizes={'BATCH_SIZE': None if input == STDIN else batch_size},
+    bind=bind if is_task else None,
+  )
+  if input == STDIN:
+    batch_size = session.num_shards
+  if is_task:
+    read = functools.partial(prompts.read_task, session.task, split)
   if bad_lines == 'refuse':
     read = prompts.refusing(read)
+  if dry_run:
+    print(session.describe())
+    return
 
-  with (
-    partition.use_mesh(device_mesh),
-    partition.axis_rules(mesh_config.rules('slm')),
-    distributed.preemptible() as stop,
-  ):
-    layout = parameters.layout(system, device_mesh, mesh_config)
-    parameters.check_lengths(system, layout, lengths)
-    if dry_run:
-      print(parameters.summary(system, layout, None, device_mesh))
-      return
+  with session.entered(), distributed.preemptible() as stop:
     # The run may go on, and save, at this moment.
     chosen: int = distributed.from_first(
       as_it_came.choose_step(checkpoint_path, step, 'INFER_STEP')
@@ -204,9 +204,11 @@ def infer(
 
     def load() -> answerer.PromptAnswerer:
       return answerer.PromptAnswerer(
-        system,
-        parameters.load_params(system, layout, checkpoint_path, chosen),
-        device_mesh,
+        session.system,
+        parameters.load_params(
+          session.system, session.layout, checkpoint_path, chosen
+        ),
+        session.mesh,
         prompt_length=prompt_length,
         max_decode_len=max_decode_len,
         batch_size=batch_size,

@@ -41,7 +41,6 @@ from l2s_jax import (
   timing,
   vocabularies,
 )
-from l2s_jax import state as state_lib
 
 PROMPT_LENGTH, ANSWER_LENGTH = 30, 20  # as in gin_configs/experiments
 VOCAB_SIZES = {'llm': 1200, 'slm': 800}
@@ -247,9 +246,9 @@ def _time(rows: dict[str, Row], loaded: Mapping[str, Loaded]) -> None:
   for name, found in timings.items():
     system, params = loaded[name]
     rows[name] |= {
-      'parameters': state_lib.num_params(params),
-      'trained': state_lib.num_params(
-        state_lib.split(params, system.frozen)[1]
+      'parameters': parameters.num_params(params),
+      'trained': parameters.num_params(
+        parameters.split(params, system.frozen)[1]
       ),
       'prefill_ms': found.prefill_ms,
       'ms_per_token': found.ms_per_token,

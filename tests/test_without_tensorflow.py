@@ -19,8 +19,18 @@ import functools, importlib, io, json, pathlib, pkgutil
 import jax, numpy as np
 import l2s_jax
 from l2s_jax import (
-    checkpoint, cldr, data, infer, optim, partition, systems, train,
-    parameters, vocabularies)
+  checkpoint,
+  cldr,
+  data,
+  infer,
+  optim,
+  parameters,
+  partition,
+  systems,
+  train,
+  train_step,
+  vocabularies,
+)
 from l2s_jax import state as state_lib
 from l2s_jax.models import config as config_lib
 
@@ -57,7 +67,7 @@ with partition.use_mesh(mesh):
       task_feature_lengths={'inputs': 32, 'targets': 16},
       prompt_vocabulary=vocabulary, answer_vocabulary=vocabulary)
   step = jax.jit(functools.partial(
-      train.train_step, module=system.module, optimizer=optimizer))
+      train_step.train_step, module=system.module, optimizer=optimizer))
   state, sums = step(state, {}, partition.put_batch(batch, mesh))
   assert np.isfinite(float(sums['loss'])) and float(sums['loss_weight']) > 0
   checkpointer.save(state, {'num_examples': 4})
