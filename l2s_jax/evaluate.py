@@ -10,7 +10,7 @@ import json
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import gin
 
@@ -31,8 +31,6 @@ from l2s_jax import (
   systems,
 )
 from l2s_jax import session as session_lib
-
-PyTree = Any
 
 
 @gin.configurable(module='l2s_jax')
@@ -140,11 +138,7 @@ def evaluate(
     'task_feature_lengths': dict(task_feature_lengths),
     'max_decode_len': max_decode_len,
   }
-  with (
-    session.entered(),
-    distributed.preemptible() as stop,
-    contextlib.ExitStack() as opened,
-  ):
+  with session.entered(), distributed.preemptible() as stop:
     scorer = evaluator.Evaluator(
       session.system,
       session.mesh,
@@ -157,58 +151,87 @@ def evaluate(
       decoding=decoding,
       num_bootstrap_samples=num_bootstrap_samples,
     )
-    _, frozen = parameters.load_frozen(session.system, session.layout)
-    stop()
-    if distributed.is_first():
-      opened.enter_context(locks.held(folder / 'eval', 'EVAL_OUTPUT_DIR'))
-    name = f'{session.task.name}-{split}'
-    results: dict[int, dict[str, dict[str, float]]] = {}
-    for step in chosen:
-      params = parameters.merge(
-        frozen,
-        parameters.load_trained(
-          session.system, session.layout, checkpoint_path, step
-        ),
-      )
-      results[step] = {
-        control: _score(
-          scorer, params, step, control, folder, name, settings, stop
-        )
-        for control in controls
-      }
-      if set(results[step]) == set(evaluator.CONTROLS):
-        print(report.describe_controls(results[step]), flush=True)
-    if distributed.is_first():
-      _write_curves(folder / 'eval', name, settings, scorer.signatures)
+    results = _score_steps(
+      session,
+      scorer,
+      checkpoint_path,
+      chosen,
+      controls,
+      _Scores(folder, f'{session.task.name}-{split}', settings),
+      stop,
+    )
     distributed.wait_for_all('evaluate')
   return results
 
 
-def _score(
+class _Scores(NamedTuple):
+  """Where the scores of one task, split and settings go.
+
+  Attributes:
+    folder: has `eval/`.
+    name: of the task and the split.
+    settings: with which they are found.
+  """
+
+  folder: pathlib.Path
+  name: str
+  settings: Mapping[str, Any]
+
+  def add(
+    self,
+    step: int,
+    control: str,
+    scores: Mapping[str, float],
+    signatures: Mapping[str, str],
+  ) -> None:
+    """Prints scores and adds them to the metrics file."""
+    label = '' if control == 'none' else f' (Z: {control})'
+    line = evaluator.format_scores(scores, signatures)
+    print(f'step {step}{label}: {line}', flush=True)
+    if distributed.is_first():
+      _record(
+        self.folder / 'eval' / f'metrics-{self.name}.json',
+        step,
+        control,
+        {**scores, 'settings': self.settings, 'signatures': signatures},
+      )
+
+
+def _score_steps(
+  session: session_lib.Session,
   scorer: evaluator.Evaluator,
-  params: PyTree,
-  step: int,
-  control: str,
-  folder: pathlib.Path,
-  name: str,
-  settings: Mapping[str, Any],
+  checkpoint_path: str,
+  steps: Sequence[int],
+  controls: Sequence[str],
+  found: _Scores,
   stop: evaluator.Stop,
-) -> dict[str, float]:
-  """Returns one evaluation, which is printed and added to the metrics file."""
-  scores = scorer.evaluate(
-    params, step=step, output_dir=folder, control=control, stop=stop
-  )
-  label = '' if control == 'none' else f' (Z: {control})'
-  line = evaluator.format_scores(scores, scorer.signatures)
-  print(f'step {step}{label}: {line}', flush=True)
-  if distributed.is_first():
-    _record(
-      folder / 'eval' / f'metrics-{name}.json',
-      step,
-      control,
-      scores | {'settings': settings, 'signatures': scorer.signatures},
-    )
-  return scores
+) -> dict[int, dict[str, dict[str, float]]]:
+  """Returns the scores of checkpoints by step and control."""
+  results: dict[int, dict[str, dict[str, float]]] = {}
+  _, frozen = parameters.load_frozen(session.system, session.layout)
+  stop()
+  with contextlib.ExitStack() as opened:
+    if distributed.is_first():
+      opened.enter_context(locks.held(found.folder / 'eval', 'EVAL_OUTPUT_DIR'))
+    for step in steps:
+      trained = parameters.load_trained(
+        session.system, session.layout, checkpoint_path, step
+      )
+      params = parameters.merge(frozen, trained)
+      results[step] = {}
+      for control in controls:
+        scores = scorer.evaluate(
+          params, step=step, output_dir=found.folder, control=control, stop=stop
+        )
+        results[step][control] = scores
+        found.add(step, control, scores, scorer.signatures)
+      if set(results[step]) == set(evaluator.CONTROLS):
+        print(report.describe_controls(results[step]), flush=True)
+    if distributed.is_first():
+      _write_curves(
+        found.folder / 'eval', found.name, found.settings, scorer.signatures
+      )
+  return results
 
 
 def _choose_steps(run_dir: str, steps: Any) -> list[int]:

@@ -5,13 +5,11 @@ The teacher-forced loss and the metrics of decoded answers; `evaluation.py` has
 the metrics, `generate.py` the decoding.
 """
 
-import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import gin
 import jax
 import numpy as np
 import tqdm
@@ -20,7 +18,6 @@ from l2s_jax import (
   data,
   distributed,
   generate,
-  gin_utils,
   losses,
   partition,
   report,
@@ -34,143 +31,6 @@ PyTree = Any
 CONTROLS = ('none', 'zero', 'other')
 
 Stop = Callable[[], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-  """One of the evaluations of a training run, as EVALUATIONS lists them.
-
-  What is None is as the run has it.
-
-  Attributes:
-    task: SeqIO task or mixture.
-    split: of it.
-    num_examples: the first so many of each task.
-    period: steps between two; the end of the run is always evaluated.
-    task_feature_lengths: tokens of 'inputs' and 'targets'.
-  """
-
-  task: str | None = None
-  split: str | None = None
-  num_examples: int | None = None
-  period: int | None = None
-  task_feature_lengths: Mapping[str, int] | None = None
-
-  def planned(self, run: 'Planned') -> 'Planned':
-    """Returns the evaluation with the settings of the run where it has none."""
-    given = {
-      field.name: getattr(self, field.name)
-      for field in dataclasses.fields(self)
-      if getattr(self, field.name) is not None
-    }
-    return dataclasses.replace(run, **given)
-
-
-gin.external_configurable(Evaluation, module='l2s_jax')
-
-
-@dataclasses.dataclass(frozen=True)
-class Planned:
-  """An evaluation of a training run with all that it needs; see `Evaluation`.
-
-  A `num_examples` of None takes all, a `period` of None the end of the run.
-  """
-
-  task: str
-  split: str
-  num_examples: int | None
-  period: int | None
-  task_feature_lengths: Mapping[str, int]
-
-
-def by_prefix(
-  evaluations: Sequence[Evaluation], run: Planned
-) -> dict[str, Planned]:
-  """Returns a run's evaluations by what comes before the names of their scores.
-
-  That is nothing where EVALUATIONS lists none, and 'TASK-SPLIT/' otherwise.
-
-  Args:
-    evaluations: EVALUATIONS.
-    run: the settings of the run.
-
-  Raises:
-    ValueError: for numbers that mean nothing, or two of one task and split.
-  """
-  if not evaluations:
-    return {'': run}
-  found: dict[str, Planned] = {}
-  for number, evaluation in enumerate(evaluations):
-    if not isinstance(evaluation, Evaluation):
-      raise ValueError(
-        f'EVALUATIONS[{number}]={evaluation!r}: expected an Evaluation, such '
-        'as @NAME/Evaluation() with NAME/Evaluation.task bound beside it.'
-      )
-    planned = evaluation.planned(run)
-    gin_utils.check_positive(
-      **{
-        f'EVALUATIONS[{number}].num_examples': planned.num_examples,
-        f'EVALUATIONS[{number}].period': planned.period,
-      }
-    )
-    gin_utils.check_lengths(planned.task_feature_lengths)
-    prefix = f'{planned.task}-{planned.split}/'
-    if prefix in found:
-      raise ValueError(
-        f'EVALUATIONS has two of task {planned.task!r} and split '
-        f'{planned.split!r}, whose scores would have the same names. Leave one '
-        'out.'
-      )
-    found[prefix] = planned
-  return found
-
-
-def of_score(
-  setting: str, score: str, evaluations: Mapping[str, Planned]
-) -> tuple[str, str]:
-  """Returns the prefix of the evaluation that gives a score, and the rest.
-
-  Args:
-    setting: that names the score, for the error.
-    score: as it is logged, without 'eval/'.
-    evaluations: from `by_prefix`.
-
-  Raises:
-    ValueError: if it is of none of them.
-  """
-  for prefix in sorted(evaluations, key=len, reverse=True):
-    if score.startswith(prefix):
-      return prefix, score.removeprefix(prefix)
-  raise ValueError(
-    f'{setting}={score!r} is of no evaluation of this run; expected a score '
-    f'with its task and split, such as {next(iter(evaluations))}loss. '
-    f'EVALUATIONS has {", ".join(p[:-1] for p in evaluations)}.'
-  )
-
-
-def check_score(
-  name: str, score: str, task: Any, split: str, prefix: str = ''
-) -> None:
-  """Refuses a score that no evaluation of a task will give.
-
-  Args:
-    name: of the setting, for the error.
-    score: as evaluations name it.
-    task: from `session.bind_task`.
-    split: to be evaluated.
-    prefix: of the evaluation's scores, for the error.
-
-  Raises:
-    ValueError: with those that there are.
-  """
-  from l2s_jax import evaluation
-
-  known = evaluation.score_names(task, split)
-  if known is not None and score not in known:
-    raise ValueError(
-      f'{name}={prefix + score!r} is not a score of this task; there are '
-      f'{", ".join(prefix + other for other in known)}.'
-    )
 
 
 class Evaluator:

@@ -116,8 +116,9 @@ class Hook:
   """Called every so many steps, and at the end of the run.
 
   With several processes each has its own, and all are called; what goes out
-  once is the first's (`distributed.is_first`). A step that is done again after
-  a restart is seen again. What a hook raises ends the run.
+  once is the first's (`distributed.is_first`). Steps that are done again after
+  a restart are seen again, and so is the step that a run goes on from where an
+  evaluation was still to be made. What a hook raises ends the run.
 
   Attributes:
     every: steps between two calls; None: at the end of the run alone.

@@ -138,14 +138,7 @@ def infer(
   generate.check(decoding, max_decode_len)
   _check_input(input, bad_lines, part)
   _check_stream(stream, input, decoding)
-  folder = (
-    systems.local_folder(output_dir, 'INFER_OUTPUT_DIR') if output_dir else None
-  )
-  if folder is None and jax.process_count() > 1:
-    raise ValueError(
-      f'{jax.process_count()} processes write to a folder: set '
-      'INFER_OUTPUT_DIR, or start one process.'
-    )
+  folder = _output_folder(output_dir)
   scored_by = _scored_by(metrics, target_column, input, folder)
   answer_lengths = _answer_lengths(max_decode_len_column, max_decode_len, input)
   is_task = input.startswith(TASK)
@@ -201,21 +194,17 @@ def infer(
     chosen: int = distributed.from_first(
       as_it_came.choose_step(checkpoint_path, step, 'INFER_STEP')
     )
-
-    def load() -> answerer.PromptAnswerer:
-      return answerer.PromptAnswerer(
-        session.system,
-        parameters.load_params(
-          session.system, session.layout, checkpoint_path, chosen
-        ),
-        session.mesh,
-        prompt_length=prompt_length,
-        max_decode_len=max_decode_len,
-        batch_size=batch_size,
-        decoding=decoding,
-        consume=True,
-      )
-
+    load = functools.partial(
+      _load_answerer,
+      session,
+      checkpoint_path,
+      chosen,
+      prompt_length=prompt_length,
+      max_decode_len=max_decode_len,
+      batch_size=batch_size,
+      decoding=decoding,
+      consume=True,
+    )
     if input == STDIN:
       tally = pipeline.answer_each(load(), read(), sys.stdout, stream)
     else:
@@ -244,6 +233,37 @@ def infer(
     for path, results in scored.items():
       print(f'{path}: {predictions.describe_scores(results)}')
   distributed.wait_for_all('infer')
+
+
+def _load_answerer(
+  session: session_lib.Session, checkpoint_path: str, step: int, **options: Any
+) -> answerer.PromptAnswerer:
+  """Returns what answers, with the weights of a checkpoint.
+
+  Args:
+    session: the system on its mesh.
+    checkpoint_path: CHECKPOINT_PATH.
+    step: of the checkpoint.
+    **options: of `answerer.PromptAnswerer`.
+  """
+  params = parameters.load_params(
+    session.system, session.layout, checkpoint_path, step
+  )
+  return answerer.PromptAnswerer(
+    session.system, params, session.mesh, **options
+  )
+
+
+def _output_folder(output_dir: str | None) -> pathlib.Path | None:
+  """Returns where answers go; None is standard output."""
+  if output_dir:
+    return systems.local_folder(output_dir, 'INFER_OUTPUT_DIR')
+  if jax.process_count() > 1:
+    raise ValueError(
+      f'{jax.process_count()} processes write to a folder: set '
+      'INFER_OUTPUT_DIR, or start one process.'
+    )
+  return None
 
 
 def _check_input(input: str, bad_lines: str, part: predictions.Shard) -> None:

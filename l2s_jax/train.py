@@ -8,10 +8,11 @@ and never comes out.
 
 import contextlib
 import functools
+import itertools
 import math
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -24,9 +25,8 @@ from l2s_jax import (
   costs,
   data,
   distributed,
-  evaluator,
+  eval_plan,
   files,
-  generate,
   gin_utils,
   locks,
   losses,
@@ -73,7 +73,7 @@ def train(
   seed: int = 0,
   preemption_grace_secs: int = 60,
   profile_steps: Sequence[int] | None = None,
-  evaluations: Sequence[evaluator.Evaluation] = (),
+  evaluations: Sequence[eval_plan.Evaluation] = (),
   hooks: Sequence[Any] = (),
   *,
   dry_run: bool = False,
@@ -147,23 +147,23 @@ def train(
   gin_utils.check_between(0, math.inf, Z_LOSS=z_loss)
   profiling.check(profile_steps)
   hooks_lib.check(hooks)
-  planned = evaluator.by_prefix(
+  run_dir = systems.local_folder(model_dir, 'MODEL_DIR')
+  buckets = data.bucket_lengths(task_feature_lengths, length_buckets)
+  if pack:
+    _check_packing(model.module, length_buckets)
+  plan = eval_plan.make(
     evaluations,
-    evaluator.Planned(
+    eval_plan.Planned(
       mixture_or_task_name,
       eval_split,
       num_eval_examples,
       eval_period,
       task_feature_lengths,
     ),
+    best_metric,
   )
-  best = _find_best(best_metric, planned)
-  run_dir = systems.local_folder(model_dir, 'MODEL_DIR')
-  buckets = data.bucket_lengths(task_feature_lengths, length_buckets)
-  if pack:
-    _check_packing(model.module, length_buckets)
 
-  # The mesh, the system on it, and its task.
+  # The mesh, the system on it, and its tasks.
   def bind(system: systems.System) -> Any:
     task = session_lib.bind_task(system, mixture_or_task_name)
     if not dry_run:  # which needs no data
@@ -173,237 +173,231 @@ def train(
   session = session_lib.start(
     lambda: systems.pin_llm(model, run_dir),
     mesh,
-    _longest(task_feature_lengths, planned),
+    plan.longest(task_feature_lengths),
     batch_sizes={'BATCH_SIZE': batch_size, 'eval_batch_size': eval_batch_size},
     num_microbatches=num_microbatches,
     bind=bind,
   )
-  system, layout = session.system, session.layout
-  transform = optimizer.make(parameters.split(layout.axes, system.frozen)[1])
+  transform = optimizer.make(
+    parameters.split(session.layout.axes, session.system.frozen)[1]
+  )
   if dry_run:
     print(session.describe(_optimizer_bytes(session, transform)))
     return {}
-  eval_tasks = _bind_evaluations(session, mixture_or_task_name, planned)
-  if best is not None and best_metric is not None:
-    prefix, score = best
-    evaluator.check_score(
-      'BEST_METRIC', score, eval_tasks[prefix], planned[prefix].split, prefix
-    )
+  eval_tasks = plan.bind(session, mixture_or_task_name)
 
   with session.entered(), contextlib.ExitStack() as opened:
-    # The state: what an earlier start has left, or what a run begins with.
-    watcher = opened.enter_context(
-      distributed.watch_preemption(preemption_grace_secs)
-    )
-    if distributed.is_first():
-      opened.enter_context(locks.held(run_dir, 'MODEL_DIR'))
-    system, frozen = parameters.load_frozen(system, layout)
-    watcher.exit_if_requested()
-    systems.save(system, run_dir)
-    checkpointer = _closing(
-      opened, checkpoint.Checkpointer(run_dir, keep=keep_checkpoints)
-    )
-    kind = {
-      'task': mixture_or_task_name,
-      'data': tasks.data_settings(mixture_or_task_name),
-      'seed': seed,
-      'task_feature_lengths': dict(task_feature_lengths),
-      'optimizer': optimizer.description,
-      'pack': pack or None,
-      # Where a batch ends in the data depends on its size, too.
-      'length_buckets': {
-        'lengths': [list(bucket) for bucket in length_buckets],
-        'batch_size': batch_size,
-      }
-      if length_buckets
-      else None,
-    }
-    position = check_position(checkpointer.restore_data(), kind, run_dir)
-    state = restore_or_create(
-      system, layout, transform, session.mesh, checkpointer, seed
-    )
-    watcher.exit_if_requested()
-    if distributed.is_first():
-      with files.whole(run_dir / 'config.gin') as file:
-        file.write(gin_utils.operative_config())
-    step = int(state.step)
-    loop = hooks_lib.Loop(
-      run_dir=run_dir,
-      system=system,
-      train_steps=train_steps,
-      state=state,
-      frozen=frozen,
-      step=step,
-      num_rows=position['num_rows'],
-      kind=kind,
-      progress=progress_lib.Progress(
-        run_dir,
-        position['sums'],
-        clock=position.get('clock') or {'began': began, 'productive_secs': 0.0},
-        example_flops=functools.partial(costs.train_flops, system.module),
-      ),
-      log=_closing(
-        opened,
-        metric_writer.MetricWriter(
-          run_dir,
-          first_step=step,
-          # The end of a run that goes on now was no end of a period.
-          drop=('train/',) if step % log_period and step < train_steps else (),
-        ),
-      ),
-      bar=opened.enter_context(_bar(run_dir, step, train_steps)),
-      checkpointer=checkpointer,
-      watcher=watcher,
-    )
-
-    # The data, and the step, compiled for the lengths that they have.
-    batches = _closing(
+    loop = _begin(
       opened,
-      data.train_batches(
-        session.task,
-        task_feature_lengths=task_feature_lengths,
-        batch_size=batch_size,
-        seed=seed,
-        pack=pack,
-        length_buckets=length_buckets,
-        start_row=loop.num_rows,
-      ),
+      session,
+      transform,
+      run_dir,
+      {
+        'task': mixture_or_task_name,
+        'data': tasks.data_settings(mixture_or_task_name),
+        'seed': seed,
+        'task_feature_lengths': dict(task_feature_lengths),
+        'optimizer': optimizer.description,
+        'pack': pack or None,
+        # Where a batch ends in the data depends on its size, too.
+        'length_buckets': {
+          'lengths': [list(bucket) for bucket in length_buckets],
+          'batch_size': batch_size,
+        }
+        if length_buckets
+        else None,
+      },
+      began=began,
+      train_steps=train_steps,
+      log_period=log_period,
+      keep_checkpoints=keep_checkpoints,
+      grace_secs=preemption_grace_secs,
     )
-    host_batch: data.Batch | None = None
-    compiled_steps: dict[tuple[int, int], Any] = {}
-    compile_secs = 0.0
-    if step < train_steps:
-      host_batch = _first_batch(batches, loop, mixture_or_task_name)
-      start_secs = time.perf_counter()
-      compiled_steps = _compile(
-        functools.partial(
-          train_step.train_step,
-          module=system.module,
-          optimizer=transform,
-          loss=functools.partial(
-            losses.token_cross_entropy,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-          ),
-          num_microbatches=num_microbatches,
-        ),
-        loop,
-        session.mesh,
-        [(batch_size, *lengths) for lengths in buckets],
+    batches = opened.enter_context(
+      contextlib.closing(
+        data.train_batches(
+          session.task,
+          task_feature_lengths=task_feature_lengths,
+          batch_size=batch_size,
+          seed=seed,
+          pack=pack,
+          length_buckets=length_buckets,
+          start_row=loop.num_rows,
+        )
       )
+    )
+    first, compiled, compile_secs = [], {}, 0.0
+    if loop.step < train_steps:
+      first = [_first_batch(batches, loop, mixture_or_task_name)]
+      start_secs = time.perf_counter()
+      step_fn = functools.partial(
+        train_step.train_step,
+        module=loop.system.module,
+        optimizer=transform,
+        loss=functools.partial(
+          losses.token_cross_entropy,
+          label_smoothing=label_smoothing,
+          z_loss=z_loss,
+        ),
+        num_microbatches=num_microbatches,
+      )
+      shapes = [(batch_size, *lengths) for lengths in buckets]
+      compiled = _compile(step_fn, loop, session.mesh, shapes)
       compile_secs = time.perf_counter() - start_secs
       loop.say(f'Compiled the training step in {compile_secs:.1f} s.')
-
-    # What is done beside the steps.
-    evaluates = _evaluate_hooks(
-      loop,
-      session.mesh,
-      planned,
-      eval_tasks,
-      batch_size=eval_batch_size or batch_size,
-      best=best,
+    evaluates = plan.hooks(
+      loop, session, eval_tasks, eval_batch_size or batch_size
     )
-    in_step = [  # Under the lock: what they change belongs to the step.
-      hooks_lib.Profile(run_dir, profile_steps),
-      hooks_lib.Log(
-        log_period, optimizer.schedule, {'train/compile_secs': compile_secs}
-      ),
-    ]
-    checkpoints = hooks_lib.Checkpoint(checkpoint_period)
-    after_step = [checkpoints, *evaluates, *hooks]
-    for hook in (*in_step, *after_step):
-      opened.callback(hook.close)
+    _run(
+      loop,
+      itertools.chain(first, batches),
+      compiled,
+      session.mesh,
+      in_step=[
+        hooks_lib.Profile(run_dir, profile_steps),
+        hooks_lib.Log(
+          log_period, optimizer.schedule, {'train/compile_secs': compile_secs}
+        ),
+      ],
+      ours=[hooks_lib.Checkpoint(checkpoint_period), *evaluates],
+      users=hooks,
+    )
+    _say_what_was_cut(batches, loop, task_feature_lengths)
+    return eval_plan.last_scores(evaluates)
 
-    watcher.save = loop.save_and_wait
+
+def _run(
+  loop: hooks_lib.Loop,
+  batches: Iterator[data.Batch],
+  compiled: Mapping[tuple[int, int], Any],
+  mesh: jax.sharding.Mesh,
+  *,
+  in_step: Sequence[hooks_lib.Hook],
+  ours: Sequence[hooks_lib.Hook],
+  users: Sequence[hooks_lib.Hook],
+) -> None:
+  """Takes the steps that are left, and calls what is due after each.
+
+  Args:
+    loop: the run.
+    batches: of rows that were not trained on yet.
+    compiled: the training step, by the lengths of a batch.
+    mesh: the device mesh.
+    in_step: hooks under the lock: what they change belongs to the step.
+    ours: hooks that follow it.
+    users: hooks that follow those.
+
+  Raises:
+    FloatingPointError: if a loss is not finite.
+    SystemExit: after SIGTERM or SIGINT; the last step is saved.
+  """
+  hooks = [*in_step, *ours, *users]
+  loop.watcher.save = loop.save_and_wait
+  with contextlib.ExitStack() as opened:
+    for hook in hooks:
+      opened.callback(hook.close)
     try:
-      if step or not train_steps:
-        # A kill may have come before the evaluation.
-        hooks_lib.call([checkpoints, *evaluates], loop)
+      if loop.step or not loop.train_steps:
+        hooks_lib.call(ours, loop)  # A kill may have come before an evaluation.
         if loop.metrics:
-          hooks_lib.call(hooks, loop)
-      while loop.step < train_steps:
-        watcher.check()
-        if host_batch is None:
-          with loop.progress.waiting_for_data():
-            host_batch = next(batches)
-        for hook in (*in_step, *after_step):
+          hooks_lib.call(users, loop)
+      while loop.step < loop.train_steps:
+        loop.watcher.check()
+        with loop.progress.waiting_for_data():
+          host_batch = next(batches)
+        for hook in hooks:
           hook.before(loop)
-        batch = partition.put_batch(host_batch, session.mesh)
-        compiled_step = compiled_steps[data.lengths(host_batch)]
-        with watcher.lock:
-          loop.state, sums = compiled_step(loop.state, frozen, batch)
+        batch = partition.put_batch(host_batch, mesh)
+        step_fn = compiled[data.lengths(host_batch)]
+        with loop.watcher.lock:
+          loop.state, sums = step_fn(loop.state, loop.frozen, batch)
           loop.step += 1
-          loop.num_rows += batch_size
+          loop.num_rows += len(host_batch['encoder_input_tokens'])
           loop.metrics = {}
           loop.progress.add(loop.step, sums, host_batch)
           hooks_lib.call(in_step, loop)
-        host_batch = None
         loop.bar.update()
-        hooks_lib.call(after_step, loop)
+        hooks_lib.call([*ours, *users], loop)
     except preemption.Preempted:
-      watcher.leave()
+      loop.watcher.leave()
       loop.save_and_wait()
       loop.say(f'Saved step {loop.step}. Start again to go on from there.')
-      raise SystemExit(watcher.exit_code) from None
-
-    _say_what_was_cut(batches, loop, task_feature_lengths)
-    return _last_scores(evaluates)
+      raise SystemExit(loop.watcher.exit_code) from None
 
 
-def _closing(opened: contextlib.ExitStack, thing: Any) -> Any:
-  """Returns what is closed at the end."""
-  return opened.enter_context(contextlib.closing(thing))
-
-
-def _longest(
-  task_feature_lengths: Mapping[str, int],
-  planned: Mapping[str, evaluator.Planned],
-) -> dict[str, int]:
-  """Returns the most tokens of training and of all evaluations."""
-  longest = dict(task_feature_lengths)
-  for evaluation in planned.values():
-    for name, length in evaluation.task_feature_lengths.items():
-      longest[name] = max(longest[name], length)
-  return longest
-
-
-def _find_best(
-  best_metric: str | None, planned: Mapping[str, evaluator.Planned]
-) -> tuple[str, str] | None:
-  """Returns which evaluation chooses the best step, and by which score."""
-  if best_metric is None:
-    return None
-  prefix, score = evaluator.of_score('BEST_METRIC', best_metric, planned)
-  split = planned[prefix].split
-  if 'test' in split:
-    name = f'the split of EVALUATIONS {prefix[:-1]}' if prefix else 'eval_split'
-    raise ValueError(
-      f'BEST_METRIC={best_metric!r} with {name}={split!r}: a '
-      'checkpoint is chosen on validation data only. Set train.eval_split to '
-      "'validation', and score the chosen checkpoint on the test split with "
-      "evaluate and EVAL_STEPS='best'."
-    )
-  return prefix, score
-
-
-def _bind_evaluations(
+def _begin(
+  opened: contextlib.ExitStack,
   session: session_lib.Session,
-  mixture_or_task_name: str,
-  planned: Mapping[str, evaluator.Planned],
-) -> dict[str, Any]:
-  """Returns the bound task of each evaluation, which can be evaluated."""
-  found = {}
-  for prefix, evaluation in planned.items():
-    task = session.task
-    if evaluation.task != mixture_or_task_name:
-      task = session_lib.bind_task(
-        session.system, evaluation.task, label=f'EVALUATIONS {prefix[:-1]}'
-      )
-    session_lib.check_splits(
-      task, evaluation.task_feature_lengths, evaluated=evaluation.split
-    )
-    found[prefix] = task
-  return found
+  optimizer: optax.GradientTransformation,
+  run_dir: pathlib.Path,
+  kind: Mapping[str, Any],
+  *,
+  began: float,
+  train_steps: int,
+  log_period: int,
+  keep_checkpoints: int | None,
+  grace_secs: int,
+) -> hooks_lib.Loop:
+  """Returns a run where it goes on: what an earlier start has left, or step 0.
+
+  Args:
+    opened: closes what is opened here.
+    session: the system and its layout.
+    optimizer: of the trainable parameters.
+    run_dir: the run's folder.
+    kind: what the order of examples and the optimizer's slots depend on; has
+      the 'seed'.
+    began: seconds since the epoch, of a run that begins.
+    train_steps: updates in all.
+    log_period: steps between lines in the log.
+    keep_checkpoints: the newest so many are kept; None keeps all.
+    grace_secs: between SIGTERM and the end of the process.
+  """
+  watcher = opened.enter_context(distributed.watch_preemption(grace_secs))
+  if distributed.is_first():
+    opened.enter_context(locks.held(run_dir, 'MODEL_DIR'))
+  system, frozen = parameters.load_frozen(session.system, session.layout)
+  watcher.exit_if_requested()
+  systems.save(system, run_dir)
+  checkpointer = opened.enter_context(
+    contextlib.closing(checkpoint.Checkpointer(run_dir, keep=keep_checkpoints))
+  )
+  position = check_position(checkpointer.restore_data(), kind, run_dir)
+  state = restore_or_create(
+    system, session.layout, optimizer, session.mesh, checkpointer, kind['seed']
+  )
+  watcher.exit_if_requested()
+  step = int(state.step)
+  if distributed.is_first():
+    with files.whole(run_dir / 'config.gin') as file:
+      file.write(gin_utils.operative_config())
+  log = metric_writer.MetricWriter(
+    run_dir,
+    first_step=step,
+    # The end of a run that goes on now was no end of a period.
+    drop=('train/',) if step % log_period and step < train_steps else (),
+  )
+  progress = progress_lib.Progress(
+    run_dir,
+    position['sums'],
+    clock=position.get('clock') or {'began': began, 'productive_secs': 0.0},
+    example_flops=functools.partial(costs.train_flops, system.module),
+  )
+  return hooks_lib.Loop(
+    run_dir=run_dir,
+    system=system,
+    train_steps=train_steps,
+    state=state,
+    frozen=frozen,
+    step=step,
+    num_rows=position['num_rows'],
+    kind=kind,
+    progress=progress,
+    log=opened.enter_context(contextlib.closing(log)),
+    bar=opened.enter_context(_bar(run_dir, step, train_steps)),
+    checkpointer=checkpointer,
+    watcher=watcher,
+  )
 
 
 def _first_batch(
@@ -449,75 +443,6 @@ def _compile(
     ).compile()
     loop.watcher.exit_if_requested()
   return compiled
-
-
-def _evaluate_hooks(
-  loop: hooks_lib.Loop,
-  mesh: jax.sharding.Mesh,
-  planned: Mapping[str, evaluator.Planned],
-  eval_tasks: Mapping[str, Any],
-  *,
-  batch_size: int,
-  best: tuple[str, str] | None,
-) -> list[hooks_lib.Evaluate]:
-  """Returns the evaluations; those of a score keep its best step from now."""
-  found = distributed.from_first(
-    {prefix: _logged(loop.run_dir, prefix) for prefix in planned}
-  )
-  generators: dict[int, generate.Generator] = {}
-  made = []
-  for prefix, evaluation in planned.items():
-    lengths = evaluation.task_feature_lengths
-    scorer = evaluator.Evaluator(
-      loop.system,
-      mesh,
-      eval_tasks[prefix],
-      lengths,
-      split=evaluation.split,
-      batch_size=batch_size,
-      num_examples=evaluation.num_examples,
-      generator=generators.get(lengths['targets']),
-    )
-    generators[lengths['targets']] = scorer.generator
-    hook = hooks_lib.Evaluate(
-      evaluation.period,
-      scorer,
-      prefix,
-      {int(step): scores for step, scores in found[prefix].items()},
-      best[1] if best is not None and best[0] == prefix else None,
-    )
-    hook.keep_best(loop.checkpointer)
-    made.append(hook)
-  return made
-
-
-def _logged(run_dir: pathlib.Path, prefix: str) -> dict[int, dict[str, float]]:
-  """Returns the scores that earlier starts have logged, by step and name."""
-  by_step = metric_writer.by_step(run_dir, prefix=f'eval/{prefix}')
-  if prefix:
-    return by_step
-  # Names of tasks and metrics have no hyphen before a slash.
-  return {
-    step: own
-    for step, scores in by_step.items()
-    if (
-      own := {
-        name: score
-        for name, score in scores.items()
-        if '-' not in name.rpartition('/')[0]
-      }
-    )
-  }
-
-
-def _last_scores(evaluates: Sequence[hooks_lib.Evaluate]) -> dict[str, float]:
-  """Returns the scores of the last step that was evaluated."""
-  last = max((step for hook in evaluates for step in hook.found), default=0)
-  return {
-    f'{hook.prefix}{name}': score
-    for hook in evaluates
-    for name, score in hook.found.get(last, {}).items()
-  }
 
 
 def _say_what_was_cut(

@@ -7,8 +7,15 @@ import math
 import numpy as np
 import pytest
 
-from l2s_jax import buckets, data, evaluation, metrics, tasks, vocabularies
-from l2s_jax import evaluator as evaluator_lib
+from l2s_jax import (
+  buckets,
+  data,
+  eval_plan,
+  evaluation,
+  metrics,
+  tasks,
+  vocabularies,
+)
 from l2s_jax.features import seqio
 
 LENGTHS = {'inputs': 16, 'targets': 8}
@@ -398,6 +405,6 @@ def test_the_names_of_scores_are_known_ahead(bind, vocabulary):
   assert both is not None and sorted(both) == sorted(
     f'{part}/{name}' for part in ('romanian', 'more_romanian') for name in names
   )
-  evaluator_lib.check_score('BEST_METRIC', 'chrf', task, 'test')
+  eval_plan.check_score('BEST_METRIC', 'chrf', task, 'test')
   with pytest.raises(ValueError, match="BEST_METRIC='blue'.*bleu, chrf"):
-    evaluator_lib.check_score('BEST_METRIC', 'blue', task, 'test')
+    eval_plan.check_score('BEST_METRIC', 'blue', task, 'test')

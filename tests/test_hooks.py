@@ -8,7 +8,7 @@ import pytest
 import tiny_runs
 
 from l2s_jax import __main__ as command_line
-from l2s_jax import checkpoint, evaluator, hooks, metric_writer
+from l2s_jax import checkpoint, eval_plan, hooks, metric_writer
 
 # (step, names of what was logged, 'closed') in the order of calls.
 seen: list[tuple[int, set[str]]] = []
@@ -191,7 +191,9 @@ LENGTHS = {'inputs': 8, 'targets': 8}
 
 
 def test_what_an_evaluation_leaves_out_is_as_the_run_has_it():
-  run = evaluator.Planned('a', 'validation', 5, None, LENGTHS)
-  (planned,) = evaluator.by_prefix([evaluator.Evaluation('b')], run).values()
-  assert planned == evaluator.Planned('b', 'validation', 5, None, LENGTHS)
-  assert evaluator.by_prefix([], run) == {'': run}
+  run = eval_plan.Planned('a', 'validation', 5, None, LENGTHS)
+  plan = eval_plan.make([eval_plan.Evaluation('b')], run, 'b-validation/bleu')
+  other = eval_plan.Planned('b', 'validation', 5, None, LENGTHS)
+  assert plan.by_prefix == {'b-validation/': other}
+  assert plan.best == ('b-validation/', 'bleu')
+  assert eval_plan.make([], run, 'bleu').by_prefix == {'': run}

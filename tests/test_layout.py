@@ -105,6 +105,7 @@ ORDER = (
   'evaluate',
   'train_step',
   'hooks',
+  'eval_plan',
   'train',
   'hlo',
   'hlo_costs',

@@ -14,7 +14,7 @@ import pytest
 
 from l2s_jax import (
   checkpoint,
-  evaluator,
+  eval_plan,
   losses,
   optim,
   parameters,
@@ -405,9 +405,8 @@ def test_another_order_of_the_data_is_refused_with_the_differences():
 
 def test_the_best_is_chosen_on_validation_data_only():
   def find(best_metric, split):
-    return train._find_best(
-      best_metric, {'': evaluator.Planned('cldr', split, None, None, {})}
-    )
+    run = eval_plan.Planned('cldr', split, None, None, {})
+    return eval_plan.make([], run, best_metric).best
 
   assert find('bleu', 'validation') == ('', 'bleu')
   assert find(None, 'test') is None
