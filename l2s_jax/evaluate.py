@@ -103,13 +103,6 @@ def evaluate(
   generate.check(decoding, max_decode_len)
   folder = as_it_came.output_dir(checkpoint_path, output_dir, 'EVAL_OUTPUT_DIR')
 
-  def bind(system: systems.System) -> Any:
-    _check_controls(controls, system)
-    task = session_lib.bind_task(system, mixture_or_task_name)
-    if not dry_run:  # which needs no data
-      session_lib.check_splits(task, task_feature_lengths, evaluated=split)
-    return task
-
   session = session_lib.start(
     lambda: as_it_came.load(
       checkpoint_path,
@@ -123,8 +116,10 @@ def evaluate(
       'targets': max(max_decode_len, task_feature_lengths['targets']),
     },
     batch_sizes={'BATCH_SIZE': batch_size},
-    bind=bind,
+    task=mixture_or_task_name,
+    evaluated=None if dry_run else split,  # A dry run needs no data.
   )
+  _check_controls(controls, session.system)
   # The run may go on, and save, at this moment.
   chosen = distributed.from_first(_choose_steps(checkpoint_path, steps))
   if dry_run:

@@ -154,16 +154,6 @@ def infer(
   as_it_came.check_path(checkpoint_path)
   lengths = {'inputs': prompt_length, 'targets': max_decode_len}
 
-  def bind(system: systems.System) -> Any:
-    task = session_lib.bind_task(
-      system, input.removeprefix(TASK), label=f'INPUT={input}'
-    )
-    _check_task(task, input)
-    if not dry_run:  # which needs no data
-      session_lib.check_splits(task, lengths, read=(split,))
-      prompts.check_task(task, split)
-    return task
-
   session = session_lib.start(
     lambda: generate.for_decoding(
       as_it_came.load(
@@ -177,11 +167,16 @@ def infer(
     mesh,
     lengths,
     batch_sizes={'BATCH_SIZE': None if input == STDIN else batch_size},
-    bind=bind if is_task else None,
+    task=input.removeprefix(TASK) if is_task else None,
+    label=f'INPUT={input}',
+    read=() if dry_run else (split,),  # A dry run needs no data.
   )
   if input == STDIN:
     batch_size = session.num_shards
   if is_task:
+    _check_task(session.task, input)
+    if not dry_run:
+      prompts.check_task(session.task, split)
     read = functools.partial(prompts.read_task, session.task, split)
   if bad_lines == 'refuse':
     read = prompts.refusing(read)

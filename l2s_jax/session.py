@@ -60,7 +60,10 @@ def start(
   *,
   batch_sizes: Mapping[str, int | None],
   num_microbatches: int = 1,
-  bind: Callable[[systems.System], Any] | None = None,
+  task: str | None = None,
+  label: str | None = None,
+  read: Sequence[str] = (),
+  evaluated: str | None = None,
 ) -> Session:
   """Returns a session, checked as far as shapes alone tell.
 
@@ -71,11 +74,13 @@ def start(
     batch_sizes: by setting; each must divide over the mesh, the first in
       `num_microbatches` parts. None is of a size that is not set.
     num_microbatches: parts a batch is computed in, one after another.
-    bind: returns the task of a system and checks it; called before shapes are
-      computed. None: there is no task.
+    task: SeqIO task or mixture, to be bound to the system; None: there is none.
+    label: the setting that has its name, for messages.
+    read: splits of it that must be there; see `check_splits`.
+    evaluated: one that must be there with metrics.
 
   Raises:
-    ValueError: if devices, batch, lengths or parameters do not fit.
+    ValueError: if devices, batch, lengths, parameters or data do not fit.
   """
   mesh_config = mesh or partition.MeshConfig()
   device_mesh = partition.make_mesh(mesh_config)
@@ -84,11 +89,14 @@ def start(
       num_parts = 1 if number else num_microbatches
       partition.check_batch_size(size, device_mesh, name, num_parts)
   system = systems.with_rules(load(), mesh_config)
-  task = bind(system) if bind else None
+  bound = None
+  if task is not None:
+    bound = bind_task(system, task, label)
+    check_splits(bound, lengths, read=read, evaluated=evaluated)
   with _entered(device_mesh, mesh_config):
     layout = parameters.layout(system, device_mesh, mesh_config)
     parameters.check_lengths(system, layout, lengths)
-  return Session(device_mesh, mesh_config, system, layout, lengths, task)
+  return Session(device_mesh, mesh_config, system, layout, lengths, bound)
 
 
 @contextlib.contextmanager

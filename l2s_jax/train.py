@@ -163,20 +163,14 @@ def train(
     best_metric,
   )
 
-  # The mesh, the system on it, and its tasks.
-  def bind(system: systems.System) -> Any:
-    task = session_lib.bind_task(system, mixture_or_task_name)
-    if not dry_run:  # which needs no data
-      session_lib.check_splits(task, task_feature_lengths, read=('train',))
-    return task
-
   session = session_lib.start(
     lambda: systems.pin_llm(model, run_dir),
     mesh,
     plan.longest(task_feature_lengths),
     batch_sizes={'BATCH_SIZE': batch_size, 'eval_batch_size': eval_batch_size},
     num_microbatches=num_microbatches,
-    bind=bind,
+    task=mixture_or_task_name,
+    read=() if dry_run else ('train',),  # A dry run needs no data.
   )
   transform = optimizer.make(
     parameters.split(session.layout.axes, session.system.frozen)[1]
@@ -185,6 +179,21 @@ def train(
     print(session.describe(_optimizer_bytes(session, transform)))
     return {}
   eval_tasks = plan.bind(session, mixture_or_task_name)
+  kind = {
+    'task': mixture_or_task_name,
+    'data': tasks.data_settings(mixture_or_task_name),
+    'seed': seed,
+    'task_feature_lengths': dict(task_feature_lengths),
+    'optimizer': optimizer.description,
+    'pack': pack or None,
+    # Where a batch ends in the data depends on its size, too.
+    'length_buckets': {
+      'lengths': [list(bucket) for bucket in length_buckets],
+      'batch_size': batch_size,
+    }
+    if length_buckets
+    else None,
+  }
 
   with session.entered(), contextlib.ExitStack() as opened:
     loop = _begin(
@@ -192,21 +201,7 @@ def train(
       session,
       transform,
       run_dir,
-      {
-        'task': mixture_or_task_name,
-        'data': tasks.data_settings(mixture_or_task_name),
-        'seed': seed,
-        'task_feature_lengths': dict(task_feature_lengths),
-        'optimizer': optimizer.description,
-        'pack': pack or None,
-        # Where a batch ends in the data depends on its size, too.
-        'length_buckets': {
-          'lengths': [list(bucket) for bucket in length_buckets],
-          'batch_size': batch_size,
-        }
-        if length_buckets
-        else None,
-      },
+      kind,
       began=began,
       train_steps=train_steps,
       log_period=log_period,
@@ -226,25 +221,23 @@ def train(
         )
       )
     )
-    first, compiled, compile_secs = [], {}, 0.0
+    loss = functools.partial(
+      losses.token_cross_entropy, label_smoothing=label_smoothing, z_loss=z_loss
+    )
+    step_fn = functools.partial(
+      train_step.train_step,
+      module=loop.system.module,
+      optimizer=transform,
+      loss=loss,
+      num_microbatches=num_microbatches,
+    )
+    first: list[data.Batch] = []
+    compiled: dict[tuple[int, int], Any] = {}
+    compile_secs = 0.0
     if loop.step < train_steps:
       first = [_first_batch(batches, loop, mixture_or_task_name)]
-      start_secs = time.perf_counter()
-      step_fn = functools.partial(
-        train_step.train_step,
-        module=loop.system.module,
-        optimizer=transform,
-        loss=functools.partial(
-          losses.token_cross_entropy,
-          label_smoothing=label_smoothing,
-          z_loss=z_loss,
-        ),
-        num_microbatches=num_microbatches,
-      )
       shapes = [(batch_size, *lengths) for lengths in buckets]
-      compiled = _compile(step_fn, loop, session.mesh, shapes)
-      compile_secs = time.perf_counter() - start_secs
-      loop.say(f'Compiled the training step in {compile_secs:.1f} s.')
+      compiled, compile_secs = _compile(step_fn, loop, session.mesh, shapes)
     evaluates = plan.hooks(
       loop, session, eval_tasks, eval_batch_size or batch_size
     )
@@ -423,11 +416,12 @@ def _compile(
   loop: hooks_lib.Loop,
   mesh: jax.sharding.Mesh,
   shapes: Sequence[tuple[int, int, int]],
-) -> dict[tuple[int, int], Any]:
-  """Returns the step compiled for each pair of lengths.
+) -> tuple[dict[tuple[int, int], Any], float]:
+  """Returns the step compiled for each pair of lengths, and how long that took.
 
   Ahead of the loop: compilation holds no lock and enters no timing.
   """
+  start_secs = time.perf_counter()
   jitted = jax.jit(
     step_fn,
     donate_argnums=0,
@@ -442,7 +436,9 @@ def _compile(
       loop.state, loop.frozen, example
     ).compile()
     loop.watcher.exit_if_requested()
-  return compiled
+  secs = time.perf_counter() - start_secs
+  loop.say(f'Compiled the training step in {secs:.1f} s.')
+  return compiled, secs
 
 
 def _say_what_was_cut(

@@ -10,8 +10,8 @@ import tiny_runs
 from l2s_jax import __main__ as command_line
 from l2s_jax import checkpoint, eval_plan, hooks, metric_writer
 
-# (step, names of what was logged, 'closed') in the order of calls.
-seen: list[tuple[int, set[str]]] = []
+# By `every`: the step and what was logged at it, of each call.
+seen: dict[int, list[tuple[int, set[str]]]] = {}
 closed: list[int] = []
 
 
@@ -26,10 +26,10 @@ class Tracker(hooks.Hook):
     assert int(loop.state.step) == loop.step
     assert loop.params().keys() == loop.state.trainable.keys()
     assert all(isinstance(x, float | int) for x in loop.metrics.values())
-    seen.append((loop.step, set(loop.metrics)))
+    seen.setdefault(self.every, []).append((loop.step, set(loop.metrics)))
 
   def close(self):
-    closed.append(len(seen))
+    closed.append(self.every)
 
 
 @gin.configurable(module='test_hooks')
@@ -75,22 +75,19 @@ def train(folder, run, *bindings):
 
 
 def test_a_hook_of_the_user_sees_steps_and_metrics(folder):
-  hook = '--gin.HOOKS=[@Tracker()]'
-  assert train(folder, 'tracked', hook) == 0
-  assert [step for step, _ in seen] == [1, 2, 3, 4]
+  hooks = ('--gin.HOOKS=[@Tracker(), @rare/Tracker()]',)
+  assert train(folder, 'tracked', *hooks, '--gin.rare/Tracker.every=3') == 0
+  assert [step for step, _ in seen[1]] == [1, 2, 3, 4]
+  # Multiples of its own, and the end.
+  assert [step for step, _ in seen[3]] == [3, 4]
   logged = {
     record['step']: record.keys() - {'step', 'time'}
     for record in metric_writer.read(folder / 'tracked')
     if 'train/loss' in record
   }
-  assert [names for _, names in seen[:3]] == [set(), set(), logged[3]]
-  assert logged[4] | {'eval/loss', 'eval/bleu'} <= seen[3][1]
-  assert closed == [4]
-
-  seen.clear()  # At the end, and at multiples of its own.
-  every = '--gin.Tracker.every=4'
-  assert train(folder, 'tracked', hook, every, '--gin.TRAIN_STEPS=9') == 0
-  assert [step for step, _ in seen] == [8, 9]
+  assert [names for _, names in seen[1][:3]] == [set(), set(), logged[3]]
+  assert logged[4] | {'eval/loss', 'eval/bleu'} <= seen[1][3][1]
+  assert sorted(closed) == [1, 3]
 
 
 def test_what_is_no_hook_is_refused(folder, capsys):
@@ -124,12 +121,28 @@ def test_several_evaluations_have_scores_and_periods_of_their_own(folder):
     'score': min(there[step]['loss'] for step in there),
     'step': min(there, key=lambda step: there[step]['loss']),
   }
-  # Neither is made again, nor taken for the one evaluation of other runs.
-  before = metric_writer.read(run)
+  before = metric_writer.read(run)  # Neither is made again.
   assert train(folder, 'two', *TWO, best) == 0
   assert metric_writer.read(run) == before
-  assert train(folder, 'two') == 0
-  assert 'loss' in metric_writer.by_step(run, prefix='eval/')[4]
+
+
+def test_scores_of_one_evaluation_are_not_taken_for_those_of_another(tmp_path):
+  records = [
+    {'eval/bleu': 1.0},
+    {'eval/cldr/bleu': 2.0},  # Of a mixture, by its tasks.
+    {'eval/cldr-validation/bleu': 3.0},
+    {'eval/cldr-test/news/bleu': 4.0},
+  ]
+  writer = metric_writer.MetricWriter(tmp_path)
+  for step, scores in enumerate(records):
+    writer.write(step, scores)
+  writer.close()
+  assert eval_plan.logged(tmp_path, '') == {
+    0: {'bleu': 1.0},
+    1: {'cldr/bleu': 2.0},
+  }
+  found = eval_plan.logged(tmp_path, 'cldr-validation/')
+  assert found == {2: {'bleu': 3.0}}
 
 
 def test_an_evaluation_is_the_same_alone_and_among_others(folder):
