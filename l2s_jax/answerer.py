@@ -102,7 +102,7 @@ class PromptAnswerer:
       decoding: how answers are written; None is greedy.
       consume: whether `params` may be taken apart, not to be used again.
     """
-    self.generator = systems.generator(
+    self.generator = generate.generator(
       system, max_decode_len, decoding=decoding
     )
     self.batch_size = batch_size

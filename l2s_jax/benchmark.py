@@ -147,37 +147,59 @@ def benchmark(
     )
   )
   if peers:
-    # On disk, where the user has room, and not in a /tmp that may be memory.
-    scratch = folder / '.peers'
-    shutil.rmtree(scratch, ignore_errors=True)  # Left by one that was killed.
-    try:
-      entered += contenders.of_peers(models, peer_names, scratch)
-    finally:
-      shutil.rmtree(scratch, ignore_errors=True)
+    entered += _of_peers(models, peer_names, folder)
   bandwidth = costs.Bandwidth()
   rows: list[TableRow] = []
   for shape in shapes:
     rows += _time(entered, shape, rounds, prompts, bandwidth)
+  _complete(rows, scores, bandwidth)
+  speed_report.write(
+    folder,
+    rows,
+    speed_report.machine()
+    | {'bandwidth_gb_per_sec': bandwidth.bytes_per_sec / 1e9},
+    {
+      'dtype': dtype,
+      'injection': injection,
+      'draft_len': draft_len,
+      'prompts': prompts_path or 'random tokens',
+      'rounds': rounds,
+      'seed': seed,
+      'weights': {
+        role: model.source.location for role, model in models.items()
+      },
+      'checkpoint': checkpoint_path,
+    },
+  )
+
+
+def _of_peers(
+  models: Mapping[str, contenders.TimedModel],
+  peer_names: Sequence[str],
+  folder: pathlib.Path,
+) -> list[contenders.Writer]:
+  """Returns other engines with the models loaded, by way of the folder."""
+  # On disk, where the user has room, and not in a /tmp that may be memory.
+  scratch = folder / '.peers'
+  shutil.rmtree(scratch, ignore_errors=True)  # Left by one that was killed.
+  try:
+    return list(contenders.of_peers(models, peer_names, scratch))
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _complete(
+  rows: Sequence[TableRow],
+  scores: Mapping[str, dict[str, float]],
+  bandwidth: costs.Bandwidth,
+) -> None:
+  """Adds scores to the rows of our engine, and what part of the bandwidth."""
   for row in rows:
     if row['engine'] == contenders.OURS and not row['dtype'].startswith('int'):
       row['scores'] = scores.get(row['system'], {})
     if row['bytes_per_step'] is not None and 'prefill_ms' in row:
       bytes_per_sec = 1e3 * row['bytes_per_step'] / row['ms_per_token']
       row['bandwidth_fraction'] = bytes_per_sec / bandwidth.bytes_per_sec
-  settings = {
-    'dtype': dtype,
-    'injection': injection,
-    'draft_len': draft_len,
-    'prompts': prompts_path or 'random tokens',
-    'rounds': rounds,
-    'seed': seed,
-    'weights': {role: model.source.location for role, model in models.items()},
-    'checkpoint': checkpoint_path,
-  }
-  machine = speed_report.machine() | {
-    'bandwidth_gb_per_sec': bandwidth.bytes_per_sec / 1e9,
-  }
-  speed_report.write(folder, rows, machine, settings)
 
 
 def _check(

@@ -1,30 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation of a system on a SeqIO task: loss, decoded metrics, controls."""
+"""The verb `evaluate`: scores of a run's checkpoints on a SeqIO task.
+
+Metrics, predictions and curves go to `eval/`; `evaluator.py` scores.
+"""
 
 import contextlib
 import dataclasses
-import functools
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import gin
-import jax
-import numpy as np
-import tqdm
 
 from l2s_jax import (
   as_it_came,
   checkpoint,
-  data,
   distributed,
+  evaluator,
   files,
   generate,
   gin_utils,
   locks,
-  losses,
   metric_writer,
   parameters,
   partition,
@@ -32,246 +30,8 @@ from l2s_jax import (
   run_format,
   sampling,
   systems,
-  tasks,
 )
-from l2s_jax import state as state_lib
-
-PyTree = Any
-
-# Which Z the SLM gets: that of the prompt, zero, or that of another prompt.
-CONTROLS = ('none', 'zero', 'other')
-
-Stop = Callable[[], None]
-
-
-def bind_task(
-  system: systems.System, mixture_or_task_name: str, label: str | None = None
-) -> Any:
-  """Returns a SeqIO task or mixture with a system's vocabularies.
-
-  Args:
-    system: that reads and writes its texts.
-    mixture_or_task_name: as `tasks.bind` takes it.
-    label: the setting that has the name, for messages.
-  """
-  # Imports TensorFlow where it is called; the core does without.
-  return tasks.bind(
-    mixture_or_task_name,
-    system.prompt_vocabulary,
-    system.answer_vocabulary,
-    label=label,
-  )
-
-
-def check_splits(
-  task: Any,
-  task_feature_lengths: Mapping[str, int],
-  *,
-  read: Sequence[str] = (),
-  evaluated: str | None = None,
-) -> None:
-  """Refuses what a task cannot give, before anything is computed.
-
-  Args:
-    task: from `bind_task`.
-    task_feature_lengths: tokens of 'inputs' and 'targets'.
-    read: splits that must be there.
-    evaluated: a split that must be there, with metrics; None for none.
-
-  Raises:
-    ValueError: for a missing split, lengths that are off, or no metrics.
-  """
-  for split in read:
-    data.check_task(task, split, task_feature_lengths)
-  if evaluated is not None:
-    from l2s_jax import evaluation
-
-    data.check_task(task, evaluated, task_feature_lengths)
-    evaluation.check_evaluable(task, evaluated)
-
-
-def check_score(name: str, score: str | None, task: Any, split: str) -> None:
-  """Refuses a score that no evaluation of a task will give.
-
-  Args:
-    name: of the setting, for the error.
-    score: as evaluations name it; None is none.
-    task: from `bind_task`.
-    split: to be evaluated.
-
-  Raises:
-    ValueError: with those that there are.
-  """
-  from l2s_jax import evaluation
-
-  if score is None:
-    return
-  known = evaluation.score_names(task, split)
-  if known is not None and score not in known:
-    raise ValueError(
-      f'{name}={score!r} is not a score of this task; there are '
-      f'{", ".join(known)}.'
-    )
-
-
-class Evaluator:
-  """Evaluates one system on one split, as often as asked.
-
-  Functions are compiled once. Loss is teacher-forced; the decoded metrics are
-  those of the task, by SeqIO's Evaluator, which tokenizes the split once.
-  """
-
-  def __init__(
-    self,
-    system: systems.System,
-    mesh: jax.sharding.Mesh,
-    task: Any,
-    task_feature_lengths: Mapping[str, int],
-    *,
-    split: str,
-    batch_size: int,
-    num_examples: int | None = None,
-    max_decode_len: int | None = None,
-    decoding: sampling.Decoding | None = None,
-    num_bootstrap_samples: int = 0,
-  ):
-    """Prepares the evaluation; nothing compiles and no data are read yet.
-
-    Args:
-      system: what to evaluate.
-      mesh: the device mesh.
-      task: from `bind_task`.
-      task_feature_lengths: tokens of 'inputs' and 'targets'.
-      split: of the task.
-      batch_size: examples a batch, over all devices.
-      num_examples: the first so many of each task; None takes all.
-      max_decode_len: tokens an answer at most; None: that of 'targets'.
-      decoding: how answers are written; None is greedy.
-      num_bootstrap_samples: for confidence intervals; 0 for none.
-    """
-    self.generator = systems.generator(
-      system,
-      max_decode_len or task_feature_lengths['targets'],
-      decoding=decoding,
-      unstack_llm=False,  # It may be large, and training goes on beside this.
-    )
-    self._mesh = mesh
-    # Of a system whose answers go on where its prompts end.
-    self._prompt_vocabulary = (
-      system.prompt_vocabulary if system.continues else None
-    )
-    self._task = task
-    self._reading: dict[str, Any] = {
-      'task_feature_lengths': task_feature_lengths,
-      'split': split,
-      'batch_size': batch_size,
-      'num_examples': num_examples,
-      'num_bootstrap_samples': num_bootstrap_samples,
-    }
-
-    def loss_sums(params, batch):
-      logits = system.module.apply(
-        {'params': params}, batch, deterministic=True
-      )
-      return losses.token_cross_entropy(
-        logits, batch['decoder_target_tokens'], batch['decoder_loss_weights']
-      )[1]
-
-    self._loss_sums = jax.jit(loss_sums)
-
-  @property
-  def signatures(self) -> dict[str, str]:
-    """What gave the last scores, by their names; of ROUGE's, by rougeLsum."""
-    by_task = self._by_seqio.signatures
-    return {
-      name if len(by_task) == 1 else f'{task}/{name}': signature
-      for task, signatures in by_task.items()
-      for name, signature in signatures.items()
-    }
-
-  @functools.cached_property
-  def _by_seqio(self) -> Any:
-    from l2s_jax import evaluation
-
-    return evaluation.TaskEvaluator(self._task, **self._reading)
-
-  def evaluate(
-    self,
-    params: PyTree,
-    *,
-    step: int,
-    output_dir: str | pathlib.Path | None = None,
-    control: str = 'none',
-    stop: Stop | None = None,
-  ) -> dict[str, float]:
-    """Returns the scores by name; of a mixture by 'task/name'.
-
-    'loss' (nats per target token) and 'token_accuracy', both teacher-forced,
-    are among them. A score of `metrics.py` comes with the ends of its
-    confidence interval, if that was asked for.
-
-    Args:
-      params: all of the system's parameters.
-      step: of the checkpoint, for the names of files.
-      output_dir: predictions go to `eval/` in it; None writes none.
-      control: one of `CONTROLS`.
-      stop: called before each batch; raises to leave.
-    """
-
-    def put(batch: data.Batch) -> dict[str, jax.Array]:
-      if stop:
-        stop()
-      if self._prompt_vocabulary is not None:
-        batch = data.continuing(
-          batch,
-          self._prompt_vocabulary.prefix_ids,
-          self._prompt_vocabulary.eos_ids,
-        )
-      if control == 'zero':
-        rows = batch['encoder_input_tokens'].shape[0]
-        batch = batch | {'llm_scale': np.zeros((rows,), np.float32)}
-      return partition.put_batch(batch, self._mesh)
-
-    def predict(batch: data.Batch) -> np.ndarray:
-      row_ids = batch.pop('row_ids')
-      return distributed.fetch(self.generator(prepared, put(batch), row_ids))
-
-    prepared = self.generator.prepare(params)
-    folder = None
-    if output_dir is not None and distributed.is_first():
-      folder = pathlib.Path(output_dir) / 'eval'
-    by_task = self._by_seqio.evaluate(
-      predict, control=control, step=step, output_dir=folder
-    )
-    for task in self._by_seqio.tasks:
-      batches = self._by_seqio.batches(task, control)
-      by_task[task.name] |= self._loss(params, map(put, batches))
-    return {
-      name if len(by_task) == 1 else f'{task}/{name}': value
-      for task, scores in by_task.items()
-      for name, value in scores.items()
-    }
-
-  def _loss(
-    self, params: PyTree, batches: Iterable[dict[str, jax.Array]]
-  ) -> dict[str, float]:
-    """Returns teacher-forced loss (nats per target token) and accuracy."""
-    sums: dict[str, float] = {}
-    for batch in tqdm.tqdm(
-      batches,
-      desc='loss',
-      unit='batch',
-      leave=False,
-      dynamic_ncols=True,
-      disable=not distributed.is_first(),
-    ):
-      for name, value in self._loss_sums(params, batch).items():
-        sums[name] = sums.get(name, 0.0) + float(value)
-    tokens = max(sums['loss_weight'], 1.0)
-    return {
-      'loss': sums['loss'] / tokens,
-      'token_accuracy': sums['num_correct'] / tokens,
-    }
+from l2s_jax import session as session_lib
 
 
 @gin.configurable(module='l2s_jax')
@@ -338,49 +98,47 @@ def evaluate(
     0, gin_utils.LARGEST, EVAL_BOOTSTRAP_SAMPLES=num_bootstrap_samples
   )
   as_it_came.check_path(checkpoint_path)
-  mesh_config = mesh or partition.MeshConfig()
-  device_mesh = partition.make_mesh(mesh_config)
-  partition.check_batch_size(batch_size, device_mesh)
-  system = systems.with_rules(
-    as_it_came.load(
+  decoding = decoding or sampling.Decoding()
+  _check_decoding(decoding)
+  max_decode_len = max_decode_len or task_feature_lengths['targets']
+  generate.check(decoding, max_decode_len)
+  folder = as_it_came.output_dir(checkpoint_path, output_dir, 'EVAL_OUTPUT_DIR')
+
+  session = session_lib.start(
+    lambda: as_it_came.load(
       checkpoint_path,
       llm_path=llm_path,
       vocabulary=vocabulary,
       extra_ids=extra_ids,
     ),
-    mesh_config,
+    mesh,
+    {
+      'inputs': task_feature_lengths['inputs'],
+      'targets': max(max_decode_len, task_feature_lengths['targets']),
+    },
+    batch_sizes={'BATCH_SIZE': batch_size},
+    task=mixture_or_task_name,
+    evaluated=None if dry_run else split,  # A dry run needs no data.
   )
-  folder = as_it_came.output_dir(checkpoint_path, output_dir, 'EVAL_OUTPUT_DIR')
-  _check_controls(controls, system)
-  decoding = decoding or sampling.Decoding()
-  _check_decoding(decoding)
-  generate.check(decoding, max_decode_len or task_feature_lengths['targets'])
-  task = bind_task(system, mixture_or_task_name)
-  if not dry_run:  # which needs no data
-    check_splits(task, task_feature_lengths, evaluated=split)
+  _check_controls(controls, session.system)
   # The run may go on, and save, at this moment.
   chosen = distributed.from_first(_choose_steps(checkpoint_path, steps))
-
-  with (
-    partition.use_mesh(device_mesh),
-    partition.axis_rules(mesh_config.rules('slm')),
-    distributed.preemptible() as stop,
-    contextlib.ExitStack() as opened,
-  ):
-    layout = parameters.layout(system, device_mesh, mesh_config)
-    answer_length = max(max_decode_len or 0, task_feature_lengths['targets'])
-    parameters.check_lengths(
-      system,
-      layout,
-      {'inputs': task_feature_lengths['inputs'], 'targets': answer_length},
-    )
-    if dry_run:
-      print(parameters.summary(system, layout, None, device_mesh))
-      return {}
-    evaluator = Evaluator(
-      system,
-      device_mesh,
-      task,
+  if dry_run:
+    print(session.describe())
+    return {}
+  # Scores are compared with those of the same settings alone.
+  settings = {
+    # JSON knows no tuples, and these are compared with what it kept.
+    'decoding': _as_json(decoding),
+    'num_examples': num_examples,
+    'task_feature_lengths': dict(task_feature_lengths),
+    'max_decode_len': max_decode_len,
+  }
+  with session.entered(), distributed.preemptible() as stop:
+    scorer = evaluator.Evaluator(
+      session.system,
+      session.mesh,
+      session.task,
       task_feature_lengths,
       split=split,
       batch_size=batch_size,
@@ -389,45 +147,15 @@ def evaluate(
       decoding=decoding,
       num_bootstrap_samples=num_bootstrap_samples,
     )
-    _, frozen = parameters.load_frozen(system, layout)
-    stop()
-    results: dict[int, dict[str, dict[str, float]]] = {}
-    if distributed.is_first():
-      opened.enter_context(locks.held(folder / 'eval', 'EVAL_OUTPUT_DIR'))
-    name = f'{task.name}-{split}'
-    # Scores are compared with those of the same settings alone.
-    settings = {
-      'decoding': _as_json(decoding),
-      'num_examples': num_examples,
-      'task_feature_lengths': dict(task_feature_lengths),
-      'max_decode_len': max_decode_len or task_feature_lengths['targets'],
-    }
-    for step in chosen:
-      params = state_lib.merge(
-        frozen,
-        parameters.load_trained(system, layout, checkpoint_path, step),
-      )
-      results[step] = {}
-      for control in controls:
-        scores = evaluator.evaluate(
-          params, step=step, output_dir=folder, control=control, stop=stop
-        )
-        results[step][control] = scores
-        label = '' if control == 'none' else f' (Z: {control})'
-        signatures = evaluator.signatures
-        line = format_scores(scores, signatures)
-        print(f'step {step}{label}: {line}', flush=True)
-        if distributed.is_first():
-          _record(
-            folder / 'eval' / f'metrics-{name}.json',
-            step,
-            control,
-            scores | {'settings': settings, 'signatures': signatures},
-          )
-      if set(results[step]) == set(CONTROLS):
-        print(report.describe_controls(results[step]), flush=True)
-    if distributed.is_first():
-      _write_curves(folder / 'eval', name, settings, evaluator.signatures)
+    results = _score_steps(
+      session,
+      scorer,
+      checkpoint_path,
+      chosen,
+      controls,
+      _Scores(folder, f'{session.task.name}-{split}', settings),
+      stop,
+    )
     distributed.wait_for_all('evaluate')
   return results
 
@@ -437,28 +165,74 @@ def _as_json(decoding: sampling.Decoding) -> dict[str, Any]:
   return json.loads(json.dumps(dataclasses.asdict(decoding)))
 
 
-def format_scores(
-  scores: Mapping[str, float], signatures: Mapping[str, str]
-) -> str:
-  """Returns one line; scores with their signatures, for others to repeat them.
+class _Scores(NamedTuple):
+  """Where the scores of one task, split and settings go.
 
-  Args:
-    scores: by name.
-    signatures: by name of a score, see `Evaluator.signatures`.
+  Attributes:
+    folder: has `eval/`.
+    name: of the task and the split.
+    settings: with which they are found.
   """
-  parts = []
-  for name, value in scores.items():
-    if report.is_interval_end(name, scores):
-      continue
-    text = (
-      f'{name} {value}' if isinstance(value, int) else f'{name} {value:.4g}'
-    )
-    if f'{name}_low' in scores:
-      text += f' [{scores[f"{name}_low"]:.4g}, {scores[f"{name}_high"]:.4g}]'
-    if name in signatures:
-      text += f' ({signatures[name]})'
-    parts.append(text)
-  return ', '.join(parts)
+
+  folder: pathlib.Path
+  name: str
+  settings: Mapping[str, Any]
+
+  def add(
+    self,
+    step: int,
+    control: str,
+    scores: Mapping[str, float],
+    signatures: Mapping[str, str],
+  ) -> None:
+    """Prints scores and adds them to the metrics file."""
+    label = '' if control == 'none' else f' (Z: {control})'
+    line = evaluator.format_scores(scores, signatures)
+    print(f'step {step}{label}: {line}', flush=True)
+    if distributed.is_first():
+      _record(
+        self.folder / 'eval' / f'metrics-{self.name}.json',
+        step,
+        control,
+        {**scores, 'settings': self.settings, 'signatures': signatures},
+      )
+
+
+def _score_steps(
+  session: session_lib.Session,
+  scorer: evaluator.Evaluator,
+  checkpoint_path: str,
+  steps: Sequence[int],
+  controls: Sequence[str],
+  found: _Scores,
+  stop: evaluator.Stop,
+) -> dict[int, dict[str, dict[str, float]]]:
+  """Returns the scores of checkpoints by step and control."""
+  results: dict[int, dict[str, dict[str, float]]] = {}
+  _, frozen = parameters.load_frozen(session.system, session.layout)
+  stop()
+  with contextlib.ExitStack() as opened:
+    if distributed.is_first():
+      opened.enter_context(locks.held(found.folder / 'eval', 'EVAL_OUTPUT_DIR'))
+    for step in steps:
+      trained = parameters.load_trained(
+        session.system, session.layout, checkpoint_path, step
+      )
+      params = parameters.merge(frozen, trained)
+      results[step] = {}
+      for control in controls:
+        scores = scorer.evaluate(
+          params, step=step, output_dir=found.folder, control=control, stop=stop
+        )
+        results[step][control] = scores
+        found.add(step, control, scores, scorer.signatures)
+      if set(results[step]) == set(evaluator.CONTROLS):
+        print(report.describe_controls(results[step]), flush=True)
+    if distributed.is_first():
+      _write_curves(
+        found.folder / 'eval', found.name, found.settings, scorer.signatures
+      )
+  return results
 
 
 def _choose_steps(run_dir: str, steps: Any) -> list[int]:
@@ -485,10 +259,11 @@ def _choose_steps(run_dir: str, steps: Any) -> list[int]:
 
 
 def _check_controls(controls: Sequence[str], system: systems.System) -> None:
-  allowed = CONTROLS if system.frozen else CONTROLS[:1]
+  allowed = evaluator.CONTROLS[: None if system.frozen else 1]
   if isinstance(controls, str) or not set(controls) <= set(allowed):
     raise ValueError(
-      f'EVAL_CONTROLS={controls!r}: expected a tuple of any of {CONTROLS} for '
+      f'EVAL_CONTROLS={controls!r}: expected a tuple of any of '
+      f'{evaluator.CONTROLS} for '
       "an LLM-to-SLM run, and ('none',) for a language model alone."
     )
 

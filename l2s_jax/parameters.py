@@ -4,12 +4,11 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from l2s_jax import (
   as_it_came,
@@ -20,7 +19,6 @@ from l2s_jax import (
   systems,
   weights,
 )
-from l2s_jax import state as state_lib
 from l2s_jax.models import l2s
 from l2s_jax.weights import hub
 
@@ -36,11 +34,19 @@ class Layout:
   shardings: dict[str, PyTree]
 
 
-def init(system: systems.System, key: jax.Array) -> PyTree:
+def init(
+  system: systems.System, key: jax.Array, only: Collection[str] | None = None
+) -> PyTree:
   """Returns fresh boxed parameters, {'params': ...}. To be called in jit.
 
   A key gives the SLM the same parameters inside LLM-to-SLM as alone, so that
   the two can be compared.
+
+  Args:
+    system: the system.
+    key: PRNG key.
+    only: top-level names of those to return; the compiler leaves out what the
+      others would take. None returns all.
   """
   batch = {
     name: jnp.ones(shape.shape, shape.dtype)
@@ -51,6 +57,8 @@ def init(system: systems.System, key: jax.Array) -> PyTree:
   if name is not None:
     whole = writer.init(key, batch, deterministic=True)
     params = {**params, name: whole['params']}
+  if only is not None:
+    params = {name: params[name] for name in only}
   return {'params': params}
 
 
@@ -102,8 +110,8 @@ def load_frozen(
         'Decoding.draft_len to 0.'
       )
     # Loaded apart: the fingerprint of a run is that of what encodes.
-    shapes, decoder = state_lib.split(shapes, l2s.ENCODER)
-    shardings, decoder_shardings = state_lib.split(shardings, l2s.ENCODER)
+    shapes, decoder = split(shapes, l2s.ENCODER)
+    shardings, decoder_shardings = split(shardings, l2s.ENCODER)
   params, fingerprint = weights.load(source, shapes, shardings)
   if system.llm_fingerprint not in (None, fingerprint):
     raise ValueError(
@@ -135,21 +143,21 @@ def _open_llm(path: str, step: int | None) -> weights.Source:
 
 
 def load_pretrained(
-  system: systems.System, layout: Layout, params: dict[str, PyTree]
+  system: systems.System, layout: Layout
 ) -> dict[str, PyTree]:
-  """Replaces fresh trainable parameters by pretrained ones, where named."""
+  """Returns the trainable parameters that come from weights, by name."""
+  loaded: dict[str, PyTree] = {}
   for name, path in system.sources.items():
     if name in system.frozen:
       continue
     source = weights.open_source(path)
     if name:
-      loaded, _ = weights.load(
+      loaded[name], _ = weights.load(
         source, layout.shapes[name], layout.shardings[name]
       )
-      params = params | {name: loaded}
     else:
-      params, _ = weights.load(source, layout.shapes, layout.shardings)
-  return params
+      loaded, _ = weights.load(source, layout.shapes, layout.shardings)
+  return loaded
 
 
 def load_params(
@@ -160,7 +168,7 @@ def load_params(
 ) -> dict[str, PyTree]:
   """Returns all parameters of a run's checkpoint, frozen and trained."""
   _, frozen = load_frozen(system, layout)
-  return state_lib.merge(frozen, load_trained(system, layout, run_dir, step))
+  return merge(frozen, load_trained(system, layout, run_dir, step))
 
 
 def load_trained(
@@ -181,9 +189,42 @@ def load_trained(
   return checkpoint.restore_params(
     run_dir,
     step,
-    state_lib.split(layout.shapes, system.frozen)[1],
-    state_lib.split(layout.shardings, system.frozen)[1],
+    split(layout.shapes, system.frozen)[1],
+    split(layout.shardings, system.frozen)[1],
   )
+
+
+def split(
+  params: Mapping[str, PyTree], frozen: tuple[str, ...]
+) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+  """Splits parameters by their top-level name into frozen and trainable."""
+  return (
+    {name: tree for name, tree in params.items() if name in frozen},
+    {name: tree for name, tree in params.items() if name not in frozen},
+  )
+
+
+def merge(*trees: Mapping[str, PyTree]) -> dict[str, PyTree]:
+  """Joins parameter trees by path; no path may come twice.
+
+  Raises:
+    ValueError: names the paths that two trees hold.
+  """
+  merged: dict[str, PyTree] = {}
+  for tree in trees:
+    for name, value in tree.items():
+      if name not in merged:
+        merged[name] = value
+      elif isinstance(value, Mapping) and isinstance(merged[name], Mapping):
+        merged[name] = merge(merged[name], value)
+      else:
+        raise ValueError(f'Two parameter trees hold {name!r}.')
+  return merged
+
+
+def num_params(tree: PyTree) -> int:
+  """Returns how many numbers a tree of parameters holds."""
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def check_lengths(
@@ -211,18 +252,18 @@ def check_lengths(
 def summary(
   system: systems.System,
   layout: Layout,
-  optimizer: optax.GradientTransformation | None,
   mesh: jax.sharding.Mesh,
+  optimizer_bytes: int | None = None,
 ) -> str:
   """Returns what `--dry_run` prints: sizes, shardings, bytes per device.
 
   Args:
     system: the system.
     layout: of its parameters.
-    optimizer: whose state to count; None counts none.
     mesh: the device mesh.
+    optimizer_bytes: of the optimizer's state on a device; None: none is made.
   """
-  frozen, trainable = state_lib.split(layout.shapes, system.frozen)
+  frozen, trainable = split(layout.shapes, system.frozen)
   axes = ', '.join(f'{name}={size}' for name, size in mesh.shape.items())
   prompt, answer = system.prompt_vocabulary, system.answer_vocabulary
   lines = [
@@ -242,19 +283,10 @@ def summary(
     )
   param_bytes = partition.bytes_per_device(layout.shapes, layout.shardings)
   lines += [
-    f'frozen parameters: {state_lib.num_params(frozen):,}',
-    f'trainable parameters: {state_lib.num_params(trainable):,}',
+    f'frozen parameters: {num_params(frozen):,}',
+    f'trainable parameters: {num_params(trainable):,}',
     f'bytes per device: parameters {param_bytes:,}',
   ]
-  if optimizer is not None:
-    shapes, state_shardings = state_lib.shardings(
-      trainable,
-      state_lib.split(layout.shardings, system.frozen)[1],
-      optimizer,
-      mesh,
-    )
-    optimizer_bytes = partition.bytes_per_device(
-      shapes.opt_state, state_shardings.opt_state
-    )
+  if optimizer_bytes is not None:
     lines[-1] += f', optimizer {optimizer_bytes:,}'
   return '\n'.join(lines)

@@ -29,7 +29,7 @@ from l2s_jax import (
   parameters,
   partition,
   systems,
-  train,
+  train_step,
 )
 from l2s_jax import state as state_lib
 from l2s_jax.models import config as config_lib
@@ -145,12 +145,12 @@ class Programs:
   ) -> tuple[PyTree, optax.GradientTransformation, state_lib.TrainState]:
     """Returns the frozen parameters, the optimizer and the state."""
     frozen_names = self.system.frozen
-    frozen, trainable = state_lib.split(self._layout.shapes, frozen_names)
-    of_frozen, of_trainable = state_lib.split(
+    frozen, trainable = parameters.split(self._layout.shapes, frozen_names)
+    of_frozen, of_trainable = parameters.split(
       self._layout.shardings, frozen_names
     )
     transform = optimizer.make(
-      state_lib.split(self._layout.axes, frozen_names)[1]
+      parameters.split(self._layout.axes, frozen_names)[1]
     )
     placed = state_lib.shardings(trainable, of_trainable, transform, self.mesh)
     return (
@@ -173,7 +173,7 @@ class Programs:
     with self.entered():
       lowered = jax.jit(
         functools.partial(
-          train.train_step,
+          train_step.train_step,
           module=module,
           optimizer=transform,
           num_microbatches=num_microbatches,
@@ -199,7 +199,7 @@ class Programs:
       dtype: of the weights.
     """
     prompt_length, answer_length = self._lengths_of_both
-    generator = systems.generator(self.system, answer_length)
+    generator = generate.generator(self.system, answer_length)
     generator.first_slots = answer_length
     params = partition.with_shardings(
       jax.tree.map(

@@ -41,7 +41,6 @@ from l2s_jax import (
   timing,
   vocabularies,
 )
-from l2s_jax import state as state_lib
 from l2s_jax.report import TableRow
 
 PROMPT_LENGTH, ANSWER_LENGTH = 30, 20  # as in gin_configs/experiments
@@ -249,9 +248,9 @@ def _time(rows: dict[str, TableRow], loaded: Mapping[str, Loaded]) -> None:
   for name, found in timings.items():
     system, params = loaded[name]
     rows[name] |= {
-      'parameters': state_lib.num_params(params),
-      'trained': state_lib.num_params(
-        state_lib.split(params, system.frozen)[1]
+      'parameters': parameters.num_params(params),
+      'trained': parameters.num_params(
+        parameters.split(params, system.frozen)[1]
       ),
       'prefill_ms': found.prefill_ms,
       'ms_per_token': found.ms_per_token,

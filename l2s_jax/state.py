@@ -2,7 +2,7 @@
 """What changes from one training step to the next, and its shardings."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,34 +29,6 @@ class TrainState(struct.PyTreeNode):
   trainable: PyTree
   opt_state: PyTree
   key: jax.Array
-
-
-def split(
-  params: Mapping[str, PyTree], frozen: tuple[str, ...]
-) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
-  """Splits parameters by their top-level name into frozen and trainable."""
-  return (
-    {name: tree for name, tree in params.items() if name in frozen},
-    {name: tree for name, tree in params.items() if name not in frozen},
-  )
-
-
-def merge(*trees: Mapping[str, PyTree]) -> dict[str, PyTree]:
-  """Joins parameter trees by path; no path may come twice.
-
-  Raises:
-    ValueError: names the paths that two trees hold.
-  """
-  merged: dict[str, PyTree] = {}
-  for tree in trees:
-    for name, value in tree.items():
-      if name not in merged:
-        merged[name] = value
-      elif isinstance(value, Mapping) and isinstance(merged[name], Mapping):
-        merged[name] = merge(merged[name], value)
-      else:
-        raise ValueError(f'Two parameter trees hold {name!r}.')
-  return merged
 
 
 def create(
@@ -120,8 +92,3 @@ def init_params(
     out_shardings=param_shardings,
   )
   return make(jax.random.key(seed))
-
-
-def num_params(tree: PyTree) -> int:
-  """Returns how many numbers a tree of parameters holds."""
-  return sum(leaf.size for leaf in jax.tree.leaves(tree))

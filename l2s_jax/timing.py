@@ -285,7 +285,7 @@ def time_generation(
   """
   contenders = {}
   for name, (system, params) in cases.items():
-    generator = systems.generator(system, num_tokens, ends=False)
+    generator = generate.generator(system, num_tokens, ends=False)
     vocabulary = system.prompt_vocabulary
     batch = data.prompt_batch(
       [[*vocabulary.encode(prompt), vocabulary.eos_id] for prompt in prompts],

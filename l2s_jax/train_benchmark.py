@@ -25,12 +25,13 @@ from l2s_jax import (
   files,
   optim,
   packing,
+  parameters,
   partition,
   report,
   speed_report,
   timing,
-  train,
   train_peers,
+  train_step,
 )
 from l2s_jax import state as state_lib
 from l2s_jax.models import l2s, language_model
@@ -154,14 +155,16 @@ def _our_step(
   if params is None:
     make = jax.jit(lambda key: partition.unbox(init(key, batch))['params'])
     params = make(jax.random.key(seed))
-  frozen, trainable = state_lib.split(params, frozen_names)
+  frozen, trainable = parameters.split(params, frozen_names)
   optimizer = optim.adamw(train_peers.LEARNING_RATE).make(
-    state_lib.split(axes, frozen_names)[1]
+    parameters.split(axes, frozen_names)[1]
   )
   state = state_lib.create(trainable, optimizer, seed)
   compiled = (
     jax.jit(
-      functools.partial(train.train_step, module=module, optimizer=optimizer),
+      functools.partial(
+        train_step.train_step, module=module, optimizer=optimizer
+      ),
       donate_argnums=0,
     )
     .lower(state, frozen, batch)
@@ -179,7 +182,7 @@ def _our_step(
     contenders.OURS,
     _config(module).dtype,
     shape[0] * costs.train_flops(module, shape[1], shape[2]),
-    state_lib.num_params(trainable),
+    parameters.num_params(trainable),
     step,
     functools.partial(_memory_bytes, compiled),
   )

@@ -11,7 +11,7 @@ import pytest
 from l2s_jax import (
   buckets,
   data,
-  evaluate,
+  eval_plan,
   evaluation,
   metrics,
   tasks,
@@ -406,7 +406,6 @@ def test_the_names_of_scores_are_known_ahead(bind, vocabulary):
   assert both is not None and sorted(both) == sorted(
     f'{part}/{name}' for part in ('romanian', 'more_romanian') for name in names
   )
-  evaluate.check_score('BEST_METRIC', 'chrf', task, 'test')
-  evaluate.check_score('BEST_METRIC', None, task, 'test')
+  eval_plan.check_score('BEST_METRIC', 'chrf', task, 'test')
   with pytest.raises(ValueError, match="BEST_METRIC='blue'.*bleu, chrf"):
-    evaluate.check_score('BEST_METRIC', 'blue', task, 'test')
+    eval_plan.check_score('BEST_METRIC', 'blue', task, 'test')

@@ -26,7 +26,7 @@ from l2s_jax import (
   partition,
   sampling,
   systems,
-  train,
+  train_step,
 )
 from l2s_jax import state as state_lib
 
@@ -121,22 +121,22 @@ def train_on(
     stack.enter_context(partition.axis_rules(mesh_config.rules('slm')))
     system = systems.with_rules(helpers.system(module), mesh_config)
     layout = parameters.layout(system, mesh, mesh_config)
-    _, axes = state_lib.split(layout.axes, system.frozen)
+    _, axes = parameters.split(layout.axes, system.frozen)
     transform = OPTIMIZERS[optimizer].make(axes)
-    frozen, trainable = state_lib.split(
+    frozen, trainable = parameters.split(
       jax.device_put(helpers.random_params(module), layout.shardings),
       system.frozen,
     )
     _, shardings = state_lib.shardings(
-      state_lib.split(layout.shapes, system.frozen)[1],
-      state_lib.split(layout.shardings, system.frozen)[1],
+      parameters.split(layout.shapes, system.frozen)[1],
+      parameters.split(layout.shardings, system.frozen)[1],
       transform,
       mesh,
     )
     state = jax.device_put(state_lib.create(trainable, transform, 0), shardings)
     step = jax.jit(
       functools.partial(
-        train.train_step,
+        train_step.train_step,
         module=system.module,
         optimizer=transform,
         num_microbatches=num_microbatches,
@@ -159,7 +159,7 @@ def train_on(
         ids=decode.Ids(0, 1, 0),
         decoding=decoding,
       )
-      prepared = generator.prepare(state_lib.merge(frozen, state.trainable))
+      prepared = generator.prepare(parameters.merge(frozen, state.trainable))
       tokens = np.asarray(generator(prepared, batch))
   return Run(losses, gradient, state, tokens)
 

@@ -24,11 +24,11 @@ from l2s_jax import (
   losses,
   metric_writer,
   packing,
+  parameters,
   tasks,
   train,
   vocabularies,
 )
-from l2s_jax import state as state_lib
 from l2s_jax.features import seqio
 
 # --- rows ---
@@ -125,7 +125,7 @@ def sums_and_gradients(module, frozen, trainable, batch):
 
   def loss_fn(trainable):
     logits = module.apply(
-      {'params': state_lib.merge(frozen, trainable)},
+      {'params': parameters.merge(frozen, trainable)},
       batch,
       deterministic=False,
       rngs={'dropout': jax.random.key(0)},  # whose rate is 0
@@ -140,7 +140,7 @@ def sums_and_gradients(module, frozen, trainable, batch):
 
 def add_up(module, batches):
   """Returns sums and gradients of all batches."""
-  frozen, trainable = state_lib.split(helpers.random_params(module), ('llm',))
+  frozen, trainable = parameters.split(helpers.random_params(module), ('llm',))
   found = [
     jax.device_get(sums_and_gradients(module, frozen, trainable, batch))
     for batch in batches

@@ -136,11 +136,11 @@ def test_parameters_and_slots_are_really_spread():
   system = helpers.system(helpers.llm_to_slm('t5_1_1', 'add', 'shared'))
   mesh = partition.make_mesh(CUBE)
   layout = parameters.layout(system, mesh, CUBE)
-  _, shapes = state_lib.split(layout.shapes, system.frozen)
-  _, shardings = state_lib.split(layout.shardings, system.frozen)
+  _, shapes = parameters.split(layout.shapes, system.frozen)
+  _, shardings = parameters.split(layout.shardings, system.frozen)
   adam = optim.adamw().make({})
   _, shardings = state_lib.shardings(shapes, shardings, adam, mesh)
-  _, trainable = state_lib.split(
+  _, trainable = parameters.split(
     helpers.random_params(system.module), system.frozen
   )
   state = jax.device_put(state_lib.create(trainable, adam, 0), shardings)

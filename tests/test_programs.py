@@ -10,12 +10,12 @@ import pytest
 
 from l2s_jax import (
   costs,
+  generate,
   hlo_costs,
   optim,
   parameters,
   partition,
   programs,
-  systems,
 )
 from l2s_jax.models import config as config_lib
 
@@ -147,7 +147,7 @@ def test_parameters_for_generation_lie_where_they_were():
     layout.shapes,
     layout.shardings,
   )
-  prepared = systems.generator(found.system, 16).prepare(params)
+  prepared = generate.generator(found.system, 16).prepare(params)
   expected = jax.tree.map(lambda x: x.sharding.shard_shape(x.shape), prepared)
   shards = jax.tree.map(
     lambda x: x.sharding.shard_shape(x.shape), prefill.arguments['parameters']

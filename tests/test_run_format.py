@@ -180,12 +180,12 @@ def test_a_converted_folder_names_its_writer(tmp_path):
   content['written_by'] = '7.8.9'
   path.write_text(json.dumps(content))
   with pytest.raises(ValueError) as error:
-    converted.Folder(tmp_path)
+    converted.ConvertedFolder(tmp_path)
   assert f'{path} has config.depth, which this l2s_jax' in str(error.value)
   assert 'l2s_jax 7.8.9 wrote it. Update l2s_jax, or' in str(error.value)
   change(path, format_version=run_format.FORMAT_VERSION + 1)
   with pytest.raises(ValueError, match='written by l2s_jax 7.8.9; .* Update'):
-    converted.Folder(tmp_path)
+    converted.ConvertedFolder(tmp_path)
 
 
 def test_answers_of_an_older_version_go_on(tmp_path):

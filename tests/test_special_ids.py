@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2s_jax import (
-  __main__ as command_line,
-)
+from l2s_jax import __main__ as command_line
 from l2s_jax import (
   data,
   decode,
+  generate,
   random_weights,
   sampling,
   systems,
@@ -142,7 +141,7 @@ def test_training_starts_answers_where_inference_does(madlad):
   )
   assert batch['decoder_input_tokens'].tolist() == [[0, 6, 7, 1]]
   system = systems.language_model_system(systems.Tower(path=str(madlad)))
-  ids = vars(systems.generator(system, 3).strategy)['_ids']
+  ids = vars(generate.generator(system, 3).strategy)['_ids']
   assert (ids.start, ids.eos, ids.pad) == (0, (2, 7), 1)
 
 

@@ -442,8 +442,8 @@ DRAFTS = sampling.Decoding(draft_len=4)
 def test_the_decoder_of_a_runs_llm_is_loaded_with_it(folders):
   folder, params = folders
   system = systems.load(folder / 'run')
-  assert systems.for_decoding(system, sampling.Decoding()) is system
-  again, frozen = load_frozen(systems.for_decoding(system, DRAFTS))
+  assert generate_lib.for_decoding(system, sampling.Decoding()) is system
+  again, frozen = load_frozen(generate_lib.for_decoding(system, DRAFTS))
   assert again.llm_fingerprint == system.llm_fingerprint
   helpers.assert_trees_equal(frozen, {'llm': params})
 
@@ -453,14 +453,14 @@ def test_an_llm_without_its_decoder_is_refused(folders):
   system = systems.load(folder / 'run', llm_path=str(folder / 'encoder'))
   load_frozen(system)
   with pytest.raises(ValueError, match='encoder is an encoder alone.*LLM_PATH'):
-    load_frozen(systems.for_decoding(system, DRAFTS))
+    load_frozen(generate_lib.for_decoding(system, DRAFTS))
 
 
 def test_systems_that_cannot_verify_are_refused_by_name(vocabulary):
   def refuse(module, match, decoding=DRAFTS, **changes):
     system = dataclasses.replace(helpers.system(module), **changes)
     with pytest.raises(ValueError, match=match):
-      systems.for_decoding(system, decoding)
+      generate_lib.for_decoding(system, decoding)
 
   module = l2s.LlmToSlm(helpers.LLM, helpers.T5_1_0)
   refuse(l2s.build(helpers.LLM), 'draft_len=4.*a language model alone')
@@ -486,7 +486,7 @@ def test_systems_that_cannot_verify_are_refused_by_name(vocabulary):
   'module,draft_len', [(l2s.build(helpers.T5_1_0), 4), (TWINS, 0)]
 )
 def test_drafts_and_a_verifier_belong_together(module, draft_len):
-  with pytest.raises(ValueError, match='systems.for_decoding'):
+  with pytest.raises(ValueError, match='generate.for_decoding'):
     generate_lib.Generator(
       module,
       max_decode_len=4,

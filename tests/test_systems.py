@@ -104,7 +104,7 @@ def test_summary_counts_frozen_and_trainable(system):
   mesh_config = partition.MeshConfig(data=1)
   mesh = partition.make_mesh(mesh_config, jax.devices()[:1])
   layout = parameters.layout(system, mesh, mesh_config)
-  text = parameters.summary(system, layout, None, mesh)
+  text = parameters.summary(system, layout, mesh)
   count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(layout.shapes))
   assert f'trainable parameters: {count:,}' in text
   assert 'frozen parameters: 0' in text

@@ -12,7 +12,16 @@ import numpy as np
 import optax
 import pytest
 
-from l2s_jax import checkpoint, losses, optim, parameters, partition, train
+from l2s_jax import (
+  checkpoint,
+  eval_plan,
+  losses,
+  optim,
+  parameters,
+  partition,
+  train,
+  train_step,
+)
 from l2s_jax import state as state_lib
 
 SGD = optax.sgd(1.0)  # the update is the gradient
@@ -20,14 +29,14 @@ SGD = optax.sgd(1.0)  # the update is the gradient
 
 @functools.partial(jax.jit, static_argnames=('module', 'optimizer'))
 def step(state, frozen, batch, *, module, optimizer=SGD):
-  return train.train_step(
+  return train_step.train_step(
     state, frozen, batch, module=module, optimizer=optimizer
   )
 
 
 def start(module, frozen=('llm',), optimizer=SGD, seed=0):
   """Returns the frozen parameters and the state before the first step."""
-  frozen, trainable = state_lib.split(helpers.random_params(module), frozen)
+  frozen, trainable = parameters.split(helpers.random_params(module), frozen)
   return frozen, state_lib.create(trainable, optimizer, seed)
 
 
@@ -163,7 +172,7 @@ def test_the_optimizer_has_no_slot_for_what_is_frozen(plain):
   ]
   assert not any("'llm'" in path for path in paths)
   assert any("'slm'" in path for path in paths)
-  trained = state_lib.num_params(state.trainable)
+  trained = parameters.num_params(state.trainable)
   slots = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
   assert slots == 2 * trained  # two moments
 
@@ -194,7 +203,7 @@ def test_no_gradient_of_the_llm_is_computed(plain):
     frozen, state = start(module, frozen_names)
     return shapes_computed(
       jax.make_jaxpr(
-        functools.partial(train.train_step, module=module, optimizer=SGD)
+        functools.partial(train_step.train_step, module=module, optimizer=SGD)
       )(state, frozen, batch).jaxpr
     )
 
@@ -300,19 +309,19 @@ def test_a_run_that_has_no_checkpoint_starts_from_its_seed(tmp_path):
 
 def test_split_and_merge_are_inverse():
   params = {'llm': {'a': 1}, 'slm': {'b': {'c': 2}}, 'projector': {'d': 3}}
-  frozen, trainable = state_lib.split(params, ('llm',))
+  frozen, trainable = parameters.split(params, ('llm',))
   assert frozen == {'llm': {'a': 1}} and 'llm' not in trainable
-  assert state_lib.merge(frozen, trainable) == params
-  assert state_lib.split(params, ()) == ({}, params)
+  assert parameters.merge(frozen, trainable) == params
+  assert parameters.split(params, ()) == ({}, params)
 
 
 def test_merge_joins_by_path_and_refuses_a_path_twice():
-  merged = state_lib.merge({'slm': {'a': 1}}, {'slm': {'b': 2}})
+  merged = parameters.merge({'slm': {'a': 1}}, {'slm': {'b': 2}})
   assert merged == {'slm': {'a': 1, 'b': 2}}
   with pytest.raises(ValueError, match="'a'"):
-    state_lib.merge({'slm': {'a': 1}}, {'slm': {'a': 2}})
+    parameters.merge({'slm': {'a': 1}}, {'slm': {'a': 2}})
   with pytest.raises(ValueError, match="'slm'"):
-    state_lib.merge({'slm': 1}, {'slm': {'a': 2}})
+    parameters.merge({'slm': 1}, {'slm': {'a': 2}})
 
 
 # --- microbatches ---
@@ -329,7 +338,7 @@ def test_microbatches_add_up_to_the_whole_batch(plain, num_microbatches):
     frozen, state = start(module, optimizer=optimizer)
     return jax.jit(
       functools.partial(
-        train.train_step,
+        train_step.train_step,
         module=module,
         optimizer=optimizer,
         num_microbatches=num_microbatches,
@@ -351,7 +360,7 @@ def test_microbatches_add_up_to_the_whole_batch(plain, num_microbatches):
 def test_each_microbatch_has_its_own_key():
   key = jax.random.key(0)
   rows = {'x': jnp.ones((4, 3))}
-  total = train._add_up(
+  total = train_step._add_up(
     lambda batch, key: {
       'drawn': jax.random.uniform(key),
       'rows': batch['x'].sum(),
@@ -395,7 +404,11 @@ def test_another_order_of_the_data_is_refused_with_the_differences():
 
 
 def test_the_best_is_chosen_on_validation_data_only():
-  train._check_best_split('bleu', 'validation')
-  train._check_best_split(None, 'test')
+  def find(best_metric, split):
+    run = eval_plan.Planned('cldr', split, None, None, {})
+    return eval_plan.make([], run, best_metric).best
+
+  assert find('bleu', 'validation') == ('', 'bleu')
+  assert find(None, 'test') is None
   with pytest.raises(ValueError, match="BEST_METRIC='bleu'.*EVAL_STEPS='best'"):
-    train._check_best_split('bleu', 'test')
+    find('bleu', 'test')

@@ -71,7 +71,7 @@ def make(folder: pathlib.Path) -> None:
   ) as checkpointer:
     for step in STEPS:
       params = helpers.random_params(MODULE, step)
-      trainable = state_lib.split(params, system.frozen)[1]
+      trainable = parameters.split(params, system.frozen)[1]
       state = state_lib.create(trainable, optimizer, step)
       state = dataclasses.replace(state, step=jax.numpy.int32(step))
       data = {'num_rows': 8 * step, 'sums': {'loss': 0.1 * step}}
@@ -104,7 +104,7 @@ def resume(folder: pathlib.Path) -> dict[str, Any]:
   system, frozen = parameters.load_frozen(system, layout)
   systems.save(system, run)
   trainable, shardings = (
-    state_lib.split(tree, system.frozen)[1]
+    parameters.split(tree, system.frozen)[1]
     for tree in (layout.shapes, layout.shardings)
   )
   shapes, state_shardings = state_lib.shardings(

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores one system on one split of a task, as often as asked.
+
+The teacher-forced loss and the metrics of decoded answers; `evaluation.py` has
+the metrics, `generate.py` the decoding.
+"""
+
+import functools
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from l2s_jax import (
+  data,
+  distributed,
+  generate,
+  losses,
+  partition,
+  report,
+  sampling,
+  systems,
+)
+
+PyTree = Any
+
+# Which Z the SLM gets: that of the prompt, zero, or that of another prompt.
+CONTROLS = ('none', 'zero', 'other')
+
+Stop = Callable[[], None]
+
+
+class Evaluator:
+  """Evaluates one system on one split, as often as asked.
+
+  Functions are compiled once. Loss is teacher-forced; the decoded metrics are
+  those of the task, by SeqIO's Evaluator, which tokenizes the split once.
+  """
+
+  def __init__(
+    self,
+    system: systems.System,
+    mesh: jax.sharding.Mesh,
+    task: Any,
+    task_feature_lengths: Mapping[str, int],
+    *,
+    split: str,
+    batch_size: int,
+    num_examples: int | None = None,
+    max_decode_len: int | None = None,
+    decoding: sampling.Decoding | None = None,
+    num_bootstrap_samples: int = 0,
+    generator: generate.Generator | None = None,
+  ):
+    """Prepares the evaluation; nothing compiles and no data are read yet.
+
+    Args:
+      system: what to evaluate.
+      mesh: the device mesh.
+      task: from `session.bind_task`.
+      task_feature_lengths: tokens of 'inputs' and 'targets'.
+      split: of the task.
+      batch_size: examples a batch, over all devices.
+      num_examples: the first so many of each task; None takes all.
+      max_decode_len: tokens an answer at most; None: that of 'targets'.
+      decoding: how answers are written; None is greedy.
+      num_bootstrap_samples: for confidence intervals; 0 for none.
+      generator: of another evaluator of the same system, settings and longest
+        answer, to compile nothing twice; None makes one.
+    """
+    self.generator = generator or generate.generator(
+      system,
+      max_decode_len or task_feature_lengths['targets'],
+      decoding=decoding,
+      unstack_llm=False,  # It may be large, and training goes on beside this.
+    )
+    self._mesh = mesh
+    # Of a system whose answers go on where its prompts end.
+    self._prompt_vocabulary = (
+      system.prompt_vocabulary if system.continues else None
+    )
+    self._task = task
+    self._reading: dict[str, Any] = {
+      'task_feature_lengths': task_feature_lengths,
+      'split': split,
+      'batch_size': batch_size,
+      'num_examples': num_examples,
+      'num_bootstrap_samples': num_bootstrap_samples,
+    }
+
+    def loss_sums(params, batch):
+      logits = system.module.apply(
+        {'params': params}, batch, deterministic=True
+      )
+      return losses.token_cross_entropy(
+        logits, batch['decoder_target_tokens'], batch['decoder_loss_weights']
+      )[1]
+
+    self._loss_sums = jax.jit(loss_sums)
+
+  @property
+  def signatures(self) -> dict[str, str]:
+    """What gave the last scores, by their names; of ROUGE's, by rougeLsum."""
+    by_task = self._by_seqio.signatures
+    return {
+      name if len(by_task) == 1 else f'{task}/{name}': signature
+      for task, signatures in by_task.items()
+      for name, signature in signatures.items()
+    }
+
+  @functools.cached_property
+  def _by_seqio(self) -> Any:
+    from l2s_jax import evaluation
+
+    return evaluation.TaskEvaluator(self._task, **self._reading)
+
+  def evaluate(
+    self,
+    params: PyTree,
+    *,
+    step: int,
+    output_dir: str | pathlib.Path | None = None,
+    control: str = 'none',
+    stop: Stop | None = None,
+  ) -> dict[str, float]:
+    """Returns the scores by name; of a mixture by 'task/name'.
+
+    'loss' (nats per target token) and 'token_accuracy', both teacher-forced,
+    are among them. A score of `metrics.py` comes with the ends of its
+    confidence interval, if that was asked for.
+
+    Args:
+      params: all of the system's parameters.
+      step: of the checkpoint, for the names of files.
+      output_dir: predictions go to `eval/` in it; None writes none.
+      control: one of `CONTROLS`.
+      stop: called before each batch; raises to leave.
+    """
+
+    def put(batch: data.Batch) -> dict[str, jax.Array]:
+      if stop:
+        stop()
+      if self._prompt_vocabulary is not None:
+        batch = data.continuing(
+          batch,
+          self._prompt_vocabulary.prefix_ids,
+          self._prompt_vocabulary.eos_ids,
+        )
+      if control == 'zero':
+        rows = batch['encoder_input_tokens'].shape[0]
+        batch = batch | {'llm_scale': np.zeros((rows,), np.float32)}
+      return partition.put_batch(batch, self._mesh)
+
+    def predict(batch: data.Batch) -> np.ndarray:
+      row_ids = batch.pop('row_ids')
+      return distributed.fetch(self.generator(prepared, put(batch), row_ids))
+
+    prepared = self.generator.prepare(params)
+    folder = None
+    if output_dir is not None and distributed.is_first():
+      folder = pathlib.Path(output_dir) / 'eval'
+    by_task = self._by_seqio.evaluate(
+      predict, control=control, step=step, output_dir=folder
+    )
+    for task in self._by_seqio.tasks:
+      batches = self._by_seqio.batches(task, control)
+      by_task[task.name] |= self._loss(params, map(put, batches))
+    return {
+      name if len(by_task) == 1 else f'{task}/{name}': value
+      for task, scores in by_task.items()
+      for name, value in scores.items()
+    }
+
+  def _loss(
+    self, params: PyTree, batches: Iterable[dict[str, jax.Array]]
+  ) -> dict[str, float]:
+    """Returns teacher-forced loss (nats per target token) and accuracy."""
+    sums: dict[str, float] = {}
+    for batch in tqdm.tqdm(
+      batches,
+      desc='loss',
+      unit='batch',
+      leave=False,
+      dynamic_ncols=True,
+      disable=not distributed.is_first(),
+    ):
+      for name, value in self._loss_sums(params, batch).items():
+        sums[name] = sums.get(name, 0.0) + float(value)
+    tokens = max(sums['loss_weight'], 1.0)
+    return {
+      'loss': sums['loss'] / tokens,
+      'token_accuracy': sums['num_correct'] / tokens,
+    }
+
+
+def format_scores(
+  scores: Mapping[str, float], signatures: Mapping[str, str]
+) -> str:
+  """Returns one line; scores with their signatures, for others to repeat them.
+
+  Args:
+    scores: by name.
+    signatures: by name of a score, see `Evaluator.signatures`.
+  """
+  parts = []
+  for name, value in scores.items():
+    if report.is_interval_end(name, scores):
+      continue
+    text = (
+      f'{name} {value}' if isinstance(value, int) else f'{name} {value:.4g}'
+    )
+    if f'{name}_low' in scores:
+      text += f' [{scores[f"{name}_low"]:.4g}, {scores[f"{name}_high"]:.4g}]'
+    if name in signatures:
+      text += f' ({signatures[name]})'
+    parts.append(text)
+  return ', '.join(parts)
