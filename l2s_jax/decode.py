@@ -166,8 +166,9 @@ def write_column(
   step: Int[Array, ''],
 ) -> Shaped[Array, '*rows steps']:
   """Returns the buffer with a value for each row at one step."""
-  start = (*[0] * column.ndim, step)
-  return jax.lax.dynamic_update_slice(buffer, column[..., None], start)
+  return jax.lax.dynamic_update_slice_in_dim(
+    buffer, column[..., None], step, axis=buffer.ndim - 1
+  )
 
 
 def _log_prob(
