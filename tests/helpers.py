@@ -193,13 +193,19 @@ def prompt_ids(module: Module) -> int:
   return module.config.vocab_size
 
 
-def random_params(module: Module, seed: int = 0) -> dict[str, Any]:
-  """Returns parameters of which none is a zero, a one, or too small to see."""
+@functools.cache
+def param_shapes(module: Module) -> Any:
+  """Returns the shapes of a module's parameters, for which it is traced."""
   shapes, _ = partition.abstract_params(
     functools.partial(module.init, deterministic=True),
     jax.random.key(0),
     parameters.example_batch(1, 2, 2),
   )
+  return shapes
+
+
+def random_params(module: Module, seed: int = 0) -> dict[str, Any]:
+  """Returns parameters of which none is a zero, a one, or too small to see."""
   generator = np.random.default_rng(seed)
 
   def draw(path, shape):
@@ -211,7 +217,7 @@ def random_params(module: Module, seed: int = 0) -> dict[str, Any]:
     return generator.normal(0, stddev, shape.shape).astype(np.float32)
 
   return jax.tree.map(
-    jnp.asarray, jax.tree_util.tree_map_with_path(draw, shapes)
+    jnp.asarray, jax.tree_util.tree_map_with_path(draw, param_shapes(module))
   )
 
 
