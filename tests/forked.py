@@ -42,6 +42,7 @@ def environment() -> dict[str, str]:
     'JAX_COMPILATION_CACHE_DIR': folder,
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true',  # as in the tests' own process
   }
 
 
@@ -117,9 +118,9 @@ class Popen(subprocess.Popen):
     self._process.start()
     for stream in streams.values():
       stream.close()
-    self.pid = self._process.pid
+    self.pid = self._process.pid or 0
     self._child_created = True
-    self._close_pipe_fds(*rest[3:9])
+    self._close_pipe_fds(*rest[3:9])  # type: ignore[attr-defined]
 
   def _internal_poll(self, *args, **kwargs):
     if self.returncode is None:
