@@ -272,8 +272,8 @@ FAULTS = (
     'yarn-without-factor',
     'factor = config.rope_scaling[-1]',
     'factor = 1.0',
-    ('test_models.py', 'test_weights.py'),
-    'stretched or known or rope',
+    ('test_parity.py',),
+    'yarn',
   ),
   Fault(
     'slot-by-one',
@@ -382,7 +382,7 @@ FAULTS = (
     'state.prompts.row_keys, state.step\n',
     'state.prompts.row_keys, 0\n',
     ('test_generate.py',),
-    'sample',
+    'sampled_answers',
   ),
   Fault(
     'one-key-for-all-rows',
