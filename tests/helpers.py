@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -184,6 +184,26 @@ MODULES: dict[str, Module] = (
     for vocabulary in ('shared', 'foreign')
   }
 )
+
+
+# The others have each SLM with each injection and each kind of vocabulary, and
+# each of these with the other.
+_REPEATING = (
+  'llm_to_t5_1_0-add-foreign',
+  'llm_to_t5_1_0-replace-shared',
+  'llm_to_t5_1_1-add-shared',
+  'llm_to_t5_1_1-replace-foreign',
+  'llm_to_gpt2-add-shared',
+  'llm_to_gpt2-replace-foreign',
+)
+
+
+def cases(names: Iterable[str]) -> list[Any]:
+  """Returns names of modules for pytest; those that repeat others are long."""
+  return [
+    pytest.param(name, marks=pytest.mark.long) if name in _REPEATING else name
+    for name in names
+  ]
 
 
 def prompt_ids(module: Module) -> int:

@@ -86,7 +86,7 @@ NAMES = (
 )
 
 
-@pytest.fixture(scope='module', params=NAMES)
+@pytest.fixture(scope='module', params=helpers.cases(NAMES))
 def written(request):
   """Returns module, parameters, batch, and its argmax without a cache."""
   module = helpers.MODULES[request.param]
