@@ -10,7 +10,7 @@ from faults import numeric, numeric_faults
 TESTS = pathlib.Path(__file__).parent
 
 
-@pytest.mark.parametrize('fault', numeric_faults.FAULTS, ids=lambda x: x.name)
+@pytest.mark.parametrize('fault', numeric.FAULTS, ids=lambda x: x.name)
 def test_a_fault_changes_one_place_of_the_package(fault):
   path = numeric.find(fault, numeric.ROOT)
   source = path.read_text(encoding='utf-8')
@@ -20,7 +20,7 @@ def test_a_fault_changes_one_place_of_the_package(fault):
 
 
 def test_faults_have_names_of_their_own():
-  names = [fault.name for fault in numeric_faults.FAULTS]
+  names = [fault.name for fault in numeric.FAULTS]
   assert len(set(names)) == len(names) >= 60
 
 

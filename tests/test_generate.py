@@ -206,6 +206,12 @@ def test_a_row_samples_the_same_whatever_its_neighbours(gpt2):
   found = sample(same, row_ids)
   assert (found[0] != found[1]).any()
   assert (sample(batch, row_ids + 1) != expected).any()
+  # And of another seed.
+  generator = make_generator(
+    module, eos_id=-1, decoding=sampling.Decoding(temperature=2.0, seed=1)
+  )
+  found = generator(generator.prepare(params), batch, row_ids)
+  assert (found != expected).any()
 
 
 def test_sampled_answers_are_as_frequent_as_they_are_probable():

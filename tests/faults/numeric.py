@@ -4,7 +4,7 @@
     PYTHONPATH=.:tests python -m faults.numeric [--only=NAME ...] [--jobs=1]
 
 A fault is a snippet that one file of the package has once, and what stands in
-its place (`numeric_faults.py`); the file is found by the snippet. The tree is
+its place (`numeric_faults*.py`); the file is found by the snippet. The tree is
 copied, the fault put in, and the tests named beside it are run as the short run
 has them, up to the first that fails. Shapes are not checked here, which takes
 longer and sees no less.
@@ -23,9 +23,10 @@ import shutil
 import sys
 import tempfile
 
-from faults import numeric_faults
+from faults import numeric_faults, numeric_faults_of_steps
 
 ROOT = pathlib.Path(__file__).parents[2]
+FAULTS = (*numeric_faults.FAULTS, *numeric_faults_of_steps.FAULTS)
 COPIED = ('l2s_jax', 'tests', 'gin_configs', 'launch', 'docs', 'pyproject.toml')
 TIMEOUT_SECS = 600
 # What tests import and faults do not change: imported once, before forking.
@@ -56,7 +57,7 @@ def find(fault: numeric_faults.Fault, root: pathlib.Path) -> pathlib.Path:
     names = ', '.join(str(path.relative_to(root)) for path in places) or 'none'
     raise ValueError(
       f'fault {fault.name}: expected its snippet at one place, found {names}; '
-      f'change it in numeric_faults.py:\n{fault.snippet}'
+      f'change it in faults/numeric_faults*.py:\n{fault.snippet}'
     )
   return places[0]
 
@@ -134,13 +135,11 @@ def main() -> int:
   parser.add_argument('--only', nargs='*', default=[], help='names of faults')
   parser.add_argument('--jobs', type=int, default=1, help='at the same time')
   arguments = parser.parse_args()
-  names = {fault.name for fault in numeric_faults.FAULTS}
+  names = {fault.name for fault in FAULTS}
   if unknown := set(arguments.only) - names:
     parser.error(f'--only: {sorted(unknown)} are not among {sorted(names)}')
   chosen = [
-    fault
-    for fault in numeric_faults.FAULTS
-    if fault.name in (arguments.only or names)
+    fault for fault in FAULTS if fault.name in (arguments.only or names)
   ]
   os.environ['JAX_PLATFORMS'] = 'cpu'
   os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'
