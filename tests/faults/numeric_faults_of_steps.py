@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small faults of losses, training, decoding, data and metrics, as `numeric_faults.py`."""
+"""Small faults of losses, training, decoding, data and metrics."""
 
 from faults.numeric_faults import Fault
 
