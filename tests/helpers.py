@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import pathlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -260,6 +260,26 @@ def eval_batches(
   return data.TaskBatches(dataset.as_numpy_iterator(), batch_size)
 
 
+# The others have each SLM with each injection and each kind of vocabulary, and
+# each of these with the other.
+_REPEATING = (
+  'llm_to_t5_1_0-add-foreign',
+  'llm_to_t5_1_0-replace-shared',
+  'llm_to_t5_1_1-add-shared',
+  'llm_to_t5_1_1-replace-foreign',
+  'llm_to_gpt2-add-shared',
+  'llm_to_gpt2-replace-foreign',
+)
+
+
+def cases(names: Iterable[str]) -> list[Any]:
+  """Returns names of modules for pytest; those that repeat others are long."""
+  return [
+    pytest.param(name, marks=pytest.mark.long) if name in _REPEATING else name
+    for name in names
+  ]
+
+
 def prompt_ids(module: Module) -> int:
   """Returns how many ids the module's prompts are drawn from."""
   if isinstance(module, l2s.LlmToSlm):
@@ -267,13 +287,19 @@ def prompt_ids(module: Module) -> int:
   return module.config.vocab_size
 
 
-def random_params(module: Module, seed: int = 0) -> dict[str, Any]:
-  """Returns parameters of which none is a zero, a one, or too small to see."""
+@functools.cache
+def param_shapes(module: Module) -> Any:
+  """Returns the shapes of a module's parameters, for which it is traced."""
   shapes, _ = partition.abstract_params(
     functools.partial(module.init, deterministic=True),
     jax.random.key(0),
     batch_keys.example_batch(1, 2, 2),
   )
+  return shapes
+
+
+def random_params(module: Module, seed: int = 0) -> dict[str, Any]:
+  """Returns parameters of which none is a zero, a one, or too small to see."""
   generator = np.random.default_rng(seed)
 
   def draw(path, shape):
@@ -285,7 +311,7 @@ def random_params(module: Module, seed: int = 0) -> dict[str, Any]:
     return generator.normal(0, stddev, shape.shape).astype(np.float32)
 
   return jax.tree.map(
-    jnp.asarray, jax.tree_util.tree_map_with_path(draw, shapes)
+    jnp.asarray, jax.tree_util.tree_map_with_path(draw, param_shapes(module))
   )
 
 

@@ -238,7 +238,7 @@ def test_a_sharded_update_is_the_unsharded_one():
   )
 
 
-@pytest.mark.parametrize('name', helpers.MODULES)
+@pytest.mark.parametrize('name', helpers.cases(helpers.MODULES))
 def test_every_family_can_be_trained_with_it(name):
   """Each axis that a model names plays a part."""
   shapes, axes = partition.abstract_params(

@@ -17,7 +17,7 @@ from l2s_jax.models import attention, l2s, layers, positions
 from l2s_jax.models import config as config_lib
 
 
-@pytest.fixture(scope='module', params=helpers.MODULES)
+@pytest.fixture(scope='module', params=helpers.cases(helpers.MODULES))
 def model(request):
   """Returns a module, random parameters, a ragged batch and its logits."""
   module = helpers.MODULES[request.param]

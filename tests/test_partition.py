@@ -393,7 +393,7 @@ def test_bytes_per_device_counts_one_shard():
   assert partition.bytes_per_device(shapes, shardings) == 2 * 3 * 4 + 5 * 2
 
 
-@pytest.mark.parametrize('name', helpers.MODULES)
+@pytest.mark.parametrize('name', helpers.cases(helpers.MODULES))
 def test_every_axis_of_a_parameter_has_a_rule(name):
   _, axes = partition.abstract_params(
     functools.partial(helpers.MODULES[name].init, deterministic=True),

@@ -307,6 +307,16 @@ def test_what_stays_and_what_replaces_it_follow_the_llm(num_drafts):
   assert abs((num_accepted > 0).mean() - overlap) < 6 * 0.5 / NUM_SAMPLES**0.5
 
 
+def test_each_draw_of_each_row_has_a_key_of_its_own():
+  row_keys = jax.random.split(jax.random.key(0), 2)
+  roles = (speculative._DRAFT, speculative._ACCEPT, speculative._REPLACE)
+  found = [
+    jax.random.key_data(speculative._keys(row_keys, jnp.full(2, place), role))
+    for place, role in itertools.product(range(5), roles)
+  ]
+  assert len(np.unique(np.concatenate(found), axis=0)) == 2 * 5 * len(roles)
+
+
 def test_drafts_that_are_not_numbers_never_stay():
   logits = jnp.asarray([[0.0, 1.0, 2.0], [0.0, 0.0, 0.0]])
   keys = jax.random.split(jax.random.key(0), (2, 1000, 2))
