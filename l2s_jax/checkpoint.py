@@ -114,8 +114,10 @@ class Checkpointer:
     self._empty_deleted()
 
   def _empty_deleted(self) -> None:
+    # The folder stays: Orbax's thread may be about to move a step into it.
     if distributed.is_first():
-      shutil.rmtree(self.folder / _DELETED, ignore_errors=True)
+      for path in (self.folder / _DELETED).glob('*'):
+        shutil.rmtree(path, ignore_errors=True)
 
   def save(
     self,
@@ -237,7 +239,8 @@ class Checkpointer:
 
   def close(self) -> None:
     self._manager.close()
-    self._empty_deleted()
+    if distributed.is_first():
+      shutil.rmtree(self.folder / _DELETED, ignore_errors=True)
 
 
 def steps(run_dir: str | pathlib.Path) -> list[int]:
