@@ -9,6 +9,8 @@ The packages, lowest first: `runtime`, `models`, `metrics`, `vocabularies`,
 import importlib
 import types
 
+__version__ = '0.1.0'
+
 
 def __getattr__(name: str) -> types.ModuleType:
   # `from l2s_jax import tasks` is what a user's module for seqio_cache_tasks

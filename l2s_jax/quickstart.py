@@ -29,6 +29,7 @@ import jax
 from l2s_jax import __main__
 from l2s_jax.data import cldr
 from l2s_jax.evaluation import evaluate, report
+from l2s_jax.evaluation.report import TableRow
 from l2s_jax.inference import answerer
 from l2s_jax.metrics import metric_fns
 from l2s_jax.performance import timing
@@ -61,7 +62,6 @@ COLUMNS = {
   'total_ms': f'ms for {ANSWER_LENGTH} tokens',
   'speedup': 'speed-up over the LLM',
 }
-Row = dict[str, Any]
 Loaded = tuple[system_lib.System, dict[str, Any]]
 
 
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
   _say('5/7 evaluation on the test split, with the controls')
-  rows: dict[str, Row] = {}
+  rows: dict[str, TableRow] = {}
   for name, label in NAMES.items():
     rows |= _evaluate(name, label, output_dir / name)
 
@@ -196,7 +196,9 @@ def _run(verb: str, gin_files: list[str], bindings: list[str]) -> None:
     sys.exit(status)
 
 
-def _evaluate(name: str, label: str, run_dir: pathlib.Path) -> dict[str, Row]:
+def _evaluate(
+  name: str, label: str, run_dir: pathlib.Path
+) -> dict[str, TableRow]:
   """Returns the run's row of the table, and those of its controls."""
   labels = {'none': label} | (CONTROLS if name == 'llm_to_slm' else {})
   _run(
@@ -228,7 +230,7 @@ def _load(run_dir: pathlib.Path, mesh: jax.sharding.Mesh) -> Loaded:
   return system, parameters.load_params(system, layout, run_dir)
 
 
-def _time(rows: dict[str, Row], loaded: Mapping[str, Loaded]) -> None:
+def _time(rows: dict[str, TableRow], loaded: Mapping[str, Loaded]) -> None:
   """Adds sizes and timings to the rows of the three systems."""
   example = next(cldr.examples('test', num_examples=1))
   timings = timing.time_generation(
@@ -292,7 +294,7 @@ def _translate(
 
 def _write_report(
   output_dir: pathlib.Path,
-  rows: list[Row],
+  rows: list[TableRow],
   phrases: list[dict[str, str]],
   verdict: str,
   minutes: float,

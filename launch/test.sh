@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Runs the linter, the type checker and all tests, from a fresh clone with
-# Python 3.11 or 3.12. With arguments, pytest alone:
+# Runs the linter, the type checker and the tests, from a fresh clone with
+# Python 3.11 or 3.12; with --all, those too that are marked `long`: more kills,
+# other sizes and seeds of laws that the rest holds. With other arguments,
+# pytest alone:
 #   ./launch/test.sh tests/test_generate.py -k greedy
 set -euo pipefail
 # shellcheck source=/dev/null
@@ -22,7 +24,10 @@ if ! cmp -s requirements-tpu.txt "$libtpu/requirements"; then
   cp requirements-tpu.txt "$libtpu/requirements"
 fi
 export PYTHONPATH=$libtpu${PYTHONPATH:+:$PYTHONPATH}
-if (($# > 0)); then
+chosen=(-m 'not long')
+if [[ $* == --all ]]; then
+  chosen=()
+elif (($# > 0)); then
   exec python -m pytest "$@"
 fi
 ruff check .
@@ -31,4 +36,4 @@ lint-imports --no-logo --no-cache
 mypy
 # A worker that dies ends the run: xdist 3.8 hangs after replacing one.
 python -m pytest --numprocesses=2 --dist=loadfile --max-worker-restart=0 \
-  --durations=40
+  --durations=40 ${chosen[@]+"${chosen[@]}"}

@@ -1,15 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all tests share: eight CPU devices, checked shapes, real data."""
 
+import atexit
 import functools
 import os
 import pathlib
 import random
+import shutil
 import signal
 import string
+import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'  # also of the processes that tests start
 os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # The user's is not ours.
+# Programs that processes of the tests compile (`forked.py`), for all workers.
+if 'L2S_TESTS_CACHE' not in os.environ:
+  os.environ['L2S_TESTS_CACHE'] = tempfile.mkdtemp(prefix='l2s_tests_')
+  atexit.register(
+    shutil.rmtree, os.environ['L2S_TESTS_CACHE'], ignore_errors=True
+  )
 
 import beartype
 import jax

@@ -10,8 +10,8 @@ import dataclasses
 import functools
 import pathlib
 import tempfile
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,18 @@ import pytest
 import tokenizers
 from flax import traverse_util
 
+from l2s_jax.data import batching, packing, streams
 from l2s_jax.inference import generate as generate_lib
 from l2s_jax.inference import strategies
+from l2s_jax.models import batch_keys, l2s, language_model
 from l2s_jax.models import config as config_lib
-from l2s_jax.models import l2s, language_model
 from l2s_jax.runtime import files, partitioning
-from l2s_jax.systems import parameters
 from l2s_jax.systems import system as system_lib
 from l2s_jax.vocabularies import base, loading
 from l2s_jax.weights import source
+
+if TYPE_CHECKING:
+  import seqio
 
 Module = l2s.LlmToSlm | language_model.LanguageModel
 
@@ -183,6 +186,95 @@ MODULES: dict[str, Module] = (
 )
 
 
+def pad_and_shift(
+  prompt_ids: Sequence[Sequence[int]],
+  answer_ids: Sequence[Sequence[int]],
+  *,
+  task_feature_lengths: Mapping[str, int],
+  prompt_vocabulary: base.Vocabulary,
+  answer_vocabulary: base.Vocabulary,
+  batch_size: int | None = None,
+) -> batching.Batch:
+  """Returns a whole batch, the same as SeqIO's of the same ids.
+
+  Args:
+    prompt_ids: EOS included; beyond their length they are cut.
+    answer_ids: one for each prompt, likewise.
+    task_feature_lengths: `inputs` and `targets`, in tokens.
+    prompt_vocabulary: for its pad id.
+    answer_vocabulary: for its pad and start ids.
+    batch_size: rows to fill up to; None: as many as there are prompts.
+  """
+  batch = packing.lay_out(
+    [ids[: task_feature_lengths['inputs']] for ids in prompt_ids],
+    [ids[: task_feature_lengths['targets']] for ids in answer_ids],
+    range(len(prompt_ids)),
+    task_feature_lengths=task_feature_lengths,
+    prompt_pad_id=prompt_vocabulary.pad_id,
+    answer_pad_id=answer_vocabulary.pad_id,
+    start_id=answer_vocabulary.start_id,
+  )
+  return batching.pad_rows(batch, batch_size)
+
+
+def eval_batches(
+  task: 'seqio.Task | seqio.Mixture',
+  *,
+  task_feature_lengths: Mapping[str, int],
+  batch_size: int,
+  split: str = 'validation',
+  num_examples: int | None = None,
+) -> streams.TaskBatches:
+  """Returns one pass over a split in its own order, task after task.
+
+  Every example is there once, at its weight; the last batch is filled up.
+
+  Args:
+    task: from `tasks.bind`; of a mixture, the tasks that have the split.
+    task_feature_lengths: `inputs` and `targets`, in tokens; longer is cut.
+    batch_size: over all devices.
+    split: `validation`, `test`, or another.
+    num_examples: the first so many of each task; None: all.
+  """
+  from l2s_jax.data import features
+  from l2s_jax.data.features import seqio, tf
+
+  converter = features.make_converter(task)
+  datasets = [
+    converter(
+      part.get_dataset(
+        task_feature_lengths, split=split, shuffle=False, num_epochs=1
+      ).take(-1 if num_examples is None else num_examples),
+      task_feature_lengths,
+    )
+    for part in seqio.get_subtasks(task)
+    if split in part.splits
+  ]
+  dataset = functools.reduce(lambda one, two: one.concatenate(two), datasets)
+  dataset = dataset.batch(batch_size).prefetch(tf.data.AUTOTUNE)
+  return streams.TaskBatches(dataset.as_numpy_iterator(), batch_size)
+
+
+# The others have each SLM with each injection and each kind of vocabulary, and
+# each of these with the other.
+_REPEATING = (
+  'llm_to_t5_1_0-add-foreign',
+  'llm_to_t5_1_0-replace-shared',
+  'llm_to_t5_1_1-add-shared',
+  'llm_to_t5_1_1-replace-foreign',
+  'llm_to_gpt2-add-shared',
+  'llm_to_gpt2-replace-foreign',
+)
+
+
+def cases(names: Iterable[str]) -> list[Any]:
+  """Returns names of modules for pytest; those that repeat others are long."""
+  return [
+    pytest.param(name, marks=pytest.mark.long) if name in _REPEATING else name
+    for name in names
+  ]
+
+
 def prompt_ids(module: Module) -> int:
   """Returns how many ids the module's prompts are drawn from."""
   if isinstance(module, l2s.LlmToSlm):
@@ -190,13 +282,19 @@ def prompt_ids(module: Module) -> int:
   return module.config.vocab_size
 
 
-def random_params(module: Module, seed: int = 0) -> dict[str, Any]:
-  """Returns parameters of which none is a zero, a one, or too small to see."""
+@functools.cache
+def param_shapes(module: Module) -> Any:
+  """Returns the shapes of a module's parameters, for which it is traced."""
   shapes, _ = partitioning.abstract_params(
     functools.partial(module.init, deterministic=True),
     jax.random.key(0),
-    parameters.example_batch(1, 2, 2),
+    batch_keys.example_batch(1, 2, 2),
   )
+  return shapes
+
+
+def random_params(module: Module, seed: int = 0) -> dict[str, Any]:
+  """Returns parameters of which none is a zero, a one, or too small to see."""
   generator = np.random.default_rng(seed)
 
   def draw(path, shape):
@@ -208,7 +306,7 @@ def random_params(module: Module, seed: int = 0) -> dict[str, Any]:
     return generator.normal(0, stddev, shape.shape).astype(np.float32)
 
   return jax.tree.map(
-    jnp.asarray, jax.tree_util.tree_map_with_path(draw, shapes)
+    jnp.asarray, jax.tree_util.tree_map_with_path(draw, param_shapes(module))
   )
 
 

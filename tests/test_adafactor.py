@@ -19,6 +19,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+from l2s_jax.models import batch_keys
 from l2s_jax.runtime import partitioning
 from l2s_jax.systems import parameters
 from l2s_jax.training import adafactor, optim
@@ -240,13 +241,13 @@ def test_a_sharded_update_is_the_unsharded_one():
   )
 
 
-@pytest.mark.parametrize('name', helpers.MODULES)
+@pytest.mark.parametrize('name', helpers.cases(helpers.MODULES))
 def test_every_family_can_be_trained_with_it(name):
   """Each axis that a model names plays a part."""
   shapes, axes = partitioning.abstract_params(
     functools.partial(helpers.MODULES[name].init, deterministic=True),
     jax.random.key(0),
-    parameters.example_batch(1, 2, 2),
+    batch_keys.example_batch(1, 2, 2),
   )
   optimizer = optim.adafactor().make(axes)
   slots = jax.eval_shape(optimizer.init, shapes)

@@ -262,9 +262,19 @@ def assert_equals_transformers(reference, decoding, **options):
   return answer_lengths(tokens, eos_id)
 
 
+# Each penalty and each kind of stopping; with each other in the long run.
+SHORT = ((True, 0.6), (True, -1.0), (False, 1.0), (False, 0.0), ('never', 2.0))
+STOPPING = [
+  (stopping, penalty)
+  if (stopping, penalty) in SHORT
+  else pytest.param(stopping, penalty, marks=pytest.mark.long)
+  for stopping in (True, False, 'never')
+  for penalty in (0.0, 0.6, 1.0, 2.0, -1.0)
+]
+
+
 @pytest.mark.parametrize('reference', ['t5'], indirect=True)
-@pytest.mark.parametrize('early_stopping', [True, False, 'never'])
-@pytest.mark.parametrize('length_penalty', [0.0, 0.6, 1.0, 2.0, -1.0])
+@pytest.mark.parametrize('early_stopping, length_penalty', STOPPING)
 def test_beams_are_those_of_transformers(
   reference, early_stopping, length_penalty
 ):

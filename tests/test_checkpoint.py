@@ -75,6 +75,17 @@ def test_only_the_newest_are_kept(tmp_path):
   assert saved_steps.steps(tmp_path) == [3, 4]
 
 
+def test_where_steps_are_deleted_stays_until_none_can_come(tmp_path):
+  """Orbax's thread makes the folder, and then moves a step into it."""
+  checkpointer = checkpoint.Checkpointer(tmp_path)
+  folder = tmp_path / saved_steps.FOLDER / checkpoint._DELETED
+  (folder / '5' / 'params').mkdir(parents=True)
+  checkpointer.save(make_state(6), {})
+  assert list(folder.iterdir()) == []
+  checkpointer.close()
+  assert not folder.exists()
+
+
 def test_the_best_is_kept_beside_the_newest(tmp_path):
   checkpointer = checkpoint.Checkpointer(tmp_path, keep=1)
   scores = {}

@@ -101,7 +101,7 @@ def test_fewer_examples_are_a_prefix(splits):
 
 def test_hash_seed_time_zone_and_locale_change_nothing(splits):
   script = (
-    'import hashlib, json; from l2s_jax import cldr; '
+    'import hashlib, json; from l2s_jax.data import cldr; '
     'examples = list(cldr.examples("validation")); '
     'print(hashlib.sha256(json.dumps(examples).encode()).hexdigest())'
   )

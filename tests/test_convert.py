@@ -288,7 +288,7 @@ def test_a_pair_goes_out_as_slm_projector_and_how_they_fit(
   out = tmp_path / 'out'
   assert not run('--from=l2s', '--to=hf', tmp_path / 'run', out)
 
-  slm = huggingface.Folder(out / 'slm')
+  slm = huggingface.HuggingFaceFolder(out / 'slm')
   assert slm.config == system.module.slm_config
   for path, array in traverse_util.flatten_dict(params['slm']).items():
     np.testing.assert_array_equal(slm.read(path), array)

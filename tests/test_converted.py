@@ -27,12 +27,12 @@ def folder(tmp_path):
 )
 def test_what_the_description_lacks_is_named(key, folder):
   path = folder / converted.DESCRIPTION
-  converted.Folder(folder)
+  converted.ConvertedFolder(folder)
   description = json.loads(path.read_text())
   del description[key]
   path.write_text(json.dumps(description))
   with pytest.raises(ValueError, match=f'{path} lacks {key}. Convert again'):
-    converted.Folder(folder)
+    converted.ConvertedFolder(folder)
 
 
 def test_it_has_no_steps(folder, tmp_path, capsys):

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 
+import helpers
 import numpy as np
 import pytest
 
@@ -74,7 +75,7 @@ def test_prompt_batch_masks_by_length():
 
 
 def test_short_batch_repeats_its_last_row_at_no_weight(vocabulary):
-  batch = batching.pad_and_shift(
+  batch = helpers.pad_and_shift(
     [[5, 1], [6, 7, 1]],
     [[8, 1], [1]],
     task_feature_lengths=LENGTHS,
@@ -109,14 +110,14 @@ def test_batches_without_tensorflow_equal_seqios(
   examples = list(
     task.get_dataset(None, 'validation', shuffle=False).as_numpy_iterator()
   )
-  batches = streams.eval_batches(
+  batches = helpers.eval_batches(
     task, task_feature_lengths=LENGTHS, batch_size=8
   )
   for number, batch in enumerate(batches):
     rows = examples[8 * number : 8 * (number + 1)]
     equal(
       batch,
-      batching.pad_and_shift(
+      helpers.pad_and_shift(
         [row['inputs'].tolist() for row in rows],
         [row['targets'].tolist() for row in rows],
         task_feature_lengths=LENGTHS,
@@ -133,8 +134,8 @@ def test_without_tensorflow_installed():
     'import sys\n'
     'for name in ("tensorflow", "seqio", "tensorflow_datasets"):\n'
     '  sys.modules[name] = None\n'
-    'from l2s_jax import data\n'
-    'batch = data.prompt_batch([[1]], length=2, pad_id=0)\n'
+    'from l2s_jax.data import batching\n'
+    'batch = batching.prompt_batch([[1]], length=2, pad_id=0)\n'
     'print(batch["encoder_segment_ids"])'
   )
   process = subprocess.run(
@@ -168,7 +169,7 @@ def test_partner_is_the_next_prompt_that_differs():
 
 def test_an_epoch_has_every_example_once_in_a_fresh_order(task):
   per_epoch = rows_of(
-    streams.eval_batches(task, task_feature_lengths=LENGTHS, batch_size=1)
+    helpers.eval_batches(task, task_feature_lengths=LENGTHS, batch_size=1)
   )
   rows = rows_of(train(task, batch_size=1, num_epochs=3))
   epochs = [rows[i * NUM_EXAMPLES : (i + 1) * NUM_EXAMPLES] for i in range(3)]
@@ -209,7 +210,7 @@ def test_truncations_are_counted(task):
     task.get_dataset(None, 'validation', shuffle=False).as_numpy_iterator()
   )
   lengths = {'inputs': 9, 'targets': 5}
-  batches = streams.eval_batches(
+  batches = helpers.eval_batches(
     task, task_feature_lengths=lengths, batch_size=8
   )
   for batch in batches:
@@ -225,10 +226,10 @@ def test_truncations_are_counted(task):
 
 def test_evaluation_takes_the_first_examples_at_full_batches(task):
   every = rows_of(
-    streams.eval_batches(task, task_feature_lengths=LENGTHS, batch_size=1)
+    helpers.eval_batches(task, task_feature_lengths=LENGTHS, batch_size=1)
   )
   batches = list(
-    streams.eval_batches(
+    helpers.eval_batches(
       task, task_feature_lengths=LENGTHS, batch_size=4, num_examples=10
     )
   )
@@ -247,9 +248,10 @@ def test_missing_splits_and_lengths_are_named(task):
 
 def test_process_ends_with_python_in_its_pipeline(shared_data):
   code = (
-    'from l2s_jax import data, tasks, vocabularies\n'
-    f'gpt2 = vocabularies.load({str(shared_data / "tokenizers/gpt2")!r})\n'
-    'batches = data.train_batches(\n'
+    'from l2s_jax.data import streams, tasks\n'
+    'from l2s_jax.vocabularies import loading\n'
+    f'gpt2 = loading.load({str(shared_data / "tokenizers/gpt2")!r})\n'
+    'batches = streams.train_batches(\n'
     '    tasks.bind("cldr", gpt2, gpt2), batch_size=4, seed=0,\n'
     '    task_feature_lengths={"inputs": 32, "targets": 32})\n'
     'print(next(batches)["encoder_input_tokens"].shape)'

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import time
 
+import forked
 import numpy as np
 import pytest
 import tiny_runs
@@ -32,7 +33,7 @@ def start(num_processes, *arguments, **environment):
     address = f'localhost:{free.getsockname()[1]}'
   argv, env = tiny_runs.command(*arguments)
   return [
-    subprocess.Popen(
+    forked.Popen(
       argv,
       cwd=tiny_runs.ROOT,
       env=env
@@ -194,7 +195,7 @@ def test_processes_answer_as_one_does(folder, together):
   assert len(of_one.splitlines()) > 50
 
 
-@pytest.mark.parametrize('victim', [0, 1])
+@pytest.mark.parametrize('victim', [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_dead_process_ends_the_other(folder, victim):
   """In bounded time, with a reason; started again, the run goes on."""
   run = folder / f'killed-{victim}'

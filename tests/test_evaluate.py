@@ -13,14 +13,13 @@ import optax
 import pytest
 from tensorboardX.proto import event_pb2
 
-from l2s_jax.data import cldr, streams, tasks
+from l2s_jax.data import cldr, tasks
 from l2s_jax.data.features import seqio, tf
-from l2s_jax.evaluation import evaluate, report
-from l2s_jax.evaluation import evaluator as evaluator_lib
+from l2s_jax.evaluation import evaluate, evaluator, report
 from l2s_jax.inference import sampling
 from l2s_jax.metrics import metric_fns
 from l2s_jax.runtime import partitioning
-from l2s_jax.systems import builders, run_folder
+from l2s_jax.systems import builders, run_folder, session
 from l2s_jax.systems import system as system_lib
 from l2s_jax.training import checkpoint
 from l2s_jax.training import state as state_lib
@@ -64,10 +63,10 @@ def mesh():
 
 
 def make_evaluator(system, mesh, **options):
-  return evaluator_lib.Evaluator(
+  return evaluator.Evaluator(
     system,
     mesh,
-    evaluate.bind_task(system, 'numbers'),
+    session.bind_task(system, 'numbers'),
     LENGTHS,
     split='test',
     **{'batch_size': 8} | options,
@@ -85,8 +84,8 @@ def test_loss_is_that_of_all_tokens(mesh, llm_to_slm):
   system, params = llm_to_slm
   scores = make_evaluator(system, mesh).evaluate(params, step=0)
   loss, num_correct, num_tokens = 0.0, 0.0, 0.0
-  for batch in streams.eval_batches(
-    evaluate.bind_task(system, 'numbers'),
+  for batch in helpers.eval_batches(
+    session.bind_task(system, 'numbers'),
     task_feature_lengths=LENGTHS,
     batch_size=8,
     split='test',
@@ -108,17 +107,17 @@ def test_a_model_that_does_not_use_the_llm_is_found_out(mesh, llm_to_slm):
   system, params = llm_to_slm
   deaf = copy.copy(params)
   deaf['projector'] = jax.tree.map(jnp.zeros_like, params['projector'])
-  evaluator = make_evaluator(system, mesh)
+  scorer = make_evaluator(system, mesh)
   by_control = {
-    control: evaluator.evaluate(deaf, step=0, control=control)
-    for control in evaluator_lib.CONTROLS
+    control: scorer.evaluate(deaf, step=0, control=control)
+    for control in evaluator.CONTROLS
   }
   assert by_control['none'] == by_control['zero'] == by_control['other']
   verdict = report.describe_controls(by_control)
   assert verdict.startswith('The SLM does not use the LLM: ROUGE-Lsum')
   losses = {
-    evaluator.evaluate(params, step=0, control=control)['loss']
-    for control in evaluator_lib.CONTROLS
+    scorer.evaluate(params, step=0, control=control)['loss']
+    for control in evaluator.CONTROLS
   }
   assert len(losses) == 3
 
@@ -127,13 +126,13 @@ def test_samples_do_not_depend_on_batches(mesh, llm_to_slm, tmp_path):
   system, params = llm_to_slm
   found = []
   for batch_size in (8, 16):
-    evaluator = make_evaluator(
+    scorer = make_evaluator(
       system,
       mesh,
       batch_size=batch_size,
       decoding=sampling.Decoding(temperature=1.0),
     )
-    evaluator.evaluate(params, step=batch_size, output_dir=tmp_path)
+    scorer.evaluate(params, step=batch_size, output_dir=tmp_path)
     path = tmp_path / 'eval' / f'numbers-test-{batch_size}.jsonl'
     found.append([json.loads(line)['prediction'] for line in path.open()])
   assert found[0] == found[1]
@@ -144,7 +143,7 @@ def test_samples_do_not_depend_on_batches(mesh, llm_to_slm, tmp_path):
 def test_stop_leaves_between_batches(mesh, llm_to_slm, tmp_path, num_batches):
   # Three batches are decoded, and the same three have their loss measured.
   system, params = llm_to_slm
-  evaluator = make_evaluator(system, mesh)
+  scorer = make_evaluator(system, mesh)
   calls: list[None] = []
 
   def stop():
@@ -153,7 +152,7 @@ def test_stop_leaves_between_batches(mesh, llm_to_slm, tmp_path, num_batches):
     calls.append(None)
 
   with pytest.raises(InterruptedError):
-    evaluator.evaluate(params, step=7, output_dir=tmp_path, stop=stop)
+    scorer.evaluate(params, step=7, output_dir=tmp_path, stop=stop)
   assert len(calls) == num_batches
   found = list(tmp_path.rglob('*.*'))
   assert [path.name for path in found] == ['numbers-test-7.jsonl'] * (
@@ -210,9 +209,7 @@ def test_all_checkpoints_give_a_curve(run, tmp_path, capsys):
   assert {'rouge2', 'exact_match', 'loss', 'rouge1_low'} <= scores.keys()
   assert scores['rouge1_low'] <= scores['rouge1'] <= scores['rouge1_high']
   printed = capsys.readouterr().out
-  assert (
-    f'step 10: {evaluator_lib.format_scores(scores, signatures)}\n' in printed
-  )
+  assert f'step 10: {evaluator.format_scores(scores, signatures)}\n' in printed
   by_step = {step: found[str(step)]['none'] for step in (5, 10)}
   assert report.steps_table(by_step) in printed
   plot = tmp_path / 'eval' / 'curves-numbers-test.png'
@@ -300,7 +297,7 @@ def test_controls_of_a_language_model_are_refused(run):
 
 
 def test_scores_in_one_line():
-  line = evaluator_lib.format_scores(
+  line = evaluator.format_scores(
     {
       'one/bleu': 23.4567,
       'one/bleu_low': 22.1,

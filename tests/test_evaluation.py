@@ -4,15 +4,16 @@
 import json
 import math
 
+import helpers
 import numpy as np
 import pytest
 
-from l2s_jax.data import batching, streams, tasks
+from l2s_jax.data import batching, tasks
 from l2s_jax.data.features import seqio
-from l2s_jax.evaluation import evaluator as evaluator_lib
 from l2s_jax.evaluation import seqio_evaluator
 from l2s_jax.inference import length_buckets
 from l2s_jax.metrics import metric_fns
+from l2s_jax.training import eval_plan
 from l2s_jax.vocabularies import loading
 
 LENGTHS = {'inputs': 16, 'targets': 8}
@@ -245,7 +246,7 @@ def test_batches_are_those_of_the_split(bind, vocabulary, name):
   expected = [
     batch
     for part in seqio.get_subtasks(task)
-    for batch in streams.eval_batches(
+    for batch in helpers.eval_batches(
       part, task_feature_lengths=LENGTHS, split='test', batch_size=4
     )
   ]
@@ -404,7 +405,6 @@ def test_the_names_of_scores_are_known_ahead(bind, vocabulary):
   assert both is not None and sorted(both) == sorted(
     f'{part}/{name}' for part in ('romanian', 'more_romanian') for name in names
   )
-  evaluator_lib.check_score('BEST_METRIC', 'chrf', task, 'test')
-  evaluator_lib.check_score('BEST_METRIC', None, task, 'test')
+  eval_plan.check_score('BEST_METRIC', 'chrf', task, 'test')
   with pytest.raises(ValueError, match="BEST_METRIC='blue'.*bleu, chrf"):
-    evaluator_lib.check_score('BEST_METRIC', 'blue', task, 'test')
+    eval_plan.check_score('BEST_METRIC', 'blue', task, 'test')

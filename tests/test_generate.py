@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import itertools
 import logging
 
 import helpers
@@ -11,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2s_jax.data import batching
 from l2s_jax.inference import generate as generate_lib
 from l2s_jax.inference import sampling, strategies
 from l2s_jax.models import l2s, losses
@@ -81,7 +81,7 @@ NAMES = (
 )
 
 
-@pytest.fixture(scope='module', params=NAMES)
+@pytest.fixture(scope='module', params=helpers.cases(NAMES))
 def written(request):
   """Returns module, parameters, batch, and its argmax without a cache."""
   module = helpers.MODULES[request.param]
@@ -201,6 +201,53 @@ def test_a_row_samples_the_same_whatever_its_neighbours(gpt2):
   found = sample(same, row_ids)
   assert (found[0] != found[1]).any()
   assert (sample(batch, row_ids + 1) != expected).any()
+  # And of another seed.
+  generator = make_generator(
+    module, eos_id=-1, decoding=sampling.Decoding(temperature=2.0, seed=1)
+  )
+  found = generator(generator.prepare(params), batch, row_ids)
+  assert (found != expected).any()
+
+
+def test_sampled_answers_are_as_frequent_as_they_are_probable():
+  """Whole answers: with one key for all steps each token alone would be."""
+  module = l2s.build(dataclasses.replace(helpers.GPT2, vocab_size=5))
+  params = helpers.random_params(module)
+  prompt = helpers.random_batch(5, 5, prompt_lengths=(3,), answer_lengths=(1,))
+  length, num_samples, temperature = 3, 5000, 4.0
+  answers = np.array(list(itertools.product(range(5), repeat=length)), np.int32)
+
+  def repeat(times):
+    return {key: jnp.repeat(prompt[key], times, 0) for key in PROMPT_KEYS}
+
+  generator = make_generator(
+    module,
+    eos_id=-1,
+    max_decode_len=length,
+    decoding=sampling.Decoding(temperature=temperature),
+  )
+  found = np.asarray(generate(generator, params, repeat(num_samples)))
+  logits = helpers.logits(
+    module,
+    params,
+    {
+      **repeat(len(answers)),
+      'decoder_input_tokens': jnp.pad(
+        answers[:, :-1], ((0, 0), (1, 0)), constant_values=START_ID
+      ),
+      'decoder_segment_ids': jnp.ones_like(answers),
+    },
+  )
+  p = np.asarray(jax.nn.softmax(logits / temperature), np.float64)
+  p = np.take_along_axis(p, answers[..., None], axis=2)[..., 0].prod(1)
+  counts = np.bincount(
+    found @ 5 ** np.arange(length)[::-1], minlength=len(answers)
+  )
+  expected = num_samples * p
+  often = expected > 5
+  # Chi-square: its mean is the number of its terms, its variance twice that.
+  excess = ((counts - expected) ** 2 / expected)[often].sum() - often.sum()
+  assert often.sum() > 30 and excess < 6 * (2 * often.sum()) ** 0.5
 
 
 def test_the_llm_is_not_in_the_loop(gpt2):
@@ -358,7 +405,7 @@ def test_an_answer_with_id_0_is_weighted_generated_and_decoded(
   assert vocabulary.pad_id == 0  # GPT-2 has no other
   prompt = vocabulary.encode('!a')
   length = len(answer) + 2
-  host_batch = batching.pad_and_shift(
+  host_batch = helpers.pad_and_shift(
     [prompt],
     [answer],
     task_feature_lengths={'inputs': len(prompt), 'targets': length},

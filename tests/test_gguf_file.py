@@ -2,6 +2,7 @@
 """GGUF files come in as the models they were made from."""
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import pathlib
@@ -420,6 +421,27 @@ def test_a_table_without_kinds_and_scores_keeps_all_its_tokens(tmp_path):
   assert {k: v for k, v in config.items() if not k.startswith('add_')} == {
     'eos_token': '</s>'
   }
+
+
+def test_a_tokenizer_has_the_bytes_that_it_always_had(tmp_path):
+  """Runs hold its fingerprint. The digest is that of the first version."""
+  metadata = pieces(
+    ['<unk>', '▁', '</s>', 'a', 'b', 'ab'],
+    bos_token_id=2**32 - 1,
+    eos_token_id=2,
+    padding_token_id=6,
+    scores=[0.0, 0.5, 1.0, 1.5, 2.0, 2.5],
+    token_type=[2, 1, 3, 4, 6, 5],
+    precompiled_charsmap=[1, 2, 200],
+    add_space_prefix=False,
+    remove_extra_whitespaces=True,
+  )
+  metadata['tokenizer.ggml.model'] = 't5'
+  assert gguf_tokenizer.save(metadata, tmp_path, 'x.gguf')
+  content = (tmp_path / 'spiece.model').read_bytes()
+  assert hashlib.sha256(content).hexdigest() == (
+    '1d0b9a5f23b57718de4991da70b3dde03e94c6349a0d295e07dba8af0213cb1c'
+  )
 
 
 def test_without_an_unknown_piece_no_tokenizer_is_known(tmp_path):

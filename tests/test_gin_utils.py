@@ -310,7 +310,7 @@ def test_an_imported_module_registers_its_configurables(write, monkeypatch):
 
 def test_gin_brings_neither_tensorflow_nor_jax():
   code = (
-    'import sys; from l2s_jax import gin_utils; '
+    'import sys; from l2s_jax.runtime import gin_config; '
     "print({'tensorflow', 'jax'} & set(sys.modules))"
   )
   output = subprocess.check_output(

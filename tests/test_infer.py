@@ -3,7 +3,6 @@
 
 import gzip
 import json
-import os
 import pathlib
 import random
 import signal
@@ -11,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import helpers
 import jax
 import jax.numpy as jnp
@@ -328,7 +328,7 @@ def test_a_task_is_answered_with_its_targets(run, tmp_path):
 
 def start(run, *arguments, **options):
   """Starts `python -m l2s_jax infer` in a process of its own."""
-  return subprocess.Popen(
+  return forked.Popen(
     [
       sys.executable,
       '-m',
@@ -341,7 +341,6 @@ def start(run, *arguments, **options):
       *arguments,
     ],
     cwd=ROOT,
-    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''},
     **options,
   )
 

@@ -92,3 +92,21 @@ def test_tensorflow_is_imported_when_it_is_needed(path):
   for imported in imports(path, top_level_only=True):
     assert imported.split('.')[0] not in TENSORFLOW, imported
     assert not imported.startswith(late), imported
+
+
+def test_no_two_public_classes_share_a_name():
+  """Nor does a type alias, but for `Metric = corpus.Metric`."""
+  places: dict[str, list[str]] = {}
+  classes = set()
+  for path in MODULES:
+    for node in ast.parse(path.read_text(encoding='utf-8')).body:
+      if isinstance(node, ast.ClassDef) and not node.name.startswith('_'):
+        classes.add(node.name)
+        places.setdefault(node.name, []).append(place(path))
+      elif isinstance(node, ast.Assign):
+        imported = getattr(node.value, 'attr', None)
+        for target in node.targets:
+          if isinstance(target, ast.Name) and target.id != imported:
+            places.setdefault(target.id, []).append(place(path))
+  shared = {name: places[name] for name in classes if len(places[name]) > 1}
+  assert not shared

@@ -20,7 +20,7 @@ import pytest
 from l2s_jax.inference import generate, sampling, strategies
 from l2s_jax.runtime import partitioning
 from l2s_jax.systems import builders, parameters
-from l2s_jax.training import checkpoint, optim, train
+from l2s_jax.training import checkpoint, optim, train_step
 from l2s_jax.training import state as state_lib
 
 NUM_STEPS = 20
@@ -129,7 +129,7 @@ def train_on(
     state = jax.device_put(state_lib.create(trainable, transform, 0), shardings)
     step = jax.jit(
       functools.partial(
-        train.train_step,
+        train_step.train_step,
         module=system.module,
         optimizer=transform,
         num_microbatches=num_microbatches,

@@ -47,7 +47,7 @@ def rename(folder, change):
 
 def error_of(folder):
   with pytest.raises(ValueError) as error:
-    huggingface.Folder(folder)
+    huggingface.HuggingFaceFolder(folder)
   return str(error.value)
 
 
@@ -127,13 +127,13 @@ def test_a_value_of_another_kind_is_named(folder, key, value, expected):
   ['_orig_mod.', 'module.', '_orig_mod.module.', 'module._orig_mod.', 'model.'],
 )
 def test_what_a_wrapper_put_before_names_is_taken_off(folder, prefix, capsys):
-  expected = huggingface.Folder(folder)
+  expected = huggingface.HuggingFaceFolder(folder)
   arrays = {path: expected.read(path).copy() for path in expected.shapes()}
   rename(folder, lambda name: prefix + name)
-  found = huggingface.Folder(folder)
+  found = huggingface.HuggingFaceFolder(folder)
   said = capsys.readouterr().err
   assert said.count(f'all tensors have {prefix!r} in front') == 1
-  huggingface.Folder(folder)
+  huggingface.HuggingFaceFolder(folder)
   assert not capsys.readouterr().err  # Once.
   assert found.config == expected.config
   for path in expected.shapes():
@@ -145,11 +145,11 @@ def test_a_wrapper_is_seen_where_a_family_has_a_prefix_of_its_own(tmp_path):
   config = helpers.LLAMA
   source = random_weights.RandomWeights(config, 0)
   to_huggingface.save(source, tmp_path / 'hf', None)
-  expected = huggingface.Folder(tmp_path / 'hf')
+  expected = huggingface.HuggingFaceFolder(tmp_path / 'hf')
   assert expected.name(('token_embedder', 'embedding')).startswith('model.')
   arrays = {path: expected.read(path).copy() for path in expected.shapes()}
   rename(tmp_path / 'hf', lambda name: f'model.{name}')
-  found = huggingface.Folder(tmp_path / 'hf')
+  found = huggingface.HuggingFaceFolder(tmp_path / 'hf')
   for path in expected.shapes():
     np.testing.assert_array_equal(found.read(path), arrays[path])
 

@@ -13,13 +13,12 @@ import pytest
 from flax import traverse_util
 
 from l2s_jax.inference import generate, strategies
-from l2s_jax.models import attention, l2s, layers, positions
+from l2s_jax.models import attention, batch_keys, l2s, layers, positions
 from l2s_jax.models import config as config_lib
 from l2s_jax.runtime import partitioning
-from l2s_jax.systems import parameters
 
 
-@pytest.fixture(scope='module', params=helpers.MODULES)
+@pytest.fixture(scope='module', params=helpers.cases(helpers.MODULES))
 def model(request):
   """Returns a module, random parameters, a ragged batch and its logits."""
   module = helpers.MODULES[request.param]
@@ -128,7 +127,7 @@ def test_parameters_are_stacked_along_layers(slm, scan_layers):
   shapes, axes = partitioning.abstract_params(
     lambda key, batch: l2s.build(config).init(key, batch, deterministic=True),
     jax.random.key(0),
-    parameters.example_batch(1, 2, 2),
+    batch_keys.example_batch(1, 2, 2),
   )
   shapes = traverse_util.flatten_dict(shapes)
   axes = traverse_util.flatten_dict(axes)

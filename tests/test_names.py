@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from l2s_jax.models import l2s
+from l2s_jax.models import batch_keys, l2s
 from l2s_jax.runtime import partitioning
-from l2s_jax.systems import parameters
 from l2s_jax.weights.families import name_table
 from l2s_jax.weights.formats import huggingface
 
@@ -69,7 +68,7 @@ def test_a_table_has_a_row_for_every_parameter_and_fills_what_it_names(
   shapes, _ = partitioning.abstract_params(
     lambda key, batch: module.init(key, batch, deterministic=True),
     jax.random.key(0),
-    parameters.example_batch(1, 2, 2),
+    batch_keys.example_batch(1, 2, 2),
   )
   sizes = name_table.axis_sizes(config)
   table = {row.path: row for row in huggingface.FAMILIES[model_type].rows}

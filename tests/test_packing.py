@@ -152,7 +152,7 @@ def assert_all_close(found, expected, tolerance=1e-5):
     assert np.abs(other - leaf).max() <= tolerance * scale, path
 
 
-@pytest.mark.parametrize('name', ENCODER_DECODERS)
+@pytest.mark.parametrize('name', helpers.cases(ENCODER_DECODERS))
 def test_packed_rows_have_the_losses_and_gradients_of_single_ones(name):
   module = ENCODER_DECODERS[name]
   prompts, answers, sizes = random_examples(module)

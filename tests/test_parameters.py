@@ -6,11 +6,14 @@ import shutil
 
 import helpers
 import jax
+import optax
 import pytest
+from flax import traverse_util
 
 from l2s_jax.models import l2s
 from l2s_jax.runtime import integrity, partitioning
 from l2s_jax.systems import parameters, run_folder
+from l2s_jax.training import checkpoint, train
 from l2s_jax.weights import converted
 
 MODULE = helpers.MODULES['llm_to_t5_1_0-add-shared']
@@ -55,7 +58,7 @@ def change_a_byte(folder, source_path):
   """Flips the last bit of one tensor's last number in a converted folder."""
   (file,) = folder.glob('*.safetensors')
   content = file.read_bytes()
-  tensor = converted.Folder(folder).read(source_path).tobytes()
+  tensor = converted.ConvertedFolder(folder).read(source_path).tobytes()
   assert content.count(tensor) == 1
   end = content.index(tensor) + len(tensor)
   changed = bytes([content[end - 1] ^ 1])
@@ -128,3 +131,50 @@ def test_an_llm_that_is_not_there_is_asked_for(folders):
   run = run_folder.load(folders / 'run', llm_path=str(folders / 'third'))
   with pytest.raises(FileNotFoundError, match='third. Set LLM_PATH'):
     load_frozen(run)
+
+
+def test_what_comes_from_weights_is_not_initialised_first(tmp_path):
+  """The program that makes the rest has no room for it."""
+  source = write_llm(tmp_path / 'slm', 3)
+  module = l2s.LlmToSlm(MODULE.llm_config, MODULE.llm_config)
+  system = dataclasses.replace(
+    helpers.system(module), sources={'slm': str(tmp_path / 'slm')}
+  )
+  mesh_config = partitioning.MeshConfig(data=1)
+  mesh = partitioning.make_mesh(mesh_config, jax.devices()[:1])
+  layout = parameters.layout(system, mesh, mesh_config)
+  loaded = parameters.load_pretrained(system, layout)
+  assert loaded.keys() == {'slm'}
+  helpers.assert_trees_equal(
+    loaded['slm'], traverse_util.unflatten_dict(source.arrays)
+  )
+
+  def initialise(only):
+    return jax.jit(
+      lambda key: partitioning.unbox(parameters.init(system, key, only))[
+        'params'
+      ]
+    )
+
+  key = jax.random.key(0)
+  memory = initialise(['projector']).lower(key).compile().memory_analysis()
+  size = memory.temp_size_in_bytes + memory.output_size_in_bytes
+  assert 0 < size < sum(x.nbytes for x in source.arrays.values()) / 4
+  # Alone, the projector begins as it does beside a fresh SLM.
+  helpers.assert_trees_equal(
+    initialise(['projector'])(key)['projector'],
+    initialise(None)(key)['projector'],
+  )
+  state = train.restore_or_create(
+    system,
+    layout,
+    optax.identity(),
+    mesh,
+    checkpoint.Checkpointer(tmp_path / 'run'),
+    seed=0,
+  )
+  assert state.trainable.keys() == {'slm', 'projector'}
+  helpers.assert_trees_equal(state.trainable['slm'], loaded['slm'])
+  helpers.assert_trees_equal(
+    state.trainable['projector'], initialise(None)(key)['projector']
+  )

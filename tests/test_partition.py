@@ -19,7 +19,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from l2s_jax.models import l2s, layers
+from l2s_jax.models import batch_keys, l2s, layers
 from l2s_jax.runtime import gin_config, partitioning
 from l2s_jax.systems import builders, parameters
 from l2s_jax.training import optim
@@ -191,7 +191,7 @@ def test_the_llms_activations_follow_its_rules_too():
         lambda params, batch: builders.with_rules(
           system, mesh_config
         ).module.apply({'params': params}, batch, method='encode_prompt')
-      )(layout.shapes, parameters.example_batch(8, 7, 6))
+      )(layout.shapes, batch_keys.example_batch(8, 7, 6))
     return re.findall(r'spec=P\(.*\)', str(program))
 
   default = dataclasses.replace(CUBE, llm_rules={})
@@ -395,12 +395,12 @@ def test_bytes_per_device_counts_one_shard():
   assert partitioning.bytes_per_device(shapes, shardings) == 2 * 3 * 4 + 5 * 2
 
 
-@pytest.mark.parametrize('name', helpers.MODULES)
+@pytest.mark.parametrize('name', helpers.cases(helpers.MODULES))
 def test_every_axis_of_a_parameter_has_a_rule(name):
   _, axes = partitioning.abstract_params(
     functools.partial(helpers.MODULES[name].init, deterministic=True),
     jax.random.key(0),
-    parameters.example_batch(1, 2, 2),
+    batch_keys.example_batch(1, 2, 2),
   )
   used = set()
   for spec in jax.tree.leaves(

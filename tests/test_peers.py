@@ -58,10 +58,10 @@ def model(request, tmp_path_factory):
 )
 def test_tokens_are_ours_in_float32(name, model):
   config, prompts, tokens, folder = model
-  reason = peers.why_missing(name)
+  reason = peers.why_missing(peers.PEERS[name])
   if reason:
     pytest.skip(reason)
-  run = peers.load(name, folder, config)(prompts)
+  run = peers.load(name, folder, config)(prompts, NUM_TOKENS)
   assert len({*tokens.flat}) > 1
   np.testing.assert_array_equal(run(NUM_TOKENS), tokens)
   np.testing.assert_array_equal(run(1), tokens[:, :1])
@@ -70,29 +70,27 @@ def test_tokens_are_ours_in_float32(name, model):
 @pytest.mark.parametrize('name', ['transformers bfloat16', 'ctranslate2 int8'])
 def test_rounder_weights_write_as_many_tokens(name, model):
   config, prompts, tokens, folder = model
-  reason = peers.why_missing(name)
+  reason = peers.why_missing(peers.PEERS[name])
   if reason:
     pytest.skip(reason)
-  run = peers.load(name, folder, config)(prompts)
+  run = peers.load(name, folder, config)(prompts, NUM_TOKENS)
   assert run(NUM_TOKENS).shape == tokens.shape
 
 
 def test_what_is_missing_is_named(monkeypatch):
   absent = peers.Peer('absent', 'float32', ('no_such_package',))
-  monkeypatch.setitem(peers.PEERS, 'absent', absent)
-  assert peers.why_missing('absent') == (
+  assert peers.why_missing(absent) == (
     'the package no_such_package is not installed'
   )
   monkeypatch.setenv('PATH', '')
   compiled = absent._replace(packages=(), is_compiled=True)
-  monkeypatch.setitem(peers.PEERS, 'absent', compiled)
-  assert peers.why_missing('absent') == (
+  assert peers.why_missing(compiled) == (
     'torch.compile needs a C++ compiler (c++, g++ or clang++)'
   )
 
 
 def test_a_model_that_an_engine_does_not_know_is_refused(tmp_path):
-  reason = peers.why_missing('ctranslate2 float32')
+  reason = peers.why_missing(peers.PEERS['ctranslate2 float32'])
   if reason:
     pytest.skip(reason)
   config = dataclasses.replace(
@@ -110,7 +108,7 @@ def test_a_model_that_an_engine_does_not_know_is_refused(tmp_path):
   'name', ['transformers float32', 'ctranslate2 float32']
 )
 def test_what_an_engine_cannot_read_is_refused_and_named(name, tmp_path):
-  reason = peers.why_missing(name)
+  reason = peers.why_missing(peers.PEERS[name])
   if reason:
     pytest.skip(reason)
   (tmp_path / 'config.json').write_text('{"model_type": "no_such_model"}')
@@ -122,7 +120,7 @@ def test_what_an_engine_cannot_read_is_refused_and_named(name, tmp_path):
 
 def test_a_shorter_answer_has_a_shorter_compiled_cache(monkeypatch, tmp_path):
   name = 'transformers compiled'
-  reason = peers.why_missing(name)
+  reason = peers.why_missing(peers.PEERS[name])
   if reason:
     pytest.skip(reason)
   torch, _ = helpers.import_reference()
@@ -141,6 +139,6 @@ def test_a_shorter_answer_has_a_shorter_compiled_cache(monkeypatch, tmp_path):
   (forward,) = compiled
   lengths = []
   for num_tokens in (9, 4):
-    start(prompts)(num_tokens)
+    start(prompts, num_tokens)(num_tokens)
     lengths.append(forward.__self__._previous_max_cache_length)
   assert lengths[1] < lengths[0]

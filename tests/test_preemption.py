@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
   return path
 
 
-def start(folder, run, *bindings):
+def start(folder, run, *bindings, **options):
   """Starts the training of an SLM baseline that saves every 20 steps."""
   return tiny_runs.start(
     *tiny_runs.train_arguments(
@@ -46,7 +46,8 @@ def start(folder, run, *bindings):
       '--gin.train.log_period=3',
       "--gin.BEST_METRIC='loss'",
       *bindings,
-    )
+    ),
+    **options,
   )
 
 
@@ -114,12 +115,13 @@ def unbroken(folder):
   return folder / 'unbroken'
 
 
-def test_a_run_killed_five_times_equals_its_unbroken_twin(folder, unbroken):
+@pytest.mark.parametrize('times', [2, pytest.param(5, marks=pytest.mark.long)])
+def test_a_killed_run_equals_its_unbroken_twin(folder, unbroken, times):
   """SIGKILL and SIGTERM in turn, after any step, saving or evaluating."""
-  run = folder / 'killed'
+  run = folder / f'killed-{times}'
   moments = random.Random()
-  for number in range(5):
-    process = start(folder, 'killed')
+  for number in range(times):
+    process = start(folder, run.name)
     wait_for_records(process, run, len(metric_writer.read(run)) + 1)
     time.sleep(moments.uniform(0, 0.5))
     process.send_signal(signal.SIGTERM if number % 2 else signal.SIGKILL)
@@ -127,7 +129,7 @@ def test_a_run_killed_five_times_equals_its_unbroken_twin(folder, unbroken):
     assert process.returncode in (
       (preemption.EXIT_CODE, 0) if number % 2 else (-signal.SIGKILL, 0)
     )
-  output = finish(start(folder, 'killed'), 0)
+  output = finish(start(folder, run.name), 0)
   assert 'Goes on at step' in output or losses(run)[-1][0] == STEPS
   assert_same_run(run, unbroken)
 
@@ -164,7 +166,7 @@ def test_ctrl_c_between_steps_saves_the_last_one_and_is_no_preemption(
 
 @pytest.mark.parametrize('secs', [0.3, 1.0, 2.5])
 def test_ctrl_c_while_the_program_starts_ends_it_at_once(folder, secs):
-  process = start(folder, f'early-{secs}')
+  process = start(folder, f'early-{secs}', from_nothing=True)
   time.sleep(secs)  # Python itself takes a tenth of a second.
   process.send_signal(signal.SIGINT)
   output = finish(process, preemption.INTERRUPTED)
@@ -175,7 +177,12 @@ def test_ctrl_c_while_the_program_starts_ends_it_at_once(folder, secs):
 def test_sigterm_while_compiling_ends_the_run(folder, grace_secs):
   """By the thread that watches, if the main one cannot listen in time."""
   name = f'compiling-{grace_secs}'
-  process = start(folder, name, f'--gin.PREEMPTION_GRACE_SECS={grace_secs}')
+  process = start(
+    folder,
+    name,
+    f'--gin.PREEMPTION_GRACE_SECS={grace_secs}',
+    from_nothing=True,
+  )
   wait_for(process, (folder / name / 'config.gin').exists)
   start_secs = time.monotonic()
   process.terminate()
@@ -388,7 +395,7 @@ with preemption.Watcher(grace_secs=1) as watcher:
 
 
 def test_sigterm_before_there_is_anything_to_save_means_to_start_again(folder):
-  process = start(folder, 'early')
+  process = start(folder, 'early', from_nothing=True)
   time.sleep(1.5)  # Imports.
   process.terminate()
   finish(process, preemption.EXIT_CODE)

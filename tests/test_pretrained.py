@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from l2s_jax.models import l2s
+from l2s_jax.models import batch_keys, l2s
 from l2s_jax.runtime import partitioning
-from l2s_jax.systems import parameters
 from l2s_jax.weights import opening
 from l2s_jax.weights import source as source_lib
 
@@ -89,7 +88,7 @@ def stories(shared_data, tmp_path_factory):
   shapes, _ = partitioning.abstract_params(
     lambda key, batch: model.init(key, batch, deterministic=True),
     jax.random.key(0),
-    parameters.example_batch(1, 2, 2),
+    batch_keys.example_batch(1, 2, 2),
   )
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   params, _ = source_lib.load(

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from l2s_jax.inference import generate
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import flops
 from l2s_jax.performance import hlo_costs, programs
 from l2s_jax.runtime import partitioning
-from l2s_jax.systems import parameters, system
+from l2s_jax.systems import parameters
 from l2s_jax.training import optim
 
 LENGTHS = {'inputs': 32, 'targets': 16}
@@ -143,7 +144,7 @@ def test_parameters_for_generation_lie_where_they_were():
     layout.shapes,
     layout.shardings,
   )
-  prepared = system.generator(found.system, 16).prepare(params)
+  prepared = generate.generator(found.system, 16).prepare(params)
   expected = jax.tree.map(lambda x: x.sharding.shard_shape(x.shape), prepared)
   shards = jax.tree.map(
     lambda x: x.sharding.shard_shape(x.shape), prefill.arguments['parameters']

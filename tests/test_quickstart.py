@@ -12,7 +12,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize('slm', ['encoder_decoder', 'decoder'])
+@pytest.mark.parametrize(
+  'slm', ['encoder_decoder', pytest.param('decoder', marks=pytest.mark.long)]
+)
 def test_quickstart_leaves_its_report(slm, tmp_path):
   result = subprocess.run(
     [

@@ -12,7 +12,7 @@ import pytest
 
 from l2s_jax import __main__ as command_line
 from l2s_jax.data import batching
-from l2s_jax.inference import sampling, strategies
+from l2s_jax.inference import generate, sampling, strategies
 from l2s_jax.interop import to_huggingface
 from l2s_jax.models import l2s
 from l2s_jax.performance import random_weights
@@ -116,7 +116,10 @@ def test_what_a_run_exports_says_where_answers_start_and_end(madlad, tmp_path):
   again = system_lib.Tower(path=str(out)).load_vocabulary()
   assert again.encode(text) == ids
   assert ids_of(again) == ids_of(system.answer_vocabulary)
-  assert huggingface.Folder(out).special_ids['decoder_start_token_id'] == 0
+  assert (
+    huggingface.HuggingFaceFolder(out).special_ids['decoder_start_token_id']
+    == 0
+  )
 
   l2s_folder = tmp_path / 'l2s'
   arguments = ['--from=l2s', '--to=l2s', str(run), str(l2s_folder)]
@@ -127,7 +130,7 @@ def test_what_a_run_exports_says_where_answers_start_and_end(madlad, tmp_path):
 
 def test_training_starts_answers_where_inference_does(madlad):
   vocabulary = loading.load(madlad)
-  batch = batching.pad_and_shift(
+  batch = helpers.pad_and_shift(
     [[5, 2]],
     [[6, 7, 2]],
     task_feature_lengths={'inputs': 4, 'targets': 4},
@@ -136,7 +139,7 @@ def test_training_starts_answers_where_inference_does(madlad):
   )
   assert batch['decoder_input_tokens'].tolist() == [[0, 6, 7, 1]]
   system = builders.language_model_system(system_lib.Tower(path=str(madlad)))
-  ids = vars(system_lib.generator(system, 3).strategy)['_ids']
+  ids = vars(generate.generator(system, 3).strategy)['_ids']
   assert (ids.start, ids.eos, ids.pad) == (0, (2, 7), 1)
 
 

@@ -15,6 +15,7 @@ from l2s_jax.runtime import files, partitioning
 from l2s_jax.systems import builders, parameters, run_folder
 from l2s_jax.systems import system as system_lib
 from l2s_jax.vocabularies import loading, sentencepiece
+from l2s_jax.weights import run_format
 
 
 @pytest.fixture(scope='module')
@@ -99,7 +100,7 @@ def test_summary_counts_frozen_and_trainable(system):
   mesh_config = partitioning.MeshConfig(data=1)
   mesh = partitioning.make_mesh(mesh_config, jax.devices()[:1])
   layout = parameters.layout(system, mesh, mesh_config)
-  text = parameters.summary(system, layout, None, mesh)
+  text = parameters.summary(system, layout, mesh)
   count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(layout.shapes))
   assert f'trainable parameters: {count:,}' in text
   assert 'frozen parameters: 0' in text
@@ -107,4 +108,7 @@ def test_summary_counts_frozen_and_trainable(system):
 
 
 def test_description_is_json(system):
-  assert json.loads(json.dumps(system.describe()))['format_version'] == 1
+  assert (
+    json.loads(json.dumps(system.describe()))['format_version']
+    == run_format.FORMAT_VERSION
+  )

@@ -74,13 +74,13 @@ def test_all_four_are_read_and_written_as_transformers_does(
   folder, out = tmp_path / 'in', tmp_path / 'out'
   write(transformers, torch, folder, tied, scaled)
   expected = theirs(transformers, torch, folder)
-  source = huggingface.Folder(folder)
+  source = huggingface.HuggingFaceFolder(folder)
   assert source.config.logits_via_embedding == tied
   np.testing.assert_allclose(ours(source), expected, atol=1e-4, rtol=1e-4)
   convert.convert(str(folder), str(out), from_='hf', to='hf')
   again = theirs(transformers, torch, out)
   np.testing.assert_array_equal(again, expected)
-  assert huggingface.Folder(out).config == source.config
+  assert huggingface.HuggingFaceFolder(out).config == source.config
 
 
 @HEADS
@@ -88,7 +88,7 @@ def test_all_four_are_read_and_written_as_transformers_does(
 def test_t5x_has_the_two_that_it_can_say(tied, scaled, tmp_path):
   torch, transformers = helpers.import_reference()
   write(transformers, torch, tmp_path / 'in', tied, scaled)
-  source = huggingface.Folder(tmp_path / 'in')
+  source = huggingface.HuggingFaceFolder(tmp_path / 'in')
   if tied != scaled:
     with pytest.raises(ValueError, match='scale_(untied_)?logits: T5X has '):
       to_t5x.check(source)
@@ -106,7 +106,7 @@ def test_a_head_that_versions_read_otherwise_is_said(tmp_path, capsys):
   del content['scale_decoder_outputs']  # As transformers 4 has it.
   path.write_text(json.dumps(content))
   capsys.readouterr()
-  source = huggingface.Folder(tmp_path)
+  source = huggingface.HuggingFaceFolder(tmp_path)
   assert 'transformers 4 would put the table' in capsys.readouterr().err
   expected = theirs(transformers, torch, tmp_path)
   np.testing.assert_allclose(ours(source), expected, atol=1e-4, rtol=1e-4)

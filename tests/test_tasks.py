@@ -612,7 +612,7 @@ def test_task_without_prompt_is_refused(vocabulary, registered):
 def test_reading_a_config_does_not_import_tensorflow():
   code = (
     'import glob, sys, gin\n'
-    'from l2s_jax import data, tasks\n'
+    'from l2s_jax.data import batching, streams, tasks\n'
     'for name in glob.glob("gin_configs/tasks/*.gin"):\n'
     '  gin.clear_config()\n'
     '  gin.parse_config_file(name)\n'

@@ -7,6 +7,7 @@ import shutil
 import time
 
 import data_files
+import helpers
 import pytest
 
 from l2s_jax.data import streams, tasks
@@ -117,7 +118,7 @@ def test_task_reads_what_the_builder_wrote(prepared, vocabulary, name):
     texts = raw_texts(task, split)
     assert sorted(texts) == expected_texts(name, split, template)
     batches = list(
-      streams.eval_batches(
+      helpers.eval_batches(
         task, task_feature_lengths=LENGTHS, batch_size=8, split=split
       )
     )

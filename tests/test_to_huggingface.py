@@ -91,9 +91,11 @@ def read_config(folder):
 
 def through_ours(first, folder):
   """Converts a Hugging Face folder to ours and back; returns the last."""
-  converted.save(Digested(huggingface.Folder(first)), folder / 'ours')
+  converted.save(
+    Digested(huggingface.HuggingFaceFolder(first)), folder / 'ours'
+  )
   last = folder / 'last'
-  to_huggingface.save(converted.Folder(folder / 'ours'), last, None)
+  to_huggingface.save(converted.ConvertedFolder(folder / 'ours'), last, None)
   return last
 
 
@@ -137,7 +139,7 @@ def test_special_ids_stay_as_config_json_had_them(config, tmp_path):
     (first / 'config.json').write_text(json.dumps(rest | expected))
     last = tmp_path / f'{len(expected)} ids'
     # A tokenizer has no say where the source was transformers'.
-    source = huggingface.Folder(first)
+    source = huggingface.HuggingFaceFolder(first)
     to_huggingface.save(source, last, helpers.vocabulary())
     for folder in (last, through_ours(first, last)):
       found = read_config(folder)
@@ -185,7 +187,7 @@ def test_an_encoder_of_t5gemma_is_one_of_transformers(
   source = helpers.Arrays(config, encoder)
   to_huggingface.save(source, tmp_path, None)
 
-  again = huggingface.Folder(tmp_path)
+  again = huggingface.HuggingFaceFolder(tmp_path)
   assert again.config == config
   for path, array in traverse_util.flatten_dict(encoder).items():
     np.testing.assert_array_equal(again.read(path), array)

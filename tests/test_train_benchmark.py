@@ -7,9 +7,10 @@ import json
 import helpers
 import numpy as np
 import pytest
+import speed_goals
 
 from l2s_jax.models import flops
-from l2s_jax.performance import benchmark, train_benchmark, train_peers
+from l2s_jax.performance import benchmark, peers, train_benchmark, train_peers
 from l2s_jax.systems import system
 
 SHAPE = {'batch_sizes': 2, 'prompt_lengths': 6, 'output_lengths': 4}
@@ -40,7 +41,7 @@ def test_llm_to_slm_is_compared_with_its_parts(tmp_path, capsys):
   np.testing.assert_allclose(
     of[train_benchmark.BOTH], np.add(of['SLM'], of[train_benchmark.READ])
   )
-  judged = json.loads((tmp_path / 'train.json').read_text())['goals']
+  judged = speed_goals.judge([*rows.values()], speed_goals.TRAINING_GOALS)
   assert [goal['goal'] for goal in judged] == [pytest.approx(1 / 1.1)]
   assert 'LLM reads + SLM' in capsys.readouterr().out
 
@@ -71,8 +72,8 @@ def test_transformers_trains_the_same_model(config, tmp_path):
 
 def test_what_a_peer_lacks_is_said(monkeypatch):
   monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
-  for peer in train_peers.PEERS:
-    assert f'package {peer.packages[0]}' in str(train_peers.why_missing(peer))
+  for peer in train_peers.PEERS.values():
+    assert f'package {peer.packages[0]}' in str(peers.why_missing(peer))
 
 
 def test_settings_of_generation_are_refused(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from l2s_jax.models import losses
 from l2s_jax.runtime import partitioning
 from l2s_jax.systems import parameters
-from l2s_jax.training import checkpoint, optim, train
+from l2s_jax.training import checkpoint, eval_plan, optim, train, train_step
 from l2s_jax.training import state as state_lib
 
 SGD = optax.sgd(1.0)  # the update is the gradient
@@ -23,7 +23,7 @@ SGD = optax.sgd(1.0)  # the update is the gradient
 
 @functools.partial(jax.jit, static_argnames=('module', 'optimizer'))
 def step(state, frozen, batch, *, module, optimizer=SGD):
-  return train.train_step(
+  return train_step.train_step(
     state, frozen, batch, module=module, optimizer=optimizer
   )
 
@@ -197,7 +197,7 @@ def test_no_gradient_of_the_llm_is_computed(plain):
     frozen, state = start(module, frozen_names)
     return shapes_computed(
       jax.make_jaxpr(
-        functools.partial(train.train_step, module=module, optimizer=SGD)
+        functools.partial(train_step.train_step, module=module, optimizer=SGD)
       )(state, frozen, batch).jaxpr
     )
 
@@ -332,7 +332,7 @@ def test_microbatches_add_up_to_the_whole_batch(plain, num_microbatches):
     frozen, state = start(module, optimizer=optimizer)
     return jax.jit(
       functools.partial(
-        train.train_step,
+        train_step.train_step,
         module=module,
         optimizer=optimizer,
         num_microbatches=num_microbatches,
@@ -354,7 +354,7 @@ def test_microbatches_add_up_to_the_whole_batch(plain, num_microbatches):
 def test_each_microbatch_has_its_own_key():
   key = jax.random.key(0)
   rows = {'x': jnp.ones((4, 3))}
-  total = train._add_up(
+  total = train_step._add_up(
     lambda batch, key: {
       'drawn': jax.random.uniform(key),
       'rows': batch['x'].sum(),
@@ -398,7 +398,11 @@ def test_another_order_of_the_data_is_refused_with_the_differences():
 
 
 def test_the_best_is_chosen_on_validation_data_only():
-  train._check_best_split('bleu', 'validation')
-  train._check_best_split(None, 'test')
+  def find(best_metric, split):
+    run = eval_plan.Planned('cldr', split, None, None, {})
+    return eval_plan.make([], run, best_metric).best
+
+  assert find('bleu', 'validation') == ('', 'bleu')
+  assert find(None, 'test') is None
   with pytest.raises(ValueError, match="BEST_METRIC='bleu'.*EVAL_STEPS='best'"):
-    train._check_best_split('bleu', 'test')
+    find('bleu', 'test')

@@ -17,11 +17,10 @@ import pytest
 import safetensors.numpy
 from flax import traverse_util
 
+from l2s_jax.models import batch_keys, l2s
 from l2s_jax.models import config as config_lib
-from l2s_jax.models import l2s
 from l2s_jax.models import shapes as shapes_lib
 from l2s_jax.runtime import partitioning
-from l2s_jax.systems import parameters
 from l2s_jax.training import checkpoint, state
 from l2s_jax.weights import opening
 from l2s_jax.weights import source as source_lib
@@ -126,7 +125,7 @@ def model_shapes(config):
   shapes, _ = partitioning.abstract_params(
     lambda key, batch: module.init(key, batch, deterministic=True),
     jax.random.key(0),
-    parameters.example_batch(1, 2, 2),
+    batch_keys.example_batch(1, 2, 2),
   )
   return shapes
 
@@ -191,7 +190,7 @@ def test_a_folder_gives_back_what_was_put_into_it(family, tmp_path):
   tensors = to_theirs(config_json, config, params)
   folder = write_folder(tmp_path / 'hf', config_json, tensors)
 
-  source = huggingface.Folder(folder)
+  source = huggingface.HuggingFaceFolder(folder)
   loaded, _ = load(folder, model_shapes(config))
 
   assert source.config == config
@@ -216,7 +215,7 @@ def test_a_config_that_no_family_can_say_has_no_model_type():
 
 def test_a_linear_of_pytorch_keeps_outputs_first_heads_outermost(t5_folder):
   folder, tensors = t5_folder
-  source = huggingface.Folder(folder)
+  source = huggingface.HuggingFaceFolder(folder)
   query = source.read(
     ('decoder', 'layers', 'self_attention', 'query', 'kernel')
   )
@@ -237,7 +236,7 @@ def test_a_linear_of_pytorch_keeps_outputs_first_heads_outermost(t5_folder):
 
 def test_gpt2_keeps_inputs_first_and_query_key_value_side_by_side(tmp_path):
   tensors = to_theirs(GPT2_JSON, GPT2, random_params(GPT2))
-  source = huggingface.Folder(
+  source = huggingface.HuggingFaceFolder(
     write_folder(tmp_path / 'gpt2', GPT2_JSON, tensors)
   )
   layer, d, n, h = 1, 13, 3, 2
@@ -323,7 +322,9 @@ def test_bfloat16_is_read_as_stored_and_cast_to_what_is_asked(t5_folder):
   tensors = {k: v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()}
   write_folder(folder, T5_1_1_JSON, tensors)
   path = ('token_embedder', 'embedding')
-  assert huggingface.Folder(folder).read(path).dtype == ml_dtypes.bfloat16
+  assert (
+    huggingface.HuggingFaceFolder(folder).read(path).dtype == ml_dtypes.bfloat16
+  )
   loaded, _ = load(folder, model_shapes(T5_1_1))
   np.testing.assert_array_equal(
     loaded['token_embedder']['embedding'],
@@ -369,7 +370,7 @@ def test_an_encoder_alone_is_an_llm_and_no_baseline(t5_folder):
     if name.startswith(('shared.', 'encoder.'))
   }
   write_folder(folder, T5_1_1_JSON, tensors)
-  source = huggingface.Folder(folder)
+  source = huggingface.HuggingFaceFolder(folder)
   assert {path[0] for path in source.shapes()} == {'token_embedder', 'encoder'}
   shapes = {
     name: tree
@@ -409,7 +410,7 @@ def test_the_head_is_tied_where_neither_file_nor_config_has_another(
   if head is not None:
     tensors['lm_head.weight'] = table if head == 'table' else table + 1
   folder = write_folder(tmp_path / 'hf', config_json, tensors)
-  config = huggingface.Folder(folder).config
+  config = huggingface.HuggingFaceFolder(folder).config
   assert (config.logits_via_embedding, config.scale_logits) == (tied, scaled)
 
 
@@ -433,7 +434,7 @@ def test_a_head_that_is_not_the_table_is_missed(
   tensors.pop(f'{head}.weight', None)
   folder = write_folder(tmp_path / 'hf', config_json, tensors)
   with pytest.raises(ValueError, match='describes') as error:
-    huggingface.Folder(folder)
+    huggingface.HuggingFaceFolder(folder)
   (line,) = str(error.value).splitlines()[1:]
   assert line.startswith(f'  {head}.weight (logits_dense/kernel)')
   assert line.endswith(': missing')
@@ -458,7 +459,7 @@ def test_buffers_and_heads_for_other_uses_are_passed_over(
   tensors[name] = np.ones(3, np.float32)
   folder = write_folder(tmp_path / 'hf', config_json, tensors)
   assert (
-    huggingface.Folder(folder).shapes().keys()
+    huggingface.HuggingFaceFolder(folder).shapes().keys()
     == shapes_lib.of_model(config).keys()
   )
 
@@ -482,7 +483,7 @@ def test_a_part_that_is_no_encoder_is_refused(t5_folder, kept, missing):
   tensors['score.weight'] = np.ones((2, 16), np.float32)
   write_folder(folder, T5_1_1_JSON, tensors)
   with pytest.raises(ValueError, match=missing):
-    huggingface.Folder(folder)
+    huggingface.HuggingFaceFolder(folder)
 
 
 def test_one_precision_per_stack_is_read_and_kept_in_the_fingerprint(
@@ -492,7 +493,7 @@ def test_one_precision_per_stack_is_read_and_kept_in_the_fingerprint(
   name = 'encoder.block.1.layer.0.layer_norm.weight'
   half = tensors[name].astype(np.float16)
   write_folder(folder, T5_1_1_JSON, tensors | {name: half})
-  source = huggingface.Folder(folder)
+  source = huggingface.HuggingFaceFolder(folder)
   path = ('encoder', 'layers', 'pre_self_attention_norm', 'scale')
   assert source.read(path, 1).dtype == source.shapes()[path].dtype == np.float32
   same = tensors | {name: half.astype(np.float32)}
@@ -505,7 +506,7 @@ def test_special_ids_are_those_that_the_config_has(t5_folder):
   folder, tensors = t5_folder
   ids = {'eos_token_id': [1, 7], 'pad_token_id': None}
   write_folder(folder, T5_1_1_JSON | ids, tensors)
-  assert huggingface.Folder(folder).special_ids == ids
+  assert huggingface.HuggingFaceFolder(folder).special_ids == ids
 
 
 def spoil_tensors(tensors):
@@ -528,7 +529,7 @@ def test_all_that_is_wrong_with_the_tensors_is_said_at_once(t5_folder):
   spoil_tensors(tensors)
   write_folder(folder, T5_1_1_JSON, tensors)
   with pytest.raises(ValueError) as error:
-    huggingface.Folder(folder)
+    huggingface.HuggingFaceFolder(folder)
   assert str(error.value) == (
     f'The tensors in {folder} are not those that {folder}/config.json '
     'describes. Use the files as they were saved together:\n'
@@ -563,8 +564,8 @@ def test_all_that_the_model_lacks_is_said_at_once(t5_folder):
     '  encoder/layers/mlp/wi/kernel '
     '(encoder.block.{layer}.layer.1.DenseReluDense.wi.weight) (3, 16, 20): '
     'missing\n'
-    '  token_embedder/embedding (shared.weight): the model has (65, 16), the '
-    'weights have (64, 16)'
+    '  token_embedder/embedding (shared.weight): expected (65, 16), found '
+    '(64, 16)'
   )
 
 
@@ -589,7 +590,7 @@ def test_a_config_that_is_not_supported_is_refused(t5_folder, fields, message):
   }
   (folder / 'config.json').write_text(json.dumps(config_json))
   with pytest.raises(ValueError) as error:
-    huggingface.Folder(folder)
+    huggingface.HuggingFaceFolder(folder)
   assert message in str(error.value)
   assert str(folder / 'config.json') in str(error.value)
 
@@ -598,7 +599,7 @@ def test_heads_that_do_not_divide_are_refused(tmp_path):
   tensors = to_theirs(GPT2_JSON, GPT2, random_params(GPT2))
   folder = write_folder(tmp_path / 'hf', GPT2_JSON | {'n_head': 3}, tensors)
   with pytest.raises(ValueError, match='n_embd=16 does not divide over n_head'):
-    huggingface.Folder(folder)
+    huggingface.HuggingFaceFolder(folder)
 
 
 @pytest.mark.parametrize(
@@ -614,7 +615,7 @@ def test_a_broken_file_is_named_with_its_size(t5_folder, spoil):
   file = t5_folder[0] / 'model.safetensors'
   file.write_bytes(spoil(file.read_bytes()))
   with pytest.raises(ValueError) as error:
-    huggingface.Folder(file.parent)
+    huggingface.HuggingFaceFolder(file.parent)
   assert f'{file} ({file.stat().st_size} bytes) is not a whole safet' in str(
     error.value
   )
@@ -625,10 +626,10 @@ def test_a_broken_config_is_named(t5_folder):
   path = t5_folder[0] / 'config.json'
   path.write_text('{"model_type": ')
   with pytest.raises(ValueError, match=f'{path} is not JSON'):
-    huggingface.Folder(path.parent)
+    huggingface.HuggingFaceFolder(path.parent)
   path.write_text('[]')
   with pytest.raises(ValueError, match=f'{path} holds no JSON object'):
-    huggingface.Folder(path.parent)
+    huggingface.HuggingFaceFolder(path.parent)
 
 
 def test_missing_shards_are_named(t5_folder):
@@ -639,7 +640,7 @@ def test_missing_shards_are_named(t5_folder):
   path = folder / 'model.safetensors.index.json'
   path.write_text(json.dumps(index))
   with pytest.raises(FileNotFoundError) as error:
-    huggingface.Folder(folder)
+    huggingface.HuggingFaceFolder(folder)
   assert str(error.value) == (
     f'{path} lists 3 files; missing: {files[1]}, {files[2]}. Download them '
     f'into {folder}.'

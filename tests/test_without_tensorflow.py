@@ -19,8 +19,18 @@ import functools, importlib, io, json, pathlib, pkgutil
 import jax, numpy as np
 import l2s_jax
 from l2s_jax import (
-    checkpoint, cldr, data, infer, optim, partition, systems, train,
-    parameters, vocabularies)
+  checkpoint,
+  cldr,
+  infer,
+  optim,
+  packing,
+  parameters,
+  partition,
+  systems,
+  train,
+  train_step,
+  vocabularies,
+)
 from l2s_jax import state as state_lib
 from l2s_jax.models import config as config_lib
 
@@ -54,13 +64,14 @@ with partition.use_mesh(mesh):
       system, layout, optimizer, mesh, checkpointer, 0)
   vocabulary = system.prompt_vocabulary
   ids = lambda text: [*vocabulary.encode(text), vocabulary.eos_id]
-  batch = data.pad_and_shift(
-      [ids(e['prompt']) for e in examples[:4]],
-      [ids(e['answer']) for e in examples[:4]],
+  batch = packing.lay_out(
+      [ids(e['prompt'])[:32] for e in examples[:4]],
+      [ids(e['answer'])[:16] for e in examples[:4]], range(4),
       task_feature_lengths={'inputs': 32, 'targets': 16},
-      prompt_vocabulary=vocabulary, answer_vocabulary=vocabulary)
+      prompt_pad_id=vocabulary.pad_id, answer_pad_id=vocabulary.pad_id,
+      start_id=vocabulary.start_id)
   step = jax.jit(functools.partial(
-      train.train_step, module=system.module, optimizer=optimizer))
+      train_step.train_step, module=system.module, optimizer=optimizer))
   state, sums = step(state, {}, partition.put_batch(batch, mesh))
   assert np.isfinite(float(sums['loss'])) and float(sums['loss_weight']) > 0
   checkpointer.save(state, {'num_examples': 4})

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny runs by the command line, in processes of their own, as a user has."""
+"""Tiny runs by the command line, in processes of their own, as a user has.
+
+They are forked with their modules imported and share compiled programs, but
+where a test says `from_nothing`: then they are as a user's first.
+"""
 
 import gzip
 import os
 import pathlib
 import subprocess
 import sys
+
+import forked
 
 from l2s_jax.data import cldr
 from l2s_jax.vocabularies import sentencepiece
@@ -46,34 +52,34 @@ train.num_eval_examples = 10
 """
 
 
-def l2s(*arguments, stdin=None, check=True):
+def l2s(*arguments, stdin=None, check=True, from_nothing=False):
   """Runs `python -m l2s_jax` in a process of its own."""
-  result = subprocess.run(
-    [sys.executable, '-m', 'l2s_jax', *map(str, arguments)],
-    cwd=ROOT,
-    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''},
-    input=stdin,
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
+  argv, environment = command(*arguments, from_nothing=from_nothing)
+  options = {'cwd': ROOT, 'env': environment, 'text': True, 'timeout': 300}
+  if from_nothing:
+    result = subprocess.run(argv, input=stdin, capture_output=True, **options)
+  else:
+    result = forked.run(argv, input=stdin, **options)
   if check and result.returncode:
     raise AssertionError(result.stdout + result.stderr)
   return result
 
 
-def command(*arguments):
+def command(*arguments, from_nothing=False):
   """Returns the command line and environment of `python -m l2s_jax`."""
   return (
     [sys.executable, '-m', 'l2s_jax', *map(str, arguments)],
-    os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''},
+    os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+    if from_nothing
+    else forked.environment(),
   )
 
 
-def start(*arguments):
+def start(*arguments, from_nothing=False):
   """Starts `python -m l2s_jax`; what it says comes out of one pipe."""
-  argv, environment = command(*arguments)
-  return subprocess.Popen(
+  argv, environment = command(*arguments, from_nothing=from_nothing)
+  popen = subprocess.Popen if from_nothing else forked.Popen
+  return popen(
     argv,
     env=environment,
     cwd=ROOT,

@@ -12,6 +12,7 @@ __all__ = (
   'cldr',
   'features',
   'input_files',
+  'packing',
   'streams',
   'tasks',
   'templates',

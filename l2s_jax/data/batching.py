@@ -13,14 +13,13 @@ Needs no TensorFlow. Putting batches on devices is not done here.
 """
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
 from l2s_jax.data import packing
-from l2s_jax.vocabularies.base import Vocabulary
 
 if TYPE_CHECKING:
   pass
@@ -104,45 +103,6 @@ def continuing(
     inputs[:, 0] = np.where(first_tokens >= 0, first_tokens, inputs[:, 0])
     result['decoder_input_tokens'] = inputs
   return result | {'first_tokens': first_tokens}
-
-
-def pad_and_shift(
-  prompt_ids: Sequence[Sequence[int]],
-  answer_ids: Sequence[Sequence[int]],
-  *,
-  task_feature_lengths: Mapping[str, int],
-  prompt_vocabulary: Vocabulary,
-  answer_vocabulary: Vocabulary,
-  batch_size: int | None = None,
-) -> Batch:
-  """Returns a whole batch, the same as SeqIO's of the same ids.
-
-  Args:
-    prompt_ids: EOS included; beyond their length they are cut.
-    answer_ids: one for each prompt, likewise.
-    task_feature_lengths: `inputs` and `targets`, in tokens.
-    prompt_vocabulary: for its pad id.
-    answer_vocabulary: for its pad and start ids.
-    batch_size: rows to fill up to; None: as many as there are prompts.
-
-  Raises:
-    ValueError: as `prompt_batch`, or if the numbers differ.
-  """
-  if len(prompt_ids) != len(answer_ids):
-    raise ValueError(
-      f'{len(prompt_ids)} prompts and {len(answer_ids)} answers; expected as '
-      'many of one as of the other.'
-    )
-  batch = packing.lay_out(
-    _cut(prompt_ids, task_feature_lengths['inputs']),
-    _cut(answer_ids, task_feature_lengths['targets']),
-    range(len(prompt_ids)),
-    task_feature_lengths=task_feature_lengths,
-    prompt_pad_id=prompt_vocabulary.pad_id,
-    answer_pad_id=answer_vocabulary.pad_id,
-    start_id=answer_vocabulary.start_id,
-  )
-  return pad_rows(batch, batch_size)
 
 
 def pad_rows(batch: Batch, batch_size: int | None) -> Batch:

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from l2s_jax.data import packing
+from l2s_jax.data import packing, seqio_internals
+from l2s_jax.models import batch_keys
 from l2s_jax.vocabularies import base, sentencepiece
 
 
@@ -130,7 +131,7 @@ class SeqioVocabulary(seqio.Vocabulary):
     return f'SeqioVocabulary({self.vocabulary!r})'
 
 
-class SentencePieceVocabulary(SeqioVocabulary):
+class SeqioSentencePiece(SeqioVocabulary):
   """Encodes in TensorFlow's own op: no Python in the input pipeline."""
 
   @functools.cached_property
@@ -166,7 +167,7 @@ def wrap_vocabulary(vocabulary: base.Vocabulary) -> SeqioVocabulary:
   # TensorFlow's op would not refuse ids beyond the embedding table.
   is_model = isinstance(vocabulary, sentencepiece.SentencePieceVocabulary)
   if is_model and vocabulary.has_rows_for_all:
-    return SentencePieceVocabulary(vocabulary)
+    return SeqioSentencePiece(vocabulary)
   return SeqioVocabulary(vocabulary)
 
 
@@ -179,7 +180,7 @@ def encodes_alike(vocabulary: seqio.Vocabulary, bound: SeqioVocabulary) -> bool:
     return vocabulary.vocabulary == bound.vocabulary
   if not (
     isinstance(vocabulary, seqio.SentencePieceVocabulary)
-    and isinstance(bound, SentencePieceVocabulary)
+    and isinstance(bound, SeqioSentencePiece)
   ):
     return False
   models = [
@@ -284,11 +285,9 @@ class CachedSource(seqio.DataSource):
     )
 
   def _open(self, split: str) -> seqio.DataSource:
-    placeholder = self._task._cache_dataset_placerholder
-    return seqio.dataset_providers._CachedDataSource(
-      self.folder,
-      split,
-      file_shuffle_buffer_size=placeholder.file_shuffle_buffer_size,
+    placeholder = seqio_internals.cache_placeholder(self._task)
+    return seqio_internals.cached_source(
+      self.folder, split, placeholder.file_shuffle_buffer_size
     )
 
 
@@ -305,7 +304,7 @@ def translate_cached_ids(task: seqio.Task) -> Callable[..., tf.data.Dataset]:
   """
   steps = [
     step.func if isinstance(step, functools.partial) else step
-    for step in task.preprocessors[: task._cache_step_idx]
+    for step in seqio_internals.preprocessors_around_cache(task)[0]
   ]
   tokenizers = [n for n, step in enumerate(steps) if step in _TOKENIZE_STEPS]
   # Ids that a later step has changed are no longer those of the text.
@@ -408,18 +407,9 @@ class L2SFeatureConverter(seqio.FeatureConverter):
   }
   MODEL_FEATURES = {
     **{
-      key: seqio.FeatureConverter.FeatureSpec(dtype=tf.int32)
-      for key in (
-        'encoder_input_tokens',
-        'encoder_segment_ids',
-        'decoder_input_tokens',
-        'decoder_target_tokens',
-        'decoder_segment_ids',
-      )
+      key: seqio.FeatureConverter.FeatureSpec(dtype=tf.as_dtype(dtype))
+      for key, (_, dtype) in batch_keys.KEYS.items()
     },
-    'decoder_loss_weights': seqio.FeatureConverter.FeatureSpec(
-      dtype=tf.float32
-    ),
     **{
       key: seqio.FeatureConverter.FeatureSpec(dtype=tf.int32, rank=0)
       for key in ('encoder_truncated', 'decoder_truncated')

@@ -28,7 +28,7 @@ from google.protobuf import (
 
 from l2s_jax.data import input_files
 
-Row = dict[str, Any]
+Fields = dict[str, Any]
 
 _ROWS_AT_ONCE = 1024
 _MOST_SHOWN = 80  # characters
@@ -63,7 +63,9 @@ message_type { name: "Example"
 """
 
 
-def json_list(path: epath.Path, name: str) -> Iterator[tuple[int, Row | str]]:
+def json_list(
+  path: epath.Path, name: str
+) -> Iterator[tuple[int, Fields | str]]:
   """Yields the elements of a list: objects, or texts, which become a column.
 
   Args:
@@ -126,7 +128,7 @@ def has_half_characters(value: Any) -> bool:
   return False
 
 
-def parquet(path: epath.Path) -> Iterator[tuple[int, Row | str]]:
+def parquet(path: epath.Path) -> Iterator[tuple[int, Fields | str]]:
   """Yields the rows of a Parquet file, columns within columns as dicts.
 
   Raises:
@@ -161,7 +163,7 @@ def parquet(path: epath.Path) -> Iterator[tuple[int, Row | str]]:
     ) from error
 
 
-def _rows(batch: Any) -> Iterator[Row | str]:
+def _rows(batch: Any) -> Iterator[Fields | str]:
   try:
     rows: list[Any] = batch.to_pylist()
   except UnicodeDecodeError:
@@ -175,7 +177,7 @@ def _rows(batch: Any) -> Iterator[Row | str]:
     yield row if isinstance(row, str) else _plain(row)
 
 
-def tfrecord(path: epath.Path) -> Iterator[tuple[int, Row | str]]:
+def tfrecord(path: epath.Path) -> Iterator[tuple[int, Fields | str]]:
   """Yields the features of each `tf.train.Example` of a TFRecord file.
 
   A feature with one value is that value, one with several a list.

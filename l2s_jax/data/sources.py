@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from l2s_jax.data import cldr, input_files, text_files
-from l2s_jax.data.text_files import BadLine, Row
+from l2s_jax.data import cldr, input_files, seqio_internals, text_files
+from l2s_jax.data.record_files import Fields
+from l2s_jax.data.text_files import BadLine
 
 if TYPE_CHECKING:
   import seqio
@@ -197,7 +198,7 @@ class _Lines:
     self._reasons: collections.Counter[str] = collections.Counter()
     self.num_with: collections.Counter[str] = collections.Counter()
 
-  def add(self, row: Row | BadLine) -> Row | None:
+  def add(self, row: Fields | BadLine) -> Fields | None:
     """Counts a line; returns it if it is good.
 
     Raises:
@@ -303,7 +304,7 @@ def _read_table(
   return tf.data.Dataset.from_tensor_slices(values)
 
 
-def _wrong_type(row: Row, columns: Columns) -> str | None:
+def _wrong_type(row: Fields, columns: Columns) -> str | None:
   """Returns what is wrong with columns that may be missing, if anything."""
   for name in columns.optional:
     if not isinstance(text_files.value(row, name), str | None):
@@ -316,7 +317,7 @@ def _wrong_type(row: Row, columns: Columns) -> str | None:
   return None
 
 
-def _texts(row: Row, name: str) -> list[str]:
+def _texts(row: Fields, name: str) -> list[str]:
   """Returns the texts of a column, those that are blank left out."""
   value = text_files.value(row, name)
   values = value if isinstance(value, list) else [value]
@@ -455,7 +456,7 @@ def check_tfds(
   if loader.tfds_splits and split not in loader.tfds_splits:
     return  # Each split is a data set of its own.
   name, data_dir = loader.get_split_params(split)
-  if name is None or loader._builder_kwargs:
+  if name is None or seqio_internals.has_builder_kwargs(loader):
     return
   if tfds.core.naming.parse_builder_name_kwargs(name)[0].namespace:
     return
@@ -475,7 +476,7 @@ def check_tfds(
       + ('DATA_DIR' if data_dir else "TFDS's own default, as DATA_DIR is None")
       + f'. {command}'
     ) from error
-  tfds_split = loader._map_split(split)
+  tfds_split = seqio_internals.tfds_split(loader, split)
   if tfds_split not in builder.info.splits:
     return
   missing = [

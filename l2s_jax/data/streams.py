@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Streams batches from a bound SeqIO task, in training and in evaluation."""
 
-import functools
 import itertools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -209,48 +208,6 @@ def _batch_by_length(
   return rows.group_by_window(bucket_of, make_batch, window_size=batch_size)
 
 
-def eval_batches(
-  task: 'seqio.Task | seqio.Mixture',
-  *,
-  task_feature_lengths: Mapping[str, int],
-  batch_size: int,
-  split: str = 'validation',
-  num_examples: int | None = None,
-) -> TaskBatches:
-  """Returns one pass over a split in its own order, task after task.
-
-  Every example is there once, at its weight; the last batch is filled up.
-
-  Args:
-    task: from `tasks.bind`; of a mixture, the tasks that have the split.
-    task_feature_lengths: `inputs` and `targets`, in tokens; longer is cut.
-    batch_size: over all devices.
-    split: `validation`, `test`, or another.
-    num_examples: the first so many of each task; None: all.
-
-  Raises:
-    ValueError: as `train_batches`.
-  """
-  from l2s_jax.data import features
-  from l2s_jax.data.features import seqio, tf
-
-  _check_settings(task, split, task_feature_lengths)
-  converter = features.make_converter(task)
-  datasets = [
-    converter(
-      part.get_dataset(
-        task_feature_lengths, split=split, shuffle=False, num_epochs=1
-      ).take(-1 if num_examples is None else num_examples),
-      task_feature_lengths,
-    )
-    for part in seqio.get_subtasks(task)
-    if split in part.splits
-  ]
-  dataset = functools.reduce(lambda one, two: one.concatenate(two), datasets)
-  dataset = dataset.batch(batch_size).prefetch(tf.data.AUTOTUNE)
-  return TaskBatches(dataset.as_numpy_iterator(), batch_size)
-
-
 def check_task(
   task: 'seqio.Task | seqio.Mixture',
   split: str,
@@ -271,6 +228,38 @@ def check_task(
   for part in seqio.get_subtasks(task):
     if split in part.splits:
       part.get_dataset(task_feature_lengths, split=split, shuffle=False)
+
+
+def check_evaluable(
+  task: 'seqio.Task | seqio.Mixture', split: str
+) -> list['seqio.Task']:
+  """Returns the tasks that can be scored, before anything is computed.
+
+  Raises:
+    ValueError: if no task has the split and metrics, or metrics are of
+      something else than predictions.
+  """
+  from l2s_jax.data.features import seqio
+
+  parts = seqio.get_subtasks(task)
+  scored = [part for part in parts if part.metric_objs and split in part.splits]
+  if not scored:
+    found = '; '.join(
+      f'{part.name} has splits {", ".join(part.splits)} and '
+      f'{len(part.metric_objs)} metrics'
+      for part in parts
+    )
+    raise ValueError(
+      f'nothing to evaluate in split {split!r} of {task.name!r}: {found}.'
+    )
+  for part in scored:
+    kinds = {metric.model_output_type.name for metric in part.metric_objs}
+    if kinds != {'PREDICTION'}:
+      raise ValueError(
+        f'task {part.name!r} has metrics of {", ".join(sorted(kinds))}; only '
+        'those of (targets, predictions) can be evaluated.'
+      )
+  return scored
 
 
 def _check_settings(

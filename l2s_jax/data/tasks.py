@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gin
 
-from l2s_jax.data import sources, templates
+from l2s_jax.data import seqio_internals, sources, templates
 from l2s_jax.metrics import bleu, scores
 from l2s_jax.metrics import metric_fns as metric_fns_lib
 from l2s_jax.vocabularies import base
@@ -313,14 +313,14 @@ def bind(
     provider: 'seqio.Task | seqio.Mixture',
   ) -> 'seqio.Task | seqio.Mixture':
     if isinstance(provider, seqio.Mixture):
-      parts = [*provider._tasks, *provider._sub_mixtures]
+      parts = seqio_internals.parts_of_mixture(provider)
       return seqio.Mixture(
         provider.name,
         [
           (bind_provider(part), provider.rate_per_task_name[part.name])
           for part in parts
         ],
-        sample_fn=provider._sample_fn,
+        sample_fn=seqio_internals.sample_fn(provider),
       )
     return _bind_task(provider, output_features)
 
@@ -463,7 +463,7 @@ def _read_from_cache(task: 'seqio.Task', config: CacheConfig) -> 'seqio.Task':
     source=features.CachedSource(task, cache_dirs),
     preprocessors=[
       features.translate_cached_ids(task),
-      *task.preprocessors[task._cache_step_idx + 1 :],
+      *seqio_internals.preprocessors_around_cache(task)[1],
     ],
   )
 

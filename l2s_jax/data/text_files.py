@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from l2s_jax.data import input_files, record_files
-
-Row = dict[str, Any]
+from l2s_jax.data.record_files import Fields
 
 kind = input_files.kind
 _BYTE_ORDER_MARK = b'\xef\xbb\xbf'
@@ -48,8 +47,8 @@ def read_rows(
   *,
   columns: Collection[str] | None = None,
   column_names: Sequence[str] | None = None,
-  problem: Callable[[Row], str | None] = lambda row: None,
-) -> Iterator[Row | BadLine]:
+  problem: Callable[[Fields], str | None] = lambda row: None,
+) -> Iterator[Fields | BadLine]:
   r"""Yields what each line holds, in order; a blank line is a bad one.
 
   The kind of file follows its name, in small letters or capitals, less `.gz`:
@@ -81,7 +80,7 @@ def read_rows(
       column names or not those of `columns`, or ends inside a quoted field.
   """
   required = tuple(columns or ())
-  rows: Iterator[tuple[int, Row | str]]
+  rows: Iterator[tuple[int, Fields | str]]
   name_of_text = (column_names or ('source',))[0]
   match kind(path.name):
     case 'jsonl':
@@ -143,7 +142,7 @@ def decode_line(line: bytes, number: int) -> tuple[str, str]:
     return '', f'is not UTF-8: {error}'
 
 
-def value(row: Row, column: str, default: Any = None) -> Any:
+def value(row: Fields, column: str, default: Any = None) -> Any:
   """Returns what a row has in a column, or in a column within columns.
 
   Of `translation.en` that is the column of this very name, if there is one,
@@ -179,7 +178,7 @@ def _lines(path: epath.Path) -> Iterator[bytes]:
     yield from lines
 
 
-def _lacking_text(row: Row, required: Sequence[str]) -> str | None:
+def _lacking_text(row: Fields, required: Sequence[str]) -> str | None:
   """Returns what is wrong with the columns that must hold text, if anything."""
   for column in required:
     found = value(row, column, _MISSING)
@@ -197,7 +196,7 @@ def _lacking_text(row: Row, required: Sequence[str]) -> str | None:
 
 def _plain(
   path: epath.Path, name: str, required: Sequence[str]
-) -> Iterator[tuple[int, Row | str]]:
+) -> Iterator[tuple[int, Fields | str]]:
   _check_columns(path, (name,), required)
   for number, line in enumerate(_lines(path), start=1):
     text, reason = decode_line(line, number)
@@ -206,13 +205,13 @@ def _plain(
     yield number, reason or {name: text}
 
 
-def _objects(path: epath.Path) -> Iterator[tuple[int, Row | str]]:
+def _objects(path: epath.Path) -> Iterator[tuple[int, Fields | str]]:
   for number, line in enumerate(_lines(path), start=1):
     text, reason = decode_line(line, number)
     yield number, reason or _parse_object(text)
 
 
-def _parse_object(text: str) -> Row | str:
+def _parse_object(text: str) -> Fields | str:
   """Returns a line's JSON object, or what is wrong with it."""
   if not text.strip():
     return 'is empty'
@@ -278,7 +277,7 @@ def _table(
   records: Iterator[tuple[int, list[str] | str]],
   names: Sequence[str] | None,
   required: Sequence[str],
-) -> Iterator[tuple[int, Row | str]]:
+) -> Iterator[tuple[int, Fields | str]]:
   """Yields rows by the column names given or, without, in the first record."""
   if names is None:
     _, names = next(records, (1, 'is empty'))

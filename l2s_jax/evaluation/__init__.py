@@ -7,4 +7,10 @@ and afterwards; `evaluate` is the verb; `report` writes tables and plots,
 """
 
 # The modules that other packages may import.
-__all__ = ('evaluate', 'evaluator', 'metric_writer', 'report')
+__all__ = (
+  'evaluate',
+  'evaluator',
+  'metric_writer',
+  'report',
+  'seqio_evaluator',
+)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation of a system on a SeqIO task: loss, decoded metrics, controls."""
+"""The verb `evaluate`: scores of a run's checkpoints on a SeqIO task.
+
+Metrics, predictions and curves go to `eval/`; `evaluator.py` scores.
+"""
 
 import contextlib
 import dataclasses
@@ -7,66 +10,17 @@ import json
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import gin
 
-from l2s_jax.data import streams, tasks
-from l2s_jax.evaluation import evaluator as evaluator_lib
-from l2s_jax.evaluation import metric_writer, report
+from l2s_jax.evaluation import evaluator, metric_writer, report
 from l2s_jax.inference import generate, sampling
 from l2s_jax.runtime import distributed, files, gin_config, locks, partitioning
-from l2s_jax.systems import as_it_came, builders, parameters
+from l2s_jax.systems import as_it_came, parameters
+from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
-from l2s_jax.weights import saved_steps
-
-PyTree = Any
-
-
-def bind_task(
-  system: system_lib.System, mixture_or_task_name: str, label: str | None = None
-) -> Any:
-  """Returns a SeqIO task or mixture with a system's vocabularies.
-
-  Args:
-    system: that reads and writes its texts.
-    mixture_or_task_name: as `tasks.bind` takes it.
-    label: the setting that has the name, for messages.
-  """
-  # Imports TensorFlow where it is called; the core does without.
-  return tasks.bind(
-    mixture_or_task_name,
-    system.prompt_vocabulary,
-    system.answer_vocabulary,
-    label=label,
-  )
-
-
-def check_splits(
-  task: Any,
-  task_feature_lengths: Mapping[str, int],
-  *,
-  read: Sequence[str] = (),
-  evaluated: str | None = None,
-) -> None:
-  """Refuses what a task cannot give, before anything is computed.
-
-  Args:
-    task: from `bind_task`.
-    task_feature_lengths: tokens of 'inputs' and 'targets'.
-    read: splits that must be there.
-    evaluated: a split that must be there, with metrics; None for none.
-
-  Raises:
-    ValueError: for a missing split, lengths that are off, or no metrics.
-  """
-  for split in read:
-    streams.check_task(task, split, task_feature_lengths)
-  if evaluated is not None:
-    from l2s_jax.evaluation import seqio_evaluator
-
-    streams.check_task(task, evaluated, task_feature_lengths)
-    seqio_evaluator.check_evaluable(task, evaluated)
+from l2s_jax.weights import run_format, saved_steps
 
 
 @gin.configurable(module='l2s_jax')
@@ -133,49 +87,47 @@ def evaluate(
     0, gin_config.LARGEST, EVAL_BOOTSTRAP_SAMPLES=num_bootstrap_samples
   )
   as_it_came.check_path(checkpoint_path)
-  mesh_config = mesh or partitioning.MeshConfig()
-  device_mesh = partitioning.make_mesh(mesh_config)
-  partitioning.check_batch_size(batch_size, device_mesh)
-  system = builders.with_rules(
-    as_it_came.load(
+  decoding = decoding or sampling.Decoding()
+  _check_decoding(decoding)
+  max_decode_len = max_decode_len or task_feature_lengths['targets']
+  generate.check(decoding, max_decode_len)
+  folder = as_it_came.output_dir(checkpoint_path, output_dir, 'EVAL_OUTPUT_DIR')
+
+  session = session_lib.start(
+    lambda: as_it_came.load(
       checkpoint_path,
       llm_path=llm_path,
       vocabulary=vocabulary,
       extra_ids=extra_ids,
     ),
-    mesh_config,
+    mesh,
+    {
+      'inputs': task_feature_lengths['inputs'],
+      'targets': max(max_decode_len, task_feature_lengths['targets']),
+    },
+    batch_sizes={'BATCH_SIZE': batch_size},
+    task=mixture_or_task_name,
+    evaluated=None if dry_run else split,  # A dry run needs no data.
   )
-  folder = as_it_came.output_dir(checkpoint_path, output_dir, 'EVAL_OUTPUT_DIR')
-  evaluator_lib.check_controls(controls, system)
-  decoding = decoding or sampling.Decoding()
-  evaluator_lib.check_decoding(decoding)
-  generate.check(decoding, max_decode_len or task_feature_lengths['targets'])
-  task = bind_task(system, mixture_or_task_name)
-  if not dry_run:  # which needs no data
-    check_splits(task, task_feature_lengths, evaluated=split)
+  _check_controls(controls, session.system)
   # The run may go on, and save, at this moment.
   chosen = distributed.from_first(_choose_steps(checkpoint_path, steps))
-
-  with (
-    partitioning.use_mesh(device_mesh),
-    partitioning.axis_rules(mesh_config.rules('slm')),
-    distributed.preemptible() as stop,
-    contextlib.ExitStack() as opened,
-  ):
-    layout = parameters.layout(system, device_mesh, mesh_config)
-    answer_length = max(max_decode_len or 0, task_feature_lengths['targets'])
-    parameters.check_lengths(
-      system,
-      layout,
-      {'inputs': task_feature_lengths['inputs'], 'targets': answer_length},
-    )
-    if dry_run:
-      print(parameters.summary(system, layout, None, device_mesh))
-      return {}
-    evaluator = evaluator_lib.Evaluator(
-      system,
-      device_mesh,
-      task,
+  if dry_run:
+    print(session.describe())
+    return {}
+  # Scores are compared with those of the same settings alone.
+  settings = {
+    # JSON knows no tuples, and these are compared with what it kept.
+    'decoding': _as_json(decoding),
+    'num_examples': num_examples,
+    'task_feature_lengths': dict(task_feature_lengths),
+    'max_decode_len': max_decode_len,
+  }
+  with session.entered(), distributed.preemptible() as stop:
+    scorer = evaluator.Evaluator(
+      session.system,
+      session.mesh,
+      session.task,
       task_feature_lengths,
       split=split,
       batch_size=batch_size,
@@ -184,47 +136,91 @@ def evaluate(
       decoding=decoding,
       num_bootstrap_samples=num_bootstrap_samples,
     )
-    _, frozen = parameters.load_frozen(system, layout)
-    stop()
-    results: dict[int, dict[str, dict[str, float]]] = {}
+    results = _score_steps(
+      session,
+      scorer,
+      checkpoint_path,
+      chosen,
+      controls,
+      _Scores(folder, f'{session.task.name}-{split}', settings),
+      stop,
+    )
+    distributed.wait_for_all('evaluate')
+  return results
+
+
+def _as_json(decoding: sampling.Decoding) -> dict[str, Any]:
+  """Returns what JSON keeps of settings; it knows no tuples."""
+  return json.loads(json.dumps(dataclasses.asdict(decoding)))
+
+
+class _Scores(NamedTuple):
+  """Where the scores of one task, split and settings go.
+
+  Attributes:
+    folder: has `eval/`.
+    name: of the task and the split.
+    settings: with which they are found.
+  """
+
+  folder: pathlib.Path
+  name: str
+  settings: Mapping[str, Any]
+
+  def add(
+    self,
+    step: int,
+    control: str,
+    scores: Mapping[str, float],
+    signatures: Mapping[str, str],
+  ) -> None:
+    """Prints scores and adds them to the metrics file."""
+    label = '' if control == 'none' else f' (Z: {control})'
+    line = evaluator.format_scores(scores, signatures)
+    print(f'step {step}{label}: {line}', flush=True)
     if distributed.is_first():
-      opened.enter_context(locks.held(folder / 'eval', 'EVAL_OUTPUT_DIR'))
-    name = f'{task.name}-{split}'
-    # Scores are compared with those of the same settings alone.
-    settings = {
-      # JSON knows no tuples, and these are compared with what it kept.
-      'decoding': json.loads(json.dumps(dataclasses.asdict(decoding))),
-      'num_examples': num_examples,
-      'task_feature_lengths': dict(task_feature_lengths),
-      'max_decode_len': max_decode_len or task_feature_lengths['targets'],
-    }
-    for step in chosen:
-      params = parameters.merge(
-        frozen,
-        parameters.load_trained(system, layout, checkpoint_path, step),
+      _record(
+        self.folder / 'eval' / f'metrics-{self.name}.json',
+        step,
+        control,
+        {**scores, 'settings': self.settings, 'signatures': signatures},
       )
+
+
+def _score_steps(
+  session: session_lib.Session,
+  scorer: evaluator.Evaluator,
+  checkpoint_path: str,
+  steps: Sequence[int],
+  controls: Sequence[str],
+  found: _Scores,
+  stop: evaluator.Stop,
+) -> dict[int, dict[str, dict[str, float]]]:
+  """Returns the scores of checkpoints by step and control."""
+  results: dict[int, dict[str, dict[str, float]]] = {}
+  _, frozen = parameters.load_frozen(session.system, session.layout)
+  stop()
+  with contextlib.ExitStack() as opened:
+    if distributed.is_first():
+      opened.enter_context(locks.held(found.folder / 'eval', 'EVAL_OUTPUT_DIR'))
+    for step in steps:
+      trained = parameters.load_trained(
+        session.system, session.layout, checkpoint_path, step
+      )
+      params = parameters.merge(frozen, trained)
       results[step] = {}
       for control in controls:
-        scores = evaluator.evaluate(
-          params, step=step, output_dir=folder, control=control, stop=stop
+        scores = scorer.evaluate(
+          params, step=step, output_dir=found.folder, control=control, stop=stop
         )
         results[step][control] = scores
-        label = '' if control == 'none' else f' (Z: {control})'
-        signatures = evaluator.signatures
-        line = evaluator_lib.format_scores(scores, signatures)
-        print(f'step {step}{label}: {line}', flush=True)
-        if distributed.is_first():
-          _record(
-            folder / 'eval' / f'metrics-{name}.json',
-            step,
-            control,
-            scores | {'settings': settings, 'signatures': signatures},
-          )
-      if set(results[step]) == set(evaluator_lib.CONTROLS):
+        found.add(step, control, scores, scorer.signatures)
+      if set(results[step]) == set(evaluator.CONTROLS):
         print(report.describe_controls(results[step]), flush=True)
     if distributed.is_first():
-      _write_curves(folder / 'eval', name, settings, evaluator.signatures)
-    distributed.wait_for_all('evaluate')
+      _write_curves(
+        found.folder / 'eval', found.name, found.settings, scorer.signatures
+      )
   return results
 
 
@@ -249,6 +245,30 @@ def _choose_steps(run_dir: str, steps: Any) -> list[int]:
   return [
     as_it_came.choose_step(run_dir, step, 'EVAL_STEPS') for step in wanted
   ]
+
+
+def _check_controls(controls: Sequence[str], system: system_lib.System) -> None:
+  allowed = evaluator.CONTROLS[: None if system.frozen else 1]
+  if isinstance(controls, str) or not set(controls) <= set(allowed):
+    raise ValueError(
+      f'EVAL_CONTROLS={controls!r}: expected a tuple of any of '
+      f'{evaluator.CONTROLS} for '
+      "an LLM-to-SLM run, and ('none',) for a language model alone."
+    )
+
+
+def _check_decoding(decoding: sampling.Decoding) -> None:
+  if decoding.stop:
+    raise ValueError(
+      f'Decoding.stop={decoding.stop!r}: texts that end an answer are for '
+      'infer. An evaluation scores what the model ends by itself; leave it '
+      'out.'
+    )
+  if decoding.draft_len:
+    raise ValueError(
+      f'Decoding.draft_len={decoding.draft_len}: answers would be those of the '
+      'LLM, whatever the SLM drafts. Evaluate the LLM, or set it to 0.'
+    )
 
 
 def _record(
@@ -295,12 +315,14 @@ def _write_curves(
   file alone.
   """
   found = read_scores(folder / f'metrics-{name}.json')
+  defaults = {'decoding': _as_json(sampling.Decoding())}
   by_control: dict[str, dict[int, dict[str, float]]] = {}
   for step in sorted(found, key=int):
     for control, scores in found[step].items():
       # Earlier versions kept no signatures, and had these.
       signed = scores.pop('signatures', signatures)
-      if scores.pop('settings', None) == settings and signed == signatures:
+      theirs = run_format.with_defaults(scores.pop('settings', {}), defaults)
+      if theirs == settings and signed == signatures:
         by_control.setdefault(control, {})[int(step)] = scores
   for control, by_step in by_control.items():
     label = name if control == 'none' else f'{name}-{control}'

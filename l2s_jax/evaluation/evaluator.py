@@ -3,7 +3,7 @@
 
 import functools
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import tqdm
 
 from l2s_jax.data import batching
 from l2s_jax.evaluation import report
-from l2s_jax.inference import sampling
+from l2s_jax.inference import generate, sampling
 from l2s_jax.models import losses
 from l2s_jax.runtime import distributed, partitioning
 from l2s_jax.systems import system as system_lib
@@ -23,30 +23,6 @@ PyTree = Any
 CONTROLS = ('none', 'zero', 'other')
 
 Stop = Callable[[], None]
-
-
-def check_score(name: str, score: str | None, task: Any, split: str) -> None:
-  """Refuses a score that no evaluation of a task will give.
-
-  Args:
-    name: of the setting, for the error.
-    score: as evaluations name it; None is none.
-    task: from `bind_task`.
-    split: to be evaluated.
-
-  Raises:
-    ValueError: with those that there are.
-  """
-  from l2s_jax.evaluation import seqio_evaluator
-
-  if score is None:
-    return
-  known = seqio_evaluator.score_names(task, split)
-  if known is not None and score not in known:
-    raise ValueError(
-      f'{name}={score!r} is not a score of this task; there are '
-      f'{", ".join(known)}.'
-    )
 
 
 class Evaluator:
@@ -69,13 +45,14 @@ class Evaluator:
     max_decode_len: int | None = None,
     decoding: sampling.Decoding | None = None,
     num_bootstrap_samples: int = 0,
+    generator: generate.Generator | None = None,
   ):
     """Prepares the evaluation; nothing compiles and no data are read yet.
 
     Args:
       system: what to evaluate.
       mesh: the device mesh.
-      task: from `bind_task`.
+      task: from `session.bind_task`.
       task_feature_lengths: tokens of 'inputs' and 'targets'.
       split: of the task.
       batch_size: examples a batch, over all devices.
@@ -83,8 +60,10 @@ class Evaluator:
       max_decode_len: tokens an answer at most; None: that of 'targets'.
       decoding: how answers are written; None is greedy.
       num_bootstrap_samples: for confidence intervals; 0 for none.
+      generator: of another evaluator of the same system, settings and longest
+        answer, to compile nothing twice; None makes one.
     """
-    self.generator = system_lib.generator(
+    self.generator = generator or generate.generator(
       system,
       max_decode_len or task_feature_lengths['targets'],
       decoding=decoding,
@@ -231,26 +210,3 @@ def format_scores(
       text += f' ({signatures[name]})'
     parts.append(text)
   return ', '.join(parts)
-
-
-def check_controls(controls: Sequence[str], system: system_lib.System) -> None:
-  allowed = CONTROLS if system.frozen else CONTROLS[:1]
-  if isinstance(controls, str) or not set(controls) <= set(allowed):
-    raise ValueError(
-      f'EVAL_CONTROLS={controls!r}: expected a tuple of any of {CONTROLS} for '
-      "an LLM-to-SLM run, and ('none',) for a language model alone."
-    )
-
-
-def check_decoding(decoding: sampling.Decoding) -> None:
-  if decoding.stop:
-    raise ValueError(
-      f'Decoding.stop={decoding.stop!r}: texts that end an answer are for '
-      'infer. An evaluation scores what the model ends by itself; leave it '
-      'out.'
-    )
-  if decoding.draft_len:
-    raise ValueError(
-      f'Decoding.draft_len={decoding.draft_len}: answers would be those of the '
-      'LLM, whatever the SLM drafts. Evaluate the LLM, or set it to 0.'
-    )

@@ -162,5 +162,5 @@ def by_step(
       if name.startswith(prefix)
     }
     if scalars:
-      found[record['step']] = scalars
+      found.setdefault(record['step'], {}).update(scalars)
   return found

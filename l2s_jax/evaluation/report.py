@@ -11,6 +11,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# What a table shows, or a JSON file keeps: values by the column's key.
+TableRow = dict[str, Any]
+
 # The first of these that a task has is what it is judged by.
 MAIN_SCORES = {
   'bleu': 'BLEU',

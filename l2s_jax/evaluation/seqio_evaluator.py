@@ -18,7 +18,7 @@ import numpy as np
 import tqdm
 from jaxtyping import Int
 
-from l2s_jax.data import batching, features
+from l2s_jax.data import batching, features, streams
 from l2s_jax.data.features import seqio, tf
 from l2s_jax.inference import length_buckets
 from l2s_jax.metrics import metric_fns
@@ -71,7 +71,7 @@ class TaskEvaluator:
     self._task_feature_lengths = task_feature_lengths
     self._split = split
     self._batch_size = batch_size
-    scored = check_evaluable(task, split)
+    scored = streams.check_evaluable(task, split)
     if num_bootstrap_samples:
       scored = [_with_intervals(part, num_bootstrap_samples) for part in scored]
     seqio.MixtureRegistry.add_provider(
@@ -285,36 +285,6 @@ def score_names(
     prefix = f'{part.name}/' if len(parts) > 1 else ''
     names += [prefix + score for score in scores]
   return names
-
-
-def check_evaluable(
-  task: seqio.Task | seqio.Mixture, split: str
-) -> list[seqio.Task]:
-  """Returns the tasks that can be scored, before anything is computed.
-
-  Raises:
-    ValueError: if no task has the split and metrics, or metrics are of
-      something else than predictions.
-  """
-  parts = seqio.get_subtasks(task)
-  scored = [part for part in parts if part.metric_objs and split in part.splits]
-  if not scored:
-    found = '; '.join(
-      f'{part.name} has splits {", ".join(part.splits)} and '
-      f'{len(part.metric_objs)} metrics'
-      for part in parts
-    )
-    raise ValueError(
-      f'nothing to evaluate in split {split!r} of {task.name!r}: {found}.'
-    )
-  for part in scored:
-    kinds = {metric.model_output_type.name for metric in part.metric_objs}
-    if kinds != {'PREDICTION'}:
-      raise ValueError(
-        f'task {part.name!r} has metrics of {", ".join(sorted(kinds))}; only '
-        'those of (targets, predictions) can be evaluated.'
-      )
-  return scored
 
 
 def _with_intervals(task: seqio.Task, num_samples: int) -> seqio.Task:

@@ -96,7 +96,7 @@ class PromptAnswerer:
       decoding: how answers are written; None is greedy.
       consume: whether `params` may be taken apart, not to be used again.
     """
-    self.generator = system_lib.generator(
+    self.generator = generate.generator(
       system, max_decode_len, decoding=decoding
     )
     self.batch_size = batch_size

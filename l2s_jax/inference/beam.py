@@ -199,14 +199,17 @@ class BeamSearch:
     parents, tokens = jnp.divmod(index, logits.shape[1])
     candidates = state.live.take(parents)
     candidates = candidates.replace(
-      tokens=_write(candidates.tokens, tokens, state.step), scores=scores
+      tokens=strategies.write_column(candidates.tokens, tokens, state.step),
+      scores=scores,
     )
     if candidates.log_probs is not None:
       chosen = jnp.take_along_axis(
         log_probs.reshape(batch_size, -1), index, axis=1
       )
       candidates = candidates.replace(
-        log_probs=_write(candidates.log_probs, chosen, state.step)
+        log_probs=strategies.write_column(
+          candidates.log_probs, chosen, state.step
+        )
       )
     return candidates, parents
 
@@ -265,10 +268,6 @@ def top_k(
   return values, (
     jnp.take_along_axis(chosen, block, axis=1) * block_size + place
   )
-
-
-def _write(buffer: Array, column: Array, step: Int[Array, '']) -> Array:
-  return jax.lax.dynamic_update_slice(buffer, column[:, :, None], (0, 0, step))
 
 
 def _concatenate(a: Hypotheses, b: Hypotheses) -> Hypotheses:

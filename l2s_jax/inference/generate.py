@@ -8,6 +8,7 @@ so far, and grows: a budget of 512 tokens does not cost 512 tokens of attention
 at the third.
 """
 
+import dataclasses
 import functools
 import importlib.util
 from typing import Any
@@ -21,6 +22,8 @@ from l2s_jax.inference import beam, sampling, speculative, strategies
 from l2s_jax.models import cache as cache_lib
 from l2s_jax.models import l2s, language_model
 from l2s_jax.runtime import compilation, distributed
+from l2s_jax.systems import system as system_lib
+from l2s_jax.vocabularies import loading
 
 PyTree = Any
 
@@ -126,8 +129,8 @@ class Generator:
 
     Args:
       prepared: what `prepare` returned.
-      batch: the encoder keys; with `first_tokens`, see `batching.continuing`, the
-        answers go on where the prompts end.
+      batch: the encoder keys; with `first_tokens`, see `batching.continuing`,
+        the answers go on where the prompts end.
       row_ids: each row's index in the input, from which its samples are
         drawn; by default its place in the batch.
       max_lens: tokens that each row may write; by default `max_decode_len`.
@@ -260,6 +263,83 @@ def check(decoding: sampling.Decoding, max_decode_len: int) -> None:
       )
 
 
+def for_decoding(
+  system: system_lib.System, decoding: sampling.Decoding
+) -> system_lib.System:
+  """Returns the system that answers are written with.
+
+  It is the same unless LLM-to-SLM is to draft (`Decoding.draft_len`) what the
+  LLM verifies: then the LLM's decoder belongs to it.
+
+  Raises:
+    ValueError: if there is none, it has another vocabulary, or the settings do
+      not go with drafts.
+  """
+  if not decoding.draft_len:
+    return system
+  speculative.check(decoding)
+  drafts = f'Decoding.draft_len={decoding.draft_len}'
+  module = system.module
+  if not isinstance(module, l2s.LlmToSlm):
+    raise ValueError(
+      f'{drafts}: LLM-to-SLM drafts what its LLM verifies, and this run is of '
+      'a language model alone. Set it to 0, or CHECKPOINT_PATH to an '
+      'LLM-to-SLM run.'
+    )
+  llm = module.llm_config
+  if not (llm.is_encoder_decoder and llm.has_decoder):
+    kind = 'an encoder alone' if llm.is_encoder_decoder else 'decoder-only'
+    raise ValueError(
+      f"{drafts}: drafts are verified by the decoder behind the LLM's encoder, "
+      f'and the LLM of this run is {kind} (num_encoder_layers='
+      f'{llm.num_encoder_layers}, num_decoder_layers='
+      f'{llm.num_decoder_layers}). Set it to 0.'
+    )
+  llm_vocabulary, slm_vocabulary = (
+    system.prompt_vocabulary,
+    system.answer_vocabulary,
+  )
+  if not loading.share_ids(llm_vocabulary, slm_vocabulary):
+    raise ValueError(
+      f'{drafts}: the LLM can verify drafts in its own vocabulary alone, '
+      f'{llm_vocabulary.path} ({llm_vocabulary.vocab_size} ids), and the SLM '
+      f'writes in {slm_vocabulary.path} ({slm_vocabulary.vocab_size} ids). Set '
+      'it to 0, or train an SLM that shares the vocabulary of the LLM.'
+    )
+  return dataclasses.replace(system, module=l2s.with_verifier(module))
+
+
+def generator(
+  system: system_lib.System,
+  max_decode_len: int,
+  *,
+  decoding: sampling.Decoding | None = None,
+  ends: bool = True,
+  unstack_llm: bool = True,
+) -> Generator:
+  """Returns generation for a system.
+
+  Args:
+    system: the system.
+    max_decode_len: tokens an answer at most.
+    decoding: how tokens are chosen; None is greedy.
+    ends: whether EOS ends an answer; if not, all have `max_decode_len` tokens.
+    unstack_llm: see `l2s.params_for_generation`.
+  """
+  vocabulary = system.answer_vocabulary
+  return Generator(
+    system.module,
+    max_decode_len=max_decode_len,
+    ids=strategies.Ids(
+      vocabulary.start_id,
+      vocabulary.eos_ids if ends else -1,
+      vocabulary.pad_id,
+    ),
+    decoding=decoding,
+    unstack_llm=unstack_llm,
+  )
+
+
 def _strategy(
   module: Any, decoding: sampling.Decoding, ids: strategies.Ids
 ) -> strategies.Strategy:
@@ -267,7 +347,7 @@ def _strategy(
     raise ValueError(
       f'Decoding.draft_len={decoding.draft_len} with {type(module).__name__}: '
       'drafts are for a system that has a verifier, and it needs them; '
-      'systems.for_decoding gives the one that fits.'
+      'generate.for_decoding gives the one that fits.'
     )
   if isinstance(module, l2s.DraftAndVerify):
     return speculative.Speculative(module, decoding, ids)

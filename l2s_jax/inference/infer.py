@@ -20,7 +20,6 @@ import jax
 from etils import epath
 
 from l2s_jax.data import input_files, tasks, text_files
-from l2s_jax.evaluation import evaluate
 from l2s_jax.inference import (
   answerer,
   generate,
@@ -31,8 +30,8 @@ from l2s_jax.inference import (
 )
 from l2s_jax.metrics import metric_fns, scores
 from l2s_jax.runtime import distributed, files, gin_config, partitioning
-from l2s_jax.systems import as_it_came, builders, parameters
-from l2s_jax.systems import system as system_lib
+from l2s_jax.systems import as_it_came, parameters
+from l2s_jax.systems import session as session_lib
 
 BAD_LINES = ('keep', 'refuse')
 STDIN = '-'
@@ -132,14 +131,7 @@ def infer(
   generate.check(decoding, max_decode_len)
   _check_input(input, bad_lines, part)
   _check_stream(stream, input, decoding)
-  folder = (
-    files.local_folder(output_dir, 'INFER_OUTPUT_DIR') if output_dir else None
-  )
-  if folder is None and jax.process_count() > 1:
-    raise ValueError(
-      f'{jax.process_count()} processes write to a folder: set '
-      'INFER_OUTPUT_DIR, or start one process.'
-    )
+  folder = _output_folder(output_dir)
   scored_by = _scored_by(metrics, target_column, input, folder)
   answer_lengths = _answer_lengths(max_decode_len_column, max_decode_len, input)
   is_task = input.startswith(TASK)
@@ -153,61 +145,54 @@ def infer(
       answer_lengths,
     )
   as_it_came.check_path(checkpoint_path)
-  mesh_config = mesh or partitioning.MeshConfig()
-  device_mesh = partitioning.make_mesh(mesh_config)
-  if input == STDIN:
-    batch_size = device_mesh.shape['data'] * device_mesh.shape['fsdp']
-  partitioning.check_batch_size(batch_size, device_mesh)
-  system = builders.with_rules(
-    as_it_came.load(
-      checkpoint_path,
-      llm_path=llm_path,
-      vocabulary=vocabulary,
-      extra_ids=extra_ids,
-    ),
-    mesh_config,
-  )
-  system = system_lib.for_decoding(system, decoding)
   lengths = {'inputs': prompt_length, 'targets': max_decode_len}
+
+  session = session_lib.start(
+    lambda: generate.for_decoding(
+      as_it_came.load(
+        checkpoint_path,
+        llm_path=llm_path,
+        vocabulary=vocabulary,
+        extra_ids=extra_ids,
+      ),
+      decoding,
+    ),
+    mesh,
+    lengths,
+    batch_sizes={'BATCH_SIZE': None if input == STDIN else batch_size},
+    task=input.removeprefix(TASK) if is_task else None,
+    label=f'INPUT={input}',
+    read=() if dry_run else (split,),  # A dry run needs no data.
+  )
+  if input == STDIN:
+    batch_size = session.num_shards
   if is_task:
-    task = evaluate.bind_task(
-      system, input.removeprefix(TASK), label=f'INPUT={input}'
-    )
-    _check_task(task, input)
-    if not dry_run:  # which needs no data
-      evaluate.check_splits(task, lengths, read=(split,))
-      prompts.check_task(task, split)
-    read = functools.partial(prompts.read_task, task, split)
+    _check_task(session.task, input)
+    if not dry_run:
+      prompts.check_task(session.task, split)
+    read = functools.partial(prompts.read_task, session.task, split)
   if bad_lines == 'refuse':
     read = prompts.refusing(read)
+  if dry_run:
+    print(session.describe())
+    return
 
-  with (
-    partitioning.use_mesh(device_mesh),
-    partitioning.axis_rules(mesh_config.rules('slm')),
-    distributed.preemptible() as stop,
-  ):
-    layout = parameters.layout(system, device_mesh, mesh_config)
-    parameters.check_lengths(system, layout, lengths)
-    if dry_run:
-      print(parameters.summary(system, layout, None, device_mesh))
-      return
+  with session.entered(), distributed.preemptible() as stop:
     # The run may go on, and save, at this moment.
     chosen: int = distributed.from_first(
       as_it_came.choose_step(checkpoint_path, step, 'INFER_STEP')
     )
-
-    def load() -> answerer.PromptAnswerer:
-      return answerer.PromptAnswerer(
-        system,
-        parameters.load_params(system, layout, checkpoint_path, chosen),
-        device_mesh,
-        prompt_length=prompt_length,
-        max_decode_len=max_decode_len,
-        batch_size=batch_size,
-        decoding=decoding,
-        consume=True,
-      )
-
+    load = functools.partial(
+      _load_answerer,
+      session,
+      checkpoint_path,
+      chosen,
+      prompt_length=prompt_length,
+      max_decode_len=max_decode_len,
+      batch_size=batch_size,
+      decoding=decoding,
+      consume=True,
+    )
     if input == STDIN:
       tally = pipeline.answer_each(load(), read(), sys.stdout, stream)
     else:
@@ -236,6 +221,37 @@ def infer(
     for path, results in scored.items():
       print(f'{path}: {predictions.describe_scores(results)}')
   distributed.wait_for_all('infer')
+
+
+def _load_answerer(
+  session: session_lib.Session, checkpoint_path: str, step: int, **options: Any
+) -> answerer.PromptAnswerer:
+  """Returns what answers, with the weights of a checkpoint.
+
+  Args:
+    session: the system on its mesh.
+    checkpoint_path: CHECKPOINT_PATH.
+    step: of the checkpoint.
+    **options: of `answerer.PromptAnswerer`.
+  """
+  params = parameters.load_params(
+    session.system, session.layout, checkpoint_path, step
+  )
+  return answerer.PromptAnswerer(
+    session.system, params, session.mesh, **options
+  )
+
+
+def _output_folder(output_dir: str | None) -> pathlib.Path | None:
+  """Returns where answers go; None is standard output."""
+  if output_dir:
+    return files.local_folder(output_dir, 'INFER_OUTPUT_DIR')
+  if jax.process_count() > 1:
+    raise ValueError(
+      f'{jax.process_count()} processes write to a folder: set '
+      'INFER_OUTPUT_DIR, or start one process.'
+    )
+  return None
 
 
 def _check_input(input: str, bad_lines: str, part: predictions.Shard) -> None:

@@ -6,6 +6,7 @@ memory is bounded. Where lines come from is the affair of `prompts.py`, what
 becomes of records that of `predictions.py`.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ from typing import IO, Any
 import tqdm
 
 from l2s_jax.data import text_files
-from l2s_jax.inference import predictions, prompts
+from l2s_jax.inference import predictions, prompts, sampling
 from l2s_jax.inference.answerer import Prompt, PromptAnswerer
 from l2s_jax.runtime import distributed, locks
 
@@ -258,6 +259,7 @@ def answer_lines(
       'num_shards': part.count,
       'prompts_sha256': survey.sha256,
     },
+    defaults={'decoding': dataclasses.asdict(sampling.Decoding())},
   )
   path = folder / part.name('predictions', '.jsonl')
   if distributed.from_first(path.is_file()):

@@ -21,6 +21,7 @@ import os
 import pathlib
 import sys
 import time
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, NoReturn
 
@@ -30,11 +31,11 @@ from l2s_jax.data import text_files
 from l2s_jax.inference import prompts
 from l2s_jax.metrics import metric_fns
 from l2s_jax.runtime import files
+from l2s_jax.weights import run_format
 
 Record = dict[str, Any]
 
-SETTINGS = 'settings.json'
-FORMAT_VERSION = 1
+SETTINGS = run_format.ANSWERS
 # What a record has beside the columns of its line, or in their place.
 OWN_COLUMNS = (
   'prompt',
@@ -48,6 +49,7 @@ OWN_COLUMNS = (
 )
 # Where things are, which may change as long as what they hold does not.
 _PLACES = ('checkpoint_path', 'input')
+_OF_THE_FILE = ('format_version', 'written_by')
 _NUM_NAMED = 5
 _SYNC_PERIOD_SECS = 10.0
 _CHUNK_BYTES = 2**20
@@ -155,17 +157,23 @@ def dump(records: Iterable[Record]) -> str:
   )
 
 
-def settle(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
+def settle(
+  folder: pathlib.Path,
+  settings: Mapping[str, Any],
+  defaults: Mapping[str, Any] = types.MappingProxyType({}),
+) -> None:
   """Says what the folder's answers depend on, or sees that it says the same.
 
   Args:
     folder: made if absent.
     settings: of the job, the same for all its shards.
+    defaults: of settings within settings, which those that came after the
+      folder was written have; see `run_format.with_defaults`.
 
   Raises:
     ValueError: lists the differences, if the folder holds another job.
   """
-  settings = {'format_version': FORMAT_VERSION, **settings}
+  settings = {**run_format.stamp(), **settings}
   path = folder / SETTINGS
   if not path.is_file():
     strangers = sorted(path.name for path in folder.glob('predictions*'))
@@ -176,12 +184,17 @@ def settle(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
       )
     files.write_json(path, settings)
     return
-  found = files.read_json(
-    path,
-    remedy=f'remove INFER_OUTPUT_DIR={folder} to start again, or choose '
-    'another folder.',
+  remedy = (
+    f'remove INFER_OUTPUT_DIR={folder} to start again, or choose another '
+    'folder.'
   )
-  differences = files.differences(found, settings, ignored=_PLACES)
+  found = files.read_json(path, remedy=remedy)
+  found = run_format.migrate(SETTINGS, found, path, remedy=remedy)
+  found = run_format.with_defaults(found, defaults)
+  run_format.refuse_unknown(found, settings, path, remedy=remedy)
+  differences = files.differences(
+    found, settings, ignored=(*_PLACES, *_OF_THE_FILE)
+  )
   if differences:
     raise ValueError(
       f'INFER_OUTPUT_DIR={folder} holds the answers of another job. Choose '

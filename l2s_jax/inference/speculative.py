@@ -83,25 +83,10 @@ class Drafts(NamedTuple):
   cache: cache_lib.Cache
 
 
-class Acceptance(NamedTuple):
-  """How well drafts were guessed.
-
-  Attributes:
-    rate: the part of all drafts that has stayed.
-    tokens_per_round: written to a row by one pass of the LLM.
-  """
-
-  rate: float
-  tokens_per_round: float
-
-
-def acceptance(state: SpeculativeState, draft_len: int) -> Acceptance:
-  """Returns how well drafts were guessed so far; waits for what is running."""
+def acceptance(state: SpeculativeState, draft_len: int) -> float:
+  """Returns the part of all drafts so far that stayed; waits for them."""
   num_rounds = max(int(state.num_rounds.sum()), 1)
-  return Acceptance(
-    int(state.num_accepted.sum()) / (num_rounds * draft_len),
-    int(state.num_tokens.sum()) / num_rounds,
-  )
+  return int(state.num_accepted.sum()) / (num_rounds * draft_len)
 
 
 def check(decoding: sampling.Decoding) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from l2s_jax.inference import sampling
 from l2s_jax.models import cache as cache_lib
@@ -149,20 +149,27 @@ def decode_step(
   log_probs = state.log_probs
   if log_probs is not None:
     log_prob = jnp.where(state.done, 0, _log_prob(logits, token))
-    log_probs = _write(log_probs, log_prob, state.step)
+    log_probs = write_column(log_probs, log_prob, state.step)
   step = state.step + 1
   return state.replace(
     step=step,
     token=token,
-    tokens=_write(state.tokens, token, state.step),
+    tokens=write_column(state.tokens, token, state.step),
     log_probs=log_probs,
     done=state.done | ids.end(token) | (step >= state.prompts.max_lens),
     cache=cache,
   )
 
 
-def _write(buffer: Array, column: Array, step: Int[Array, '']) -> Array:
-  return jax.lax.dynamic_update_slice(buffer, column[:, None], (0, step))
+def write_column(
+  buffer: Shaped[Array, '*rows steps'],
+  column: Shaped[Array, '*rows'],
+  step: Int[Array, ''],
+) -> Shaped[Array, '*rows steps']:
+  """Returns the buffer with a value for each row at one step."""
+  return jax.lax.dynamic_update_slice_in_dim(
+    buffer, column[..., None], step, axis=buffer.ndim - 1
+  )
 
 
 def _log_prob(

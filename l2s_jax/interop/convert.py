@@ -33,7 +33,7 @@ from l2s_jax.weights.formats import gguf_file, huggingface, t5x
 # What is not --from=l2s.
 _FORMS: dict[type, tuple[str, str]] = {
   gguf_file.File: ('a GGUF file', 'gguf'),
-  huggingface.Folder: ('a Hugging Face folder', 'hf'),
+  huggingface.HuggingFaceFolder: ('a Hugging Face folder', 'hf'),
   t5x.Checkpoint: ('a checkpoint of T5X', 't5x'),
 }
 # Beside the tokenizer's own files, what transformers keeps with them.
@@ -102,7 +102,7 @@ def convert(
       theirs = unfinished if to == 'hf' else pathlib.Path(opened.location)
       if (theirs / to_huggingface.SLM).is_dir():
         theirs = theirs / to_huggingface.SLM
-      checked += '; ' + _compare(theirs, huggingface.Folder(theirs))
+      checked += '; ' + _compare(theirs, huggingface.HuggingFaceFolder(theirs))
     unfinished.rename(folder)
   except OSError as error:
     if error.errno is None:  # In words already.
@@ -148,7 +148,7 @@ def _open(
         f'{source} is not a Hugging Face folder: it has no '
         f'{huggingface.CONFIG}.'
       )
-    return huggingface.Folder(location)
+    return huggingface.HuggingFaceFolder(location)
   if step is not None and (location / converted.DESCRIPTION).is_file():
     raise ValueError(
       f'--step={step} is for runs and T5X; {source} is a converted folder, '
@@ -315,7 +315,8 @@ def _describe(reading: _Reading, form: str) -> str:
   if shapes_lib.is_encoder_alone(reading.shapes()):
     family += ', the encoder alone'
     if (
-      isinstance(reading.source, huggingface.Model) and reading.source.left_out
+      isinstance(reading.source, huggingface.HuggingFaceWeights)
+      and reading.source.left_out
     ):
       family += f' ({reading.source.left_out})'
   at = f', step {reading.step()}' if reading.step() is not None else ''
@@ -389,7 +390,7 @@ def _write_tokenizer(
   elif not isinstance(source, t5x.Checkpoint):
     _copy_tokenizer(pathlib.Path(source.location), folder)
   is_copied = path is None and isinstance(
-    source, huggingface.Folder | converted.Folder
+    source, huggingface.HuggingFaceFolder | converted.ConvertedFolder
   )
   try:
     # What it is depends on the family too, which `folder` does not say yet.

@@ -9,6 +9,7 @@ too, and what a model costs. Weights, optimizers and decoding loops are not.
 
 # The modules that other packages may import.
 __all__ = (
+  'batch_keys',
   'cache',
   'config',
   'flops',

@@ -307,6 +307,12 @@ class TransformerConfig:
 
 gin.external_configurable(TransformerConfig, module='l2s_jax')
 
+
+def field_names() -> tuple[str, ...]:
+  """Returns the names of all fields of a TransformerConfig."""
+  return tuple(field.name for field in dataclasses.fields(TransformerConfig))
+
+
 # Of any size or count in a file: beyond it indices of 32 bits end.
 _MAX_INT = 2**31 - 1
 # Fields of which 0 or less means nothing.

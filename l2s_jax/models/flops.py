@@ -11,10 +11,11 @@ import dataclasses
 from collections.abc import Callable
 
 from l2s_jax.models import config as config_lib
-from l2s_jax.models import l2s
+from l2s_jax.models import l2s, language_model
 from l2s_jax.models import shapes as shapes_lib
 
 Number = int | float
+Module = l2s.LlmToSlm | language_model.LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Costs:
 
 
 def count(
-  module: shapes_lib.Module,
+  module: Module,
   *,
   batch_size: int,
   prompt_length: int,
@@ -77,12 +78,12 @@ def count(
   )
 
 
-def num_params(module: shapes_lib.Module) -> int:
+def num_params(module: Module) -> int:
   """Returns the numbers that a system holds."""
-  return sum(shape.size for shape in shapes_lib.of_system(module).values())
+  return sum(shape.size for shape in shapes_lib.of_module(module).values())
 
 
-def prompt_flops(module: shapes_lib.Module, length: Number) -> Number:
+def prompt_flops(module: Module, length: Number) -> Number:
   """Returns the FLOPs of prefill of one prompt, no logits included."""
   if not isinstance(module, l2s.LlmToSlm):
     return _start_flops(module.config, length)
@@ -98,7 +99,7 @@ def prompt_flops(module: shapes_lib.Module, length: Number) -> Number:
 
 
 def train_flops(
-  module: shapes_lib.Module, prompt_length: Number, answer_length: Number
+  module: Module, prompt_length: Number, answer_length: Number
 ) -> Number:
   """Returns the FLOPs of training on one example.
 
@@ -194,7 +195,7 @@ def _between(module: l2s.LlmToSlm) -> int:
   """Returns the numbers of the kernels between LLM and SLM."""
   return sum(
     shape.size
-    for path, shape in shapes_lib.of_system(module).items()
+    for path, shape in shapes_lib.of_module(module).items()
     if path[0] not in ('llm', 'slm') and path[-1] == 'kernel'
   )
 

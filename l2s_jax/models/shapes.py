@@ -4,25 +4,22 @@
 import dataclasses
 import functools
 import types
-from collections.abc import Collection, Mapping
+from collections.abc import (
+  Collection,
+  Mapping,
+)
 
 import jax
-import numpy as np
+from flax import linen as nn
 from flax import traverse_util
 
+from l2s_jax.models import batch_keys, l2s
 from l2s_jax.models import config as config_lib
-from l2s_jax.models import l2s, language_model
 from l2s_jax.runtime import partitioning
 
 Path = tuple[str, ...]
 # What a T5 has beside the encoder and the embeddings that it shares.
 DECODER = {'decoder', 'logits_dense', 'decoder_token_embedder'}
-_BATCH = (
-  'encoder_input_tokens',
-  'encoder_segment_ids',
-  'decoder_input_tokens',
-  'decoder_segment_ids',
-)
 
 
 @functools.cache
@@ -34,12 +31,7 @@ def of_model(
     whole = of_model(dataclasses.replace(config, num_decoder_layers=1))
     encoder = {p: s for p, s in whole.items() if p[0] not in DECODER}
     return types.MappingProxyType(encoder)
-  shapes, _ = partitioning.abstract_params(
-    functools.partial(l2s.build(config).init, deterministic=True),
-    jax.random.key(0),
-    _batch(),
-  )
-  return types.MappingProxyType(traverse_util.flatten_dict(shapes))
+  return of_module(l2s.build(config))
 
 
 def is_encoder_alone(found: Collection[Path]) -> bool:
@@ -47,20 +39,14 @@ def is_encoder_alone(found: Collection[Path]) -> bool:
   return 'encoder' in modules and not modules & DECODER
 
 
-Module = l2s.LlmToSlm | language_model.LanguageModel
-
-
 @functools.cache
-def of_system(module: Module) -> Mapping[Path, jax.ShapeDtypeStruct]:
-  """Returns the parameters of a system; of an LLM that reads, its encoder."""
+def of_module(
+  module: nn.Module,
+) -> Mapping[tuple[str, ...], jax.ShapeDtypeStruct]:
+  """Returns the parameters of a model, by path, as its `init` makes them."""
   shapes, _ = partitioning.abstract_params(
     functools.partial(module.init, deterministic=True),
     jax.random.key(0),
-    _batch(),
+    batch_keys.example_batch(1, 2, 2),
   )
-  return traverse_util.flatten_dict(shapes)
-
-
-def _batch() -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns the smallest batch that meets all parameters."""
-  return dict.fromkeys(_BATCH, jax.ShapeDtypeStruct((1, 2), np.int32))
+  return types.MappingProxyType(traverse_util.flatten_dict(shapes))

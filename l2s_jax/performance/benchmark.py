@@ -11,7 +11,6 @@ import dataclasses
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import gin
 import numpy as np
@@ -19,12 +18,12 @@ from etils import epath
 
 from l2s_jax.data import text_files
 from l2s_jax.evaluation import evaluate, report
+from l2s_jax.evaluation.report import TableRow
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import flops, l2s
 from l2s_jax.performance import bandwidth as bandwidth_lib
 from l2s_jax.performance import (
   contenders,
-  goals,
   speed_report,
   timing,
   train_benchmark,
@@ -34,9 +33,6 @@ from l2s_jax.runtime import files, gin_config
 from l2s_jax.systems import as_it_came
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import runs
-
-Row = dict[str, Any]
-Shape = tuple[int, int, int]  # batch size, tokens of a prompt, of an answer
 
 BYTES = {'float32': 4, 'bfloat16': 2, 'int8': 1, 'int8_dynamic': 1}
 # The threads of some engines go on spinning for so long after their work.
@@ -150,44 +146,59 @@ def benchmark(
     )
   )
   if peers:
-    # On disk, where the user has room, and not in a /tmp that may be memory.
-    scratch = folder / '.peers'
-    shutil.rmtree(scratch, ignore_errors=True)  # Left by one that was killed.
-    try:
-      entered += contenders.of_peers(models, peer_names, scratch)
-    finally:
-      shutil.rmtree(scratch, ignore_errors=True)
+    entered += _of_peers(models, peer_names, folder)
   bandwidth = bandwidth_lib.Bandwidth()
-  rows: list[Row] = []
+  rows: list[TableRow] = []
   for shape in shapes:
     rows += _time(entered, shape, rounds, prompts, bandwidth)
+  _complete(rows, scores, bandwidth)
+  speed_report.write(
+    folder,
+    rows,
+    speed_report.machine()
+    | {'bandwidth_gb_per_sec': bandwidth.bytes_per_sec / 1e9},
+    {
+      'dtype': dtype,
+      'injection': injection,
+      'draft_len': draft_len,
+      'prompts': prompts_path or 'random tokens',
+      'rounds': rounds,
+      'seed': seed,
+      'weights': {
+        role: model.source.location for role, model in models.items()
+      },
+      'checkpoint': checkpoint_path,
+    },
+  )
+
+
+def _of_peers(
+  models: Mapping[str, contenders.TimedModel],
+  peer_names: Sequence[str],
+  folder: pathlib.Path,
+) -> list[contenders.Writer]:
+  """Returns other engines with the models loaded, by way of the folder."""
+  # On disk, where the user has room, and not in a /tmp that may be memory.
+  scratch = folder / '.peers'
+  shutil.rmtree(scratch, ignore_errors=True)  # Left by one that was killed.
+  try:
+    return list(contenders.of_peers(models, peer_names, scratch))
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _complete(
+  rows: Sequence[TableRow],
+  scores: Mapping[str, dict[str, float]],
+  bandwidth: bandwidth_lib.Bandwidth,
+) -> None:
+  """Adds scores to the rows of our engine, and what part of the bandwidth."""
   for row in rows:
     if row['engine'] == contenders.OURS and not row['dtype'].startswith('int'):
       row['scores'] = scores.get(row['system'], {})
     if row['bytes_per_step'] is not None and 'prefill_ms' in row:
       bytes_per_sec = 1e3 * row['bytes_per_step'] / row['ms_per_token']
       row['bandwidth_fraction'] = bytes_per_sec / bandwidth.bytes_per_sec
-  settings = {
-    'dtype': dtype,
-    'injection': injection,
-    'draft_len': draft_len,
-    'prompts': prompts_path or 'random tokens',
-    'rounds': rounds,
-    'seed': seed,
-    'weights': {role: model.source.location for role, model in models.items()},
-    'checkpoint': checkpoint_path,
-  }
-  machine = speed_report.machine() | {
-    'bandwidth_gb_per_sec': bandwidth.bytes_per_sec / 1e9,
-  }
-  speed_report.write(
-    folder,
-    rows,
-    goals.judge(rows),
-    goals.num_not_measured(rows),
-    machine,
-    settings,
-  )
 
 
 def _check(
@@ -213,7 +224,7 @@ def _shapes(
   batch_sizes: int | Sequence[int],
   prompt_lengths: int | Sequence[int],
   output_lengths: int | Sequence[int],
-) -> list[Shape]:
+) -> list[timing.Shape]:
   """Returns all combinations."""
   batch_sizes, prompt_lengths, output_lengths = (
     (value,) if isinstance(value, int) else value
@@ -242,7 +253,7 @@ def _shapes(
 
 
 def _check_positions(
-  models: Mapping[str, contenders.Model], shapes: Sequence[Shape]
+  models: Mapping[str, contenders.TimedModel], shapes: Sequence[timing.Shape]
 ) -> None:
   """Refuses lengths that a model has no positions for."""
   for model in models.values():
@@ -252,7 +263,7 @@ def _check_positions(
 
 
 def _check_drafts(
-  models: Mapping[str, contenders.Model],
+  models: Mapping[str, contenders.TimedModel],
   pair: contenders.Pair | None,
   draft_len: int,
 ) -> None:
@@ -273,7 +284,7 @@ def _check_drafts(
 
 
 def _scores(
-  models: Mapping[str, contenders.Model],
+  models: Mapping[str, contenders.TimedModel],
   pair: contenders.Pair | None,
   name: str,
 ) -> dict[str, dict[str, float]]:
@@ -363,7 +374,7 @@ class _Prompts:
 
 
 def _describe(
-  models: Mapping[str, contenders.Model], pair: contenders.Pair | None
+  models: Mapping[str, contenders.TimedModel], pair: contenders.Pair | None
 ) -> str:
   lines = [
     f'{role}: {model.name}, {model.source.location}, '
@@ -377,12 +388,12 @@ def _describe(
 
 
 def _time(
-  entered: Sequence[contenders.Contender],
-  shape: Shape,
+  entered: Sequence[contenders.Writer],
+  shape: timing.Shape,
   rounds: int,
   prompts: _Prompts,
   bandwidth: bandwidth_lib.Bandwidth,
-) -> list[Row]:
+) -> list[TableRow]:
   """Returns a row for each contender at one shape."""
   batch_size, prompt_length, num_tokens = shape
   print(
@@ -429,20 +440,13 @@ def _equal(
 
 
 def _row(
-  contender: contenders.Contender, shape: Shape, times: timing.Times
-) -> Row:
-  batch_size, prompt_length, num_tokens = shape
+  contender: contenders.Writer, shape: timing.Shape, times: timing.Times
+) -> TableRow:
+  batch_size, prompt_length, _ = shape
   ends = contender.eos != -1
   in_rounds = times.rounds_to_eos(contender.eos) if ends else times.rounds()
   num_written = float(times.lengths(contender.eos).mean())
-  row: Row = {
-    'system': contender.system,
-    'model': contender.model,
-    'engine': contender.engine,
-    'dtype': contender.dtype,
-    'batch_size': batch_size,
-    'prompt_length': prompt_length,
-    'num_tokens': num_tokens,
+  row = contender.row(shape) | {
     'first_call_secs': times.first_call,
     'rounds': in_rounds,
   }

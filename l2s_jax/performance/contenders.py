@@ -7,11 +7,10 @@ for us and to be written for them; nobody holds a copy that is not run.
 """
 
 import dataclasses
-import functools
 import pathlib
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import gin
 import jax
@@ -19,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from l2s_jax.data import batching
 from l2s_jax.inference import generate, sampling, strategies
 from l2s_jax.interop import to_huggingface
 from l2s_jax.models import config as config_lib
-from l2s_jax.models import l2s, language_model
+from l2s_jax.models import flops, l2s, language_model
 from l2s_jax.models import shapes as shapes_lib
 from l2s_jax.performance import peers, random_weights, timing
 from l2s_jax.runtime import files
@@ -33,7 +33,7 @@ from l2s_jax.weights import source as source_lib
 from l2s_jax.weights.formats import huggingface
 
 PyTree = Any
-Start = Callable[[np.ndarray, int], timing.Run]
+Loaded = TypeVar('Loaded')
 
 OURS = 'l2s_jax'
 LLM, SLM, LLM_TO_SLM = 'LLM', 'SLM', 'LLM-to-SLM'
@@ -57,7 +57,7 @@ def llm_of(system: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class TimedModel:
   """A language model that takes part.
 
   Attributes:
@@ -99,20 +99,18 @@ class Pair:
 
   name: str
   module: l2s.LlmToSlm
-  slm: Model
+  slm: TimedModel
   read: Callable[[shapes_lib.Path], np.ndarray]
   llm_fingerprint: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Contender:
-  """A system and the engine that runs it.
+class Writer(timing.Contender):
+  """A system that writes, and the engine that runs it.
 
   Attributes:
-    system: 'LLM', 'SLM', 'LLM-to-SLM' or 'speculative', or 'LLM, to EOS' or
-      'speculative, to EOS', whose answers end.
-    model: the name of its model, or of its pair.
-    engine: 'l2s_jax' or a peer's.
+    system: also 'speculative', or 'LLM, to EOS' or 'speculative, to EOS', whose
+      answers end.
     dtype: of the weights.
     cache_dtype: of the cache.
     module: ours, that says what has to be computed.
@@ -120,13 +118,9 @@ class Contender:
     eos: ends an answer, or a tuple of all that do; -1: nothing does.
   """
 
-  system: str
-  model: str
-  engine: str
-  dtype: str
   cache_dtype: str
-  module: shapes_lib.Module
-  start: Start
+  module: flops.Module
+  start: timing.Start
   eos: int | tuple[int, ...] = -1
 
   @property
@@ -156,7 +150,7 @@ def find_models(
   injection: str,
   dtype: str,
   seed: int,
-) -> tuple[dict[str, Model], Pair | None]:
+) -> tuple[dict[str, TimedModel], Pair | None]:
   """Returns the models by role, and what is between LLM and SLM, if both.
 
   Raises:
@@ -180,7 +174,7 @@ def _find_models(
   injection: str,
   dtype: str,
   seed: int,
-) -> tuple[dict[str, Model], Pair | None]:
+) -> tuple[dict[str, TimedModel], Pair | None]:
   if checkpoint_path is not None:
     return _of_run(checkpoint_path, given, dtype, seed)
   models = {
@@ -199,7 +193,7 @@ def _find_models(
   configs = models[LLM].config, models[SLM].config
   is_shared = configs[0].vocab_size == configs[1].vocab_size
   module = l2s.LlmToSlm(*configs, injection, is_shared)
-  shapes = shapes_lib.of_system(module)
+  shapes = shapes_lib.of_module(module)
 
   def read(path: shapes_lib.Path) -> np.ndarray:
     return random_weights.draw(configs[1], path, shapes[path].shape, seed)
@@ -207,16 +201,18 @@ def _find_models(
   return models, Pair(_pair_name(models), module, models[SLM], read)
 
 
-def _model(role: str, tower: system_lib.Tower, dtype: str, seed: int) -> Model:
+def _model(
+  role: str, tower: system_lib.Tower, dtype: str, seed: int
+) -> TimedModel:
   if tower.path is None:
     drawn = random_weights.RandomWeights(tower.load_config(), seed)
-    return Model(_preset(role) or role, drawn, _at(drawn.config, dtype))
+    return TimedModel(_preset(role) or role, drawn, _at(drawn.config, dtype))
   name = pathlib.Path(tower.path).name
   source = opening.open_source(tower.path)
   ids = _IDS
   if isinstance(source, runs.Run):
     ids = _ids_of(tower.load_vocabulary())
-  return Model(name, source, _at(source.config, dtype), ids)
+  return TimedModel(name, source, _at(source.config, dtype), ids)
 
 
 def _ids_of(vocabulary: base.Vocabulary) -> strategies.Ids:
@@ -239,7 +235,7 @@ def _of_run(
   given: Mapping[str, system_lib.Tower],
   dtype: str,
   seed: int,
-) -> tuple[dict[str, Model], Pair | None]:
+) -> tuple[dict[str, TimedModel], Pair | None]:
   """Returns the models of an LLM-to-SLM run; an SLM that is named is alone.
 
   Any other CHECKPOINT_PATH is a model that is timed alone, in the LLM's place.
@@ -263,9 +259,9 @@ def _of_run(
   )
   source = _open_llm(run, given[LLM])
   name = pathlib.Path(source.location).name
-  llm = Model(name, source, _at(source.config, dtype), prompt)
+  llm = TimedModel(name, source, _at(source.config, dtype), prompt)
   run_name = pathlib.Path(folder).name
-  slm = alone = Model(run_name, run, _at(run.config, dtype), answer)
+  slm = alone = TimedModel(run_name, run, _at(run.config, dtype), answer)
   if given[SLM].path is not None or given[SLM].config is not None:
     alone = _model(SLM, given[SLM], dtype, seed)
   models = {LLM: llm, SLM: alone}
@@ -315,18 +311,18 @@ def _at(
   return dataclasses.replace(config, dtype=dtype)
 
 
-def _pair_name(models: Mapping[str, Model]) -> str:
+def _pair_name(models: Mapping[str, TimedModel]) -> str:
   return f'{models[LLM].name} -> {models[SLM].name}'
 
 
 def ours(
-  models: Mapping[str, Model],
+  models: Mapping[str, TimedModel],
   pair: Pair | None,
   dtype: str,
   quantizations: Sequence[str],
   draft_len: int,
   to_eos: bool = False,
-) -> Iterator[Contender]:
+) -> Iterator[Writer]:
   """Yields our systems; LLM-to-SLM shares its arrays with its parts.
 
   Args:
@@ -375,15 +371,15 @@ def ours(
 
 def _with_pair(
   pair: Pair,
-  llm_model: Model,
+  llm_model: TimedModel,
   llms: Mapping[str, PyTree],
   slms: Mapping[str, PyTree],
   dtype: str,
   draft_len: int,
   to_eos: bool,
-) -> Iterator[Contender]:
+) -> Iterator[Writer]:
   """Yields LLM-to-SLM and speculative decoding, in each quantization."""
-  shapes = shapes_lib.of_system(pair.module)
+  shapes = shapes_lib.of_module(pair.module)
   between = traverse_util.unflatten_dict(
     {
       path: jnp.asarray(pair.read(path), dtype)
@@ -422,12 +418,12 @@ def _with_pair(
 
 def _of_llm(pair: Pair) -> set[str]:
   """Returns the names of the LLM's parts that LLM-to-SLM has."""
-  shapes = shapes_lib.of_system(pair.module)
+  shapes = shapes_lib.of_module(pair.module)
   return {path[1] for path in shapes if path[0] == 'llm'}
 
 
 def _prepare(
-  model: Model,
+  model: TimedModel,
   dtype: str,
   quantizations: Sequence[str],
   pair: Pair | None = None,
@@ -484,7 +480,7 @@ def _load(
   )
 
 
-def load_params(model: Model) -> PyTree:
+def load_params(model: TimedModel) -> PyTree:
   """Returns the float32 parameters of a model, as it is trained."""
   shapes = source_lib.demanded(model.config, model.source.shapes())
   return _load(model.source, shapes, shapes, 'float32')[0]
@@ -495,12 +491,12 @@ def _our_contender(
   model: str,
   dtype: str,
   quantization: str,
-  module: shapes_lib.Module,
+  module: flops.Module,
   params: PyTree,
   ids: strategies.Ids,
   draft_len: int = 0,
-) -> Contender:
-  def start(prompts: np.ndarray, num_tokens: int) -> timing.Run:
+) -> Writer:
+  def start(prompts: np.ndarray, num_tokens: int) -> timing.Write:
     generator = generate.Generator(
       module,
       max_decode_len=num_tokens,
@@ -511,13 +507,12 @@ def _our_contender(
         llm_quantization=quantization,
       ),
     )
-    batch = {
-      'encoder_input_tokens': prompts,
-      'encoder_segment_ids': np.ones_like(prompts),
-    }
+    batch = batching.prompt_batch(
+      prompts.tolist(), length=prompts.shape[1], pad_id=ids.pad
+    )
     return timing.OurRun(generator, params, batch)
 
-  return Contender(
+  return Writer(
     system,
     model,
     OURS,
@@ -530,7 +525,7 @@ def _our_contender(
 
 
 def check_disk(
-  models: Mapping[str, Model], names: Sequence[str], folder: pathlib.Path
+  models: Mapping[str, TimedModel], names: Sequence[str], folder: pathlib.Path
 ) -> None:
   """Refuses a disk without room for the weights that peers will read.
 
@@ -540,7 +535,7 @@ def check_disk(
   engines = {
     peers.PEERS[name].engine
     for name in names
-    if peers.why_missing(name) is None
+    if peers.why_missing(peers.PEERS[name]) is None
   }
   # CTranslate2 has a copy of its own.
   num_copies = 1 + ('ctranslate2' in engines) if engines else 0
@@ -562,18 +557,27 @@ def check_disk(
     )
 
 
-def of_peers(
-  models: Mapping[str, Model], names: Sequence[str], scratch: pathlib.Path
-) -> list[Contender]:
-  """Returns other engines with our models; says which are left out and why."""
+def load_peers(
+  models: Mapping[str, TimedModel],
+  entries: Mapping[str, peers.Peer],
+  scratch: pathlib.Path,
+  load: Callable[[str, pathlib.Path, TimedModel], Loaded],
+) -> Iterator[tuple[str, peers.Peer, Loaded]]:
+  """Yields a role, a peer and its model; says which are left out and why.
+
+  Args:
+    models: by role.
+    entries: the peers by name.
+    scratch: where the models are written, in Hugging Face's form.
+    load: loads the model of the peer of that name from its folder.
+  """
   present = []
-  for name in names:
-    reason = peers.why_missing(name)
+  for name, peer in entries.items():
+    reason = peers.why_missing(peer)
     if reason is None:
       present.append(name)
     else:
       print(f'{name} is left out: {reason}')
-  contenders = []
   for role, model in models.items():
     if not present:
       break
@@ -587,27 +591,31 @@ def of_peers(
     to_huggingface.save(model.source, folder, None)
     for name in present:
       try:
-        start = peers.load(name, folder, model.config, model.ids.start)
+        yield role, entries[name], load(name, folder, model)
       except peers.UnsupportedError as error:
         print(f'{model.name} is left out: {error}')
-        continue
-      peer = peers.PEERS[name]
-      contenders.append(
-        Contender(
-          role,
-          model.name,
-          peer.engine,
-          peer.dtype,
-          'bfloat16' if peer.dtype == 'bfloat16' else 'float32',
-          l2s.build(model.config),
-          functools.partial(_start_peer, start),
-        )
-      )
-  return contenders
 
 
-def _start_peer(
-  start: peers.Start, prompts: np.ndarray, num_tokens: int
-) -> timing.Run:
-  del num_tokens  # It is said with each call.
-  return start(prompts)
+def of_peers(
+  models: Mapping[str, TimedModel],
+  names: Sequence[str],
+  scratch: pathlib.Path,
+) -> list[Writer]:
+  """Returns other engines with our models; says which are left out and why."""
+  entries = {name: peers.PEERS[name] for name in names}
+
+  def load(name: str, folder: pathlib.Path, model: TimedModel) -> timing.Start:
+    return peers.load(name, folder, model.config, model.ids.start)
+
+  return [
+    Writer(
+      role,
+      models[role].name,
+      peer.engine,
+      peer.dtype,
+      'bfloat16' if peer.dtype == 'bfloat16' else 'float32',
+      l2s.build(models[role].config),
+      start,
+    )
+    for role, peer, start in load_peers(models, entries, scratch, load)
+  ]

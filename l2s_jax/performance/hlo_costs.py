@@ -65,7 +65,7 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
-class Costs:
+class HloCosts:
   """What one device does in one run of a program.
 
   Attributes:
@@ -79,19 +79,19 @@ class Costs:
   flops: float = 0.0
   hbm_bytes: float = 0.0
   collectives: tuple[Collective, ...] = ()
-  open_loops: 'tuple[Costs, ...]' = ()
+  open_loops: 'tuple[HloCosts, ...]' = ()
 
-  def __add__(self, other: 'Costs') -> 'Costs':
-    return Costs(
+  def __add__(self, other: 'HloCosts') -> 'HloCosts':
+    return HloCosts(
       self.flops + other.flops,
       self.hbm_bytes + other.hbm_bytes,
       self.collectives + other.collectives,
       self.open_loops + other.open_loops,
     )
 
-  def times(self, count: int | float) -> 'Costs':
+  def times(self, count: int | float) -> 'HloCosts':
     """Returns the costs of doing this so often."""
-    return Costs(
+    return HloCosts(
       count * self.flops,
       count * self.hbm_bytes,
       tuple(
@@ -105,7 +105,7 @@ class Costs:
     return sum((x.total_bytes for x in self.collectives), 0.0)
 
 
-def count(text: str) -> Costs:
+def count(text: str) -> HloCosts:
   """Returns what a program costs one device.
 
   Args:
@@ -135,19 +135,19 @@ class _Counter:
     self.costs = functools.cache(self._costs)
     self._fused = functools.cache(self._count_fused)
 
-  def _costs(self, name: str) -> Costs:
+  def _costs(self, name: str) -> HloCosts:
     """Returns the costs of one run of a computation."""
     computation = self._computations[name]
     flops, hbm_bytes = 0.0, 0.0
     collectives: tuple[Collective, ...] = ()
-    others: list[Costs] = []
+    others: list[HloCosts] = []
     for x in computation.values():
       hbm_bytes += self._hbm_bytes(x, computation)
       if x.opcode == 'while':
         trips = self._trip_count(x, computation)
         body = self.costs(x.callee('body'))
         if trips is None:
-          others.append(Costs(open_loops=(body,)))
+          others.append(HloCosts(open_loops=(body,)))
         else:
           others.append(body.times(trips))
       elif x.opcode == 'conditional':  # The dearest of its branches.
@@ -162,7 +162,7 @@ class _Counter:
         own_flops, own_collectives = self._one(x, computation)
         flops += own_flops
         collectives += own_collectives
-    return sum(others, Costs(flops, hbm_bytes, collectives))
+    return sum(others, HloCosts(flops, hbm_bytes, collectives))
 
   def _count_fused(self, name: str) -> tuple[float, tuple[Collective, ...]]:
     """Returns FLOPs and collectives of a fusion, or of what is like one."""

@@ -14,18 +14,15 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from l2s_jax.models import config as config_lib
+from l2s_jax.performance import timing
 from l2s_jax.runtime import files
-
-Prompts = np.ndarray  # int32 [batch, length], without padding
-Run = Callable[[int], np.ndarray]  # from a number of tokens to [batch, number]
-Start = Callable[[Prompts], Run]
 
 # Where no run says which: no model's pad token, which T5Gemma would mask.
 START_ID = 2
@@ -46,7 +43,7 @@ class Peer(NamedTuple):
 
   Attributes:
     engine: its name in tables.
-    dtype: of its weights.
+    dtype: of its weights; in training of activations alone.
     packages: that must be installed.
     is_compiled: by torch.compile, with a cache of fixed size.
   """
@@ -57,17 +54,17 @@ class Peer(NamedTuple):
   is_compiled: bool = False
 
 
-_TORCH = ('torch', 'transformers')
+TORCH = ('torch', 'transformers')
 PEERS = {
-  'transformers float32': Peer('transformers', 'float32', _TORCH),
-  'transformers bfloat16': Peer('transformers', 'bfloat16', _TORCH),
+  'transformers float32': Peer('transformers', 'float32', TORCH),
+  'transformers bfloat16': Peer('transformers', 'bfloat16', TORCH),
   'transformers compiled': Peer(
-    'transformers compiled', 'float32', _TORCH, is_compiled=True
+    'transformers compiled', 'float32', TORCH, is_compiled=True
   ),
   'ctranslate2 float32': Peer(
-    'ctranslate2', 'float32', ('ctranslate2', *_TORCH)
+    'ctranslate2', 'float32', ('ctranslate2', *TORCH)
   ),
-  'ctranslate2 int8': Peer('ctranslate2', 'int8', ('ctranslate2', *_TORCH)),
+  'ctranslate2 int8': Peer('ctranslate2', 'int8', ('ctranslate2', *TORCH)),
 }
 # Without torch.compile, which takes minutes for a large model.
 DEFAULT = tuple(name for name, peer in PEERS.items() if not peer.is_compiled)
@@ -94,9 +91,8 @@ def versions() -> dict[str, str]:
   }
 
 
-def why_missing(name: str) -> str | None:
+def why_missing(peer: Peer) -> str | None:
   """Returns what a peer lacks on this machine; None: nothing."""
-  peer = PEERS[name]
   for package in peer.packages:
     if importlib.util.find_spec(package) is None:
       return f'the package {package} is not installed'
@@ -110,7 +106,7 @@ def load(
   folder: pathlib.Path,
   config: config_lib.TransformerConfig,
   start_id: int = START_ID,
-) -> Start:
+) -> timing.Start:
   """Loads a model; returns what takes prompts and returns what writes.
 
   Args:
@@ -142,23 +138,14 @@ def _load_transformers(
   config: config_lib.TransformerConfig,
   peer: Peer,
   start_id: int,
-) -> Start:
+) -> timing.Start:
   import torch
   import transformers
 
-  transformers.utils.logging.disable_progress_bar()
-  torch.set_num_threads(num_cores())
-  is_on_gpu = jax.default_backend() == 'gpu' and torch.cuda.is_available()
-  device = 'cuda' if is_on_gpu else 'cpu'
-  if is_on_gpu:
+  model, device = torch_model(folder, config, peer.dtype)
+  model = model.eval()
+  if device == 'cuda':
     torch.set_float32_matmul_precision('high')  # TF32, JAX's default.
-  kind = (
-    transformers.AutoModelForSeq2SeqLM
-    if config.is_encoder_decoder
-    else transformers.AutoModelForCausalLM
-  )
-  model = kind.from_pretrained(folder, dtype=getattr(torch, peer.dtype))
-  model = model.eval().to(device)
   options: dict[str, Any] = {}
   if peer.is_compiled:
     model.forward = torch.compile(model.forward, dynamic=False)
@@ -174,7 +161,8 @@ def _load_transformers(
     **options,
   )
 
-  def start(prompts: Prompts) -> Run:
+  def start(prompts: np.ndarray, longest: int) -> timing.Write:
+    del longest  # It is said with each call.
     if peer.is_compiled:
       # Compiled functions count against a limit, and a cache stays as long as
       # the longest yet.
@@ -200,12 +188,38 @@ def _load_transformers(
   return start
 
 
+def torch_model(
+  folder: pathlib.Path, config: config_lib.TransformerConfig, dtype: str
+) -> tuple[Any, str]:
+  """Returns transformers' model in torch, where JAX computes, and the device.
+
+  Args:
+    folder: of Hugging Face.
+    config: of the model.
+    dtype: of its weights.
+  """
+  import torch
+  import transformers
+
+  transformers.utils.logging.disable_progress_bar()
+  torch.set_num_threads(num_cores())
+  is_on_gpu = jax.default_backend() == 'gpu' and torch.cuda.is_available()
+  device = 'cuda' if is_on_gpu else 'cpu'
+  kind: Any = (
+    transformers.AutoModelForSeq2SeqLM
+    if config.is_encoder_decoder
+    else transformers.AutoModelForCausalLM
+  )
+  model = kind.from_pretrained(folder, dtype=getattr(torch, dtype))
+  return model.to(device), device
+
+
 def _load_ctranslate2(
   folder: pathlib.Path,
   config: config_lib.TransformerConfig,
   peer: Peer,
   start_id: int,
-) -> Start:
+) -> timing.Start:
   import ctranslate2
 
   converted = folder / 'ctranslate2'
@@ -246,7 +260,8 @@ def _load_ctranslate2(
       )
       return [result.sequences[0] for result in results]
 
-  def start(prompts: Prompts) -> Run:
+  def start(prompts: np.ndarray, longest: int) -> timing.Write:
+    del longest  # It is said with each call.
     if not config.is_encoder_decoder:
       prompts = _with_start(prompts, start_id)
     texts = [[str(token) for token in row] for row in prompts]
@@ -293,7 +308,7 @@ class _Ids:
     return str(token)
 
 
-def _with_start(prompts: Prompts, start_id: int) -> Prompts:
+def _with_start(prompts: np.ndarray, start_id: int) -> np.ndarray:
   """Appends the token after which an answer begins."""
   column = np.full((len(prompts), 1), start_id, prompts.dtype)
   return np.concatenate([prompts, column], axis=1)

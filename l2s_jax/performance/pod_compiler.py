@@ -15,13 +15,12 @@ from typing import Any
 
 import jax
 
+from l2s_jax.evaluation.report import TableRow
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
 from l2s_jax.performance import hlo, hlo_costs, programs
 from l2s_jax.runtime import chips, compilation, partitioning
 from l2s_jax.training import optim
-
-Row = dict[str, Any]
 
 TRAIN, PREFILL, DECODE = 'train', 'prefill', 'decode'
 PROGRAMS = (TRAIN, PREFILL, DECODE)
@@ -149,7 +148,7 @@ class Compiler:
       self._models.system(setting.remat), mesh, setting.mesh, self._lengths
     )
 
-  def train_step(self, setting: Setting) -> Row:
+  def train_step(self, setting: Setting) -> TableRow:
     """Compiles the train step and returns what it needs."""
     self.check(setting, (TRAIN,), ())
     found = self._lay_out(setting)
@@ -163,7 +162,7 @@ class Compiler:
 
   def generation(
     self, setting: Setting, batch_size: int, *, decodes: bool
-  ) -> Iterator[Row]:
+  ) -> Iterator[TableRow]:
     """Compiles prefill and decode, and yields what each needs."""
     found = self._lay_out(setting)
     prefill, loop = found.generation(batch_size, self._models.dtype)
@@ -173,7 +172,7 @@ class Compiler:
       program = loop.lower(prefill, compiled)
       yield self._compile(DECODE, program, found.mesh, batch_size, '')[0]
 
-  def advise(self, setting: Setting) -> tuple[str, Row | None]:
+  def advise(self, setting: Setting) -> tuple[str, TableRow | None]:
     """Returns what to do where a setting does not fit, and what that needs.
 
     It is the first that fits of those near it; None: none does.
@@ -200,7 +199,7 @@ class Compiler:
     )
     return text, None
 
-  def largest_batch(self, setting: Setting, row: Row) -> int:
+  def largest_batch(self, setting: Setting, row: TableRow) -> int:
     """Returns the largest batch that fits of 1, 2, 4, ... times the given.
 
     Args:
@@ -233,10 +232,10 @@ class Compiler:
     mesh: jax.sharding.Mesh,
     batch_size: int,
     setting: str,
-  ) -> tuple[Row, jax.stages.Compiled | None]:
+  ) -> tuple[TableRow, jax.stages.Compiled | None]:
     """Returns what a program needs, and the program if it fits."""
     chip = self._slice.chip
-    row: Row = {
+    row: TableRow = {
       'program': name,
       'batch_size': batch_size,
       'task_feature_lengths': dict(self._lengths),
@@ -278,12 +277,12 @@ class Compiler:
 
   def _bounds(
     self,
-    costs: hlo_costs.Costs,
+    costs: hlo_costs.HloCosts,
     mesh: jax.sharding.Mesh,
     model_flops: int | float,
     *,
     is_loop: bool,
-  ) -> Row:
+  ) -> TableRow:
     """Returns what a device does, and the least time it takes."""
     loops = costs.open_loops
     if is_loop:  # A token is one turn of the only loop that data end.
@@ -362,7 +361,7 @@ def _describe(config: config_lib.TransformerConfig) -> str:
   )
 
 
-def out_of_memory(message: str, chip: chips.Chip) -> Row:
+def out_of_memory(message: str, chip: chips.Chip) -> TableRow:
   """Returns what the compiler's error says; its sizes are in GiB.
 
   What it calls temporaries are arguments and results, too.
@@ -379,9 +378,9 @@ def out_of_memory(message: str, chip: chips.Chip) -> Row:
   }
 
 
-def largest_arguments(arguments: Mapping[str, Any]) -> list[Row]:
+def largest_arguments(arguments: Mapping[str, Any]) -> list[TableRow]:
   """Returns the arguments that take most of a device, by what they are."""
-  rows: list[Row] = []
+  rows: list[TableRow] = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(arguments):
     rows.append(
       {
@@ -393,11 +392,11 @@ def largest_arguments(arguments: Mapping[str, Any]) -> list[Row]:
   return sorted(rows, key=lambda row: -row['bytes'])[:_NUM_LARGEST]
 
 
-def largest_temporaries(text: str) -> list[Row]:
+def largest_temporaries(text: str) -> list[TableRow]:
   """Returns the largest arrays that a compiled program makes in HBM."""
   computations, _ = hlo.parse(text)
   fused = {x.callee('calls') for c in computations.values() for x in c.values()}
-  rows: dict[tuple[str, str], Row] = {}
+  rows: dict[tuple[str, str], TableRow] = {}
   for name, computation in computations.items():
     if name in fused:
       continue
@@ -415,7 +414,7 @@ def largest_temporaries(text: str) -> list[Row]:
   return sorted(rows.values(), key=lambda row: -row['bytes'])[:_NUM_LARGEST]
 
 
-def by_kind(collectives: Sequence[hlo_costs.Collective]) -> list[Row]:
+def by_kind(collectives: Sequence[hlo_costs.Collective]) -> list[TableRow]:
   """Returns collectives that are alike as one row, the largest first."""
   sums: collections.defaultdict[tuple[Any, ...], list[float]]
   sums = collections.defaultdict(lambda: [0.0, 0.0])

@@ -9,6 +9,7 @@ figures (`runtime/chips.py`): nothing runs.
 
 import importlib.util
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,13 +17,13 @@ import gin
 import jax
 from jax.experimental import topologies
 
+from l2s_jax.evaluation.report import TableRow
+from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
 from l2s_jax.performance import pod_compiler, precompile_report, programs
 from l2s_jax.runtime import chips, files, gin_config, partitioning
 from l2s_jax.systems import system
 from l2s_jax.training import optim
-
-Row = dict[str, Any]
 
 
 @gin.configurable(module='l2s_jax')
@@ -48,7 +49,7 @@ def precompile(
   output_dir: str | None = None,
   *,
   dry_run: bool = False,
-) -> list[Row]:
+) -> list[TableRow]:
   """Compiles a system for TPUs that are not here, and says what it needs there.
 
   Of each program, per device: bytes held against the chip's memory, FLOPs,
@@ -108,16 +109,7 @@ def precompile(
   folder = None
   if output_dir is not None:
     folder = files.local_folder(output_dir, 'OUTPUT_DIR')
-  configs = {
-    name: tower.load_config()
-    for name, tower in (('llm', llm), ('slm', slm))
-    if tower is not None and (tower.config or tower.path)
-  }
-  if not configs:
-    raise ValueError(
-      'Nothing to compile: set LLM and SLM, or one of them, to configs (such '
-      'as %T5_1_1_XL, with its gin file), or LLM_PATH and SLM_PATH to weights.'
-    )
+  configs = _load_configs(llm, slm)
   setting = pod_compiler.Setting(
     batch_size, mesh or partitioning.MeshConfig(), num_microbatches, remat
   )
@@ -139,43 +131,88 @@ def precompile(
     decode_batch_sizes = batch_size
   if isinstance(decode_batch_sizes, int):
     decode_batch_sizes = (decode_batch_sizes,)
-  description = compiler.describe(setting)
-  print(description)
+  report = _Report(compiler.describe(setting), folder)
+  print(report.description)
   compiler.check(setting, program_names, decode_batch_sizes)
   if dry_run:
     print(compiler.describe_arguments(setting))
     return []
-  rows: list[Row] = []
-  advice: list[str] = []
-
-  def write() -> None:
-    if folder is not None:
-      precompile_report.write(folder, description, rows)
-
-  def report(row: Row) -> None:
-    print(precompile_report.describe(row), flush=True)
-    rows.append(row)
-    write()
-
   if pod_compiler.TRAIN in program_names:
-    row = compiler.train_step(setting)
-    report(row)
-    if not row['fits'] and suggest:
-      advice.append(precompile_report.advice(*compiler.advise(setting)))
-    elif row['fits'] and find_largest_batch:
-      row['largest_batch'] = compiler.largest_batch(setting, row)
-      print(f'  the largest batch that fits: {row["largest_batch"]}')
-      write()
+    _compile_train_step(compiler, setting, report, suggest, find_largest_batch)
   if pod_compiler.PREFILL in program_names:
     decodes = pod_compiler.DECODE in program_names
     for size in decode_batch_sizes:
       for row in compiler.generation(setting, size, decodes=decodes):
-        report(row)
-  too_large = [row for row in rows if not row['fits']]
-  if too_large:
-    refusals = map(precompile_report.refusal, too_large)
-    raise ValueError('\n'.join([*refusals, *advice]))
-  return rows
+        report.add(row)
+  report.check()
+  return report.rows
+
+
+def _load_configs(
+  llm: system.Tower | None, slm: system.Tower | None
+) -> dict[str, config_lib.TransformerConfig]:
+  """Returns the configs of the models that are named."""
+  configs = {
+    name: tower.load_config()
+    for name, tower in (('llm', llm), ('slm', slm))
+    if tower is not None and (tower.config or tower.path)
+  }
+  if not configs:
+    raise ValueError(
+      'Nothing to compile: set LLM and SLM, or one of them, to configs (such '
+      'as %T5_1_1_XL, with its gin file), or LLM_PATH and SLM_PATH to weights.'
+    )
+  return configs
+
+
+class _Report:
+  """Rows so far, printed and written as they come.
+
+  Attributes:
+    description: of the setting.
+    rows: one for each program.
+    advice: sentences on what would fit.
+  """
+
+  def __init__(self, description: str, folder: pathlib.Path | None):
+    self.description = description
+    self.rows: list[TableRow] = []
+    self.advice: list[str] = []
+    self._folder = folder
+
+  def add(self, row: TableRow) -> None:
+    print(precompile_report.describe(row), flush=True)
+    self.rows.append(row)
+    self.write()
+
+  def write(self) -> None:
+    if self._folder is not None:
+      precompile_report.write(self._folder, self.description, self.rows)
+
+  def check(self) -> None:
+    """Refuses programs that do not fit, with what would."""
+    too_large = [row for row in self.rows if not row['fits']]
+    if too_large:
+      refusals = map(precompile_report.refusal, too_large)
+      raise ValueError('\n'.join([*refusals, *self.advice]))
+
+
+def _compile_train_step(
+  compiler: pod_compiler.Compiler,
+  setting: pod_compiler.Setting,
+  report: _Report,
+  suggest: bool,
+  find_largest_batch: bool,
+) -> None:
+  """Adds the train step, and what fits in its place or beyond it."""
+  row = compiler.train_step(setting)
+  report.add(row)
+  if not row['fits'] and suggest:
+    report.advice.append(precompile_report.advice(*compiler.advise(setting)))
+  elif row['fits'] and find_largest_batch:
+    row['largest_batch'] = compiler.largest_batch(setting, row)
+    print(f'  the largest batch that fits: {row["largest_batch"]}')
+    report.write()
 
 
 def _check(program_names: Sequence[str], injection: str) -> None:

@@ -3,17 +3,15 @@
 
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from l2s_jax.evaluation.report import TableRow
 from l2s_jax.runtime import chips, files
-
-Row = Mapping[str, Any]
 
 _NUM_COLLECTIVES = 8
 
 
-def describe(row: Row) -> str:
+def describe(row: TableRow) -> str:
   """Returns a program's row as lines of text."""
   title = f'{row["program"]}, {row["batch_size"]} rows'
   if 'flops' not in row:
@@ -54,7 +52,7 @@ def describe(row: Row) -> str:
   return '\n'.join(lines)
 
 
-def refusal(row: Row) -> str:
+def refusal(row: TableRow) -> str:
   """Returns why a program does not fit: what it takes, and what takes most."""
   free = row['peak_bytes'] / (1 - row['free_fraction'])
   takes = f'{chips.gib(row["peak_bytes"])} of the {chips.gib(free)}'
@@ -70,7 +68,7 @@ def refusal(row: Row) -> str:
   return '\n'.join(lines)
 
 
-def advice(text: str, row: Row | None) -> str:
+def advice(text: str, row: TableRow | None) -> str:
   """Returns what to do instead, and what takes most of a device then.
 
   Args:
@@ -84,7 +82,9 @@ def advice(text: str, row: Row | None) -> str:
   return '\n'.join([*lines, *(f'  {_tensor(x)}' for x in row['temporaries'])])
 
 
-def write(folder: pathlib.Path, description: str, rows: Sequence[Row]) -> None:
+def write(
+  folder: pathlib.Path, description: str, rows: Sequence[TableRow]
+) -> None:
   """Writes precompile.json and precompile.md."""
   folder.mkdir(parents=True, exist_ok=True)
   with files.whole(folder / 'precompile.json') as file:
@@ -104,7 +104,7 @@ def write(folder: pathlib.Path, description: str, rows: Sequence[Row]) -> None:
     file.write('\n'.join(lines))
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: TableRow) -> tuple[str, ...]:
   first = (
     row['program'],
     str(row['batch_size']),
@@ -125,7 +125,7 @@ def _cells(row: Row) -> tuple[str, ...]:
   )
 
 
-def _tensor(tensor: Row) -> str:
+def _tensor(tensor: TableRow) -> str:
   return f'{chips.gib(tensor["bytes"])} {tensor["shape"]} {tensor["name"]}'
 
 

@@ -21,14 +21,15 @@ from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
 from l2s_jax.inference import generate
+from l2s_jax.models import batch_keys, l2s
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import flops as flops_lib
-from l2s_jax.models import l2s
 from l2s_jax.runtime import partitioning
 from l2s_jax.systems import builders, parameters
 from l2s_jax.systems import system as system_lib
-from l2s_jax.training import optim, train
+from l2s_jax.training import optim
 from l2s_jax.training import state as state_lib
+from l2s_jax.training import train_step as train_step_lib
 from l2s_jax.vocabularies import byte
 
 PyTree = Any
@@ -149,7 +150,11 @@ class Programs:
       parameters.split(self._layout.axes, frozen_names)[1]
     )
     placed = state_lib.shardings(trainable, of_trainable, transform, self.mesh)
-    return _place(frozen, of_frozen), transform, _place(*placed)
+    return (
+      partitioning.with_shardings(frozen, of_frozen),
+      transform,
+      partitioning.with_shardings(*placed),
+    )
 
   def train_step(
     self,
@@ -165,7 +170,7 @@ class Programs:
     with self.entered():
       lowered = jax.jit(
         functools.partial(
-          train.train_step,
+          train_step_lib.train_step,
           module=module,
           optimizer=transform,
           num_microbatches=num_microbatches,
@@ -191,9 +196,9 @@ class Programs:
       dtype: of the weights.
     """
     prompt_length, answer_length = self._lengths_of_both
-    generator = system_lib.generator(self.system, answer_length)
+    generator = generate.generator(self.system, answer_length)
     generator.first_slots = answer_length
-    params = _place(
+    params = partitioning.with_shardings(
       jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(dtype)),
         self._layout.shapes,
@@ -228,9 +233,11 @@ class Programs:
     return self._lengths['inputs'], self._lengths['targets']
 
   def _batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    shapes = parameters.example_batch(batch_size, *self._lengths_of_both)
-    sharding = partitioning.batch_sharding(self.mesh)
-    return _place(shapes, dict.fromkeys(shapes, sharding))
+    return batch_keys.example_batch(
+      batch_size,
+      *self._lengths_of_both,
+      sharding=partitioning.batch_sharding(self.mesh),
+    )
 
   @contextlib.contextmanager
   def entered(self) -> Iterator[None]:
@@ -251,7 +258,9 @@ class DecodeLoop:
 
   def lower(self, prefill: Program, compiled: jax.stages.Compiled) -> Program:
     """Returns the loop over the state that a compiled prefill returns."""
-    state = _place(prefill.lowered.out_info, compiled.output_shardings)
+    state = partitioning.with_shardings(
+      prefill.lowered.out_info, compiled.output_shardings
+    )
     params = self.generator.writer_params(self.prepared)
     with self.programs.entered():
       lowered = self.generator.decode.lower(
@@ -292,22 +301,11 @@ def _place_prepared(shapes: PyTree, shardings: PyTree) -> PyTree:
       spec = next(flat[path].spec for path in paths if path in flat)[::-1]
     mesh = next(iter(flat.values())).mesh
     sharding = NamedSharding(mesh, PartitionSpec(*spec))
-    return _place(shape, sharding)
+    return partitioning.with_shardings(shape, sharding)
 
   return traverse_util.unflatten_dict(
     {
       names: place(names, shape)
       for names, shape in traverse_util.flatten_dict(shapes).items()
     }
-  )
-
-
-def _place(shapes: PyTree, shardings: PyTree) -> PyTree:
-  """Returns shapes with shardings."""
-  return jax.tree.map(
-    lambda s, sharding: jax.ShapeDtypeStruct(
-      s.shape, s.dtype, sharding=sharding
-    ),
-    shapes,
-    shardings,
   )

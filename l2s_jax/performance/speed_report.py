@@ -12,10 +12,9 @@ from typing import Any
 import jax
 
 from l2s_jax.evaluation import report
+from l2s_jax.evaluation.report import TableRow
 from l2s_jax.performance import contenders, peers
 from l2s_jax.runtime import files
-
-Row = Mapping[str, Any]
 
 JSON, MARKDOWN, PNG = 'benchmark.json', 'benchmark.md', 'benchmark.png'
 _TIMES = {
@@ -47,17 +46,6 @@ _COSTS = {
   'gflops_per_prompt': 'GFLOP/prompt',
   'mflops_per_token': 'MFLOP/token',
   'mb_per_step': 'MB read/step',
-}
-_GOALS = {
-  'ours': 'ours',
-  'theirs': 'compared with',
-  'quantity': 'quantity',
-  'batch_size': 'batch',
-  'prompt_length': 'in',
-  'num_tokens': 'out',
-  'goal': 'goal, times as fast',
-  'speedup': 'found',
-  'verdict': 'verdict',
 }
 # Columns in other units: of what, and by which factor.
 _UNITS = {
@@ -123,9 +111,7 @@ def _cpu() -> str:
 
 def write(
   folder: pathlib.Path,
-  rows: Sequence[Row],
-  goals: Sequence[Row],
-  num_not_measured: int,
+  rows: Sequence[TableRow],
   machine: Mapping[str, Any],
   settings: Mapping[str, Any],
 ) -> None:
@@ -134,20 +120,16 @@ def write(
   Args:
     folder: where to.
     rows: a contender at a shape each.
-    goals: those that were judged.
-    num_not_measured: how many goals were not.
     machine: from `machine`.
     settings: what was asked for.
   """
   content = {
     'rows': rows,
-    'goals': goals,
-    'goals_not_measured': num_not_measured,
     'machine': machine,
     'settings': settings,
   }
   files.write_json(folder / JSON, content)
-  text = markdown(rows, goals, num_not_measured, machine, settings)
+  text = markdown(rows, machine, settings)
   with files.whole(folder / MARKDOWN) as file:
     file.write(text)
   plot(rows, folder / PNG)
@@ -155,9 +137,7 @@ def write(
 
 
 def markdown(
-  rows: Sequence[Row],
-  goals: Sequence[Row],
-  num_not_measured: int,
+  rows: Sequence[TableRow],
   machine: Mapping[str, Any],
   settings: Mapping[str, Any],
 ) -> str:
@@ -172,10 +152,6 @@ def markdown(
       report.markdown_table(shown, _columns(shown, _TIMES)),
       report.markdown_table(ours, _columns(ours, _COSTS)),
     ]
-  parts.append('## Goals\n')
-  if goals:
-    parts.append(report.markdown_table(goals, _GOALS))
-  parts.append(f'{num_not_measured} goals were not measured in this run.\n')
   bandwidth = machine['bandwidth_gb_per_sec']
   parts.append(_WORDS.format(rounds=settings['rounds'], bandwidth=bandwidth))
   facts = {**machine, **settings}
@@ -183,15 +159,15 @@ def markdown(
   return '\n'.join(parts)
 
 
-def by_shape(rows: Sequence[Row]) -> dict[tuple[int, ...], list[Row]]:
+def by_shape(rows: Sequence[TableRow]) -> dict[tuple[int, ...], list[TableRow]]:
   """Returns the rows of each batch size, prompt and output length."""
-  groups: dict[tuple[int, ...], list[Row]] = {}
+  groups: dict[tuple[int, ...], list[TableRow]] = {}
   for row in rows:
     groups.setdefault(tuple(row[key] for key in _SHAPE), []).append(row)
   return groups
 
 
-def _is_llm(row: Row) -> bool:
+def _is_llm(row: TableRow) -> bool:
   return (
     row['system'] in (contenders.LLM, contenders.LLM_TO_EOS)
     and row['engine'] == contenders.OURS
@@ -199,7 +175,7 @@ def _is_llm(row: Row) -> bool:
   )
 
 
-def _shown(row: Row, llms: Mapping[str, Row]) -> dict[str, Any]:
+def _shown(row: TableRow, llms: Mapping[str, TableRow]) -> dict[str, Any]:
   """Returns a row with its numbers in the units of the tables."""
   shown = {**row, **row.get('scores', {})}
   for name, (source, factor) in _UNITS.items():
@@ -215,7 +191,9 @@ def _shown(row: Row, llms: Mapping[str, Row]) -> dict[str, Any]:
   return shown
 
 
-def _columns(rows: Sequence[Row], columns: Mapping[str, str]) -> dict[str, str]:
+def _columns(
+  rows: Sequence[TableRow], columns: Mapping[str, str]
+) -> dict[str, str]:
   """Returns the columns that a row has something in."""
   return {
     key: heading
@@ -228,7 +206,7 @@ def _fact(value: Any) -> str:
   return f'{value:,.1f}' if isinstance(value, float) else str(value)
 
 
-def plot(rows: Sequence[Row], path: pathlib.Path) -> None:
+def plot(rows: Sequence[TableRow], path: pathlib.Path) -> None:
   """Writes a PNG: a panel a shape, a bar a contender, prefill and tokens."""
   # Imported here: it takes a second, and only reports need it.
   import matplotlib

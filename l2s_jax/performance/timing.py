@@ -14,6 +14,7 @@ the time over the tokens that were written to a row.
 """
 
 import dataclasses
+import functools
 import statistics
 import sys
 import time
@@ -25,12 +26,46 @@ import numpy as np
 import tqdm
 
 from l2s_jax.data import batching
+from l2s_jax.evaluation.report import TableRow
 from l2s_jax.inference import generate, speculative
 from l2s_jax.systems import system as system_lib
 
 PyTree = Any
 # What has its prompts: from a number of tokens to tokens [batch, number].
-Run = Callable[[int], np.ndarray]
+Write = Callable[[int], np.ndarray]
+# From prompts [batch, length] without padding, and the longest answer.
+Start = Callable[[np.ndarray, int], Write]
+Shape = tuple[int, int, int]  # rows, tokens of a prompt, of an answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+  """Something that is timed.
+
+  Attributes:
+    system: 'LLM', 'SLM', 'LLM-to-SLM', or another of them that `contenders.py`
+      or `train_benchmark.py` names.
+    model: the name of its model, or of its pair.
+    engine: 'l2s_jax' or a peer's.
+    dtype: of what it computes with.
+  """
+
+  system: str
+  model: str
+  engine: str
+  dtype: str
+
+  def row(self, shape: Shape) -> TableRow:
+    """Returns what tables say of it at one shape, before its times."""
+    return {
+      'system': self.system,
+      'model': self.model,
+      'engine': self.engine,
+      'dtype': self.dtype,
+      'batch_size': shape[0],
+      'prompt_length': shape[1],
+      'num_tokens': shape[2],
+    }
 
 
 @dataclasses.dataclass
@@ -142,11 +177,11 @@ class OurRun:
     draft_len = self._generator.decoding.draft_len
     if not draft_len:
       return None
-    return speculative.acceptance(self._generation.state, draft_len).rate
+    return speculative.acceptance(self._generation.state, draft_len)
 
 
 def measure(
-  contenders: Mapping[str, Run],
+  contenders: Mapping[str, Write],
   *,
   num_tokens: int,
   rounds: int,
@@ -155,35 +190,67 @@ def measure(
 ) -> dict[str, Times]:
   """Returns what each took, in turn, round by round.
 
-  Taking turns lets a machine whose speed drifts slow all alike.
-
   Args:
     contenders: by name.
     num_tokens: to write to each row, at least 2.
     rounds: that are measured; one more goes first and compiles.
-    pause_secs: before each turn.
-    each_round: called after each round; not timed.
+    pause_secs: see `in_turns`.
+    each_round: see `in_turns`.
   """
   times = {}
-  for name, run in contenders.items():
+  for name, write in contenders.items():
     start = time.perf_counter()
-    run(1)
-    tokens = run(num_tokens)
+    write(1)
+    tokens = write(num_tokens)
     times[name] = Times(time.perf_counter() - start, [], [], tokens)
+  found = in_turns(
+    [
+      (functools.partial(write, 1), functools.partial(write, num_tokens))
+      for write in contenders.values()
+    ],
+    rounds=rounds,
+    pause_secs=pause_secs,
+    each_round=each_round,
+  )
+  for name, (one, whole) in zip(contenders, found, strict=True):
+    times[name].one, times[name].all = one, whole
+  return times
+
+
+def in_turns(
+  turns: Sequence[Sequence[Callable[[], Any]]],
+  *,
+  rounds: int,
+  pause_secs: float = 0.0,
+  each_round: Callable[[], None] | None = None,
+) -> list[list[list[float]]]:
+  """Returns the seconds that calls take, round by round.
+
+  Taking turns lets a machine whose speed drifts slow all alike. The first call
+  of a turn is made once more before it, and not timed: caches hold what another
+  has left.
+
+  Args:
+    turns: the calls of each contender, which have compiled.
+    rounds: that are measured.
+    pause_secs: before each turn.
+    each_round: called after each round; not timed.
+
+  Returns:
+    By turn, then by call, a number a round.
+  """
+  secs: list[list[list[float]]] = [[[] for _ in turn] for turn in turns]
   for _ in tqdm.trange(rounds, desc='rounds', file=sys.stderr, leave=False):
-    for name, run in contenders.items():
+    for calls, found in zip(turns, secs, strict=True):
       time.sleep(pause_secs)
-      run(1)  # Not timed: caches hold what another has left.
-      for secs, number in (
-        (times[name].one, 1),
-        (times[name].all, num_tokens),
-      ):
+      calls[0]()
+      for call, times in zip(calls, found, strict=True):
         start = time.perf_counter()
-        run(number)
-        secs.append(time.perf_counter() - start)
+        call()
+        times.append(time.perf_counter() - start)
     if each_round is not None:
       each_round()
-  return times
+  return secs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +287,7 @@ def time_generation(
   """
   contenders = {}
   for name, (system, params) in cases.items():
-    generator = system_lib.generator(system, num_tokens, ends=False)
+    generator = generate.generator(system, num_tokens, ends=False)
     vocabulary = system.prompt_vocabulary
     batch = batching.prompt_batch(
       [[*vocabulary.encode(prompt), vocabulary.eos_id] for prompt in prompts],

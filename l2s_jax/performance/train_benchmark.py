@@ -11,35 +11,25 @@ import dataclasses
 import functools
 import pathlib
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 
+from l2s_jax.data import packing
 from l2s_jax.evaluation import report
-from l2s_jax.interop import to_huggingface
+from l2s_jax.evaluation.report import TableRow
 from l2s_jax.models import flops as flops_lib
 from l2s_jax.models import l2s, language_model
-from l2s_jax.models import shapes as shapes_lib
-from l2s_jax.performance import (
-  contenders,
-  goals,
-  peers,
-  speed_report,
-  train_peers,
-)
+from l2s_jax.performance import contenders, speed_report, timing, train_peers
 from l2s_jax.runtime import chips, files, partitioning
 from l2s_jax.systems import parameters
-from l2s_jax.training import optim, train
+from l2s_jax.training import optim, train_step
 from l2s_jax.training import state as state_lib
 
 PyTree = Any
-Row = dict[str, Any]
-Shape = tuple[int, int, int]  # rows, tokens of a prompt, of an answer
 
 READ, BOTH = 'LLM reads', 'LLM reads + SLM'
 _JSON, _MARKDOWN = 'train.json', 'train.md'
@@ -57,16 +47,6 @@ _COLUMNS = {
   'memory_mb': 'memory MB',
   'first_call_secs': 'first call s',
 }
-_GOALS = {
-  'ours': 'ours',
-  'theirs': 'compared with',
-  'batch_size': 'batch',
-  'prompt_length': 'in',
-  'num_tokens': 'out',
-  'goal': 'goal, times as fast',
-  'speedup': 'found',
-  'verdict': 'verdict',
-}
 _WORDS = """\
 Times are medians over {rounds} rounds, with quartiles; contenders take turns.
 A step is forwards, backwards and AdamW, dropout as the config has it, on a
@@ -77,37 +57,13 @@ where that is known. `LLM reads + SLM` is the sum of two rows, round by round.
 Memory is what XLA plans: arguments and scratch.
 """
 
-_OURS = {'engine': 'l2s_jax', 'dtype': 'float32'}
-_SHAPE = {'batch_size': 16, 'prompt_length': 64, 'num_tokens': 64}
-GOALS = (
-  *(
-    goals.Goal(
-      {'model': 'T5_SMALL', **_OURS},
-      {'model': 'T5_SMALL', 'engine': engine, 'dtype': 'float32'},
-      'ms_per_step',
-      speedup,
-      _SHAPE,
-    )
-    for engine, speedup in (('t5x', 1.3), ('transformers', 1.5))
-  ),
-  goals.Goal(
-    {'system': contenders.LLM_TO_SLM, **_OURS},
-    {'system': BOTH, **_OURS},
-    'ms_per_step',
-    1 / 1.1,
-    {},
-  ),
-)
-
 
 @dataclasses.dataclass(frozen=True)
-class Contender:
+class Trainer(timing.Contender):
   """Something that does a step.
 
   Attributes:
-    system: 'LLM', 'SLM', 'LLM-to-SLM', or 'LLM reads'.
-    model: the name of its model, or of its pair.
-    engine: 'l2s_jax' or a peer's.
+    system: also 'LLM reads'.
     dtype: of activations.
     flops: of a step, without padding or what is computed again.
     num_trained: parameters.
@@ -115,10 +71,6 @@ class Contender:
     memory_bytes: tells what the compiled step needs; None: nobody does.
   """
 
-  system: str
-  model: str
-  engine: str
-  dtype: str
   flops: flops_lib.Number
   num_trained: int
   step: Callable[[], float | None]
@@ -127,9 +79,9 @@ class Contender:
 
 def run(
   folder: pathlib.Path,
-  models: Mapping[str, contenders.Model],
+  models: Mapping[str, contenders.TimedModel],
   pair: contenders.Pair | None,
-  shapes: Sequence[Shape],
+  shapes: Sequence[timing.Shape],
   *,
   rounds: int,
   seed: int,
@@ -146,7 +98,7 @@ def run(
     seed: of weights and tokens.
     has_peers: whether other engines take part, with models alone.
   """
-  rows: list[Row] = []
+  rows: list[TableRow] = []
   for shape in shapes:
     entered = list(_ours(models, pair, shape, seed))
     if has_peers and pair is None:
@@ -161,11 +113,11 @@ def run(
 
 
 def _ours(
-  models: Mapping[str, contenders.Model],
+  models: Mapping[str, contenders.TimedModel],
   pair: contenders.Pair | None,
-  shape: Shape,
+  shape: timing.Shape,
   seed: int,
-) -> Iterator[Contender]:
+) -> Iterator[Trainer]:
   """Yields our steps."""
   if pair is None:
     for role, model in models.items():
@@ -182,11 +134,11 @@ def _ours(
 def _our_step(
   system: str,
   model: str,
-  module: shapes_lib.Module,
-  shape: Shape,
+  module: flops_lib.Module,
+  shape: timing.Shape,
   seed: int,
   params: PyTree | None = None,
-) -> Contender:
+) -> Trainer:
   """Returns the training step of a system, as `train` has it."""
   frozen_names = ('llm',) if isinstance(module, l2s.LlmToSlm) else ()
   batch = jax.device_put(_batch(module, shape, seed))
@@ -202,7 +154,9 @@ def _our_step(
   state = state_lib.create(trainable, optimizer, seed)
   compiled = (
     jax.jit(
-      functools.partial(train.train_step, module=module, optimizer=optimizer),
+      functools.partial(
+        train_step.train_step, module=module, optimizer=optimizer
+      ),
       donate_argnums=0,
     )
     .lower(state, frozen, batch)
@@ -214,7 +168,7 @@ def _our_step(
     state, sums = compiled(state, frozen, batch)
     return float(sums['loss'] / sums['loss_weight'])
 
-  return Contender(
+  return Trainer(
     system,
     model,
     contenders.OURS,
@@ -227,8 +181,8 @@ def _our_step(
 
 
 def _our_reading(
-  model: str, module: l2s.LlmToSlm, shape: Shape, seed: int
-) -> Contender:
+  model: str, module: l2s.LlmToSlm, shape: timing.Shape, seed: int
+) -> Trainer:
   """Returns the frozen LLM alone, which reads the prompts."""
   llm = l2s.build_reader(module.llm_config)
   batch = jax.device_put(_batch(module, shape, seed))
@@ -253,7 +207,7 @@ def _our_reading(
   def step() -> None:
     jax.block_until_ready(compiled(params, batch))
 
-  return Contender(
+  return Trainer(
     READ,
     model,
     contenders.OURS,
@@ -266,43 +220,40 @@ def _our_reading(
 
 
 def _of_peers(
-  models: Mapping[str, contenders.Model],
-  shape: Shape,
+  models: Mapping[str, contenders.TimedModel],
+  shape: timing.Shape,
   seed: int,
   scratch: pathlib.Path,
-) -> Iterator[Contender]:
+) -> Iterator[Trainer]:
   """Yields the peers that are there; says which are left out and why."""
-  for role, model in models.items():
-    module = l2s.build(model.config)
-    batch = _batch(module, shape, seed)
+  modules = {role: l2s.build(model.config) for role, model in models.items()}
+
+  def load(
+    name: str, folder: pathlib.Path, model: contenders.TimedModel
+  ) -> train_peers.Step:
+    batch = _batch(l2s.build(model.config), shape, seed)
+    return train_peers.load(name, folder, model.config, batch)
+
+  shutil.rmtree(scratch, ignore_errors=True)
+  try:
+    for role, peer, step in contenders.load_peers(
+      models, train_peers.PEERS, scratch, load
+    ):
+      yield Trainer(
+        role,
+        models[role].name,
+        peer.engine,
+        peer.dtype,
+        shape[0] * flops_lib.train_flops(modules[role], shape[1], shape[2]),
+        models[role].num_params,
+        step,
+      )
+  finally:
     shutil.rmtree(scratch, ignore_errors=True)
-    try:
-      to_huggingface.save(model.source, scratch, None)
-      for peer in train_peers.PEERS:
-        reason = train_peers.why_missing(peer)
-        if reason is not None:
-          print(f'{peer.engine} {peer.dtype} is left out: {reason}')
-          continue
-        try:
-          step = train_peers.load(peer, scratch, model.config, batch)
-        except peers.UnsupportedError as error:
-          print(f'{model.name} is left out: {error}')
-          continue
-        yield Contender(
-          role,
-          model.name,
-          peer.engine,
-          peer.dtype,
-          shape[0] * flops_lib.train_flops(module, shape[1], shape[2]),
-          model.num_params,
-          step,
-        )
-    finally:
-      shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _batch(
-  module: shapes_lib.Module, shape: Shape, seed: int
+  module: flops_lib.Module, shape: timing.Shape, seed: int
 ) -> dict[str, Any]:
   """Returns a batch of random tokens without padding."""
   batch_size, prompt_length, answer_length = shape
@@ -316,19 +267,18 @@ def _batch(
 
   prompts = draw(reader.vocab_size, prompt_length)
   answers = draw(_config(module).vocab_size, answer_length)
-  shifted = np.roll(answers, 1, axis=1)
-  shifted[:, 0] = 0
-  return {
-    'encoder_input_tokens': prompts,
-    'encoder_segment_ids': np.ones_like(prompts),
-    'decoder_input_tokens': shifted,
-    'decoder_target_tokens': answers,
-    'decoder_segment_ids': np.ones_like(answers),
-    'decoder_loss_weights': np.ones(answers.shape, np.float32),
-  }
+  return packing.lay_out(
+    list(prompts),
+    list(answers),
+    range(batch_size),
+    task_feature_lengths={'inputs': prompt_length, 'targets': answer_length},
+    prompt_pad_id=0,
+    answer_pad_id=0,
+    start_id=0,
+  )
 
 
-def _config(module: shapes_lib.Module) -> Any:
+def _config(module: flops_lib.Module) -> Any:
   return l2s.writer(module)[0].config
 
 
@@ -340,31 +290,19 @@ def _memory_bytes(compiled: jax.stages.Compiled) -> int | None:
 
 
 def _measure(
-  entered: Sequence[Contender], shape: Shape, rounds: int
-) -> list[Row]:
+  entered: Sequence[Trainer], shape: timing.Shape, rounds: int
+) -> list[TableRow]:
   """Returns a row for each contender; they take turns."""
   losses: list[list[float | None]] = []
   first: list[float] = []
-  times: list[list[float]] = [[] for _ in entered]
   for contender in entered:
     start = time.perf_counter()
     losses.append([contender.step(), contender.step()])
     first.append(time.perf_counter() - start)
-  for _ in tqdm.trange(rounds, desc='rounds', file=sys.stderr, leave=False):
-    for contender, secs in zip(entered, times, strict=True):
-      contender.step()  # Not timed: caches hold what another has left.
-      start = time.perf_counter()
-      contender.step()
-      secs.append(time.perf_counter() - start)
+  times = timing.in_turns([(x.step,) for x in entered], rounds=rounds)
   return [
-    {
-      'system': contender.system,
-      'model': contender.model,
-      'engine': contender.engine,
-      'dtype': contender.dtype,
-      'batch_size': shape[0],
-      'prompt_length': shape[1],
-      'num_tokens': shape[2],
+    contender.row(shape)
+    | {
       'rounds': {'ms_per_step': [1e3 * x for x in secs]},
       'first_call_secs': first_secs,
       'flops': contender.flops,
@@ -372,13 +310,13 @@ def _measure(
       'memory_bytes': contender.memory_bytes(),
       'first_losses': first_losses,
     }
-    for contender, secs, first_secs, first_losses in zip(
+    for contender, (secs,), first_secs, first_losses in zip(
       entered, times, first, losses, strict=True
     )
   ]
 
 
-def _with_sum(rows: list[Row]) -> list[Row]:
+def _with_sum(rows: list[TableRow]) -> list[TableRow]:
   """Adds the sum of the SLM's step and of the LLM's reading, if both are."""
   parts = {
     row['system']: row for row in rows if row['engine'] == contenders.OURS
@@ -401,7 +339,7 @@ def _with_sum(rows: list[Row]) -> list[Row]:
   ]
 
 
-def _shown(row: Row) -> Row:
+def _shown(row: TableRow) -> TableRow:
   """Returns a row with its numbers in the units of the table."""
   low, middle, high = np.percentile(row['rounds']['ms_per_step'], [25, 50, 75])
   num_tokens = row['batch_size'] * (row['prompt_length'] + row['num_tokens'])
@@ -421,12 +359,9 @@ def _shown(row: Row) -> Row:
   return shown
 
 
-def _write(folder: pathlib.Path, rows: Sequence[Row], rounds: int) -> None:
+def _write(folder: pathlib.Path, rows: Sequence[TableRow], rounds: int) -> None:
   machine = speed_report.machine()
-  judged = goals.judge(rows, GOALS)
-  files.write_json(
-    folder / _JSON, {'rows': rows, 'goals': judged, 'machine': machine}
-  )
+  files.write_json(folder / _JSON, {'rows': rows, 'machine': machine})
   parts = ['# Training\n']
   for shape, group in speed_report.by_shape(rows).items():
     shown = [_shown(dict(row)) for row in group]
@@ -439,8 +374,6 @@ def _write(folder: pathlib.Path, rows: Sequence[Row], rounds: int) -> None:
       f'## Batch {shape[0]}, {shape[1]} tokens in, {shape[2]} out\n',
       report.markdown_table(shown, columns),
     ]
-  if judged:
-    parts += ['## Goals\n', report.markdown_table(judged, _GOALS)]
   parts += [
     _WORDS.format(rounds=rounds),
     ''.join(f'- {name}: {x}\n' for name, x in machine.items()),

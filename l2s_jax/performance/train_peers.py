@@ -6,20 +6,19 @@ config has it, random weights. Both peers are optional: transformers with torch,
 and T5X, which is on no package index and takes part where it can be imported.
 """
 
-import importlib.util
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import gin
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from l2s_jax.data import batching
+from l2s_jax.models import batch_keys
 from l2s_jax.models import config as config_lib
 from l2s_jax.performance import peers
 
-Batch = Mapping[str, np.ndarray]
 # Does one step, waits for it, and returns its loss in nats a target token.
 Step = Callable[[], float]
 
@@ -27,46 +26,24 @@ LEARNING_RATE = 1e-4
 _START_ID = 0
 
 
-class Peer(NamedTuple):
-  """An engine as it is timed.
-
-  Attributes:
-    engine: its name in tables.
-    dtype: of its activations; weights and the optimizer's slots are float32.
-    packages: that must be installed.
-  """
-
-  engine: str
-  dtype: str
-  packages: Sequence[str]
-
-
-_TORCH = ('torch', 'transformers')
-PEERS = (
-  Peer('transformers', 'float32', _TORCH),
-  Peer('transformers', 'bfloat16', _TORCH),
-  Peer('t5x', 'float32', ('t5x',)),
-)
-
-
-def why_missing(peer: Peer) -> str | None:
-  """Returns what a peer lacks on this machine; None: nothing."""
-  for package in peer.packages:
-    if importlib.util.find_spec(package) is None:
-      return f'the package {package} cannot be imported'
-  return None
+# Weights and the optimizer's slots are float32.
+PEERS = {
+  'transformers float32': peers.Peer('transformers', 'float32', peers.TORCH),
+  'transformers bfloat16': peers.Peer('transformers', 'bfloat16', peers.TORCH),
+  't5x float32': peers.Peer('t5x', 'float32', ('t5x',)),
+}
 
 
 def load(
-  peer: Peer,
+  name: str,
   folder: pathlib.Path,
   config: config_lib.TransformerConfig,
-  batch: Batch,
+  batch: batching.Batch,
 ) -> Step:
   """Loads a model; returns what trains it on one batch, again and again.
 
   Args:
-    peer: one that lacks nothing.
+    name: of the peer, one that lacks nothing.
     folder: the model's in Hugging Face's form.
     config: of the model, an encoder-decoder or a decoder alone.
     batch: of full rows, without padding.
@@ -74,6 +51,7 @@ def load(
   Raises:
     peers.UnsupportedError: if T5X has no such model.
   """
+  peer = PEERS[name]
   if peer.engine == 't5x':
     return _load_t5x(config, batch)
   return _load_transformers(folder, config, batch, peer.dtype)
@@ -82,23 +60,13 @@ def load(
 def _load_transformers(
   folder: pathlib.Path,
   config: config_lib.TransformerConfig,
-  batch: Batch,
+  batch: batching.Batch,
   dtype: str,
 ) -> Step:
   import torch
-  import transformers
 
-  transformers.utils.logging.disable_progress_bar()
-  torch.set_num_threads(peers.num_cores())
-  is_on_gpu = jax.default_backend() == 'gpu' and torch.cuda.is_available()
-  device = 'cuda' if is_on_gpu else 'cpu'
-  kind = (
-    transformers.AutoModelForSeq2SeqLM
-    if config.is_encoder_decoder
-    else transformers.AutoModelForCausalLM
-  )
-  model: Any = kind.from_pretrained(folder, dtype=torch.float32)
-  model = model.to(device).train()
+  model, device = peers.torch_model(folder, config, 'float32')
+  model = model.train()
   optimizer = torch.optim.AdamW(
     model.parameters(), LEARNING_RATE, weight_decay=0.0, fused=True
   )
@@ -128,7 +96,9 @@ def _load_transformers(
   return step
 
 
-def _load_t5x(config: config_lib.TransformerConfig, batch: Batch) -> Step:
+def _load_t5x(
+  config: config_lib.TransformerConfig, batch: batching.Batch
+) -> Step:
   import optax
 
   with gin.unlock_config():  # It brings configurables.
@@ -158,12 +128,8 @@ def _load_t5x(config: config_lib.TransformerConfig, batch: Batch) -> Step:
     learning_rate=LEARNING_RATE, weight_decay=0.0
   )
   model = models.EncoderDecoderModel(module, vocabulary, vocabulary, definition)
-  keys = (
-    'encoder_input_tokens',
-    'decoder_input_tokens',
-    'decoder_target_tokens',
-    'decoder_loss_weights',
-  )
+  # T5X tells padding by its id.
+  keys = [key for key in batch_keys.KEYS if not key.endswith('_segment_ids')]
   arrays = jax.device_put({key: batch[key] for key in keys})
   variables = model.get_initial_variables(
     jax.random.key(0),

@@ -13,7 +13,7 @@ __all__ = (
   'distributed',
   'files',
   'gin_config',
-  'gin_types',
+  'gin_internals',
   'integrity',
   'locks',
   'os_errors',

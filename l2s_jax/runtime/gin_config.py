@@ -31,11 +31,10 @@ from collections.abc import (
 from typing import Any, TextIO
 
 import gin
-from gin import config_parser
 
-from l2s_jax.runtime import gin_types
+from l2s_jax.runtime import gin_internals, gin_types
 
-REPO_ROOT = pathlib.Path(__file__).resolve().parent.parent
+REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # Numbers of rows, tokens and steps are 32-bit integers on devices.
 LARGEST = 2**31 - 1
@@ -76,7 +75,7 @@ class _Reference:
   kind: str
 
 
-class _Delegate(config_parser.ParserDelegate):
+class _Delegate(gin_internals.ParserDelegate):
   """Keeps references as written, so that looking up can name their line."""
 
   def configurable_reference(self, scoped_name, evaluate):
@@ -114,9 +113,9 @@ def parse_config(
   bound: dict[_Key, gin_types.Bound] = {}
 
   def bind(statement: Any, source: str) -> None:
-    if isinstance(statement, config_parser.ImportStatement):
+    if isinstance(statement, gin_internals.ImportStatement):
       _import_module(statement, source)
-    elif isinstance(statement, config_parser.BindingStatement):
+    elif isinstance(statement, gin_internals.BindingStatement):
       key = _binding_key(statement, source)
       value = _resolve(statement.value, source)
       bound[key] = gin_types.Bound(_display_name(key), value, source)
@@ -299,7 +298,7 @@ def _read_file(
     statements = _parse(file, label)
   for statement in statements:
     source = f'{label}:{statement.location.line_num}'
-    if isinstance(statement, config_parser.IncludeStatement):
+    if isinstance(statement, gin_internals.IncludeStatement):
       yield from _read_file(
         statement.filename, source, roots, files, (*including, path)
       )
@@ -334,7 +333,7 @@ def _find_file(
 def _parse(text: str | TextIO, label: str) -> list[Any]:
   """Returns the statements of a file or string, as gin's parser has them."""
   try:
-    return list(config_parser.ConfigParser(text, _Delegate()))
+    return list(gin_internals.ConfigParser(text, _Delegate()))
   except SyntaxError as error:
     # Gin's message repeats Python's on a line of its own before its own.
     message = (error.msg or '').splitlines()[-1].strip()
@@ -381,7 +380,7 @@ def _parse_flag(binding: str) -> tuple[Any, bool]:
 
 
 def _import_module(
-  statement: config_parser.ImportStatement, source: str
+  statement: gin_internals.ImportStatement, source: str
 ) -> None:
   if statement.module.startswith('__gin__.'):
     raise ValueError(
@@ -405,9 +404,9 @@ def _lookup(selector: str, source: str) -> Callable[..., Any]:
   except KeyError as error:  # More than one matches.
     raise ValueError(f'{source}: {error.args[0]}') from error
   except ValueError as error:
-    # Gin has no public list of what is registered.
-    registry = gin.config._REGISTRY
-    known = [registry.minimal_selector(name) for name, _ in registry.items()]
+    known = [
+      gin_internals.minimal_name(name) for name, _ in gin_internals.registered()
+    ]
     raise ValueError(
       f'{source}: no configurable is named {selector!r}'
       f'{near_misses(selector, known)} (If it is in a module of your own, '
@@ -416,7 +415,7 @@ def _lookup(selector: str, source: str) -> Callable[..., Any]:
 
 
 def _binding_key(
-  statement: config_parser.BindingStatement, source: str
+  statement: gin_internals.BindingStatement, source: str
 ) -> _Key:
   """Returns the key that a statement binds, or says why there is none."""
   scope, selector, parameter = statement[:3]
@@ -424,7 +423,7 @@ def _binding_key(
     return f'{scope}/{selector}'.lstrip('/'), _MACRO, 'value'
   fn = _lookup(selector, source)
   try:
-    key = gin.config.ParsedBindingKey.parse((scope, selector, parameter))
+    key = gin_internals.ParsedBindingKey.parse((scope, selector, parameter))
   except ValueError as error:
     parameters = inspect.signature(fn).parameters
     if parameter in parameters:
@@ -441,7 +440,7 @@ def _display_name(key: _Key) -> str:
   scope, selector, parameter = key
   if selector == _MACRO:
     return scope
-  selector = gin.config._REGISTRY.minimal_selector(selector)
+  selector = gin_internals.minimal_name(selector)
   return f'{scope}/{selector}.{parameter}'.lstrip('/')
 
 
@@ -456,7 +455,7 @@ def _resolve(value: Any, source: str) -> Any:
     return type(value)(_resolve(item, source) for item in value)
   if not isinstance(value, _Reference):
     return value
-  delegate = gin.config.ParserDelegate()
+  delegate = gin_internals.ReferenceMaker()
   if value.kind == '%':
     return delegate.macro(value.name)
   _lookup(value.name.rpartition('/')[2], source)
@@ -472,7 +471,7 @@ def _check_macros(bound: dict[_Key, gin_types.Bound]) -> dict[str, str]:
   }
   read: dict[str, str] = {}
   for binding in bound.values():
-    for reference in gin.config.iterate_references([binding.value]):
+    for reference in gin_internals.iterate_references([binding.value]):
       if reference.configurable.selector == _MACRO:
         read.setdefault('/'.join(reference.scopes), binding.source)
 
@@ -504,7 +503,9 @@ def _is_circular(name: str, macros: Mapping[str, gin_types.Bound]) -> bool:
   seen: set[str] = set()
   left = [name]
   while left:
-    for reference in gin.config.iterate_references([macros[left.pop()].value]):
+    for reference in gin_internals.iterate_references(
+      [macros[left.pop()].value]
+    ):
       found = '/'.join(reference.scopes)
       if reference.configurable.selector != _MACRO or found not in macros:
         continue
@@ -517,7 +518,7 @@ def _is_circular(name: str, macros: Mapping[str, gin_types.Bound]) -> bool:
 
 
 def _is_required(value: Any) -> bool:
-  references = gin.config.iterate_references([value])
+  references = gin_internals.iterate_references([value])
   return any(repr(reference) == _REQUIRED for reference in references)
 
 
@@ -544,9 +545,9 @@ def _missing_parameters(
       or all(value is not x for x in (parameter.empty, gin.REQUIRED))
     )
     if not has_value:
-      is_macro = fn is gin.config.macro
+      is_macro = fn is gin_internals.macro
       yield '/'.join(scope) if is_macro else f'{name}.{parameter.name}'
-  for reference in gin.config.iterate_references(
+  for reference in gin_internals.iterate_references(
     [value for key, value in bindings.items() if key not in given]
   ):
     if reference.evaluate:

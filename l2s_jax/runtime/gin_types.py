@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import gin
 
+from l2s_jax.runtime import gin_internals
+
 _PACKAGE = 'l2s_jax.'
 _MACRO = 'gin.macro'
 _UNIONS = (typing.Union, types.UnionType)
@@ -66,7 +68,7 @@ def problems(bound: Mapping[tuple[str, str, str], Bound]) -> list[str]:
 def _annotation(selector: str, parameter: str) -> Any:
   """Returns what a parameter is said to take; empty where nothing is said."""
   empty = inspect.Parameter.empty
-  fn = gin.config._REGISTRY[selector].wrapped
+  fn = gin_internals.configurable(selector)
   if not fn.__module__.startswith(_PACKAGE):
     return empty
   parameters = inspect.signature(fn).parameters
@@ -106,7 +108,7 @@ class _Value:
   def _hint(self) -> str:
     value = self._entry.value
     if isinstance(value, str):
-      names = [name for name, _ in gin.config._REGISTRY.items()]
+      names = [name for name, _ in gin_internals.registered()]
       if value in {name.rpartition('.')[2] for name in names}:
         return f'; write @{value}()'
     if _is_reference(value) and not value.evaluate:
@@ -160,7 +162,7 @@ class _Value:
 
 
 def _is_reference(value: Any) -> bool:
-  return isinstance(value, gin.config.ConfigurableReference)
+  return isinstance(value, gin_internals.ConfigurableReference)
 
 
 def _macro_name(value: Any) -> str | None:
@@ -219,8 +221,8 @@ def describe(expected: Any) -> str:
     return f'a tuple such as {(_example(args[0]),) if args else ()}'
   makers = sorted(
     f'@{name.rpartition(".")[2]}()'
-    for name, entry in gin.config._REGISTRY.items()
-    if name.startswith(_PACKAGE) and _made_by(entry.wrapped) is kind
+    for name, fn in gin_internals.registered()
+    if name.startswith(_PACKAGE) and _made_by(fn) is kind
   )
   if not makers:
     return f'a {kind.__name__}'

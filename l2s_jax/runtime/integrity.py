@@ -28,7 +28,8 @@ Blocks = dict[str, str]
 # Those of the arrays of a tree, by their names.
 Digests = dict[str, Blocks]
 
-_DIGEST = 'digest'
+# The key of its own digest in a sealed mapping.
+DIGEST = 'digest'
 
 
 @gin.configurable(module='l2s_jax')
@@ -125,18 +126,18 @@ def _slices(place: str) -> tuple[slice, ...]:
 def seal(content: Mapping[str, Any]) -> dict[str, Any]:
   """Returns what JSON keeps of a mapping, with its own digest in it."""
   kept = json.loads(json.dumps(content))
-  return kept | {_DIGEST: _of_json(kept)}
+  return kept | {DIGEST: _of_json(kept)}
 
 
 def unseal(content: Mapping[str, Any]) -> dict[str, Any] | None:
   """Returns a mapping without the digest in it; None if it has changed."""
-  rest = {key: value for key, value in content.items() if key != _DIGEST}
-  return rest if content.get(_DIGEST) == _of_json(rest) else None
+  rest = {key: value for key, value in content.items() if key != DIGEST}
+  return rest if content.get(DIGEST) == _of_json(rest) else None
 
 
 def is_sealed(content: Mapping[str, Any]) -> bool:
   """Returns whether a mapping has a digest in it."""
-  return _DIGEST in content
+  return DIGEST in content
 
 
 def _of_json(content: Mapping[str, Any]) -> str:

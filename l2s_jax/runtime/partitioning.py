@@ -321,6 +321,17 @@ def abstract_params(
   return unbox(boxed), nn.get_partition_spec(boxed)
 
 
+def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:
+  """Returns a tree of shapes with the shardings of another."""
+  return jax.tree.map(
+    lambda shape, sharding: jax.ShapeDtypeStruct(
+      shape.shape, shape.dtype, sharding=sharding
+    ),
+    shapes,
+    shardings,
+  )
+
+
 def param_shardings(
   shapes: Mapping[str, PyTree],
   logical_axes: Mapping[str, PyTree],

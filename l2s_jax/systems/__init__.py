@@ -3,8 +3,16 @@
 
 `builders` makes one from what gin names, `run_folder` from a run's folder,
 `as_it_came` from a model of others; `parameters` lays its parameters out on a
-mesh and reads them.
+mesh and reads them. `session` is what every verb begins with: mesh, system,
+layout, task and lengths.
 """
 
 # The modules that other packages may import.
-__all__ = ('as_it_came', 'builders', 'parameters', 'run_folder', 'system')
+__all__ = (
+  'as_it_came',
+  'builders',
+  'parameters',
+  'run_folder',
+  'session',
+  'system',
+)

@@ -4,43 +4,21 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
-from l2s_jax.models import l2s
+from l2s_jax.models import batch_keys, l2s
 from l2s_jax.models import shapes as shapes_lib
 from l2s_jax.runtime import distributed, partitioning
 from l2s_jax.systems import as_it_came
 from l2s_jax.systems import system as system_lib
-from l2s_jax.training import state as state_lib
 from l2s_jax.weights import hub, opening, saved_steps
 from l2s_jax.weights import source as source_lib
 
 PyTree = Any
-
-
-def example_batch(
-  batch_size: int,
-  prompt_length: int,
-  answer_length: int,
-  sharding: jax.sharding.Sharding | None = None,
-) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns the shapes of a training batch, and where its rows are."""
-  prompt, answer = (batch_size, prompt_length), (batch_size, answer_length)
-  shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
-  return {
-    'encoder_input_tokens': shape(prompt, np.int32),
-    'encoder_segment_ids': shape(prompt, np.int32),
-    'decoder_input_tokens': shape(answer, np.int32),
-    'decoder_target_tokens': shape(answer, np.int32),
-    'decoder_segment_ids': shape(answer, np.int32),
-    'decoder_loss_weights': shape(answer, np.float32),
-  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,21 +30,31 @@ class Layout:
   shardings: dict[str, PyTree]
 
 
-def init(system: system_lib.System, key: jax.Array) -> PyTree:
+def init(
+  system: system_lib.System, key: jax.Array, only: Collection[str] | None = None
+) -> PyTree:
   """Returns fresh boxed parameters, {'params': ...}. To be called in jit.
 
   A key gives the SLM the same parameters inside LLM-to-SLM as alone, so that
   the two can be compared.
+
+  Args:
+    system: the system.
+    key: PRNG key.
+    only: top-level names of those to return; the compiler leaves out what the
+      others would take. None returns all.
   """
   batch = {
     name: jnp.ones(shape.shape, shape.dtype)
-    for name, shape in example_batch(1, 2, 2).items()
+    for name, shape in batch_keys.example_batch(1, 2, 2).items()
   }
   params = system.module.init(key, batch, deterministic=True)['params']
   writer, name = l2s.writer(system.module)
   if name is not None:
     whole = writer.init(key, batch, deterministic=True)
     params = {**params, name: whole['params']}
+  if only is not None:
+    params = {name: params[name] for name in only}
   return {'params': params}
 
 
@@ -151,21 +139,21 @@ def _open_llm(path: str, step: int | None) -> source_lib.Source:
 
 
 def load_pretrained(
-  system: system_lib.System, layout: Layout, params: dict[str, PyTree]
+  system: system_lib.System, layout: Layout
 ) -> dict[str, PyTree]:
-  """Replaces fresh trainable parameters by pretrained ones, where named."""
+  """Returns the trainable parameters that come from weights, by name."""
+  loaded: dict[str, PyTree] = {}
   for name, path in system.sources.items():
     if name in system.frozen:
       continue
     source = opening.open_source(path)
     if name:
-      loaded, _ = source_lib.load(
+      loaded[name], _ = source_lib.load(
         source, layout.shapes[name], layout.shardings[name]
       )
-      params = params | {name: loaded}
     else:
-      params, _ = source_lib.load(source, layout.shapes, layout.shardings)
-  return params
+      loaded, _ = source_lib.load(source, layout.shapes, layout.shardings)
+  return loaded
 
 
 def load_params(
@@ -202,80 +190,6 @@ def load_trained(
   )
 
 
-def check_lengths(
-  system: system_lib.System,
-  layout: Layout,
-  task_feature_lengths: Mapping[str, int],
-) -> None:
-  """Refuses lengths that the model has no positions for.
-
-  Raises:
-    ValueError: with both lengths and the size of the table.
-  """
-  batch = example_batch(
-    1, task_feature_lengths['inputs'], task_feature_lengths['targets']
-  )
-  jax.eval_shape(
-    lambda params, batch: system.module.apply(
-      {'params': params}, batch, deterministic=True
-    ),
-    layout.shapes,
-    batch,
-  )
-
-
-def summary(
-  system: system_lib.System,
-  layout: Layout,
-  optimizer: optax.GradientTransformation | None,
-  mesh: jax.sharding.Mesh,
-) -> str:
-  """Returns what `--dry_run` prints: sizes, shardings, bytes per device.
-
-  Args:
-    system: the system.
-    layout: of its parameters.
-    optimizer: whose state to count; None counts none.
-    mesh: the device mesh.
-  """
-  frozen, trainable = split(layout.shapes, system.frozen)
-  axes = ', '.join(f'{name}={size}' for name, size in mesh.shape.items())
-  prompt, answer = system.prompt_vocabulary, system.answer_vocabulary
-  lines = [
-    f'mesh: {axes} ({mesh.devices.flat[0].platform})',
-    f'prompt vocabulary: {prompt.path}, {prompt.vocab_size} ids',
-    f'answer vocabulary: {answer.path}, {answer.vocab_size} ids, '
-    + ('the same' if prompt == answer else 'another'),
-    'parameters:',
-  ]
-  leaves = jax.tree_util.tree_leaves_with_path(layout.shapes)
-  shardings = jax.tree.leaves(layout.shardings)
-  for (path, shape), sharding in zip(leaves, shardings, strict=True):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
-    state = 'frozen' if path[0].key in system.frozen else 'trainable'
-    lines.append(
-      f'  {name}: {shape.dtype}{list(shape.shape)} {state} {sharding.spec}'
-    )
-  param_bytes = partitioning.bytes_per_device(layout.shapes, layout.shardings)
-  lines += [
-    f'frozen parameters: {num_params(frozen):,}',
-    f'trainable parameters: {num_params(trainable):,}',
-    f'bytes per device: parameters {param_bytes:,}',
-  ]
-  if optimizer is not None:
-    shapes, state_shardings = state_lib.shardings(
-      trainable,
-      split(layout.shardings, system.frozen)[1],
-      optimizer,
-      mesh,
-    )
-    optimizer_bytes = partitioning.bytes_per_device(
-      shapes.opt_state, state_shardings.opt_state
-    )
-    lines[-1] += f', optimizer {optimizer_bytes:,}'
-  return '\n'.join(lines)
-
-
 def split(
   params: Mapping[str, PyTree], frozen: tuple[str, ...]
 ) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
@@ -307,3 +221,68 @@ def merge(*trees: Mapping[str, PyTree]) -> dict[str, PyTree]:
 def num_params(tree: PyTree) -> int:
   """Returns how many numbers a tree of parameters holds."""
   return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def check_lengths(
+  system: system_lib.System,
+  layout: Layout,
+  task_feature_lengths: Mapping[str, int],
+) -> None:
+  """Refuses lengths that the model has no positions for.
+
+  Raises:
+    ValueError: with both lengths and the size of the table.
+  """
+  batch = batch_keys.example_batch(
+    1, task_feature_lengths['inputs'], task_feature_lengths['targets']
+  )
+  jax.eval_shape(
+    lambda params, batch: system.module.apply(
+      {'params': params}, batch, deterministic=True
+    ),
+    layout.shapes,
+    batch,
+  )
+
+
+def summary(
+  system: system_lib.System,
+  layout: Layout,
+  mesh: jax.sharding.Mesh,
+  optimizer_bytes: int | None = None,
+) -> str:
+  """Returns what `--dry_run` prints: sizes, shardings, bytes per device.
+
+  Args:
+    system: the system.
+    layout: of its parameters.
+    mesh: the device mesh.
+    optimizer_bytes: of the optimizer's state on a device; None: none is made.
+  """
+  frozen, trainable = split(layout.shapes, system.frozen)
+  axes = ', '.join(f'{name}={size}' for name, size in mesh.shape.items())
+  prompt, answer = system.prompt_vocabulary, system.answer_vocabulary
+  lines = [
+    f'mesh: {axes} ({mesh.devices.flat[0].platform})',
+    f'prompt vocabulary: {prompt.path}, {prompt.vocab_size} ids',
+    f'answer vocabulary: {answer.path}, {answer.vocab_size} ids, '
+    + ('the same' if prompt == answer else 'another'),
+    'parameters:',
+  ]
+  leaves = jax.tree_util.tree_leaves_with_path(layout.shapes)
+  shardings = jax.tree.leaves(layout.shardings)
+  for (path, shape), sharding in zip(leaves, shardings, strict=True):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    state = 'frozen' if path[0].key in system.frozen else 'trainable'
+    lines.append(
+      f'  {name}: {shape.dtype}{list(shape.shape)} {state} {sharding.spec}'
+    )
+  param_bytes = partitioning.bytes_per_device(layout.shapes, layout.shardings)
+  lines += [
+    f'frozen parameters: {num_params(frozen):,}',
+    f'trainable parameters: {num_params(trainable):,}',
+    f'bytes per device: parameters {param_bytes:,}',
+  ]
+  if optimizer_bytes is not None:
+    lines[-1] += f', optimizer {optimizer_bytes:,}'
+  return '\n'.join(lines)

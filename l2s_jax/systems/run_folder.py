@@ -15,9 +15,9 @@ from l2s_jax.runtime import distributed, files
 from l2s_jax.systems import builders
 from l2s_jax.systems import system as system_lib
 from l2s_jax.vocabularies import loading
-from l2s_jax.weights import runs
+from l2s_jax.weights import run_format, runs
 
-DESCRIPTION = 'model.json'
+DESCRIPTION = run_format.RUN
 
 
 def save(system: system_lib.System, run_dir: str | pathlib.Path) -> None:
@@ -36,7 +36,7 @@ def save(system: system_lib.System, run_dir: str | pathlib.Path) -> None:
     # A run may have moved with its LLM; the fingerprint tells it is the same.
     found = runs.read_description(folder)
     found.setdefault('special_ids', description['special_ids'])  # Older runs.
-    differences = files.differences(found, description, ignored=runs.MAY_CHANGE)
+    differences = runs.differences(found, description)
     if differences:
       raise ValueError(
         f'{folder} holds another run. Choose another MODEL_DIR, or remove it '
@@ -82,11 +82,6 @@ def load(
       'the MODEL_DIR of a training run.'
     )
   description = runs.read_description(folder)
-  if description['format_version'] > system_lib.FORMAT_VERSION:
-    raise ValueError(
-      f'{path} has format version {description["format_version"]}; this '
-      f'l2s_jax reads up to {system_lib.FORMAT_VERSION}. Update l2s_jax.'
-    )
   prompt, answer = (
     runs.load_vocabulary(folder, description, name)
     for name in ('prompt', 'answer')

@@ -11,15 +11,12 @@ from typing import Any
 
 import gin
 
-from l2s_jax.inference import generate, sampling, speculative, strategies
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s, language_model
 from l2s_jax.vocabularies import base, loading
-from l2s_jax.weights import hub, opening, own_tokenizer
+from l2s_jax.weights import hub, opening, own_tokenizer, run_format
 
 PyTree = Any
-
-FORMAT_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +121,7 @@ class System:
 
   def describe(self) -> dict[str, Any]:
     """Returns what `model.json` holds."""
-    description: dict[str, Any] = {'format_version': FORMAT_VERSION}
+    description = run_format.stamp()
     if isinstance(self.module, l2s.LlmToSlm):
       description |= {
         'kind': 'llm_to_slm',
@@ -151,78 +148,3 @@ class System:
       'answer': _special_ids(self.answer_vocabulary),
     }
     return description
-
-
-def for_decoding(system: System, decoding: sampling.Decoding) -> System:
-  """Returns the system that answers are written with.
-
-  It is the same unless LLM-to-SLM is to draft (`Decoding.draft_len`) what the
-  LLM verifies: then the LLM's decoder belongs to it.
-
-  Raises:
-    ValueError: if there is none, it has another vocabulary, or the settings do
-      not go with drafts.
-  """
-  if not decoding.draft_len:
-    return system
-  speculative.check(decoding)
-  drafts = f'Decoding.draft_len={decoding.draft_len}'
-  module = system.module
-  if not isinstance(module, l2s.LlmToSlm):
-    raise ValueError(
-      f'{drafts}: LLM-to-SLM drafts what its LLM verifies, and this run is of '
-      'a language model alone. Set it to 0, or CHECKPOINT_PATH to an '
-      'LLM-to-SLM run.'
-    )
-  llm = module.llm_config
-  if not (llm.is_encoder_decoder and llm.has_decoder):
-    kind = 'an encoder alone' if llm.is_encoder_decoder else 'decoder-only'
-    raise ValueError(
-      f"{drafts}: drafts are verified by the decoder behind the LLM's encoder, "
-      f'and the LLM of this run is {kind} (num_encoder_layers='
-      f'{llm.num_encoder_layers}, num_decoder_layers='
-      f'{llm.num_decoder_layers}). Set it to 0.'
-    )
-  llm_vocabulary, slm_vocabulary = (
-    system.prompt_vocabulary,
-    system.answer_vocabulary,
-  )
-  if not loading.share_ids(llm_vocabulary, slm_vocabulary):
-    raise ValueError(
-      f'{drafts}: the LLM can verify drafts in its own vocabulary alone, '
-      f'{llm_vocabulary.path} ({llm_vocabulary.vocab_size} ids), and the SLM '
-      f'writes in {slm_vocabulary.path} ({slm_vocabulary.vocab_size} ids). Set '
-      'it to 0, or train an SLM that shares the vocabulary of the LLM.'
-    )
-  return dataclasses.replace(system, module=l2s.with_verifier(module))
-
-
-def generator(
-  system: System,
-  max_decode_len: int,
-  *,
-  decoding: sampling.Decoding | None = None,
-  ends: bool = True,
-  unstack_llm: bool = True,
-) -> generate.Generator:
-  """Returns generation for a system.
-
-  Args:
-    system: the system.
-    max_decode_len: tokens an answer at most.
-    decoding: how tokens are chosen; None is greedy.
-    ends: whether EOS ends an answer; if not, all have `max_decode_len` tokens.
-    unstack_llm: see `l2s.params_for_generation`.
-  """
-  vocabulary = system.answer_vocabulary
-  return generate.Generator(
-    system.module,
-    max_decode_len=max_decode_len,
-    ids=strategies.Ids(
-      vocabulary.start_id,
-      vocabulary.eos_ids if ends else -1,
-      vocabulary.pad_id,
-    ),
-    decoding=decoding,
-    unstack_llm=unstack_llm,
-  )

@@ -1,8 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training: the state, its step, its optimizer, its checkpoints.
 
-`train` is the verb. What is evaluated, and how, is in `evaluation/`.
+`train` is the verb: mesh, data, state, step, hooks, loop. `hooks` are what
+happens beside the steps (logs, checkpoints, evaluations, a user's own). What is
+evaluated, and how, is in `evaluation/`.
 """
 
 # The modules that other packages may import.
-__all__ = ('checkpoint', 'optim', 'progress', 'state', 'train')
+__all__ = (
+  'checkpoint',
+  'hooks',
+  'optim',
+  'progress',
+  'state',
+  'train',
+  'train_step',
+)

@@ -11,10 +11,9 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
-from l2s_jax.runtime import distributed, files, integrity
+from l2s_jax.runtime import distributed, files, integrity, partitioning
 from l2s_jax.training import state as state_lib
 from l2s_jax.weights import saved_steps
 
@@ -85,8 +84,10 @@ class Checkpointer:
     self._empty_deleted()
 
   def _empty_deleted(self) -> None:
+    # The folder stays: Orbax's thread may be about to move a step into it.
     if distributed.is_first():
-      shutil.rmtree(self.folder / _DELETED, ignore_errors=True)
+      for path in (self.folder / _DELETED).glob('*'):
+        shutil.rmtree(path, ignore_errors=True)
 
   def save(
     self,
@@ -188,13 +189,7 @@ class Checkpointer:
     step = self._manager.latest_step()
     if step is None:
       return None
-    target = jax.tree.map(
-      lambda s, sharding: jax.ShapeDtypeStruct(
-        s.shape, s.dtype, sharding=sharding
-      ),
-      shapes,
-      shardings,
-    )
+    target = partitioning.with_shardings(shapes, shardings)
     args = ocp.args.Composite(
       params=ocp.args.StandardRestore(target.trainable),
       optimizer=ocp.args.StandardRestore(
@@ -220,7 +215,8 @@ class Checkpointer:
 
   def close(self) -> None:
     self._manager.close()
-    self._empty_deleted()
+    if distributed.is_first():
+      shutil.rmtree(self.folder / _DELETED, ignore_errors=True)
 
 
 def _set_apart(folder: pathlib.Path, step: int) -> None:

@@ -8,22 +8,21 @@ and never comes out.
 
 import contextlib
 import functools
+import itertools
 import math
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
 import jax
-import jax.numpy as jnp
 import optax
 import tqdm
 
 from l2s_jax.data import batching, streams, tasks
-from l2s_jax.evaluation import evaluate, metric_writer
-from l2s_jax.evaluation import evaluator as evaluator_lib
-from l2s_jax.models import flops, l2s, language_model, losses
+from l2s_jax.evaluation import metric_writer
+from l2s_jax.models import batch_keys, flops, l2s, language_model, losses
 from l2s_jax.runtime import (
   distributed,
   files,
@@ -33,104 +32,13 @@ from l2s_jax.runtime import (
   preemption,
   profiling,
 )
-from l2s_jax.systems import builders, parameters, run_folder
+from l2s_jax.systems import parameters, run_folder
+from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
-from l2s_jax.training import checkpoint, optim
+from l2s_jax.training import checkpoint, eval_plan, optim, train_step
+from l2s_jax.training import hooks as hooks_lib
 from l2s_jax.training import progress as progress_lib
 from l2s_jax.training import state as state_lib
-
-PyTree = Any
-
-
-def train_step(
-  state: state_lib.TrainState,
-  frozen: PyTree,
-  batch: Mapping[str, jax.Array],
-  *,
-  module: Any,
-  optimizer: optax.GradientTransformation,
-  loss: Callable[..., Any] = losses.token_cross_entropy,
-  num_microbatches: int = 1,
-) -> tuple[state_lib.TrainState, dict[str, jax.Array]]:
-  """Returns the state after one update, and sums to log.
-
-  Args:
-    state: before the update; donated.
-    frozen: parameters that get no gradient.
-    batch: the keys of `data/features.py`.
-    module: computes logits from all parameters and the batch.
-    optimizer: of the trainable parameters.
-    loss: `losses.token_cross_entropy`, perhaps with other weights in it.
-    num_microbatches: parts of the batch that are computed one after another,
-      in less memory; sums and gradients add up to those of the whole.
-  """
-  dropout_key = jax.random.fold_in(
-    jax.random.wrap_key_data(state.key), state.step
-  )
-
-  def loss_fn(trainable, batch, key):
-    logits = module.apply(
-      {'params': parameters.merge(frozen, trainable)},
-      batch,
-      deterministic=False,
-      rngs={'dropout': key},
-    )
-    return loss(
-      logits, batch['decoder_target_tokens'], batch['decoder_loss_weights']
-    )
-
-  def gradient_sums(batch, key):  # no gradient of the LLM
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    (_, sums), grads = grad_fn(state.trainable, batch, key)
-    return sums, grads
-
-  sums, grads = _add_up(gradient_sums, batch, dropout_key, num_microbatches)
-  weight = jnp.maximum(sums['loss_weight'], 1.0)
-  grads = jax.tree.map(lambda g: g / weight, grads)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-  new_state = state.replace(
-    step=state.step + 1,
-    trainable=optax.apply_updates(state.trainable, updates),
-    opt_state=opt_state,
-  )
-  return new_state, {
-    **sums,
-    'grad_norm': optax.tree.norm(grads),
-    'param_norm': optax.tree.norm(new_state.trainable),
-  }
-
-
-def _add_up(
-  fn: Callable[[Mapping[str, jax.Array], jax.Array], PyTree],
-  batch: Mapping[str, jax.Array],
-  key: jax.Array,
-  num_microbatches: int,
-) -> PyTree:
-  """Returns the sum of `fn` over microbatches, each with a key of its own."""
-  if num_microbatches == 1:
-    return fn(batch, key)
-
-  def divide(x):  # Every n-th row to each, so that rows stay on their devices.
-    rows = x.reshape(-1, num_microbatches, *x.shape[1:])
-    return jnp.moveaxis(rows, 1, 0)
-
-  microbatches = (
-    jax.tree.map(divide, batch),
-    jax.random.split(key, num_microbatches),
-  )
-  first = jax.tree.map(lambda x: x[0], microbatches)
-  zeros = jax.tree.map(
-    lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, *first)
-  )
-  total, _ = jax.lax.scan(
-    lambda total, inputs: (
-      jax.tree.map(jnp.add, total, fn(*inputs)),
-      None,
-    ),
-    zeros,
-    microbatches,
-  )
-  return total
 
 
 @gin.configurable(module='l2s_jax')
@@ -159,6 +67,8 @@ def train(
   seed: int = 0,
   preemption_grace_secs: int = 60,
   profile_steps: Sequence[int] | None = None,
+  evaluations: Sequence[eval_plan.Evaluation] = (),
+  hooks: Sequence[Any] = (),
   *,
   dry_run: bool = False,
 ) -> dict[str, float]:
@@ -197,6 +107,10 @@ def train(
     preemption_grace_secs: between SIGTERM and the end of the process.
     profile_steps: the first and the last step to trace into `profile/`, for
       TensorBoard's profiler.
+    evaluations: of other tasks or splits as well; where there are any, the one
+      that the settings above describe is made only if it is listed. Scores are
+      then logged, and named by `best_metric`, as 'TASK-SPLIT/SCORE'.
+    hooks: what else to do every so many steps; see `hooks.Hook`.
     dry_run: prints sizes and shardings, and stops.
 
   Returns:
@@ -225,261 +139,314 @@ def train(
   gin_config.check_between(0, gin_config.LARGEST, SEED=seed)
   gin_config.check_between(0, 1, LABEL_SMOOTHING=label_smoothing)
   gin_config.check_between(0, math.inf, Z_LOSS=z_loss)
-  _check_best_split(best_metric, eval_split)
   profiling.check(profile_steps)
+  hooks_lib.check(hooks)
   run_dir = files.local_folder(model_dir, 'MODEL_DIR')
-  mesh_config = mesh or partitioning.MeshConfig()
-  device_mesh = partitioning.make_mesh(mesh_config)
-  partitioning.check_batch_size(
-    batch_size, device_mesh, num_microbatches=num_microbatches
-  )
   buckets = streams.bucket_lengths(task_feature_lengths, length_buckets)
   if pack:
     _check_packing(model.module, length_buckets)
-  if eval_batch_size is not None:
-    partitioning.check_batch_size(
-      eval_batch_size, device_mesh, 'eval_batch_size'
-    )
-  system = run_folder.pin_llm(builders.with_rules(model, mesh_config), run_dir)
-  task = evaluate.bind_task(system, mixture_or_task_name)
-  if not dry_run:  # which needs no data
-    evaluate.check_splits(
-      task, task_feature_lengths, read=('train',), evaluated=eval_split
-    )
-    evaluator_lib.check_score('BEST_METRIC', best_metric, task, eval_split)
-
-  with (
-    partitioning.use_mesh(device_mesh),
-    partitioning.axis_rules(mesh_config.rules('slm')),
-    contextlib.ExitStack() as opened,
-  ):
-    layout = parameters.layout(system, device_mesh, mesh_config)
-    transform = optimizer.make(parameters.split(layout.axes, system.frozen)[1])
-    parameters.check_lengths(system, layout, task_feature_lengths)
-    if dry_run:
-      print(parameters.summary(system, layout, transform, device_mesh))
-      return {}
-
-    watcher = opened.enter_context(
-      distributed.watch_preemption(preemption_grace_secs)
-    )
-    if distributed.is_first():
-      opened.enter_context(locks.held(run_dir, 'MODEL_DIR'))
-    system, frozen = parameters.load_frozen(system, layout)
-    watcher.exit_if_requested()
-    run_folder.save(system, run_dir)
-
-    checkpointer = opened.enter_context(
-      contextlib.closing(
-        checkpoint.Checkpointer(run_dir, keep=keep_checkpoints)
-      )
-    )
-    kind = {
-      'task': mixture_or_task_name,
-      'data': tasks.data_settings(mixture_or_task_name),
-      'seed': seed,
-      'task_feature_lengths': dict(task_feature_lengths),
-      'optimizer': optimizer.description,
-      'pack': pack or None,
-      # Where a batch ends in the data depends on its size, too.
-      'length_buckets': {
-        'lengths': [list(bucket) for bucket in length_buckets],
-        'batch_size': batch_size,
-      }
-      if length_buckets
-      else None,
-    }
-    position = check_position(checkpointer.restore_data(), kind, run_dir)
-    state = restore_or_create(
-      system, layout, transform, device_mesh, checkpointer, seed
-    )
-    watcher.exit_if_requested()
-    step, num_rows = int(state.step), position['num_rows']
-    if distributed.is_first():
-      with files.whole(run_dir / 'config.gin') as file:
-        file.write(gin_config.operative_config())
-
-    evaluator = evaluator_lib.Evaluator(
-      system,
-      device_mesh,
-      task,
+  plan = eval_plan.make(
+    evaluations,
+    eval_plan.Planned(
+      mixture_or_task_name,
+      eval_split,
+      num_eval_examples,
+      eval_period,
       task_feature_lengths,
-      split=eval_split,
-      batch_size=eval_batch_size or batch_size,
-      num_examples=num_eval_examples,
+    ),
+    best_metric,
+  )
+
+  session = session_lib.start(
+    lambda: run_folder.pin_llm(model, run_dir),
+    mesh,
+    plan.longest(task_feature_lengths),
+    batch_sizes={'BATCH_SIZE': batch_size, 'eval_batch_size': eval_batch_size},
+    num_microbatches=num_microbatches,
+    task=mixture_or_task_name,
+    read=() if dry_run else ('train',),  # A dry run needs no data.
+  )
+  transform = optimizer.make(
+    parameters.split(session.layout.axes, session.system.frozen)[1]
+  )
+  if dry_run:
+    print(session.describe(_optimizer_bytes(session, transform)))
+    return {}
+  eval_tasks = plan.bind(session, mixture_or_task_name)
+  kind = {
+    'task': mixture_or_task_name,
+    'data': tasks.data_settings(mixture_or_task_name),
+    'seed': seed,
+    'task_feature_lengths': dict(task_feature_lengths),
+    'optimizer': optimizer.description,
+    'pack': pack or None,
+    # Where a batch ends in the data depends on its size, too.
+    'length_buckets': {
+      'lengths': [list(bucket) for bucket in length_buckets],
+      'batch_size': batch_size,
+    }
+    if length_buckets
+    else None,
+  }
+
+  with session.entered(), contextlib.ExitStack() as opened:
+    loop = _begin(
+      opened,
+      session,
+      transform,
+      run_dir,
+      kind,
+      began=began,
+      train_steps=train_steps,
+      log_period=log_period,
+      keep_checkpoints=keep_checkpoints,
+      grace_secs=preemption_grace_secs,
     )
     batches = opened.enter_context(
       contextlib.closing(
         streams.train_batches(
-          task,
+          session.task,
           task_feature_lengths=task_feature_lengths,
           batch_size=batch_size,
           seed=seed,
           pack=pack,
           length_buckets=length_buckets,
-          start_row=num_rows,
+          start_row=loop.num_rows,
         )
       )
     )
-    log = opened.enter_context(
-      contextlib.closing(
-        metric_writer.MetricWriter(
-          run_dir,
-          first_step=step,
-          # The end of a run that goes on now was no end of a period.
-          drop=('train/',) if step % log_period and step < train_steps else (),
-        )
-      )
+    loss = functools.partial(
+      losses.token_cross_entropy, label_smoothing=label_smoothing, z_loss=z_loss
     )
-    evaluations = {
-      int(step): scores
-      for step, scores in distributed.from_first(
-        metric_writer.by_step(run_dir, prefix='eval/')
-      ).items()
-    }
-    bar = opened.enter_context(_bar(run_dir, step, train_steps))
-    step_fn = jax.jit(
-      functools.partial(
-        train_step,
-        module=system.module,
-        optimizer=transform,
-        loss=functools.partial(
-          losses.token_cross_entropy,
-          label_smoothing=label_smoothing,
-          z_loss=z_loss,
+    step_fn = functools.partial(
+      train_step.train_step,
+      module=loop.system.module,
+      optimizer=transform,
+      loss=loss,
+      num_microbatches=num_microbatches,
+    )
+    first: list[batching.Batch] = []
+    compiled: dict[tuple[int, int], Any] = {}
+    compile_secs = 0.0
+    if loop.step < train_steps:
+      first = [_first_batch(batches, loop, mixture_or_task_name)]
+      shapes = [(batch_size, *lengths) for lengths in buckets]
+      compiled, compile_secs = _compile(step_fn, loop, session.mesh, shapes)
+    evaluates = plan.hooks(
+      loop, session, eval_tasks, eval_batch_size or batch_size
+    )
+    _run(
+      loop,
+      itertools.chain(first, batches),
+      compiled,
+      session.mesh,
+      in_step=[
+        hooks_lib.Profile(run_dir, profile_steps),
+        hooks_lib.Log(
+          log_period, optimizer.schedule, {'train/compile_secs': compile_secs}
         ),
-        num_microbatches=num_microbatches,
-      ),
-      donate_argnums=0,
-      out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
+      ],
+      ours=[hooks_lib.SaveCheckpoint(checkpoint_period), *evaluates],
+      users=hooks,
     )
-    host_batch: batching.Batch | None = None
-    if step < train_steps:
-      start_secs = time.perf_counter()
-      with progress_lib.reminding():
-        host_batch = next(batches, None)
-        distributed.wait_for_all('the first batch')
-      if host_batch is None:
-        raise ValueError(
-          f"task {mixture_or_task_name!r} has no examples in split 'train'."
-        )
-      if step:
-        bar.write(
-          f'Goes on at step {step}; {num_rows} rows were passed over in '
-          f'{time.perf_counter() - start_secs:.1f} s.'
-        )
-      # Ahead of the loop: compilation holds no lock and enters no timing.
-      start_secs = time.perf_counter()
-      compiled_steps = {}
-      for lengths in buckets:
-        example = parameters.example_batch(
-          batch_size,
-          *lengths,
-          sharding=partitioning.batch_sharding(device_mesh),
-        )
-        compiled_steps[lengths] = step_fn.lower(
-          state, frozen, example
-        ).compile()
-        watcher.exit_if_requested()
-      compile_secs = time.perf_counter() - start_secs
-      bar.write(f'Compiled the training step in {compile_secs:.1f} s.')
-    profiler = opened.enter_context(
-      contextlib.closing(profiling.Profiler(run_dir, profile_steps))
-    )
-    progress = progress_lib.Progress(
-      run_dir,
-      position['sums'],
-      clock=position.get('clock') or {'began': began, 'productive_secs': 0.0},
-      example_flops=functools.partial(flops.train_flops, system.module),
-    )
+    _say_what_was_cut(batches, loop, task_feature_lengths)
+    return eval_plan.last_scores(evaluates)
 
-    def save() -> None:
-      with watcher.lock:
-        progress.settle()
-        checkpointer.save(
-          state,
-          kind
-          | {
-            'num_rows': num_rows,
-            'sums': progress.sums,
-            'clock': progress.clock(),
-          },
-          system.describe(),
-        )
 
-    def save_and_wait() -> None:
-      save()
-      checkpointer.wait()
+def _run(
+  loop: hooks_lib.Loop,
+  batches: Iterator[batching.Batch],
+  compiled: Mapping[tuple[int, int], Any],
+  mesh: jax.sharding.Mesh,
+  *,
+  in_step: Sequence[hooks_lib.Hook],
+  ours: Sequence[hooks_lib.Hook],
+  users: Sequence[hooks_lib.Hook],
+) -> None:
+  """Takes the steps that are left, and calls what is due after each.
 
-    def is_evaluated() -> bool:
-      return step == train_steps or bool(eval_period and not step % eval_period)
+  Args:
+    loop: the run.
+    batches: of rows that were not trained on yet.
+    compiled: the training step, by the lengths of a batch.
+    mesh: the device mesh.
+    in_step: hooks under the lock: what they change belongs to the step.
+    ours: hooks that follow it.
+    users: hooks that follow those.
 
-    watcher.save = save_and_wait
-    _keep_best(checkpointer, best_metric, evaluations)
+  Raises:
+    FloatingPointError: if a loss is not finite.
+    SystemExit: after SIGTERM or SIGINT; the last step is saved.
+  """
+  hooks = [*in_step, *ours, *users]
+  loop.watcher.save = loop.save_and_wait
+  with contextlib.ExitStack() as opened:
+    for hook in hooks:
+      opened.callback(hook.close)
     try:
-      while True:
-        # Also after a restart: a kill may have come before the evaluation.
-        if not train_steps:
-          save()
-        is_due = bool(step or not train_steps) and is_evaluated()
-        if is_due and step not in evaluations:
-          with progress.paused():
-            params = parameters.merge(frozen, state.trainable)
-            scores = evaluator.evaluate(
-              params, step=step, output_dir=run_dir, stop=watcher.check
-            )
-          log.write(step, {f'eval/{k}': v for k, v in scores.items()})
-          evaluations[step] = scores
-          line = evaluator_lib.format_scores(scores, evaluator.signatures)
-          bar.write(f'step {step}: {line}')
-          _keep_best(checkpointer, best_metric, evaluations)
-        if step >= train_steps:
-          break
-        watcher.check()
-
-        if host_batch is None:
-          with progress.waiting_for_data():
-            host_batch = next(batches)
-        profiler.before(step + 1)
-        batch = partitioning.put_batch(host_batch, device_mesh)
-        compiled_step = compiled_steps[batching.lengths(host_batch)]
-        with watcher.lock:
-          state, sums = compiled_step(state, frozen, batch)
-          step += 1
-          num_rows += batch_size
-          progress.add(step, sums, host_batch)
-          if profiler.is_last(step):
-            progress.settle()
-            profiler.close()
-          if step % log_period == 0 or step == train_steps:
-            summary = progress.summary()
-            if step % log_period == 0:
-              progress.restart()
-            summary['train/learning_rate'] = float(optimizer.schedule(step - 1))
-            summary['train/compile_secs'] = compile_secs
-            log.write(step, summary)
-            bar.set_postfix_str(
-              f'loss {summary["train/loss"]:.3f}, '
-              f'{summary["train/target_tokens_per_sec"]:.0f} target tokens/s'
-            )
-        host_batch = None
-        bar.update()
-        if step % checkpoint_period == 0 or is_evaluated():
-          save()
+      if loop.step or not loop.train_steps:
+        hooks_lib.call(ours, loop)  # A kill may have come before an evaluation.
+        if loop.metrics:
+          hooks_lib.call(users, loop)
+      while loop.step < loop.train_steps:
+        loop.watcher.check()
+        with loop.progress.waiting_for_data():
+          host_batch = next(batches)
+        for hook in hooks:
+          hook.before(loop)
+        batch = partitioning.put_batch(host_batch, mesh)
+        step_fn = compiled[batching.lengths(host_batch)]
+        with loop.watcher.lock:
+          loop.state, sums = step_fn(loop.state, loop.frozen, batch)
+          loop.step += 1
+          loop.num_rows += len(host_batch['encoder_input_tokens'])
+          loop.metrics = {}
+          loop.progress.add(loop.step, sums, host_batch)
+          hooks_lib.call(in_step, loop)
+        loop.bar.update()
+        hooks_lib.call([*ours, *users], loop)
     except preemption.Preempted:
-      watcher.leave()
-      save_and_wait()
-      bar.write(f'Saved step {step}. Start again to go on from there.')
-      raise SystemExit(watcher.exit_code) from None
+      loop.watcher.leave()
+      loop.save_and_wait()
+      loop.say(f'Saved step {loop.step}. Start again to go on from there.')
+      raise SystemExit(loop.watcher.exit_code) from None
 
-    if batches.num_truncated_prompts or batches.num_truncated_targets:
-      bar.write(
-        f'Of {batches.num_examples} examples, '
-        f'{batches.num_truncated_prompts} prompts and '
-        f'{batches.num_truncated_targets} answers were longer than '
-        f'{dict(task_feature_lengths)} tokens and were cut.'
-      )
-    return evaluations[max(evaluations)] if evaluations else {}
+
+def _begin(
+  opened: contextlib.ExitStack,
+  session: session_lib.Session,
+  optimizer: optax.GradientTransformation,
+  run_dir: pathlib.Path,
+  kind: Mapping[str, Any],
+  *,
+  began: float,
+  train_steps: int,
+  log_period: int,
+  keep_checkpoints: int | None,
+  grace_secs: int,
+) -> hooks_lib.Loop:
+  """Returns a run where it goes on: what an earlier start has left, or step 0.
+
+  Args:
+    opened: closes what is opened here.
+    session: the system and its layout.
+    optimizer: of the trainable parameters.
+    run_dir: the run's folder.
+    kind: what the order of examples and the optimizer's slots depend on; has
+      the 'seed'.
+    began: seconds since the epoch, of a run that begins.
+    train_steps: updates in all.
+    log_period: steps between lines in the log.
+    keep_checkpoints: the newest so many are kept; None keeps all.
+    grace_secs: between SIGTERM and the end of the process.
+  """
+  watcher = opened.enter_context(distributed.watch_preemption(grace_secs))
+  if distributed.is_first():
+    opened.enter_context(locks.held(run_dir, 'MODEL_DIR'))
+  system, frozen = parameters.load_frozen(session.system, session.layout)
+  watcher.exit_if_requested()
+  run_folder.save(system, run_dir)
+  checkpointer = opened.enter_context(
+    contextlib.closing(checkpoint.Checkpointer(run_dir, keep=keep_checkpoints))
+  )
+  position = check_position(checkpointer.restore_data(), kind, run_dir)
+  state = restore_or_create(
+    system, session.layout, optimizer, session.mesh, checkpointer, kind['seed']
+  )
+  watcher.exit_if_requested()
+  step = int(state.step)
+  if distributed.is_first():
+    with files.whole(run_dir / 'config.gin') as file:
+      file.write(gin_config.operative_config())
+  log = metric_writer.MetricWriter(
+    run_dir,
+    first_step=step,
+    # The end of a run that goes on now was no end of a period.
+    drop=('train/',) if step % log_period and step < train_steps else (),
+  )
+  progress = progress_lib.Progress(
+    run_dir,
+    position['sums'],
+    clock=position.get('clock') or {'began': began, 'productive_secs': 0.0},
+    example_flops=functools.partial(flops.train_flops, system.module),
+  )
+  return hooks_lib.Loop(
+    run_dir=run_dir,
+    system=system,
+    train_steps=train_steps,
+    state=state,
+    frozen=frozen,
+    step=step,
+    num_rows=position['num_rows'],
+    kind=kind,
+    progress=progress,
+    log=opened.enter_context(contextlib.closing(log)),
+    bar=opened.enter_context(_bar(run_dir, step, train_steps)),
+    checkpointer=checkpointer,
+    watcher=watcher,
+  )
+
+
+def _first_batch(
+  batches: streams.TaskBatches, loop: hooks_lib.Loop, name: str
+) -> batching.Batch:
+  """Returns the first batch; says how long passing over others has taken."""
+  start_secs = time.perf_counter()
+  with progress_lib.reminding():
+    batch = next(batches, None)
+    distributed.wait_for_all('the first batch')
+  if batch is None:
+    raise ValueError(f"task {name!r} has no examples in split 'train'.")
+  if loop.step:
+    loop.say(
+      f'Goes on at step {loop.step}; {loop.num_rows} rows were passed over in '
+      f'{time.perf_counter() - start_secs:.1f} s.'
+    )
+  return batch
+
+
+def _compile(
+  step_fn: Any,
+  loop: hooks_lib.Loop,
+  mesh: jax.sharding.Mesh,
+  shapes: Sequence[tuple[int, int, int]],
+) -> tuple[dict[tuple[int, int], Any], float]:
+  """Returns the step compiled for each pair of lengths, and how long that took.
+
+  Ahead of the loop: compilation holds no lock and enters no timing.
+  """
+  start_secs = time.perf_counter()
+  jitted = jax.jit(
+    step_fn,
+    donate_argnums=0,
+    out_shardings=(jax.tree.map(lambda x: x.sharding, loop.state), None),
+  )
+  compiled = {}
+  for shape in shapes:
+    example = batch_keys.example_batch(
+      *shape, sharding=partitioning.batch_sharding(mesh)
+    )
+    compiled[shape[1:]] = jitted.lower(
+      loop.state, loop.frozen, example
+    ).compile()
+    loop.watcher.exit_if_requested()
+  secs = time.perf_counter() - start_secs
+  loop.say(f'Compiled the training step in {secs:.1f} s.')
+  return compiled, secs
+
+
+def _say_what_was_cut(
+  batches: streams.TaskBatches,
+  loop: hooks_lib.Loop,
+  task_feature_lengths: Mapping[str, int],
+) -> None:
+  if batches.num_truncated_prompts or batches.num_truncated_targets:
+    loop.say(
+      f'Of {batches.num_examples} examples, '
+      f'{batches.num_truncated_prompts} prompts and '
+      f'{batches.num_truncated_targets} answers were longer than '
+      f'{dict(task_feature_lengths)} tokens and were cut.'
+    )
 
 
 def check_position(
@@ -511,16 +478,6 @@ def check_position(
   return position
 
 
-def _check_best_split(best_metric: str | None, eval_split: str) -> None:
-  if best_metric is not None and 'test' in eval_split:
-    raise ValueError(
-      f'BEST_METRIC={best_metric!r} with eval_split={eval_split!r}: a '
-      'checkpoint is chosen on validation data only. Set train.eval_split to '
-      "'validation', and score the chosen checkpoint on the test split with "
-      "evaluate and EVAL_STEPS='best'."
-    )
-
-
 def _check_packing(
   module: l2s.LlmToSlm | language_model.LanguageModel,
   length_buckets: streams.LengthBuckets,
@@ -546,24 +503,6 @@ def _check_packing(
     )
 
 
-def _keep_best(
-  checkpointer: checkpoint.Checkpointer,
-  metric: str | None,
-  evaluations: Mapping[int, Mapping[str, float]],
-) -> None:
-  if metric is None:
-    return
-  scores = {
-    step: row[metric] for step, row in evaluations.items() if metric in row
-  }
-  if evaluations and not scores:  # Of a metric that is not of metrics.py.
-    raise ValueError(
-      f'BEST_METRIC={metric!r} is not among the scores of the evaluation: '
-      f'{", ".join(evaluations[max(evaluations)])}.'
-    )
-  checkpointer.keep_best(metric, scores)
-
-
 def restore_or_create(
   system: system_lib.System,
   layout: parameters.Layout,
@@ -572,27 +511,51 @@ def restore_or_create(
   checkpointer: checkpoint.Checkpointer,
   seed: int,
 ) -> state_lib.TrainState:
-  """Returns the newest state of the run, or of a run that begins the first."""
-  _, trainable_shapes = parameters.split(layout.shapes, system.frozen)
-  _, trainable_shardings = parameters.split(layout.shardings, system.frozen)
-  shapes, shardings = state_lib.shardings(
-    trainable_shapes, trainable_shardings, optimizer, mesh
-  )
+  """Returns the newest state of the run, or of a run that begins the first.
+
+  What comes from weights is read, and the rest initialised: nothing is in
+  memory twice.
+  """
+  shapes, shardings = _state_shapes(system, layout, optimizer, mesh)
   restored = checkpointer.restore(shapes, shardings)
   if restored is not None:
     return restored
-
-  def init(key):
-    boxed = parameters.init(system, key)['params']
-    return {'params': parameters.split(boxed, system.frozen)[1]}
-
-  params = state_lib.init_params(init, seed, trainable_shardings)
-  params = parameters.load_pretrained(system, layout, params)
+  params = parameters.load_pretrained(system, layout)
+  fresh = {
+    name: tree
+    for name, tree in shardings.trainable.items()
+    if name not in params
+  }
+  if fresh:
+    init = functools.partial(parameters.init, system, only=fresh.keys())
+    params |= state_lib.init_params(init, seed, fresh)
   create = jax.jit(
     lambda trainable: state_lib.create(trainable, optimizer, seed),
     out_shardings=shardings,
   )
   return create(params)
+
+
+def _state_shapes(
+  system: system_lib.System,
+  layout: parameters.Layout,
+  optimizer: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
+) -> tuple[state_lib.TrainState, state_lib.TrainState]:
+  """Returns the shapes and the shardings of the state."""
+  _, shapes = parameters.split(layout.shapes, system.frozen)
+  _, shardings = parameters.split(layout.shardings, system.frozen)
+  return state_lib.shardings(shapes, shardings, optimizer, mesh)
+
+
+def _optimizer_bytes(
+  session: session_lib.Session, optimizer: optax.GradientTransformation
+) -> int:
+  """Returns what the optimizer's state takes on a device."""
+  shapes, shardings = _state_shapes(
+    session.system, session.layout, optimizer, session.mesh
+  )
+  return partitioning.bytes_per_device(shapes.opt_state, shardings.opt_state)
 
 
 def _bar(run_dir: pathlib.Path, step: int, train_steps: int) -> tqdm.tqdm:

@@ -136,7 +136,7 @@ def arguments(folder: pathlib.Path) -> _Json:
   return source.arguments
 
 
-def _read(folder: pathlib.Path) -> tokenizer_classes.Source:
+def _read(folder: pathlib.Path) -> tokenizer_classes.TokenizerSource:
   """Reads the JSON files of a folder."""
   config_path = folder / tokenizer_files.CONFIG_FILE
   config = tokenizer_files.read_json(config_path)
@@ -160,7 +160,7 @@ def _read(folder: pathlib.Path) -> tokenizer_classes.Source:
     if value is not None and not isinstance(value, str):
       tokenizer_files.refuse(path, key, value, 'a name')
     names[path.name, key] = value
-  return tokenizer_classes.Source(
+  return tokenizer_classes.TokenizerSource(
     folder=folder,
     config=config,
     family=names['config.json', 'model_type'],
@@ -254,7 +254,7 @@ def _check_charsmaps(normalizer: Any, path: pathlib.Path) -> None:
     )
 
 
-def _class_name(source: tokenizer_classes.Source) -> str:
+def _class_name(source: tokenizer_classes.TokenizerSource) -> str:
   """Returns the class that AutoTokenizer takes."""
   family = source.family
   registered = _FAMILIES.get(family or '')
@@ -285,7 +285,7 @@ def _has_byte_level(stored: _Json | None) -> bool:
   )
 
 
-def _take_special_tokens(source: tokenizer_classes.Source) -> None:
+def _take_special_tokens(source: tokenizer_classes.TokenizerSource) -> None:
   """Reads which tokens are special or added, as `_from_pretrained` does."""
   path = source.folder / tokenizer_files.CONFIG_FILE
   arguments = source.arguments = dict(source.config)
@@ -331,7 +331,7 @@ def _token(value: Any, path: pathlib.Path, key: str) -> str | _AddedToken:
   return tokenizer_files.added_token(value, path, key)
 
 
-def _take_older_files(source: tokenizer_classes.Source) -> None:
+def _take_older_files(source: tokenizer_classes.TokenizerSource) -> None:
   """Reads the files that `added_tokens_decoder` has replaced."""
   arguments = source.arguments
   path = source.folder / 'special_tokens_map.json'
@@ -367,7 +367,7 @@ def _take_older_files(source: tokenizer_classes.Source) -> None:
 
 
 def _add_tokens(
-  built: tokenizers.Tokenizer, source: tokenizer_classes.Source
+  built: tokenizers.Tokenizer, source: tokenizer_classes.TokenizerSource
 ) -> dict[str, str | _AddedToken | None]:
   """Adds what the files name to a tokenizer; returns the special tokens.
 
@@ -409,7 +409,7 @@ def _add_tokens(
 
 
 def _template(
-  source: tokenizer_classes.Source,
+  source: tokenizer_classes.TokenizerSource,
   built: tokenizers.Tokenizer,
   named: Mapping[str, str | _AddedToken | None],
   adds_eos: bool,

@@ -87,7 +87,7 @@ class HuggingFaceVocabulary(base.Vocabulary):
       said_ids=said_ids,
     )
     # Of a folder, what transformers makes of it; else the file as it is.
-    self._is_resolved = contents is not None
+    self.is_resolved = contents is not None
     self._says_bos = False
     self._silent_ids = {
       self._special_ids[kind]
@@ -101,7 +101,7 @@ class HuggingFaceVocabulary(base.Vocabulary):
 
   def save(self, folder: str | os.PathLike[str]) -> None:
     """As `Vocabulary.save`; names the class that reads the file as it is."""
-    if self._is_resolved or tokenizer_files.TOKENIZER_FILE not in self._files:
+    if self.is_resolved or tokenizer_files.TOKENIZER_FILE not in self._files:
       return super().save(folder)
     config = json.loads(self._files.get(tokenizer_files.CONFIG_FILE, b'{}'))
     for key in ('added_tokens_decoder', 'extra_special_tokens'):
@@ -111,7 +111,7 @@ class HuggingFaceVocabulary(base.Vocabulary):
     for kind, number in self.special_ids.items():
       config[f'{kind}_token'] = self._processor.id_to_token(number)
     plain = copy.copy(self)
-    plain._is_resolved = True
+    plain.is_resolved = True
     plain._files = {
       name: content
       for name, content in self._files.items()

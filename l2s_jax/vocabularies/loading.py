@@ -135,7 +135,7 @@ def _load_as_transformers(
     if not path.is_file():
       path = folder
     stored = huggingface.HuggingFaceVocabulary(path, said_ids=said, **overrides)
-    stored._is_resolved = True
+    stored.is_resolved = True
     stored._says_bos = _says_bos(config)
     return stored
   says_bos = _says_bos(config)

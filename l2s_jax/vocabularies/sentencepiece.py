@@ -5,11 +5,11 @@ import functools
 import io
 import os
 import pathlib
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from l2s_jax.runtime import files as files_lib
 from l2s_jax.vocabularies import base, tokenizer_files
@@ -52,7 +52,7 @@ class SentencePieceVocabulary(base.Vocabulary):
       for piece in sentinels
       if processor.piece_to_id(piece) == processor.unk_id()
     ]
-    content += b''.join(map(_user_defined_piece, missing))
+    content += _user_defined_pieces(missing)
     ids = {
       'bos': processor.bos_id(),
       'eos': processor.eos_id(),
@@ -170,19 +170,13 @@ def _sentencepiece_processor(
   return processor
 
 
-def _user_defined_piece(piece: str) -> bytes:
-  """Returns bytes that add a piece when appended to a SentencePiece model.
+def _user_defined_pieces(pieces: Iterable[str]) -> bytes:
+  """Returns bytes that add pieces when appended to a SentencePiece model.
 
-  A model is a protocol buffer, whose repeated fields grow by concatenation:
-  field 1 of ModelProto is a piece, with 1 its text, 2 its score (float) and
-  3 its type (4, USER_DEFINED). Written by hand, this needs no protobuf package.
+  A model is a protocol buffer, whose repeated fields grow by concatenation.
   """
-  text = piece.encode()
-  message = (
-    bytes([0x0A, len(text)])
-    + text
-    + b'\x15'
-    + struct.pack('<f', 0.0)
-    + b'\x18\x04'
-  )
-  return bytes([0x0A, len(message)]) + message
+  models: Any = sentencepiece_model_pb2  # It ships no types.
+  kind = models.ModelProto.SentencePiece.USER_DEFINED
+  return models.ModelProto(
+    pieces=[{'piece': piece, 'score': 0.0, 'type': kind} for piece in pieces]
+  ).SerializeToString()

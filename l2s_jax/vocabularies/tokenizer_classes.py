@@ -29,7 +29,7 @@ _QWEN2_SPLIT = (
 
 
 @dataclasses.dataclass
-class Source:
+class TokenizerSource:
   """The files of a folder, read, and the arguments they make for a class.
 
   Attributes:
@@ -55,7 +55,7 @@ class Source:
   pieces: tuple[Json, list[Any]] | None = None  # of GPT-2's files
 
 
-def as_it_is(source: Source) -> Json | None:
+def as_it_is(source: TokenizerSource) -> Json | None:
   if source.stored is not None:
     return dict(source.stored)
   path = source.folder / 'tokenizer.model'
@@ -104,7 +104,7 @@ def as_it_is(source: Source) -> Json | None:
   )
 
 
-def t5(source: Source) -> Json | None:
+def t5(source: TokenizerSource) -> Json | None:
   arguments = source.arguments
   path = source.folder / tokenizer_files.CONFIG_FILE
   count = arguments.get('extra_ids', 100)
@@ -148,7 +148,7 @@ def t5(source: Source) -> Json | None:
   )
 
 
-def _llama(source: Source) -> Json | None:
+def _llama(source: TokenizerSource) -> Json | None:
   pieces = _bpe_pieces(source)
   if pieces is None:
     return None
@@ -174,7 +174,7 @@ def _llama(source: Source) -> Json | None:
   )
 
 
-def _gemma(source: Source) -> Json | None:
+def _gemma(source: TokenizerSource) -> Json | None:
   pieces = _bpe_pieces(source)
   if pieces is None:
     return None
@@ -208,10 +208,10 @@ def _gemma(source: Source) -> Json | None:
 
 def _byte_level(
   normalizer: Json | None, **tokens: str | None
-) -> Callable[[Source], Json | None]:
+) -> Callable[[TokenizerSource], Json | None]:
   """Returns what makes a class of GPT-2's kind, with its own tokens."""
 
-  def make(source: Source) -> Json | None:
+  def make(source: TokenizerSource) -> Json | None:
     pieces = _bpe_pieces(source, tokenizer_files.GPT2_FILES)
     if pieces is None:
       return None
@@ -245,7 +245,7 @@ def _byte_level(
   return make
 
 
-CLASSES: dict[str, Callable[[Source], Json | None]] = {
+CLASSES: dict[str, Callable[[TokenizerSource], Json | None]] = {
   'T5Tokenizer': t5,
   'LlamaTokenizer': _llama,
   'GemmaTokenizer': _gemma,
@@ -267,7 +267,7 @@ CLASSES: dict[str, Callable[[Source], Json | None]] = {
 }
 
 
-def _sentencepiece(source: Source, name: str) -> Any | None:
+def _sentencepiece(source: TokenizerSource, name: str) -> Any | None:
   """Returns the SentencePiece model that a class finds; None without one."""
   for candidate in ('tokenizer.model', name):
     path = source.folder / candidate
@@ -276,7 +276,7 @@ def _sentencepiece(source: Source, name: str) -> Any | None:
   return None
 
 
-def _take_pieces_kinds(source: Source, proto: Any) -> None:
+def _take_pieces_kinds(source: TokenizerSource, proto: Any) -> None:
   source.arguments['additional_special_tokens'] = [
     _AddedToken(piece.piece, normalized=False, special=piece.type == _CONTROL)
     for piece in proto.pieces
@@ -285,7 +285,7 @@ def _take_pieces_kinds(source: Source, proto: Any) -> None:
 
 
 def _bpe_pieces(
-  source: Source, names: tuple[str, ...] = ()
+  source: TokenizerSource, names: tuple[str, ...] = ()
 ) -> tuple[Json, list[Any]] | None:
   """Returns pieces and merges, of any of the files that a class reads.
 
@@ -309,7 +309,7 @@ def _bpe_pieces(
   return vocab, tokenizer_parts.merges_of(vocab)
 
 
-def _pieces_of(source: Source, kind: type) -> Any:
+def _pieces_of(source: TokenizerSource, kind: type) -> Any:
   """Returns the pieces of a tokenizer.json, which a class has of one kind."""
   assert source.stored is not None
   vocab = source.stored['model']['vocab']
@@ -323,7 +323,7 @@ def _pieces_of(source: Source, kind: type) -> Any:
   return vocab
 
 
-def _stored_charsmap(source: Source) -> bytes | None:
+def _stored_charsmap(source: TokenizerSource) -> bytes | None:
   """Returns the table of the first Precompiled normalizer that has one."""
   assert source.stored is not None
   path = source.folder / tokenizer_files.TOKENIZER_FILE

@@ -16,6 +16,7 @@ __all__ = (
   'misfits',
   'opening',
   'own_tokenizer',
+  'run_format',
   'runs',
   'saved_steps',
   'source',

@@ -16,22 +16,29 @@ import numpy as np
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import shapes as shapes_lib
 from l2s_jax.runtime import files, integrity
+from l2s_jax.weights import misfits, run_format
 from l2s_jax.weights import source as source_lib
 from l2s_jax.weights.formats import tensor_files
 
-DESCRIPTION = 'weights.json'
-FORMAT_VERSION = 1
-_KEYS = {'format_version', 'model_type', 'special_ids', 'config', 'digests'}
+DESCRIPTION = run_format.CONVERTED
+_REMEDY = 'convert again, or copy the folder whole.'
+_KEYS = {
+  'format_version',
+  'written_by',
+  'model_type',
+  'special_ids',
+  'config',
+  'digests',
+}
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
-  'format_version': int,
   'model_type': (str, type(None)),
   'special_ids': dict,
   'digests': dict,
 }
 
 
-class Folder:
+class ConvertedFolder:
   """A converted folder."""
 
   def __init__(self, folder: pathlib.Path):
@@ -44,44 +51,45 @@ class Folder:
     """
     self.location = str(folder)
     path = folder / DESCRIPTION
-    description = files.read_json(
-      path, remedy='convert again, or copy the folder whole.'
-    )
+    content = files.read_json(path, remedy=_REMEDY)
+    description = run_format.migrate(DESCRIPTION, content, path, remedy=_REMEDY)
     missing = sorted(_KEYS - description.keys())
     if missing:
       raise ValueError(
-        f'{path} lacks {", ".join(missing)}. Convert again, or copy the folder '
-        'whole.'
+        f'{path} lacks {", ".join(missing)}. {_REMEDY.capitalize()}'
       )
     for key, kind in _KINDS.items():
       value = description[key]
       if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(
           f'{path}: {key} is {config_lib.shorten(repr(value))}, which no '
-          'converted folder has. Convert again, or copy the folder whole.'
+          f'converted folder has. {_REMEDY.capitalize()}'
         )
-    if description['format_version'] > FORMAT_VERSION:
-      raise ValueError(
-        f'{path} has format version {description["format_version"]}; this '
-        f'l2s_jax reads up to {FORMAT_VERSION}. Update l2s_jax.'
-      )
-    if integrity.is_sealed(description) and integrity.verification():
-      if integrity.unseal(description) is None:
+    if integrity.is_sealed(content) and integrity.verification():
+      if integrity.unseal(content) is None:
         raise ValueError(
           f'{path} is not as it was written. Convert again, or copy the folder '
           'again from where it was made.'
         )
+    known = dict.fromkeys((*_KEYS, 'fingerprint', integrity.DIGEST))
+    known['config'] = dict.fromkeys(config_lib.field_names())
+    run_format.refuse_unknown(description, known, path, remedy=_REMEDY)
     self.model_type = description['model_type']
     self.special_ids = description['special_ids']
     self.config = config_lib.from_json(description['config'], path)
     self._digests = description['digests']
     self._tensors = tensor_files.open_folder(folder)
-    differing = self._digests.keys() ^ self._tensors.keys()
+    differing = [
+      *(f'{name}: missing' for name in self._digests.keys() - self._tensors),
+      *misfits.unknown(self._tensors.keys() - self._digests, self._tensors, {}),
+    ]
     if differing:
       raise ValueError(
-        f'The files in {folder} do not hold the tensors that {path} lists. '
-        'Convert again, or copy the folder whole; they differ in:\n  '
-        + '\n  '.join(sorted(differing))
+        misfits.refusal(
+          f'The files in {folder} do not hold the tensors that {path} lists',
+          'Convert again, or copy the folder whole',
+          differing,
+        )
       )
 
   def step(self) -> int | None:
@@ -128,7 +136,7 @@ def save(source: source_lib.Source, folder: pathlib.Path) -> None:
     digests[path] = digest
   description = integrity.seal(
     {
-      'format_version': FORMAT_VERSION,
+      **run_format.stamp(),
       'model_type': source.model_type,
       'special_ids': source.special_ids,
       'config': dataclasses.asdict(source.config),

@@ -8,7 +8,14 @@ is made of them: a config may ask for more layers than memory holds.
 import collections
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+  Collection,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from l2s_jax.models import config as config_lib
 from l2s_jax.weights.families import name_table
@@ -18,12 +25,115 @@ _MOST_LINES = 10
 _LAYERS = {'encoder': 'num_encoder_layers', 'decoder': 'num_decoder_layers'}
 
 
-def listed(problems: Iterable[str]) -> str:
+class Expected(NamedTuple):
+  """A tensor that a model has.
+
+  Attributes:
+    name: of it, by which it is looked for.
+    also: what it is called elsewhere; '' where it is the same.
+    shapes: that it may have; the first is the usual one.
+  """
+
+  name: str
+  also: str
+  shapes: Sequence[tuple[int, ...]]
+
+
+@runtime_checkable  # for the tests' type checker
+class Stored(Protocol):
+  """What is known of a tensor before it is read."""
+
+  @property
+  def shape(self) -> tuple[int, ...]: ...
+
+  @property
+  def dtype(self) -> Any: ...
+
+
+def problems(
+  expected: Iterable[Expected],
+  found: Mapping[str, Stored],
+  dtypes: Collection[str] | None = None,
+) -> list[str]:
+  """Returns which tensors are missing, misshapen or unreadable, a line each.
+
+  Args:
+    expected: those that the model has.
+    found: all that are there.
+    dtypes: the names of those that can be read; None: they are not asked.
+  """
+  lines = []
+  for name, also, shapes in expected:
+    title = _title(name, also)
+    if name not in found:
+      lines.append(f'{title} {shapes[0]}: missing')
+    elif tuple(found[name].shape) not in shapes:
+      lines.append(
+        f'{title}: expected {shapes[0]}, found {tuple(found[name].shape)}'
+      )
+    elif dtypes is not None and str(found[name].dtype) not in dtypes:
+      lines.append(
+        f'{name}: expected one of {", ".join(dtypes)}, found '
+        f'{found[name].dtype}; quantized weights are not supported'
+      )
+  return lines
+
+
+def unknown(
+  names: Iterable[str],
+  found: Mapping[str, Stored],
+  also: Mapping[str, str],
+) -> list[str]:
+  """Returns a line for each tensor that the model does not have.
+
+  Args:
+    names: theirs.
+    found: all that are there.
+    also: what some of them are called elsewhere.
+  """
+  return [
+    f'{_title(name, also.get(name, ""))} {tuple(found[name].shape)}: unknown'
+    for name in names
+  ]
+
+
+def _title(name: str, also: str) -> str:
+  return f'{name} ({also})' if also else name
+
+
+def refusal(
+  finding: str,
+  remedy: str,
+  lines: Collection[str],
+  causes: Sequence[str] = (),
+) -> str:
+  """Returns the error of weights that are not those of their config.
+
+  Args:
+    finding: a sentence on what does not fit what, without its full stop.
+    remedy: one on what to do, likewise.
+    lines: from `problems` and `unknown`.
+    causes: from `layers` and `widths`.
+  """
+  because = f': {"; ".join(causes)}' if causes else ''
+  below = f':\n{listed(lines)}' if lines else '.'
+  return f'{finding}{because}. {remedy}{below}'
+
+
+def asks_for_too_much(
+  config: config_lib.TransformerConfig, num_tensors: int
+) -> bool:
+  """Returns whether a config has more layers than there are tensors."""
+  most = max(config.num_encoder_layers, config.num_decoder_layers)
+  return most > max(num_tensors, 100)
+
+
+def listed(lines: Iterable[str]) -> str:
   """Returns lines of an error: ten at most, and how many more there are."""
-  lines = sorted(set(problems))
-  shown = [f'  {config_lib.shorten(line, 240)}' for line in lines[:_MOST_LINES]]
-  if len(lines) > len(shown):
-    shown.append(f'  and {len(lines) - len(shown)} more')
+  found = sorted(set(lines))
+  shown = [f'  {config_lib.shorten(line, 240)}' for line in found[:_MOST_LINES]]
+  if len(found) > len(shown):
+    shown.append(f'  and {len(found) - len(shown)} more')
   return '\n'.join(shown)
 
 

@@ -47,12 +47,12 @@ def open_source(location: str, step: int | None = None) -> source_lib.Source:
       'Leave the step out.'
     )
   if (folder / converted.DESCRIPTION).is_file():
-    return converted.Folder(folder)
+    return converted.ConvertedFolder(folder)
   if gguf_file.is_file(folder):
     return gguf_file.File(folder)
   check_no_adapter(folder)
   if (folder / huggingface.CONFIG).is_file():
-    return huggingface.Folder(folder)
+    return huggingface.HuggingFaceFolder(folder)
   raise FileNotFoundError(_what_it_is_not(folder))
 
 

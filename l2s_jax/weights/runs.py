@@ -12,17 +12,20 @@ import numpy as np
 from l2s_jax.models import config as config_lib
 from l2s_jax.runtime import files, integrity
 from l2s_jax.vocabularies import base, loading
-from l2s_jax.weights import saved_steps
+from l2s_jax.weights import run_format, saved_steps
 
 VOCABULARIES = 'vocabularies'
 # What may differ between starts of one run: where its LLM is, and how it is
 # computed.
 MAY_CHANGE = ('llm_path', 'frozen_dtype', *config_lib.RUNTIME_FIELDS)
+# What is of the file, not of the run.
+_OF_THE_FILE = ('format_version', 'written_by')
+_REMEDY = 'copy it again from where the run was made.'
 # What `model.json` must hold, by kind of system.
 _KEYS = {
-  'language_model': {'format_version', 'config', 'vocabularies'},
+  'language_model': {*_OF_THE_FILE, 'config', 'vocabularies'},
   'llm_to_slm': {
-    'format_version',
+    *_OF_THE_FILE,
     'llm',
     'slm',
     'injection',
@@ -34,18 +37,17 @@ _KEYS = {
     'vocabularies',
   },
 }
+# Of these keys, those that hold a TransformerConfig.
+_CONFIGS = ('config', 'llm', 'slm')
+_IDS = dict.fromkeys(('start', 'eos', 'pad', 'bos'))
 
 
-def read_description(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns what a run's `model.json` says.
-
-  Raises:
-    ValueError: if it is torn, lacks something, or is not the description that
-      the checkpoints were saved with.
-  """
-  path = folder / 'model.json'
-  description = files.read_json(
-    path, remedy='copy it again from where the run was made.'
+def _check_description(
+  description: Mapping[str, Any], path: pathlib.Path
+) -> dict[str, Any]:
+  """Returns a description as this version writes it, with all its fields."""
+  description = run_format.migrate(
+    run_format.RUN, description, path, remedy=_REMEDY
   )
   kind = description.get('kind')
   if not isinstance(kind, str) or kind not in _KEYS:
@@ -57,23 +59,61 @@ def read_description(folder: pathlib.Path) -> dict[str, Any]:
   missing = sorted(_KEYS[kind] - description.keys())
   if missing:
     raise ValueError(
-      f'{path} lacks {", ".join(missing)}. Copy it again from where the run '
-      'was made.'
+      f'{path} lacks {", ".join(missing)}. {_REMEDY.capitalize()}'
     )
+  configs = [key for key in _CONFIGS if key in _KEYS[kind]]
+  known: dict[str, Any] = dict.fromkeys(_KEYS[kind])
+  known |= dict.fromkeys(configs, dict.fromkeys(config_lib.field_names()))
+  known |= {
+    'kind': None,
+    'vocabularies': dict.fromkeys(('prompt', 'answer')),
+    'special_ids': {'prompt': _IDS, 'answer': _IDS},
+  }
+  run_format.refuse_unknown(description, known, path, remedy=_REMEDY)
+  for key in configs:
+    config = config_lib.from_json(description[key], path, key)
+    description[key] = config.to_json()
+  return description
+
+
+def differences(
+  found: Mapping[str, Any], wanted: Mapping[str, Any], **words: str
+) -> list[str]:
+  """Returns a line for each thing that makes two descriptions other runs.
+
+  Args:
+    found: a description.
+    wanted: another.
+    **words: for `files.differences`.
+  """
+  ignored = (*MAY_CHANGE, *_OF_THE_FILE)
+  return files.differences(found, wanted, ignored=ignored, **words)
+
+
+def read_description(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns what a run's `model.json` says, in the format of this version.
+
+  Fields of configs that came after it was written have their defaults.
+
+  Raises:
+    ValueError: if it is torn, lacks something, has what this version does not
+      know, or is not the description that the checkpoints were saved with.
+  """
+  path = folder / 'model.json'
+  description = _check_description(files.read_json(path, remedy=_REMEDY), path)
   saved = saved_steps.description(folder)
   if saved is not None and integrity.verification():
-    differences = files.differences(
-      saved,
+    different = differences(
+      _check_description(saved, folder / saved_steps.FOLDER),
       description,
-      ignored=MAY_CHANGE,
       have='the checkpoints have',
       want=f'{path.name} says',
     )
-    if differences:
+    if different:
       raise ValueError(
         f'{path} is not the description that the checkpoints of the run were '
         'saved with. Copy it again from where the run was made, or set these '
-        'back:\n' + '\n'.join(differences)
+        'back:\n' + '\n'.join(different)
       )
   return description
 

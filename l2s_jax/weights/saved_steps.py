@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from l2s_jax.runtime import distributed, files, integrity
+from l2s_jax.runtime import distributed, files, integrity, partitioning
 
 PyTree = Any
 
@@ -312,13 +312,7 @@ def restore_params(
 ) -> PyTree:
   """Returns the trained parameters of one step, sharded as asked."""
   folder, _ = params_folder(run_dir, step)
-  target = jax.tree.map(
-    lambda s, sharding: jax.ShapeDtypeStruct(
-      s.shape, s.dtype, sharding=sharding
-    ),
-    shapes,
-    shardings,
-  )
+  target = partitioning.with_shardings(shapes, shardings)
   with reading(folder), ocp.StandardCheckpointer() as checkpointer:
     return checkpointer.restore(folder, target)
 

@@ -157,23 +157,20 @@ def check_shapes(
   source: Source, wanted: Mapping[shapes_lib.Path, jax.ShapeDtypeStruct]
 ) -> None:
   """Refuses weights that lack a tensor or have one of another shape."""
-  found = source.shapes()
-  problems = []
-  for path, shape in sorted(wanted.items()):
-    name = '/'.join(path)
-    if source.name(path) != name:
-      name += f' ({source.name(path)})'
-    if path not in found:
-      problems.append(f'{name} {tuple(shape.shape)}: missing')
-    elif tuple(found[path].shape) != tuple(shape.shape):
-      problems.append(
-        f'{name}: the model has {tuple(shape.shape)}, the weights have '
-        f'{tuple(found[path].shape)}'
-      )
+  expected = []
+  for path, shape in wanted.items():
+    name, theirs = '/'.join(path), source.name(path)
+    also = theirs if theirs != name else ''
+    expected.append(misfits.Expected(name, also, [tuple(shape.shape)]))
+  found = {'/'.join(path): shape for path, shape in source.shapes().items()}
+  problems = misfits.problems(expected, found)
   if problems:
     raise ValueError(
-      f'The weights in {source.location} do not fit the model. Use the config '
-      f'that they came with:\n{misfits.listed(problems)}'
+      misfits.refusal(
+        f'The weights in {source.location} do not fit the model',
+        'Use the config that they came with',
+        problems,
+      )
     )
 
 

@@ -158,7 +158,7 @@ def to_hf(folder: pathlib.Path) -> dict[str, Any]:
   """Returns the SLM of the run as `convert --to=hf` writes it."""
   out = folder / 'hf'
   convert.convert(str(folder / 'run'), str(out), from_='l2s', to='hf')
-  return _tensors(huggingface.Folder(out / 'slm'))
+  return _tensors(huggingface.HuggingFaceFolder(out / 'slm'))
 
 
 def to_l2s(folder: pathlib.Path) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def to_l2s(folder: pathlib.Path) -> dict[str, Any]:
     to='l2s',
     vocabulary=str(folder / 'run' / 'vocabularies' / 'prompt'),
   )
-  return _tensors(converted.Folder(out))
+  return _tensors(converted.ConvertedFolder(out))
 
 
 def _tensors(source: source_lib.Source) -> dict[str, Any]:

@@ -30,9 +30,9 @@ from faults import mutate
 from l2s_jax import __main__ as command_line
 from l2s_jax.evaluation import evaluate, metric_writer, report
 from l2s_jax.inference import predictions
-from l2s_jax.runtime import gin_config, os_errors
+from l2s_jax.runtime import gin_config, gin_internals, os_errors
 from l2s_jax.vocabularies import loading
-from l2s_jax.weights import saved_steps
+from l2s_jax.weights import run_format, saved_steps
 
 TEXT = 'Translate: ten ș 123 <a>  twelve\tfives 🙂\n'
 # A Python panic of Rust's is no Exception.
@@ -101,7 +101,7 @@ def _read_scores(folder: pathlib.Path) -> None:
 
 
 _SETTINGS = {
-  'format_version': predictions.FORMAT_VERSION,
+  'format_version': run_format.FORMAT_VERSION,
   'checkpoint_path': '/runs/x',
   'checkpoint_saved_nsecs': 1784190845012345678,
   'decoding': {'temperature': 0.0, 'stop': [], 'num_beams': 1},
@@ -318,7 +318,7 @@ def run_gin(bindings: Sequence[str]) -> None:
   bound.pop('model')  # It would look for files.
   values = {
     name: value.scoped_configurable_fn()
-    if isinstance(value, gin.config.ConfigurableReference)
+    if isinstance(value, gin_internals.ConfigurableReference)
     else value
     for name, value in bound.items()
   }

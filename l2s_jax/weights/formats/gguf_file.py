@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights of a GGUF file, dequantized.
 
-The file is shown to `huggingface.Model` as what it was made from: GGUF's names
-become those of transformers, its metadata a config.json, and what llama.cpp did
-to the numbers is undone. The package gguf knows the quantizations, the
-tokenizer is in `gguf_tokenizer.py`.
+The file is shown to `huggingface.HuggingFaceWeights` as what it was made from:
+GGUF's names become those of transformers, its metadata a config.json, and what
+llama.cpp did to the numbers is undone. The package gguf knows the
+quantizations, the tokenizer is in `gguf_tokenizer.py`.
 """
 
 import dataclasses
@@ -327,7 +327,7 @@ _ARCHITECTURES: dict[Any, Callable[[_Header], _Architecture]] = {
 }
 
 
-class File(huggingface.Model):
+class File(huggingface.HuggingFaceWeights):
   """The weights in a GGUF file."""
 
   def __init__(self, path: pathlib.Path):
@@ -337,7 +337,7 @@ class File(huggingface.Model):
       FileNotFoundError: if there is no such file.
       ValueError: if it is broken or a part of a model, its architecture, a
         quantization or the way it turns queries and keys is not supported, or
-        as `huggingface.Model`.
+        as `huggingface.HuggingFaceWeights`.
     """
     self._metadata, stored = _open(path)
     _check_quantizations(path, stored)

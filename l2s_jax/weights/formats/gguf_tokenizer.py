@@ -6,11 +6,11 @@ The weights are in `gguf_file.py`.
 """
 
 import pathlib
-import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import tokenizers
+from sentencepiece import sentencepiece_model_pb2
 
 from l2s_jax.runtime import files
 
@@ -19,6 +19,7 @@ _QWEN2_SPLIT = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
   r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 )
+_MODELS: Any = sentencepiece_model_pb2  # It ships no types.
 # As in SentencePiece.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 # By `tokenizer.ggml.model`: the file, and SentencePiece's number of the model.
@@ -203,21 +204,10 @@ def _byte_pairs(
 def _sentencepiece(
   metadata: Mapping[str, Any], table: _Table, model_type: int
 ) -> bytes | None:
-  """Returns a SentencePiece model: a ModelProto, written by hand.
+  """Returns a SentencePiece model, as the bytes of its protocol buffer.
 
-  None if no piece stands for what is unknown: SentencePiece demands one. Its
-  fields: 1 a piece (1 text, 2 score, 3 type), 2 the trainer's (3 is 1 for
-  unigrams and 2 for BPE, 35 byte fallback, from 40 the ids and from 45 the
-  texts of unk, bos, eos and pad), 3 the normalizer's (1 name, 2 its table, 3
-  whether a space is put in front, 4 whether extra spaces are removed).
+  None if no piece stands for what is unknown: SentencePiece demands one.
   """
-
-  def message(field: int, content: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(content)) + content
-
-  def number(field: int, value: int) -> bytes:
-    return _varint(field << 3) + _varint(value & (1 << 64) - 1)
-
   special = [table.special_ids.get(name, -1) for name in _SPECIAL]
   kinds = list(table.kinds)
   if special[0] < 0:
@@ -235,35 +225,46 @@ def _sentencepiece(
   ]
   while kinds[-1] == _UNUSED:  # Rows of the table that stand for nothing.
     kinds.pop()
-  model = b''.join(
-    message(
-      1,
-      message(1, text.encode())
-      + b'\x15'
-      + struct.pack('<f', score)
-      + number(3, kind),
-    )
+  pieces = [
+    {'piece': text, 'score': score, 'type': kind}
     for text, score, kind in zip(tokens, table.scores, kinds, strict=False)
-  )
-  trainer = number(3, model_type) + number(35, int(_BYTE in kinds))
-  for i, token in enumerate(special):
-    trainer += number(40 + i, token)
-    if token >= 0:
-      trainer += message(45 + i, tokens[token].encode())
+  ]
   prefix = 'tokenizer.ggml.'
   charsmap = metadata.get(prefix + 'precompiled_charsmap', [])
-  normalizer = (
-    message(1, b'nmt_nfkc' if len(charsmap) else b'identity')
-    + message(2, bytes(charsmap))
-    + number(3, int(metadata.get(prefix + 'add_space_prefix', True)))
-    + number(4, int(metadata.get(prefix + 'remove_extra_whitespaces', False)))
+  normalizer = {
+    'name': 'nmt_nfkc' if len(charsmap) else 'identity',
+    'precompiled_charsmap': bytes(charsmap),
+    'add_dummy_prefix': bool(metadata.get(prefix + 'add_space_prefix', True)),
+    'remove_extra_whitespaces': bool(
+      metadata.get(prefix + 'remove_extra_whitespaces', False)
+    ),
+  }
+  trainer: list[dict[str, Any]] = [
+    {'model_type': model_type, 'byte_fallback': _BYTE in kinds}
+  ]
+  for name, token in zip(('unk', 'bos', 'eos', 'pad'), special, strict=True):
+    trainer.append({f'{name}_id': token})
+    if token >= 0:
+      trainer[-1][f'{name}_piece'] = tokens[token]
+  return (
+    _MODELS.ModelProto(pieces=pieces).SerializeToString()
+    + _with_trainer(trainer)
+    + _MODELS.ModelProto(normalizer_spec=normalizer).SerializeToString()
   )
-  return model + message(2, trainer) + message(3, normalizer)
 
 
-def _varint(value: int) -> bytes:
-  encoded = bytearray()
-  while value > 0x7F:
-    encoded.append(value & 0x7F | 0x80)
-    value >>= 7
-  return bytes([*encoded, value])
+def _with_trainer(parts: Iterable[Mapping[str, Any]]) -> bytes:
+  """Returns a model's field 2, the trainer's, in the order of the parts.
+
+  The package would sort it by number. The fingerprint of a tokenizer is that of
+  its bytes, and runs were made from some in this order.
+  """
+  content = b''.join(
+    _MODELS.TrainerSpec(**part).SerializeToString() for part in parts
+  )
+  size = len(content)
+  header = bytearray([2 << 3 | 2])
+  while size > 0x7F:
+    header.append(size & 0x7F | 0x80)
+    size >>= 7
+  return bytes([*header, size]) + content

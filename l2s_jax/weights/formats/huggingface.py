@@ -78,7 +78,7 @@ def model_types(config: config_lib.TransformerConfig) -> list[str]:
   return [name for name in FAMILIES if fits(name)]
 
 
-class Model:
+class HuggingFaceWeights:
   """The weights of one model by the names that transformers gives them.
 
   Attributes:
@@ -135,7 +135,7 @@ class Model:
     causes = misfits.layers(
       family.rows, self.config, self._tensors, family.sizes
     )
-    if causes and self._asks_for_too_much():
+    if causes and misfits.asks_for_too_much(self.config, len(self._tensors)):
       raise ValueError(self._misfit(described_by, causes, ()))
     self._sizes = name_table.axis_sizes(self.config)
     self._names = {row.path: self._name(row) for row in family.rows}
@@ -156,12 +156,6 @@ class Model:
     if problems:
       raise ValueError(self._misfit(described_by, causes, problems))
 
-  def _asks_for_too_much(self) -> bool:
-    """Returns whether there are fewer tensors than layers."""
-    config = self.config
-    most = max(config.num_encoder_layers, config.num_decoder_layers)
-    return most > max(len(self._tensors), 100)
-
   def _name(self, row: name_table.Row) -> str:
     """Returns what the files call a row, `{layer}` where each has one."""
     first = row.theirs.format(layer=0)
@@ -173,11 +167,12 @@ class Model:
   def _misfit(
     self, described_by: str, causes: Sequence[str], problems: Sequence[str]
   ) -> str:
-    because = f': {"; ".join(causes)}' if causes else ''
-    return (
+    return misfits.refusal(
       f'The tensors in {self.location} are not those that {described_by} '
-      f'describes{because}. Use the files as they were saved together'
-      + (f':\n{misfits.listed(problems)}' if problems else '.')
+      'describes',
+      'Use the files as they were saved together',
+      problems,
+      causes,
     )
 
   def step(self) -> int | None:
@@ -242,24 +237,12 @@ class Model:
 
   def _problems(self, family: Family) -> list[str]:
     """Returns what is missing, unknown, or of another shape, a line each."""
-    problems = []
-    known = set()
-    for row in self._rows.values():
-      expected = row.shape(self._sizes)
-      for name in row.names(self.config):
-        known.add(name)
-        if name not in self._tensors:
-          problems.append(f'{name} ({row.ours}) {expected}: missing')
-        elif self._tensors[name].shape != expected:
-          problems.append(
-            f'{name} ({row.ours}): expected {expected}, found '
-            f'{self._tensors[name].shape}'
-          )
-        elif self._tensors[name].dtype not in tensor_files.DTYPES:
-          problems.append(
-            f'{name}: expected one of {", ".join(tensor_files.DTYPES)}, found '
-            f'{self._tensors[name].dtype}; quantized weights are not supported'
-          )
+    expected = [
+      misfits.Expected(name, row.ours, [row.shape(self._sizes)])
+      for row in self._rows.values()
+      for name in row.names(self.config)
+    ]
+    known = {tensor.name for tensor in expected}
     ours = {n: row.ours for row in family.rows for n in row.names(self.config)}
     if self.config.logits_via_embedding:
       # A tied head that is stored all the same is the table again.
@@ -267,16 +250,18 @@ class Model:
     ignored = family.ignored
     if not self.config.has_decoder:
       ignored += r'|(decoder|lm_head)\..*'
-    problems += [
-      f'{name}{f" ({ours[name]})" if name in ours else ""} {tensor.shape}: '
-      'unknown'
-      for name, tensor in self._tensors.items()
+    unknown = [
+      name
+      for name in self._tensors
       if name not in known and not re.fullmatch(ignored, name)
     ]
-    return problems
+    return [
+      *misfits.problems(expected, self._tensors, tensor_files.DTYPES),
+      *misfits.unknown(unknown, self._tensors, ours),
+    ]
 
 
-class Folder(Model):
+class HuggingFaceFolder(HuggingFaceWeights):
   """A folder as `save_pretrained` leaves it."""
 
   def __init__(self, folder: pathlib.Path):
@@ -284,7 +269,7 @@ class Folder(Model):
 
     Raises:
       FileNotFoundError: if there are no weights, or some are missing.
-      ValueError: if a file is broken, or as `Model`.
+      ValueError: if a file is broken, or as `HuggingFaceWeights`.
     """
     path = folder / CONFIG
     config = tensor_files.read_json(path)

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.serialization
-import gin.config_parser
 import jax
 import jax.numpy as jnp
 import msgpack
@@ -26,6 +25,7 @@ import tensorstore
 
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import shapes as shapes_lib
+from l2s_jax.runtime import gin_internals
 from l2s_jax.weights import misfits, source
 from l2s_jax.weights.families import name_table
 from l2s_jax.weights.families.name_table import Row
@@ -195,18 +195,17 @@ class Checkpoint:
       ]
       return causes
     causes = misfits.layers(ROWS, config, self._arrays, keys)
-    most = max(config.num_encoder_layers, config.num_decoder_layers)
-    if most > max(len(self._arrays), 100):
+    if misfits.asks_for_too_much(config, len(self._arrays)):
       raise ValueError(self._misfit(causes))
     shapes = {name: array.shape for name, array in self._arrays.items()}
     return causes + misfits.widths(ROWS, config, shapes, keys)
 
   def _misfit(self, causes: Sequence[str], problems: Sequence[str] = ()) -> str:
-    because = f': {"; ".join(causes)}' if causes else ''
-    return (
-      f'The parameters in {self.location} are not those of the config{because}.'
-      ' Name the one that they were trained with by --config'
-      + (f':\n{misfits.listed(problems)}' if problems else '.')
+    return misfits.refusal(
+      f'The parameters in {self.location} are not those of the config',
+      'Name the one that they were trained with by --config',
+      problems,
+      causes,
     )
 
   def step(self) -> int | None:
@@ -258,33 +257,25 @@ class Checkpoint:
 
   def _check(self, causes: Sequence[str]) -> None:
     """Refuses parameters that are missing, unknown, or of another shape."""
-    problems = []
-    known: set[str] = set()
+    expected = []
     for row in self._rows.values():
-      accepted = [row.shape(self._sizes), unmerged(row, self._sizes)]
-      if self._is_scanned and row.is_stacked:
-        count = len(row.names(self.config))
-        accepted = [(shape[0], count, *shape[1:]) for shape in accepted]
-      expected = accepted[self._is_scanned]
-      for name in self._names(row):
-        known.add(name)
-        if name not in self._arrays:
-          problems.append(f'{name} ({row.ours}) {expected}: missing')
-        elif self._arrays[name].shape not in accepted:
-          problems.append(
-            f'{name} ({row.ours}): expected {expected}, found '
-            f'{self._arrays[name].shape}'
-          )
-        elif self._arrays[name].dtype.name not in _DTYPES:
-          problems.append(
-            f'{name}: expected one of {", ".join(_DTYPES)}, found '
-            f'{self._arrays[name].dtype.name}'
-          )
+      shapes = [row.shape(self._sizes), unmerged(row, self._sizes)]
+      if self._is_scanned:
+        shapes.reverse()
+        if row.is_stacked:
+          count = len(row.names(self.config))
+          shapes = [(shape[0], count, *shape[1:]) for shape in shapes]
+      expected += [
+        misfits.Expected(name, row.ours, shapes) for name in self._names(row)
+      ]
     ours = {name: row.ours for row in ROWS for name in self._names(row)}
-    problems += [
-      f'{name}{f" ({ours[name]})" if name in ours else ""} '
-      f'{self._arrays[name].shape}: unknown'
-      for name in self._arrays.keys() - known
+    problems = [
+      *misfits.problems(expected, self._arrays, _DTYPES),
+      *misfits.unknown(
+        self._arrays.keys() - {tensor.name for tensor in expected},
+        self._arrays,
+        ours,
+      ),
     ]
     if problems:
       raise ValueError(self._misfit(causes, problems))
@@ -600,7 +591,7 @@ def _fields_beside(path: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
   return path, {}
 
 
-class _Delegate(gin.config_parser.ParserDelegate):
+class _Delegate(gin_internals.ParserDelegate):
   """Keeps references as text: T5X's functions are not here to be named."""
 
   def configurable_reference(self, scoped_name, evaluate):
@@ -613,9 +604,9 @@ class _Delegate(gin.config_parser.ParserDelegate):
 def _read_gin(text: str) -> dict[str, Any]:
   """Returns the fields that T5X's config.gin binds of T5Config."""
   macros, fields = {}, {}
-  parser = gin.config_parser.ConfigParser(text, _Delegate())
+  parser = gin_internals.ConfigParser(text, _Delegate())
   for statement in parser:
-    if not isinstance(statement, gin.config_parser.BindingStatement):
+    if not isinstance(statement, gin_internals.BindingStatement):
       continue
     if not statement.arg_name:
       macros[f'%{statement.selector}'] = statement.value

@@ -4,13 +4,23 @@
 A goal is judged where both of its sides were measured at its shape. Models are
 named as their presets in `gin_configs/models`. Speculative decoding is judged
 on answers to EOS alone, which only trained weights and real prompts have.
+
+Judges the rows of a report, of generation or of training:
+
+    PYTHONPATH=. python tests/speed_goals.py BENCHMARK_DIR/benchmark.json
 """
 
 import dataclasses
+import json
+import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from l2s_jax.evaluation import report
+from l2s_jax.performance import contenders, train_benchmark
 
 Row = Mapping[str, Any]
 
@@ -22,7 +32,7 @@ class Goal:
   Attributes:
     ours: what a row has that is measured.
     theirs: what the row has that it is compared with.
-    quantity: 'total_ms' or 'ms_per_token'.
+    quantity: 'total_ms' or 'ms_per_token'; of training 'ms_per_step'.
     speedup: theirs over ours, at least.
     shape: what both rows have.
     condition: a goal without which this one does not count.
@@ -108,6 +118,48 @@ GOALS = (
     needs_equal_tokens=True,
   ),
 )
+_TRAINING_SHAPE = {'batch_size': 16, 'prompt_length': 64, 'num_tokens': 64}
+TRAINING_GOALS = (
+  *(
+    Goal(
+      {'model': 'T5_SMALL', **_OURS},
+      {'model': 'T5_SMALL', 'engine': engine, 'dtype': 'float32'},
+      'ms_per_step',
+      speedup,
+      _TRAINING_SHAPE,
+    )
+    for engine, speedup in (('t5x', 1.3), ('transformers', 1.5))
+  ),
+  Goal(
+    {'system': contenders.LLM_TO_SLM, **_OURS},
+    {'system': train_benchmark.BOTH, **_OURS},
+    'ms_per_step',
+    1 / 1.1,
+    {},
+  ),
+)
+_COLUMNS = {
+  'ours': 'ours',
+  'theirs': 'compared with',
+  'quantity': 'quantity',
+  'batch_size': 'batch',
+  'prompt_length': 'in',
+  'num_tokens': 'out',
+  'goal': 'goal, times as fast',
+  'speedup': 'found',
+  'verdict': 'verdict',
+}
+
+
+def main(path: str) -> None:
+  """Prints the goals that a `benchmark.json` or a `train.json` decides."""
+  rows = json.loads(pathlib.Path(path).read_text())['rows']
+  is_training = any('ms_per_step' in row['rounds'] for row in rows)
+  goals = TRAINING_GOALS if is_training else GOALS
+  judged = judge(rows, goals)
+  if judged:
+    print(report.markdown_table(judged, _COLUMNS))
+  print(f'{num_not_measured(rows, goals)} goals were not measured in this run.')
 
 
 def judge(
@@ -177,3 +229,7 @@ def _has(row: Row, wanted: Row) -> bool:
 
 def _name(row: Row) -> str:
   return f'{row["model"]}, {row["engine"]} {row["dtype"]}'
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])

@@ -2,8 +2,7 @@
 """Laws of goals: judged where both sides were measured, round by round."""
 
 import pytest
-
-from l2s_jax.performance import goals
+import speed_goals as goals
 
 PAIR = ('LLM-to-SLM', 'T5_LARGE -> T5_SMALL', 'l2s_jax')
 LLM = ('LLM', 'T5_LARGE', 'l2s_jax')

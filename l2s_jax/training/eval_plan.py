@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which evaluations a training run makes, of which tasks and splits, and when.
+
+EVALUATIONS lists them; without it there is one, of the task that is trained on.
+The scores of several are told apart by a prefix, 'TASK-SPLIT/'.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gin
+
+from l2s_jax.evaluation import evaluator, metric_writer
+from l2s_jax.inference import generate
+from l2s_jax.runtime import distributed, gin_config
+from l2s_jax.systems import session as session_lib
+from l2s_jax.training import hooks as hooks_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """One of the evaluations of a training run, as EVALUATIONS lists them.
+
+  What is None is as the run has it.
+
+  Attributes:
+    task: SeqIO task or mixture.
+    split: of it.
+    num_examples: the first so many of each task.
+    period: steps between two; the end of the run is always evaluated.
+    task_feature_lengths: tokens of 'inputs' and 'targets'.
+  """
+
+  task: str | None = None
+  split: str | None = None
+  num_examples: int | None = None
+  period: int | None = None
+  task_feature_lengths: Mapping[str, int] | None = None
+
+  def planned(self, run: 'Planned') -> 'Planned':
+    """Returns the evaluation with the settings of the run where it has none."""
+    given = {
+      field.name: getattr(self, field.name)
+      for field in dataclasses.fields(self)
+      if getattr(self, field.name) is not None
+    }
+    return dataclasses.replace(run, **given)
+
+
+gin.external_configurable(Evaluation, module='l2s_jax')
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+  """An evaluation of a training run with all that it needs; see `Evaluation`.
+
+  A `num_examples` of None takes all, a `period` of None the end of the run.
+  """
+
+  task: str
+  split: str
+  num_examples: int | None
+  period: int | None
+  task_feature_lengths: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """The evaluations of a run.
+
+  Attributes:
+    by_prefix: by what comes before the names of their scores: nothing if
+      EVALUATIONS lists none, 'TASK-SPLIT/' otherwise.
+    best: the prefix and the score that choose the best step; None: none is.
+  """
+
+  by_prefix: Mapping[str, Planned]
+  best: tuple[str, str] | None
+
+  def longest(self, task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
+    """Returns the most tokens that training or an evaluation reads."""
+    longest = dict(task_feature_lengths)
+    for planned in self.by_prefix.values():
+      for name, length in planned.task_feature_lengths.items():
+        longest[name] = max(longest[name], length)
+    return longest
+
+  def bind(self, session: session_lib.Session, name: str) -> dict[str, Any]:
+    """Returns the task of each evaluation, with the system's vocabularies.
+
+    Args:
+      session: has the task that is trained on.
+      name: of that one.
+
+    Raises:
+      ValueError: for what cannot be evaluated, or a score that is of none.
+    """
+    found = {}
+    for prefix, planned in self.by_prefix.items():
+      found[prefix] = session.task
+      if planned.task != name:
+        found[prefix] = session_lib.bind_task(
+          session.system, planned.task, label=f'EVALUATIONS {prefix[:-1]}'
+        )
+      session_lib.check_splits(
+        found[prefix], planned.task_feature_lengths, evaluated=planned.split
+      )
+    if self.best is not None:
+      prefix, score = self.best
+      split = self.by_prefix[prefix].split
+      check_score('BEST_METRIC', score, found[prefix], split, prefix)
+    return found
+
+  def hooks(
+    self,
+    loop: hooks_lib.Loop,
+    session: session_lib.Session,
+    bound: Mapping[str, Any],
+    batch_size: int,
+  ) -> list[hooks_lib.Evaluate]:
+    """Returns a hook for each evaluation; the best step is kept from now on.
+
+    Args:
+      loop: the run.
+      session: has the mesh.
+      bound: what `bind` returned.
+      batch_size: examples a batch.
+    """
+    found = distributed.from_first(
+      {prefix: logged(loop.run_dir, prefix) for prefix in self.by_prefix}
+    )
+    generators: dict[int, generate.Generator] = {}
+    made = []
+    for prefix, planned in self.by_prefix.items():
+      answer_length = planned.task_feature_lengths['targets']
+      scorer = evaluator.Evaluator(
+        loop.system,
+        session.mesh,
+        bound[prefix],
+        planned.task_feature_lengths,
+        split=planned.split,
+        batch_size=batch_size,
+        num_examples=planned.num_examples,
+        generator=generators.get(answer_length),
+      )
+      generators[answer_length] = scorer.generator
+      hook = hooks_lib.Evaluate(
+        planned.period,
+        scorer,
+        prefix,
+        {int(step): scores for step, scores in found[prefix].items()},
+        self.best[1] if self.best and self.best[0] == prefix else None,
+      )
+      hook.keep_best(loop.checkpointer)
+      made.append(hook)
+    return made
+
+
+def make(
+  evaluations: Sequence[Evaluation], run: Planned, best_metric: str | None
+) -> Plan:
+  """Returns the evaluations of a run, checked as far as their settings tell.
+
+  Args:
+    evaluations: EVALUATIONS.
+    run: the settings of the run, for what they leave out.
+    best_metric: BEST_METRIC.
+
+  Raises:
+    ValueError: for settings that mean nothing, or two of one task and split.
+  """
+  by_prefix = _by_prefix(evaluations, run)
+  if best_metric is None:
+    return Plan(by_prefix, None)
+  prefix, score = _of_score('BEST_METRIC', best_metric, by_prefix)
+  split = by_prefix[prefix].split
+  if 'test' in split:
+    name = f'the split of EVALUATIONS {prefix[:-1]}' if prefix else 'eval_split'
+    raise ValueError(
+      f'BEST_METRIC={best_metric!r} with {name}={split!r}: a checkpoint is '
+      "chosen on validation data only. Set train.eval_split to 'validation', "
+      'and score the chosen checkpoint on the test split with evaluate and '
+      "EVAL_STEPS='best'."
+    )
+  return Plan(by_prefix, (prefix, score))
+
+
+def _by_prefix(
+  evaluations: Sequence[Evaluation], run: Planned
+) -> dict[str, Planned]:
+  """Returns the evaluations by what comes before the names of their scores."""
+  if not evaluations:
+    return {'': run}
+  found: dict[str, Planned] = {}
+  for number, evaluation in enumerate(evaluations):
+    if not isinstance(evaluation, Evaluation):
+      raise ValueError(
+        f'EVALUATIONS[{number}]={evaluation!r}: expected an Evaluation, such '
+        'as @NAME/Evaluation() with NAME/Evaluation.task bound beside it.'
+      )
+    planned = evaluation.planned(run)
+    gin_config.check_positive(
+      **{
+        f'EVALUATIONS[{number}].num_examples': planned.num_examples,
+        f'EVALUATIONS[{number}].period': planned.period,
+      }
+    )
+    gin_config.check_lengths(planned.task_feature_lengths)
+    prefix = f'{planned.task}-{planned.split}/'
+    if prefix in found:
+      raise ValueError(
+        f'EVALUATIONS has two of task {planned.task!r} and split '
+        f'{planned.split!r}, whose scores would have the same names. Leave one '
+        'out.'
+      )
+    found[prefix] = planned
+  return found
+
+
+def _of_score(
+  setting: str, score: str, evaluations: Mapping[str, Planned]
+) -> tuple[str, str]:
+  """Returns the prefix of the evaluation that gives a score, and the rest.
+
+  Args:
+    setting: that names the score, for the error.
+    score: as it is logged, without 'eval/'.
+    evaluations: by prefix.
+
+  Raises:
+    ValueError: if it is of none of them.
+  """
+  for prefix in sorted(evaluations, key=len, reverse=True):
+    if score.startswith(prefix):
+      return prefix, score.removeprefix(prefix)
+  raise ValueError(
+    f'{setting}={score!r} is of no evaluation of this run; expected a score '
+    f'with its task and split, such as {next(iter(evaluations))}loss. '
+    f'EVALUATIONS has {", ".join(p[:-1] for p in evaluations)}.'
+  )
+
+
+def check_score(
+  name: str, score: str, task: Any, split: str, prefix: str = ''
+) -> None:
+  """Refuses a score that no evaluation of a task will give.
+
+  Args:
+    name: of the setting, for the error.
+    score: as evaluations name it.
+    task: from `session.bind_task`.
+    split: to be evaluated.
+    prefix: of the evaluation's scores, for the error.
+
+  Raises:
+    ValueError: with those that there are.
+  """
+  from l2s_jax.evaluation import seqio_evaluator
+
+  known = seqio_evaluator.score_names(task, split)
+  if known is not None and score not in known:
+    raise ValueError(
+      f'{name}={prefix + score!r} is not a score of this task; there are '
+      f'{", ".join(prefix + other for other in known)}.'
+    )
+
+
+def logged(run_dir: pathlib.Path, prefix: str) -> dict[int, dict[str, float]]:
+  """Returns the scores that earlier starts have logged, by step and name."""
+  by_step = metric_writer.by_step(run_dir, prefix=f'eval/{prefix}')
+  if prefix:
+    return by_step
+  # Names of tasks and metrics have no hyphen before a slash.
+  return {
+    step: own
+    for step, scores in by_step.items()
+    if (
+      own := {
+        name: score
+        for name, score in scores.items()
+        if '-' not in name.rpartition('/')[0]
+      }
+    )
+  }
+
+
+def last_scores(evaluates: Sequence[hooks_lib.Evaluate]) -> dict[str, float]:
+  """Returns the scores of the last step that was evaluated."""
+  last = max((step for hook in evaluates for step in hook.found), default=0)
+  return {
+    f'{hook.prefix}{name}': score
+    for hook in evaluates
+    for name, score in hook.found.get(last, {}).items()
+  }

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training step: sums, gradients of what is trained, one update.
+
+The frozen LLM goes in as an argument and never comes out. The loop around it is
+`train.py`'s.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from l2s_jax.models import losses
+from l2s_jax.systems import parameters
+from l2s_jax.training import state as state_lib
+
+PyTree = Any
+
+
+def train_step(
+  state: state_lib.TrainState,
+  frozen: PyTree,
+  batch: Mapping[str, jax.Array],
+  *,
+  module: Any,
+  optimizer: optax.GradientTransformation,
+  loss: Callable[..., Any] = losses.token_cross_entropy,
+  num_microbatches: int = 1,
+) -> tuple[state_lib.TrainState, dict[str, jax.Array]]:
+  """Returns the state after one update, and sums to log.
+
+  Args:
+    state: before the update; donated.
+    frozen: parameters that get no gradient.
+    batch: the keys of `data/features.py`.
+    module: computes logits from all parameters and the batch.
+    optimizer: of the trainable parameters.
+    loss: `losses.token_cross_entropy`, perhaps with other weights in it.
+    num_microbatches: parts of the batch that are computed one after another,
+      in less memory; sums and gradients add up to those of the whole.
+  """
+  dropout_key = jax.random.fold_in(
+    jax.random.wrap_key_data(state.key), state.step
+  )
+
+  def loss_fn(trainable, batch, key):
+    logits = module.apply(
+      {'params': parameters.merge(frozen, trainable)},
+      batch,
+      deterministic=False,
+      rngs={'dropout': key},
+    )
+    return loss(
+      logits, batch['decoder_target_tokens'], batch['decoder_loss_weights']
+    )
+
+  def gradient_sums(batch, key):  # no gradient of the LLM
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    (_, sums), grads = grad_fn(state.trainable, batch, key)
+    return sums, grads
+
+  sums, grads = _add_up(gradient_sums, batch, dropout_key, num_microbatches)
+  weight = jnp.maximum(sums['loss_weight'], 1.0)
+  grads = jax.tree.map(lambda g: g / weight, grads)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+  new_state = state.replace(
+    step=state.step + 1,
+    trainable=optax.apply_updates(state.trainable, updates),
+    opt_state=opt_state,
+  )
+  return new_state, {
+    **sums,
+    'grad_norm': optax.tree.norm(grads),
+    'param_norm': optax.tree.norm(new_state.trainable),
+  }
+
+
+def _add_up(
+  fn: Callable[[Mapping[str, jax.Array], jax.Array], PyTree],
+  batch: Mapping[str, jax.Array],
+  key: jax.Array,
+  num_microbatches: int,
+) -> PyTree:
+  """Returns the sum of `fn` over microbatches, each with a key of its own."""
+  if num_microbatches == 1:
+    return fn(batch, key)
+
+  def divide(x):  # Every n-th row to each, so that rows stay on their devices.
+    rows = x.reshape(-1, num_microbatches, *x.shape[1:])
+    return jnp.moveaxis(rows, 1, 0)
+
+  microbatches = (
+    jax.tree.map(divide, batch),
+    jax.random.split(key, num_microbatches),
+  )
+  first = jax.tree.map(lambda x: x[0], microbatches)
+  zeros = jax.tree.map(
+    lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, *first)
+  )
+  total, _ = jax.lax.scan(
+    lambda total, inputs: (
+      jax.tree.map(jnp.add, total, fn(*inputs)),
+      None,
+    ),
+    zeros,
+    microbatches,
+  )
+  return total
