@@ -352,7 +352,7 @@ FAULTS = (
     't5-head-unscaled',
     'scale_logits=is_scaled and is_tied',
     'scale_logits=False',
-    ('test_weights.py',),
-    'known_weights_give',
+    ('test_weights.py', 'test_parity.py'),
+    'config or computes',
   ),
 )
