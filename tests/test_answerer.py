@@ -96,13 +96,13 @@ def test_neighbours_batch_size_and_bucket_change_nothing(mesh, sampled):
 def test_an_answer_that_may_be_shorter_is_the_beginning(sampled):
   answers, expected = sampled
   prompts = [
-    prompt._replace(max_len=row % MAX_DECODE_LEN + 1)
+    prompt._replace(max_decode_len=row % MAX_DECODE_LEN + 1)
     for row, prompt in enumerate(encode(answers))
   ]
   for prompt, found, whole in zip(
     prompts, finish(answers, prompts), expected, strict=True
   ):
-    ids = whole.details['token_ids'][: prompt.max_len]
+    ids = whole.details['token_ids'][: prompt.max_decode_len]
     assert found.details['token_ids'] == ids
     assert found.text == helpers.vocabulary().decode(ids)
 

@@ -46,10 +46,10 @@ def make_generator(
   )
 
 
-def search(generator, params, batch, max_lens=None):
+def search(generator, params, batch, max_decode_lens=None):
   """Returns the answers that a generator writes."""
   generation = generator.start(
-    generator.prepare(params), batch, max_lens=max_lens
+    generator.prepare(params), batch, max_decode_lens=max_decode_lens
   )
   return jax.tree.map(np.asarray, generation.finish())
 
@@ -167,7 +167,7 @@ def test_one_beam_is_greedy(name, early_stopping):
   prompts = strategies.Prompts(
     has_prompt=jnp.ones(num_rows, bool),
     row_keys=jax.random.split(jax.random.key(0), num_rows),
-    max_lens=jnp.full(num_rows, MAX_DECODE_LEN),
+    max_decode_lens=jnp.full(num_rows, MAX_DECODE_LEN),
     first_tokens=jnp.full(num_rows, START_ID),
   )
   cache = helpers.prefill(module, params, batch, MAX_DECODE_LEN)

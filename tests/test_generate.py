@@ -112,7 +112,7 @@ def test_the_loop_ends_when_all_rows_have(written):
   generator = make_generator(module, eos_id=-1)
   most = [2, 1, 3, 0]
   generation = generator.start(
-    generator.prepare(params), batch, max_lens=jnp.array(most)
+    generator.prepare(params), batch, max_decode_lens=jnp.array(most)
   )
   found = generation.finish().tokens[:, 0]
   written_by = np.arange(MAX_DECODE_LEN) < np.array(most)[:, None]

@@ -3,6 +3,7 @@
 
 import ast
 import pathlib
+import re
 
 import pytest
 
@@ -110,3 +111,12 @@ def test_no_two_public_classes_share_a_name():
             places.setdefault(target.id, []).append(place(path))
   shared = {name: places[name] for name in classes if len(places[name]) > 1}
   assert not shared
+
+
+def test_no_two_modules_of_a_package_differ_by_an_ending():
+  for package in PACKAGES:
+    stems = {}
+    for path in package.glob('*.py'):
+      stem = re.sub(r'(ation|ing|er|or|ed|es?|s)$', '', path.stem)
+      assert stem not in stems, (place(path), stems[stem])
+      stems[stem] = place(path)

@@ -155,7 +155,7 @@ def test_answers_end_inside_drafts(twins, noise):
   batch = batch | {
     'encoder_segment_ids': batch['encoder_segment_ids'].at[2].set(0)
   }
-  options = {'max_lens': jnp.array([11, 6, 11, 1])}
+  options = {'max_decode_lens': jnp.array([11, 6, 11, 1])}
   expected, _ = write(
     TWINS, params, batch, 0, eos_id=eos_id, options=options, log_probs=True
   )

@@ -172,6 +172,6 @@ def control_partners(prompts: Sequence[Sequence[int]]) -> list[int]:
 def lengths(batch: Batch) -> tuple[int, int]:
   """Returns the lengths of a batch's prompts and answers, with padding."""
   prompts, answers = (
-    batch[f'{tower}_input_tokens'].shape[1] for tower in ('encoder', 'decoder')
+    batch[f'{half}_input_tokens'].shape[1] for half in ('encoder', 'decoder')
   )
   return prompts, answers

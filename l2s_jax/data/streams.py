@@ -180,8 +180,8 @@ def _batch_by_length(
 
   def bucket_of(row):
     size = [
-      tf.reduce_sum(row[f'{tower}_segment_ids'])
-      for tower in ('encoder', 'decoder')
+      tf.reduce_sum(row[f'{half}_segment_ids'])
+      for half in ('encoder', 'decoder')
     ]
     has_room = tf.reduce_all(tf.constant(buckets) >= size, axis=1)
     return tf.argmax(tf.cast(has_room, tf.int32))  # The first that has.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores, loss and controls of the steps of a run.
 
-`evaluator.Evaluator` evaluates parameters with SeqIO's Evaluator, in training
+`scoring.Evaluator` evaluates parameters with SeqIO's Evaluator, in training
 and afterwards; `evaluate` is the verb; `report` writes tables and plots,
 `metric_writer` the logs.
 """
@@ -9,7 +9,7 @@ and afterwards; `evaluate` is the verb; `report` writes tables and plots,
 # The modules that other packages may import.
 __all__ = (
   'evaluate',
-  'evaluator',
+  'scoring',
   'metric_writer',
   'report',
   'seqio_evaluator',

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verb `evaluate`: scores of a run's checkpoints on a SeqIO task.
 
-Metrics, predictions and curves go to `eval/`; `evaluator.py` scores.
+Metrics, predictions and curves go to `eval/`; `scoring.py` scores.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import gin
 
-from l2s_jax.evaluation import evaluator, metric_writer, report
+from l2s_jax.evaluation import metric_writer, report, scoring
 from l2s_jax.inference import generate, sampling
 from l2s_jax.runtime import distributed, files, gin_config, locks, partitioning
 from l2s_jax.systems import as_it_came, parameters
@@ -124,7 +124,7 @@ def evaluate(
     'max_decode_len': max_decode_len,
   }
   with session.entered(), distributed.preemptible() as stop:
-    scorer = evaluator.Evaluator(
+    scorer = scoring.Evaluator(
       session.system,
       session.mesh,
       session.task,
@@ -176,7 +176,7 @@ class _Scores(NamedTuple):
   ) -> None:
     """Prints scores and adds them to the metrics file."""
     label = '' if control == 'none' else f' (Z: {control})'
-    line = evaluator.format_scores(scores, signatures)
+    line = scoring.format_scores(scores, signatures)
     print(f'step {step}{label}: {line}', flush=True)
     if distributed.is_first():
       _record(
@@ -189,12 +189,12 @@ class _Scores(NamedTuple):
 
 def _score_steps(
   session: session_lib.Session,
-  scorer: evaluator.Evaluator,
+  scorer: scoring.Evaluator,
   checkpoint_path: str,
   steps: Sequence[int],
   controls: Sequence[str],
   found: _Scores,
-  stop: evaluator.Stop,
+  stop: scoring.Stop,
 ) -> dict[int, dict[str, dict[str, float]]]:
   """Returns the scores of checkpoints by step and control."""
   results: dict[int, dict[str, dict[str, float]]] = {}
@@ -215,7 +215,7 @@ def _score_steps(
         )
         results[step][control] = scores
         found.add(step, control, scores, scorer.signatures)
-      if set(results[step]) == set(evaluator.CONTROLS):
+      if set(results[step]) == set(scoring.CONTROLS):
         print(report.describe_controls(results[step]), flush=True)
     if distributed.is_first():
       _write_curves(
@@ -248,11 +248,11 @@ def _choose_steps(run_dir: str, steps: Any) -> list[int]:
 
 
 def _check_controls(controls: Sequence[str], system: system_lib.System) -> None:
-  allowed = evaluator.CONTROLS[: None if system.frozen else 1]
+  allowed = scoring.CONTROLS[: None if system.frozen else 1]
   if isinstance(controls, str) or not set(controls) <= set(allowed):
     raise ValueError(
       f'EVAL_CONTROLS={controls!r}: expected a tuple of any of '
-      f'{evaluator.CONTROLS} for '
+      f'{scoring.CONTROLS} for '
       "an LLM-to-SLM run, and ('none',) for a language model alone."
     )
 

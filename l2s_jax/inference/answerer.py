@@ -31,13 +31,13 @@ class Prompt(NamedTuple):
   Attributes:
     ids: its tokens, EOS included unless it was cut.
     was_cut: whether it had more tokens.
-    max_len: tokens that its answer may have, EOS included.
+    max_decode_len: tokens that its answer may have, EOS included.
     row_id: its index in the input, from which samples are drawn.
   """
 
   ids: list[int]
   was_cut: bool
-  max_len: int
+  max_decode_len: int
   row_id: int
 
 
@@ -129,14 +129,15 @@ class PromptAnswerer:
     return [answers[row].text for row in range(len(texts))]
 
   def encode(
-    self, text: str, *, row_id: int, max_len: int | None = None
+    self, text: str, *, row_id: int, max_decode_len: int | None = None
   ) -> Prompt:
-    """Returns a prompt; its answer may have `max_len` tokens, None: the most.
+    """Returns a prompt.
 
     Args:
       text: of the prompt.
       row_id: its index in the input.
-      max_len: not more than `max_decode_len`.
+      max_decode_len: tokens that its answer may have, not more than the
+        answerer's own; None takes those.
     """
     vocabulary = self._prompt_vocabulary
     ids = vocabulary.encode(text)
@@ -147,13 +148,13 @@ class PromptAnswerer:
     return Prompt(
       ids=ids[: self._prompt_length],
       was_cut=len(ids) > self._prompt_length,
-      max_len=max_len or self.generator.max_decode_len,
+      max_decode_len=max_decode_len or self.generator.max_decode_len,
       row_id=row_id,
     )
 
   def pack(self, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Returns batches of indices, for `start`."""
-    return self._buckets.pack([(len(p.ids), p.max_len) for p in prompts])
+    return self._buckets.pack([(len(p.ids), p.max_decode_len) for p in prompts])
 
   def start(
     self, prompts: Sequence[Prompt], num_tokens: int | None = None
@@ -179,14 +180,21 @@ class PromptAnswerer:
       | {
         'row_ids': _column([p.row_id for p in prompts], num_filling),
         # Rows that fill up write nothing.
-        'max_lens': _column([p.max_len for p in prompts], num_filling),
+        'max_decode_lens': _column(
+          [p.max_decode_len for p in prompts], num_filling
+        ),
       },
       self._mesh,
     )
     self.num_tokens += sum(len(prompt.ids) for prompt in prompts)
     self.num_slots += rows * length
-    row_ids, max_lens = arrays.pop('row_ids'), arrays.pop('max_lens')
-    generation = self.generator.start(self._params, arrays, row_ids, max_lens)
+    row_ids, max_decode_lens = (
+      arrays.pop('row_ids'),
+      arrays.pop('max_decode_lens'),
+    )
+    generation = self.generator.start(
+      self._params, arrays, row_ids, max_decode_lens
+    )
     if num_tokens is None and self._looks_for_stops:
       num_tokens = _STOP_PERIOD
     generation.advance(num_tokens)
@@ -240,7 +248,7 @@ class PromptAnswerer:
       )
       texts = [
         self._vocabulary.decode(
-          tokens[row, : min(sizes[row], prompt.max_len)].tolist()
+          tokens[row, : min(sizes[row], prompt.max_decode_len)].tolist()
         )
         for row, prompt in enumerate(writing.prompts)
       ]
@@ -255,7 +263,7 @@ class PromptAnswerer:
     self, prompt: Prompt, answers: strategies.Answers, row: int
   ) -> Answer:
     """Returns the answer of one row."""
-    candidates = answers.tokens[row, :, : prompt.max_len].tolist()
+    candidates = answers.tokens[row, :, : prompt.max_decode_len].tolist()
     texts = [
       cut(self._vocabulary.decode(tokens), self._stops) for tokens in candidates
     ]

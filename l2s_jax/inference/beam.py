@@ -95,7 +95,7 @@ class BeamSearch:
     max_decode_len: int,
   ) -> BeamState:
     num_beams = self._decoding.num_beams
-    shape = (prompts.max_lens.shape[0], num_beams, max_decode_len)
+    shape = (prompts.max_decode_lens.shape[0], num_beams, max_decode_len)
     nothing = Hypotheses(
       tokens=strategies.full_of_rows(self._ids.pad, shape),
       scores=strategies.full_of_rows(-jnp.inf, shape[:2]),
@@ -125,7 +125,7 @@ class BeamSearch:
     ends = self._ids.end(candidates.tokens[:, :, step])
     counts = jnp.ones(ends.shape[1], bool)
     if decoding.length_penalty_form == 'power':
-      ends |= (length >= state.prompts.max_lens)[:, None]
+      ends |= (length >= state.prompts.max_decode_lens)[:, None]
       counts = jnp.arange(ends.shape[1]) < decoding.num_beams
 
     scores, order = jax.lax.top_k(
@@ -228,10 +228,10 @@ class BeamSearch:
       decoding.early_stopping == 'never'
       or decoding.length_penalty_form == 'gnmt'
     ):
-      best_length = prompts.max_lens
+      best_length = prompts.max_decode_lens
     worst = ended.scores.min(1)  # -inf until num_beams have ended
     best = live.scores[:, 0] / length_penalty(best_length, decoding)
-    done = (best <= worst) | (length >= prompts.max_lens)
+    done = (best <= worst) | (length >= prompts.max_decode_lens)
     if decoding.early_stopping is True:
       done |= worst > -jnp.inf
     return done

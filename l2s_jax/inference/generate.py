@@ -123,7 +123,7 @@ class Generator:
     prepared: PyTree,
     batch: language_model.Batch,
     row_ids: Int[np.ndarray | Array, 'batch'] | None = None,
-    max_lens: Int[np.ndarray | Array, 'batch'] | None = None,
+    max_decode_lens: Int[np.ndarray | Array, 'batch'] | None = None,
   ) -> 'Generation':
     """Starts to write the answers to a batch of prompts.
 
@@ -133,7 +133,8 @@ class Generator:
         the answers go on where the prompts end.
       row_ids: each row's index in the input, from which its samples are
         drawn; by default its place in the batch.
-      max_lens: tokens that each row may write; by default `max_decode_len`.
+      max_decode_lens: tokens that each row may write; by default
+        `max_decode_len`.
 
     Raises:
       ValueError: if the model has no positions for prompt and answer.
@@ -146,11 +147,13 @@ class Generator:
     shape = f'{num_rows} prompts of {prompt_length} tokens'
     if row_ids is None:
       row_ids = np.arange(num_rows)
-    if max_lens is None:
-      max_lens = np.full((num_rows,), self.max_decode_len, np.int32)
+    if max_decode_lens is None:
+      max_decode_lens = np.full((num_rows,), self.max_decode_len, np.int32)
     with self.announce(f'prefill for {shape}'):
       cache = self.prefill(prepared, batch)
-      state = self._begin(cache, segment_ids, row_ids, max_lens, first_tokens)
+      state = self._begin(
+        cache, segment_ids, row_ids, max_decode_lens, first_tokens
+      )
     return Generation(self, self.writer_params(prepared), state, shape)
 
   def _begin_rows(
@@ -158,7 +161,7 @@ class Generator:
     cache: Any,
     segment_ids: Int[Array, 'batch prompt'],
     row_ids: Int[Array, 'batch'],
-    max_lens: Int[Array, 'batch'],
+    max_decode_lens: Int[Array, 'batch'],
     first_tokens: Int[Array, 'batch'] | None,
   ) -> Any:
     """Returns the state before the first token. To be called in jit.
@@ -177,7 +180,7 @@ class Generator:
       row_keys=jax.vmap(jax.random.fold_in, (None, 0))(
         jax.random.key(self.decoding.seed), row_ids
       ),
-      max_lens=max_lens,
+      max_decode_lens=max_decode_lens,
     )
     return self.strategy.begin(cache, prompts, self.max_decode_len)
 

@@ -101,8 +101,8 @@ class Buckets:
     """
 
     def size(index: int) -> tuple[int, int, int]:
-      num_tokens, max_len = sizes[index]
-      return self.length(num_tokens), max_len, num_tokens
+      num_tokens, max_decode_len = sizes[index]
+      return self.length(num_tokens), max_decode_len, num_tokens
 
     order = sorted(range(len(sizes)), key=size, reverse=True)
     batches = []

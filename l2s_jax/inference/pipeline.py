@@ -58,7 +58,7 @@ class _Window:
       self._prompts[place] = answerer.encode(
         item['prompt'],
         row_id=first_line + place,
-        max_len=lengths(item) if lengths else None,
+        max_decode_len=lengths(item) if lengths else None,
       )
     places = list(self._prompts)
     packed = answerer.pack(list(self._prompts.values()))

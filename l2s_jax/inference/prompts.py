@@ -27,18 +27,20 @@ class AnswerLengths(NamedTuple):
 
   Attributes:
     column: holds an integer, in JSON or as text.
-    most: that it may be; named MAX_DECODE_LEN in errors.
+    max_decode_len: the largest that it may be.
   """
 
   column: str
-  most: int
+  max_decode_len: int
 
   def __call__(self, row: Mapping[str, Any]) -> int | None:
     """Returns the number of a row; None if it has none that may be."""
     value = text_files.value(dict(row), self.column)
     if isinstance(value, str) and value.isascii() and value.isdigit():
       value = int(value)
-    is_length = type(value) is int and 1 <= value <= self.most  # True is none.
+    is_length = (
+      type(value) is int and 1 <= value <= self.max_decode_len
+    )  # True is none.
     return value if is_length else None
 
   def problem(self, row: Mapping[str, Any]) -> str | None:
@@ -46,7 +48,7 @@ class AnswerLengths(NamedTuple):
     if self(row) is not None:
       return None
     return (
-      f'has no integer from 1 to MAX_DECODE_LEN={self.most} in column '
+      f'has no integer from 1 to MAX_DECODE_LEN={self.max_decode_len} in column '
       f'{self.column!r}'
     )
 

@@ -130,7 +130,7 @@ class Speculative:
     prompts: strategies.Prompts,
     max_decode_len: int,
   ) -> SpeculativeState:
-    shape = (prompts.max_lens.shape[0], max_decode_len)
+    shape = (prompts.max_decode_lens.shape[0], max_decode_len)
     zeros = strategies.full_of_rows(0, shape[:1])
     return SpeculativeState(
       step=jnp.zeros((), jnp.int32),
@@ -171,7 +171,7 @@ class Speculative:
     is_eos = self._ids.end(new)
     has_ended = jnp.cumsum(is_eos, axis=1) - is_eos > 0
     last = jnp.minimum(
-      num_accepted, state.prompts.max_lens - state.num_tokens - 1
+      num_accepted, state.prompts.max_decode_lens - state.num_tokens - 1
     )
     is_kept = ~has_ended & (place <= last[:, None]) & ~state.done[:, None]
     num_new = is_kept.sum(1, dtype=jnp.int32)
@@ -179,7 +179,7 @@ class Speculative:
     done = (
       state.done
       | (is_eos & is_kept).any(1)
-      | (num_tokens >= state.prompts.max_lens)
+      | (num_tokens >= state.prompts.max_decode_lens)
     )
 
     def write(buffer, values):

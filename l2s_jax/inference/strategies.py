@@ -65,20 +65,20 @@ class Prompts(struct.PyTreeNode):
   Attributes:
     has_prompt: rows without one have ended from the start.
     row_keys: one PRNG key a row, so that neighbours change nothing.
-    max_lens: tokens that each may write, EOS included.
+    max_decode_lens: tokens that each may write, EOS included.
     first_tokens: what each row reads before it writes: the start token, or,
       where a prompt is continued, its last token.
   """
 
   has_prompt: Bool[Array, 'batch']
   row_keys: Key[Array, 'batch']
-  max_lens: Int[Array, 'batch']
+  max_decode_lens: Int[Array, 'batch']
   first_tokens: Int[Array, 'batch']
 
   @property
   def have_ended(self) -> Bool[Array, 'batch']:
     """Rows to which nothing is written."""
-    return ~self.has_prompt | (self.max_lens < 1)
+    return ~self.has_prompt | (self.max_decode_lens < 1)
 
 
 @runtime_checkable  # which beartype, in tests, has to ask
@@ -156,7 +156,7 @@ def decode_step(
     token=token,
     tokens=write_column(state.tokens, token, state.step),
     log_probs=log_probs,
-    done=state.done | ids.end(token) | (step >= state.prompts.max_lens),
+    done=state.done | ids.end(token) | (step >= state.prompts.max_decode_lens),
     cache=cache,
   )
 
@@ -224,7 +224,7 @@ class OneByOne:
   def begin(
     self, cache: cache_lib.Cache, prompts: Prompts, max_decode_len: int
   ) -> DecodeState:
-    shape = (prompts.max_lens.shape[0], max_decode_len)
+    shape = (prompts.max_decode_lens.shape[0], max_decode_len)
     return DecodeState(
       step=jnp.zeros((), jnp.int32),
       token=prompts.first_tokens,

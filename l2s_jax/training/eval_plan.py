@@ -12,7 +12,7 @@ from typing import Any
 
 import gin
 
-from l2s_jax.evaluation import evaluator, metric_writer
+from l2s_jax.evaluation import metric_writer, scoring
 from l2s_jax.inference import generate
 from l2s_jax.runtime import distributed, gin_config
 from l2s_jax.systems import session as session_lib
@@ -135,7 +135,7 @@ class Plan:
     made = []
     for prefix, planned in self.by_prefix.items():
       answer_length = planned.task_feature_lengths['targets']
-      scorer = evaluator.Evaluator(
+      scorer = scoring.Evaluator(
         loop.system,
         session.mesh,
         bound[prefix],

@@ -24,7 +24,7 @@ from typing import Any
 
 import tqdm
 
-from l2s_jax.evaluation import evaluator, metric_writer
+from l2s_jax.evaluation import metric_writer, scoring
 from l2s_jax.runtime import gin_config, preemption, profiling
 from l2s_jax.systems import parameters
 from l2s_jax.systems import system as system_lib
@@ -230,7 +230,7 @@ class Evaluate(Hook):
   def __init__(
     self,
     every: int | None,
-    scorer: evaluator.Evaluator,
+    scorer: scoring.Evaluator,
     prefix: str,
     found: Mapping[int, Mapping[str, float]],
     best: str | None = None,
@@ -264,7 +264,7 @@ class Evaluate(Hook):
     loop.write({f'eval/{self.prefix}{k}': v for k, v in scores.items()})
     self.found[loop.step] = scores
     label = f', {self.prefix[:-1]}' if self.prefix else ''
-    line = evaluator.format_scores(scores, self._scorer.signatures)
+    line = scoring.format_scores(scores, self._scorer.signatures)
     loop.say(f'step {loop.step}{label}: {line}')
     self.keep_best(loop.checkpointer)
 

@@ -15,7 +15,7 @@ from tensorboardX.proto import event_pb2
 
 from l2s_jax.data import cldr, tasks
 from l2s_jax.data.features import seqio, tf
-from l2s_jax.evaluation import evaluate, evaluator, report
+from l2s_jax.evaluation import evaluate, report, scoring
 from l2s_jax.inference import sampling
 from l2s_jax.metrics import metric_fns
 from l2s_jax.runtime import partitioning
@@ -63,7 +63,7 @@ def mesh():
 
 
 def make_evaluator(system, mesh, **options):
-  return evaluator.Evaluator(
+  return scoring.Evaluator(
     system,
     mesh,
     session.bind_task(system, 'numbers'),
@@ -110,14 +110,14 @@ def test_a_model_that_does_not_use_the_llm_is_found_out(mesh, llm_to_slm):
   scorer = make_evaluator(system, mesh)
   by_control = {
     control: scorer.evaluate(deaf, step=0, control=control)
-    for control in evaluator.CONTROLS
+    for control in scoring.CONTROLS
   }
   assert by_control['none'] == by_control['zero'] == by_control['other']
   verdict = report.describe_controls(by_control)
   assert verdict.startswith('The SLM does not use the LLM: ROUGE-Lsum')
   losses = {
     scorer.evaluate(params, step=0, control=control)['loss']
-    for control in evaluator.CONTROLS
+    for control in scoring.CONTROLS
   }
   assert len(losses) == 3
 
@@ -209,7 +209,7 @@ def test_all_checkpoints_give_a_curve(run, tmp_path, capsys):
   assert {'rouge2', 'exact_match', 'loss', 'rouge1_low'} <= scores.keys()
   assert scores['rouge1_low'] <= scores['rouge1'] <= scores['rouge1_high']
   printed = capsys.readouterr().out
-  assert f'step 10: {evaluator.format_scores(scores, signatures)}\n' in printed
+  assert f'step 10: {scoring.format_scores(scores, signatures)}\n' in printed
   by_step = {step: found[str(step)]['none'] for step in (5, 10)}
   assert report.steps_table(by_step) in printed
   plot = tmp_path / 'eval' / 'curves-numbers-test.png'
@@ -297,7 +297,7 @@ def test_controls_of_a_language_model_are_refused(run):
 
 
 def test_scores_in_one_line():
-  line = evaluator.format_scores(
+  line = scoring.format_scores(
     {
       'one/bleu': 23.4567,
       'one/bleu_low': 22.1,

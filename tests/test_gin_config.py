@@ -18,7 +18,7 @@ for module in command_line.CONFIGURABLE_MODULES:
   importlib.import_module(module)
 
 
-@gin.configurable(module='test_gin_utils')
+@gin.configurable(module='test_gin_config')
 @dataclasses.dataclass(frozen=True)
 class Belfry:
   """A configurable class with parameters of both kinds."""
@@ -27,7 +27,7 @@ class Belfry:
   num_layers: int = 2
 
 
-@gin.configurable(module='test_gin_utils')
+@gin.configurable(module='test_gin_config')
 def fit(model_dir, num_steps=3, towers=(), lengths=None, dry_run=False):
   del dry_run
   return model_dir, num_steps, tuple(towers), lengths
@@ -53,7 +53,7 @@ def write(tmp_path, monkeypatch):
   return write_file
 
 
-@gin.configurable(module='test_gin_utils')
+@gin.configurable(module='test_gin_config')
 def ring(num_times=1):
   return num_times
 
