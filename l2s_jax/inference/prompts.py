@@ -38,9 +38,8 @@ class AnswerLengths(NamedTuple):
     value = text_files.value(dict(row), self.column)
     if isinstance(value, str) and value.isascii() and value.isdigit():
       value = int(value)
-    is_length = (
-      type(value) is int and 1 <= value <= self.max_decode_len
-    )  # True is none.
+    # True is an int, and no length.
+    is_length = type(value) is int and 1 <= value <= self.max_decode_len
     return value if is_length else None
 
   def problem(self, row: Mapping[str, Any]) -> str | None:
@@ -48,8 +47,8 @@ class AnswerLengths(NamedTuple):
     if self(row) is not None:
       return None
     return (
-      f'has no integer from 1 to MAX_DECODE_LEN={self.max_decode_len} in column '
-      f'{self.column!r}'
+      f'has no integer from 1 to MAX_DECODE_LEN={self.max_decode_len} in '
+      f'column {self.column!r}'
     )
 
 
