@@ -12,20 +12,51 @@ to, and a decode loop would wait for rows that never write an EOS.
 Needs no TensorFlow. Putting batches on devices is not done here.
 """
 
+import dataclasses
 import itertools
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int32, Int64
 
 from l2s_jax.data import packing
 
-if TYPE_CHECKING:
-  pass
-
-
 Batch = dict[str, Int32[np.ndarray, '...'] | Float32[np.ndarray, '...']]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """The rows of a batch that a process has made, and what the whole batch is.
+
+  Attributes:
+    batch: these rows.
+    rows: their places in the whole batch, growing.
+    num_rows: of the whole batch.
+    num_examples: of the whole batch.
+    num_prompt_tokens: of the whole batch, padding excluded.
+    position: where the data go on behind it, as JSON has it; None: after as
+      many rows as there were.
+  """
+
+  batch: Batch
+  rows: Int64[np.ndarray, ' rows']
+  num_rows: int
+  num_examples: int
+  num_prompt_tokens: int
+  position: Mapping[str, Any] | None = None
+
+
+def whole(batch: Batch) -> Part:
+  """Returns a batch of which a process has made all rows."""
+  num_rows = len(batch['encoder_input_tokens'])
+  return Part(
+    batch,
+    np.arange(num_rows, dtype=np.int64),
+    num_rows,
+    num_examples=int(batch['decoder_segment_ids'].max(axis=1).sum()),
+    num_prompt_tokens=int((batch['encoder_segment_ids'] > 0).sum()),
+  )
 
 
 def prompt_batch(

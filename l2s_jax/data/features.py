@@ -394,12 +394,8 @@ class L2SFeatureConverter(seqio.FeatureConverter):
       decoder_loss_weights:  [1., 1., 1., 1.]
 
   Each example goes to the first row that has room for it, of those that are
-  filled from the same `WINDOW` examples.
+  filled from the same `packing.WINDOW` examples.
   """
-
-  # Of Multi30K's captions in rows of 64 + 64 tokens, 84 % of the slots are
-  # filled from windows of 64 examples, 87 % from 1024, and no more from 4096.
-  WINDOW = 1024
 
   TASK_FEATURES = {
     'inputs': seqio.FeatureConverter.FeatureSpec(dtype=tf.int32),
@@ -529,7 +525,7 @@ class L2SFeatureConverter(seqio.FeatureConverter):
 
     keys = [*lengths, *(f'{key}_length' for key in lengths)]
     ds = ds.map(lambda example: {key: example[key] for key in keys})
-    ds = ds.ragged_batch(self.WINDOW)
+    ds = ds.ragged_batch(packing.WINDOW)
     return ds.map(convert, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
 
   def get_model_feature_lengths(

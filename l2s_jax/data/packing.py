@@ -13,6 +13,11 @@ from jaxtyping import Float32, Int, Int32
 TokenIds = Sequence[int] | Int[np.ndarray, '_']  # of any length
 Rows = Sequence[int] | Int[np.ndarray, ' examples']
 
+# Examples that are packed together. Of Multi30K's captions in rows of 64 + 64
+# tokens, 84 % of the slots are filled from windows of 64 examples, 87 % from
+# 1024, and no more from 4096.
+WINDOW = 1024
+
 
 def first_fit(
   sizes: Int[np.ndarray, 'examples features'], room: Sequence[int]
@@ -67,17 +72,36 @@ def fill(
     rows: where each goes, as `first_fit` has it.
     length: of a row, in tokens.
     pad_id: of their vocabulary.
+
+  Raises:
+    ValueError: if a row has no room for its examples.
   """
-  num_rows = max(rows) + 1
-  tokens = np.full((num_rows, length), pad_id, np.int32)
+  places = np.asarray(rows, np.int64)
+  sizes = np.fromiter(map(len, sequences), np.int64, len(places))
+  # Those of a row one after another: where each begins, and its number.
+  order = np.argsort(places, kind='stable')
+  places, sizes = places[order], sizes[order]
+  ends = np.cumsum(sizes)
+  is_first = np.diff(places, prepend=-1) > 0
+  firsts = np.flatnonzero(is_first)[np.cumsum(is_first) - 1]
+  starts = ends - sizes - (ends - sizes)[firsts]
+  numbers = np.arange(len(places)) - firsts + 1
+  if (starts + sizes > length).any():
+    row = int(places[(starts + sizes > length).argmax()])
+    raise ValueError(
+      f'row {row} of {length} tokens has no room for its '
+      f'{int(sizes[places == row].sum())}; cut examples before they are laid '
+      'out.'
+    )
+  tokens = np.full((int(places[-1]) + 1, length), pad_id, np.int32)
   segment_ids = np.zeros_like(tokens)
-  num_tokens, num_examples = np.zeros((2, num_rows), np.int64)
-  for row, ids in zip(rows, sequences, strict=True):
-    start, end = num_tokens[row], num_tokens[row] + len(ids)
-    num_examples[row] += 1
-    num_tokens[row] = end
-    tokens[row, start:end] = ids
-    segment_ids[row, start:end] = num_examples[row]
+  slots = np.arange(ends[-1]) + np.repeat(
+    places * length + starts - (ends - sizes), sizes
+  )
+  tokens.reshape(-1)[slots] = np.concatenate(
+    [sequences[example] for example in order], dtype=np.int32, casting='unsafe'
+  )
+  segment_ids.reshape(-1)[slots] = np.repeat(numbers, sizes)
   return tokens, segment_ids
 
 

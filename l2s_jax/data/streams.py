@@ -4,14 +4,13 @@
 import itertools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from l2s_jax.data import tasks
+from l2s_jax.data import batching, cached, tasks
 
 if TYPE_CHECKING:
   import seqio
   import tensorflow as tf
-from l2s_jax.data import batching
 
 LengthBuckets = Sequence[Sequence[int]]
 
@@ -52,6 +51,11 @@ class TaskBatches(Iterator[batching.Batch]):
     self.num_truncated_prompts += int(prompts.sum())
     self.num_truncated_targets += int(targets.sum())
     return batching.pad_rows(batch, self._batch_size)
+
+
+  def parts(self) -> Iterator[batching.Part]:
+    """Yields them as parts, with all rows in each."""
+    return map(batching.whole, self)
 
 
 def train_batches(
@@ -209,7 +213,7 @@ def _batch_by_length(
 
 
 def check_task(
-  task: 'seqio.Task | seqio.Mixture',
+  task: 'seqio.Task | seqio.Mixture | cached.CachedTask',
   split: str,
   task_feature_lengths: Mapping[str, int],
 ) -> None:
@@ -222,6 +226,10 @@ def check_task(
     ValueError: for a split that the task does not have, lengths that are off,
       or what a source or a preprocessor refuses.
   """
+  if isinstance(task, cached.CachedTask):
+    _check_lengths(task_feature_lengths)
+    task.order(split, seed=0)
+    return
   from l2s_jax.data.features import seqio
 
   _check_settings(task, split, task_feature_lengths)
@@ -231,14 +239,18 @@ def check_task(
 
 
 def check_evaluable(
-  task: 'seqio.Task | seqio.Mixture', split: str
-) -> list['seqio.Task']:
+  task: 'seqio.Task | seqio.Mixture | cached.CachedTask', split: str
+) -> list[Any]:
   """Returns the tasks that can be scored, before anything is computed.
+
+  Of a cache they are names.
 
   Raises:
     ValueError: if no task has the split and metrics, or metrics are of
       something else than predictions.
   """
+  if isinstance(task, cached.CachedTask):
+    return task.scored(split)
   from l2s_jax.data.features import seqio
 
   parts = seqio.get_subtasks(task)
@@ -277,6 +289,11 @@ def _check_settings(
       f'task {task.name!r} has no split {split!r}; it has '
       f'{", ".join(sorted(task.splits))}.'
     )
+  _check_lengths(task_feature_lengths)
+
+
+def _check_lengths(task_feature_lengths: Mapping[str, int]) -> None:
+  """Refuses lengths that are off."""
   if set(task_feature_lengths) != {'inputs', 'targets'}:
     raise ValueError(
       f'TASK_FEATURE_LENGTHS has {", ".join(task_feature_lengths)}; expected '

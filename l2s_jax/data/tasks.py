@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gin
 
-from l2s_jax.data import seqio_internals, sources, templates
+from l2s_jax.data import cached, seqio_internals, sources, templates
 from l2s_jax.metrics import bleu, scores
 from l2s_jax.metrics import metric_fns as metric_fns_lib
 from l2s_jax.vocabularies import base
@@ -270,7 +270,7 @@ def bind(
   answer_vocabulary: base.Vocabulary,
   *,
   label: str | None = None,
-) -> 'seqio.Task | seqio.Mixture':
+) -> 'seqio.Task | seqio.Mixture | cached.CachedTask':
   """Returns a task or mixture that speaks the given vocabularies.
 
   Source, preprocessors, postprocessing and metrics are the registered task's;
@@ -279,11 +279,14 @@ def bind(
   whatever the task did, so that a truncated sequence has none and can be
   counted; the raw answer stays beside the ids as `targets_pretokenized`.
 
+  `cached` is what the verb `cache` has made of a task; TensorFlow is not
+  imported for it.
+
   No data are read yet; `streams.check_task` looks for them.
 
   Args:
-    name: of a SeqIO task or mixture, `local`, `mixture`, or either of these
-      with a gin scope before it, such as `news/local`.
+    name: of a SeqIO task or mixture, `local`, `mixture`, `cached`, or one of
+      these with a gin scope before it, such as `news/local`.
     prompt_vocabulary: for `inputs`.
     answer_vocabulary: for `targets`.
     label: the setting that has the name, for messages; None:
@@ -293,6 +296,10 @@ def bind(
     ValueError: if there is no such name, a task has no `inputs` or no
       `targets`, or must be cached and is not to be read from a cache.
   """
+  if cached.is_cached(name):
+    return cached.bind(
+      name, prompt_vocabulary, answer_vocabulary, _metrics_of_ours
+    )
   from l2s_jax.data import features
   from l2s_jax.data.features import seqio, tf
 
@@ -364,6 +371,8 @@ def data_settings(name: str) -> dict[str, Any]:
   Args:
     name: as for `bind`.
   """
+  if cached.is_cached(name):
+    return cached.data_settings(name)
   scope, _, kind = name.rpartition('/')
   if kind == 'mixture':
     with gin.config_scope(scope or None):
@@ -409,6 +418,17 @@ def score_settings(name: str) -> scores.Scores:
   scope = name.replace('/', '_').replace('.', '_').isidentifier()
   with gin.config_scope(name if scope else None):
     return scores.Scores()
+
+
+def _metrics_of_ours(name: str) -> list[metric_fns_lib.MetricFn] | None:
+  """Returns the metrics of one of this module's tasks, by its name."""
+  if name in _TFDS_TASKS:
+    found = list(_TFDS_TASKS[name].metric_fns)
+  elif name == 'cldr':
+    found = [metric_fns_lib.METRICS[each] for each in _TRANSLATION_METRICS]
+  else:
+    return None
+  return score_settings(name).of_task(found)
 
 
 def _tfds_config(task_name: str) -> TfdsConfig:
@@ -495,7 +515,7 @@ def _find(name: str, label: str | None = None) -> 'seqio.Task | seqio.Mixture':
   if kind in made:
     with gin.config_scope(scope or None):
       return made[kind](name=scope.replace('/', '.') or kind)
-  names = sorted(registered | made.keys())
+  names = sorted(registered | made.keys() | {'cached'})
   near = difflib.get_close_matches(name, names)
   raise ValueError(
     f'{label or f"MIXTURE_OR_TASK_NAME={name!r}"} is not registered with SeqIO'

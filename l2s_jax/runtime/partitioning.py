@@ -457,22 +457,53 @@ def check_batch_size(
     )
 
 
+def own_rows(num_rows: int, mesh: jax.sharding.Mesh) -> np.ndarray:
+  """Returns the rows of a batch that this process's devices hold, growing.
+
+  Args:
+    num_rows: of the whole batch.
+    mesh: the device mesh, over which they divide.
+  """
+  places = batch_sharding(mesh).addressable_devices_indices_map((num_rows,))
+  is_own = np.zeros(num_rows, bool)
+  for (rows,) in filter(None, places.values()):
+    is_own[rows] = True
+  return np.flatnonzero(is_own)
+
+
 def put_batch(
-  batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh
+  batch: Mapping[str, np.ndarray],
+  mesh: jax.sharding.Mesh,
+  rows: np.ndarray | None = None,
+  num_rows: int | None = None,
 ) -> dict[str, jax.Array]:
   """Makes one global array per key; each process puts the rows it owns.
 
   Args:
-    batch: the whole batch, the same in every process.
+    batch: the whole batch, the same in every process; or some of its rows.
     mesh: the device mesh.
+    rows: which these are, in growing order, with those of `own_rows` among
+      them; None: all.
+    num_rows: of the whole batch, if `rows` are given.
   """
   sharding = batch_sharding(mesh)
-  return {
-    key: jax.make_array_from_callback(
-      value.shape, sharding, np.asarray(value).__getitem__
+
+  def put(value: np.ndarray) -> jax.Array:
+    if rows is None:
+      return jax.make_array_from_callback(
+        value.shape, sharding, value.__getitem__
+      )
+
+    def take(index: tuple[slice, ...]) -> np.ndarray:
+      start, stop, _ = index[0].indices(int(num_rows or 0))
+      first = int(np.searchsorted(rows, start))
+      return value[first : first + stop - start]
+
+    return jax.make_array_from_callback(
+      (num_rows, *value.shape[1:]), sharding, take
     )
-    for key, value in batch.items()
-  }
+
+  return {key: put(np.asarray(value)) for key, value in batch.items()}
 
 
 def bytes_per_device(shapes: PyTree, shardings: PyTree) -> int:

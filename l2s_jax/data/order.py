@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""In which order examples come: functions of a seed and a place, no state.
+
+An order is endless. What stands at any place of it is found in constant time
+and memory, so that a run goes on anywhere, and each process can ask for the
+places of its own rows alone. An epoch of a task is a permutation of its
+examples, evaluated at single places by a Feistel network. A mixture interleaves
+such orders in exact proportions.
+
+Integer arithmetic of NumPy alone: the same on any machine and in any version.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Int64, UInt64
+
+Places = Int64[np.ndarray, ' places']
+Keys = UInt64[np.ndarray, ' places']
+
+# Rounds of the network. From six on, the statistics of `test_order.py` do not
+# tell it from random permutations.
+_NUM_ROUNDS = 8
+# Rates are whole multiples of 1 / 2**30: products of a place and a rate stay
+# exact in 64 bits.
+_RATE_BITS = 30
+# Rows of a mixture that are shuffled among one another. Every task has its
+# share of any so many rows, but for one or two.
+_BLOCK = 1024
+_MASK = np.uint64(0xFFFFFFFF)
+
+
+def key(*numbers: int) -> np.uint64:
+  """Returns the key of a permutation, from numbers such as seed and epoch."""
+  return _keys(0, *(np.array([number]) for number in numbers))[0]
+
+
+def permute(indices: Places, size: int, keys: Keys | np.uint64) -> Places:
+  """Returns where a permutation of [0, size) takes each of the indices.
+
+  A Feistel network permutes the next power of two; what falls beyond `size` is
+  sent through it again, less than once on average, until it is within.
+
+  Args:
+    indices: in [0, size).
+    size: of the permutation.
+    keys: one of `key` for all indices, or one for each.
+  """
+  bits = max(2, int(size - 1).bit_length())
+  keys = np.broadcast_to(np.asarray(keys, np.uint64), indices.shape)
+  result = _network(indices.astype(np.uint64), bits, keys)
+  beyond = np.flatnonzero(result >= size)
+  while len(beyond):
+    result[beyond] = _network(result[beyond], bits, keys[beyond])
+    beyond = beyond[result[beyond] >= size]
+  return result.astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+  """The endless order of the examples of one task, or of a mixture.
+
+  A single task has each example once in each epoch; the next epoch follows at
+  once, in an order of its own.
+
+  In a mixture the n-th example of a task is the n-th of that order, too: each
+  example of a task is there once before any is there twice, but for those
+  within a block. Which task a row is of follows from exact shares: after
+  any whole number of blocks the examples of a task are its rate times the rows,
+  rounded down or up once for each task before it.
+
+  Attributes:
+    sizes: number of examples of each task, by name.
+    rates: the rate of each; None for a single task.
+    seed: of the order.
+  """
+
+  sizes: Mapping[str, int]
+  rates: Mapping[str, float] | None
+  seed: int
+
+  def __post_init__(self) -> None:
+    empty = [name for name, size in self.sizes.items() if size < 1]
+    if empty or not self.sizes:
+      raise ValueError(
+        f'task {(empty or ["?"])[0]!r} has no examples; nothing can be drawn '
+        'of it.'
+      )
+    if self.rates is None and len(self.sizes) > 1:
+      raise ValueError(
+        f'the tasks {", ".join(sorted(self.sizes))} have no rates; give each '
+        'one.'
+      )
+
+  @property
+  def names(self) -> list[str]:
+    """The tasks, in the order in which `at` numbers them."""
+    return sorted(self.sizes)
+
+  def at(self, start: int, stop: int) -> tuple[Places, Places]:
+    """Returns the tasks, numbered, and the examples at places of the order.
+
+    Args:
+      start: the first place.
+      stop: behind the last.
+    """
+    places = np.arange(start, stop, dtype=np.int64)
+    if self.rates is None:
+      tasks, within = np.zeros_like(places), places
+    else:
+      tasks, within = interleave(
+        places, [self.rates[name] for name in self.names], self.seed
+      )
+    examples = np.empty_like(places)
+    for number, name in enumerate(self.names):
+      own = np.flatnonzero(tasks == number)
+      epochs, indices = np.divmod(within[own], self.sizes[name])
+      keys = _keys(self.seed, np.full_like(epochs, number), epochs)
+      examples[own] = permute(indices, self.sizes[name], keys)
+    return tasks, examples
+
+
+def interleave(
+  places: Places, rates: Sequence[float], seed: int
+) -> tuple[Places, Places]:
+  """Returns the tasks of rows of a mixture, and which of its own each is.
+
+  With a share p of all rows, floor(n p) of the first n rows are the first
+  task's: row n is if that grows with it. The rows that are left go to the other
+  tasks in the same way. Before that, rows change places within blocks, so that
+  no regular pattern is left.
+
+  Args:
+    places: of the rows, in the whole order.
+    rates: of the tasks, positive.
+    seed: of the changes of places.
+  """
+  blocks, within = np.divmod(places, _BLOCK)
+  keys = _keys(seed, np.full_like(blocks, -1), blocks)
+  left = blocks * _BLOCK + permute(within, _BLOCK, keys)
+  tasks = np.full_like(places, len(rates) - 1)
+  found = np.empty_like(places)
+  rows = np.arange(len(places))
+  for number in range(len(rates) - 1):
+    share = rates[number] / sum(rates[number:])
+    numerator = min(max(1, round(share * 2**_RATE_BITS)), 2**_RATE_BITS - 1)
+    before = _times(left, numerator)
+    is_own = _times(left + 1, numerator) > before
+    tasks[rows[is_own]] = number
+    found[rows[is_own]] = before[is_own]
+    rows, left = rows[~is_own], (left - before)[~is_own]
+  found[rows] = left
+  return tasks, found
+
+
+def _times(places: Places, numerator: int) -> Places:
+  """Returns floor(place * numerator / 2**_RATE_BITS), exactly."""
+  high, low = np.divmod(places, 1 << _RATE_BITS)
+  return high * numerator + ((low * numerator) >> _RATE_BITS)
+
+
+def _keys(seed: int, *numbers: Int64[np.ndarray, ' places']) -> Keys:
+  """Returns a key for each place, from a seed and numbers for each."""
+  state = _mix(np.uint64(seed % 2**64) + np.zeros(1, np.uint64))
+  for column in numbers:
+    state = _mix(state ^ _mix(column.astype(np.int64).view(np.uint64)))
+  return state
+
+
+def _network(
+  values: UInt64[np.ndarray, ' places'], bits: int, keys: Keys
+) -> UInt64[np.ndarray, ' places']:
+  """Returns where a Feistel network over [0, 2**bits) takes the values.
+
+  The halves may differ by a bit; they change places in each round.
+  """
+  top, bottom = bits // 2, bits - bits // 2
+  for number in range(_NUM_ROUNDS):
+    left, right = values >> np.uint64(bottom), values & _ones(bottom)
+    mixed = _mix(right ^ (keys + np.uint64(number * 0x9E3779B97F4A7C15 % 2**64)))
+    values = (right << np.uint64(top)) | (left ^ (mixed >> np.uint64(64 - top)))
+    top, bottom = bottom, top
+  return values
+
+
+def _ones(bits: int) -> np.uint64:
+  return np.uint64((1 << bits) - 1)
+
+
+def _mix(values: UInt64[np.ndarray, ' places']) -> Keys:
+  """Returns a hash of each value: the finalizer of SplitMix64.
+
+  Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
+  generators".
+  """
+  values = values + np.uint64(0x9E3779B97F4A7C15)
+  values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+  values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+  return values ^ (values >> np.uint64(31))
