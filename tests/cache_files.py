@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from l2s_jax.data import cache_format, cached
+from l2s_jax.data import cache_format, cache_task
 from l2s_jax.runtime import files, integrity
 
 # Ids of prompt and answer, and texts.
@@ -115,9 +115,9 @@ def random_examples(
 
 def task(
   folder: pathlib.Path, vocabulary: Any, metrics: Sequence[Any] = ()
-) -> cached.CachedTask:
+) -> cache_task.CachedTask:
   """Returns a cache with a vocabulary, whatever its ids are of."""
   cache = cache_format.open_cache(folder)
-  return cached.CachedTask(
+  return cache_task.CachedTask(
     cache, vocabulary, vocabulary, dict.fromkeys(cache.tasks, metrics)
   )

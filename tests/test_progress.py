@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from l2s_jax.data import batching
 from l2s_jax.training import progress
 
 BATCH = {
   'encoder_segment_ids': np.array([[1, 1, 1, 0]], np.int32),
   'decoder_segment_ids': np.array([[1, 1, 2]], np.int32),  # two examples
 }
+PART = batching.whole(BATCH)
 
 
 def step_sums(loss, weight, grad_norm=1.0):
@@ -28,8 +30,8 @@ def step_sums(loss, weight, grad_norm=1.0):
 
 def test_progress_divides_sums_by_their_weight(tmp_path):
   done = progress.Progress(tmp_path, {})
-  done.add(1, step_sums(6.0, 2.0, grad_norm=2.0), BATCH)
-  done.add(2, step_sums(1.0, 8.0, grad_norm=8.0), BATCH)
+  done.add(1, step_sums(6.0, 2.0, grad_norm=2.0), PART)
+  done.add(2, step_sums(1.0, 8.0, grad_norm=8.0), PART)
   summary = done.summary()
   assert summary['train/loss'] == pytest.approx(0.7)  # not (3 + 1/8) / 2
   assert summary['train/accuracy'] == pytest.approx(0.2)
@@ -46,14 +48,14 @@ def test_progress_divides_sums_by_their_weight(tmp_path):
 def test_progress_from_a_checkpoint_logs_what_one_run_would(tmp_path):
   whole = progress.Progress(tmp_path, {})
   for step in (1, 2, 3):
-    whole.add(step, step_sums(step / 3, step), BATCH)
+    whole.add(step, step_sums(step / 3, step), PART)
   first = progress.Progress(tmp_path, {})
-  first.add(1, step_sums(1 / 3, 1), BATCH)
+  first.add(1, step_sums(1 / 3, 1), PART)
   first.settle()
   saved = json.loads(json.dumps(first.sums))
   second = progress.Progress(tmp_path, saved)
   for step in (2, 3):
-    second.add(step, step_sums(step / 3, step), BATCH)
+    second.add(step, step_sums(step / 3, step), PART)
   expected, found = whole.summary(), second.summary()
   for name in ('train/loss', 'train/accuracy', 'train/grad_norm'):
     assert found[name] == expected[name]
@@ -65,8 +67,8 @@ def test_progress_from_a_checkpoint_logs_what_one_run_would(tmp_path):
 )
 def test_progress_refuses_what_is_not_finite(tmp_path, loss, grad_norm):
   done = progress.Progress(tmp_path, {})
-  done.add(6, step_sums(1.0, 1.0), BATCH)
-  done.add(7, step_sums(loss, 1.0, grad_norm), BATCH)
+  done.add(6, step_sums(1.0, 1.0), PART)
+  done.add(7, step_sums(loss, 1.0, grad_norm), PART)
   path = tmp_path / 'non_finite' / 'step-7.npz'
   with pytest.raises(FloatingPointError, match=f'Step 7 .*{path}'):
     done.settle()
@@ -78,7 +80,7 @@ def test_progress_refuses_what_is_not_finite(tmp_path, loss, grad_norm):
 
 def test_speeds_count_tokens_and_examples_a_device(tmp_path):
   done = progress.Progress(tmp_path, {})
-  done.add(1, step_sums(1.0, 4.0), BATCH)
+  done.add(1, step_sums(1.0, 4.0), PART)
   speeds = done.summary()
   ratio = (
     speeds['train/tokens_per_sec_per_device']
@@ -103,7 +105,7 @@ def test_waiting_for_data_is_measured_and_reported(
   with done.waiting_for_data():
     time.sleep(0.2)
   assert 'process 0 has waited for a batch for' in capsys.readouterr().err
-  done.add(1, step_sums(1.0, 1.0), BATCH)
+  done.add(1, step_sums(1.0, 1.0), PART)
   assert 0.5 < done.summary()['train/data_wait'] <= 1
 
 
@@ -111,7 +113,7 @@ def test_goodput_is_of_the_whole_run(tmp_path):
   """Time that led to nothing, between two starts, counts against it."""
   clock = {'began': time.time() - 100, 'productive_secs': 50.0}
   done = progress.Progress(tmp_path, {}, clock=clock)
-  done.add(1, step_sums(1.0, 1.0), BATCH)
+  done.add(1, step_sums(1.0, 1.0), PART)
   assert done.summary()['train/goodput'] == pytest.approx(0.5, abs=0.05)
   done.restart()
   assert done.clock()['began'] == clock['began']

@@ -10,7 +10,7 @@ import pytest
 
 from l2s_jax.data import batching, tasks
 from l2s_jax.data.features import seqio
-from l2s_jax.evaluation import seqio_evaluator
+from l2s_jax.evaluation import scoring, seqio_evaluator
 from l2s_jax.inference import length_buckets
 from l2s_jax.metrics import metric_fns
 from l2s_jax.training import eval_plan
@@ -397,11 +397,11 @@ def test_the_names_of_scores_are_known_ahead(bind, vocabulary):
   """So that a misspelt BEST_METRIC is refused before anything is computed."""
   task = bind(vocabulary)
   scores = make_evaluator(task).evaluate(perfect(vocabulary), step=1)
-  names = seqio_evaluator.score_names(task, 'test')
+  names = scoring.score_names(task, 'test')
   assert names is not None
   assert set(names) - {'loss', 'token_accuracy'} <= scores['romanian'].keys()
   assert 'bleu' in names and 'num_examples' not in names
-  both = seqio_evaluator.score_names(bind(vocabulary, 'both'), 'test')
+  both = scoring.score_names(bind(vocabulary, 'both'), 'test')
   assert both is not None and sorted(both) == sorted(
     f'{part}/{name}' for part in ('romanian', 'more_romanian') for name in names
   )

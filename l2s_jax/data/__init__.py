@@ -2,14 +2,16 @@
 """From files and SeqIO tasks to batches of token ids, on the host.
 
 `tasks` registers and binds tasks, `streams` makes their batches, `batching`
-makes a batch of ids that are there already. TensorFlow and SeqIO are imported
-by `features` alone, which others import inside functions.
+makes a batch of ids that are there already. A cache takes the place of a task:
+`cache_task` binds it, `cache_batches` reads it. TensorFlow and SeqIO are
+imported by `features` alone, which others import inside functions.
 """
 
 # The modules that other packages may import.
 __all__ = (
   'batching',
-  'cached',
+  'cache_batches',
+  'cache_task',
   'cldr',
   'features',
   'input_files',

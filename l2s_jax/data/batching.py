@@ -49,7 +49,7 @@ class Part:
 
 def whole(batch: Batch) -> Part:
   """Returns a batch of which a process has made all rows."""
-  num_rows = len(batch['encoder_input_tokens'])
+  num_rows = len(batch['encoder_segment_ids'])
   return Part(
     batch,
     np.arange(num_rows, dtype=np.int64),

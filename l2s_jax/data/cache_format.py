@@ -19,10 +19,9 @@ Neither TensorFlow nor SeqIO is imported. What makes a cache is in
 `cache_writer.py`.
 """
 
-import bisect
+import copy
 import dataclasses
 import functools
-import itertools
 import json
 import os
 import pathlib
@@ -42,7 +41,11 @@ FORMAT_VERSION = 1
 FILE = 'cache.json'
 # A group of one record is the unit of reading: no neighbour is unpacked.
 WRITER_OPTIONS = 'group_size:1,zstd:1'
+# One record after another, with small buffers, a core reads 60 tokens in 5 us;
+# with `read` of a list of 32, which has threads of its own, in 23 us, and with
+# buffers of 1 MiB in 50 us.
 _READER_OPTIONS = 'readahead_buffer_size:0,max_parallelism:0'
+_READER_BUFFER_BYTES = 4096
 _HEADER = struct.Struct('<II')
 _REMEDY = 'it is part of no whole cache: remove the folder and cache again.'
 
@@ -164,11 +167,17 @@ class Split:
     self._folder = folder / folder_name(task) / folder_name(split)
     self._counts: list[int] = content['shards']
     self._digests: list[str] = content['index_digests']
-    self._starts = [0, *itertools.accumulate(self._counts)]
+    self._starts = np.cumsum([0, *self._counts])
     self._set_closed()
 
+  def reopened(self) -> 'Split':
+    """Returns the same examples with readers of their own, for a thread."""
+    other = copy.copy(self)
+    other._indexes = self._indexes
+    return other
+
   def _set_closed(self) -> None:
-    self._lock = threading.Lock()
+    self._lock = threading.RLock()
     self._readers: dict[int, Any] = {}
     self._indexes: dict[int, np.ndarray] = {}
 
@@ -190,20 +199,6 @@ class Split:
     """Returns several records; Grain calls it where a source has it."""
     return self.read(numbers)
 
-  def place(self, number: int) -> tuple[int, int]:
-    """Returns the shard of an example, and its place there, both from 0.
-
-    Raises:
-      IndexError: if there is no such example.
-    """
-    if not 0 <= number < self.num_examples:
-      raise IndexError(
-        f'example {number} of {self.task!r}, split {self.split!r}, which has '
-        f'{self.num_examples}.'
-      )
-    shard = bisect.bisect_right(self._starts, number) - 1
-    return shard, number - self._starts[shard]
-
   def read(self, numbers: Sequence[int] | np.ndarray) -> list[bytes]:
     """Returns records by their numbers, in the order asked for.
 
@@ -211,20 +206,12 @@ class Split:
       IndexError: if there is no such example.
       ValueError: naming shard and place of a record that is not as written.
     """
-    by_shard: dict[int, list[tuple[int, int]]] = {}
-    for order, number in enumerate(numbers):
-      shard, place = self.place(int(number))
-      by_shard.setdefault(shard, []).append((order, place))
-    records: list[bytes] = [b''] * len(numbers)
-    for shard, wanted in by_shard.items():
-      places = [place for _, place in wanted]
-      sums = self._index(shard)[places, 2].tolist()
-      found = self._read(shard, places)
-      for (order, place), record, kept in zip(wanted, found, sums, strict=True):
-        if checksum(record) != kept:
-          raise ValueError(self._damage(shard, place, 'its checksum differs'))
-        records[order] = record
-    return records
+    shards, places = self._places(numbers)
+    with self._lock:  # A reader has one place in its file.
+      return [
+        self._record(shard, place)
+        for shard, place in zip(shards.tolist(), places.tolist(), strict=True)
+      ]
 
   def columns(self) -> Columns:
     """Returns the index of the whole split.
@@ -240,33 +227,50 @@ class Split:
 
   def lengths_of(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
     """Returns [n, 2] uint32, the lengths of examples by their numbers."""
+    shards, places = self._places(numbers)
     lengths = np.zeros((len(numbers), 2), np.uint32)
-    wanted = np.asarray(numbers, np.int64)
-    shards = np.searchsorted(self._starts, wanted, side='right') - 1
-    for shard in np.unique(shards).tolist():
-      mine = shards == shard
-      places = wanted[mine] - self._starts[shard]
-      lengths[mine] = self._index(shard)[places, :2]
+    # Those of a shard stand together: there may be many shards.
+    order = np.argsort(shards, kind='stable')
+    found, firsts = np.unique(shards[order], return_index=True)
+    for shard, own in zip(
+      found.tolist(), np.split(order, firsts[1:]), strict=False
+    ):
+      lengths[own] = self._index(shard)[places[own], :2]
     return lengths
+
+  def _places(
+    self, numbers: Sequence[int] | np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the shards of examples, and their places there, from 0.
+
+    Raises:
+      IndexError: if there is no such example.
+    """
+    wanted = np.asarray(numbers, np.int64)
+    outside = wanted[(wanted < 0) | (wanted >= self.num_examples)]
+    if len(outside):
+      raise IndexError(
+        f'example {outside[0]} of {self.task!r}, split {self.split!r}, which '
+        f'has {self.num_examples}.'
+      )
+    shards = np.searchsorted(self._starts, wanted, side='right') - 1
+    return shards, wanted - self._starts[shards]
 
   def _path(self, shard: int, ending: str) -> str:
     return shard_path(self._folder, shard, len(self._counts)) + ending
 
-  def _read(self, shard: int, places: Sequence[int]) -> list[bytes]:
-    reader = self._reader(shard)
-    # One reader's place in its file is shared.
-    with self._lock:
-      try:
-        return reader.read(places)
-      except RuntimeError:
-        for place in places:
-          try:
-            reader.read([place])
-          except RuntimeError as error:
-            raise ValueError(
-              self._damage(shard, place, _first_line(error))
-            ) from error
-        raise
+  def _record(self, shard: int, place: int) -> bytes:
+    reader = self._readers.get(shard) or self._reader(shard)
+    try:
+      reader.seek(place)
+      record = reader.read()
+    except (RuntimeError, IndexError, EOFError) as error:
+      raise ValueError(
+        self._damage(shard, place, _first_line(error))
+      ) from error
+    if checksum(record) != self._index(shard)[place, 2]:
+      raise ValueError(self._damage(shard, place, 'its checksum differs'))
+    return record
 
   def _damage(self, shard: int, place: int, reason: str) -> str:
     return (
@@ -286,7 +290,9 @@ class Split:
             f'{path}: no such file, but {FILE} names it. Copy the cache again, '
             f'or remove {FILE} and cache again: the other shards are kept.'
           )
-        reader = array_record_module.ArrayRecordReader(path, _READER_OPTIONS)
+        reader = array_record_module.ArrayRecordReader(
+          path, _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER_BYTES
+        )
         if not reader.ok() or reader.num_records() != self._counts[shard]:
           found = reader.num_records() if reader.ok() else 'no'
           raise ValueError(
@@ -298,6 +304,8 @@ class Split:
       return self._readers[shard]
 
   def _index(self, shard: int) -> np.ndarray:
+    if shard in self._indexes:
+      return self._indexes[shard]
     with self._lock:
       if shard not in self._indexes:
         path = self._path(shard, '.index.npy')
@@ -307,7 +315,7 @@ class Split:
             f'{path} is damaged: its digest is not that of {FILE}. Remove it '
             f'and {FILE}, and cache again: the other shards are kept.'
           )
-        self._indexes[shard] = index
+        self._indexes[shard] = np.asarray(index)  # A memmap is slow to index.
       return self._indexes[shard]
 
 

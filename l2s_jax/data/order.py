@@ -178,7 +178,7 @@ def _network(
   top, bottom = bits // 2, bits - bits // 2
   for number in range(_NUM_ROUNDS):
     left, right = values >> np.uint64(bottom), values & _ones(bottom)
-    mixed = _mix(right ^ (keys + np.uint64(number * 0x9E3779B97F4A7C15 % 2**64)))
+    mixed = _mix(right ^ _mix(keys + np.uint64(number)))
     values = (right << np.uint64(top)) | (left ^ (mixed >> np.uint64(64 - top)))
     top, bottom = bottom, top
   return values

@@ -8,9 +8,9 @@ keeps the examples of a row apart by their segment ids.
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float32, Int, Int32
+from jaxtyping import Float32, Int, Int32, Integer
 
-TokenIds = Sequence[int] | Int[np.ndarray, '_']  # of any length
+TokenIds = Sequence[int] | Integer[np.ndarray, '_']  # of any length
 Rows = Sequence[int] | Int[np.ndarray, ' examples']
 
 # Examples that are packed together. Of Multi30K's captions in rows of 64 + 64

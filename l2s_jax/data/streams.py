@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from l2s_jax.data import batching, cached, tasks
+from l2s_jax.data import batching, cache_task, tasks
 
 if TYPE_CHECKING:
   import seqio
@@ -51,7 +51,6 @@ class TaskBatches(Iterator[batching.Batch]):
     self.num_truncated_prompts += int(prompts.sum())
     self.num_truncated_targets += int(targets.sum())
     return batching.pad_rows(batch, self._batch_size)
-
 
   def parts(self) -> Iterator[batching.Part]:
     """Yields them as parts, with all rows in each."""
@@ -213,7 +212,7 @@ def _batch_by_length(
 
 
 def check_task(
-  task: 'seqio.Task | seqio.Mixture | cached.CachedTask',
+  task: 'seqio.Task | seqio.Mixture | cache_task.CachedTask',
   split: str,
   task_feature_lengths: Mapping[str, int],
 ) -> None:
@@ -226,7 +225,7 @@ def check_task(
     ValueError: for a split that the task does not have, lengths that are off,
       or what a source or a preprocessor refuses.
   """
-  if isinstance(task, cached.CachedTask):
+  if isinstance(task, cache_task.CachedTask):
     _check_lengths(task_feature_lengths)
     task.order(split, seed=0)
     return
@@ -239,7 +238,7 @@ def check_task(
 
 
 def check_evaluable(
-  task: 'seqio.Task | seqio.Mixture | cached.CachedTask', split: str
+  task: 'seqio.Task | seqio.Mixture | cache_task.CachedTask', split: str
 ) -> list[Any]:
   """Returns the tasks that can be scored, before anything is computed.
 
@@ -249,7 +248,7 @@ def check_evaluable(
     ValueError: if no task has the split and metrics, or metrics are of
       something else than predictions.
   """
-  if isinstance(task, cached.CachedTask):
+  if isinstance(task, cache_task.CachedTask):
     return task.scored(split)
   from l2s_jax.data.features import seqio
 
@@ -272,6 +271,21 @@ def check_evaluable(
         'those of (targets, predictions) can be evaluated.'
       )
   return scored
+
+
+def metrics_of(
+  task: 'seqio.Task | seqio.Mixture | cache_task.CachedTask', split: str
+) -> dict[str, Sequence[Any]]:
+  """Returns the metrics of each task that has any and the split, by name."""
+  if isinstance(task, cache_task.CachedTask):
+    return {name: task.metric_fns[name] for name in task.scored(split)}
+  from l2s_jax.data.features import seqio
+
+  return {
+    part.name: part.predict_metric_fns
+    for part in seqio.get_subtasks(task)
+    if part.metric_objs and split in part.splits
+  }
 
 
 def _check_settings(

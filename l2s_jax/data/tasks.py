@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gin
 
-from l2s_jax.data import cached, seqio_internals, sources, templates
+from l2s_jax.data import cache_task, seqio_internals, sources, templates
 from l2s_jax.metrics import bleu, scores
 from l2s_jax.metrics import metric_fns as metric_fns_lib
 from l2s_jax.vocabularies import base
@@ -182,7 +182,7 @@ def local_task(
     source,
     [templates.text_to_text(prompt, fallback, target_column)],
     scores.Scores().named(metrics, 'local_task.metrics'),
-    postprocess_fn=_with_references if reference_columns else None,
+    postprocess_fn=cache_task.with_references if reference_columns else None,
   )
 
 
@@ -270,7 +270,7 @@ def bind(
   answer_vocabulary: base.Vocabulary,
   *,
   label: str | None = None,
-) -> 'seqio.Task | seqio.Mixture | cached.CachedTask':
+) -> 'seqio.Task | seqio.Mixture':
   """Returns a task or mixture that speaks the given vocabularies.
 
   Source, preprocessors, postprocessing and metrics are the registered task's;
@@ -279,14 +279,11 @@ def bind(
   whatever the task did, so that a truncated sequence has none and can be
   counted; the raw answer stays beside the ids as `targets_pretokenized`.
 
-  `cached` is what the verb `cache` has made of a task; TensorFlow is not
-  imported for it.
-
   No data are read yet; `streams.check_task` looks for them.
 
   Args:
-    name: of a SeqIO task or mixture, `local`, `mixture`, `cached`, or one of
-      these with a gin scope before it, such as `news/local`.
+    name: of a SeqIO task or mixture, `local`, `mixture`, or either of these
+      with a gin scope before it, such as `news/local`.
     prompt_vocabulary: for `inputs`.
     answer_vocabulary: for `targets`.
     label: the setting that has the name, for messages; None:
@@ -296,10 +293,6 @@ def bind(
     ValueError: if there is no such name, a task has no `inputs` or no
       `targets`, or must be cached and is not to be read from a cache.
   """
-  if cached.is_cached(name):
-    return cached.bind(
-      name, prompt_vocabulary, answer_vocabulary, _metrics_of_ours
-    )
   from l2s_jax.data import features
   from l2s_jax.data.features import seqio, tf
 
@@ -332,6 +325,27 @@ def bind(
     return _bind_task(provider, output_features)
 
   return bind_provider(_find(name, label))
+
+
+def bind_cached(
+  name: str,
+  prompt_vocabulary: base.Vocabulary,
+  answer_vocabulary: base.Vocabulary,
+) -> cache_task.CachedTask:
+  """Returns what the verb `cache` has made of a task; imports no TensorFlow.
+
+  Args:
+    name: `cached`, or with a gin scope before it, such as `news/cached`.
+    prompt_vocabulary: that it was cached with.
+    answer_vocabulary: likewise.
+
+  Raises:
+    FileNotFoundError: if there is no whole cache.
+    ValueError: if it was made for another model.
+  """
+  return cache_task.bind(
+    name, prompt_vocabulary, answer_vocabulary, _registered_metrics
+  )
 
 
 def _bind_task(
@@ -371,8 +385,8 @@ def data_settings(name: str) -> dict[str, Any]:
   Args:
     name: as for `bind`.
   """
-  if cached.is_cached(name):
-    return cached.data_settings(name)
+  if cache_task.is_cached(name):
+    return cache_task.data_settings(name)
   scope, _, kind = name.rpartition('/')
   if kind == 'mixture':
     with gin.config_scope(scope or None):
@@ -420,12 +434,22 @@ def score_settings(name: str) -> scores.Scores:
     return scores.Scores()
 
 
-def _metrics_of_ours(name: str) -> list[metric_fns_lib.MetricFn] | None:
-  """Returns the metrics of one of this module's tasks, by its name."""
+def _registered_metrics(name: str) -> list[metric_fns_lib.MetricFn] | None:
+  """Returns the metrics of a registered task; None: there is none.
+
+  Our own have them here. A user's is registered by a module that has imported
+  SeqIO, which is not imported to look for it.
+  """
   if name in _TFDS_TASKS:
     found = list(_TFDS_TASKS[name].metric_fns)
   elif name == 'cldr':
     found = [metric_fns_lib.METRICS[each] for each in _TRANSLATION_METRICS]
+  elif 'seqio' in sys.modules:
+    from l2s_jax.data.features import seqio
+
+    if name not in seqio.TaskRegistry.names():
+      return None
+    found = list(seqio.TaskRegistry.get(name).metric_fns)
   else:
     return None
   return score_settings(name).of_task(found)
@@ -560,18 +584,3 @@ def _tfds_preprocessors(
     seqio.CacheDatasetPlaceholder(),
     templates.text_to_text(prompt, prompt, task.target_column),
   ]
-
-
-def _with_references(
-  text: str,
-  *,
-  example: Mapping[str, Any] | None = None,
-  is_target: bool = False,
-) -> str | list[str]:
-  """Returns a target with the references beside it; a prediction as it is.
-
-  A SeqIO `postprocess_fn`.
-  """
-  if not is_target or example is None:
-    return text
-  return [text, *(reference.decode() for reference in example['references'])]

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import tqdm
 
-from l2s_jax.data import batching
+from l2s_jax.data import batching, streams
 from l2s_jax.evaluation import report
 from l2s_jax.inference import generate, sampling
+from l2s_jax.metrics import metric_fns
 from l2s_jax.models import losses
 from l2s_jax.runtime import distributed, partitioning
 from l2s_jax.systems import system as system_lib
@@ -186,6 +187,28 @@ class Evaluator:
       'loss': sums['loss'] / tokens,
       'token_accuracy': sums['num_correct'] / tokens,
     }
+
+
+def score_names(task: Any, split: str) -> list[str] | None:
+  """Returns the scores that an evaluation will have; of a mixture 'task/score'.
+
+  None if a task has metrics that are not of `metrics/metric_fns.py`.
+
+  Args:
+    task: from `session.bind_task`.
+    split: of it.
+  """
+  by_task = streams.metrics_of(task, split)
+  names = []
+  for task_name, metrics in by_task.items():
+    scores = ['loss', 'token_accuracy']
+    for function in metrics:
+      if not isinstance(function, metric_fns.Metric):
+        return None
+      scores += function.score_names
+    prefix = f'{task_name}/' if len(by_task) > 1 else ''
+    names += [prefix + score for score in scores]
+  return names
 
 
 def format_scores(

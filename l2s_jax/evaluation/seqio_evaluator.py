@@ -18,7 +18,7 @@ import numpy as np
 import tqdm
 from jaxtyping import Int
 
-from l2s_jax.data import batching, features, streams
+from l2s_jax.data import batching, cache_task, features, streams
 from l2s_jax.data.features import seqio, tf
 from l2s_jax.inference import length_buckets
 from l2s_jax.metrics import metric_fns
@@ -41,7 +41,7 @@ class TaskEvaluator:
 
   def __init__(
     self,
-    task: seqio.Task | seqio.Mixture,
+    task: seqio.Task | seqio.Mixture | cache_task.CachedTask,
     *,
     task_feature_lengths: Mapping[str, int],
     split: str,
@@ -71,6 +71,8 @@ class TaskEvaluator:
     self._task_feature_lengths = task_feature_lengths
     self._split = split
     self._batch_size = batch_size
+    if isinstance(task, cache_task.CachedTask):
+      task = cache_task.for_seqio(task, split)
     scored = streams.check_evaluable(task, split)
     if num_bootstrap_samples:
       scored = [_with_intervals(part, num_bootstrap_samples) for part in scored]
@@ -261,30 +263,6 @@ class TaskEvaluator:
   def _count_longer(self, examples: list[dict[str, Any]], key: str) -> int:
     length = self._task_feature_lengths[key]
     return sum(int(example[f'{key}_length']) > length for example in examples)
-
-
-def score_names(
-  task: seqio.Task | seqio.Mixture, split: str
-) -> list[str] | None:
-  """Returns the scores that an evaluation will have; of a mixture 'task/score'.
-
-  None if a task has metrics that are not of `metrics/metric_fns.py`.
-  """
-  parts = [
-    part
-    for part in seqio.get_subtasks(task)
-    if part.metric_objs and split in part.splits
-  ]
-  names = []
-  for part in parts:
-    scores = ['loss', 'token_accuracy']
-    for function in part.predict_metric_fns:
-      if not isinstance(function, metric_fns.Metric):
-        return None
-      scores += function.score_names
-    prefix = f'{part.name}/' if len(parts) > 1 else ''
-    names += [prefix + score for score in scores]
-  return names
 
 
 def _with_intervals(task: seqio.Task, num_samples: int) -> seqio.Task:

@@ -19,7 +19,7 @@ import gin
 import jax
 from etils import epath
 
-from l2s_jax.data import input_files, tasks, text_files
+from l2s_jax.data import cache_task, input_files, tasks, text_files
 from l2s_jax.inference import (
   answerer,
   generate,
@@ -284,7 +284,12 @@ def _check_input(input: str, bad_lines: str, part: predictions.Shard) -> None:
 
 
 def _check_task(task: Any, input: str) -> None:
-  """Refuses a mixture, whose examples have no order of lines."""
+  """Refuses a mixture, whose examples have no order of lines, and a cache."""
+  if isinstance(task, cache_task.CachedTask):
+    raise ValueError(
+      f'INPUT={input}: a cache is for train and evaluate; give the task that '
+      'was cached, or a file of the prompts.'
+    )
   parts = getattr(task, 'tasks', None)
   if parts is not None:
     raise ValueError(

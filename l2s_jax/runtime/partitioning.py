@@ -489,13 +489,13 @@ def put_batch(
   sharding = batch_sharding(mesh)
 
   def put(value: np.ndarray) -> jax.Array:
-    if rows is None:
+    if rows is None or num_rows is None:
       return jax.make_array_from_callback(
         value.shape, sharding, value.__getitem__
       )
 
-    def take(index: tuple[slice, ...]) -> np.ndarray:
-      start, stop, _ = index[0].indices(int(num_rows or 0))
+    def take(index: Any) -> np.ndarray:
+      start, stop, _ = index[0].indices(num_rows)
       first = int(np.searchsorted(rows, start))
       return value[first : first + stop - start]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from l2s_jax.data import streams, tasks
+from l2s_jax.data import cache_task, streams, tasks
 from l2s_jax.runtime import partitioning
 from l2s_jax.systems import builders, parameters
 from l2s_jax.systems import system as system_lib
@@ -116,13 +116,17 @@ def _entered(
 def bind_task(
   system: system_lib.System, mixture_or_task_name: str, label: str | None = None
 ) -> Any:
-  """Returns a SeqIO task or mixture with a system's vocabularies.
+  """Returns a SeqIO task, a mixture or a cache with a system's vocabularies.
 
   Args:
     system: that reads and writes its texts.
-    mixture_or_task_name: as `tasks.bind` takes it.
+    mixture_or_task_name: as `tasks.bind` takes it, or `cached`.
     label: the setting that has the name, for messages.
   """
+  if cache_task.is_cached(mixture_or_task_name):
+    return tasks.bind_cached(
+      mixture_or_task_name, system.prompt_vocabulary, system.answer_vocabulary
+    )
   # Imports TensorFlow where it is called; the core does without.
   return tasks.bind(
     mixture_or_task_name,

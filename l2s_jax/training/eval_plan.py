@@ -257,9 +257,7 @@ def check_score(
   Raises:
     ValueError: with those that there are.
   """
-  from l2s_jax.evaluation import seqio_evaluator
-
-  known = seqio_evaluator.score_names(task, split)
+  known = scoring.score_names(task, split)
   if known is not None and score not in known:
     raise ValueError(
       f'{name}={prefix + score!r} is not a score of this task; there are '

@@ -48,6 +48,7 @@ class Loop:
     frozen: the parameters that are not trained.
     step: updates done, those of earlier starts included.
     num_rows: rows of the data that were trained on.
+    position: where the data go on, of a cache; None: behind `num_rows`.
     metrics: what was logged at this step, by name.
     kind: what the order of examples depends on, for the checkpoint.
     progress: sums since the last log.
@@ -71,6 +72,7 @@ class Loop:
   bar: tqdm.tqdm
   checkpointer: checkpoint.Checkpointer
   watcher: preemption.Watcher
+  position: Mapping[str, Any] | None = None
   metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
   def params(self) -> PyTree:
@@ -95,6 +97,7 @@ class Loop:
         {
           **self.kind,
           'num_rows': self.num_rows,
+          'position': self.position,
           'sums': self.progress.sums,
           'clock': self.progress.clock(),
         },

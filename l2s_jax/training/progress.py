@@ -58,13 +58,13 @@ class Progress:
     self._example_flops = example_flops
     self._began = clock['began'] if clock else time.time()
     self._productive_secs = clock['productive_secs'] if clock else 0.0
-    self._underway: collections.deque[tuple[int, Any, batching.Batch]] = (
+    self._underway: collections.deque[tuple[int, Any, batching.Part]] = (
       collections.deque()
     )
     self._start_clock()
 
   def add(
-    self, step: int, sums: Mapping[str, jax.Array], batch: batching.Batch
+    self, step: int, sums: Mapping[str, jax.Array], part: batching.Part
   ) -> None:
     """Adds a step that the devices have yet to finish.
 
@@ -74,7 +74,7 @@ class Progress:
     Raises:
       FloatingPointError: as `settle`.
     """
-    self._underway.append((step, sums, batch))
+    self._underway.append((step, sums, part))
     self.settle(leave=1)
 
   def settle(self, leave: int = 0) -> None:
@@ -85,31 +85,32 @@ class Progress:
         not finite; names the step and a file with its batch.
     """
     while len(self._underway) > leave:
-      step, device_sums, batch = self._underway.popleft()
+      step, device_sums, part = self._underway.popleft()
       sums = {k: float(v) for k, v in jax.device_get(device_sums).items()}
       if not all(
         math.isfinite(sums[name])
         for name in ('loss', 'grad_norm', 'param_norm')
       ):
-        raise FloatingPointError(self._describe_failure(step, sums, batch))
+        raise FloatingPointError(self._describe_failure(step, sums, part))
       sums['num_steps'] = 1
-      sums['num_prompt_tokens'] = int((batch['encoder_segment_ids'] > 0).sum())
-      sums['num_examples'] = int(batch['decoder_segment_ids'].max(1).sum())
+      sums['num_prompt_tokens'] = part.num_prompt_tokens
+      sums['num_examples'] = part.num_examples
       for name, value in sums.items():
         self.sums[name] = self.sums.get(name, 0.0) + value
 
   def _describe_failure(
-    self, step: int, sums: Mapping[str, float], batch: batching.Batch
+    self, step: int, sums: Mapping[str, float], part: batching.Part
   ) -> str:
     path = self._run_dir / 'non_finite' / f'step-{step}.npz'
     if distributed.is_first():
       with files.whole(path, 'wb') as file:
-        np.savez(file, **dict[str, Any](batch))
+        np.savez(file, **dict[str, Any](part.batch))
     return (
       f'Step {step} has a loss of {sums["loss"]}, a gradient norm of '
       f'{sums["grad_norm"]}, and leaves a parameter norm of '
-      f'{sums["param_norm"]}. Its batch is in {path}. No checkpoint holds what '
-      'came of it. A lower LEARNING_RATE, or DTYPE=float32, may help.'
+      f'{sums["param_norm"]}. {_rows_of(part)} in {path}. No '
+      'checkpoint holds what came of it. A lower LEARNING_RATE, or '
+      'DTYPE=float32, may help.'
     )
 
   @contextlib.contextmanager
@@ -194,6 +195,13 @@ class Progress:
 
   def _secs(self) -> float:
     return time.perf_counter() - self._start_secs
+
+
+def _rows_of(part: batching.Part) -> str:
+  num_rows = len(part.rows)
+  if num_rows == part.num_rows:
+    return 'Its batch is'
+  return f'{num_rows} of its {part.num_rows} rows, those of this process, are'
 
 
 @contextlib.contextmanager

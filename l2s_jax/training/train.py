@@ -20,7 +20,13 @@ import jax
 import optax
 import tqdm
 
-from l2s_jax.data import batching, streams, tasks
+from l2s_jax.data import (
+  batching,
+  cache_batches,
+  cache_task,
+  streams,
+  tasks,
+)
 from l2s_jax.evaluation import metric_writer
 from l2s_jax.models import batch_keys, flops, l2s, language_model, losses
 from l2s_jax.runtime import (
@@ -204,14 +210,14 @@ def train(
     )
     batches = opened.enter_context(
       contextlib.closing(
-        streams.train_batches(
-          session.task,
+        _train_batches(
+          session,
+          loop,
           task_feature_lengths=task_feature_lengths,
           batch_size=batch_size,
           seed=seed,
           pack=pack,
           length_buckets=length_buckets,
-          start_row=loop.num_rows,
         )
       )
     )
@@ -225,11 +231,12 @@ def train(
       loss=loss,
       num_microbatches=num_microbatches,
     )
-    first: list[batching.Batch] = []
+    parts = batches.parts()
+    first: list[batching.Part] = []
     compiled: dict[tuple[int, int], Any] = {}
     compile_secs = 0.0
     if loop.step < train_steps:
-      first = [_first_batch(batches, loop, mixture_or_task_name)]
+      first = [_first_part(parts, loop, mixture_or_task_name)]
       shapes = [(batch_size, *lengths) for lengths in buckets]
       compiled, compile_secs = _compile(step_fn, loop, session.mesh, shapes)
     evaluates = plan.hooks(
@@ -237,7 +244,7 @@ def train(
     )
     _run(
       loop,
-      itertools.chain(first, batches),
+      itertools.chain(first, parts),
       compiled,
       session.mesh,
       in_step=[
@@ -255,7 +262,7 @@ def train(
 
 def _run(
   loop: hooks_lib.Loop,
-  batches: Iterator[batching.Batch],
+  parts: Iterator[batching.Part],
   compiled: Mapping[tuple[int, int], Any],
   mesh: jax.sharding.Mesh,
   *,
@@ -267,7 +274,7 @@ def _run(
 
   Args:
     loop: the run.
-    batches: of rows that were not trained on yet.
+    parts: of batches that were not trained on yet.
     compiled: the training step, by the lengths of a batch.
     mesh: the device mesh.
     in_step: hooks under the lock: what they change belongs to the step.
@@ -291,17 +298,20 @@ def _run(
       while loop.step < loop.train_steps:
         loop.watcher.check()
         with loop.progress.waiting_for_data():
-          host_batch = next(batches)
+          part = next(parts)
         for hook in hooks:
           hook.before(loop)
-        batch = partitioning.put_batch(host_batch, mesh)
-        step_fn = compiled[batching.lengths(host_batch)]
+        batch = partitioning.put_batch(
+          part.batch, mesh, part.rows, part.num_rows
+        )
+        step_fn = compiled[batching.lengths(part.batch)]
         with loop.watcher.lock:
           loop.state, sums = step_fn(loop.state, loop.frozen, batch)
           loop.step += 1
-          loop.num_rows += len(host_batch['encoder_input_tokens'])
+          loop.num_rows += part.num_rows
+          loop.position = part.position
           loop.metrics = {}
-          loop.progress.add(loop.step, sums, host_batch)
+          loop.progress.add(loop.step, sums, part)
           hooks_lib.call(in_step, loop)
         loop.bar.update()
         hooks_lib.call([*ours, *users], loop)
@@ -378,6 +388,7 @@ def _begin(
     frozen=frozen,
     step=step,
     num_rows=position['num_rows'],
+    position=position.get('position'),
     kind=kind,
     progress=progress,
     log=opened.enter_context(contextlib.closing(log)),
@@ -387,22 +398,64 @@ def _begin(
   )
 
 
-def _first_batch(
-  batches: streams.TaskBatches, loop: hooks_lib.Loop, name: str
-) -> batching.Batch:
+def _train_batches(
+  session: session_lib.Session,
+  loop: hooks_lib.Loop,
+  *,
+  task_feature_lengths: Mapping[str, int],
+  batch_size: int,
+  seed: int,
+  pack: bool,
+  length_buckets: streams.LengthBuckets,
+) -> streams.TaskBatches | cache_batches.CachedBatches:
+  """Returns the batches that a run goes on with, of a stream or of a cache."""
+  options: dict[str, Any] = {
+    'task_feature_lengths': task_feature_lengths,
+    'batch_size': batch_size,
+    'seed': seed,
+    'pack': pack,
+  }
+  if isinstance(session.task, cache_task.CachedTask):
+    return cache_batches.train_batches(
+      session.task,
+      length_buckets=streams.bucket_lengths(
+        task_feature_lengths, length_buckets
+      ),
+      position=loop.position,
+      rows=partitioning.own_rows(batch_size, session.mesh),
+      **options,
+    )
+  if jax.process_count() > 1:
+    distributed.say_once(
+      f'Each of the {jax.process_count()} processes reads and tokenizes all '
+      f'{batch_size} rows of a batch, {jax.process_count()} times the work of '
+      'one. The verb `cache` does it once, and each process then reads its own '
+      'rows: see gin_configs/tasks/cached.gin.'
+    )
+  return streams.train_batches(
+    session.task,
+    length_buckets=length_buckets,
+    start_row=loop.num_rows,
+    **options,
+  )
+
+
+def _first_part(
+  parts: Iterator[batching.Part], loop: hooks_lib.Loop, name: str
+) -> batching.Part:
   """Returns the first batch; says how long passing over others has taken."""
   start_secs = time.perf_counter()
   with progress_lib.reminding():
-    batch = next(batches, None)
+    part = next(parts, None)
     distributed.wait_for_all('the first batch')
-  if batch is None:
+  if part is None:
     raise ValueError(f"task {name!r} has no examples in split 'train'.")
   if loop.step:
     loop.say(
       f'Goes on at step {loop.step}; {loop.num_rows} rows were passed over in '
       f'{time.perf_counter() - start_secs:.1f} s.'
     )
-  return batch
+  return part
 
 
 def _compile(
@@ -436,7 +489,7 @@ def _compile(
 
 
 def _say_what_was_cut(
-  batches: streams.TaskBatches,
+  batches: streams.TaskBatches | cache_batches.CachedBatches,
   loop: hooks_lib.Loop,
   task_feature_lengths: Mapping[str, int],
 ) -> None:

@@ -1,31 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches from a cache: each process reads its own rows of each of them.
 
-What the verb `cache` has written takes the place of a task. The order of the
-examples (`order.py`) and their rows (`plans.py`) follow from the seed and the
-index of lengths; threads read and lay out the rows of this process ahead. No
-TensorFlow: scoring alone has it, and `features.cached_task` makes the task that
-it needs.
+The order of the examples (`order.py`) and their rows (`plans.py`) follow from
+the seed and the index of lengths; threads read and lay out the rows of this
+process ahead. No TensorFlow.
 """
 
 import collections
 import concurrent.futures
-import copy
-import dataclasses
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import gin
 import numpy as np
 from jaxtyping import Int64
 
-from l2s_jax.data import batching, cache_format, packing, plans
+from l2s_jax.data import batching, cache_format, cache_task, packing, plans
 from l2s_jax.data import order as order_lib
-from l2s_jax.metrics import scores
-from l2s_jax.vocabularies import base
 
 # Threads that read; each waits for the disk most of the time.
 _NUM_READERS = 4
@@ -33,159 +26,8 @@ _NUM_READERS = 4
 _NUM_AHEAD = 8
 
 
-@gin.configurable('cached', module='l2s_jax')
-@dataclasses.dataclass(frozen=True)
-class CachedData:
-  """Which cache takes the place of a task.
-
-  Attributes:
-    cache_dir: CACHE_DIR, a folder that the verb `cache` has written.
-    metrics: names of the scores, as `local_task.metrics` has them; None: those
-      of the task that was cached.
-  """
-
-  cache_dir: str | None = None
-  metrics: Sequence[str] | None = None
-
-  def open(self) -> cache_format.Cache:
-    """Returns the cache.
-
-    Raises:
-      FileNotFoundError: if there is none, or none that is complete.
-      ValueError: if none is named, or it is damaged.
-    """
-    if not self.cache_dir:
-      raise ValueError(
-        "MIXTURE_OR_TASK_NAME='cached', but cached.cache_dir is not set; "
-        'include gin_configs/tasks/cached.gin and set CACHE_DIR to the folder '
-        'that the verb `cache` has written.'
-      )
-    return cache_format.open_cache(self.cache_dir)
-
-
-@dataclasses.dataclass(frozen=True)
-class CachedTask:
-  """A cache with the vocabularies of a system, in the place of a bound task.
-
-  Attributes:
-    cache: the whole of it.
-    prompt_vocabulary: whose ids the prompts are.
-    answer_vocabulary: whose ids the answers are.
-    metric_fns: of each task, by name.
-  """
-
-  cache: cache_format.Cache
-  prompt_vocabulary: base.Vocabulary
-  answer_vocabulary: base.Vocabulary
-  metric_fns: Mapping[str, Sequence[Any]]
-
-  @property
-  def name(self) -> str:
-    """Of the task that was cached; of several, 'mixture'."""
-    names = list(self.cache.tasks)
-    return names[0] if len(names) == 1 else 'mixture'
-
-  def names(self, split: str) -> list[str]:
-    """Returns the tasks that have a split, in the order of `order.Order`.
-
-    Raises:
-      ValueError: if none has it.
-    """
-    found = sorted(
-      name
-      for name, content in self.cache.tasks.items()
-      if split in content['splits']
-    )
-    if not found:
-      raise ValueError(
-        f'{self.cache.folder} has no split {split!r}; it has '
-        f'{", ".join(self.cache.splits)}. Cache the task with it, or choose '
-        'another.'
-      )
-    return found
-
-  def order(self, split: str, seed: int) -> order_lib.Order:
-    """Returns the order of the examples of a split."""
-    names = self.names(split)
-    return order_lib.Order(
-      {name: self.cache.split(name, split).num_examples for name in names},
-      {name: float(self.cache.rates[name]) for name in names}
-      if len(names) > 1
-      else None,
-      seed,
-    )
-
-  def scored(self, split: str) -> list[str]:
-    """Returns the tasks that can be scored on a split.
-
-    Raises:
-      ValueError: if there are none.
-    """
-    found = [name for name in self.names(split) if self.metric_fns[name]]
-    if not found:
-      raise ValueError(
-        f'nothing to evaluate in split {split!r} of {self.cache.folder}: its '
-        'tasks have no metrics; set cached.metrics.'
-      )
-    return found
-
-
-def bind(
-  name: str,
-  prompt_vocabulary: base.Vocabulary,
-  answer_vocabulary: base.Vocabulary,
-  registered: Callable[[str], Sequence[Any] | None],
-) -> CachedTask:
-  """Returns the cache that gin names, with the vocabularies of a system.
-
-  Args:
-    name: 'cached', or with a gin scope before it, 'SCOPE/cached'.
-    prompt_vocabulary: that the prompts must have been tokenized with.
-    answer_vocabulary: the same for the answers.
-    registered: from a task's name to its metrics, or None.
-
-  Raises:
-    FileNotFoundError: if there is no whole cache.
-    ValueError: if it was made with other tokenizers.
-  """
-  config = _config(name)
-  cache = config.open()
-  _check_vocabularies(cache, prompt_vocabulary, answer_vocabulary)
-  return CachedTask(
-    cache,
-    prompt_vocabulary,
-    answer_vocabulary,
-    {task: _metric_fns(cache, task, config, registered) for task in cache.tasks},
-  )
-
-
-def data_settings(name: str) -> dict[str, Any]:
-  """Returns what the order of a cache's examples depends on, as JSON has it.
-
-  Args:
-    name: as for `bind`.
-  """
-  cache = _config(name).open()
-  return {
-    'cache': dict(cache.key),
-    'rates': dict(cache.rates),
-    'num_examples': {
-      task: {
-        split: of_split['num_examples']
-        for split, of_split in content['splits'].items()
-      }
-      for task, content in cache.tasks.items()
-    },
-  }
-
-
-def is_cached(name: str) -> bool:
-  """Returns whether a task's name stands for a cache."""
-  return name.rpartition('/')[2] == 'cached'
-
-
 def train_batches(
-  task: CachedTask,
+  task: cache_task.CachedTask,
   *,
   task_feature_lengths: Mapping[str, int],
   batch_size: int,
@@ -203,7 +45,7 @@ def train_batches(
   mixture has its tasks by their rates, each of them by epochs of its own.
 
   Args:
-    task: from `bind`.
+    task: from `cache_task.bind`.
     task_feature_lengths: `inputs` and `targets`, in tokens; longer is cut.
     batch_size: rows, over all devices.
     seed: of the order.
@@ -259,7 +101,7 @@ class CachedBatches(Iterator[batching.Part]):
 
   def __init__(
     self,
-    task: CachedTask,
+    task: cache_task.CachedTask,
     splits: Sequence[cache_format.Split],
     planned: Iterator[plans.BatchPlan],
     room: tuple[int, int],
@@ -319,7 +161,7 @@ class _Maker:
 
   def __init__(
     self,
-    task: CachedTask,
+    task: cache_task.CachedTask,
     splits: Sequence[cache_format.Split],
     rows: Int64[np.ndarray, ' rows'],
     batch_size: int,
@@ -362,7 +204,7 @@ class _Maker:
   def _read(self, stretch: plans.Stretch) -> list[Any]:
     """Returns the ids of prompt and answer of each example."""
     if not hasattr(self._own, 'splits'):  # A reader has one place in a file.
-      self._own.splits = [copy.copy(split) for split in self._splits]
+      self._own.splits = [split.reopened() for split in self._splits]
     found: list[Any] = [None] * len(stretch.tasks)
     for number, split in enumerate(self._own.splits):
       places = np.flatnonzero(stretch.tasks == number)
@@ -401,57 +243,3 @@ def _look(
     own = np.flatnonzero(tasks == number)
     lengths[own] = split.lengths_of(examples[own])
   return plans.Stretch(tasks, examples, lengths)
-
-
-def examples(
-  task: CachedTask, name: str, split: str, block: int = 256
-) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, Any]]]:
-  """Yields ids of prompt and answer, uncut, and texts, in the task's order.
-
-  Args:
-    task: from `bind`.
-    name: of one of the tasks in it.
-    split: of that.
-    block: examples read at a time.
-  """
-  source = task.cache.split(name, split)
-  for start in range(0, source.num_examples, block):
-    stop = min(start + block, source.num_examples)
-    for record in source.read(range(start, stop)):
-      prompt, answer = cache_format.decode_ids(record, source.dtype)
-      yield prompt, answer, cache_format.decode_texts(record, source.dtype)
-
-
-def _config(name: str) -> CachedData:
-  """Returns what gin has for a name, whose scope stands before it."""
-  scope = name.rpartition('/')[0]
-  with gin.config_scope(scope or None):
-    return CachedData()
-
-
-def _metric_fns(
-  cache: cache_format.Cache,
-  task: str,
-  config: CachedData,
-  registered: Callable[[str], Sequence[Any] | None],
-) -> Sequence[Any]:
-  """Returns the metrics of a task: gin's, the registered ones, or the cache's.
-
-  Raises:
-    ValueError: for a metric that there is not.
-  """
-  if config.metrics is not None:
-    return scores.Scores().named(config.metrics, 'cached.metrics')
-  found = registered(task)
-  if found is not None:
-    return found
-  names = cache.tasks[task].get('metrics') or ()
-  return scores.Scores().named(tuple(names), f"{cache.folder}: 'metrics'")
-
-
-def _check_vocabularies(
-  cache: cache_format.Cache,
-  prompt_vocabulary: base.Vocabulary,
-  answer_vocabulary: base.Vocabulary,
-) -> None:
-  """Refuses a cache whose ids are of other vocabularies than a system's."""
