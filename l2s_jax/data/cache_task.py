@@ -23,6 +23,10 @@ if TYPE_CHECKING:
   import seqio
   import tensorflow as tf
 
+# Of a task that is neither registered nor cached with its own, as `local_task`
+# has them.
+_METRICS = ('bleu', 'chrf', 'exact_match')
+
 
 @gin.configurable('cached', module='l2s_jax')
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +36,7 @@ class CachedData:
   Attributes:
     cache_dir: CACHE_DIR, a folder that the verb `cache` has written.
     metrics: names of the scores, as `local_task.metrics` has them; None: those
-      of the task that was cached.
+      of the task that was cached, or those that a local task has unless told.
   """
 
   cache_dir: str | None = None
@@ -345,7 +349,7 @@ def _metric_fns(
   found = registered(task)
   if found is not None:
     return found
-  names = cache.tasks[task].get('metrics') or ()
+  names = cache.tasks[task].get('metrics', _METRICS)
   return scores.Scores().named(tuple(names), f"{cache.folder}: 'metrics'")
 
 
