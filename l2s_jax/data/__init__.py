@@ -9,6 +9,7 @@ by `features` alone, which others import inside functions.
 # The modules that other packages may import.
 __all__ = (
   'batching',
+  'cache_format',
   'cldr',
   'features',
   'input_files',

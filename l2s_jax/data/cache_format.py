@@ -1,0 +1,448 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of a cache: a task's examples as token ids, with random access.
+
+A cache is a folder:
+
+    cache.json      what was cached, of what; written last: without it there is
+                    no cache
+    TASK/SPLIT/00000-of-00002.array_record
+                    one record an example, in the task's own order
+    TASK/SPLIT/00000-of-00002.index.npy
+                    [n, 3] uint32: tokens of the prompt, tokens of the answer
+                    (both with EOS, before cutting), XXH32 of the record
+
+A record is two uint32, the numbers of tokens of prompt and answer, then the ids
+of both, then its columns of text as JSON in UTF-8. Ids are uint16 where both
+vocabularies have at most 65,536, else uint32; all is little-endian.
+
+Neither TensorFlow nor SeqIO is imported. What makes a cache is in
+`cache_writer.py`.
+"""
+
+import bisect
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import pathlib
+import struct
+import threading
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+from array_record.python import array_record_module
+
+from l2s_jax.runtime import files, integrity
+
+FORMAT_VERSION = 1
+FILE = 'cache.json'
+# A group of one record is the unit of reading: no neighbour is unpacked.
+WRITER_OPTIONS = 'group_size:1,zstd:1'
+_READER_OPTIONS = 'readahead_buffer_size:0,max_parallelism:0'
+_HEADER = struct.Struct('<II')
+_REMEDY = 'it is part of no whole cache: remove the folder and cache again.'
+
+
+class Columns(NamedTuple):
+  """The index of a split: what is known of examples without reading them.
+
+  Attributes:
+    lengths: [n, 2] uint32, tokens of prompt and answer with EOS, uncut.
+    checksums: [n] uint32, XXH32 of the records.
+  """
+
+  lengths: np.ndarray
+  checksums: np.ndarray
+
+
+def id_dtype(*vocab_sizes: int) -> str:
+  """Returns the type of the ids of vocabularies: 'uint16' or 'uint32'."""
+  return 'uint16' if max(vocab_sizes) <= 1 << 16 else 'uint32'
+
+
+def encode(
+  prompt: Sequence[int] | np.ndarray,
+  answer: Sequence[int] | np.ndarray,
+  texts: Mapping[str, Any],
+  dtype: str,
+) -> bytes:
+  """Returns the record of an example.
+
+  Args:
+    prompt: ids with EOS.
+    answer: ids with EOS.
+    texts: columns for people and for scores, as JSON has them. Bytes that are
+      no UTF-8 are kept as Python's surrogate escapes.
+    dtype: of ids, from `id_dtype`.
+  """
+  ids = np.concatenate([prompt, answer]).astype(f'<{np.dtype(dtype).str[1:]}')
+  text = json.dumps(texts, ensure_ascii=False, separators=(',', ':'))
+  return b''.join(
+    [
+      _HEADER.pack(len(prompt), len(answer)),
+      ids.tobytes(),
+      text.encode('utf-8', 'surrogatepass'),
+    ]
+  )
+
+
+def decode_ids(record: bytes, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the ids of prompt and answer; they share the record's memory."""
+  num_prompt, num_answer = _HEADER.unpack_from(record)
+  ids = np.frombuffer(record, dtype, num_prompt + num_answer, _HEADER.size)
+  return ids[:num_prompt], ids[num_prompt:]
+
+
+def decode_texts(record: bytes, dtype: str) -> dict[str, Any]:
+  """Returns the columns of text of a record."""
+  num_ids = sum(_HEADER.unpack_from(record))
+  text = record[_HEADER.size + num_ids * np.dtype(dtype).itemsize :]
+  return json.loads(text.decode('utf-8', 'surrogatepass'))
+
+
+def checksum(record: bytes) -> int:
+  """Returns the checksum that the index has of a record."""
+  return xxhash.xxh32_intdigest(record)
+
+
+def index_digest(index: np.ndarray) -> str:
+  """Returns the digest that `cache.json` has of a shard's index."""
+  return integrity.digest(index)
+
+
+def folder_name(name: str) -> str:
+  """Returns the name of the folder of a task or a split."""
+  return urllib.parse.quote(name, safe=' =,+[]') or '%'
+
+
+def shard_path(folder: pathlib.Path, shard: int, num_shards: int) -> str:
+  """Returns the path of a shard without its ending.
+
+  Args:
+    folder: of the split.
+    shard: from 0.
+    num_shards: of the split.
+  """
+  return str(folder / f'{shard:05d}-of-{num_shards:05d}')
+
+
+class Split:
+  """The examples of a split by their numbers, in the task's own order.
+
+  Reading is safe from several threads. Pickles carry the place, not what is
+  open.
+
+  Attributes:
+    task: its name.
+    split: its name.
+    num_examples: in all shards.
+    dtype: of ids.
+  """
+
+  def __init__(
+    self,
+    folder: pathlib.Path,
+    task: str,
+    split: str,
+    content: Mapping[str, Any],
+    dtype: str,
+  ):
+    """Keeps where the shards are; each is opened when first read.
+
+    Args:
+      folder: of the cache.
+      content: what `cache.json` has of the split.
+    """
+    self.task = task
+    self.split = split
+    self.num_examples: int = content['num_examples']
+    self.dtype = dtype
+    self._folder = folder / folder_name(task) / folder_name(split)
+    self._counts: list[int] = content['shards']
+    self._digests: list[str] = content['index_digests']
+    self._starts = [0, *itertools.accumulate(self._counts)]
+    self._set_closed()
+
+  def _set_closed(self) -> None:
+    self._lock = threading.Lock()
+    self._readers: dict[int, Any] = {}
+    self._indexes: dict[int, np.ndarray] = {}
+
+  def __getstate__(self) -> dict[str, Any]:
+    opened = ('_lock', '_readers', '_indexes')
+    return {k: v for k, v in self.__dict__.items() if k not in opened}
+
+  def __setstate__(self, state: Mapping[str, Any]) -> None:
+    self.__dict__.update(state)
+    self._set_closed()
+
+  def __len__(self) -> int:
+    return self.num_examples
+
+  def __getitem__(self, number: int) -> bytes:
+    return self.read([number])[0]
+
+  def __getitems__(self, numbers: Sequence[int]) -> list[bytes]:
+    """Returns several records; Grain calls it where a source has it."""
+    return self.read(numbers)
+
+  def place(self, number: int) -> tuple[int, int]:
+    """Returns the shard of an example, and its place there, both from 0.
+
+    Raises:
+      IndexError: if there is no such example.
+    """
+    if not 0 <= number < self.num_examples:
+      raise IndexError(
+        f'example {number} of {self.task!r}, split {self.split!r}, which has '
+        f'{self.num_examples}.'
+      )
+    shard = bisect.bisect_right(self._starts, number) - 1
+    return shard, number - self._starts[shard]
+
+  def read(self, numbers: Sequence[int] | np.ndarray) -> list[bytes]:
+    """Returns records by their numbers, in the order asked for.
+
+    Raises:
+      IndexError: if there is no such example.
+      ValueError: naming shard and place of a record that is not as written.
+    """
+    by_shard: dict[int, list[tuple[int, int]]] = {}
+    for order, number in enumerate(numbers):
+      shard, place = self.place(int(number))
+      by_shard.setdefault(shard, []).append((order, place))
+    records: list[bytes] = [b''] * len(numbers)
+    for shard, wanted in by_shard.items():
+      places = [place for _, place in wanted]
+      sums = self._index(shard)[places, 2].tolist()
+      found = self._read(shard, places)
+      for (order, place), record, kept in zip(wanted, found, sums, strict=True):
+        if checksum(record) != kept:
+          raise ValueError(self._damage(shard, place, 'its checksum differs'))
+        records[order] = record
+    return records
+
+  def columns(self) -> Columns:
+    """Returns the index of the whole split.
+
+    Raises:
+      ValueError: naming the file of an index that is not as written.
+    """
+    parts = [self._index(shard) for shard in range(len(self._counts))]
+    index = (
+      np.concatenate(parts) if len(parts) > 1 else parts[0]
+    )  # [num_examples, 3]
+    return Columns(index[:, :2], index[:, 2])
+
+  def lengths_of(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Returns [n, 2] uint32, the lengths of examples by their numbers."""
+    lengths = np.zeros((len(numbers), 2), np.uint32)
+    wanted = np.asarray(numbers, np.int64)
+    shards = np.searchsorted(self._starts, wanted, side='right') - 1
+    for shard in np.unique(shards).tolist():
+      mine = shards == shard
+      places = wanted[mine] - self._starts[shard]
+      lengths[mine] = self._index(shard)[places, :2]
+    return lengths
+
+  def _path(self, shard: int, ending: str) -> str:
+    return shard_path(self._folder, shard, len(self._counts)) + ending
+
+  def _read(self, shard: int, places: Sequence[int]) -> list[bytes]:
+    reader = self._reader(shard)
+    # One reader's place in its file is shared.
+    with self._lock:
+      try:
+        return reader.read(places)
+      except RuntimeError:
+        for place in places:
+          try:
+            reader.read([place])
+          except RuntimeError as error:
+            raise ValueError(
+              self._damage(shard, place, _first_line(error))
+            ) from error
+        raise
+
+  def _damage(self, shard: int, place: int, reason: str) -> str:
+    return (
+      f'{self._path(shard, ".array_record")} is damaged: record {place} of '
+      f'{self._counts[shard]} (shard {shard}, example '
+      f'{self._starts[shard] + place} of {self.task!r}, split {self.split!r}), '
+      f'{reason}. Remove this file and {FILE}, and cache again: the other '
+      'shards are kept.'
+    )
+
+  def _reader(self, shard: int) -> Any:
+    with self._lock:
+      if shard not in self._readers:
+        path = self._path(shard, '.array_record')
+        if not os.path.exists(path):
+          raise FileNotFoundError(
+            f'{path}: no such file, but {FILE} names it. Copy the cache again, '
+            f'or remove {FILE} and cache again: the other shards are kept.'
+          )
+        reader = array_record_module.ArrayRecordReader(path, _READER_OPTIONS)
+        if not reader.ok() or reader.num_records() != self._counts[shard]:
+          found = reader.num_records() if reader.ok() else 'no'
+          raise ValueError(
+            f'{path} is damaged: it has {found} records, expected '
+            f'{self._counts[shard]}. Remove it and {FILE}, and cache again: '
+            'the other shards are kept.'
+          )
+        self._readers[shard] = reader
+      return self._readers[shard]
+
+  def _index(self, shard: int) -> np.ndarray:
+    with self._lock:
+      if shard not in self._indexes:
+        path = self._path(shard, '.index.npy')
+        index = load_index(path, self._counts[shard])
+        if index_digest(index) != self._digests[shard]:
+          raise ValueError(
+            f'{path} is damaged: its digest is not that of {FILE}. Remove it '
+            f'and {FILE}, and cache again: the other shards are kept.'
+          )
+        self._indexes[shard] = index
+      return self._indexes[shard]
+
+
+def load_index(path: str, num_examples: int | None = None) -> np.ndarray:
+  """Returns the index of a shard, [n, 3] uint32.
+
+  Args:
+    path: of the file.
+    num_examples: that it must have; None: any number.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: naming the file, if it is not such an index.
+  """
+  try:
+    index = np.load(path, mmap_mode='r', allow_pickle=False)
+  except FileNotFoundError as error:
+    raise FileNotFoundError(f'{path}: no such file; {_REMEDY}') from error
+  except (ValueError, EOFError, OSError) as error:
+    raise ValueError(
+      f'{path} is no index of a shard ({_first_line(error)}); {_REMEDY}'
+    ) from error
+  expected = (index.shape[0] if num_examples is None else num_examples, 3)
+  if index.dtype != np.uint32 or index.shape != expected:
+    raise ValueError(
+      f'{path} holds {index.dtype}{list(index.shape)}, expected uint32'
+      f'{list(expected)}; {_REMEDY}'
+    )
+  return index
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """A whole cache.
+
+  Attributes:
+    folder: where it is.
+    content: what `cache.json` holds, without its digest.
+    digest: of that; two caches with the same have the same examples.
+  """
+
+  folder: pathlib.Path
+  content: Mapping[str, Any]
+  digest: str
+
+  @property
+  def key(self) -> Mapping[str, Any]:
+    """All that the examples were made from."""
+    return self.content['key']
+
+  @property
+  def dtype(self) -> str:
+    """The type of ids."""
+    return self.content['dtype']
+
+  @property
+  def tasks(self) -> Mapping[str, Any]:
+    """What there is of each task: `splits`, and `columns` of its texts."""
+    return self.content['tasks']
+
+  @property
+  def rates(self) -> Mapping[str, float]:
+    """The rate of each task; of a single one it means nothing."""
+    return self.content['rates']
+
+  @property
+  def splits(self) -> list[str]:
+    """Those that any of the tasks has."""
+    names = {name for task in self.tasks.values() for name in task['splits']}
+    return sorted(names)
+
+  @functools.cache  # noqa: B019 - A cache is opened once a process.
+  def split(self, task: str, split: str) -> Split:
+    """Returns the examples of a task's split.
+
+    Raises:
+      ValueError: if the cache has none of that name.
+    """
+    splits = self.tasks[task]['splits'] if task in self.tasks else {}
+    if split not in splits:
+      found = '; '.join(
+        f'{name}: {", ".join(content["splits"])}'
+        for name, content in self.tasks.items()
+      )
+      raise ValueError(
+        f'{self.folder} has no split {split!r} of task {task!r}; it has '
+        f'{found}.'
+      )
+    return Split(self.folder, task, split, splits[split], self.dtype)
+
+  def __hash__(self) -> int:
+    return hash((self.folder, self.digest))
+
+
+def open_cache(folder: str | os.PathLike[str]) -> Cache:
+  """Opens a cache; reads nothing but `cache.json`.
+
+  Raises:
+    FileNotFoundError: if there is none, or none that is complete.
+    ValueError: if it is damaged or of another format.
+  """
+  folder = files.local_folder(os.fspath(folder), 'CACHE_DIR')
+  path = folder / FILE
+  remedy = 'copy the cache again, or remove this file and cache again.'
+  if not path.exists():
+    begun = folder.is_dir() and any(folder.iterdir())
+    state = 'is not complete' if begun else 'is no cache'
+    raise FileNotFoundError(
+      f'CACHE_DIR={folder} {state}: there is no {FILE}, which is written when '
+      'all shards are there. Run `python -m l2s_jax cache` with the same '
+      f'CACHE_DIR{" again: it goes on" if begun else ""}.'
+    )
+  content = files.read_json(
+    path,
+    keys={
+      'format_version': int,
+      'key': dict,
+      'dtype': str,
+      'tasks': dict,
+      'rates': dict,
+      integrity.DIGEST: str,
+    },
+    remedy=remedy,
+  )
+  if content['format_version'] != FORMAT_VERSION:
+    raise ValueError(
+      f'{path} has format_version {content["format_version"]}, expected '
+      f'{FORMAT_VERSION}; use the version of l2s_jax that wrote it, or cache '
+      'again.'
+    )
+  kept = integrity.unseal(content)
+  if kept is None:
+    raise ValueError(f'{path} is not as it was written; {remedy}')
+  return Cache(folder, kept, content[integrity.DIGEST])
+
+
+def _first_line(error: Exception) -> str:
+  return str(error).partition('\n')[0]
