@@ -284,8 +284,6 @@ def main(
     print(parser.format_help() + _gin_help(name, verbs[name]))
     return 0
   args, bindings = _parse_args(parser, argv[1:])
-  if verbs[name].gin_file is not None:
-    args.gin_file.insert(0, verbs[name].gin_file)
   compilation.use_cache()
   # TensorFlow reads this when it is imported: warnings, or errors alone.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '1' if args.verbose else '2')
@@ -367,7 +365,7 @@ def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
     '--gin_file',
     metavar='FILE',
     action='append',
-    default=[],
+    default=[] if verb.gin_file is None else [verb.gin_file],
     help='may be repeated; later files override earlier ones. Looked up in '
     'the working directory, the search paths, the repository',
   )
