@@ -95,6 +95,7 @@ class Verb(NamedTuple):
     example: of its arguments.
     flags: beside those of all verbs.
     joins: whether several processes run it together.
+    gin_file: read before those of the command line.
   """
 
   module: str
@@ -103,6 +104,7 @@ class Verb(NamedTuple):
   example: str
   flags: Sequence[Flag] = ()
   joins: bool = False
+  gin_file: str | None = None
 
   @property
   def is_all_flags(self) -> bool:
@@ -144,6 +146,20 @@ VERBS: Mapping[str, Verb] = {
       Flag('num_shards', int, 'into how many parts the input is divided'),
     ),
     joins=True,
+  ),
+  'cache': Verb(
+    'l2s_jax.data.task_cache',
+    'cache',
+    'tokenizes a task into files that train and evaluate read; restartable',
+    '--gin_file=gin_configs/experiments/multi30k.gin '
+    '--gin.DATA_DIR=data/multi30k --gin.SLM_VOCABULARY=spiece.model '
+    '--gin.LLM_PATH=runs/multi30k_llm --gin.CACHE_DIR=caches/multi30k',
+    (
+      Flag('shard', int, 'which part of the work to do, from 0'),
+      Flag('num_shards', int, 'into how many parts the work is divided'),
+      Flag('show', int, 'print the first so many examples of a cache'),
+    ),
+    gin_file='gin_configs/runs/cache.gin',
   ),
   'benchmark': Verb(
     'l2s_jax.performance.benchmark',
@@ -221,6 +237,7 @@ CONFIGURABLE_MODULES = (
   'l2s_jax.systems.builders',
   'l2s_jax.training.optim',
   'l2s_jax.data.tasks',
+  'l2s_jax.data.task_cache',
   'l2s_jax.training.train',
   'l2s_jax.evaluation.evaluate',
   'l2s_jax.inference.infer',
@@ -348,7 +365,7 @@ def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
     '--gin_file',
     metavar='FILE',
     action='append',
-    default=[],
+    default=[] if verb.gin_file is None else [verb.gin_file],
     help='may be repeated; later files override earlier ones. Looked up in '
     'the working directory, the search paths, the repository',
   )

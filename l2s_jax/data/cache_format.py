@@ -21,7 +21,6 @@ Neither TensorFlow nor SeqIO is imported. What makes a cache is in
 
 import copy
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -119,7 +118,8 @@ def index_digest(index: np.ndarray) -> str:
 
 def folder_name(name: str) -> str:
   """Returns the name of the folder of a task or a split."""
-  return urllib.parse.quote(name, safe=' =,+[]') or '%'
+  quoted = urllib.parse.quote(name, safe=' =,+[]')
+  return f'%2E{quoted[1:]}' if quoted.startswith('.') else quoted
 
 
 def shard_path(folder: pathlib.Path, shard: int, num_shards: int) -> str:
@@ -220,9 +220,7 @@ class Split:
       ValueError: naming the file of an index that is not as written.
     """
     parts = [self._index(shard) for shard in range(len(self._counts))]
-    index = (
-      np.concatenate(parts) if len(parts) > 1 else parts[0]
-    )  # [num_examples, 3]
+    index = np.concatenate([np.zeros((0, 3), np.uint32), *parts])
     return Columns(index[:, :2], index[:, 2])
 
   def lengths_of(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -237,6 +235,15 @@ class Split:
     ):
       lengths[own] = self._index(shard)[places[own], :2]
     return lengths
+
+  def place(self, number: int) -> tuple[int, int]:
+    """Returns the shard of an example, and its place there, both from 0.
+
+    Raises:
+      IndexError: if there is no such example.
+    """
+    shards, places = self._places([number])
+    return int(shards[0]), int(places[0])
 
   def _places(
     self, numbers: Sequence[int] | np.ndarray
@@ -347,7 +354,7 @@ def load_index(path: str, num_examples: int | None = None) -> np.ndarray:
   return index
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Cache:
   """A whole cache.
 
@@ -360,6 +367,9 @@ class Cache:
   folder: pathlib.Path
   content: Mapping[str, Any]
   digest: str
+  _splits: dict[tuple[str, str], Split] = dataclasses.field(
+    default_factory=dict, init=False, repr=False
+  )
 
   @property
   def key(self) -> Mapping[str, Any]:
@@ -387,9 +397,8 @@ class Cache:
     names = {name for task in self.tasks.values() for name in task['splits']}
     return sorted(names)
 
-  @functools.cache  # noqa: B019 - A cache is opened once a process.
   def split(self, task: str, split: str) -> Split:
-    """Returns the examples of a task's split.
+    """Returns the examples of a task's split, the same object every time.
 
     Raises:
       ValueError: if the cache has none of that name.
@@ -404,10 +413,10 @@ class Cache:
         f'{self.folder} has no split {split!r} of task {task!r}; it has '
         f'{found}.'
       )
-    return Split(self.folder, task, split, splits[split], self.dtype)
-
-  def __hash__(self) -> int:
-    return hash((self.folder, self.digest))
+    return self._splits.setdefault(
+      (task, split),
+      Split(self.folder, task, split, splits[split], self.dtype),
+    )
 
 
 def open_cache(folder: str | os.PathLike[str]) -> Cache:

@@ -63,7 +63,7 @@ EOS_STEPS = (
   seqio.preprocessors.append_eos,
   seqio.preprocessors.append_eos_after_trim,
 )
-_TOKENIZE_STEPS = (
+TOKENIZE_STEPS = (
   seqio.preprocessors.tokenize,
   seqio.preprocessors.tokenize_and_append_eos,
 )
@@ -306,7 +306,7 @@ def translate_cached_ids(task: seqio.Task) -> Callable[..., tf.data.Dataset]:
     step.func if isinstance(step, functools.partial) else step
     for step in seqio_internals.preprocessors_around_cache(task)[0]
   ]
-  tokenizers = [n for n, step in enumerate(steps) if step in _TOKENIZE_STEPS]
+  tokenizers = [n for n, step in enumerate(steps) if step in TOKENIZE_STEPS]
   # Ids that a later step has changed are no longer those of the text.
   are_of_text = bool(tokenizers) and all(
     step in EOS_STEPS for step in steps[tokenizers[0] + 1 :]

@@ -218,8 +218,9 @@ def _waiting(
     block = look(start, end)
     of_block = _bucket_of(block.lengths, buckets)
     for number, count in enumerate(missing):
-      own = np.flatnonzero(of_block == number)[-count:] if count else []
-      found[number] = block.take(np.asarray(own, np.int64)).join(found[number])
+      own = np.flatnonzero(of_block == number)
+      own = own[max(0, len(own) - count) :]
+      found[number] = block.take(own).join(found[number])
       missing[number] -= len(own)
     end = start
   return found

@@ -169,15 +169,18 @@ def check_sequence(name: str, value: Any) -> None:
     )
 
 
-def fingerprint(data_files: DataFiles, data_dir: str | None) -> str:
+def fingerprint(
+  data_files: DataFiles, data_dir: str | None, split: str = 'train'
+) -> str:
   """Returns a hash of the contents of a split's files, in their order.
 
   Args:
     data_files: see `tasks.local_task`.
     data_dir: where relative names start.
+    split: for messages.
   """
   digest = hashlib.sha256()
-  for paths in _resolve_files('train', data_files, data_dir):
+  for paths in _resolve_files(split, data_files, data_dir):
     for path in paths:
       with path.open('rb') as file:
         while block := file.read(1 << 20):

@@ -405,7 +405,7 @@ def data_settings(name: str) -> dict[str, Any]:
       bound['train_files'] = sources.fingerprint(data_files, data_dir)
     settings = {name: bound}
   else:
-    settings = {name: {'template': _tfds_config(name).template}}
+    settings = {name: {'template': tfds_config(name).template}}
   settings['cached'] = CacheConfig().use
   return json.loads(json.dumps(settings))
 
@@ -419,7 +419,7 @@ def check_data(task: 'seqio.Task', split: str) -> None:
   from l2s_jax.data.features import seqio
 
   if isinstance(task.source, seqio.TfdsDataSource):
-    if not _tfds_config(task.name).download:
+    if not tfds_config(task.name).download:
       sources.check_tfds(task.source, split, task.name)
 
 
@@ -455,7 +455,7 @@ def _registered_metrics(name: str) -> list[metric_fns_lib.MetricFn] | None:
   return score_settings(name).of_task(found)
 
 
-def _tfds_config(task_name: str) -> TfdsConfig:
+def tfds_config(task_name: str) -> TfdsConfig:
   with gin.config_scope(task_name):
     return TfdsConfig()
 
@@ -466,7 +466,7 @@ def _set_up_tfds(task: 'seqio.Task') -> 'seqio.Task':
 
   if not isinstance(task.source, seqio.TfdsDataSource):
     return task
-  config = _tfds_config(task.name)
+  config = tfds_config(task.name)
   data_dir = config.data_dir
   task.source.tfds_dataset.override_data_dir(
     data_dir and os.path.expanduser(data_dir)

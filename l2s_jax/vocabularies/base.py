@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -174,9 +174,24 @@ class Vocabulary(abc.ABC):
       ValueError: if it names a token for which the model has no embedding.
     """
     ids = self._encode(text)
-    if self.has_rows_for_all or max(ids, default=0) < (self.table_rows or 0):
-      return ids
-    found = next(token for token in ids if token >= (self.table_rows or 0))
+    if not self.has_rows_for_all:
+      self._check_rows(text, ids)
+    return ids
+
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    """Returns the ids of each text, as `encode`: in one call of the library."""
+    found = self._encode_batch(texts)
+    if self.has_rows_for_all:
+      return found
+    for text, ids in zip(texts, found, strict=True):
+      self._check_rows(text, ids)
+    return found
+
+  def _check_rows(self, text: str, ids: list[int]) -> None:
+    num_rows = self.table_rows or 0
+    if max(ids, default=0) < num_rows:
+      return
+    found = next(token for token in ids if token >= num_rows)
     raise ValueError(
       f'the text {shortened(text)!r} holds the token '
       f'{self._decode([found])!r}, id {found} of {self.path}, and the '
@@ -217,6 +232,10 @@ class Vocabulary(abc.ABC):
   @abc.abstractmethod
   def _encode(self, text: str) -> list[int]:
     """Returns the ids of `text`, whether or not the table has them."""
+
+  def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    """Returns the ids of each text; in one call, where the library has it."""
+    return [self._encode(text) for text in texts]
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of the ids before the first that ends an answer.

@@ -5,7 +5,7 @@ import functools
 import io
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sentencepiece
@@ -97,6 +97,10 @@ class SentencePieceVocabulary(base.Vocabulary):
 
   def _encode(self, text: str) -> list[int]:
     return self._processor.encode(text)
+
+  def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    # One thread: whoever has cores to spare has processes.
+    return self._processor.encode(list(texts), num_threads=1)
 
   def _decode(self, ids: list[int]) -> str:
     return self._processor.decode(ids)

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts into records of a cache, in processes of their own.
+
+A process imports tokenizers and no TensorFlow, and ends with the one that
+started it, however that ends.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import process
+from multiprocessing import connection
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from l2s_jax.data import cache_format
+from l2s_jax.vocabularies import base
+
+# Chunks that wait for each process, so that none waits for its next.
+_AHEAD = 3
+
+
+class Work(NamedTuple):
+  """Consecutive examples to encode.
+
+  Attributes:
+    label: of their task and split, for messages.
+    first: number of the first.
+    columns: their values, `inputs` and `targets` among them.
+  """
+
+  label: str
+  first: int
+  columns: Mapping[str, list[Any]]
+
+
+class Encoded(NamedTuple):
+  """The same examples, encoded.
+
+  Attributes:
+    records: one each.
+    entries: [n, 3] uint32, those of the index.
+  """
+
+  records: list[bytes]
+  entries: np.ndarray
+
+
+class Encoder:
+  """Makes records; can be pickled."""
+
+  def __init__(
+    self, prompt_vocabulary: base.Vocabulary, answer_vocabulary: base.Vocabulary
+  ):
+    self._vocabularies = {
+      'inputs': prompt_vocabulary,
+      'targets': answer_vocabulary,
+    }
+    self.dtype = cache_format.id_dtype(
+      prompt_vocabulary.vocab_size, answer_vocabulary.vocab_size
+    )
+
+  def __call__(self, work: Work) -> Encoded:
+    """Returns the records of examples.
+
+    Raises:
+      ValueError: naming the example, if a text is not UTF-8 or the model has
+        no embedding for one of its tokens.
+    """
+    texts = {
+      name: [self._text(work, name, n, value) for n, value in enumerate(values)]
+      for name, values in work.columns.items()
+    }
+    ids = {}
+    for key, vocabulary in self._vocabularies.items():
+      values = texts.pop(key)
+      if values and isinstance(values[0], str):
+        texts[f'{key}_pretokenized'] = values
+        values = vocabulary.encode_batch(values)
+      # As `features.tokenize_and_measure`: what ends already gets no other.
+      end = vocabulary.eos_id
+      ids[key] = [
+        row if row and row[-1] == end else [*row, end] for row in values
+      ]
+    names = list(texts)
+    rows = zip(*texts.values(), strict=True)
+    records = [
+      cache_format.encode(
+        prompt, answer, dict(zip(names, row, strict=True)), self.dtype
+      )
+      for prompt, answer, row in zip(
+        ids['inputs'], ids['targets'], rows, strict=True
+      )
+    ]
+    entries = [
+      [len(row) for row in ids['inputs']],
+      [len(row) for row in ids['targets']],
+      [cache_format.checksum(record) for record in records],
+    ]
+    return Encoded(records, np.array(entries, np.uint32).T.copy())
+
+  def _text(self, work: Work, name: str, place: int, value: Any) -> Any:
+    """Returns a value with text in the place of bytes."""
+    if isinstance(value, list):
+      return [self._text(work, name, place, part) for part in value]
+    if not isinstance(value, bytes):
+      return value
+    try:
+      return value.decode()
+    except UnicodeDecodeError as error:
+      raise ValueError(
+        f'{work.label}: example {work.first + place} has bytes in {name!r} '
+        f'that are not UTF-8 ({error.reason} at byte {error.start}). Correct '
+        'or remove it.'
+      ) from error
+
+
+def default_workers() -> int:
+  """Returns how many processes the cores of this host keep busy."""
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def encoding(
+  encoder: Encoder, num_workers: int
+) -> Iterator[Callable[[Iterable[Work]], Iterator[Encoded]]]:
+  """Yields a function that encodes in order, reading little ahead.
+
+  Args:
+    encoder: what each process does.
+    num_workers: processes; 1: this one alone.
+  """
+  if num_workers == 1:
+    yield lambda works: map(encoder, works)
+    return
+  context = multiprocessing.get_context('forkserver')
+  context.set_forkserver_preload([__name__])
+  with concurrent.futures.ProcessPoolExecutor(
+    num_workers, context, initializer=_begin, initargs=(encoder,)
+  ) as pool:
+
+    def encode_all(works: Iterable[Work]) -> Iterator[Encoded]:
+      pending: collections.deque[concurrent.futures.Future[Encoded]] = (
+        collections.deque()
+      )
+      for work in works:
+        pending.append(pool.submit(_encode, work))
+        if len(pending) > _AHEAD * num_workers:
+          yield _result(pending.popleft())
+      while pending:
+        yield _result(pending.popleft())
+
+    try:
+      yield encode_all
+    except BaseException:
+      pool.shutdown(wait=False, cancel_futures=True)
+      raise
+
+
+def _result(future: 'concurrent.futures.Future[Encoded]') -> Encoded:
+  try:
+    return future.result()
+  except ValueError as error:
+    raise ValueError(str(error)) from error
+  except process.BrokenProcessPool as error:
+    raise ValueError(
+      'a process that tokenizes was ended from outside, as happens where '
+      'memory is short. Start again: what is cached is kept; with fewer '
+      'processes (cache.num_workers) less memory is needed.'
+    ) from error
+
+
+_encoder: Encoder | None = None
+
+
+def _begin(encoder: Encoder) -> None:
+  """Prepares a process: one core, and an end with the one that started it."""
+  global _encoder
+  _encoder = encoder
+  os.environ['TOKENIZERS_PARALLELISM'] = 'false'
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, signal.SIG_DFL)
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+  parent = multiprocessing.parent_process()
+  assert parent is not None
+  connection.wait([parent.sentinel])
+  os._exit(1)
+
+
+def _encode(work: Work) -> Encoded:
+  assert _encoder is not None
+  return _encoder(work)

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The key of a cache: all that its content depends on, as JSON has it.
+
+Where code decides, as in a user's own preprocessors, the key has the source of
+the code and a hash of the first examples, so that a change is seen in either.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import gin
+
+from l2s_jax.data import cache_texts, seqio_internals, sources, tasks
+from l2s_jax.runtime import files
+from l2s_jax.vocabularies import base
+
+if TYPE_CHECKING:
+  import seqio
+
+# Whose releases may tokenize, parse or render otherwise.
+_PACKAGES = ('tokenizers', 'sentencepiece', 'tensorflow_datasets', 'seqio')
+_CLDR_PACKAGES = ('babel', 'num2words')
+NUM_SAMPLED = 256  # examples
+
+# Of tasks and splits, by name.
+Texts = Mapping[str, Mapping[str, cache_texts.Texts]]
+
+
+def describe(
+  name: str,
+  bound: Sequence['seqio.Task'],
+  texts: Texts,
+  *,
+  rates: Mapping[str, float],
+  vocabularies: Mapping[str, base.Vocabulary],
+  task_feature_lengths: Mapping[str, int],
+) -> dict[str, Any]:
+  """Returns the key.
+
+  Args:
+    name: of the task or mixture, as `tasks.bind` takes it.
+    bound: its tasks, from `tasks.bind`.
+    texts: the splits that are cached.
+    rates: of the tasks.
+    vocabularies: 'prompt' and 'answer'.
+    task_feature_lengths: `inputs` and `targets`; part of the key where a
+      preprocessor is told them. What is cached is not cut.
+  """
+  local = dict(filter(None, map(_local_settings, _leaves(name))))
+  described = {}
+  for task in bound:
+    splits = texts[task.name]
+    described[task.name] = {
+      'settings': _settings(task, local.get(task.name)),
+      'preprocessors': [_code(step) for step in task.preprocessors[:-1]],
+      'splits': {
+        split: {
+          'source': _source(task, split, local.get(task.name)),
+          'first_examples': _sample(split_texts),
+        }
+        for split, split_texts in splits.items()
+      },
+    }
+    if any(split_texts.uses_lengths for split_texts in splits.values()):
+      described[task.name]['lengths'] = dict(task_feature_lengths)
+  names = _PACKAGES + (_CLDR_PACKAGES if 'cldr' in texts else ())
+  key = {
+    'mixture_or_task': name,
+    'rates': dict(rates),
+    'tasks': described,
+    'vocabularies': {
+      side: vocabulary.fingerprint()
+      for side, vocabulary in vocabularies.items()
+    },
+    'versions': {
+      package: importlib.metadata.version(package) for package in names
+    },
+  }
+  return json.loads(json.dumps(key, default=repr))
+
+
+def check(
+  found: Mapping[str, Any], wanted: Mapping[str, Any], folder: str
+) -> None:
+  """Refuses a cache of something else.
+
+  Raises:
+    ValueError: with a line for each difference.
+  """
+  lines = files.differences(
+    found, wanted, have='the cache has', want='now it is'
+  )
+  if lines:
+    raise ValueError(
+      f'CACHE_DIR={folder} holds a cache of something else:\n'
+      + '\n'.join(lines)
+      + '\nName another CACHE_DIR, or remove this folder to cache anew.'
+    )
+
+
+def check_vocabularies(
+  found: Mapping[str, Any],
+  vocabularies: Mapping[str, base.Vocabulary],
+  folder: str,
+) -> None:
+  """Refuses a cache of ids that mean nothing to a model.
+
+  Args:
+    found: the key of the cache.
+    vocabularies: the model's, 'prompt' and 'answer'.
+    folder: of the cache.
+
+  Raises:
+    ValueError: naming the vocabularies that differ.
+  """
+  strangers = [
+    f'  {side}: the cache has {found["vocabularies"].get(side)}, the model '
+    f'{vocabulary.fingerprint()} ({vocabulary.path})'
+    for side, vocabulary in vocabularies.items()
+    if found['vocabularies'].get(side) != vocabulary.fingerprint()
+  ]
+  if strangers:
+    raise ValueError(
+      f'CACHE_DIR={folder} holds ids of other tokenizers than the model has:\n'
+      + '\n'.join(strangers)
+      + '\nCache the task for this model, in another folder.'
+    )
+
+
+def _leaves(name: str) -> list[str]:
+  """Returns the names in a mixture of gin's; of another, its own."""
+  scope, _, kind = name.rpartition('/')
+  if kind != 'mixture':
+    return [name]
+  with gin.config_scope(scope or None):
+    rates = gin.get_bindings(tasks.mixture).get('tasks', {})
+  return [leaf for task in rates for leaf in _leaves(task)]
+
+
+def _local_settings(name: str) -> tuple[str, dict[str, Any]] | None:
+  """Returns name and settings of a local task, defaults included."""
+  scope, _, kind = name.rpartition('/')
+  if kind != 'local':
+    return None
+  with gin.config_scope(scope or None):
+    bound = gin.get_bindings(tasks.local_task)
+  parameters = inspect.signature(tasks.local_task).parameters.values()
+  settings = {
+    parameter.name: bound.get(parameter.name, parameter.default)
+    for parameter in parameters
+    if parameter.name not in ('metrics', 'name')
+  }
+  return scope.replace('/', '.') or kind, settings
+
+
+def _settings(
+  task: 'seqio.Task', local: Mapping[str, Any] | None
+) -> dict[str, Any]:
+  if local is None:
+    return {'template': tasks.tfds_config(task.name).template}
+  # Files stand in the key with a hash of their contents.
+  return {
+    key: value
+    for key, value in local.items()
+    if key not in ('data_files', 'data_dir')
+  }
+
+
+def _source(
+  task: 'seqio.Task', split: str, local: dict[str, Any] | None
+) -> Any:
+  """Returns what tells the data of a split from others."""
+  from l2s_jax.data.features import seqio
+
+  if local is not None:
+    return sources.fingerprint(
+      local['data_files'][split], local['data_dir'], split
+    )
+  if isinstance(task.source, seqio.TfdsDataSource):
+    loader = task.source.tfds_dataset
+    return {
+      'tfds': loader.get_split_params(split)[0],
+      'split': seqio_internals.tfds_split(loader, split),
+      'num_examples': loader.size(split),
+    }
+  return {
+    'kind': type(task.source).__name__,
+    'num_examples': task.source.num_input_examples(split),
+  }
+
+
+def _code(step: Callable[..., Any]) -> str:
+  """Returns a preprocessor's name and a hash of its source."""
+  fn: Any = step.func if isinstance(step, functools.partial) else step
+  name = getattr(fn, '__qualname__', type(fn).__qualname__)
+  place = f'{getattr(fn, "__module__", "")}.{name}'
+  try:
+    text = inspect.getsource(fn if hasattr(fn, '__qualname__') else type(fn))
+  except (OSError, TypeError):
+    text = ''
+  return f'{place} {hashlib.sha256(text.encode()).hexdigest()[:16]}'
+
+
+def _sample(texts: cache_texts.Texts) -> str:
+  content = json.dumps(texts.sample(NUM_SAMPLED), default=repr, sort_keys=True)
+  return hashlib.sha256(content.encode()).hexdigest()

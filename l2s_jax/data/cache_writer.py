@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a cache: shard by shard, in any number of jobs, killed at any moment.
+
+`plan.json` comes first: what will be cached, of what, in which shards. A shard
+is written under another name and renamed when it is whole and on disk, its
+index last. Whoever finds all shards whole writes `cache.json`.
+"""
+
+import collections
+import io
+import itertools
+import os
+import pathlib
+import shutil
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tqdm
+from array_record.python import array_record_module
+
+from l2s_jax.data import cache_encoding, cache_format, cache_key, cache_texts
+from l2s_jax.runtime import files, integrity, locks
+
+PLAN = 'plan.json'
+# A job writes a shard anew that it was killed in: seconds to minutes of work.
+_SMALLEST_SHARD = 16_384  # examples
+# All of a split's are open in training.
+_MOST_SHARDS = 1000
+# Records of 160 to 5,000 bytes took, with their index, up to 5 % less than this
+# of what zlib makes of them, in files of many.
+_OF_ZLIB = 1.1
+_FRAME_BYTES = 80
+_PART = '.part-'
+_REMEDY = 'remove the folder, and cache again.'
+
+
+class Shard(NamedTuple):
+  """A part of a split.
+
+  Attributes:
+    task: its name.
+    split: its name.
+    number: from 0.
+    num_shards: of the split.
+    start: number of its first example.
+    stop: one more than that of its last.
+  """
+
+  task: str
+  split: str
+  number: int
+  num_shards: int
+  start: int
+  stop: int
+
+  def path(self, folder: pathlib.Path, ending: str) -> pathlib.Path:
+    """Returns where one of its files is."""
+    split = (
+      folder
+      / cache_format.folder_name(self.task)
+      / cache_format.folder_name(self.split)
+    )
+    path = cache_format.shard_path(split, self.number, self.num_shards)
+    return pathlib.Path(path + ending)
+
+  def is_whole(self, folder: pathlib.Path) -> bool:
+    """Returns whether both of its files are there, as they are renamed."""
+    path = self.path(folder, '.array_record')
+    index = self.path(folder, '.index.npy')
+    return path.exists() and index.exists()
+
+
+def make_plan(
+  texts: cache_key.Texts,
+  key: Mapping[str, Any],
+  dtype: str,
+  examples_per_shard: int | None = None,
+) -> dict[str, Any]:
+  """Returns what `cache.json` will hold but for what the shards say.
+
+  Args:
+    texts: of all tasks and splits.
+    key: from `cache_key.describe`.
+    dtype: of ids.
+    examples_per_shard: at most; None: as many as keep the number of shards
+      and the work lost to a kill small.
+  """
+
+  def split_plan(split: cache_texts.Texts) -> dict[str, Any]:
+    total = split.num_examples
+    size = examples_per_shard or max(_SMALLEST_SHARD, -(-total // _MOST_SHARDS))
+    starts = range(0, total, size)
+    return {
+      'num_examples': total,
+      'shards': [min(size, total - start) for start in starts],
+    }
+
+  return {
+    'format_version': cache_format.FORMAT_VERSION,
+    'key': dict(key),
+    'dtype': dtype,
+    'rates': key['rates'],
+    'tasks': {
+      task: {
+        'splits': {name: split_plan(split) for name, split in splits.items()},
+        'columns': _text_columns(next(iter(splits.values()))),
+      }
+      for task, splits in texts.items()
+    },
+  }
+
+
+def _text_columns(texts: cache_texts.Texts) -> dict[str, Any]:
+  """Returns dtype and rank of what a record keeps beside its ids."""
+  columns = dict(texts.columns)
+  for name in ('inputs', 'targets'):
+    column = columns.pop(name)
+    if column['dtype'] == 'string':
+      columns[f'{name}_pretokenized'] = column
+  return columns
+
+
+def settle_plan(
+  folder: pathlib.Path, plan: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns the plan of a folder: the one begun there, or else this.
+
+  Raises:
+    ValueError: if the one there is of something else, with the difference, or
+      is damaged.
+  """
+  path = folder / PLAN
+  if not path.exists():
+    found = [
+      item.name for item in folder.iterdir() if not item.name.startswith('.')
+    ]
+    if found:
+      raise ValueError(
+        f'CACHE_DIR={folder} holds {", ".join(sorted(found)[:3])} and no '
+        f'{PLAN}: it is no cache. Name another folder, or an empty one.'
+      )
+    files.write_json(path, integrity.seal(plan))
+  # Read back by whoever wrote it, too: all jobs have its order.
+  kept = integrity.unseal(
+    files.read_json(path, keys={'key': dict, 'tasks': dict}, remedy=_REMEDY)
+  )
+  if kept is None:
+    raise ValueError(f'{path} is not as it was written; {_REMEDY}')
+  cache_key.check(kept['key'], plan['key'], str(folder))
+  return kept
+
+
+def shards_of(plan: Mapping[str, Any]) -> list[Shard]:
+  """Returns the shards of all tasks and splits."""
+  return [
+    Shard(task, split, number, len(counts), stop - counts[number], stop)
+    for task, content in plan['tasks'].items()
+    for split, split_content in content['splits'].items()
+    for counts in [split_content['shards']]
+    for number, stop in enumerate(itertools.accumulate(counts))
+  ]
+
+
+def share(shards: Sequence[Shard], job: int, num_jobs: int) -> list[Shard]:
+  """Returns the shards of one of several jobs, which follow each other."""
+  total = len(shards)
+  return list(shards[total * job // num_jobs : total * (job + 1) // num_jobs])
+
+
+def bytes_per_example(
+  texts: cache_texts.Texts, encoder: cache_encoding.Encoder
+) -> float:
+  """Returns about what an example takes on disk, by the first of a split."""
+  sample = texts.sample(cache_key.NUM_SAMPLED)
+  records = encoder(cache_encoding.Work(texts.label, 0, sample)).records
+  # Not by a file, which a dry run has no place for.
+  size = sum(len(zlib.compress(record, 1)) for record in records)
+  return _FRAME_BYTES + _OF_ZLIB * size / max(1, len(records))
+
+
+def write(
+  folder: pathlib.Path,
+  shards: Sequence[Shard],
+  texts: cache_key.Texts,
+  encoder: cache_encoding.Encoder,
+  *,
+  num_workers: int,
+  job: int = 0,
+  num_jobs: int = 1,
+) -> None:
+  """Writes those of the shards that are not whole yet.
+
+  Args:
+    folder: of the cache.
+    shards: of this job.
+    texts: of all tasks and splits.
+    encoder: of the model's vocabularies.
+    num_workers: processes that tokenize.
+    job: which of `num_jobs` this is.
+    num_jobs: which write the cache together.
+
+  Raises:
+    ValueError: if another process is this job, a split has not the examples
+      that it had, or a text cannot be encoded.
+    OSError, RuntimeError: in the system's words, if a disk is full.
+  """
+  mark = f'{_PART}{job}-of-{num_jobs}'
+  with locks.held(folder, 'CACHE_DIR', f'.lock-{job}-of-{num_jobs}'):
+    # Of an earlier start. A job that is alone has ended those of any other.
+    for path in folder.rglob(f'.*{_PART if num_jobs == 1 else mark}*'):
+      path.unlink(missing_ok=True)
+    missing = [shard for shard in shards if not shard.is_whole(folder)]
+    total = sum(shard.stop - shard.start for shard in shards)
+    remaining = sum(shard.stop - shard.start for shard in missing)
+    with (
+      tqdm.tqdm(
+        total=total,
+        initial=total - remaining,
+        desc='caching',
+        unit=' examples',
+        file=sys.stderr,
+        disable=None,  # Where nobody looks on.
+      ) as bar,
+      cache_encoding.encoding(encoder, num_workers) as encode,
+    ):
+      for run in _runs(missing):
+        for number in _write_run(folder, run, texts, encode, mark):
+          bar.update(number)
+
+
+def _runs(shards: Iterable[Shard]) -> Iterator[list[Shard]]:
+  """Yields shards that follow each other in one split, which is read once."""
+  run: list[Shard] = []
+  for shard in shards:
+    if run and (run[-1].task, run[-1].split, run[-1].stop) != (
+      shard.task,
+      shard.split,
+      shard.start,
+    ):
+      yield run
+      run = []
+    run.append(shard)
+  if run:
+    yield run
+
+
+def _write_run(
+  folder: pathlib.Path,
+  run: Sequence[Shard],
+  texts: cache_key.Texts,
+  encode: Any,
+  mark: str,
+) -> Iterator[int]:
+  """Writes shards that follow each other; yields counts of examples."""
+  source = texts[run[0].task][run[0].split]
+  ends: collections.deque[Shard] = collections.deque()
+  file: _ShardFile | None = None
+
+  def works() -> Iterator[cache_encoding.Work]:
+    for shard, first, columns in _cut(source, run):
+      ends.append(shard)
+      yield cache_encoding.Work(source.label, first, columns)
+
+  for encoded in encode(works()):
+    shard = ends.popleft()
+    if file is None:
+      file = _ShardFile(folder, shard, mark)
+    file.add(encoded)
+    yield len(encoded.records)
+    if file.is_full:
+      file.finish()
+      file = None
+
+
+def _cut(
+  source: cache_texts.Texts, run: Sequence[Shard]
+) -> Iterator[tuple[Shard, int, cache_texts.Chunk]]:
+  """Yields chunks, none with examples of two shards.
+
+  Raises:
+    ValueError: if there are fewer or more examples than there were.
+  """
+  first, last = run[0].start, run[-1].stop
+  # Of the last shard more is asked for than it has: there must be none.
+  is_last = run[-1].number + 1 == run[-1].num_shards
+  place, shards = first, collections.deque(run)
+  for chunk in source.chunks(first, None if is_last else last):
+    size = len(chunk['inputs'])
+    offset = 0
+    while offset < size and shards:
+      shard = shards[0]
+      count = min(size - offset, shard.stop - place)
+      part = {
+        name: values[offset : offset + count] for name, values in chunk.items()
+      }
+      yield shard, place, part
+      place, offset = place + count, offset + count
+      if place == shard.stop:
+        shards.popleft()
+    if offset < size:
+      place += 1
+      break
+  if place != last:
+    raise ValueError(
+      f'{source.label} has {"fewer" if place < last else "more"} than {last} '
+      f'examples, as it had when the cache was begun. Has a file changed? '
+      'Name another CACHE_DIR, or remove this folder to cache anew.'
+    )
+
+
+class _ShardFile:
+  """A shard while it is written, under another name."""
+
+  def __init__(self, folder: pathlib.Path, shard: Shard, mark: str):
+    self._targets = [
+      shard.path(folder, ending) for ending in ('.array_record', '.index.npy')
+    ]
+    self._parts = [
+      path.with_name(f'.{path.name}{mark}') for path in self._targets
+    ]
+    self._targets[0].parent.mkdir(parents=True, exist_ok=True)
+    self._size = shard.stop - shard.start
+    self._indexes: list[np.ndarray] = []
+    self._num_examples = 0
+    self._writer = array_record_module.ArrayRecordWriter(
+      str(self._parts[0]), cache_format.WRITER_OPTIONS
+    )
+
+  @property
+  def is_full(self) -> bool:
+    """Whether it has all its examples."""
+    return self._num_examples == self._size
+
+  def add(self, encoded: cache_encoding.Encoded) -> None:
+    """Writes examples."""
+    for record in encoded.records:
+      self._writer.write(record)
+    self._indexes.append(encoded.entries)
+    self._num_examples += len(encoded.records)
+
+  def finish(self) -> None:
+    """Puts both files on disk, then gives them their names, the index last."""
+    self._writer.close()
+    content = io.BytesIO()
+    np.save(content, np.concatenate(self._indexes))
+    with self._parts[1].open('wb') as file:
+      file.write(content.getvalue())
+    for path in self._parts:
+      _sync(path)
+    for part, target in zip(self._parts, self._targets, strict=True):
+      part.replace(target)
+    _sync(self._targets[0].parent)
+
+
+def _sync(path: pathlib.Path) -> None:
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def num_missing(folder: pathlib.Path, plan: Mapping[str, Any]) -> int:
+  """Returns how many shards are not whole yet, of any job."""
+  return sum(not shard.is_whole(folder) for shard in shards_of(plan))
+
+
+def finish(folder: pathlib.Path, plan: Mapping[str, Any]) -> None:
+  """Writes `cache.json` over a folder whose shards are all whole.
+
+  Raises:
+    ValueError: naming a shard that is not as the plan has it.
+  """
+  digests: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
+  for shard in shards_of(plan):
+    path = shard.path(folder, '.array_record')
+    size = shard.stop - shard.start
+    index = cache_format.load_index(str(shard.path(folder, '.index.npy')), size)
+    reader = array_record_module.ArrayRecordReader(str(path), '')
+    if not reader.ok() or reader.num_records() != size:
+      raise ValueError(
+        f'{path} is damaged: expected {size} records. Remove it, and cache '
+        'again: the other shards are kept.'
+      )
+    reader.close()
+    digests[shard.task, shard.split].append(cache_format.index_digest(index))
+  content = dict(plan) | {
+    'tasks': {
+      task: task_content
+      | {
+        'splits': {
+          split: split_content | {'index_digests': digests[task, split]}
+          for split, split_content in task_content['splits'].items()
+        }
+      }
+      for task, task_content in plan['tasks'].items()
+    }
+  }
+  files.write_json(folder / cache_format.FILE, integrity.seal(content))
+
+
+def check_room(folder: pathlib.Path, num_bytes: float) -> None:
+  """Refuses to begin what would fill the disk.
+
+  Raises:
+    ValueError: with what is free and what is needed.
+  """
+  parent = next(path for path in (folder, *folder.parents) if path.exists())
+  free = shutil.disk_usage(parent).free
+  if free < num_bytes:
+    raise ValueError(
+      f'CACHE_DIR={folder} has {free / 1e9:,.1f} GB free; what is left to '
+      f'cache takes about {num_bytes / 1e9:,.1f} GB. Make room, or name '
+      'another folder.'
+    )
