@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 import time
+from typing import Any
 
 import cache_files
 import jax
@@ -20,7 +21,7 @@ BUCKETS = [(8, 4), (12, 6), (16, 8)]
 BATCH_SIZE = 8
 SIZES = {'one': 3000, 'other': 170}
 # What a run sets, by the kind of its rows.
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
   'padded': {},
   'packed': {'pack': True},
   'by length': {'length_buckets': BUCKETS},
@@ -51,7 +52,7 @@ def single(tmp_path_factory):
 
 
 def batches(folder, vocabulary, kind, **options):
-  settings = {
+  settings: dict[str, Any] = {
     'task_feature_lengths': LENGTHS,
     'batch_size': BATCH_SIZE,
     'seed': 5,
@@ -231,7 +232,7 @@ def test_a_damaged_record_is_named(single, vocabulary, tmp_path):
   with pytest.raises(ValueError, match=rf'{path} is damaged: record \d+ of'):
     for _ in range(SIZES['one'] // BATCH_SIZE):
       next(found)
-  found.close()
+  assert next(found, None) is None  # It does not go on behind the damage.
 
 
 def test_a_missing_split_is_refused(single, vocabulary):

@@ -8,6 +8,7 @@ process ahead. No TensorFlow.
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import threading
 import weakref
@@ -141,7 +142,10 @@ class CachedBatches(Iterator[batching.Part]):
         (plan, self._readers.submit(_when_planned, self._maker, plan))
       )
     plan, made = self._ahead.popleft()
-    part = made.result()
+    with contextlib.ExitStack() as failed:  # What is damaged is not left out.
+      failed.callback(self.close)
+      part = made.result()
+      failed.pop_all()
     if part is None:
       self.close()
       raise StopIteration
