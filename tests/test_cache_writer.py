@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import types
+from typing import Any
 
 import forked
 import gin
@@ -141,7 +142,7 @@ def streamed(name, model, bindings, split, *, shuffle):
 def cached(folder, split):
   """Returns the same of a cache."""
   found = cache_format.open_cache(folder)
-  examples = {}
+  examples: dict[str, list[dict[str, Any]]] = {}
   for task in found.tasks:
     source = found.split(task, split)
     records = source.read(range(len(source)))
@@ -251,7 +252,7 @@ def command(data, folder, vocabulary):
     'DATA_FILES': {'train': 'train.jsonl'},
     'DATA_DIR': data,
     'CACHE_DIR': folder,
-    'CACHE_EXAMPLES_PER_SHARD': 100,
+    'CACHE_EXAMPLES_PER_SHARD': 25,
     'CACHE_WORKERS': 2,
   }
   return [
@@ -269,7 +270,7 @@ def test_killed_at_ten_moments_it_ends_as_if_it_had_not_been(
 ):
   rows = [
     {'source': f'prompt {n} ' * 20, 'target': f'{n} ' * 10}
-    for n in range(8_000)
+    for n in range(2_000)
   ]
   (tmp_path / 'train.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   cache, unbroken = tmp_path / 'cache', tmp_path / 'unbroken'
@@ -283,7 +284,7 @@ def test_killed_at_ten_moments_it_ends_as_if_it_had_not_been(
       if len(list(cache.glob('local/train/*'))) >= files:
         process.kill()
         break
-      time.sleep(0.0005 * number)
+      time.sleep(0.002 + 0.0005 * number)
     _, told = process.communicate()
     assert process.returncode == -signal.SIGKILL, told
     assert not (cache / 'cache.json').exists()
