@@ -25,8 +25,8 @@ _PRELOADED = [
   'l2s_jax.train',
   'l2s_jax.evaluate',
   'l2s_jax.infer',
-  'l2s_jax.features',
-  'l2s_jax.evaluation',
+  'l2s_jax.data.features',
+  'l2s_jax.evaluation.seqio_evaluator',
 ]
 # Read as JAX is imported: by the server.
 _AT_IMPORT = 'JAX_'
