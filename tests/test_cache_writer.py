@@ -19,7 +19,7 @@ import forked
 import gin
 import pytest
 
-from l2s_jax.data import cache_encoding, cache_format, task_cache, tasks
+from l2s_jax.data import cache_command, cache_encoding, cache_format, tasks
 from l2s_jax.data.features import seqio, tf
 from l2s_jax.runtime import os_errors
 from l2s_jax.vocabularies import loading
@@ -92,7 +92,7 @@ def write(folder, model, bindings, name='local', **settings):
   """Runs the verb in this process, shards being small."""
   settings = {'num_workers': 1, 'examples_per_shard': FEW} | settings
   with configured(bindings):
-    task_cache.cache(
+    cache_command.cache(
       str(folder),
       model,
       name,
@@ -407,7 +407,7 @@ def test_a_damaged_record_is_named_and_its_shard_can_be_made_anew(
       source.read([number])
     except ValueError as error:
       bad.append(number)
-      shard, place = source.place(number)
+      shard, place = divmod(number, FEW)
       assert f'record {place} of {FEW} (shard {shard}, ' in str(error)
       assert str(path) in str(error)
   assert bad and all(2 * FEW <= number < 3 * FEW for number in bad)
@@ -439,11 +439,11 @@ def test_a_damaged_cache_json_or_index_is_refused(data, model, tmp_path):
 
 def test_show_prints_what_a_cache_holds(data, model, tmp_path, capsys):
   with pytest.raises(FileNotFoundError, match='is no cache'):
-    task_cache.cache(str(tmp_path / 'none'), show=1)
+    cache_command.cache(str(tmp_path / 'none'), show=1)
   folder = tmp_path / 'cache'
   write(folder, model, local(data))
   capsys.readouterr()
-  task_cache.cache(str(folder), show=2)
+  cache_command.cache(str(folder), show=2)
   printed = capsys.readouterr().out
   assert 'local, train, example 1 of 103: ' in printed
   assert "references: ['1 o']" in printed

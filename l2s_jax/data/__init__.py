@@ -2,15 +2,16 @@
 """From files and SeqIO tasks to batches of token ids, on the host.
 
 `tasks` registers and binds tasks, `streams` makes their batches, `batching`
-makes a batch of ids that are there already. `task_cache` is the verb that makes
-files of ids; what reads these (`cache_format`) knows no TensorFlow. TensorFlow
-and SeqIO are imported by `features` alone, which others import inside
-functions.
+makes a batch of ids that are there already. `cache_command` is the verb that
+makes files of ids; what reads these (`cache_format`) knows no TensorFlow.
+TensorFlow and SeqIO are imported by `features` alone, which others import
+inside functions.
 """
 
 # The modules that other packages may import.
 __all__ = (
   'batching',
+  'cache_command',
   'cache_format',
   'cache_key',
   'cldr',
@@ -18,7 +19,6 @@ __all__ = (
   'input_files',
   'packing',
   'streams',
-  'task_cache',
   'tasks',
   'templates',
   'text_files',

@@ -185,8 +185,8 @@ def _open_texts(
 
 def _check_room(
   folder: pathlib.Path,
-  shards: Sequence[cache_writer.Shard],
-  texts: cache_key.Texts,
+  shards: Sequence[cache_writer.CacheShard],
+  texts: cache_key.TextsBySplit,
   encoder: cache_encoding.Encoder,
 ) -> None:
   """Says what disk is needed, and refuses where it is not there."""
@@ -217,7 +217,7 @@ def _size(contents: Mapping[str, Any]) -> str:
   )
 
 
-def _show(found: cache_format.Cache, num_examples: int) -> None:
+def _show(found: cache_format.TokenCache, num_examples: int) -> None:
   """Prints the first examples of each split."""
   for task, content in found.tasks.items():
     for name in content['splits']:
