@@ -148,7 +148,7 @@ VERBS: Mapping[str, Verb] = {
     joins=True,
   ),
   'cache': Verb(
-    'l2s_jax.data.task_cache',
+    'l2s_jax.data.cache_command',
     'cache',
     'tokenizes a task into files that train and evaluate read; restartable',
     '--gin_file=gin_configs/experiments/multi30k.gin '
@@ -237,7 +237,7 @@ CONFIGURABLE_MODULES = (
   'l2s_jax.systems.builders',
   'l2s_jax.training.optim',
   'l2s_jax.data.tasks',
-  'l2s_jax.data.task_cache',
+  'l2s_jax.data.cache_command',
   'l2s_jax.training.train',
   'l2s_jax.evaluation.evaluate',
   'l2s_jax.inference.infer',

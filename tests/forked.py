@@ -9,6 +9,7 @@ codes and streams are those of any process. A test of how a program starts has
 
 import atexit
 import contextlib
+import importlib.util
 import multiprocessing
 import os
 import pathlib
@@ -22,11 +23,11 @@ from multiprocessing import connection, forkserver
 ROOT = pathlib.Path(__file__).parent.parent
 _PRELOADED = [
   'forked',
-  'l2s_jax.train',
-  'l2s_jax.evaluate',
-  'l2s_jax.infer',
-  'l2s_jax.features',
-  'l2s_jax.evaluation',
+  'l2s_jax.training.train',
+  'l2s_jax.evaluation.evaluate',
+  'l2s_jax.inference.infer',
+  'l2s_jax.data.features',
+  'l2s_jax.evaluation.seqio_evaluator',
 ]
 # Read as JAX is imported: by the server.
 _AT_IMPORT = 'JAX_'
@@ -103,6 +104,8 @@ class Popen(subprocess.Popen):
       if name.startswith(_AT_IMPORT):
         assert variables.get(name) == expected.get(name), name
     context = multiprocessing.get_context('forkserver')
+    # The server passes over in silence what it cannot import.
+    assert all(importlib.util.find_spec(name) for name in _PRELOADED)
     context.set_forkserver_preload(_PRELOADED)
     tests = pathlib.Path(__file__).parent
     with _environment(expected | {'PYTHONPATH': f'{ROOT}:{tests}'}):

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 # JAX has seen that there is no chip here, and would ask nobody about a pod.
 os.environ.pop('TPU_SKIP_MDS_QUERY', None)
-from l2s_jax import distributed
+from l2s_jax.runtime import distributed
 distributed.initialize()
 from jax.experimental import multihost_utils
 found = multihost_utils.process_allgather(np.int32(jax.process_index()))

@@ -13,7 +13,7 @@ from l2s_jax.runtime import compilation
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPT = """
-from l2s_jax import compilation
+from l2s_jax.runtime import compilation
 compilation.use_cache()
 import jax
 print(jax.jit(lambda x: x @ x + x.sum())(jax.numpy.ones((8, 8))).sum())

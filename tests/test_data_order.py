@@ -184,9 +184,9 @@ DIGEST = """
 import json, sys
 sys.path.insert(0, 'tests')
 import data_files, test_data_order
-from l2s_jax import vocabularies
+from l2s_jax.vocabularies import loading
 path, settings, start = json.load(sys.stdin)
-vocabulary = vocabularies.load(path)
+vocabulary = loading.load(path)
 task = data_files.bind(vocabulary, 'mixture', settings)
 print(test_data_order.digest(task, start))
 """

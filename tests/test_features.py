@@ -206,7 +206,7 @@ def test_importing_tensorflow_is_silent_and_leaves_the_gpu():
     [
       sys.executable,
       '-c',
-      'from l2s_jax.features import tf\n'
+      'from l2s_jax.data.features import tf\n'
       'print(tf.config.get_visible_devices("GPU"))',
     ],
     capture_output=True,

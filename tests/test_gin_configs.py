@@ -70,6 +70,7 @@ def values(tmp_path_factory):
     'DATA_DIR': folder,
     'CHECKPOINT_PATH': folder / 'llm',
     'INPUT': '-',
+    'CACHE_DIR': folder / 'cache',
     'DATA_FILES': "{'train': 'train.jsonl'}",
   }
 

@@ -139,11 +139,12 @@ def test_they_are_the_llm_and_the_slm_of_a_new_run(folder):
 def test_weights_have_the_fingerprint_that_runs_were_trained_with(llm, folder):
   mesh_config = partitioning.MeshConfig(data=1)
   mesh = partitioning.make_mesh(mesh_config, jax.devices()[:1])
-  # A converted folder has no steps, of which the run names one.
-  system = dataclasses.replace(load(folder, 'gpt', llm), llm_step=None)
+  system = load(folder, 'gpt', llm)
+  assert system.llm_step is not None
   layout = parameters.layout(system, mesh, mesh_config)
   read, _ = parameters.load_frozen(system, layout)  # Which compares them.
   assert read.llm_fingerprint == system.llm_fingerprint is not None
+  assert read.llm_step == system.llm_step
 
 
 def test_a_version_with_another_field_goes_on(folder, monkeypatch):

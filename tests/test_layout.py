@@ -115,7 +115,7 @@ def test_no_two_public_classes_share_a_name():
 
 def test_no_two_modules_of_a_package_differ_by_an_ending():
   for package in PACKAGES:
-    stems = {}
+    stems: dict[str, str] = {}
     for path in package.glob('*.py'):
       stem = re.sub(r'(ation|ing|er|or|ed|es?|s)$', '', path.stem)
       assert stem not in stems, (place(path), stems[stem])

@@ -14,7 +14,7 @@ from l2s_jax.runtime import locks
 
 HOLDER = """
 import pathlib, sys
-from l2s_jax import locks
+from l2s_jax.runtime import locks
 with locks.held(pathlib.Path(sys.argv[1]), 'MODEL_DIR'):
   print('held', flush=True)
   sys.stdin.read()

@@ -250,7 +250,7 @@ def run_python(source):
 def test_the_watcher_saves_where_the_main_thread_cannot_listen(tmp_path):
   result = run_python(f"""
 import os, pathlib, signal, time
-from l2s_jax import preemption
+from l2s_jax.runtime import preemption
 with preemption.Watcher(grace_secs=2) as watcher:
   watcher.save = pathlib.Path({str(tmp_path / 'saved')!r}).touch
   os.kill(os.getpid(), signal.SIGTERM)
@@ -264,7 +264,7 @@ with preemption.Watcher(grace_secs=2) as watcher:
 def test_the_watcher_waits_for_the_lock(tmp_path):
   result = run_python(f"""
 import os, pathlib, signal, threading, time
-from l2s_jax import preemption
+from l2s_jax.runtime import preemption
 path = pathlib.Path({str(tmp_path / 'saved')!r})
 with preemption.Watcher(grace_secs=2) as watcher:
   watcher.save = lambda: path.write_text(str(steps))
@@ -283,7 +283,7 @@ def test_ctrl_c_saves_where_the_main_thread_cannot_listen(tmp_path):
   """Nor is it lost in a callback that prints and forgets exceptions."""
   result = run_python(f"""
 import os, pathlib, signal, time
-from l2s_jax import preemption
+from l2s_jax.runtime import preemption
 with preemption.Watcher(grace_secs=2) as watcher:
   watcher.save = pathlib.Path({str(tmp_path / 'saved')!r}).touch
   os.kill(os.getpid(), signal.SIGINT)
@@ -302,7 +302,7 @@ def test_a_second_ctrl_c_ends_at_once_and_one_that_comes_twice_does_not():
   """The C code and Python's handler both tell of one signal."""
   program = """
 import os, signal, time
-from l2s_jax import preemption
+from l2s_jax.runtime import preemption
 with preemption.Watcher(grace_secs=20) as watcher:
   watcher.save = lambda: time.sleep(100)
   os.kill(os.getpid(), signal.SIGINT)
@@ -330,7 +330,7 @@ def test_ctrl_c_with_nothing_to_save_ends_at_once_unless_ignored(
 ):
   result = run_python(f"""
 import os, signal, sys, time
-from l2s_jax import preemption
+from l2s_jax.runtime import preemption
 if {before!r}:
   signal.signal(signal.SIGINT, {before or None})
 def main():
@@ -347,7 +347,7 @@ sys.exit(preemption.run(main))
 def test_ctrl_c_to_one_of_several_processes_is_sigterm_to_jax():
   result = run_python("""
 import os, signal, sys, time
-from l2s_jax import preemption
+from l2s_jax.runtime import preemption
 def main():
   heard = []
   signal.signal(signal.SIGTERM, lambda *_: heard.append(1))  # JAX's place.
@@ -367,7 +367,7 @@ def test_the_process_ends_in_time_though_nothing_can_be_saved(hanging):
   start_secs = time.monotonic()
   result = run_python(f"""
 import os, signal, time
-from l2s_jax import preemption
+from l2s_jax.runtime import preemption
 with preemption.Watcher(grace_secs=2) as watcher:
   watcher.save = lambda: time.sleep(100)
   {hanging}
@@ -382,7 +382,7 @@ def test_a_save_that_fails_is_no_preemption():
   """A launcher that starts again at 75 would do so for ever."""
   result = run_python("""
 import os, signal, time
-from l2s_jax import preemption
+from l2s_jax.runtime import preemption
 def save():
   raise OSError('No space left on device')
 with preemption.Watcher(grace_secs=1) as watcher:

@@ -18,10 +18,12 @@ address, num_processes, index, vocabulary, start = sys.argv[1:]
 if int(num_processes) > 1:
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   jax.distributed.initialize(address, int(num_processes), int(index))
-from l2s_jax import data, partition, tasks, vocabularies
-vocabulary = vocabularies.load(vocabulary)
-mesh = partition.make_mesh(partition.MeshConfig())
-batches = data.train_batches(
+from l2s_jax.data import streams, tasks
+from l2s_jax.runtime import partitioning
+from l2s_jax.vocabularies import loading
+vocabulary = loading.load(vocabulary)
+mesh = partitioning.make_mesh(partitioning.MeshConfig())
+batches = streams.train_batches(
   tasks.bind('cldr', vocabulary, vocabulary),
   task_feature_lengths={'inputs': 16, 'targets': 16},
   batch_size=8,
@@ -29,7 +31,7 @@ batches = data.train_batches(
   start_row=int(start),
 )
 for host_batch in itertools.islice(batches, 3):
-  batch = partition.put_batch(host_batch, mesh)
+  batch = partitioning.put_batch(host_batch, mesh)
   assert all(x.shape[0] == 8 for x in batch.values())
   shards = batch['encoder_input_tokens'].addressable_shards
   print(json.dumps({s.index[0].start or 0: s.data.tolist() for s in shards}))

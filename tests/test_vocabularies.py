@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from l2s_jax.vocabularies import loading, sentencepiece
+from l2s_jax.vocabularies import byte, loading, sentencepiece
 
 # The special ids that each real tokenizer must be read to have:
 # (vocab_size, start_id, eos_id, pad_id, unk_id).
@@ -215,6 +215,14 @@ def test_a_copy_or_pickle_is_equal_and_works(trained, small_json):
     ):
       assert twin == vocabulary
       assert twin.encode('one red cat') == ids
+
+
+def test_a_batch_is_encoded_as_each_of_its_texts(trained, small_json):
+  texts = ['a b', '', 'ü</s> <unk>', ' two  blanks ', '\u2028', 'a' * 500]
+  for vocabulary in (trained, loading.load(small_json), byte.ByteVocabulary()):
+    found = vocabulary.encode_batch(texts)
+    assert found == [vocabulary.encode(text) for text in texts]
+    assert vocabulary.encode_batch([]) == []
 
 
 def test_decoding_cuts_at_the_first_eos(trained, small_json):

@@ -18,21 +18,14 @@ for name in (
 import functools, importlib, io, json, pathlib, pkgutil
 import jax, numpy as np
 import l2s_jax
-from l2s_jax import (
-  checkpoint,
-  cldr,
-  infer,
-  optim,
-  packing,
-  parameters,
-  partition,
-  systems,
-  train,
-  train_step,
-  vocabularies,
-)
-from l2s_jax import state as state_lib
+from l2s_jax.data import cldr, packing
+from l2s_jax.inference import infer
 from l2s_jax.models import config as config_lib
+from l2s_jax.runtime import partitioning
+from l2s_jax.systems import builders, parameters, run_folder
+from l2s_jax.systems import system as system_lib
+from l2s_jax.training import checkpoint, optim, train, train_step
+from l2s_jax.vocabularies import sentencepiece as sentencepiece_lib
 
 NEEDS_TENSORFLOW = {
   'l2s_jax.data.features',
@@ -44,21 +37,21 @@ for module in pkgutil.walk_packages(l2s_jax.__path__, 'l2s_jax.'):
 
 folder = pathlib.Path(sys.argv[1])
 examples = list(cldr.examples('train', num_examples=300))
-vocabularies.train_sentencepiece(
+sentencepiece_lib.train(
     (text for e in examples for text in (e['prompt'], e['answer'])),
     folder / 'v.model', vocab_size=200, hard_vocab_limit=False,
     character_coverage=1.0)
 config = config_lib.TransformerConfig(
     vocab_size=200, emb_dim=16, num_heads=2, head_dim=8, mlp_dim=32,
     num_encoder_layers=1, num_decoder_layers=1)
-system = systems.language_model_system(
-    systems.Tower(config=config, vocabulary=str(folder / 'v.model')))
-mesh_config = partition.MeshConfig()
-mesh = partition.make_mesh(mesh_config)
+system = builders.language_model_system(
+    system_lib.Tower(config=config, vocabulary=str(folder / 'v.model')))
+mesh_config = partitioning.MeshConfig()
+mesh = partitioning.make_mesh(mesh_config)
 optimizer = optim.adamw(1e-3).make({})
-with partition.use_mesh(mesh):
+with partitioning.use_mesh(mesh):
   layout = parameters.layout(system, mesh, mesh_config)
-  systems.save(system, folder)
+  run_folder.save(system, folder)
   checkpointer = checkpoint.Checkpointer(folder)
   state = train.restore_or_create(
       system, layout, optimizer, mesh, checkpointer, 0)
@@ -72,7 +65,7 @@ with partition.use_mesh(mesh):
       start_id=vocabulary.start_id)
   step = jax.jit(functools.partial(
       train_step.train_step, module=system.module, optimizer=optimizer))
-  state, sums = step(state, {}, partition.put_batch(batch, mesh))
+  state, sums = step(state, {}, partitioning.put_batch(batch, mesh))
   assert np.isfinite(float(sums['loss'])) and float(sums['loss_weight']) > 0
   checkpointer.save(state, {'num_examples': 4})
   checkpointer.wait()

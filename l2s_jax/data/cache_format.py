@@ -49,7 +49,7 @@ _HEADER = struct.Struct('<II')
 _REMEDY = 'it is part of no whole cache: remove the folder and cache again.'
 
 
-class Columns(NamedTuple):
+class SplitIndex(NamedTuple):
   """The index of a split: what is known of examples without reading them.
 
   Attributes:
@@ -213,7 +213,7 @@ class Split:
         for shard, place in zip(shards.tolist(), places.tolist(), strict=True)
       ]
 
-  def columns(self) -> Columns:
+  def columns(self) -> SplitIndex:
     """Returns the index of the whole split.
 
     Raises:
@@ -221,7 +221,7 @@ class Split:
     """
     parts = [self._index(shard) for shard in range(len(self._counts))]
     index = np.concatenate([np.zeros((0, 3), np.uint32), *parts])
-    return Columns(index[:, :2], index[:, 2])
+    return SplitIndex(index[:, :2], index[:, 2])
 
   def lengths_of(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
     """Returns [n, 2] uint32, the lengths of examples by their numbers."""
@@ -355,7 +355,7 @@ def load_index(path: str, num_examples: int | None = None) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Cache:
+class TokenCache:
   """A whole cache.
 
   Attributes:
@@ -383,7 +383,7 @@ class Cache:
 
   @property
   def tasks(self) -> Mapping[str, Any]:
-    """What there is of each task: `splits`, and `columns` of its texts."""
+    """What there is of each task: `splits`, `columns` of texts, `metrics`."""
     return self.content['tasks']
 
   @property
@@ -419,7 +419,7 @@ class Cache:
     )
 
 
-def open_cache(folder: str | os.PathLike[str]) -> Cache:
+def open_cache(folder: str | os.PathLike[str]) -> TokenCache:
   """Opens a cache; reads nothing but `cache.json`.
 
   Raises:
@@ -458,7 +458,7 @@ def open_cache(folder: str | os.PathLike[str]) -> Cache:
   kept = integrity.unseal(content)
   if kept is None:
     raise ValueError(f'{path} is not as it was written; {remedy}')
-  return Cache(folder, kept, content[integrity.DIGEST])
+  return TokenCache(folder, kept, content[integrity.DIGEST])
 
 
 def _first_line(error: Exception) -> str:

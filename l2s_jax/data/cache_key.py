@@ -28,13 +28,13 @@ _CLDR_PACKAGES = ('babel', 'num2words')
 NUM_SAMPLED = 256  # examples
 
 # Of tasks and splits, by name.
-Texts = Mapping[str, Mapping[str, cache_texts.Texts]]
+TextsBySplit = Mapping[str, Mapping[str, cache_texts.Texts]]
 
 
 def describe(
   name: str,
   bound: Sequence['seqio.Task'],
-  texts: Texts,
+  texts: TextsBySplit,
   *,
   rates: Mapping[str, float],
   vocabularies: Mapping[str, base.Vocabulary],

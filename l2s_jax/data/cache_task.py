@@ -23,9 +23,10 @@ if TYPE_CHECKING:
   import seqio
   import tensorflow as tf
 
-# Of a task that is neither registered nor cached with its own, as `local_task`
-# has them.
+# Of a task whose cache has none, as `local_task` has them.
 _METRICS = ('bleu', 'chrf', 'exact_match')
+
+MetricsOf = Callable[[str, Sequence[str]], Sequence[Any]]
 
 
 @gin.configurable('cached', module='l2s_jax')
@@ -36,13 +37,13 @@ class CachedData:
   Attributes:
     cache_dir: CACHE_DIR, a folder that the verb `cache` has written.
     metrics: names of the scores, as `local_task.metrics` has them; None: those
-      of the task that was cached, or those that a local task has unless told.
+      of the task that was cached.
   """
 
   cache_dir: str | None = None
   metrics: Sequence[str] | None = None
 
-  def open(self) -> cache_format.Cache:
+  def open(self) -> cache_format.TokenCache:
     """Returns the cache.
 
     Raises:
@@ -69,7 +70,7 @@ class CachedTask:
     metric_fns: of each task, by name.
   """
 
-  cache: cache_format.Cache
+  cache: cache_format.TokenCache
   prompt_vocabulary: base.Vocabulary
   answer_vocabulary: base.Vocabulary
   metric_fns: Mapping[str, Sequence[Any]]
@@ -129,7 +130,7 @@ def bind(
   name: str,
   prompt_vocabulary: base.Vocabulary,
   answer_vocabulary: base.Vocabulary,
-  registered: Callable[[str], Sequence[Any] | None],
+  metrics_of: MetricsOf,
 ) -> CachedTask:
   """Returns the cache that gin names, with the vocabularies of a system.
 
@@ -137,7 +138,8 @@ def bind(
     name: 'cached', or with a gin scope before it, 'SCOPE/cached'.
     prompt_vocabulary: that the prompts must have been tokenized with.
     answer_vocabulary: the same for the answers.
-    registered: from a task's name to its metrics, or None.
+    metrics_of: from a task's name, and the names of the metrics that it was
+      cached with, to its metrics.
 
   Raises:
     FileNotFoundError: if there is no whole cache.
@@ -151,7 +153,7 @@ def bind(
     prompt_vocabulary,
     answer_vocabulary,
     {
-      task: _metric_fns(cache, task, config, registered) for task in cache.tasks
+      task: _metric_fns(cache, task, config, metrics_of) for task in cache.tasks
     },
   )
 
@@ -334,27 +336,23 @@ def _config(name: str) -> CachedData:
 
 
 def _metric_fns(
-  cache: cache_format.Cache,
+  cache: cache_format.TokenCache,
   task: str,
   config: CachedData,
-  registered: Callable[[str], Sequence[Any] | None],
+  metrics_of: MetricsOf,
 ) -> Sequence[Any]:
-  """Returns the metrics of a task: gin's, the registered ones, or the cache's.
+  """Returns the metrics of a task: gin's, or those that it was cached with.
 
   Raises:
     ValueError: for a metric that there is not.
   """
   if config.metrics is not None:
     return scores.Scores().named(config.metrics, 'cached.metrics')
-  found = registered(task)
-  if found is not None:
-    return found
-  names = cache.tasks[task].get('metrics', _METRICS)
-  return scores.Scores().named(tuple(names), f"{cache.folder}: 'metrics'")
+  return metrics_of(task, cache.tasks[task].get('metrics', _METRICS))
 
 
 def _check_vocabularies(
-  cache: cache_format.Cache,
+  cache: cache_format.TokenCache,
   prompt_vocabulary: base.Vocabulary,
   answer_vocabulary: base.Vocabulary,
 ) -> None:

@@ -37,7 +37,7 @@ _PART = '.part-'
 _REMEDY = 'remove the folder, and cache again.'
 
 
-class Shard(NamedTuple):
+class CacheShard(NamedTuple):
   """A part of a split.
 
   Attributes:
@@ -74,9 +74,10 @@ class Shard(NamedTuple):
 
 
 def make_plan(
-  texts: cache_key.Texts,
+  texts: cache_key.TextsBySplit,
   key: Mapping[str, Any],
   dtype: str,
+  metrics: Mapping[str, Sequence[str]],
   examples_per_shard: int | None = None,
 ) -> dict[str, Any]:
   """Returns what `cache.json` will hold but for what the shards say.
@@ -85,6 +86,7 @@ def make_plan(
     texts: of all tasks and splits.
     key: from `cache_key.describe`.
     dtype: of ids.
+    metrics: names of those of each task.
     examples_per_shard: at most; None: as many as keep the number of shards
       and the work lost to a kill small.
   """
@@ -107,6 +109,7 @@ def make_plan(
       task: {
         'splits': {name: split_plan(split) for name, split in splits.items()},
         'columns': _text_columns(next(iter(splits.values()))),
+        'metrics': list(metrics[task]),
       }
       for task, splits in texts.items()
     },
@@ -153,10 +156,10 @@ def settle_plan(
   return kept
 
 
-def shards_of(plan: Mapping[str, Any]) -> list[Shard]:
+def shards_of(plan: Mapping[str, Any]) -> list[CacheShard]:
   """Returns the shards of all tasks and splits."""
   return [
-    Shard(task, split, number, len(counts), stop - counts[number], stop)
+    CacheShard(task, split, number, len(counts), stop - counts[number], stop)
     for task, content in plan['tasks'].items()
     for split, split_content in content['splits'].items()
     for counts in [split_content['shards']]
@@ -164,7 +167,9 @@ def shards_of(plan: Mapping[str, Any]) -> list[Shard]:
   ]
 
 
-def share(shards: Sequence[Shard], job: int, num_jobs: int) -> list[Shard]:
+def share(
+  shards: Sequence[CacheShard], job: int, num_jobs: int
+) -> list[CacheShard]:
   """Returns the shards of one of several jobs, which follow each other."""
   total = len(shards)
   return list(shards[total * job // num_jobs : total * (job + 1) // num_jobs])
@@ -183,8 +188,8 @@ def bytes_per_example(
 
 def write(
   folder: pathlib.Path,
-  shards: Sequence[Shard],
-  texts: cache_key.Texts,
+  shards: Sequence[CacheShard],
+  texts: cache_key.TextsBySplit,
   encoder: cache_encoding.Encoder,
   *,
   num_workers: int,
@@ -231,9 +236,9 @@ def write(
           bar.update(number)
 
 
-def _runs(shards: Iterable[Shard]) -> Iterator[list[Shard]]:
+def _runs(shards: Iterable[CacheShard]) -> Iterator[list[CacheShard]]:
   """Yields shards that follow each other in one split, which is read once."""
-  run: list[Shard] = []
+  run: list[CacheShard] = []
   for shard in shards:
     if run and (run[-1].task, run[-1].split, run[-1].stop) != (
       shard.task,
@@ -249,14 +254,14 @@ def _runs(shards: Iterable[Shard]) -> Iterator[list[Shard]]:
 
 def _write_run(
   folder: pathlib.Path,
-  run: Sequence[Shard],
-  texts: cache_key.Texts,
+  run: Sequence[CacheShard],
+  texts: cache_key.TextsBySplit,
   encode: Any,
   mark: str,
 ) -> Iterator[int]:
   """Writes shards that follow each other; yields counts of examples."""
   source = texts[run[0].task][run[0].split]
-  ends: collections.deque[Shard] = collections.deque()
+  ends: collections.deque[CacheShard] = collections.deque()
   file: _ShardFile | None = None
 
   def works() -> Iterator[cache_encoding.Work]:
@@ -276,8 +281,8 @@ def _write_run(
 
 
 def _cut(
-  source: cache_texts.Texts, run: Sequence[Shard]
-) -> Iterator[tuple[Shard, int, cache_texts.Chunk]]:
+  source: cache_texts.Texts, run: Sequence[CacheShard]
+) -> Iterator[tuple[CacheShard, int, cache_texts.Chunk]]:
   """Yields chunks, none with examples of two shards.
 
   Raises:
@@ -314,7 +319,7 @@ def _cut(
 class _ShardFile:
   """A shard while it is written, under another name."""
 
-  def __init__(self, folder: pathlib.Path, shard: Shard, mark: str):
+  def __init__(self, folder: pathlib.Path, shard: CacheShard, mark: str):
     self._targets = [
       shard.path(folder, ending) for ending in ('.array_record', '.index.npy')
     ]

@@ -344,7 +344,7 @@ def bind_cached(
     ValueError: if it was made for another model.
   """
   return cache_task.bind(
-    name, prompt_vocabulary, answer_vocabulary, _registered_metrics
+    name, prompt_vocabulary, answer_vocabulary, _metrics_of_cached
   )
 
 
@@ -434,25 +434,38 @@ def score_settings(name: str) -> scores.Scores:
     return scores.Scores()
 
 
-def _registered_metrics(name: str) -> list[metric_fns_lib.MetricFn] | None:
-  """Returns the metrics of a registered task; None: there is none.
+def metric_names(task: 'seqio.Task') -> list[str]:
+  """Returns the names of a task's metrics, those that have any."""
+  return [
+    function.name
+    for function in task.metric_fns
+    if isinstance(function, metric_fns_lib.Metric)
+  ]
 
-  Our own have them here. A user's is registered by a module that has imported
-  SeqIO, which is not imported to look for it.
+
+def _metrics_of_cached(
+  name: str, names: Sequence[str]
+) -> list[metric_fns_lib.MetricFn]:
+  """Returns the metrics of a task that was cached, with gin's settings.
+
+  Those of a registered task are its own. A user's is registered by a module
+  that has imported SeqIO, which is not imported to look for it.
+
+  Args:
+    name: of the task.
+    names: of the metrics that it was cached with.
   """
+  settings = score_settings(name)
   if name in _TFDS_TASKS:
-    found = list(_TFDS_TASKS[name].metric_fns)
-  elif name == 'cldr':
-    found = [metric_fns_lib.METRICS[each] for each in _TRANSLATION_METRICS]
-  elif 'seqio' in sys.modules:
+    return settings.of_task(_TFDS_TASKS[name].metric_fns)
+  if name != 'cldr' and 'seqio' in sys.modules:
     from l2s_jax.data.features import seqio
 
-    if name not in seqio.TaskRegistry.names():
-      return None
-    found = list(seqio.TaskRegistry.get(name).metric_fns)
-  else:
-    return None
-  return score_settings(name).of_task(found)
+    if name in seqio.TaskRegistry.names():
+      return settings.of_task(seqio.TaskRegistry.get(name).metric_fns)
+  return settings.of_task(
+    settings.named(tuple(names), f'the metrics {name!r} was cached with')
+  )
 
 
 def tfds_config(task_name: str) -> TfdsConfig:

@@ -120,8 +120,11 @@ def load_frozen(
       f'The LLM in {system.sources["llm"]} was not the same to all processes: '
       'it changes, or is not shared. Start again when it is at rest.'
     )
+  step = source.step()
   system = dataclasses.replace(
-    system, llm_step=source.step(), llm_fingerprint=fingerprint
+    system,
+    llm_step=system.llm_step if step is None else step,
+    llm_fingerprint=fingerprint,
   )
   if decoder:
     loaded, _ = source_lib.load(source, decoder, decoder_shardings)
@@ -135,7 +138,8 @@ def _open_llm(path: str, step: int | None) -> source_lib.Source:
       f"The LLM's weights are not at {path}. Set LLM_PATH to where they are "
       'now.'
     )
-  return opening.open_source(path, step)
+  # The fingerprint tells whether it is the same model.
+  return opening.open_source(path, step, may_lack_steps=True)
 
 
 def load_pretrained(

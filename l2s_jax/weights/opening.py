@@ -9,13 +9,17 @@ from l2s_jax.weights import source as source_lib
 ADAPTER = 'adapter_config.json'  # of the package peft
 
 
-def open_source(location: str, step: int | None = None) -> source_lib.Source:
+def open_source(
+  location: str, step: int | None = None, *, may_lack_steps: bool = False
+) -> source_lib.Source:
   """Opens whatever a model is named by.
 
   Args:
     location: a run of ours, a converted or a Hugging Face folder, a checkpoint
       of T5X, a GGUF file, or a name on the Hub, where there is no such folder.
     step: the checkpoint of a run or of T5X; None takes the newest.
+    may_lack_steps: whether `step` is passed over where there is one model
+      alone, such as what a run was converted to.
 
   Raises:
     FileNotFoundError: if there are no weights that are known.
@@ -41,7 +45,7 @@ def open_source(location: str, step: int | None = None) -> source_lib.Source:
   )
   if not is_theirs and t5x.is_checkpoint(folder):
     return t5x.Checkpoint(folder, step)
-  if step is not None and folder.exists():
+  if step is not None and not may_lack_steps and folder.exists():
     raise ValueError(
       f'{location} is one model, without steps, and step {step} was asked for. '
       'Leave the step out.'

@@ -120,7 +120,13 @@ def cache(
     cache_key.check(found.key, key, str(folder))
     _say(f'{folder} is complete: {_size(found.tasks)}.')
     return
-  plan = cache_writer.make_plan(texts, key, encoder.dtype, examples_per_shard)
+  plan = cache_writer.make_plan(
+    texts,
+    key,
+    encoder.dtype,
+    {part.name: tasks.metric_names(part) for part in parts},
+    examples_per_shard,
+  )
   if not dry_run:
     folder.mkdir(parents=True, exist_ok=True)
   if not dry_run or (folder / cache_writer.PLAN).exists():
@@ -185,8 +191,8 @@ def _open_texts(
 
 def _check_room(
   folder: pathlib.Path,
-  shards: Sequence[cache_writer.Shard],
-  texts: cache_key.Texts,
+  shards: Sequence[cache_writer.CacheShard],
+  texts: cache_key.TextsBySplit,
   encoder: cache_encoding.Encoder,
 ) -> None:
   """Says what disk is needed, and refuses where it is not there."""
@@ -217,7 +223,7 @@ def _size(contents: Mapping[str, Any]) -> str:
   )
 
 
-def _show(found: cache_format.Cache, num_examples: int) -> None:
+def _show(found: cache_format.TokenCache, num_examples: int) -> None:
   """Prints the first examples of each split."""
   for task, content in found.tasks.items():
     for name in content['splits']:
