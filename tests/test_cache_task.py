@@ -103,7 +103,10 @@ def alone(folder):
   return folder / 'alone'
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(
+  'kind',
+  [pytest.param('padded', marks=pytest.mark.long), 'packed', 'by length'],
+)
 def test_a_resumed_run_is_bit_equal_to_an_unbroken_one(folder, kind):
   """Stopped in the middle of an epoch, and of a window."""
   runs = [f'{kind}-{n}'.replace(' ', '_') for n in range(2)]
@@ -154,17 +157,6 @@ def test_another_cache_under_a_run_is_refused(folder, alone):
   assert "data.cache.template: the run has nothing, the config says '{so" in (
     result.stderr
   )
-
-
-def test_streaming_in_several_processes_names_the_verb(folder):
-  arguments = tiny_runs.train_arguments(
-    folder, 'llm_baseline', 'streamed', '--gin.TRAIN_STEPS=1'
-  )
-  outputs = test_distributed.finish(test_distributed.start(2, *arguments))
-  said = outputs[0][1]
-  assert said.count('Each of the 2 processes reads and tokenizes all 8') == 1
-  assert 'The verb `cache` does it once' in said
-  assert 'The verb `cache`' not in outputs[1][1]
 
 
 WATCH = """

@@ -62,6 +62,11 @@ def test_rows_of_the_documented_example():
   assert segment_ids.tolist() == [[1, 1, 2, 2, 0], [1, 1, 1, 0, 0]]
 
 
+def test_a_row_without_room_is_named():
+  with pytest.raises(ValueError, match='row 1 of 4 tokens has no room for .*5'):
+    packing.fill([[5, 1], [6, 7, 1], [8, 1]], [0, 1, 1], length=4, pad_id=0)
+
+
 # --- losses and gradients ---
 
 NUM_EXAMPLES, ROOM = 12, (20, 16)
