@@ -74,7 +74,7 @@ class Encoder:
         no embedding for one of its tokens.
     """
     texts = {
-      name: [self._text(work, name, n, value) for n, value in enumerate(values)]
+      name: self._texts(work, name, values)
       for name, values in work.columns.items()
     }
     ids = {}
@@ -104,6 +104,13 @@ class Encoder:
       [cache_format.checksum(record) for record in records],
     ]
     return Encoded(records, np.array(entries, np.uint32).T.copy())
+
+  def _texts(self, work: Work, name: str, values: list[Any]) -> list[Any]:
+    """Returns a column with text in the place of bytes."""
+    if values and isinstance(values[0], bytes):
+      with contextlib.suppress(UnicodeDecodeError):  # It is named below.
+        return [value.decode() for value in values]
+    return [self._text(work, name, n, value) for n, value in enumerate(values)]
 
   def _text(self, work: Work, name: str, place: int, value: Any) -> Any:
     """Returns a value with text in the place of bytes."""
