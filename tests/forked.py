@@ -89,6 +89,16 @@ def _run(
   sys.exit(status)
 
 
+def start_server() -> None:
+  """Starts the server, unless one is there; another would preload less."""
+  # It passes over in silence what it cannot import.
+  assert all(importlib.util.find_spec(name) for name in _PRELOADED)
+  multiprocessing.get_context('forkserver').set_forkserver_preload(_PRELOADED)
+  tests = pathlib.Path(__file__).parent
+  with _environment(environment() | {'PYTHONPATH': f'{ROOT}:{tests}'}):
+    forkserver.ensure_running()
+
+
 class Popen(subprocess.Popen):
   """Takes the place of `subprocess.Popen` of `[python, '-m', MODULE, ...]`."""
 
@@ -103,13 +113,8 @@ class Popen(subprocess.Popen):
     for name in {*variables, *expected}:
       if name.startswith(_AT_IMPORT):
         assert variables.get(name) == expected.get(name), name
+    start_server()
     context = multiprocessing.get_context('forkserver')
-    # The server passes over in silence what it cannot import.
-    assert all(importlib.util.find_spec(name) for name in _PRELOADED)
-    context.set_forkserver_preload(_PRELOADED)
-    tests = pathlib.Path(__file__).parent
-    with _environment(expected | {'PYTHONPATH': f'{ROOT}:{tests}'}):
-      forkserver.ensure_running()
     streams = {}
     for number, fd in enumerate((stdin, stdout, stderr)):
       if fd != -1:

@@ -29,6 +29,12 @@ NUM_EXAMPLES = 103
 FEW = 8  # examples a shard
 
 
+@pytest.fixture(scope='module', autouse=True)
+def server():
+  """Starts the tests' server of processes before `cache` starts its own."""
+  forked.start_server()
+
+
 @pytest.fixture(scope='module')
 def model(vocabulary):
   """Returns what `cache` reads of a system: two tokenizers."""
