@@ -152,7 +152,7 @@ def cached(folder, split):
   for task in found.tasks:
     source = found.split(task, split)
     records = source.read(range(len(source)))
-    lengths = source.columns().lengths.tolist()
+    lengths = source.lengths_of(range(len(source))).tolist()
     examples[task] = []
     for record, sizes in zip(records, lengths, strict=True):
       prompt, answer = cache_format.decode_ids(record, found.dtype)
@@ -436,7 +436,7 @@ def test_a_damaged_cache_json_or_index_is_refused(data, model, tmp_path):
   index.write_bytes(bytes(damaged))
   source = cache_format.open_cache(folder).split('local', 'train')
   with pytest.raises(ValueError, match=f'{index} is damaged'):
-    source.columns()
+    source.lengths_of(range(len(source)))
   path = folder / 'cache.json'
   path.write_text(path.read_text().replace('"uint16"', '"uint32"'))
   with pytest.raises(ValueError, match='cache.json is not as it was written'):

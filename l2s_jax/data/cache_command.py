@@ -21,7 +21,7 @@ from l2s_jax.data import (
   sources,
   tasks,
 )
-from l2s_jax.runtime import files, gin_config
+from l2s_jax.runtime import distributed, files, gin_config
 
 if TYPE_CHECKING:
   import seqio
@@ -141,7 +141,7 @@ def cache(
     shards,
     texts,
     encoder,
-    num_workers=num_workers or cache_encoding.default_workers(),
+    num_workers=num_workers or distributed.num_cores(),
     job=shard,
     num_jobs=num_shards,
   )

@@ -128,13 +128,6 @@ class Encoder:
       ) from error
 
 
-def default_workers() -> int:
-  """Returns how many processes the cores of this host keep busy."""
-  if hasattr(os, 'sched_getaffinity'):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
-
-
 @contextlib.contextmanager
 def encoding(
   encoder: Encoder, num_workers: int

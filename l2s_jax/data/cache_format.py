@@ -30,13 +30,13 @@ import sys
 import threading
 import urllib.parse
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import xxhash
 from array_record.python import array_record_module
 
-from l2s_jax.runtime import files, integrity
+from l2s_jax.runtime import files, integrity, os_errors
 
 FORMAT_VERSION = 1
 FILE = 'cache.json'
@@ -53,18 +53,6 @@ _TYPECODES = {'uint16': 'H', 'uint32': 'I'}
 _DTYPES: dict[str, Any] = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(',', ':'))
 _REMEDY = 'it is part of no whole cache: remove the folder and cache again.'
-
-
-class SplitIndex(NamedTuple):
-  """The index of a split: what is known of examples without reading them.
-
-  Attributes:
-    lengths: [n, 2] uint32, tokens of prompt and answer with EOS, uncut.
-    checksums: [n] uint32, XXH32 of the records.
-  """
-
-  lengths: np.ndarray
-  checksums: np.ndarray
 
 
 def id_dtype(*vocab_sizes: int) -> str:
@@ -204,10 +192,6 @@ class Split:
   def __getitem__(self, number: int) -> bytes:
     return self.read([number])[0]
 
-  def __getitems__(self, numbers: Sequence[int]) -> list[bytes]:
-    """Returns several records; Grain calls it where a source has it."""
-    return self.read(numbers)
-
   def read(self, numbers: Sequence[int] | np.ndarray) -> list[bytes]:
     """Returns records by their numbers, in the order asked for.
 
@@ -222,16 +206,6 @@ class Split:
         for shard, place in zip(shards.tolist(), places.tolist(), strict=True)
       ]
 
-  def columns(self) -> SplitIndex:
-    """Returns the index of the whole split.
-
-    Raises:
-      ValueError: naming the file of an index that is not as written.
-    """
-    parts = [self._index(shard) for shard in range(len(self._counts))]
-    index = np.concatenate([np.zeros((0, 3), np.uint32), *parts])
-    return SplitIndex(index[:, :2], index[:, 2])
-
   def lengths_of(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
     """Returns [n, 2] uint32, the lengths of examples by their numbers."""
     shards, places = self._places(numbers)
@@ -244,15 +218,6 @@ class Split:
     ):
       lengths[own] = self._index(shard)[places[own], :2]
     return lengths
-
-  def place(self, number: int) -> tuple[int, int]:
-    """Returns the shard of an example, and its place there, both from 0.
-
-    Raises:
-      IndexError: if there is no such example.
-    """
-    shards, places = self._places([number])
-    return int(shards[0]), int(places[0])
 
   def _places(
     self, numbers: Sequence[int] | np.ndarray
@@ -282,7 +247,7 @@ class Split:
       record = reader.read()
     except (RuntimeError, IndexError, EOFError) as error:
       raise ValueError(
-        self._damage(shard, place, _first_line(error))
+        self._damage(shard, place, os_errors.first_line(error))
       ) from error
     if checksum(record) != self._index(shard)[place, 2]:
       raise ValueError(self._damage(shard, place, 'its checksum differs'))
@@ -351,8 +316,9 @@ def load_index(path: str, num_examples: int | None = None) -> np.ndarray:
   except FileNotFoundError as error:
     raise FileNotFoundError(f'{path}: no such file; {_REMEDY}') from error
   except (ValueError, EOFError, OSError) as error:
+    reason = os_errors.first_line(error)
     raise ValueError(
-      f'{path} is no index of a shard ({_first_line(error)}); {_REMEDY}'
+      f'{path} is no index of a shard ({reason}); {_REMEDY}'
     ) from error
   expected = (index.shape[0] if num_examples is None else num_examples, 3)
   if index.dtype != np.uint32 or index.shape != expected:
@@ -370,12 +336,10 @@ class TokenCache:
   Attributes:
     folder: where it is.
     content: what `cache.json` holds, without its digest.
-    digest: of that; two caches with the same have the same examples.
   """
 
   folder: pathlib.Path
   content: Mapping[str, Any]
-  digest: str
   _splits: dict[tuple[str, str], Split] = dataclasses.field(
     default_factory=dict, init=False, repr=False
   )
@@ -467,8 +431,4 @@ def open_cache(folder: str | os.PathLike[str]) -> TokenCache:
   kept = integrity.unseal(content)
   if kept is None:
     raise ValueError(f'{path} is not as it was written; {remedy}')
-  return TokenCache(folder, kept, content[integrity.DIGEST])
-
-
-def _first_line(error: Exception) -> str:
-  return str(error).partition('\n')[0]
+  return TokenCache(folder, kept)

@@ -103,35 +103,6 @@ def check(
     )
 
 
-def check_vocabularies(
-  found: Mapping[str, Any],
-  vocabularies: Mapping[str, base.Vocabulary],
-  folder: str,
-) -> None:
-  """Refuses a cache of ids that mean nothing to a model.
-
-  Args:
-    found: the key of the cache.
-    vocabularies: the model's, 'prompt' and 'answer'.
-    folder: of the cache.
-
-  Raises:
-    ValueError: naming the vocabularies that differ.
-  """
-  strangers = [
-    f'  {side}: the cache has {found["vocabularies"].get(side)}, the model '
-    f'{vocabulary.fingerprint()} ({vocabulary.path})'
-    for side, vocabulary in vocabularies.items()
-    if found['vocabularies'].get(side) != vocabulary.fingerprint()
-  ]
-  if strangers:
-    raise ValueError(
-      f'CACHE_DIR={folder} holds ids of other tokenizers than the model has:\n'
-      + '\n'.join(strangers)
-      + '\nCache the task for this model, in another folder.'
-    )
-
-
 def _leaves(name: str) -> list[str]:
   """Returns the names in a mixture of gin's; of another, its own."""
   scope, _, kind = name.rpartition('/')

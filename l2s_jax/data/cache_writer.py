@@ -413,8 +413,7 @@ def check_room(folder: pathlib.Path, num_bytes: float) -> None:
   Raises:
     ValueError: with what is free and what is needed.
   """
-  parent = next(path for path in (folder, *folder.parents) if path.exists())
-  free = shutil.disk_usage(parent).free
+  free = shutil.disk_usage(files.nearest_existing(folder)).free
   if free < num_bytes:
     raise ValueError(
       f'CACHE_DIR={folder} has {free / 1e9:,.1f} GB free; what is left to '

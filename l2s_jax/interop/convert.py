@@ -24,7 +24,7 @@ import tqdm
 from l2s_jax.interop import parity, to_huggingface, to_t5x
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import shapes as shapes_lib
-from l2s_jax.runtime import gin_config, integrity
+from l2s_jax.runtime import files, gin_config, integrity
 from l2s_jax.vocabularies import base, export, loading, tokenizer_files
 from l2s_jax.weights import converted, finite, hub, opening, runs
 from l2s_jax.weights import source as source_lib
@@ -283,7 +283,7 @@ def _check_destination(folder: pathlib.Path, num_bytes: int) -> None:
     raise ValueError(
       f'{folder} is there already. Name another DESTINATION, or remove it.'
     )
-  parent = next(path for path in folder.absolute().parents if path.exists())
+  parent = files.nearest_existing(folder)
   if not parent.is_dir():
     raise ValueError(
       f'{parent} is a file: no folder can be made in it. Name another '

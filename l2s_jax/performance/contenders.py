@@ -545,10 +545,7 @@ def check_disk(
     if model.writes
     for shape in model.source.shapes().values()
   )
-  parent = next(
-    path for path in (folder, *folder.absolute().parents) if path.exists()
-  )
-  free = shutil.disk_usage(parent).free
+  free = shutil.disk_usage(files.nearest_existing(folder)).free
   if free < num_bytes:
     raise ValueError(
       f'BENCHMARK_DIR={folder} has {free / 1e9:,.1f} GB free; other engines '

@@ -11,7 +11,6 @@ from there on. On a GPU torch may compute float32 products in TF32, as JAX does.
 import importlib.metadata
 import importlib.util
 import json
-import os
 import pathlib
 import shutil
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ import numpy as np
 
 from l2s_jax.models import config as config_lib
 from l2s_jax.performance import timing
-from l2s_jax.runtime import files
+from l2s_jax.runtime import distributed, files
 
 # Where no run says which: no model's pad token, which T5Gemma would mask.
 START_ID = 2
@@ -72,13 +71,6 @@ DEFAULT = tuple(name for name, peer in PEERS.items() if not peer.is_compiled)
 
 class UnsupportedError(Exception):
   """An engine does not know a model, or refuses it."""
-
-
-def num_cores() -> int:
-  """Returns the cores that this process may use."""
-  if hasattr(os, 'sched_getaffinity'):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:
@@ -202,7 +194,7 @@ def torch_model(
   import transformers
 
   transformers.utils.logging.disable_progress_bar()
-  torch.set_num_threads(num_cores())
+  torch.set_num_threads(distributed.num_cores())
   is_on_gpu = jax.default_backend() == 'gpu' and torch.cuda.is_available()
   device = 'cuda' if is_on_gpu else 'cpu'
   kind: Any = (
@@ -232,7 +224,7 @@ def _load_ctranslate2(
     'device': 'cuda' if is_on_gpu else 'cpu',
     'compute_type': peer.dtype,
     'inter_threads': 1,
-    'intra_threads': num_cores(),
+    'intra_threads': distributed.num_cores(),
   }
 
   if config.is_encoder_decoder:

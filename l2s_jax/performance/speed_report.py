@@ -14,7 +14,7 @@ import jax
 from l2s_jax.evaluation import report
 from l2s_jax.evaluation.report import TableRow
 from l2s_jax.performance import contenders, peers
-from l2s_jax.runtime import files
+from l2s_jax.runtime import distributed, files
 
 JSON, MARKDOWN, PNG = 'benchmark.json', 'benchmark.md', 'benchmark.png'
 _TIMES = {
@@ -86,7 +86,7 @@ def machine() -> dict[str, Any]:
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   description: dict[str, Any] = {
     'cpu': _cpu(),
-    'cpu_cores': peers.num_cores(),
+    'cpu_cores': distributed.num_cores(),
     'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
     'python': platform.python_version(),
     **{name: importlib.metadata.version(name) for name in packages},

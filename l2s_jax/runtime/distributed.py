@@ -219,6 +219,13 @@ def preemptible(grace_secs: int = 60) -> Iterator[Callable[[], None]]:
     yield watcher.exit_if_requested
 
 
+def num_cores() -> int:
+  """Returns the cores that this process may use."""
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
 def say(text: str) -> None:
   """Prints to standard error, once for all processes."""
   if is_first():

@@ -306,6 +306,12 @@ def differences(
   return [f'  {name}: {have} {left}, {want} {right}']
 
 
+def nearest_existing(folder: pathlib.Path) -> pathlib.Path:
+  """Returns a folder, or the nearest of those above it that is there."""
+  folder = folder.absolute()
+  return next(path for path in (folder, *folder.parents) if path.exists())
+
+
 def local_folder(path: str, name: str) -> pathlib.Path:
   """Returns a folder that the user named, which need not exist yet.
 

@@ -77,6 +77,12 @@ def describe(error: BaseException) -> str | None:
   return f'{place}{words}{f"; {remedy}" if remedy else ""}. {_GOES_ON}'
 
 
+def first_line(error: BaseException) -> str:
+  """Returns what a library's error says first, to stand in a sentence."""
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  return lines[0][:300].rstrip('.')
+
+
 def _find(
   error: BaseException,
 ) -> tuple[int | None, str, str | None] | None:

@@ -4,6 +4,7 @@
 import pathlib
 import re
 
+from l2s_jax.runtime import os_errors
 from l2s_jax.vocabularies import tokenizer_files
 from l2s_jax.weights.formats import tensor_files
 
@@ -60,7 +61,7 @@ def download(name: str) -> pathlib.Path:
   ) as error:
     raise ValueError(
       f'{name} is no folder here, and could not be fetched from the Hugging '
-      f'Face Hub: {str(error).splitlines()[0]}. Check the name and the '
+      f'Face Hub: {os_errors.first_line(error)}. Check the name and the '
       'network, or download the files elsewhere and name their folder.'
     ) from error
   raise ValueError(

@@ -21,7 +21,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from l2s_jax.runtime import distributed, files, integrity, partitioning
+from l2s_jax.runtime import (
+  distributed,
+  files,
+  integrity,
+  os_errors,
+  partitioning,
+)
 
 PyTree = Any
 
@@ -202,7 +208,7 @@ def _problem_here(folder: pathlib.Path, items: Sequence[str]) -> str | None:
       for item in items
     }
   except (DamagedError, FileNotFoundError) as error:
-    return f'the checkpoint {folder} is damaged: {_first_line(error)}'
+    return f'the checkpoint {folder} is damaged: {os_errors.first_line(error)}'
   digests = data.get(DIGESTS)
   if digests is None:
     distributed.say(
@@ -283,13 +289,8 @@ def reading(folder: pathlib.Path) -> Iterator[None]:
     raise
   except _READING_ERRORS as error:
     raise DamagedError(
-      f'{folder} could not be read: {_first_line(error)}'
+      f'{folder} could not be read: {os_errors.first_line(error)}'
     ) from error
-
-
-def _first_line(error: Exception) -> str:
-  lines = str(error).strip().splitlines() or [type(error).__name__]
-  return lines[0][:300].rstrip('.')
 
 
 def saved_nsecs(params: pathlib.Path) -> int:
