@@ -148,7 +148,7 @@ VERBS: Mapping[str, Verb] = {
     joins=True,
   ),
   'cache': Verb(
-    'l2s_jax.data.cache_command',
+    'l2s_jax.caching.cache_command',
     'cache',
     'tokenizes a task into files that train and evaluate read; restartable',
     '--gin_file=gin_configs/experiments/multi30k.gin '
@@ -175,7 +175,7 @@ VERBS: Mapping[str, Verb] = {
     ),
   ),
   'precompile': Verb(
-    'l2s_jax.performance.precompile',
+    'l2s_jax.performance.pods.precompile',
     'precompile',
     'compiles for TPUs that are not here: memory, collectives, time bounds',
     '--gin_file=gin_configs/models/t5_1_1_xl.gin '
@@ -237,12 +237,12 @@ CONFIGURABLE_MODULES = (
   'l2s_jax.systems.builders',
   'l2s_jax.training.optim',
   'l2s_jax.data.tasks',
-  'l2s_jax.data.cache_command',
+  'l2s_jax.caching.cache_command',
   'l2s_jax.training.train',
   'l2s_jax.evaluation.evaluate',
   'l2s_jax.inference.infer',
   'l2s_jax.performance.benchmark',
-  'l2s_jax.performance.precompile',
+  'l2s_jax.performance.pods.precompile',
   'l2s_jax.interop.convert',
 )
 

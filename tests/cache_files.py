@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from l2s_jax.data import cache_format, cache_task
+from l2s_jax.data.cached import cache_format, cache_task
 from l2s_jax.runtime import files, integrity
 
 # Ids of prompt and answer, and texts.

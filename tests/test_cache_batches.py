@@ -12,7 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from l2s_jax.data import batching, cache_batches, features, streams
+from l2s_jax.data import batching, features, streams
+from l2s_jax.data.cached import cache_batches
 from l2s_jax.data.features import tf
 from l2s_jax.runtime import partitioning
 

@@ -14,7 +14,8 @@ import pytest
 import test_distributed
 import tiny_runs
 
-from l2s_jax.data import cache_task, tasks
+from l2s_jax.data import tasks
+from l2s_jax.data.cached import cache_task
 from l2s_jax.evaluation import metric_writer, scoring
 from l2s_jax.metrics import scores
 from l2s_jax.runtime import preemption

@@ -19,7 +19,9 @@ import forked
 import gin
 import pytest
 
-from l2s_jax.data import cache_command, cache_encoding, cache_format, tasks
+from l2s_jax.caching import cache_command, cache_encoding
+from l2s_jax.data import tasks
+from l2s_jax.data.cached import cache_format
 from l2s_jax.data.features import seqio, tf
 from l2s_jax.runtime import os_errors
 from l2s_jax.vocabularies import loading

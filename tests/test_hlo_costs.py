@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from l2s_jax.performance import hlo, hlo_costs
+from l2s_jax.performance.pods import hlo, hlo_costs
 
 # A loop over 24 layers in which a loop of 4 turns (its counter goes up by 2)
 # passes weights around while they are multiplied.

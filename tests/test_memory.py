@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from l2s_jax.models import l2s
-from l2s_jax.performance import programs
+from l2s_jax.performance.pods import programs
 from l2s_jax.runtime import partitioning
 from l2s_jax.systems import system as system_lib
 from l2s_jax.training import optim

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from l2s_jax.data import order
+from l2s_jax.data.cached import order
 
 # What `permute` and `at` returned when this was written.
 GOLDEN = [3, 9, 6, 5, 2, 7, 1, 8, 4, 0]

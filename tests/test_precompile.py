@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from l2s_jax.models import config as config_lib
-from l2s_jax.performance import (
+from l2s_jax.performance.pods import (
   hlo_costs,
   pod_compiler,
   precompile,

@@ -11,7 +11,7 @@ import pytest
 from l2s_jax.inference import generate
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import flops
-from l2s_jax.performance import hlo_costs, programs
+from l2s_jax.performance.pods import hlo_costs, programs
 from l2s_jax.runtime import partitioning
 from l2s_jax.systems import parameters
 from l2s_jax.training import optim

@@ -6,7 +6,8 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from l2s_jax.data import batching, cache_task, tasks
+from l2s_jax.data import batching, tasks
+from l2s_jax.data.cached import cache_task
 
 if TYPE_CHECKING:
   import seqio

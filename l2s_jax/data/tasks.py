@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gin
 
-from l2s_jax.data import cache_task, seqio_internals, sources, templates
+from l2s_jax.data import seqio_internals, sources, templates
+from l2s_jax.data.cached import cache_task
 from l2s_jax.metrics import bleu, scores
 from l2s_jax.metrics import metric_fns as metric_fns_lib
 from l2s_jax.vocabularies import base

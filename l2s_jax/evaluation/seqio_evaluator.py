@@ -18,7 +18,8 @@ import numpy as np
 import tqdm
 from jaxtyping import Int
 
-from l2s_jax.data import batching, cache_task, features, streams
+from l2s_jax.data import batching, features, streams
+from l2s_jax.data.cached import cache_task
 from l2s_jax.data.features import seqio, tf
 from l2s_jax.inference import length_buckets
 from l2s_jax.metrics import metric_fns

@@ -19,7 +19,8 @@ import gin
 import jax
 from etils import epath
 
-from l2s_jax.data import cache_task, input_files, tasks, text_files
+from l2s_jax.data import input_files, tasks, text_files
+from l2s_jax.data.cached import cache_task
 from l2s_jax.inference import (
   answerer,
   generate,

@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 
-from l2s_jax.data import cache_task, streams, tasks
+from l2s_jax.data import streams, tasks
+from l2s_jax.data.cached import cache_task
 from l2s_jax.runtime import partitioning
 from l2s_jax.systems import builders, parameters
 from l2s_jax.systems import system as system_lib

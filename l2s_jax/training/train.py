@@ -20,13 +20,8 @@ import jax
 import optax
 import tqdm
 
-from l2s_jax.data import (
-  batching,
-  cache_batches,
-  cache_task,
-  streams,
-  tasks,
-)
+from l2s_jax.data import batching, streams, tasks
+from l2s_jax.data.cached import cache_batches, cache_task
 from l2s_jax.evaluation import metric_writer
 from l2s_jax.models import batch_keys, flops, l2s, language_model, losses
 from l2s_jax.runtime import (

@@ -12,15 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import gin
 
-from l2s_jax.data import (
-  cache_encoding,
-  cache_format,
-  cache_key,
-  cache_texts,
-  cache_writer,
-  sources,
-  tasks,
-)
+from l2s_jax.caching import cache_encoding, cache_key, cache_texts, cache_writer
+from l2s_jax.data import sources, tasks
+from l2s_jax.data.cached import cache_format
 from l2s_jax.runtime import distributed, files, gin_config
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import jax
 from l2s_jax.evaluation.report import TableRow
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
-from l2s_jax.performance import hlo, hlo_costs, programs
+from l2s_jax.performance.pods import hlo, hlo_costs, programs
 from l2s_jax.runtime import chips, compilation, partitioning
 from l2s_jax.training import optim
 

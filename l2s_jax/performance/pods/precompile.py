@@ -20,7 +20,7 @@ from jax.experimental import topologies
 from l2s_jax.evaluation.report import TableRow
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
-from l2s_jax.performance import pod_compiler, precompile_report, programs
+from l2s_jax.performance.pods import pod_compiler, precompile_report, programs
 from l2s_jax.runtime import chips, files, gin_config, partitioning
 from l2s_jax.systems import system
 from l2s_jax.training import optim

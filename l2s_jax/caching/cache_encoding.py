@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from l2s_jax.data import cache_format
+from l2s_jax.data.cached import cache_format
 from l2s_jax.vocabularies import base
 
 # Chunks that wait for each process, so that none waits for its next.

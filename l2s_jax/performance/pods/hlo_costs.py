@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from l2s_jax.performance import hlo
+from l2s_jax.performance.pods import hlo
 
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 # What only names, groups or waits for what others have moved.

@@ -21,7 +21,8 @@ import numpy as np
 import tqdm
 from array_record.python import array_record_module
 
-from l2s_jax.data import cache_encoding, cache_format, cache_key, cache_texts
+from l2s_jax.caching import cache_encoding, cache_key, cache_texts
+from l2s_jax.data.cached import cache_format
 from l2s_jax.runtime import files, integrity, locks
 
 PLAN = 'plan.json'

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import gin
 
-from l2s_jax.data import cache_texts, seqio_internals, sources, tasks
+from l2s_jax.caching import cache_texts
+from l2s_jax.data import seqio_internals, sources, tasks
 from l2s_jax.runtime import files
 from l2s_jax.vocabularies import base
 

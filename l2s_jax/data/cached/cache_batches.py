@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from l2s_jax.data import batching, cache_format, cache_task, packing, plans
-from l2s_jax.data import order as order_lib
+from l2s_jax.data import batching, packing
+from l2s_jax.data.cached import cache_format, cache_task, plans
+from l2s_jax.data.cached import order as order_lib
 
 # Threads that read; each waits for the disk most of the time.
 _NUM_READERS = 4

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import gin
 import numpy as np
 
-from l2s_jax.data import cache_format
-from l2s_jax.data import order as order_lib
+from l2s_jax.data.cached import cache_format
+from l2s_jax.data.cached import order as order_lib
 from l2s_jax.metrics import scores
 from l2s_jax.vocabularies import base
 

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes token caches: a task's examples as ids in files.
+
+`cache_command` is the verb. It takes the texts of a task (`cache_texts`),
+tokenizes them in several processes (`cache_encoding`), and writes shards that
+survive any kill (`cache_writer`). `cache_key` describes all that the content
+depends on. Reading a cache is in `data.cached`.
+"""
+
+# The modules that other packages may import.
+__all__ = ('cache_command', 'cache_key')
