@@ -172,6 +172,7 @@ VERBS: Mapping[str, Verb] = {
     (
       Flag('peers', bool, 'time other engines, too'),
       Flag('train', bool, 'time training steps, not generation'),
+      Flag('data', bool, 'time tokenizing and reading back, not generation'),
     ),
   ),
   'precompile': Verb(
