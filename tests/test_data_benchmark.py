@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import speed_goals
 
-from l2s_jax.data.cached import cache_batches
 from l2s_jax.models import l2s
 from l2s_jax.performance import (
   benchmark,
@@ -106,8 +105,7 @@ def test_starting_is_left_out():
 def test_a_cache_to_read_has_the_lengths_asked_for(cached):
   batches = [
     part.batch
-    for part in cache_batches.train_batches(
-      cached,
+    for part in cached.train_batches(
       task_feature_lengths={'inputs': 9, 'targets': 9},
       batch_size=4,
       seed=0,

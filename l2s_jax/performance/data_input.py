@@ -10,7 +10,6 @@ import gin
 
 from l2s_jax.caching import cache_texts
 from l2s_jax.data import tasks
-from l2s_jax.data.cached import cache_task
 from l2s_jax.performance import timing
 from l2s_jax.runtime import gin_config
 from l2s_jax.systems import system as system_lib
@@ -125,7 +124,7 @@ def open_input(given: DataInput) -> OpenedInput:
       has not two batches.
   """
   name = given.mixture_or_task_name
-  if cache_task.is_cached(name):
+  if name.rpartition('/')[2] == 'cached':
     raise ValueError(
       '--data times tokenizing, and a cache is tokenized: give the gin file of '
       'the task that was cached.'

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from l2s_jax.caching import cache_encoding, cache_texts, cache_writer
-from l2s_jax.data.cached import cache_batches, cache_format, cache_task
+from l2s_jax.data.cached import cache_format, cache_task
 from l2s_jax.evaluation.report import TableRow
 from l2s_jax.performance import contenders, data_input, data_peers, timing
 from l2s_jax.vocabularies import base
@@ -88,8 +88,7 @@ def read(
   number: int,
 ) -> None:
   """Reads rows of the batches of the last so many examples of an epoch."""
-  batches = cache_batches.train_batches(
-    task,
+  batches = task.train_batches(
     task_feature_lengths=dict(zip(('inputs', 'targets'), lengths, strict=True)),
     batch_size=batch_size,
     seed=0,
