@@ -152,7 +152,7 @@ def test_grain_reads_what_we_read(cached, monkeypatch):
 @pytest.mark.parametrize(
   'changes,message',
   [
-    ({'mixture_or_task_name': 'cached'}, 'give the gin file of the task'),
+    ({'mixture_or_task_name': 'cached'}, 'Give the task that was cached'),
     ({'mixture_or_task_name': 'mixture'}, 'one of its tasks: local\\.'),
     ({'batch_size': 16}, 'timing needs two batches: set BATCH_SIZE=16 lower'),
     ({'process_counts': (8,)}, 'DATA_PROCESSES=8: each needs a row'),

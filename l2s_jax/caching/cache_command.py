@@ -210,7 +210,8 @@ def _size(contents: Mapping[str, Any]) -> str:
   return '; '.join(
     f'{task}: '
     + ', '.join(
-      f'{content["num_examples"]:,} {split} in {len(content["shards"])} shards'
+      f'{content["num_examples"]:,} {split} in {len(content["shards"])} '
+      f'shard{"s" * (len(content["shards"]) > 1)}'
       for split, content in task_content['splits'].items()
     )
     for task, task_content in contents.items()

@@ -73,8 +73,8 @@ What a contender takes to start is left out.
 
 Tokenizing: the first {num_examples:,} examples of {task}, split {split!r},
 {prompt_tokens:.1f} + {answer_tokens:.1f} tokens in the mean. `text -> ids` is
-the call of the tokenizer's library for many texts, in one thread; `text ->
-records` what the verb `cache` does with texts in memory, in one thread; `task
+the call of the tokenizer's library for many texts; `text -> records` what the
+verb `cache` does with texts in memory: one thread, seconds are the CPU's. `task
 -> cache` is all that it does, source, template and files included. seqio is its
 pipeline, one process with TensorFlow's threads, into TFRecord files, as
 `seqio_cache_tasks` writes them. datasets reads the same texts, template filled
@@ -194,7 +194,7 @@ def _shown(row: TableRow) -> TableRow:
   low, middle, high = np.percentile(values, [25, 50, 75])
   digits = 0 if middle >= 100 else 2
   return row | {
-    quantity: middle,
+    quantity: float(middle) if middle < 100 else round(middle),
     'spread': f'{low:,.{digits}f}-{high:,.{digits}f}',
   }
 

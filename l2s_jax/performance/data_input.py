@@ -123,14 +123,9 @@ def open_input(given: DataInput) -> OpenedInput:
     ValueError: if it is a mixture, a cache, or tokenized by its own steps, or
       has not two batches.
   """
-  name = given.mixture_or_task_name
-  if name.rpartition('/')[2] == 'cached':
-    raise ValueError(
-      '--data times tokenizing, and a cache is tokenized: give the gin file of '
-      'the task that was cached.'
-    )
   from l2s_jax.data.features import seqio
 
+  name = given.mixture_or_task_name
   vocabularies = given.model.prompt_vocabulary, given.model.answer_vocabulary
   task = tasks.bind(name, *vocabularies)
   if isinstance(task, seqio.Mixture):
