@@ -65,7 +65,7 @@ _SECTIONS: Mapping[str, tuple[str, Mapping[str, str]]] = {
       'spread': 'quartiles',
     },
   ),
-  IMPORTING: ('Importing', {'engine': 'module', 'secs': 's'}),
+  IMPORTING: ('Importing', {'engine': 'module', 'secs': 'CPU s'}),
 }
 _WORDS = """\
 Figures are medians over {rounds} rounds, with quartiles; contenders take turns.
@@ -165,7 +165,7 @@ def _present_peers() -> list[str]:
 
 
 def _time_imports(rounds: int, has_grain: bool) -> list[TableRow]:
-  """Returns how long imports take, each in a process of its own."""
+  """Returns what imports take of the CPU, each in a process of its own."""
   modules = [*IMPORTS, *['grain'] * has_grain]
   secs: dict[str, list[float]] = {module: [] for module in modules}
   for _ in range(rounds):
@@ -174,8 +174,8 @@ def _time_imports(rounds: int, has_grain: bool) -> list[TableRow]:
         [
           sys.executable,
           '-c',
-          'import time; start = time.perf_counter(); '
-          f'import {module}; print(time.perf_counter() - start)',
+          'import time; start = time.process_time(); '
+          f'import {module}; print(time.process_time() - start)',
         ],
         check=True,
         capture_output=True,
