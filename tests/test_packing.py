@@ -270,7 +270,7 @@ def test_no_example_and_no_token_is_lost(task, options):
   assert any(0 in targets for _, _, targets in expected)
   assert found.num_examples == single.num_examples == 2 * NUM_ROWS
   assert found.num_truncated_prompts == single.num_truncated_prompts > 0
-  assert found.num_truncated_targets == single.num_truncated_targets > 0
+  assert found.num_truncated_answers == single.num_truncated_answers > 0
 
 
 @pytest.mark.parametrize('options', OPTIONS)
@@ -282,7 +282,7 @@ def test_what_follows_is_what_would_have_followed(task, options):
       [
         batches.num_examples,
         batches.num_truncated_prompts,
-        batches.num_truncated_targets,
+        batches.num_truncated_answers,
       ]
     )
 

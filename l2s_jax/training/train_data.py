@@ -125,10 +125,10 @@ class TrainData:
     self, batches: bound_tasks.TrainBatches, loop: hooks_lib.Loop
   ) -> None:
     """Says how many of the examples that were read did not fit."""
-    if batches.num_truncated_prompts or batches.num_truncated_targets:
+    if batches.num_truncated_prompts or batches.num_truncated_answers:
       loop.say(
         f'Of {batches.num_examples} examples, '
         f'{batches.num_truncated_prompts} prompts and '
-        f'{batches.num_truncated_targets} answers were longer than '
+        f'{batches.num_truncated_answers} answers were longer than '
         f'{dict(self.task_feature_lengths)} tokens and were cut.'
       )
