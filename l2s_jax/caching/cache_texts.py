@@ -147,12 +147,8 @@ def _text_dataset(
   """Returns what a task gives before its tokenizer, not shuffled."""
   from l2s_jax.data import features
 
-  *steps, last = task.preprocessors
-  assert last is features.tokenize_and_measure
-  # All that it adds to the text is what is added here.
-  if steps and steps[-1] in features.TOKENIZE_STEPS:
-    steps.pop()
-  task = task.replace(preprocessors=steps)
+  # What is left out adds to the text what `cache_encoding` adds.
+  task = task.replace(preprocessors=features.steps_before_ids(task))
   dataset = task.source.get_dataset(split=split, shuffle=False, seed=_SEED)
   dataset = task.preprocess_precache(dataset, seed=_SEED)
   return task.preprocess_postcache(
