@@ -53,15 +53,17 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-  """Makes records; can be pickled."""
+  """Makes records; can be pickled.
+
+  Attributes:
+    vocabularies: of prompt and answer.
+    dtype: of ids.
+  """
 
   def __init__(
     self, prompt_vocabulary: base.Vocabulary, answer_vocabulary: base.Vocabulary
   ):
-    self._vocabularies = {
-      'inputs': prompt_vocabulary,
-      'targets': answer_vocabulary,
-    }
+    self.vocabularies = (prompt_vocabulary, answer_vocabulary)
     self.dtype = cache_format.id_dtype(
       prompt_vocabulary.vocab_size, answer_vocabulary.vocab_size
     )
@@ -78,7 +80,9 @@ class Encoder:
       for name, values in work.columns.items()
     }
     ids = {}
-    for key, vocabulary in self._vocabularies.items():
+    for key, vocabulary in zip(
+      ('inputs', 'targets'), self.vocabularies, strict=True
+    ):
       values = texts.pop(key)
       if values and isinstance(values[0], str):
         texts[f'{key}_pretokenized'] = values
