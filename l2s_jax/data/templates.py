@@ -80,7 +80,8 @@ def text_to_text(
   """Returns a SeqIO preprocessor from columns to `inputs` and `targets`.
 
   A column `references` is passed on. Many examples are filled at a time: a call
-  for each takes twenty times as long.
+  for each takes twenty times as long. The attribute `gives_one_for_one` says
+  that the n-th example is made of the n-th row alone.
 
   Args:
     template: of the prompt.
@@ -121,6 +122,7 @@ def text_to_text(
       dataset.map(lambda example: {name: example[name] for name in names}), fill
     )
 
+  fill_all.gives_one_for_one = True  # type: ignore[attr-defined]
   return fill_all
 
 
