@@ -178,7 +178,7 @@ def plain_errors() -> Iterator[None]:
 
 
 def map_batches(
-  dataset: tf.data.Dataset, fn: Callable[[Any], Any]
+  dataset: tf.data.Dataset, fn: Callable[..., Any]
 ) -> tf.data.Dataset:
   """Returns what a function makes of examples, of which it gets many at once.
 
@@ -596,15 +596,15 @@ class L2SFeatureConverter(seqio.FeatureConverter):
       uncut = np.stack([prompt_sizes, answer_sizes], axis=1)
       sizes = np.minimum(uncut, room)
       rows = packing.first_fit(sizes, room)
+      prompt_rows, answer_rows = (
+        [ids[:size] for ids, size in zip(tokens, own, strict=True)]
+        for tokens, own in zip((prompts, answers), sizes.T, strict=True)
+      )
       packed = packing.lay_out(
-        *(
-          [ids[:size] for ids, size in zip(tokens, own, strict=True)]
-          for tokens, own in zip((prompts, answers), sizes.T, strict=True)
-        ),
+        prompt_rows,
+        answer_rows,
         rows,
-        task_feature_lengths=dict(
-          zip(('inputs', 'targets'), room, strict=True)
-        ),
+        task_feature_lengths={'inputs': room[0], 'targets': room[1]},
         prompt_pad_id=self._prompt_pad_id,
         answer_pad_id=self._answer_pad_id,
         start_id=self.bos_id,
