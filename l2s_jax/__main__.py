@@ -158,6 +158,11 @@ VERBS: Mapping[str, Verb] = {
       Flag('shard', int, 'which part of the work to do, from 0'),
       Flag('num_shards', int, 'into how many parts the work is divided'),
       Flag('show', int, 'print the first so many examples of a cache'),
+      Flag(
+        'beam_pipeline_options',
+        str,
+        'let Apache Beam do it: --runner=DataflowRunner,--project=mine',
+      ),
     ),
     gin_file='gin_configs/runs/cache.gin',
   ),

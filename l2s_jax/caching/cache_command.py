@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import gin
 
-from l2s_jax.caching import cache_encoding, cache_key, cache_texts, cache_writer
+from l2s_jax.caching import (
+  cache_beam,
+  cache_encoding,
+  cache_key,
+  cache_texts,
+  cache_writer,
+)
 from l2s_jax.data import sources, tasks
 from l2s_jax.data.cached import cache_format
 from l2s_jax.runtime import distributed, files, gin_config
@@ -35,6 +41,7 @@ def cache(
   num_workers: int | None = None,
   examples_per_shard: int | None = None,
   show: int | None = None,
+  beam_pipeline_options: str | None = None,
   *,
   dry_run: bool = False,
 ) -> None:
@@ -63,6 +70,10 @@ def cache(
       16 million examples.
     show: prints the first so many examples of each split of a cache that is
       complete; nothing else is done, and no model or task is needed.
+    beam_pipeline_options: of Apache Beam, with commas between them, such as
+      --runner=DataflowRunner,--project=mine. Its workers then do the work,
+      shard by shard; they need this package, and data and `cache_dir` under
+      the same names, so in folders that all of them share. None: this host.
     dry_run: prints the examples and the disk they need, and stops.
 
   Raises:
@@ -85,6 +96,13 @@ def cache(
   if show is not None:
     _show(cache_format.open_cache(folder), show)
     return
+  if beam_pipeline_options is not None:
+    options = cache_beam.check(beam_pipeline_options)
+    if num_workers is not None or num_shards > 1:
+      raise ValueError(
+        'cache: --beam_pipeline_options leaves it to a runner who does what; '
+        'leave out num_workers (CACHE_WORKERS), --shard and --num_shards.'
+      )
   if model is None or mixture_or_task_name is None:
     raise ValueError(
       'what is to be cached, for which tokenizers? Add the gin files of a '
@@ -130,15 +148,21 @@ def cache(
   _check_room(folder, shards, texts, encoder)
   if dry_run:
     return
-  cache_writer.write(
-    folder,
-    shards,
-    texts,
-    encoder,
-    num_workers=num_workers or distributed.num_cores(),
-    job=shard,
-    num_jobs=num_shards,
-  )
+  if beam_pipeline_options is not None:
+    beam_job = cache_beam.Job(
+      folder.resolve(), encoder, mixture_or_task_name, dict(lengths)
+    )
+    cache_beam.write(beam_job, shards, options)
+  else:
+    cache_writer.write(
+      folder,
+      shards,
+      texts,
+      encoder,
+      num_workers=num_workers or distributed.num_cores(),
+      job=shard,
+      num_jobs=num_shards,
+    )
   missing = cache_writer.num_missing(folder, plan)
   if missing:
     _say(f'{folder}: done here; {missing} shards of other parts are missing.')
