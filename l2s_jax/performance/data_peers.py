@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from l2s_jax.data import batching, packing
 from l2s_jax.data.cached import cache_format, cache_task
 from l2s_jax.performance import peers
-from l2s_jax.vocabularies import base, huggingface, sentencepiece
+from l2s_jax.vocabularies import base, byte, sentencepiece
 
 if TYPE_CHECKING:
   import seqio
@@ -35,9 +35,8 @@ def library(vocabulary: base.Vocabulary) -> str:
   """Returns whose tokenizer a vocabulary is."""
   if isinstance(vocabulary, sentencepiece.SentencePieceVocabulary):
     return 'sentencepiece'
-  if isinstance(vocabulary, huggingface.HuggingFaceVocabulary):
-    return 'tokenizers'
-  return 'l2s_jax'
+  is_ours = isinstance(vocabulary, byte.ByteVocabulary)
+  return 'l2s_jax' if is_ours else 'tokenizers'
 
 
 def write_seqio(

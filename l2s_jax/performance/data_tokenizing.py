@@ -26,7 +26,7 @@ from l2s_jax.vocabularies import base
 PART = 'tokenizing'
 
 
-class Job(NamedTuple):
+class TokenizingJob(NamedTuple):
   """Something that tokenizes.
 
   Attributes:
@@ -87,7 +87,7 @@ def time_tokenizing(
 @contextlib.contextmanager
 def _jobs(
   opened: data_input.OpenedInput, scratch: pathlib.Path, present: Sequence[str]
-) -> Iterator[list[Job]]:
+) -> Iterator[list[TokenizingJob]]:
   """Yields all that tokenizes."""
   given, task, texts = opened.given, opened.task, opened.texts
   vocabularies = opened.vocabularies
@@ -132,10 +132,14 @@ def _jobs(
       next(batches)
 
   jobs = [
-    Job('text -> ids', _libraries(vocabularies), 1, to_ids, is_alone=True),
-    Job('text -> records', contenders.OURS, 1, to_records, is_alone=True),
+    TokenizingJob(
+      'text -> ids', _libraries(vocabularies), 1, to_ids, is_alone=True
+    ),
+    TokenizingJob(
+      'text -> records', contenders.OURS, 1, to_records, is_alone=True
+    ),
     *(
-      Job(
+      TokenizingJob(
         'task -> cache',
         contenders.OURS,
         number,
@@ -143,7 +147,7 @@ def _jobs(
       )
       for number in counts
     ),
-    Job('task -> batches', contenders.OURS, 1, to_batches),
+    TokenizingJob('task -> batches', contenders.OURS, 1, to_batches),
   ]
   with contextlib.ExitStack() as stack:
     stack.callback(batches.close)
@@ -151,7 +155,7 @@ def _jobs(
       write = functools.partial(
         data_peers.write_seqio, task, given.split, scratch / 'seqio.tfrecord'
       )
-      jobs.append(Job('task -> TFRecord', 'seqio', 1, write))
+      jobs.append(TokenizingJob('task -> TFRecord', 'seqio', 1, write))
     if 'datasets' in present:
       # Its processes are forked, which one with threads should not be.
       pool = stack.enter_context(
@@ -167,7 +171,7 @@ def _jobs(
         ).result()
 
       jobs += [
-        Job(
+        TokenizingJob(
           'JSONL -> Arrow',
           'datasets',
           number,
