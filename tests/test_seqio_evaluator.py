@@ -13,6 +13,7 @@ from l2s_jax.data.features import seqio
 from l2s_jax.evaluation import scoring, seqio_evaluator
 from l2s_jax.inference import length_buckets
 from l2s_jax.metrics import metric_fns
+from l2s_jax.systems import session
 from l2s_jax.training import eval_plan
 from l2s_jax.vocabularies import loading
 
@@ -63,7 +64,7 @@ def evaluator(bind, vocabulary):
 
 def make_evaluator(task, **kwargs):
   return seqio_evaluator.TaskEvaluator(
-    task,
+    helpers.streamed(task),
     **{
       'task_feature_lengths': LENGTHS,
       'split': 'test',
@@ -348,6 +349,20 @@ def test_mixture_is_scored_task_by_task(bind, vocabulary):
   }
 
 
+def test_a_mixture_beside_its_own_task_is_refused(bind, vocabulary):
+  """They would write the same file of predictions."""
+  del bind  # Has registered them.
+  system = helpers.system(helpers.MODULES['t5_1_0'])
+  run = eval_plan.Planned('romanian', 'test', None, None, LENGTHS)
+  one, both = eval_plan.Evaluation(), eval_plan.Evaluation('both')
+  trained = session.bind_task(system, 'romanian')
+  for evaluations in ([one, both], [both, one]):
+    plan = eval_plan.make(evaluations, run, None)
+    with pytest.raises(ValueError, match="predictions of task 'romanian' on"):
+      plan.bind(system, trained, 'romanian')
+  assert eval_plan.make([both], run, None).bind(system, trained, 'romanian')
+
+
 def test_nothing_stays_registered(evaluator):
   del evaluator
   names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
@@ -397,11 +412,12 @@ def test_the_names_of_scores_are_known_ahead(bind, vocabulary):
   """So that a misspelt BEST_METRIC is refused before anything is computed."""
   task = bind(vocabulary)
   scores = make_evaluator(task).evaluate(perfect(vocabulary), step=1)
+  task = helpers.streamed(task)
   names = scoring.score_names(task, 'test')
   assert names is not None
   assert set(names) - {'loss', 'token_accuracy'} <= scores['romanian'].keys()
   assert 'bleu' in names and 'num_examples' not in names
-  both = scoring.score_names(bind(vocabulary, 'both'), 'test')
+  both = scoring.score_names(helpers.streamed(bind(vocabulary, 'both')), 'test')
   assert both is not None and sorted(both) == sorted(
     f'{part}/{name}' for part in ('romanian', 'more_romanian') for name in names
   )

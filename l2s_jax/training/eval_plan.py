@@ -8,14 +8,15 @@ The scores of several are told apart by a prefix, 'TASK-SPLIT/'.
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import gin
 
+from l2s_jax.data import bound_tasks
 from l2s_jax.evaluation import metric_writer, scoring
 from l2s_jax.inference import generate
 from l2s_jax.runtime import distributed, gin_config
 from l2s_jax.systems import session as session_lib
+from l2s_jax.systems import system as system_lib
 from l2s_jax.training import hooks as hooks_lib
 
 
@@ -74,10 +75,12 @@ class Plan:
     by_prefix: by what comes before the names of their scores: nothing if
       EVALUATIONS lists none, 'TASK-SPLIT/' otherwise.
     best: the prefix and the score that choose the best step; None: none is.
+    batch_size: examples a decoding batch; None: as many as a step has.
   """
 
   by_prefix: Mapping[str, Planned]
   best: tuple[str, str] | None
+  batch_size: int | None = None
 
   def longest(self, task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
     """Returns the most tokens that training or an evaluation reads."""
@@ -87,26 +90,38 @@ class Plan:
         longest[name] = max(longest[name], length)
     return longest
 
-  def bind(self, session: session_lib.Session, name: str) -> dict[str, Any]:
+  def bind(
+    self, system: system_lib.System, trained: bound_tasks.BoundTask, name: str
+  ) -> dict[str, bound_tasks.BoundTask]:
     """Returns the task of each evaluation, with the system's vocabularies.
 
     Args:
-      session: has the task that is trained on.
+      system: that is evaluated.
+      trained: the task that is trained on.
       name: of that one.
 
     Raises:
       ValueError: for what cannot be evaluated, or a score that is of none.
     """
     found = {}
+    writers: dict[tuple[str, str], str] = {}
     for prefix, planned in self.by_prefix.items():
-      found[prefix] = session.task
+      task = trained
       if planned.task != name:
-        found[prefix] = session_lib.bind_task(
-          session.system, planned.task, label=f'EVALUATIONS {prefix[:-1]}'
+        task = session_lib.bind_task(
+          system, planned.task, label=f'EVALUATIONS {prefix[:-1]}'
         )
-      session_lib.check_splits(
-        found[prefix], planned.task_feature_lengths, evaluated=planned.split
-      )
+      task.check_evaluable(planned.split, planned.task_feature_lengths)
+      for scored in task.metrics_of(planned.split):
+        other = writers.setdefault((scored, planned.split), prefix)
+        if other != prefix:
+          raise ValueError(
+            f'EVALUATIONS {other[:-1]} and {prefix[:-1]} would write the '
+            f'predictions of task {scored!r} on split {planned.split!r} to one '
+            'file. Leave one out: the scores of a mixture hold those of each '
+            'of its tasks.'
+          )
+      found[prefix] = task
     if self.best is not None:
       prefix, score = self.best
       split = self.by_prefix[prefix].split
@@ -117,7 +132,7 @@ class Plan:
     self,
     loop: hooks_lib.Loop,
     session: session_lib.Session,
-    bound: Mapping[str, Any],
+    bound: Mapping[str, bound_tasks.BoundTask],
     batch_size: int,
   ) -> list[hooks_lib.Evaluate]:
     """Returns a hook for each evaluation; the best step is kept from now on.
@@ -126,7 +141,7 @@ class Plan:
       loop: the run.
       session: has the mesh.
       bound: what `bind` returned.
-      batch_size: examples a batch.
+      batch_size: rows a step.
     """
     found = distributed.from_first(
       {prefix: logged(loop.run_dir, prefix) for prefix in self.by_prefix}
@@ -141,7 +156,7 @@ class Plan:
         bound[prefix],
         planned.task_feature_lengths,
         split=planned.split,
-        batch_size=batch_size,
+        batch_size=self.batch_size or batch_size,
         num_examples=planned.num_examples,
         generator=generators.get(answer_length),
       )
@@ -159,7 +174,10 @@ class Plan:
 
 
 def make(
-  evaluations: Sequence[Evaluation], run: Planned, best_metric: str | None
+  evaluations: Sequence[Evaluation],
+  run: Planned,
+  best_metric: str | None,
+  batch_size: int | None = None,
 ) -> Plan:
   """Returns the evaluations of a run, checked as far as their settings tell.
 
@@ -167,13 +185,19 @@ def make(
     evaluations: EVALUATIONS.
     run: the settings of the run, for what they leave out.
     best_metric: BEST_METRIC.
+    batch_size: examples a decoding batch; None: as many as a step has.
 
   Raises:
     ValueError: for settings that mean nothing, or two of one task and split.
   """
+  gin_config.check_positive(
+    EVAL_PERIOD=run.period,
+    num_eval_examples=run.num_examples,
+    eval_batch_size=batch_size,
+  )
   by_prefix = _by_prefix(evaluations, run)
   if best_metric is None:
-    return Plan(by_prefix, None)
+    return Plan(by_prefix, None, batch_size)
   prefix, score = _of_score('BEST_METRIC', best_metric, by_prefix)
   split = by_prefix[prefix].split
   if 'test' in split:
@@ -184,7 +208,7 @@ def make(
       'and score the chosen checkpoint on the test split with evaluate and '
       "EVAL_STEPS='best'."
     )
-  return Plan(by_prefix, (prefix, score))
+  return Plan(by_prefix, (prefix, score), batch_size)
 
 
 def _by_prefix(
@@ -243,7 +267,11 @@ def _of_score(
 
 
 def check_score(
-  name: str, score: str, task: Any, split: str, prefix: str = ''
+  name: str,
+  score: str,
+  task: bound_tasks.BoundTask,
+  split: str,
+  prefix: str = '',
 ) -> None:
   """Refuses a score that no evaluation of a task will give.
 

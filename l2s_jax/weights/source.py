@@ -154,9 +154,21 @@ def demanded_paths(
 
 
 def check_shapes(
-  source: Source, wanted: Mapping[shapes_lib.Path, jax.ShapeDtypeStruct]
+  source: Source,
+  wanted: Mapping[shapes_lib.Path, jax.ShapeDtypeStruct],
+  *,
+  allow_others: bool = True,
 ) -> None:
-  """Refuses weights that lack a tensor or have one of another shape."""
+  """Refuses weights that lack a tensor or have one of another shape.
+
+  Args:
+    source: has them.
+    wanted: the tensors that there must be.
+    allow_others: whether there may be more.
+
+  Raises:
+    ValueError: lists the tensors.
+  """
   expected = []
   for path, shape in wanted.items():
     name, theirs = '/'.join(path), source.name(path)
@@ -164,6 +176,11 @@ def check_shapes(
     expected.append(misfits.Expected(name, also, [tuple(shape.shape)]))
   found = {'/'.join(path): shape for path, shape in source.shapes().items()}
   problems = misfits.problems(expected, found)
+  if not allow_others:
+    others = source.shapes().keys() - wanted.keys()
+    named = {'/'.join(path): source.name(path) for path in others}
+    titles = {name: theirs for name, theirs in named.items() if theirs != name}
+    problems += misfits.unknown(named, found, titles)
   if problems:
     raise ValueError(
       misfits.refusal(

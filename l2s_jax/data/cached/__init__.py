@@ -2,8 +2,9 @@
 """Reads token caches: examples by number, in a global order; no TensorFlow.
 
 `cache_format` has the files, `cache_task` binds a cache in the place of a task,
-`order` shuffles, `plans` assigns examples to rows, and `cache_batches` reads
-the rows of one process. Caches are written by the package `caching`.
+`order` shuffles, `plans` assigns examples to rows, `cache_batches` reads the
+rows of one process, and `cache_scoring` makes SeqIO tasks to be scored.
+Caches are written by the package `caching`.
 """
 
 # The modules that other packages may import.
