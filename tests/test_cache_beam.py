@@ -11,7 +11,10 @@ import test_cache_writer
 from l2s_jax.caching import cache_beam, cache_key
 from l2s_jax.vocabularies import loading
 
-pytest.importorskip('apache_beam')
+pytest.importorskip(
+  'apache_beam',
+  reason='pip install -r requirements-beam.txt, in an environment of its own',
+)
 
 NUM_EXAMPLES = 61
 # One process, whose threads write; Prism, its default, fetches a program.
