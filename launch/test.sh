@@ -24,6 +24,17 @@ if ! cmp -s requirements-tpu.txt "$libtpu/requirements"; then
   cp requirements-tpu.txt "$libtpu/requirements"
 fi
 export PYTHONPATH=$libtpu${PYTHONPATH:+:$PYTHONPATH}
+# Apache Beam holds others back: it has an environment of its own, on top of
+# this one.
+beam=$PWD/.venv/beam
+if ! cmp -s requirements-beam.txt "$beam/requirements"; then
+  python -m venv --clear "$beam"
+  site='import sysconfig; print(sysconfig.get_path("purelib"))'
+  python -c "$site" > "$("$beam/bin/python" -c "$site")/below.pth"
+  "$beam/bin/python" -m pip install -qq --disable-pip-version-check \
+    -r requirements-beam.txt
+  cp requirements-beam.txt "$beam/requirements"
+fi
 chosen=(-m 'not long')
 if [[ $* == --all ]]; then
   chosen=()
@@ -33,7 +44,14 @@ fi
 ruff check .
 ruff format --check .
 lint-imports --no-logo --no-cache
+# On two cores, one beside the other.
+"$beam/bin/python" -m pytest tests/test_cache_beam.py > "$beam/log" 2>&1 &
 mypy
+if ! wait $!; then
+  cat "$beam/log"
+  exit 1
+fi
+tail -n 1 "$beam/log"
 # A worker that dies ends the run: xdist 3.8 hangs after replacing one.
 python -m pytest --numprocesses=2 --dist=loadfile --max-worker-restart=0 \
   --durations=40 ${chosen[@]+"${chosen[@]}"}
