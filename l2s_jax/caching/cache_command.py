@@ -83,7 +83,7 @@ def cache(
     show: prints the first so many examples of each split of a cache that is
       complete; nothing else is done, and no model or task is needed.
     features: whether to keep the LLM's last states, too.
-    features_dtype: of these: 'bfloat16', each off by 1/512 of itself at most;
+    features_dtype: of these: 'bfloat16', each off by 1/256 of itself at most;
       or 'int8', half of the disk, each off by 1/254 of the largest of its
       token.
     features_batch_size: prompts of the greatest length that the LLM reads at

@@ -282,24 +282,19 @@ def _keep(
 ) -> None:
   """Writes the states of a batch, those of this process's shards."""
   num_rows = states['llm_states'].shape[0]
-  held = {
-    key: _held_here(value) for key, value in states.items()
-  }  # Waits for the devices.
+  held = {key: _held_here(value) for key, value in states.items()}  # Waits.
+  held_rows, values = held['llm_states']
+  _, scales = held.get('llm_state_scales', (None, None))
   for stream, window, places in taken:
     if not stream.is_mine:
       continue
-    rows = np.searchsorted(held['llm_states'][0], stream.rows(num_rows))
-    records = [
-      feature_format.encode(
-        feature_format.States(
-          held['llm_states'][1][row],
-          held['llm_state_scales'][1][row]
-          if 'llm_state_scales' in held
-          else None,
-        ).cut(window.lengths[place])
-      )
-      for row, place in zip(rows, places, strict=False)
-    ]
+    rows = np.searchsorted(held_rows, stream.rows(num_rows)).tolist()
+    records = []
+    for row, place in zip(rows, places, strict=False):
+      length = int(window.lengths[place])
+      own_scales = None if scales is None else scales[row, :length]
+      own = feature_format.States(values[row, :length], own_scales)
+      records.append(feature_format.encode(own))
     times.num_examples += len(records)
     times.num_bytes += sum(map(len, records))
     stream.add(window, places, records)

@@ -3,7 +3,7 @@
 
 Two keys of a batch: `llm_states` [rows, prompt length, llm_embed], in bfloat16
 or int8, and, of int8, `llm_state_scales` [rows, prompt length], float32: what
-a token's numbers are multiplied by. A number in bfloat16 is off by 1/512 of
+a token's numbers are multiplied by. A number in bfloat16 is off by 1/256 of
 itself at most, one in int8 by 1/254 of the largest of its token.
 """
 
