@@ -35,7 +35,8 @@ def test_llm_to_slm_is_compared_with_its_parts(tmp_path, capsys):
   )
   rows = rows_of(tmp_path)
   assert {key[0] for key in rows} == {
-    'LLM-to-SLM', 'SLM', train_benchmark.READ, train_benchmark.BOTH,
+    'LLM-to-SLM', 'SLM', train_benchmark.FROM_STATES, train_benchmark.READ,
+    train_benchmark.BOTH,
   }  # fmt: skip
   of = {key[0]: row['rounds']['ms_per_step'] for key, row in rows.items()}
   np.testing.assert_allclose(

@@ -132,10 +132,10 @@ def num_bytes(
   cache: cache_format.TokenCache,
   shards: Sequence[cache_writer.CacheShard],
   plan: Mapping[str, Any],
-) -> int:
+) -> float:
   """Returns what disk the features of shards take."""
   token_bytes = feature_format.token_bytes(plan['dtype'], plan['width'])
-  total = 0
+  total = 0.0
   for shard in shards:
     lengths = _prompt_lengths(cache, shard, plan['prompt_length'])
     states = int(lengths.sum()) * token_bytes
