@@ -217,6 +217,11 @@ def pad_and_shift(
   return batching.pad_rows(batch, batch_size)
 
 
+def streamed(provider: 'seqio.Task | seqio.Mixture') -> streams.StreamedTask:
+  """Returns what `tasks.bind` has returned, as `bound_tasks.bind` does."""
+  return streams.StreamedTask(provider, provider.name)
+
+
 def eval_batches(
   task: 'seqio.Task | seqio.Mixture',
   *,

@@ -14,8 +14,7 @@ import pytest
 import test_distributed
 import tiny_runs
 
-from l2s_jax.data import tasks
-from l2s_jax.data.cached import cache_task
+from l2s_jax.data import bound_tasks
 from l2s_jax.evaluation import metric_writer, scoring
 from l2s_jax.metrics import scores
 from l2s_jax.runtime import preemption
@@ -250,7 +249,7 @@ def bind(folder, vocabulary, **settings):
     for name, value in {'cache_dir': str(folder), **settings}.items():
       gin.bind_parameter(f'cached.{name}', value)
     try:
-      return tasks.bind_cached('cached', vocabulary, vocabulary)
+      return bound_tasks.bind('cached', vocabulary, vocabulary)
     finally:
       gin.clear_config()
 
@@ -264,7 +263,7 @@ def test_a_cache_that_is_not_there_is_refused(tmp_path, vocabulary):
   with pytest.raises(FileNotFoundError, match=f'CACHE_DIR={tmp_path}'):
     bind(tmp_path / 'none', vocabulary)
   with pytest.raises(ValueError, match='cached.cache_dir is not set'):
-    tasks.bind_cached('cached', vocabulary, vocabulary)
+    bound_tasks.bind('cached', vocabulary, vocabulary)
 
 
 def test_metrics_are_those_that_were_cached_or_are_asked_for(folder):
@@ -281,7 +280,7 @@ def test_metrics_are_those_that_were_cached_or_are_asked_for(folder):
     bind(folder / 'cache', vocabulary, metrics=('bluu',))
   none = bind(folder / 'cache', vocabulary, metrics=())
   with pytest.raises(ValueError, match='set cached.metrics'):
-    none.scored('validation')
+    none.metrics_of('validation')
 
 
 def test_references_come_back_beside_the_target(vocabulary, tmp_path):
@@ -295,7 +294,7 @@ def test_references_come_back_beside_the_target(vocabulary, tmp_path):
   )
   (exact_match,) = scores.Scores().named(('exact_match',), 'metrics')
   task = cache_files.task(folder, vocabulary, metrics=(exact_match,))
-  (scored,) = cache_task.for_seqio(task, 'test').tasks
+  (scored,) = task.scored_tasks('test')
   lengths = {'inputs': 8, 'targets': 2}
   examples = list(
     scored.get_dataset(lengths, 'test', shuffle=False).as_numpy_iterator()

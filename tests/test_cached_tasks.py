@@ -4,6 +4,7 @@
 import functools
 
 import data_files
+import helpers
 import numpy as np
 import pytest
 
@@ -73,7 +74,7 @@ def bind(vocabulary, folder, name='my:task', **settings):
 
 
 def ids(task, split='test'):
-  streams.check_task(task, split, LENGTHS)
+  helpers.streamed(task).check_data(split, LENGTHS)
   dataset = task.get_dataset(LENGTHS, split, shuffle=False)
   return sorted(
     (example['inputs'].tolist(), example['targets'].tolist())
@@ -169,7 +170,7 @@ def test_foreign_ids_are_refused(
   ids(bind(vocabulary, tmp_path))  # They mean something to their own.
   for bound in (other_vocabulary, loading.load(vocabulary.path, eos_id=7)):
     with pytest.raises(ValueError, match=message):
-      streams.check_task(bind(bound, tmp_path), 'test', LENGTHS)
+      helpers.streamed(bind(bound, tmp_path)).check_data('test', LENGTHS)
 
 
 def test_what_encodes_alike(vocabulary, other_vocabulary):
@@ -193,7 +194,7 @@ def test_a_missing_cache_is_named(cached, vocabulary, tmp_path):
   task = bind(vocabulary, tmp_path)
   (tmp_path / 'my' / 'task').mkdir(parents=True)  # Of a job that was stopped.
   with pytest.raises(FileNotFoundError) as error:
-    streams.check_task(task, 'train', LENGTHS)
+    helpers.streamed(task).check_data('train', LENGTHS)
   message = str(error.value)
   assert f'looked for {tmp_path}/my/task, in TASK_CACHE_DIRS' in message
   assert '  seqio_cache_tasks --tasks=my:task --output_cache_dir=' in message
@@ -270,7 +271,7 @@ def test_our_tasks_are_cached_before_their_template(vocabulary, tmp_path):
       'tfds.template': 'ro {source}',
     },
   )
-  streams.check_task(bound, 'train', LENGTHS)
+  helpers.streamed(bound).check_data('train', LENGTHS)
   dataset = bound.get_dataset(LENGTHS, 'train', shuffle=False)
   assert sorted(
     example['inputs_pretokenized'].decode()

@@ -426,12 +426,13 @@ def test_what_is_no_model_is_refused_in_any_form(part):
   source = source_of(helpers.T5_1_1)
   source.arrays = {
     path: array for path, array in source.arrays.items() if path[0] == part
-  } | {('encoder', 'extra'): np.ones(3, np.float32)}
+  } | {('a_stray',): np.ones(3, np.float32)}
+  wanted = source_lib.demanded(source.config, source.shapes())
   with pytest.raises(ValueError) as error:
-    convert._check_is_whole(source)
-  lines = str(error.value).splitlines()
-  assert '  encoder/extra (encoder/extra) (3,): unknown' in lines
-  assert any('encoder/final_norm/scale' in x and 'missing' in x for x in lines)
+    source_lib.check_shapes(source, wanted, allow_others=False)
+  _, first, second, *_ = str(error.value).splitlines()
+  assert first == '  a_stray (3,): unknown'
+  assert second.startswith('  ') and second.endswith(': missing')
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,9 @@ def test_loss_is_that_of_all_tokens(mesh, llm_to_slm):
   system, params = llm_to_slm
   scores = make_evaluator(system, mesh).evaluate(params, step=0)
   loss, num_correct, num_tokens = 0.0, 0.0, 0.0
+  vocabularies = system.prompt_vocabulary, system.answer_vocabulary
   for batch in helpers.eval_batches(
-    session.bind_task(system, 'numbers'),
+    tasks.bind('numbers', *vocabularies),
     task_feature_lengths=LENGTHS,
     batch_size=8,
     split='test',

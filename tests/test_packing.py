@@ -353,11 +353,11 @@ def test_buckets_that_do_not_grow_are_refused(buckets):
   with pytest.raises(
     ValueError, match=r'LENGTH_BUCKETS=.*TASK_FEATURE_LENGTHS, \(24, 12\)'
   ):
-    streams.bucket_lengths(LENGTHS, buckets)
+    batching.bucket_lengths(LENGTHS, buckets)
 
 
 def test_buckets_may_grow_in_one_length_alone():
-  assert streams.bucket_lengths(LENGTHS, [[8, 12], [16, 12]]) == [
+  assert batching.bucket_lengths(LENGTHS, [[8, 12], [16, 12]]) == [
     (8, 12),
     (16, 12),
     (24, 12),

@@ -63,7 +63,7 @@ def evaluator(bind, vocabulary):
 
 def make_evaluator(task, **kwargs):
   return seqio_evaluator.TaskEvaluator(
-    task,
+    helpers.streamed(task),
     **{
       'task_feature_lengths': LENGTHS,
       'split': 'test',
@@ -397,11 +397,12 @@ def test_the_names_of_scores_are_known_ahead(bind, vocabulary):
   """So that a misspelt BEST_METRIC is refused before anything is computed."""
   task = bind(vocabulary)
   scores = make_evaluator(task).evaluate(perfect(vocabulary), step=1)
+  task = helpers.streamed(task)
   names = scoring.score_names(task, 'test')
   assert names is not None
   assert set(names) - {'loss', 'token_accuracy'} <= scores['romanian'].keys()
   assert 'bleu' in names and 'num_examples' not in names
-  both = scoring.score_names(bind(vocabulary, 'both'), 'test')
+  both = scoring.score_names(helpers.streamed(bind(vocabulary, 'both')), 'test')
   assert both is not None and sorted(both) == sorted(
     f'{part}/{name}' for part in ('romanian', 'more_romanian') for name in names
   )

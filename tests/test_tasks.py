@@ -9,10 +9,11 @@ import sys
 
 import data_files
 import gin
+import helpers
 import numpy as np
 import pytest
 
-from l2s_jax.data import cldr, sources, streams, tasks
+from l2s_jax.data import cldr, sources, tasks
 from l2s_jax.data.features import seqio, tf
 from l2s_jax.evaluation import seqio_evaluator
 from l2s_jax.metrics import metric_fns
@@ -218,7 +219,7 @@ def test_bad_lines_are_refused(vocabulary, tmp_path, kind):
     vocabulary, tmp_path, {'train': BAD_FILES[kind]}, **settings
   )
   with pytest.raises(ValueError, match=r"x\.\w+:2 .*BAD_LINES='skip'"):
-    streams.check_task(task, 'train', LENGTHS)
+    helpers.streamed(task).check_data('train', LENGTHS)
 
 
 @pytest.mark.parametrize('kind', BAD_FILES)
@@ -339,7 +340,10 @@ def test_metrics_get_the_references(vocabulary, tmp_path):
     metrics=('exact_match',),
   )
   evaluator = seqio_evaluator.TaskEvaluator(
-    task, task_feature_lengths=LENGTHS, split='test', batch_size=2
+    helpers.streamed(task),
+    task_feature_lengths=LENGTHS,
+    split='test',
+    batch_size=2,
   )
   for text, score in (('c d', 100), ('b', 100), ('c', 0)):
     ids = np.array([[*vocabulary.encode(text), vocabulary.eos_id]] * 2)
@@ -612,7 +616,7 @@ def test_task_without_prompt_is_refused(vocabulary, registered):
 def test_reading_a_config_does_not_import_tensorflow():
   code = (
     'import glob, sys, gin\n'
-    'from l2s_jax.data import batching, streams, tasks\n'
+    'from l2s_jax.data import batching, bound_tasks, streams\n'
     'for name in glob.glob("gin_configs/tasks/*.gin"):\n'
     '  gin.clear_config()\n'
     '  gin.parse_config_file(name)\n'

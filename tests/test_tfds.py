@@ -114,7 +114,7 @@ def test_task_reads_what_the_builder_wrote(prepared, vocabulary, name):
   assert task.metric_fns == metric_fns
   assert set(task.splits) == set(data_files.SPLITS)
   for split in data_files.SPLITS:
-    streams.check_task(task, split, LENGTHS)
+    helpers.streamed(task).check_data(split, LENGTHS)
     texts = raw_texts(task, split)
     assert sorted(texts) == expected_texts(name, split, template)
     batches = list(
@@ -159,14 +159,14 @@ def test_any_other_template_by_gin(prepared, vocabulary):
   with pytest.raises(
     ValueError, match='names article, but the columns are de,'
   ):
-    streams.check_task(task, 'test', LENGTHS)
+    helpers.streamed(task).check_data('test', LENGTHS)
 
 
 def test_missing_data_set_is_named_at_once(vocabulary, tmp_path):
   task = bind(vocabulary, 'wmt16_en_ro', tmp_path)
   start_secs = time.perf_counter()
   with pytest.raises(FileNotFoundError) as error:
-    streams.check_task(task, 'train', LENGTHS)
+    helpers.streamed(task).check_data('train', LENGTHS)
   assert time.perf_counter() - start_secs < 5
   message = str(error.value)
   assert f'no data set wmt16_translate/ro-en:1.0.0 in {tmp_path}, ' in message
@@ -187,11 +187,11 @@ def test_missing_shard_is_named(prepared, vocabulary, tmp_path):
   task = bind(vocabulary, 'cnn_dailymail', tmp_path)
   (shard,) = tmp_path.glob('**/*-test.tfrecord-00002-of-*')
   shard.unlink()
-  streams.check_task(task, 'train', LENGTHS)
+  helpers.streamed(task).check_data('train', LENGTHS)
   with pytest.raises(
     FileNotFoundError, match=f'1 files .* such as .*{shard.name}'
   ):
-    streams.check_task(task, 'test', LENGTHS)
+    helpers.streamed(task).check_data('test', LENGTHS)
 
 
 def test_users_tfds_task_is_looked_for_too(vocabulary, tmp_path):
@@ -206,4 +206,4 @@ def test_users_tfds_task_is_looked_for_too(vocabulary, tmp_path):
   finally:
     seqio.TaskRegistry.remove('ro_mine')
   with pytest.raises(FileNotFoundError, match="task 'ro_mine': no data set"):
-    streams.check_task(bound, 'train', LENGTHS)
+    helpers.streamed(bound).check_data('train', LENGTHS)

@@ -23,6 +23,8 @@ from jaxtyping import Float32, Int32, Int64
 from l2s_jax.data import packing
 
 Batch = dict[str, Int32[np.ndarray, '...'] | Float32[np.ndarray, '...']]
+# Lengths of prompt and answer, in tokens, as gin has them.
+LengthBuckets = Sequence[Sequence[int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,3 +208,54 @@ def lengths(batch: Batch) -> tuple[int, int]:
     batch[f'{half}_input_tokens'].shape[1] for half in ('encoder', 'decoder')
   )
   return prompts, answers
+
+
+def bucket_lengths(
+  task_feature_lengths: Mapping[str, int], length_buckets: LengthBuckets
+) -> list[tuple[int, int]]:
+  """Returns the lengths, of prompt and answer, that batches may have.
+
+  Args:
+    task_feature_lengths: `inputs` and `targets`, in tokens: the last bucket.
+    length_buckets: the others, such as `((16, 24), (32, 40))`. An example goes
+      to the first that has room for both its prompt and its answer.
+
+  Raises:
+    ValueError: if they do not grow.
+  """
+  last = task_feature_lengths['inputs'], task_feature_lengths['targets']
+  buckets = [*length_buckets, last]
+  are_lengths = all(
+    len(bucket) == 2
+    and all(isinstance(length, int) and length > 0 for length in bucket)
+    for bucket in buckets
+  )
+  if not are_lengths or any(
+    shorter == longer or shorter[0] > longer[0] or shorter[1] > longer[1]
+    for shorter, longer in itertools.pairwise(buckets)
+  ):
+    raise ValueError(
+      f'LENGTH_BUCKETS={length_buckets!r}: expected pairs of lengths, in '
+      'tokens of prompt and answer, none shorter than those before it and all '
+      f'below TASK_FEATURE_LENGTHS, {last}; such as ((16, 24), (32, 40)).'
+    )
+  return [(prompt, answer) for prompt, answer in buckets]
+
+
+def check_lengths(task_feature_lengths: Mapping[str, int]) -> None:
+  """Refuses lengths that are off.
+
+  Raises:
+    ValueError: saying what TASK_FEATURE_LENGTHS should have.
+  """
+  if set(task_feature_lengths) != {'inputs', 'targets'}:
+    raise ValueError(
+      f'TASK_FEATURE_LENGTHS has {", ".join(task_feature_lengths)}; expected '
+      'inputs and targets, in tokens.'
+    )
+  for name, length in task_feature_lengths.items():
+    if not isinstance(length, int) or length < 1:
+      raise ValueError(
+        f'TASK_FEATURE_LENGTHS has {name}={length!r}; expected a positive '
+        'number of tokens.'
+      )

@@ -1,19 +1,174 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams batches from a bound SeqIO task, in training and in evaluation."""
+"""Streams batches from a SeqIO task or mixture that is bound to a system."""
 
-import itertools
+import dataclasses
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
+import numpy as np
+from jaxtyping import Int64
+
 from l2s_jax.data import batching, tasks
-from l2s_jax.data.cached import cache_task
+from l2s_jax.runtime import distributed
+from l2s_jax.vocabularies import base
 
 if TYPE_CHECKING:
   import seqio
   import tensorflow as tf
 
-LengthBuckets = Sequence[Sequence[int]]
+
+@dataclasses.dataclass(frozen=True)
+class StreamedTask:
+  """A SeqIO task or mixture as a `bound_tasks.BoundTask`.
+
+  Attributes:
+    provider: from `tasks.bind`.
+    bound_as: the name that it was bound by.
+  """
+
+  provider: 'seqio.Task | seqio.Mixture'
+  bound_as: str
+
+  @property
+  def name(self) -> str:
+    """Of the task or mixture."""
+    return self.provider.name
+
+  def check_data(
+    self, split: str, task_feature_lengths: Mapping[str, int]
+  ) -> None:
+    """Opens the split's files; reads and checks local ones to their end.
+
+    Raises:
+      FileNotFoundError: if a data set, a cache or a file is not there.
+      ValueError: for a split that the task does not have, lengths that are off,
+        or what a source or a preprocessor refuses.
+    """
+    from l2s_jax.data.features import seqio
+
+    _check_settings(self.provider, split, task_feature_lengths)
+    for part in seqio.get_subtasks(self.provider):
+      if split in part.splits:
+        part.get_dataset(task_feature_lengths, split=split, shuffle=False)
+
+  def check_evaluable(
+    self, split: str, task_feature_lengths: Mapping[str, int]
+  ) -> None:
+    """Refuses a split that cannot be read or scored."""
+    self.check_data(split, task_feature_lengths)
+    self.scored_tasks(split)
+
+  def metrics_of(self, split: str) -> dict[str, Sequence[Any]]:
+    """Returns the metrics of each task that has any and the split, by name."""
+    return {
+      part.name: part.predict_metric_fns for part in self._with_metrics(split)
+    }
+
+  def scored_tasks(self, split: str) -> 'list[seqio.Task]':
+    """Returns the tasks that have the split and metrics.
+
+    Raises:
+      ValueError: if none has, or metrics are of something else than
+        predictions.
+    """
+    from l2s_jax.data.features import seqio
+
+    scored = self._with_metrics(split)
+    if not scored:
+      found = '; '.join(
+        f'{part.name} has splits {", ".join(part.splits)} and '
+        f'{len(part.metric_objs)} metrics'
+        for part in seqio.get_subtasks(self.provider)
+      )
+      raise ValueError(
+        f'nothing to evaluate in split {split!r} of {self.name!r}: {found}.'
+      )
+    for part in scored:
+      kinds = {metric.model_output_type.name for metric in part.metric_objs}
+      if kinds != {'PREDICTION'}:
+        raise ValueError(
+          f'task {part.name!r} has metrics of {", ".join(sorted(kinds))}; only '
+          'those of (targets, predictions) can be evaluated.'
+        )
+    return scored
+
+  def task_in_order(self, label: str) -> 'seqio.Task':
+    """Returns the task; of a mixture, examples have no order of lines.
+
+    Args:
+      label: the setting that names the task, for messages.
+
+    Raises:
+      ValueError: if it is a mixture.
+    """
+    parts = getattr(self.provider, 'tasks', None)
+    if parts is not None:
+      raise ValueError(
+        f'{label} is a mixture, which draws its examples at random; answer '
+        'its tasks one by one: '
+        + ', '.join(f'task:{part.name}' for part in parts)
+        + '.'
+      )
+    return self.provider
+
+  def data_settings(self) -> dict[str, Any]:
+    """Returns what the training examples depend on, as JSON has it."""
+    return tasks.data_settings(self.bound_as)
+
+  def train_batches(
+    self,
+    *,
+    task_feature_lengths: Mapping[str, int],
+    batch_size: int,
+    seed: int,
+    pack: bool,
+    length_buckets: batching.LengthBuckets,
+    start_row: int,
+    position: Mapping[str, Any] | None,
+    rows: Int64[np.ndarray, ' rows'],
+  ) -> 'TaskBatches':
+    """Returns whole batches, which every process makes; see `train_batches`."""
+    del position, rows
+    if jax.process_count() > 1:
+      distributed.say_once(
+        f'Each of the {jax.process_count()} processes reads and tokenizes all '
+        f'{batch_size} rows of a batch, {jax.process_count()} times the work '
+        'of one. The verb `cache` does it once, and each process then reads '
+        'its own rows: see gin_configs/tasks/cached.gin.'
+      )
+    return train_batches(
+      self.provider,
+      task_feature_lengths=task_feature_lengths,
+      batch_size=batch_size,
+      seed=seed,
+      pack=pack,
+      length_buckets=length_buckets,
+      start_row=start_row,
+    )
+
+  def _with_metrics(self, split: str) -> 'list[seqio.Task]':
+    from l2s_jax.data.features import seqio
+
+    return [
+      part
+      for part in seqio.get_subtasks(self.provider)
+      if part.metric_objs and split in part.splits
+    ]
+
+
+def bind(
+  name: str,
+  prompt_vocabulary: base.Vocabulary,
+  answer_vocabulary: base.Vocabulary,
+  *,
+  label: str | None = None,
+) -> StreamedTask:
+  """Returns what `tasks.bind` makes of a name, to be streamed."""
+  return StreamedTask(
+    tasks.bind(name, prompt_vocabulary, answer_vocabulary, label=label), name
+  )
 
 
 class TaskBatches(Iterator[batching.Batch]):
@@ -66,7 +221,7 @@ def train_batches(
   seed: int,
   split: str = 'train',
   pack: bool = False,
-  length_buckets: LengthBuckets = (),
+  length_buckets: batching.LengthBuckets = (),
   start_row: int = 0,
   num_epochs: int | None = None,
 ) -> TaskBatches:
@@ -89,7 +244,7 @@ def train_batches(
     seed: of the order.
     split: `train`, or another.
     pack: whether a row holds several examples, for encoder-decoders.
-    length_buckets: as `bucket_lengths` takes them.
+    length_buckets: as `batching.bucket_lengths` takes them.
     start_row: how many rows to pass over: those that follow in an uninterrupted
       run come first, whatever the source and the tokenizer. The first batch
       waits until all of them have been read, shuffled and tokenized again: on
@@ -105,7 +260,7 @@ def train_batches(
   from l2s_jax.data.features import seqio, tf
 
   _check_settings(task, split, task_feature_lengths)
-  buckets = bucket_lengths(task_feature_lengths, length_buckets)
+  buckets = batching.bucket_lengths(task_feature_lengths, length_buckets)
   options = {
     'sequence_length': task_feature_lengths,
     'split': split,
@@ -144,38 +299,6 @@ def train_batches(
   )
 
 
-def bucket_lengths(
-  task_feature_lengths: Mapping[str, int], length_buckets: LengthBuckets
-) -> list[tuple[int, int]]:
-  """Returns the lengths, of prompt and answer, that batches may have.
-
-  Args:
-    task_feature_lengths: `inputs` and `targets`, in tokens: the last bucket.
-    length_buckets: the others, such as `((16, 24), (32, 40))`. An example goes
-      to the first that has room for both its prompt and its answer.
-
-  Raises:
-    ValueError: if they do not grow.
-  """
-  last = task_feature_lengths['inputs'], task_feature_lengths['targets']
-  buckets = [*length_buckets, last]
-  are_lengths = all(
-    len(bucket) == 2
-    and all(isinstance(length, int) and length > 0 for length in bucket)
-    for bucket in buckets
-  )
-  if not are_lengths or any(
-    shorter == longer or shorter[0] > longer[0] or shorter[1] > longer[1]
-    for shorter, longer in itertools.pairwise(buckets)
-  ):
-    raise ValueError(
-      f'LENGTH_BUCKETS={length_buckets!r}: expected pairs of lengths, in '
-      'tokens of prompt and answer, none shorter than those before it and all '
-      f'below TASK_FEATURE_LENGTHS, {last}; such as ((16, 24), (32, 40)).'
-    )
-  return [(prompt, answer) for prompt, answer in buckets]
-
-
 def _batch_by_length(
   rows: 'tf.data.Dataset', buckets: Sequence[tuple[int, int]], batch_size: int
 ) -> 'tf.data.Dataset':
@@ -212,83 +335,6 @@ def _batch_by_length(
   return rows.group_by_window(bucket_of, make_batch, window_size=batch_size)
 
 
-def check_task(
-  task: 'seqio.Task | seqio.Mixture | cache_task.CachedTask',
-  split: str,
-  task_feature_lengths: Mapping[str, int],
-) -> None:
-  """Refuses what could not be read, before anything is computed.
-
-  The split's files are opened; local ones are read and checked to their end.
-
-  Raises:
-    FileNotFoundError: if a data set, a cache or a file is not there.
-    ValueError: for a split that the task does not have, lengths that are off,
-      or what a source or a preprocessor refuses.
-  """
-  if isinstance(task, cache_task.CachedTask):
-    _check_lengths(task_feature_lengths)
-    task.order(split, seed=0)
-    return
-  from l2s_jax.data.features import seqio
-
-  _check_settings(task, split, task_feature_lengths)
-  for part in seqio.get_subtasks(task):
-    if split in part.splits:
-      part.get_dataset(task_feature_lengths, split=split, shuffle=False)
-
-
-def check_evaluable(
-  task: 'seqio.Task | seqio.Mixture | cache_task.CachedTask', split: str
-) -> list[Any]:
-  """Returns the tasks that can be scored, before anything is computed.
-
-  Of a cache they are names.
-
-  Raises:
-    ValueError: if no task has the split and metrics, or metrics are of
-      something else than predictions.
-  """
-  if isinstance(task, cache_task.CachedTask):
-    return task.scored(split)
-  from l2s_jax.data.features import seqio
-
-  parts = seqio.get_subtasks(task)
-  scored = [part for part in parts if part.metric_objs and split in part.splits]
-  if not scored:
-    found = '; '.join(
-      f'{part.name} has splits {", ".join(part.splits)} and '
-      f'{len(part.metric_objs)} metrics'
-      for part in parts
-    )
-    raise ValueError(
-      f'nothing to evaluate in split {split!r} of {task.name!r}: {found}.'
-    )
-  for part in scored:
-    kinds = {metric.model_output_type.name for metric in part.metric_objs}
-    if kinds != {'PREDICTION'}:
-      raise ValueError(
-        f'task {part.name!r} has metrics of {", ".join(sorted(kinds))}; only '
-        'those of (targets, predictions) can be evaluated.'
-      )
-  return scored
-
-
-def metrics_of(
-  task: 'seqio.Task | seqio.Mixture | cache_task.CachedTask', split: str
-) -> dict[str, Sequence[Any]]:
-  """Returns the metrics of each task that has any and the split, by name."""
-  if isinstance(task, cache_task.CachedTask):
-    return {name: task.metric_fns[name] for name in task.scored(split)}
-  from l2s_jax.data.features import seqio
-
-  return {
-    part.name: part.predict_metric_fns
-    for part in seqio.get_subtasks(task)
-    if part.metric_objs and split in part.splits
-  }
-
-
 def _check_settings(
   task: 'seqio.Task | seqio.Mixture',
   split: str,
@@ -304,19 +350,4 @@ def _check_settings(
       f'task {task.name!r} has no split {split!r}; it has '
       f'{", ".join(sorted(task.splits))}.'
     )
-  _check_lengths(task_feature_lengths)
-
-
-def _check_lengths(task_feature_lengths: Mapping[str, int]) -> None:
-  """Refuses lengths that are off."""
-  if set(task_feature_lengths) != {'inputs', 'targets'}:
-    raise ValueError(
-      f'TASK_FEATURE_LENGTHS has {", ".join(task_feature_lengths)}; expected '
-      'inputs and targets, in tokens.'
-    )
-  for name, length in task_feature_lengths.items():
-    if not isinstance(length, int) or length < 1:
-      raise ValueError(
-        f'TASK_FEATURE_LENGTHS has {name}={length!r}; expected a positive '
-        'number of tokens.'
-      )
+  batching.check_lengths(task_feature_lengths)

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import gin
 
 from l2s_jax.data import seqio_internals, sources, templates
-from l2s_jax.data.cached import cache_task
 from l2s_jax.metrics import bleu, scores
 from l2s_jax.metrics import metric_fns as metric_fns_lib
 from l2s_jax.vocabularies import base
@@ -183,7 +182,7 @@ def local_task(
     source,
     [templates.text_to_text(prompt, fallback, target_column)],
     scores.Scores().named(metrics, 'local_task.metrics'),
-    postprocess_fn=cache_task.with_references if reference_columns else None,
+    postprocess_fn=templates.with_references if reference_columns else None,
   )
 
 
@@ -280,7 +279,7 @@ def bind(
   whatever the task did, so that a truncated sequence has none and can be
   counted; the raw answer stays beside the ids as `targets_pretokenized`.
 
-  No data are read yet; `streams.check_task` looks for them.
+  No data are read yet; `StreamedTask.check_data` looks for them.
 
   Args:
     name: of a SeqIO task or mixture, `local`, `mixture`, or either of these
@@ -328,27 +327,6 @@ def bind(
   return bind_provider(_find(name, label))
 
 
-def bind_cached(
-  name: str,
-  prompt_vocabulary: base.Vocabulary,
-  answer_vocabulary: base.Vocabulary,
-) -> cache_task.CachedTask:
-  """Returns what the verb `cache` has made of a task; imports no TensorFlow.
-
-  Args:
-    name: `cached`, or with a gin scope before it, such as `news/cached`.
-    prompt_vocabulary: that it was cached with.
-    answer_vocabulary: likewise.
-
-  Raises:
-    FileNotFoundError: if there is no whole cache.
-    ValueError: if it was made for another model.
-  """
-  return cache_task.bind(
-    name, prompt_vocabulary, answer_vocabulary, _metrics_of_cached
-  )
-
-
 def _bind_task(
   task: 'seqio.Task', output_features: Mapping[str, 'seqio.Feature']
 ) -> 'seqio.Task':
@@ -386,8 +364,6 @@ def data_settings(name: str) -> dict[str, Any]:
   Args:
     name: as for `bind`.
   """
-  if cache_task.is_cached(name):
-    return cache_task.data_settings(name)
   scope, _, kind = name.rpartition('/')
   if kind == 'mixture':
     with gin.config_scope(scope or None):
@@ -444,7 +420,7 @@ def metric_names(task: 'seqio.Task') -> list[str]:
   ]
 
 
-def _metrics_of_cached(
+def metrics_of_cached(
   name: str, names: Sequence[str]
 ) -> list[metric_fns_lib.MetricFn]:
   """Returns the metrics of a task that was cached, with gin's settings.

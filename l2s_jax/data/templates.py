@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Templates: the prompt as text with columns in braces.
+"""Templates: the prompt as text with columns in braces, and its answers.
 
 Importing this module does not import TensorFlow.
 """
@@ -114,3 +114,18 @@ def text_to_text(
     return dataset.map(fill)
 
   return fill_all
+
+
+def with_references(
+  text: str,
+  *,
+  example: Mapping[str, Any] | None = None,
+  is_target: bool = False,
+) -> str | list[str]:
+  """Returns a target with the references beside it; a prediction as it is.
+
+  A SeqIO `postprocess_fn`.
+  """
+  if not is_target or example is None:
+    return text
+  return [text, *(reference.decode() for reference in example['references'])]

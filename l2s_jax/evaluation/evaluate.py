@@ -106,9 +106,10 @@ def evaluate(
       'targets': max(max_decode_len, task_feature_lengths['targets']),
     },
     batch_sizes={'BATCH_SIZE': batch_size},
-    task=mixture_or_task_name,
-    evaluated=None if dry_run else split,  # A dry run needs no data.
   )
+  task = session_lib.bind_task(session.system, mixture_or_task_name)
+  if not dry_run:  # Which needs no data.
+    task.check_evaluable(split, session.lengths)
   _check_controls(controls, session.system)
   # The run may go on, and save, at this moment.
   chosen = distributed.from_first(_choose_steps(checkpoint_path, steps))
@@ -127,7 +128,7 @@ def evaluate(
     scorer = scoring.Evaluator(
       session.system,
       session.mesh,
-      session.task,
+      task,
       task_feature_lengths,
       split=split,
       batch_size=batch_size,
@@ -142,7 +143,7 @@ def evaluate(
       checkpoint_path,
       chosen,
       controls,
-      _Scores(folder, f'{session.task.name}-{split}', settings),
+      _Scores(folder, f'{task.name}-{split}', settings),
       stop,
     )
     distributed.wait_for_all('evaluate')

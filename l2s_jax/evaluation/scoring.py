@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import tqdm
 
-from l2s_jax.data import batching, streams
+from l2s_jax.data import batching, bound_tasks
 from l2s_jax.evaluation import report
 from l2s_jax.inference import generate, sampling
 from l2s_jax.metrics import metric_fns
@@ -37,7 +37,7 @@ class Evaluator:
     self,
     system: system_lib.System,
     mesh: jax.sharding.Mesh,
-    task: Any,
+    task: bound_tasks.BoundTask,
     task_feature_lengths: Mapping[str, int],
     *,
     split: str,
@@ -189,7 +189,7 @@ class Evaluator:
     }
 
 
-def score_names(task: Any, split: str) -> list[str] | None:
+def score_names(task: bound_tasks.BoundTask, split: str) -> list[str] | None:
   """Returns the scores that an evaluation will have; of a mixture 'task/score'.
 
   None if a task has metrics that are not of `metrics/metric_fns.py`.
@@ -198,7 +198,7 @@ def score_names(task: Any, split: str) -> list[str] | None:
     task: from `session.bind_task`.
     split: of it.
   """
-  by_task = streams.metrics_of(task, split)
+  by_task = task.metrics_of(split)
   names = []
   for task_name, metrics in by_task.items():
     scores = ['loss', 'token_accuracy']

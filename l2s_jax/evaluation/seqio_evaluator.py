@@ -18,8 +18,7 @@ import numpy as np
 import tqdm
 from jaxtyping import Int
 
-from l2s_jax.data import batching, features, streams
-from l2s_jax.data.cached import cache_task
+from l2s_jax.data import batching, bound_tasks, features
 from l2s_jax.data.features import seqio, tf
 from l2s_jax.inference import length_buckets
 from l2s_jax.metrics import metric_fns
@@ -42,7 +41,7 @@ class TaskEvaluator:
 
   def __init__(
     self,
-    task: seqio.Task | seqio.Mixture | cache_task.CachedTask,
+    task: bound_tasks.BoundTask,
     *,
     task_feature_lengths: Mapping[str, int],
     split: str,
@@ -53,7 +52,7 @@ class TaskEvaluator:
     """Reads and tokenizes the split.
 
     Args:
-      task: from `tasks.bind`.
+      task: from `bound_tasks.bind`.
       task_feature_lengths: `inputs` and `targets`, in tokens. Longer prompts
         are cut; references are not.
       split: `validation`, `test`, or another.
@@ -72,20 +71,16 @@ class TaskEvaluator:
     self._task_feature_lengths = task_feature_lengths
     self._split = split
     self._batch_size = batch_size
-    if isinstance(task, cache_task.CachedTask):
-      task = cache_task.for_seqio(task, split)
-    scored = streams.check_evaluable(task, split)
+    scored = task.scored_tasks(split)
     if num_bootstrap_samples:
       scored = [_with_intervals(part, num_bootstrap_samples) for part in scored]
-    seqio.MixtureRegistry.add_provider(
-      _REGISTERED_NAME,
-      seqio.Mixture(_REGISTERED_NAME, [(part, 1.0) for part in scored]),
-    )
+    mixture = seqio.Mixture(_REGISTERED_NAME, [(part, 1.0) for part in scored])
+    seqio.MixtureRegistry.add_provider(_REGISTERED_NAME, mixture)
     try:
       with features.plain_errors():
         self._evaluator = seqio.Evaluator(
           _REGISTERED_NAME,
-          features.make_converter(task),
+          features.make_converter(mixture),
           eval_split=split,
           sequence_length=task_feature_lengths,
           num_examples=num_examples,

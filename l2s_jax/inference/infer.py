@@ -20,7 +20,6 @@ import jax
 from etils import epath
 
 from l2s_jax.data import input_files, tasks, text_files
-from l2s_jax.data.cached import cache_task
 from l2s_jax.inference import (
   answerer,
   generate,
@@ -161,17 +160,19 @@ def infer(
     mesh,
     lengths,
     batch_sizes={'BATCH_SIZE': None if input == STDIN else batch_size},
-    task=input.removeprefix(TASK) if is_task else None,
-    label=f'INPUT={input}',
-    read=() if dry_run else (split,),  # A dry run needs no data.
   )
   if input == STDIN:
     batch_size = session.num_shards
   if is_task:
-    _check_task(session.task, input)
-    if not dry_run:
-      prompts.check_task(session.task, split)
-    read = functools.partial(prompts.read_task, session.task, split)
+    label = f'INPUT={input}'
+    bound = session_lib.bind_task(
+      session.system, input.removeprefix(TASK), label
+    )
+    task = bound.task_in_order(label)
+    if not dry_run:  # Which needs no data.
+      bound.check_data(split, lengths)
+      prompts.check_task(task, split)
+    read = functools.partial(prompts.read_task, task, split)
   if bad_lines == 'refuse':
     read = prompts.refusing(read)
   if dry_run:
@@ -282,23 +283,6 @@ def _check_input(input: str, bad_lines: str, part: predictions.Shard) -> None:
       )
     with input_files.open_bytes(epath.Path(input)):
       pass  # Which refuses what is neither text nor records.
-
-
-def _check_task(task: Any, input: str) -> None:
-  """Refuses a mixture, whose examples have no order of lines, and a cache."""
-  if isinstance(task, cache_task.CachedTask):
-    raise ValueError(
-      f'INPUT={input}: a cache is for train and evaluate; give the task that '
-      'was cached, or a file of the prompts.'
-    )
-  parts = getattr(task, 'tasks', None)
-  if parts is not None:
-    raise ValueError(
-      f'INPUT={input} is a mixture, which draws its examples at random; answer '
-      'its tasks one by one: '
-      + ', '.join(f'{TASK}{part.name}' for part in parts)
-      + '.'
-    )
 
 
 def _check_stream(

@@ -75,7 +75,9 @@ def convert(
       'transformers, and a Hugging Face folder at one end.'
     )
   opened = _open(source, from_, step, config)
-  _check_is_whole(opened)
+  # An encoder may come without its decoder: an LLM needs no more.
+  wanted = source_lib.demanded(opened.config, opened.shapes())
+  source_lib.check_shapes(opened, wanted, allow_others=False)
   if verify and shapes_lib.is_encoder_alone(opened.shapes()):
     raise ValueError(
       f'--verify compares logits, and {opened.location} is an encoder alone: '
@@ -248,34 +250,6 @@ def _progress(num_bytes: int, what: str) -> Any:
     disable=None,  # Where nobody looks on.
     leave=False,
   )
-
-
-def _check_is_whole(source: source_lib.Source) -> None:
-  """Refuses weights that are not, tensor by tensor, those of their config.
-
-  An encoder may come without its decoder: an LLM needs no more.
-  """
-  found = source.shapes()
-  wanted = source_lib.demanded(source.config, found)
-  problems = [
-    f'  {"/".join(path)} ({source.name(path)}) '
-    + (
-      f'{wanted[path].shape}: missing'
-      if path not in found
-      else f'{found[path].shape}: unknown'
-      if path not in wanted
-      else f'expected {wanted[path].shape}, found {found[path].shape}'
-    )
-    for path in sorted(found.keys() | wanted.keys())
-    if path not in found
-    or path not in wanted
-    or found[path].shape != wanted[path].shape
-  ]
-  if problems:
-    raise ValueError(
-      f'The weights in {source.location} are not those of their config:\n'
-      + '\n'.join(problems)
-    )
 
 
 def _check_destination(folder: pathlib.Path, num_bytes: int) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every verb begins with: a mesh, a system, its layout, and a task.
+"""What every verb begins with: a mesh, a system and its layout; and a task.
 
 Settings that do not fit each other are refused here, before weights are read
 and before anything is compiled.
@@ -7,13 +7,11 @@ and before anything is compiled.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
-from l2s_jax.data import streams, tasks
-from l2s_jax.data.cached import cache_task
+from l2s_jax.data import bound_tasks
 from l2s_jax.runtime import partitioning
 from l2s_jax.systems import builders, parameters
 from l2s_jax.systems import system as system_lib
@@ -29,7 +27,6 @@ class Session:
     system: with the axis rules of its LLM.
     layout: of its parameters on the mesh.
     lengths: tokens of 'inputs' (prompt) and 'targets' (answer), at most.
-    task: the SeqIO task or mixture with the system's vocabularies, or None.
   """
 
   mesh: jax.sharding.Mesh
@@ -37,7 +34,6 @@ class Session:
   system: system_lib.System
   layout: parameters.Layout
   lengths: Mapping[str, int]
-  task: Any = None
 
   @property
   def num_shards(self) -> int:
@@ -64,10 +60,6 @@ def start(
   *,
   batch_sizes: Mapping[str, int | None],
   num_microbatches: int = 1,
-  task: str | None = None,
-  label: str | None = None,
-  read: Sequence[str] = (),
-  evaluated: str | None = None,
 ) -> Session:
   """Returns a session, checked as far as shapes alone tell.
 
@@ -78,13 +70,9 @@ def start(
     batch_sizes: by setting; each must divide over the mesh, the first in
       `num_microbatches` parts. None is of a size that is not set.
     num_microbatches: parts a batch is computed in, one after another.
-    task: SeqIO task or mixture, to be bound to the system; None: there is none.
-    label: the setting that has its name, for messages.
-    read: splits of it that must be there; see `check_splits`.
-    evaluated: one that must be there with metrics.
 
   Raises:
-    ValueError: if devices, batch, lengths, parameters or data do not fit.
+    ValueError: if devices, batch, lengths or parameters do not fit.
   """
   mesh_config = mesh or partitioning.MeshConfig()
   device_mesh = partitioning.make_mesh(mesh_config)
@@ -93,14 +81,10 @@ def start(
       num_parts = 1 if number else num_microbatches
       partitioning.check_batch_size(size, device_mesh, name, num_parts)
   system = builders.with_rules(load(), mesh_config)
-  bound = None
-  if task is not None:
-    bound = bind_task(system, task, label)
-    check_splits(bound, lengths, read=read, evaluated=evaluated)
   with _entered(device_mesh, mesh_config):
     layout = parameters.layout(system, device_mesh, mesh_config)
     parameters.check_lengths(system, layout, lengths)
-  return Session(device_mesh, mesh_config, system, layout, lengths, bound)
+  return Session(device_mesh, mesh_config, system, layout, lengths)
 
 
 @contextlib.contextmanager
@@ -116,47 +100,17 @@ def _entered(
 
 def bind_task(
   system: system_lib.System, mixture_or_task_name: str, label: str | None = None
-) -> Any:
+) -> bound_tasks.BoundTask:
   """Returns a SeqIO task, a mixture or a cache with a system's vocabularies.
 
   Args:
     system: that reads and writes its texts.
-    mixture_or_task_name: as `tasks.bind` takes it, or `cached`.
+    mixture_or_task_name: as `bound_tasks.bind` takes it.
     label: the setting that has the name, for messages.
   """
-  if cache_task.is_cached(mixture_or_task_name):
-    return tasks.bind_cached(
-      mixture_or_task_name, system.prompt_vocabulary, system.answer_vocabulary
-    )
-  # Imports TensorFlow where it is called; the core does without.
-  return tasks.bind(
+  return bound_tasks.bind(
     mixture_or_task_name,
     system.prompt_vocabulary,
     system.answer_vocabulary,
     label=label,
   )
-
-
-def check_splits(
-  task: Any,
-  task_feature_lengths: Mapping[str, int],
-  *,
-  read: Sequence[str] = (),
-  evaluated: str | None = None,
-) -> None:
-  """Refuses what a task cannot give, before anything is computed.
-
-  Args:
-    task: from `bind_task`.
-    task_feature_lengths: tokens of 'inputs' and 'targets'.
-    read: splits that must be there.
-    evaluated: a split that must be there, with metrics; None for none.
-
-  Raises:
-    ValueError: for a missing split, lengths that are off, or no metrics.
-  """
-  for split in read:
-    streams.check_task(task, split, task_feature_lengths)
-  if evaluated is not None:
-    streams.check_task(task, evaluated, task_feature_lengths)
-    streams.check_evaluable(task, evaluated)

@@ -8,14 +8,15 @@ The scores of several are told apart by a prefix, 'TASK-SPLIT/'.
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import gin
 
+from l2s_jax.data import bound_tasks
 from l2s_jax.evaluation import metric_writer, scoring
 from l2s_jax.inference import generate
 from l2s_jax.runtime import distributed, gin_config
 from l2s_jax.systems import session as session_lib
+from l2s_jax.systems import system as system_lib
 from l2s_jax.training import hooks as hooks_lib
 
 
@@ -87,11 +88,14 @@ class Plan:
         longest[name] = max(longest[name], length)
     return longest
 
-  def bind(self, session: session_lib.Session, name: str) -> dict[str, Any]:
+  def bind(
+    self, system: system_lib.System, trained: bound_tasks.BoundTask, name: str
+  ) -> dict[str, bound_tasks.BoundTask]:
     """Returns the task of each evaluation, with the system's vocabularies.
 
     Args:
-      session: has the task that is trained on.
+      system: that is evaluated.
+      trained: the task that is trained on.
       name: of that one.
 
     Raises:
@@ -99,14 +103,13 @@ class Plan:
     """
     found = {}
     for prefix, planned in self.by_prefix.items():
-      found[prefix] = session.task
+      task = trained
       if planned.task != name:
-        found[prefix] = session_lib.bind_task(
-          session.system, planned.task, label=f'EVALUATIONS {prefix[:-1]}'
+        task = session_lib.bind_task(
+          system, planned.task, label=f'EVALUATIONS {prefix[:-1]}'
         )
-      session_lib.check_splits(
-        found[prefix], planned.task_feature_lengths, evaluated=planned.split
-      )
+      task.check_evaluable(planned.split, planned.task_feature_lengths)
+      found[prefix] = task
     if self.best is not None:
       prefix, score = self.best
       split = self.by_prefix[prefix].split
@@ -117,7 +120,7 @@ class Plan:
     self,
     loop: hooks_lib.Loop,
     session: session_lib.Session,
-    bound: Mapping[str, Any],
+    bound: Mapping[str, bound_tasks.BoundTask],
     batch_size: int,
   ) -> list[hooks_lib.Evaluate]:
     """Returns a hook for each evaluation; the best step is kept from now on.
@@ -243,7 +246,11 @@ def _of_score(
 
 
 def check_score(
-  name: str, score: str, task: Any, split: str, prefix: str = ''
+  name: str,
+  score: str,
+  task: bound_tasks.BoundTask,
+  split: str,
+  prefix: str = '',
 ) -> None:
   """Refuses a score that no evaluation of a task will give.
 

@@ -20,8 +20,7 @@ import jax
 import optax
 import tqdm
 
-from l2s_jax.data import batching, streams, tasks
-from l2s_jax.data.cached import cache_batches, cache_task
+from l2s_jax.data import batching, bound_tasks
 from l2s_jax.evaluation import metric_writer
 from l2s_jax.models import batch_keys, flops, l2s, language_model, losses
 from l2s_jax.runtime import (
@@ -54,7 +53,7 @@ def train(
   mesh: partitioning.MeshConfig | None = None,
   num_microbatches: int = 1,
   pack: bool = False,
-  length_buckets: streams.LengthBuckets = (),
+  length_buckets: batching.LengthBuckets = (),
   label_smoothing: float = 0.0,
   z_loss: float = 0.0,
   eval_period: int | None = None,
@@ -92,7 +91,7 @@ def train(
     num_microbatches: parts a batch is computed in, one after another.
     pack: whether a row holds as many examples as fit; for encoder-decoders.
     length_buckets: shorter lengths that a batch may have, as
-      `streams.bucket_lengths` takes them. A step is compiled for each.
+      `batching.bucket_lengths` takes them. A step is compiled for each.
     label_smoothing: probability given to all tokens in equal parts.
     z_loss: weight of the squared log of the softmax's denominator.
     eval_period: steps between evaluations; None evaluates at the end.
@@ -143,7 +142,7 @@ def train(
   profiling.check(profile_steps)
   hooks_lib.check(hooks)
   run_dir = files.local_folder(model_dir, 'MODEL_DIR')
-  buckets = streams.bucket_lengths(task_feature_lengths, length_buckets)
+  buckets = batching.bucket_lengths(task_feature_lengths, length_buckets)
   if pack:
     _check_packing(model.module, length_buckets)
   plan = eval_plan.make(
@@ -164,19 +163,20 @@ def train(
     plan.longest(task_feature_lengths),
     batch_sizes={'BATCH_SIZE': batch_size, 'eval_batch_size': eval_batch_size},
     num_microbatches=num_microbatches,
-    task=mixture_or_task_name,
-    read=() if dry_run else ('train',),  # A dry run needs no data.
   )
+  task = session_lib.bind_task(session.system, mixture_or_task_name)
+  if not dry_run:  # Which needs no data.
+    task.check_data('train', session.lengths)
   transform = optimizer.make(
     parameters.split(session.layout.axes, session.system.frozen)[1]
   )
   if dry_run:
     print(session.describe(_optimizer_bytes(session, transform)))
     return {}
-  eval_tasks = plan.bind(session, mixture_or_task_name)
+  eval_tasks = plan.bind(session.system, task, mixture_or_task_name)
   kind = {
     'task': mixture_or_task_name,
-    'data': tasks.data_settings(mixture_or_task_name),
+    'data': task.data_settings(),
     'seed': seed,
     'task_feature_lengths': dict(task_feature_lengths),
     'optimizer': optimizer.description,
@@ -205,14 +205,15 @@ def train(
     )
     batches = opened.enter_context(
       contextlib.closing(
-        _train_batches(
-          session,
-          loop,
+        task.train_batches(
           task_feature_lengths=task_feature_lengths,
           batch_size=batch_size,
           seed=seed,
           pack=pack,
           length_buckets=length_buckets,
+          start_row=loop.num_rows,
+          position=loop.position,
+          rows=partitioning.own_rows(batch_size, session.mesh),
         )
       )
     )
@@ -393,48 +394,6 @@ def _begin(
   )
 
 
-def _train_batches(
-  session: session_lib.Session,
-  loop: hooks_lib.Loop,
-  *,
-  task_feature_lengths: Mapping[str, int],
-  batch_size: int,
-  seed: int,
-  pack: bool,
-  length_buckets: streams.LengthBuckets,
-) -> streams.TaskBatches | cache_batches.CachedBatches:
-  """Returns the batches that a run goes on with, of a stream or of a cache."""
-  options: dict[str, Any] = {
-    'task_feature_lengths': task_feature_lengths,
-    'batch_size': batch_size,
-    'seed': seed,
-    'pack': pack,
-  }
-  if isinstance(session.task, cache_task.CachedTask):
-    return cache_batches.train_batches(
-      session.task,
-      length_buckets=streams.bucket_lengths(
-        task_feature_lengths, length_buckets
-      ),
-      position=loop.position,
-      rows=partitioning.own_rows(batch_size, session.mesh),
-      **options,
-    )
-  if jax.process_count() > 1:
-    distributed.say_once(
-      f'Each of the {jax.process_count()} processes reads and tokenizes all '
-      f'{batch_size} rows of a batch, {jax.process_count()} times the work of '
-      'one. The verb `cache` does it once, and each process then reads its own '
-      'rows: see gin_configs/tasks/cached.gin.'
-    )
-  return streams.train_batches(
-    session.task,
-    length_buckets=length_buckets,
-    start_row=loop.num_rows,
-    **options,
-  )
-
-
 def _first_part(
   parts: Iterator[batching.Part], loop: hooks_lib.Loop, name: str
 ) -> batching.Part:
@@ -484,7 +443,7 @@ def _compile(
 
 
 def _say_what_was_cut(
-  batches: streams.TaskBatches | cache_batches.CachedBatches,
+  batches: bound_tasks.TrainBatches,
   loop: hooks_lib.Loop,
   task_feature_lengths: Mapping[str, int],
 ) -> None:
@@ -528,7 +487,7 @@ def check_position(
 
 def _check_packing(
   module: l2s.LlmToSlm | language_model.LanguageModel,
-  length_buckets: streams.LengthBuckets,
+  length_buckets: batching.LengthBuckets,
 ) -> None:
   """Refuses a model that would read the examples of a row as one text."""
   if length_buckets:

@@ -180,9 +180,21 @@ def demanded_paths(
 
 
 def check_shapes(
-  source: Source, wanted: Mapping[shapes_lib.Path, jax.ShapeDtypeStruct]
+  source: Source,
+  wanted: Mapping[shapes_lib.Path, jax.ShapeDtypeStruct],
+  *,
+  allow_others: bool = True,
 ) -> None:
-  """Refuses weights that lack a tensor or have one of another shape."""
+  """Refuses weights that lack a tensor or have one of another shape.
+
+  Args:
+    source: has them.
+    wanted: the tensors that there must be.
+    allow_others: whether there may be more.
+
+  Raises:
+    ValueError: lists the tensors.
+  """
   expected = []
   for path, shape in wanted.items():
     name, theirs = '/'.join(path), source.name(path)
@@ -190,6 +202,12 @@ def check_shapes(
     expected.append(misfits.Expected(name, also, [tuple(shape.shape)]))
   found = {'/'.join(path): shape for path, shape in source.shapes().items()}
   problems = misfits.problems(expected, found)
+  if not allow_others:
+    names = {path: '/'.join(path) for path in source.shapes().keys() - wanted}
+    also = {name: source.name(path) for path, name in names.items()}
+    problems += misfits.unknown(
+      names.values(), found, {k: v for k, v in also.items() if k != v}
+    )
   if problems:
     raise ValueError(
       misfits.refusal(

@@ -19,8 +19,9 @@ import numpy as np
 from jaxtyping import Int64
 
 from l2s_jax.data import batching, packing
-from l2s_jax.data.cached import cache_format, cache_task, plans
+from l2s_jax.data.cached import cache_format, plans
 from l2s_jax.data.cached import order as order_lib
+from l2s_jax.vocabularies import base
 
 # Threads that read; each waits for the disk most of the time.
 _NUM_READERS = 4
@@ -29,14 +30,15 @@ _NUM_AHEAD = 8
 
 
 def train_batches(
-  task: cache_task.CachedTask,
+  order: order_lib.Order,
+  splits: Sequence[cache_format.Split],
   *,
+  prompt_vocabulary: base.Vocabulary,
+  answer_vocabulary: base.Vocabulary,
   task_feature_lengths: Mapping[str, int],
   batch_size: int,
-  seed: int,
-  split: str = 'train',
   pack: bool = False,
-  length_buckets: Sequence[tuple[int, int]] = (),
+  length_buckets: batching.LengthBuckets = (),
   position: plans.Position | None = None,
   rows: Int64[np.ndarray, ' rows'] | None = None,
   num_epochs: int | None = None,
@@ -47,23 +49,21 @@ def train_batches(
   mixture has its tasks by their rates, each of them by epochs of its own.
 
   Args:
-    task: from `cache_task.bind`.
+    order: of the examples.
+    splits: of its tasks, which it numbers.
+    prompt_vocabulary: whose ids the prompts are.
+    answer_vocabulary: whose ids the answers are.
     task_feature_lengths: `inputs` and `targets`, in tokens; longer is cut.
     batch_size: rows, over all devices.
-    seed: of the order.
-    split: `train`, or another.
     pack: whether a row holds several examples, for encoder-decoders.
-    length_buckets: all lengths that batches may have, `inputs` and `targets`
-      being the last; none: these alone.
+    length_buckets: as `batching.bucket_lengths` takes them.
     position: where an earlier start has come to; None: the beginning.
     rows: of each batch, those that this process reads; None: all.
     num_epochs: None: without end. A mixture has no other.
 
   Raises:
-    ValueError: if the split is missing.
+    ValueError: for buckets that are none.
   """
-  order = task.order(split, seed)
-  splits = [task.cache.split(name, split) for name in order.names]
   num_examples = None
   if num_epochs is not None:
     (size,) = order.sizes.values()
@@ -71,10 +71,10 @@ def train_batches(
   room = task_feature_lengths['inputs'], task_feature_lengths['targets']
   plan: Any = plans.packed if pack else plans.one_by_one
   lengths: Any = room
-  if len(length_buckets) > 1:
-    plan, lengths = plans.by_length, length_buckets
+  if length_buckets:
+    plan = plans.by_length
+    lengths = batching.bucket_lengths(task_feature_lengths, length_buckets)
   return CachedBatches(
-    task,
     splits,
     plan(
       functools.partial(_look, order, splits),
@@ -86,6 +86,8 @@ def train_batches(
     room,
     np.arange(batch_size) if rows is None else rows,
     batch_size,
+    prompt_vocabulary,
+    answer_vocabulary,
   )
 
 
@@ -103,29 +105,38 @@ class CachedBatches(Iterator[batching.Part]):
 
   def __init__(
     self,
-    task: cache_task.CachedTask,
     splits: Sequence[cache_format.Split],
     planned: Iterator[plans.BatchPlan],
     room: tuple[int, int],
     rows: Int64[np.ndarray, ' rows'],
     batch_size: int,
+    prompt_vocabulary: base.Vocabulary,
+    answer_vocabulary: base.Vocabulary,
   ):
     """Starts the threads.
 
     Args:
-      task: has the vocabularies.
       splits: of the tasks, as plans number them.
       planned: the batches.
       room: longest prompt and answer, in tokens.
       rows: of each batch, those to be made.
       batch_size: rows over all processes.
+      prompt_vocabulary: whose ids the prompts are.
+      answer_vocabulary: whose ids the answers are.
     """
     self.num_examples = 0
     self.num_truncated_prompts = 0
     self.num_truncated_targets = 0
     self._room = room
     self._planned = planned
-    self._maker = _Maker(task, splits, rows, batch_size)
+    self._maker = _Maker(
+      splits,
+      rows,
+      batch_size,
+      prompt_pad_id=prompt_vocabulary.pad_id,
+      answer_pad_id=answer_vocabulary.pad_id,
+      start_id=answer_vocabulary.start_id,
+    )
     # Plans are made one after another, in one thread.
     self._planner = concurrent.futures.ThreadPoolExecutor(1)
     self._readers = concurrent.futures.ThreadPoolExecutor(_NUM_READERS)
@@ -166,20 +177,16 @@ class _Maker:
 
   def __init__(
     self,
-    task: cache_task.CachedTask,
     splits: Sequence[cache_format.Split],
     rows: Int64[np.ndarray, ' rows'],
     batch_size: int,
+    **ids: int,
   ):
     self._rows = rows
     self._batch_size = batch_size
     self._splits = splits
     self._own = threading.local()
-    self._ids = {
-      'prompt_pad_id': task.prompt_vocabulary.pad_id,
-      'answer_pad_id': task.answer_vocabulary.pad_id,
-      'start_id': task.answer_vocabulary.start_id,
-    }
+    self._ids = ids
 
   def make(self, plan: plans.BatchPlan) -> batching.Part:
     """Returns the part of a planned batch."""

@@ -3,30 +3,33 @@
 
 What the verb `cache` has written is bound to a system as a task is, by the name
 `cached`. Training reads it without TensorFlow (`cache_batches.py`); scoring
-makes a SeqIO task of it.
+makes SeqIO tasks of it (`cache_scoring.py`).
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import gin
 import numpy as np
+from jaxtyping import Int64
 
-from l2s_jax.data.cached import cache_format
+from l2s_jax.data import batching, tasks
+from l2s_jax.data.cached import (
+  cache_batches,
+  cache_format,
+  cache_scoring,
+  plans,
+)
 from l2s_jax.data.cached import order as order_lib
 from l2s_jax.metrics import scores
 from l2s_jax.vocabularies import base
 
 if TYPE_CHECKING:
   import seqio
-  import tensorflow as tf
 
 # Of a task whose cache has none, as `local_task` has them.
 _METRICS = ('bleu', 'chrf', 'exact_match')
-
-MetricsOf = Callable[[str, Sequence[str]], Sequence[Any]]
 
 
 @gin.configurable('cached', module='l2s_jax')
@@ -61,7 +64,7 @@ class CachedData:
 
 @dataclasses.dataclass(frozen=True)
 class CachedTask:
-  """A cache with the vocabularies of a system, in the place of a bound task.
+  """A cache with the vocabularies of a system, as a `bound_tasks.BoundTask`.
 
   Attributes:
     cache: the whole of it.
@@ -111,13 +114,36 @@ class CachedTask:
       seed,
     )
 
-  def scored(self, split: str) -> list[str]:
-    """Returns the tasks that can be scored on a split.
+  def check_data(
+    self, split: str, task_feature_lengths: Mapping[str, int]
+  ) -> None:
+    """Opens the split's files.
+
+    Raises:
+      FileNotFoundError: if one is not there.
+      ValueError: for a split that no task has, or lengths that are off.
+    """
+    batching.check_lengths(task_feature_lengths)
+    self.order(split, seed=0)
+
+  def check_evaluable(
+    self, split: str, task_feature_lengths: Mapping[str, int]
+  ) -> None:
+    """Refuses a split that cannot be read, or that no task with metrics has."""
+    self.check_data(split, task_feature_lengths)
+    self.metrics_of(split)
+
+  def metrics_of(self, split: str) -> dict[str, Sequence[Any]]:
+    """Returns the metrics of each task that has any and the split, by name.
 
     Raises:
       ValueError: if there are none.
     """
-    found = [name for name in self.names(split) if self.metric_fns[name]]
+    found = {
+      name: self.metric_fns[name]
+      for name in self.names(split)
+      if self.metric_fns[name]
+    }
     if not found:
       raise ValueError(
         f'nothing to evaluate in split {split!r} of {self.cache.folder}: its '
@@ -125,12 +151,81 @@ class CachedTask:
       )
     return found
 
+  def scored_tasks(self, split: str) -> 'list[seqio.Task]':
+    """Returns SeqIO tasks that read the cache, to be scored on a split.
+
+    Raises:
+      ValueError: if there are none.
+    """
+    return [
+      cache_scoring.task(
+        self.cache,
+        name,
+        split,
+        prompt_vocabulary=self.prompt_vocabulary,
+        answer_vocabulary=self.answer_vocabulary,
+        metric_fns=metric_fns,
+      )
+      for name, metric_fns in self.metrics_of(split).items()
+    ]
+
+  def task_in_order(self, label: str) -> NoReturn:
+    """Refuses; see `bound_tasks.BoundTask`."""
+    raise ValueError(
+      f'{label}: a cache is for train and evaluate; give the task that was '
+      'cached, or a file of the prompts.'
+    )
+
+  def data_settings(self) -> dict[str, Any]:
+    """Returns what the order of the examples depends on, as JSON has it."""
+    return {
+      'cache': dict(self.cache.key),
+      'rates': dict(self.cache.rates),
+      'num_examples': {
+        task: {
+          split: of_split['num_examples']
+          for split, of_split in content['splits'].items()
+        }
+        for task, content in self.cache.tasks.items()
+      },
+    }
+
+  def train_batches(
+    self,
+    *,
+    task_feature_lengths: Mapping[str, int],
+    batch_size: int,
+    seed: int,
+    split: str = 'train',
+    pack: bool = False,
+    length_buckets: batching.LengthBuckets = (),
+    start_row: int = 0,
+    position: plans.Position | None = None,
+    rows: Int64[np.ndarray, ' rows'] | None = None,
+    num_epochs: int | None = None,
+  ) -> cache_batches.CachedBatches:
+    """Returns the rows of one process; see `cache_batches.train_batches`."""
+    del start_row  # The position says more.
+    order = self.order(split, seed)
+    return cache_batches.train_batches(
+      order,
+      [self.cache.split(name, split) for name in order.names],
+      prompt_vocabulary=self.prompt_vocabulary,
+      answer_vocabulary=self.answer_vocabulary,
+      task_feature_lengths=task_feature_lengths,
+      batch_size=batch_size,
+      pack=pack,
+      length_buckets=length_buckets,
+      position=position,
+      rows=rows,
+      num_epochs=num_epochs,
+    )
+
 
 def bind(
   name: str,
   prompt_vocabulary: base.Vocabulary,
   answer_vocabulary: base.Vocabulary,
-  metrics_of: MetricsOf,
 ) -> CachedTask:
   """Returns the cache that gin names, with the vocabularies of a system.
 
@@ -138,8 +233,6 @@ def bind(
     name: 'cached', or with a gin scope before it, 'SCOPE/cached'.
     prompt_vocabulary: that the prompts must have been tokenized with.
     answer_vocabulary: the same for the answers.
-    metrics_of: from a task's name, and the names of the metrics that it was
-      cached with, to its metrics.
 
   Raises:
     FileNotFoundError: if there is no whole cache.
@@ -152,180 +245,8 @@ def bind(
     cache,
     prompt_vocabulary,
     answer_vocabulary,
-    {
-      task: _metric_fns(cache, task, config, metrics_of) for task in cache.tasks
-    },
+    {task: _metric_fns(cache, task, config) for task in cache.tasks},
   )
-
-
-def data_settings(name: str) -> dict[str, Any]:
-  """Returns what the order of a cache's examples depends on, as JSON has it.
-
-  Args:
-    name: as for `bind`.
-  """
-  cache = _config(name).open()
-  return {
-    'cache': dict(cache.key),
-    'rates': dict(cache.rates),
-    'num_examples': {
-      task: {
-        split: of_split['num_examples']
-        for split, of_split in content['splits'].items()
-      }
-      for task, content in cache.tasks.items()
-    },
-  }
-
-
-def is_cached(name: str) -> bool:
-  """Returns whether a task's name stands for a cache."""
-  return name.rpartition('/')[2] == 'cached'
-
-
-def for_seqio(task: CachedTask, split: str) -> 'seqio.Mixture':
-  """Returns a mixture of SeqIO tasks that read the cache, to be scored.
-
-  Their examples have ids, lengths before cutting, and the columns of text, as
-  those of `tasks.bind` do.
-
-  Args:
-    task: from `bind`.
-    split: the tasks are those that can be scored on it.
-
-  Raises:
-    ValueError: if there are none.
-  """
-  from l2s_jax.data import features
-  from l2s_jax.data.features import seqio, tf
-
-  output_features = {
-    key: seqio.Feature(
-      vocabulary=features.wrap_vocabulary(vocabulary),
-      add_eos=True,
-      dtype=tf.int32,
-    )
-    for key, vocabulary in (
-      ('inputs', task.prompt_vocabulary),
-      ('targets', task.answer_vocabulary),
-    )
-  }
-  parts = [
-    seqio.Task(
-      name,
-      seqio.FunctionDataSource(
-        functools.partial(_dataset, task, name),
-        splits=sorted(task.cache.tasks[name]['splits']),
-      ),
-      output_features=output_features,
-      preprocessors=[],
-      postprocess_fn=_postprocess_fn(task, name, split),
-      metric_fns=list(task.metric_fns[name]),
-    )
-    for name in task.scored(split)
-  ]
-  return seqio.Mixture(task.name, [(part, 1.0) for part in parts])
-
-
-def _dataset(
-  task: CachedTask,
-  name: str,
-  split: str,
-  shuffle_files: bool = False,
-  seed: int | None = None,
-) -> 'tf.data.Dataset':
-  """Returns the examples of a split in their own order."""
-  from l2s_jax.data.features import tf
-
-  del shuffle_files, seed  # It is not for training.
-  ids, number = tf.TensorSpec([None], tf.int32), tf.TensorSpec([], tf.int32)
-  specs = {
-    'inputs': ids,
-    'targets': ids,
-    'inputs_length': number,
-    'targets_length': number,
-  }
-  kinds = _text_columns(task, name, split)
-  for column, is_list in kinds.items():
-    specs[column] = tf.TensorSpec([None] if is_list else [], tf.string)
-
-  def generate() -> Iterator[dict[str, Any]]:
-    for prompt, answer, texts in examples(task, name, split):
-      yield {
-        'inputs': prompt.astype(np.int32),
-        'targets': answer.astype(np.int32),
-        'inputs_length': np.int32(len(prompt)),
-        'targets_length': np.int32(len(answer)),
-        **{
-          column: _as_bytes(texts[column], is_list)
-          for column, is_list in kinds.items()
-        },
-      }
-
-  return tf.data.Dataset.from_generator(generate, output_signature=specs)
-
-
-def _as_bytes(text: str | Sequence[str], is_list: bool) -> Any:
-  if is_list:
-    return np.array([each.encode() for each in text], object)
-  return str(text).encode()
-
-
-def _text_columns(task: CachedTask, name: str, split: str) -> dict[str, bool]:
-  """Returns the columns of text, and whether each holds several texts."""
-  texts = next(examples(task, name, split, block=1))[2]
-  return {
-    column: isinstance(value, list)
-    for column, value in texts.items()
-    if isinstance(value, str | list)
-  }
-
-
-def _postprocess_fn(
-  task: CachedTask, name: str, split: str
-) -> Callable[..., Any] | None:
-  """Returns what makes targets of an example, with all its references."""
-  from l2s_jax.data.features import seqio
-
-  if name in seqio.TaskRegistry.names():
-    return seqio.TaskRegistry.get(name).postprocessor
-  if 'references' in _text_columns(task, name, split):
-    return with_references
-  return None
-
-
-def with_references(
-  text: str,
-  *,
-  example: Mapping[str, Any] | None = None,
-  is_target: bool = False,
-) -> str | list[str]:
-  """Returns a target with the references beside it; a prediction as it is.
-
-  A SeqIO `postprocess_fn`.
-  """
-  if not is_target or example is None:
-    return text
-  return [text, *(reference.decode() for reference in example['references'])]
-
-
-def examples(
-  task: CachedTask, name: str, split: str, block: int = 256
-) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, Any]]]:
-  """Yields ids of prompt and answer, uncut, and texts, in the task's order.
-
-  Args:
-    task: from `bind`.
-    name: of one of the tasks in it.
-    split: of that.
-    block: examples read at a time.
-  """
-  source = task.cache.split(name, split)
-  for start in range(0, source.num_examples, block):
-    stop = min(start + block, source.num_examples)
-    for record in source.read(range(start, stop)):
-      prompt, answer = cache_format.decode_ids(record, source.dtype)
-      yield prompt, answer, cache_format.decode_texts(record, source.dtype)
 
 
 def _config(name: str) -> CachedData:
@@ -336,10 +257,7 @@ def _config(name: str) -> CachedData:
 
 
 def _metric_fns(
-  cache: cache_format.TokenCache,
-  task: str,
-  config: CachedData,
-  metrics_of: MetricsOf,
+  cache: cache_format.TokenCache, task: str, config: CachedData
 ) -> Sequence[Any]:
   """Returns the metrics of a task: gin's, or those that it was cached with.
 
@@ -348,7 +266,8 @@ def _metric_fns(
   """
   if config.metrics is not None:
     return scores.Scores().named(config.metrics, 'cached.metrics')
-  return metrics_of(task, cache.tasks[task].get('metrics', _METRICS))
+  names = cache.tasks[task].get('metrics', _METRICS)
+  return tasks.metrics_of_cached(task, names)
 
 
 def _check_vocabularies(

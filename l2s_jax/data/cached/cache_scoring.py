@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SeqIO tasks that read a cache, to be scored; the one use of TensorFlow here.
+
+Their examples have ids, lengths before cutting, and the columns of text, as
+those of `tasks.bind` do.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from l2s_jax.data import templates
+from l2s_jax.data.cached import cache_format
+from l2s_jax.vocabularies import base
+
+if TYPE_CHECKING:
+  import seqio
+  import tensorflow as tf
+
+
+def task(
+  cache: cache_format.TokenCache,
+  name: str,
+  split: str,
+  *,
+  prompt_vocabulary: base.Vocabulary,
+  answer_vocabulary: base.Vocabulary,
+  metric_fns: Sequence[Any],
+) -> 'seqio.Task':
+  """Returns a SeqIO task of one of the tasks in a cache.
+
+  Args:
+    cache: the whole of it.
+    name: of the task.
+    split: that is scored.
+    prompt_vocabulary: whose ids the prompts are.
+    answer_vocabulary: whose ids the answers are.
+    metric_fns: of the task.
+  """
+  from l2s_jax.data import features
+  from l2s_jax.data.features import seqio, tf
+
+  output_features = {
+    key: seqio.Feature(
+      vocabulary=features.wrap_vocabulary(vocabulary),
+      add_eos=True,
+      dtype=tf.int32,
+    )
+    for key, vocabulary in (
+      ('inputs', prompt_vocabulary),
+      ('targets', answer_vocabulary),
+    )
+  }
+  return seqio.Task(
+    name,
+    seqio.FunctionDataSource(
+      functools.partial(_dataset, cache, name),
+      splits=sorted(cache.tasks[name]['splits']),
+    ),
+    output_features=output_features,
+    preprocessors=[],
+    postprocess_fn=_postprocess_fn(cache, name, split),
+    metric_fns=list(metric_fns),
+  )
+
+
+def _dataset(
+  cache: cache_format.TokenCache,
+  name: str,
+  split: str,
+  shuffle_files: bool = False,
+  seed: int | None = None,
+) -> 'tf.data.Dataset':
+  """Returns the examples of a split in their own order."""
+  from l2s_jax.data.features import tf
+
+  del shuffle_files, seed  # It is not for training.
+  ids, number = tf.TensorSpec([None], tf.int32), tf.TensorSpec([], tf.int32)
+  specs = {
+    'inputs': ids,
+    'targets': ids,
+    'inputs_length': number,
+    'targets_length': number,
+  }
+  kinds = _text_columns(cache, name, split)
+  for column, is_list in kinds.items():
+    specs[column] = tf.TensorSpec([None] if is_list else [], tf.string)
+
+  def generate() -> Iterator[dict[str, Any]]:
+    for prompt, answer, texts in _examples(cache, name, split):
+      yield {
+        'inputs': prompt.astype(np.int32),
+        'targets': answer.astype(np.int32),
+        'inputs_length': np.int32(len(prompt)),
+        'targets_length': np.int32(len(answer)),
+        **{
+          column: _as_bytes(texts[column], is_list)
+          for column, is_list in kinds.items()
+        },
+      }
+
+  return tf.data.Dataset.from_generator(generate, output_signature=specs)
+
+
+def _as_bytes(text: str | Sequence[str], is_list: bool) -> Any:
+  if is_list:
+    return np.array([each.encode() for each in text], object)
+  return str(text).encode()
+
+
+def _text_columns(
+  cache: cache_format.TokenCache, name: str, split: str
+) -> dict[str, bool]:
+  """Returns the columns of text, and whether each holds several texts."""
+  texts = next(_examples(cache, name, split, block=1))[2]
+  return {
+    column: isinstance(value, list)
+    for column, value in texts.items()
+    if isinstance(value, str | list)
+  }
+
+
+def _postprocess_fn(
+  cache: cache_format.TokenCache, name: str, split: str
+) -> Callable[..., Any] | None:
+  """Returns what makes targets of an example, with all its references."""
+  from l2s_jax.data.features import seqio
+
+  if name in seqio.TaskRegistry.names():
+    return seqio.TaskRegistry.get(name).postprocessor
+  if 'references' in _text_columns(cache, name, split):
+    return templates.with_references
+  return None
+
+
+def _examples(
+  cache: cache_format.TokenCache, name: str, split: str, block: int = 256
+) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, Any]]]:
+  """Yields ids of prompt and answer, uncut, and texts, in the task's order.
+
+  Args:
+    cache: the whole of it.
+    name: of one of the tasks in it.
+    split: of that.
+    block: examples read at a time.
+  """
+  source = cache.split(name, split)
+  for start in range(0, source.num_examples, block):
+    stop = min(start + block, source.num_examples)
+    for record in source.read(range(start, stop)):
+      prompt, answer = cache_format.decode_ids(record, source.dtype)
+      yield prompt, answer, cache_format.decode_texts(record, source.dtype)
