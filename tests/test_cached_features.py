@@ -5,6 +5,7 @@ The LLM is the one of `kept_runs`.
 """
 
 import itertools
+import json
 import pathlib
 import shutil
 import signal
@@ -13,6 +14,7 @@ import time
 
 import forked
 import gin
+import helpers
 import numpy as np
 import pytest
 import test_distributed
@@ -20,6 +22,9 @@ import tiny_runs
 
 from l2s_jax import __main__ as command_line
 from l2s_jax.data.cached import cache_format, feature_format
+from l2s_jax.evaluation import metric_writer
+from l2s_jax.models import l2s
+from l2s_jax.weights import converted, opening
 
 KEPT = pathlib.Path(__file__).parent / 'kept_runs' / '1'
 SIZES = {'train': 160, 'valid': 24}
@@ -160,3 +165,160 @@ def test_processes_share_a_mesh_and_the_work(folder):
   assert content(folder / 'together').keys() == names
   one, two = states(folder / 'cache'), states(folder / 'together')
   np.testing.assert_allclose(one, two, rtol=1 / 64, atol=1e-3)
+
+
+STEPS = 6
+
+
+def write_another_llm(folder, path):
+  """Writes an LLM of the same tokenizer with other weights."""
+  source = opening.open_source(str(folder / 'converted'))
+  params = helpers.random_params(l2s.build(source.config))
+  converted.save(helpers.Arrays(source.config, params), path)
+  shutil.copy(folder / 'data' / 'tiny.model', path / 'spiece.model')
+
+
+def train(folder, name, *arguments, of='l2s', use=True, cached='cache'):
+  """Returns the arguments that train a run from the cache."""
+  return (
+    'train',
+    *system(folder, name=of),
+    '--gin_file=gin_configs/tasks/cached.gin',
+    "--gin.TASK_FEATURE_LENGTHS={'inputs': 32, 'targets': 16}",
+    f'--gin.CACHE_DIR={folder / cached}',
+    f'--gin.USE_FEATURES={use}',
+    "--gin.cached.metrics=('chrf',)",
+    f'--gin.MODEL_DIR={folder / name}',
+    f'--gin.TRAIN_STEPS={STEPS}',
+    '--gin.train.log_period=1',
+    '--gin.train.num_eval_examples=8',
+    *arguments,
+  )
+
+
+def logged(run_dir, name='train/loss'):
+  return [r[name] for r in metric_writer.read(run_dir) if name in r]
+
+
+@pytest.fixture(scope='module')
+def trained(folder):
+  """Returns a run from features, and one whose LLM reads."""
+  run(*train(folder, 'from_features'))
+  run(*train(folder, 'with_llm', use=False))
+  return folder / 'from_features', folder / 'with_llm'
+
+
+def test_losses_and_scores_are_those_of_the_llm_to_a_precision(trained):
+  """Of the step as of the evaluation, with the same data and dropout."""
+  for name in ('train/loss', 'eval/loss', 'eval/token_accuracy'):
+    found, expected = (logged(path, name) for path in trained)
+    np.testing.assert_allclose(found, expected, rtol=5e-3, err_msg=name)
+  assert logged(trained[0]) != logged(trained[1])
+  descriptions = [json.loads((p / 'model.json').read_text()) for p in trained]
+  assert descriptions[0] == descriptions[1]
+
+
+def test_a_run_that_goes_on_is_as_one_that_was_unbroken(folder, trained):
+  """And it may go on with the LLM: what is trained is the same."""
+  for steps in (2, 4):
+    run(*train(folder, 'resumed', f'--gin.TRAIN_STEPS={steps}'))
+  assert logged(folder / 'resumed') == logged(trained[0])[:4]
+  run(*train(folder, 'resumed', use=False))
+  np.testing.assert_allclose(
+    logged(folder / 'resumed'), logged(trained[1]), rtol=5e-3
+  )
+
+
+def test_controls_are_scored_from_features(folder, trained):
+  """Where the LLM is, need not be known."""
+  found = []
+  for use in (True, False):
+    run(
+      'evaluate',
+      '--gin_file=gin_configs/tasks/cached.gin',
+      '--gin_file=gin_configs/runs/evaluate.gin',
+      f'--gin.CACHE_DIR={folder / "cache"}',
+      "--gin.TASK_FEATURE_LENGTHS={'inputs': 32, 'targets': 16}",
+      f'--gin.CHECKPOINT_PATH={trained[1]}',
+      f'--gin.LLM_PATH={folder / ("nowhere" if use else "llm")}',
+      f'--gin.EVAL_OUTPUT_DIR={folder / f"evaluated_{use}"}',
+      f'--gin.USE_FEATURES={use}',
+      '--gin.BATCH_SIZE=8',
+      "--gin.EVAL_CONTROLS=('none', 'zero', 'other')",
+      '--gin.EVAL_BOOTSTRAP_SAMPLES=0',
+    )
+    path = folder / f'evaluated_{use}' / 'eval'
+    scores = json.loads((path / 'metrics-local-validation.json').read_text())
+    (by_control,) = scores.values()
+    found.append(
+      {control: scores['loss'] for control, scores in by_control.items()}
+    )
+  assert found[0].keys() == {'none', 'zero', 'other'}
+  for control, loss in found[0].items():
+    np.testing.assert_allclose(loss, found[1][control], rtol=1e-3)
+  assert len({round(loss, 3) for loss in found[0].values()}) == 3
+
+
+@pytest.mark.long
+def test_a_foreign_vocabulary_and_int8(folder):
+  """Of the LLM the embeddings are there."""
+  int8 = '--gin.FEATURES_DTYPE=int8'
+  run(*cache(folder, 'gpt_cache', int8, of='gpt'))
+  for use in (True, False):
+    arguments = {'of': 'gpt', 'use': use, 'cached': 'gpt_cache'}
+    run(*train(folder, f'gpt_{use}', '--gin.TRAIN_STEPS=3', **arguments))
+  np.testing.assert_allclose(
+    logged(folder / 'gpt_True'), logged(folder / 'gpt_False'), rtol=2e-2
+  )
+
+
+def test_processes_read_their_own_rows(folder, trained):
+  arguments = train(folder, 'pair', '--gin.MeshConfig.fsdp=2')
+  test_distributed.finish(test_distributed.start(2, *arguments))
+  np.testing.assert_allclose(
+    logged(folder / 'pair'), logged(trained[0]), rtol=1e-4
+  )
+
+
+@pytest.mark.parametrize(
+  'changes,message',
+  [
+    (("--gin.TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 16}",), 'cut to 32'),
+    (('--gin.LLM_PATH=OTHER',), 'has the states of another LLM than'),
+    (('--gin.CACHE_DIR=TOKENS',), 'has no features: there is no features.json'),
+    (
+      (
+        '--gin.EVALUATIONS=(@Evaluation(),)',
+        '--gin.Evaluation.task=local',
+        "--gin.Evaluation.task_feature_lengths={'inputs': 32, 'targets': 16}",
+      ),
+      'of this task there are none',
+    ),
+  ],
+)
+def test_what_does_not_fit_is_refused(folder, changes, message, capsys):
+  other = folder / 'other_llm'
+  if 'OTHER' in changes[0]:
+    write_another_llm(folder, other)
+  if 'TOKENS' in changes[0]:
+    ignore = shutil.ignore_patterns('*features*')
+    shutil.copytree(folder / 'cache', folder / 'tokens', ignore=ignore)
+  changes = [
+    change.replace('OTHER', str(other)).replace(
+      'TOKENS', str(folder / 'tokens')
+    )
+    for change in changes
+  ]
+  run(*train(folder, 'refused'), *changes, status=2)
+  assert message in capsys.readouterr().err
+  assert not (folder / 'refused' / 'model.json').exists()
+
+
+def test_a_model_without_an_llm_is_refused(folder, capsys):
+  arguments = [
+    argument.replace('/l2s.gin', '/llm.gin').replace('SLM_VOC', 'LLM_VOC')
+    for argument in train(folder, 'alone')
+    if not argument.startswith('--gin.LLM_PATH')
+  ]
+  run(*arguments, status=2)
+  assert 'this is a language model alone' in capsys.readouterr().err

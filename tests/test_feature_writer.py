@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import pathlib
 import re
 import shutil
 import types
@@ -38,7 +39,9 @@ def params():
   return helpers.random_params(MODULE)
 
 
-def write(folder, dtype='bfloat16', shape=(8, 1, 1), **options):
+def write(
+  folder, dtype='bfloat16', shape=(8, 1, 1), longest=LONGEST, **options
+):
   """Writes the features of the shards that have none; returns the session."""
   system = dataclasses.replace(
     helpers.system(MODULE), llm_fingerprint=options.pop('fingerprint', 'f' * 64)
@@ -47,10 +50,10 @@ def write(folder, dtype='bfloat16', shape=(8, 1, 1), **options):
     **dict(zip(partitioning.MESH_AXES, shape, strict=True))
   )
   session = session_lib.start(
-    lambda: system, mesh, {'inputs': LONGEST, 'targets': 8}, batch_sizes={}
+    lambda: system, mesh, {'inputs': longest, 'targets': 8}, batch_sizes={}
   )
   cache = cache_format.open_cache(folder)
-  plan = feature_writer.make_plan(cache, session.system, dtype, LONGEST)
+  plan = feature_writer.make_plan(cache, session.system, dtype, longest)
   with session.entered():
     feature_writer.settle_plan(folder, plan)
     frozen = jax.device_put(params()['llm'], session.layout.shardings['llm'])
@@ -122,7 +125,7 @@ def test_features_are_what_the_llm_makes_of_each_prompt(
       assert states.rows.shape == expected.shape
       rows = states.rows.astype(np.float32)
       error = np.abs(expected) / 256
-      if dtype == 'int8':
+      if states.scales is not None:
         rows *= states.scales[:, None]
         error = np.abs(expected).max(axis=1, keepdims=True) / 254
       assert (np.abs(rows - expected) <= error + 1e-5).all()
@@ -227,8 +230,11 @@ def test_rows_hold_the_states_of_their_examples_in_order():
     for n in (1, 2, 3)
   )
   segment_ids = np.array([[1, 1, 1, 0], [1, 2, 2, 0]], np.int32)
+  like = feature_format.FeatureCache(
+    pathlib.Path('x'), {'dtype': 'int8', 'width': 2}
+  )
   batch = feature_format.lay_out(
-    [one, two, three], segment_ids, [1, 1, 0], dtype='int8', width=2
+    [one, two, three], segment_ids, [1, 1, 0], like=like
   )
   assert batch['llm_states'][..., 1].tolist() == [[3, 3, 3, 0], [1, 2, 2, 0]]
   assert batch['llm_state_scales'].tolist() == [
@@ -236,6 +242,61 @@ def test_rows_hold_the_states_of_their_examples_in_order():
     [0.5, 1, 1, 0],
   ]
   with pytest.raises(ValueError, match='row 0 has 3 prompt tokens and .* of 2'):
-    feature_format.lay_out(
-      [one, two, two], segment_ids, [1, 1, 0], dtype='int8', width=2
+    feature_format.lay_out([one, two, two], segment_ids, [1, 1, 0], like=like)
+
+
+@pytest.fixture(scope='module')
+def uncut(tokens):
+  folder = tokens.parent / 'uncut'
+  shutil.copytree(tokens, folder)
+  write(folder, longest=40)
+  return folder
+
+
+@pytest.mark.parametrize(
+  'options',
+  [{}, {'pack': True}, {'length_buckets': ((12, 6), (16, 12))}],
+  ids=['padded', 'packed', 'by length'],
+)
+def test_states_stand_where_their_tokens_do(uncut, vocabulary, options):
+  """Whatever shares a row, in the rows of one process or of two."""
+  cache = cache_format.open_cache(uncut)
+  features = feature_format.open_features(cache)
+  task = dataclasses.replace(
+    cache_files.task(uncut, vocabulary), features=features
+  )
+  lengths = {'inputs': 40, 'targets': 30}
+  task.check_data('train', lengths)
+  parts = []
+  for rows in (np.arange(8), np.arange(0, 8, 2)):
+    batches = task.train_batches(
+      task_feature_lengths=lengths, batch_size=8, seed=1, rows=rows, **options
     )
+    parts.append([next(batches) for _ in range(10)])
+    batches.close()
+  states_of = {}
+  for name, size in SIZES.items():
+    split = cache.split(name, 'train')
+    for record, states in zip(
+      split.read(range(size)),
+      features.split(name, 'train').states(range(size)),
+      strict=True,
+    ):
+      prompt, _ = cache_format.decode_ids(record, split.dtype)
+      states_of[tuple(prompt.tolist())] = states.rows
+  for whole, own in zip(*parts, strict=True):
+    batch = whole.batch
+    np.testing.assert_array_equal(
+      batch['llm_states'][::2], own.batch['llm_states']
+    )
+    for ids, segment_ids, states in zip(
+      batch['encoder_input_tokens'],
+      batch['encoder_segment_ids'],
+      batch['llm_states'],
+      strict=True,
+    ):
+      assert not states[segment_ids == 0].any()
+      for number in range(1, segment_ids.max() + 1):
+        where = segment_ids == number
+        expected = states_of[tuple(ids[where].tolist())]
+        np.testing.assert_array_equal(states[where], expected)

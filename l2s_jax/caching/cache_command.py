@@ -21,8 +21,8 @@ from l2s_jax.caching import (
   cache_writer,
   feature_command,
 )
-from l2s_jax.data import sources, tasks
-from l2s_jax.data.cached import cache_format, cache_task
+from l2s_jax.data import bound_tasks, sources, tasks
+from l2s_jax.data.cached import cache_format
 from l2s_jax.runtime import distributed, files, gin_config, partitioning
 from l2s_jax.systems import system as system_lib
 
@@ -113,7 +113,7 @@ def cache(
   if show is not None:
     _show(cache_format.open_cache(folder), show)
     return
-  has_task = not cache_task.is_cached(mixture_or_task_name or 'cached')
+  has_task = not bound_tasks.is_cached(mixture_or_task_name or 'cached')
   if model is None or not (has_task or features):
     raise ValueError(
       'what is to be cached, for which tokenizers? Add the gin files of a '

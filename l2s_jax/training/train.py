@@ -22,7 +22,7 @@ import tqdm
 
 from l2s_jax.data import batching, bound_tasks
 from l2s_jax.evaluation import metric_writer
-from l2s_jax.models import batch_keys, flops, l2s, language_model, losses
+from l2s_jax.models import flops, l2s, language_model, losses
 from l2s_jax.runtime import (
   distributed,
   files,
@@ -158,7 +158,9 @@ def train(
   )
 
   session = session_lib.start(
-    lambda: run_folder.pin_llm(model, run_dir),
+    lambda: session_lib.with_cached_states(
+      run_folder.pin_llm(model, run_dir), mixture_or_task_name
+    ),
     mesh,
     plan.longest(task_feature_lengths),
     batch_sizes={'BATCH_SIZE': batch_size, 'eval_batch_size': eval_batch_size},
@@ -166,7 +168,7 @@ def train(
   )
   task = session_lib.bind_task(session.system, mixture_or_task_name)
   if not dry_run:  # Which needs no data.
-    task.check_data('train', session.lengths)
+    task.check_data('train', task_feature_lengths)
   transform = optimizer.make(
     parameters.split(session.layout.axes, session.system.frozen)[1]
   )
@@ -374,7 +376,11 @@ def _begin(
     run_dir,
     position['sums'],
     clock=position.get('clock') or {'began': began, 'productive_secs': 0.0},
-    example_flops=functools.partial(flops.train_flops, system.module),
+    example_flops=functools.partial(
+      flops.train_flops,
+      system.module,
+      llm_reads=system.cached_states is None,
+    ),
   )
   return hooks_lib.Loop(
     run_dir=run_dir,
@@ -430,7 +436,7 @@ def _compile(
   )
   compiled = {}
   for shape in shapes:
-    example = batch_keys.example_batch(
+    example = loop.system.example_batch(
       *shape, sharding=partitioning.batch_sharding(mesh)
     )
     compiled[shape[1:]] = jitted.lower(

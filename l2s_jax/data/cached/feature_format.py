@@ -93,8 +93,7 @@ def lay_out(
   segment_ids: np.ndarray,
   rows: Sequence[int] | np.ndarray,
   *,
-  dtype: str,
-  width: int,
+  like: 'Features | FeatureCache',
 ) -> dict[str, np.ndarray]:
   """Returns the batch keys that `models/stored_states.py` defines.
 
@@ -102,11 +101,14 @@ def lay_out(
     states: of each example, as many as its row has tokens of it.
     segment_ids: [rows, length], which number the examples of a row from 1.
     rows: of each example, in the order in which they stand in the row.
-    dtype: of the states.
-    width: of the LLM's states.
+    like: has dtype and width.
   """
-  batch = {'llm_states': np.zeros((*segment_ids.shape, width), _DTYPES[dtype])}
-  if dtype == 'int8':
+  batch = {
+    'llm_states': np.zeros(
+      (*segment_ids.shape, like.width), _DTYPES[like.dtype]
+    )
+  }
+  if like.dtype == 'int8':
     batch['llm_state_scales'] = np.zeros(segment_ids.shape, np.float32)
   starts = np.zeros(len(segment_ids), np.int64)
   for row, each in zip(rows, states, strict=True):
@@ -151,6 +153,10 @@ class Features(cache_format.Split):
     super().__init__(folder, task, split, content, dtype)
     self.width = width
 
+  def decode(self, record: bytes) -> States:
+    """Returns the states in a record."""
+    return decode(record, self.dtype, self.width)
+
   def states(self, numbers: Sequence[int] | np.ndarray) -> list[States]:
     """Returns the states of examples by their numbers.
 
@@ -158,9 +164,7 @@ class Features(cache_format.Split):
       IndexError: if there is no such example.
       ValueError: naming shard and place of a record that is not as written.
     """
-    return [
-      decode(record, self.dtype, self.width) for record in self.read(numbers)
-    ]
+    return [self.decode(record) for record in self.read(numbers)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
