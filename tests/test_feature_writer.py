@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from l2s_jax.caching import feature_command, feature_writer
+from l2s_jax.caching import feature_command, feature_files, feature_writer
 from l2s_jax.data.cached import cache_format, feature_format
 from l2s_jax.models import stored_states
 from l2s_jax.runtime import partitioning
@@ -53,17 +53,17 @@ def write(
     lambda: system, mesh, {'inputs': longest, 'targets': 8}, batch_sizes={}
   )
   cache = cache_format.open_cache(folder)
-  plan = feature_writer.make_plan(cache, session.system, dtype, longest)
+  plan = feature_files.make_plan(cache, session.system, dtype, longest)
   with session.entered():
-    feature_writer.settle_plan(folder, plan)
+    feature_files.settle_plan(folder, plan)
     frozen = jax.device_put(params()['llm'], session.layout.shardings['llm'])
-    shards = feature_writer.missing_of(cache, **options)
+    shards = feature_files.missing_of(cache, **options)
     times = feature_writer.write(
       session, {'llm': frozen}, cache, shards, plan, batch_size=8, **options
     )
-  if not feature_writer.missing_of(cache):
-    feature_writer.finish(cache, plan)
-  return times, feature_writer.num_bytes(cache, shards, plan)
+  if not feature_files.missing_of(cache):
+    feature_files.finish(cache, plan)
+  return times, feature_files.num_bytes(cache, shards, plan)
 
 
 def content(folder):
@@ -191,7 +191,7 @@ def test_features_of_something_else_are_refused(changes, difference, featured):
 def test_features_of_other_tokens_are_refused(featured, tmp_path):
   examples = cache_files.random_examples(20, seed=4)
   folder = cache_files.write(tmp_path / 'c', {'one': {'train': examples}})
-  for name in (feature_format.FILE, feature_writer.PLAN):
+  for name in (feature_format.FILE, feature_files.PLAN):
     shutil.copy(featured / name, folder / name)
   cache = cache_format.open_cache(folder)
   with pytest.raises(ValueError, match='features of other tokens .* digest'):

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import gin
-import jax
 
 from l2s_jax.caching import (
   cache_encoding,
@@ -124,6 +123,7 @@ def cache(
   gin_config.check_lengths(lengths)
   if features:
     feature_command.check(model, lengths, features_dtype)
+  index, num_processes = distributed.place()
   if has_task:
     _cache_tokens(
       folder,
@@ -132,13 +132,14 @@ def cache(
       lengths,
       splits,
       # Processes that run together are parts of a part.
-      shard * jax.process_count() + jax.process_index(),
-      num_shards * jax.process_count(),
+      shard * num_processes + index,
+      num_shards * num_processes,
       num_workers,
       examples_per_shard,
       dry_run=dry_run,
     )
-    distributed.wait_for_all('cache')
+    if num_processes > 1:
+      distributed.wait_for_all('cache')
   if not features:
     return
   # The others may have completed it since.

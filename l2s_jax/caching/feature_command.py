@@ -8,7 +8,7 @@ What the files are is in `feature_format.py`, how they come to be in
 from collections.abc import Mapping
 from typing import Any
 
-from l2s_jax.caching import cache_writer, feature_writer
+from l2s_jax.caching import cache_writer, feature_files, feature_writer
 from l2s_jax.data.cached import cache_format, feature_format
 from l2s_jax.models import l2s, stored_states
 from l2s_jax.runtime import distributed, partitioning
@@ -89,11 +89,11 @@ def cache_features(
     {'targets': 1} | dict(lengths),
     batch_sizes={'FEATURES_BATCH_SIZE': batch_size},
   )
-  shards = feature_writer.missing_of(cache, job, num_jobs)
-  plan = feature_writer.make_plan(
+  shards = feature_files.missing_of(cache, job, num_jobs)
+  plan = feature_files.make_plan(
     cache, session.system, dtype, lengths['inputs']
   )
-  num_bytes = feature_writer.num_bytes(cache, shards, plan)
+  num_bytes = feature_files.num_bytes(cache, shards, plan)
   num_examples = sum(shard.stop - shard.start for shard in shards)
   distributed.say(
     f'Features of {num_examples:,} examples are to be made here, which take '
@@ -104,8 +104,8 @@ def cache_features(
     return
   with session.entered():
     system, frozen = parameters.load_frozen(session.system, session.layout)
-    plan = feature_writer.make_plan(cache, system, dtype, lengths['inputs'])
-    feature_writer.settle_plan(cache.folder, plan)
+    plan = feature_files.make_plan(cache, system, dtype, lengths['inputs'])
+    feature_files.settle_plan(cache.folder, plan)
     times = feature_writer.write(
       session,
       frozen,
@@ -116,7 +116,7 @@ def cache_features(
       job=job,
       num_jobs=num_jobs,
     )
-  missing = feature_writer.missing_of(cache)
+  missing = feature_files.missing_of(cache)
   if times.num_examples:
     distributed.say(times.describe())
   if missing:
@@ -127,6 +127,6 @@ def cache_features(
     return
   if distributed.is_first():
     if not (cache.folder / feature_format.FILE).exists():
-      feature_writer.finish(cache, plan)
+      feature_files.finish(cache, plan)
     feature_format.open_features(cache)
   distributed.say(f'The features of {cache.folder} are complete.')

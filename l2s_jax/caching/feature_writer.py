@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes features: what the frozen LLM makes of the prompts of a token cache.
 
-`features_plan.json` comes first: of which LLM and tokens they are. A shard is
-written as those of tokens are, and `features.json` when all are whole. The
-devices of all processes read each batch together, as the mesh has it; the rows
-that a process holds are of shards of its own, which it writes.
+A shard is written as those of tokens are. The devices of all processes read
+each batch together, as the mesh has it; the rows that a process holds are of
+shards of its own, which it writes.
 """
 
 import collections
 import dataclasses
 import functools
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,142 +19,18 @@ import numpy as np
 import tqdm
 from array_record.python import array_record_module
 
-from l2s_jax.caching import cache_writer
+from l2s_jax.caching import cache_writer, feature_files
 from l2s_jax.data import packing
 from l2s_jax.data.cached import cache_format, feature_format
 from l2s_jax.inference import length_buckets
-from l2s_jax.models import config as config_lib
-from l2s_jax.models import l2s, stored_states
-from l2s_jax.runtime import distributed, files, integrity, locks, partitioning
+from l2s_jax.models import stored_states
+from l2s_jax.runtime import distributed, locks, partitioning
 from l2s_jax.systems import session as session_lib
-from l2s_jax.systems import system as system_lib
 
 PyTree = Any
 
-PLAN = 'features_plan.json'
 # Prompts that are sorted by length among one another, in full batches.
 _WINDOW_BATCHES = 8
-# Of the encoder as it ends, its final norm included.
-_LAYER = 'last'
-_REMEDY = (
-  f'remove {PLAN}, {feature_format.FILE} and all *{feature_format.KIND}.* '
-  'files of the cache'
-)
-
-
-def make_plan(
-  cache: cache_format.TokenCache,
-  system: system_lib.System,
-  dtype: str,
-  prompt_length: int,
-) -> dict[str, Any]:
-  """Returns what `features.json` will hold but for what the shards say.
-
-  Args:
-    cache: of tokens.
-    system: with the fingerprint of its LLM.
-    dtype: of the states, one of `stored_states.DTYPES`.
-    prompt_length: tokens to which prompts are cut.
-  """
-  assert isinstance(system.module, l2s.LlmToSlm)
-  config = system.module.llm_config
-  return {
-    'format_version': feature_format.FORMAT_VERSION,
-    'key': {
-      'llm_fingerprint': system.llm_fingerprint,
-      'llm_dtype': system.frozen_dtype,
-      'llm': {
-        name: value
-        for name, value in config.to_json().items()
-        if name not in config_lib.RUNTIME_FIELDS
-      },
-      'layer': _LAYER,
-      'tokens': cache.digest,
-    },
-    'dtype': dtype,
-    'width': config.emb_dim,
-    'prompt_length': prompt_length,
-  }
-
-
-def settle_plan(folder: pathlib.Path, plan: Mapping[str, Any]) -> None:
-  """Begins the plan of a folder, or goes on with the same.
-
-  Raises:
-    ValueError: if the one there is of something else, with the difference, or
-      is damaged.
-  """
-  path = folder / PLAN
-  if not path.exists() and distributed.is_first():
-    files.write_json(path, integrity.seal(plan))
-  distributed.wait_for_all('features plan')
-  kept = integrity.unseal(
-    files.read_json(path, keys={'key': dict}, remedy=f'{_REMEDY}.')
-  )
-  if kept is None:
-    raise ValueError(f'{path} is not as it was written; {_REMEDY}.')
-  lines = files.differences(
-    kept, plan, have='the features have', want='now it is'
-  )
-  if lines:
-    raise ValueError(
-      f'CACHE_DIR={folder} holds features of something else:\n'
-      + '\n'.join(lines)
-      + f'\nSet these as they were; or, to make them anew, {_REMEDY}; or cache '
-      'in another CACHE_DIR.'
-    )
-
-
-def missing_of(
-  cache: cache_format.TokenCache, job: int = 0, num_jobs: int = 1
-) -> list[cache_writer.CacheShard]:
-  """Returns the shards of a job that have no features yet, for all processes.
-
-  Args:
-    cache: of tokens.
-    job: which of `num_jobs` this is.
-    num_jobs: which write the features together.
-  """
-  shards = cache_writer.share(
-    cache_writer.shards_of(cache.content), job, num_jobs
-  )
-  is_whole = distributed.from_first(
-    [shard.is_whole(cache.folder, feature_format.KIND) for shard in shards]
-  )
-  return [
-    shard for shard, done in zip(shards, is_whole, strict=True) if not done
-  ]
-
-
-def num_bytes(
-  cache: cache_format.TokenCache,
-  shards: Sequence[cache_writer.CacheShard],
-  plan: Mapping[str, Any],
-) -> float:
-  """Returns what disk the features of shards take."""
-  token_bytes = feature_format.token_bytes(plan['dtype'], plan['width'])
-  total = 0.0
-  for shard in shards:
-    lengths = _prompt_lengths(cache, shard, plan['prompt_length'])
-    states = int(lengths.sum()) * token_bytes
-    total += (
-      states
-      + states // feature_format.BLOCK_HEADERS
-      + len(lengths) * feature_format.RECORD_BYTES
-      + feature_format.SHARD_BYTES
-    )
-  return total
-
-
-def _prompt_lengths(
-  cache: cache_format.TokenCache,
-  shard: cache_writer.CacheShard,
-  prompt_length: int,
-) -> np.ndarray:
-  """Returns the tokens of the prompts of a shard, cut."""
-  split = cache.split(shard.task, shard.split)
-  lengths = split.lengths_of(range(shard.start, shard.stop))[:, 0]
-  return np.minimum(lengths.astype(np.int64), prompt_length)
 
 
 @dataclasses.dataclass
@@ -221,9 +95,22 @@ def write(
     ValueError: if another process is this job, or tokens are damaged.
   """
   mark = f'{cache_writer.PART}features-{job}-of-{num_jobs}'
-  streams = _streams(batch_size, session.mesh, shards)
   times = Times()
   reader = _Reader(session, frozen, plan, batch_size)
+  groups = _Groups(session.mesh)
+  processes = groups.all(batch_size)
+  streams = [
+    _Stream(
+      functools.partial(groups.rows, own),
+      own,
+      shards[number :: len(processes)],
+      cache,
+      plan['prompt_length'],
+      mark=mark,
+      window_tokens=reader.window_tokens,
+    )
+    for number, own in enumerate(processes)
+  ]
   with locks.held(
     cache.folder,
     'CACHE_DIR',
@@ -243,8 +130,6 @@ def write(
       file=sys.stderr,
       disable=None if distributed.is_first() else True,
     ) as bar:
-      for stream in streams:
-        stream.open(cache, plan, mark, reader.window_tokens)
       _write_all(reader, streams, bar, times)
     times.secs -= reader.compile_secs
     times.encoding_secs = reader.encoding_secs
@@ -344,47 +229,41 @@ class _Stream:
   def __init__(
     self,
     rows: Callable[[int], np.ndarray],
-    shards: Sequence[cache_writer.CacheShard],
     processes: Sequence[int],
+    shards: Sequence[cache_writer.CacheShard],
+    cache: cache_format.TokenCache,
+    prompt_length: int,
+    *,
+    mark: str,
+    window_tokens: int,
   ):
-    """Prepares.
+    """Begins with the first shard.
 
     Args:
       rows: gives the rows, from how many a batch has.
-      shards: to be written.
       processes: whose devices hold the rows; the first one writes.
+      shards: to be written.
+      cache: of tokens.
+      prompt_length: tokens to which prompts are cut.
+      mark: in the names of files until they are whole.
+      window_tokens: of a window, about.
     """
     self.rows = rows
     self.shards = shards
     self.is_held = jax.process_index() in processes
     self.is_mine = jax.process_index() == processes[0]
-    self._windows: Iterator[_Window] = iter(())
+    self._cache = cache
+    self._prompt_length = prompt_length
+    self._mark = mark
+    self._windows = self._cut(window_tokens)
     self._file: cache_writer.ShardFile | None = None
     self._unwritten: collections.deque[_Window] = collections.deque()
 
-  def open(
-    self,
-    cache: cache_format.TokenCache,
-    plan: Mapping[str, Any],
-    mark: str,
-    window_tokens: int,
-  ) -> None:
-    """Begins with the first shard.
-
-    Args:
-      cache: of tokens.
-      plan: of the features.
-      mark: in the names of files until they are whole.
-      window_tokens: of a window, about.
-    """
-    self._cache = cache
-    self._mark = mark
-    self._prompt_length = plan['prompt_length']
-    self._windows = self._cut(window_tokens)
-
   def _cut(self, window_tokens: int) -> Iterator[_Window]:
     for shard in self.shards:
-      lengths = _prompt_lengths(self._cache, shard, self._prompt_length)
+      lengths = feature_files.prompt_lengths(
+        self._cache, shard, self._prompt_length
+      )
       of_window = (np.cumsum(lengths) - lengths) // window_tokens
       for number in np.unique(of_window):
         (places,) = np.nonzero(of_window == number)
@@ -452,37 +331,33 @@ class _Stream:
       self._file = None
 
 
-def _streams(
-  batch_size: int,
-  mesh: jax.sharding.Mesh,
-  shards: Sequence[cache_writer.CacheShard],
-) -> list[_Stream]:
-  """Returns the shards by rows, the same in every process.
+class _Groups:
+  """Processes by the rows of a batch that their devices hold together."""
 
-  Rows that are held by the same processes are one stream.
-  """
-  sharding = partitioning.batch_sharding(mesh)
+  def __init__(self, mesh: jax.sharding.Mesh):
+    self._sharding = partitioning.batch_sharding(mesh)
+    self._rows: dict[int, dict[tuple[int, ...], np.ndarray]] = {}
 
-  @functools.cache
-  def holders(num_rows: int) -> dict[tuple[int, ...], np.ndarray]:
-    processes: list[set[int]] = [set() for _ in range(num_rows)]
-    places = sharding.devices_indices_map((num_rows,)).items()
-    for device, index in cast('Iterable[tuple[jax.Device, Any]]', places):
-      for row in range(*index[0].indices(num_rows)):
-        processes[row].add(device.process_index)
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for row, group in enumerate(processes):
-      groups.setdefault(tuple(sorted(group)), []).append(row)
-    return {group: np.array(rows) for group, rows in groups.items()}
+  def all(self, num_rows: int) -> list[tuple[int, ...]]:
+    """Returns the groups, the same in every process."""
+    return sorted(self._of(num_rows))
 
-  def rows_of(group: tuple[int, ...], num_rows: int) -> np.ndarray:
-    return holders(num_rows)[group]
+  def rows(self, group: tuple[int, ...], num_rows: int) -> np.ndarray:
+    """Returns the rows of one of them, growing."""
+    return self._of(num_rows)[group]
 
-  groups = sorted(holders(batch_size))
-  return [
-    _Stream(functools.partial(rows_of, group), shards[n :: len(groups)], group)
-    for n, group in enumerate(groups)
-  ]
+  def _of(self, num_rows: int) -> dict[tuple[int, ...], np.ndarray]:
+    if num_rows not in self._rows:
+      holders: list[set[int]] = [set() for _ in range(num_rows)]
+      places = self._sharding.devices_indices_map((num_rows,)).items()
+      for device, index in cast('Iterable[tuple[jax.Device, Any]]', places):
+        for row in range(*index[0].indices(num_rows)):
+          holders[row].add(device.process_index)
+      found: dict[tuple[int, ...], list[int]] = {}
+      for row, processes in enumerate(holders):
+        found.setdefault(tuple(sorted(processes)), []).append(row)
+      self._rows[num_rows] = {g: np.array(rows) for g, rows in found.items()}
+    return self._rows[num_rows]
 
 
 class _Reader:
@@ -600,60 +475,3 @@ def _read_back(
   secs = time.perf_counter() - start_secs
   times.reading_secs = secs / size / jax.process_count()
   reader.close()
-
-
-def finish(cache: cache_format.TokenCache, plan: Mapping[str, Any]) -> None:
-  """Writes `features.json` over a cache whose shards all have features.
-
-  Raises:
-    ValueError: naming a shard that is not as it must be.
-  """
-  digests: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
-  for shard in cache_writer.shards_of(cache.content):
-    path, index_path = shard.files(cache.folder, feature_format.KIND)
-    again = 'Remove it, and run `cache --features` again: the others are kept.'
-    size = shard.stop - shard.start
-    index = cache_format.load_index(str(index_path), size, 2, remedy=again)
-    lengths = _prompt_lengths(cache, shard, plan['prompt_length'])
-    if (index[:, 0] != lengths).any():
-      raise ValueError(f'{index_path} is of other prompts. {again}')
-    reader = array_record_module.ArrayRecordReader(str(path), '')
-    if not reader.ok() or reader.num_records() != size:
-      raise ValueError(f'{path} is damaged: expected {size} records. {again}')
-    reader.close()
-    digests[shard.task, shard.split].append(cache_format.index_digest(index))
-  content = dict(plan) | {
-    'tasks': {
-      task: {
-        'splits': {
-          name: {
-            'num_examples': split['num_examples'],
-            'shards': split['shards'],
-            'index_digests': digests[task, name],
-            'longest_prompt': _longest_prompt(cache, task, name),
-          }
-          for name, split in of_task['splits'].items()
-        }
-      }
-      for task, of_task in cache.tasks.items()
-    }
-  }
-  files.write_json(cache.folder / feature_format.FILE, integrity.seal(content))
-
-
-def _longest_prompt(
-  cache: cache_format.TokenCache, task: str, split: str
-) -> int:
-  """Returns its tokens, before cutting."""
-  examples = cache.split(task, split)
-  return max(
-    (
-      int(examples.lengths_of(range(start, stop))[:, 0].max())
-      for start, stop in _blocks(examples.num_examples)
-    ),
-    default=0,
-  )
-
-
-def _blocks(total: int, size: int = 1 << 16) -> Iterator[tuple[int, int]]:
-  return ((start, min(start + size, total)) for start in range(0, total, size))
