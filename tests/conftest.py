@@ -13,6 +13,9 @@ import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'  # also of the processes that tests start
 os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # The user's is not ours.
+# Tests run a program once or twice: compiling is most of their time, and XLA's
+# fusions by way of MLIR are two thirds of that.
+os.environ['XLA_FLAGS'] = '--xla_cpu_use_fusion_emitters=false'
 # Programs that processes of the tests compile (`forked.py`), for all workers.
 if 'L2S_TESTS_CACHE' not in os.environ:
   os.environ['L2S_TESTS_CACHE'] = tempfile.mkdtemp(prefix='l2s_tests_')
@@ -29,15 +32,14 @@ import pytest
 # stays so in the processes that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Not XLA_FLAGS: a process that a test starts has one device, as users have.
+# Not by XLA_FLAGS, which processes of tests may have: those have one device.
 jax.config.update('jax_num_cpu_devices', 8)
 # XLA has a thread for each device, and a device that waits for others keeps it.
 # With no more than these, a busy machine can leave all of them waiting.
 os.environ['PJRT_NPROC'] = '32'
-jax.devices()
-del os.environ['PJRT_NPROC']
-# Tests run a program once or twice: compiling is most of their time.
 jax.config.update('jax_disable_most_optimizations', True)
+jax.devices()
+del os.environ['PJRT_NPROC'], os.environ['XLA_FLAGS']
 
 
 def checked(function):
