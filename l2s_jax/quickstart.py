@@ -69,14 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Runs the quickstart; `--help` lists its flags."""
   args = _parse_args(argv)
   start_secs = time.perf_counter()
-  # One folder for each kind of quickstart: each goes on where it was.
-  output_dir = args.output_dir
-  if args.slm == 'decoder':
-    output_dir = output_dir.with_name(output_dir.name + '_decoder')
-  if args.train_steps is not None:
-    gin_config.check_positive(train_steps=args.train_steps)
-    output_dir = output_dir.with_name(f'{output_dir.name}_{args.train_steps}')
-  output_dir.mkdir(parents=True, exist_ok=True)
+  output_dir = _output_dir(args)
   # Training, evaluation and the phrases compile the same functions.
   jax.config.update('jax_compilation_cache_dir', str(output_dir / 'compiled'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
@@ -156,6 +149,18 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     help='updates of each model, to walk the path in less time',
   )
   return parser.parse_args(argv)
+
+
+def _output_dir(args: argparse.Namespace) -> pathlib.Path:
+  """Returns the folder of this kind of quickstart, which goes on there."""
+  output_dir = args.output_dir
+  if args.slm == 'decoder':
+    output_dir = output_dir.with_name(output_dir.name + '_decoder')
+  if args.train_steps is not None:
+    gin_config.check_positive(train_steps=args.train_steps)
+    output_dir = output_dir.with_name(f'{output_dir.name}_{args.train_steps}')
+  output_dir.mkdir(parents=True, exist_ok=True)
+  return output_dir
 
 
 def _say(text: str) -> None:

@@ -10,6 +10,7 @@ from array_record.python import array_record_module
 
 from l2s_jax.data.cached import cache_format, cache_task
 from l2s_jax.runtime import files, integrity
+from l2s_jax.weights import run_format
 
 # Ids of prompt and answer, and texts.
 Example = tuple[Sequence[int], Sequence[int], Mapping[str, Any]]
@@ -62,7 +63,7 @@ def write(
     folder / cache_format.FILE,
     integrity.seal(
       {
-        'format_version': cache_format.FORMAT_VERSION,
+        **run_format.stamp(),
         'key': dict(key or {}),
         'dtype': dtype,
         'tasks': content,

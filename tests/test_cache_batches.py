@@ -27,7 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
   'packed': {'pack': True},
   'by length': {'length_buckets': BUCKETS[:-1]},
 }
-COUNTS = ('num_examples', 'num_truncated_prompts', 'num_truncated_targets')
+COUNTS = ('num_examples', 'num_truncated_prompts', 'num_truncated_answers')
 kinds = pytest.mark.parametrize('kind', KINDS)
 
 

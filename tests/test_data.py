@@ -221,7 +221,7 @@ def test_truncations_are_counted(task):
   assert 0 < prompts < NUM_EXAMPLES and 0 < targets < NUM_EXAMPLES
   assert batches.num_examples == NUM_EXAMPLES
   assert batches.num_truncated_prompts == prompts
-  assert batches.num_truncated_targets == targets
+  assert batches.num_truncated_answers == targets
 
 
 def test_evaluation_takes_the_first_examples_at_full_batches(task):

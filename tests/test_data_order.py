@@ -133,7 +133,7 @@ def train(task, start_batch=0, seed=1):
     start_row=start_batch * BATCH_SIZE,
   )
   for batch in batches:
-    yield batch, (batches.num_truncated_prompts, batches.num_truncated_targets)
+    yield batch, (batches.num_truncated_prompts, batches.num_truncated_answers)
 
 
 def equal(batch, other):

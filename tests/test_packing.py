@@ -23,7 +23,7 @@ from l2s_jax.data.features import seqio
 from l2s_jax.evaluation import metric_writer
 from l2s_jax.models import losses
 from l2s_jax.systems import parameters
-from l2s_jax.training import checkpoint, train
+from l2s_jax.training import checkpoint, train_data
 from l2s_jax.vocabularies import loading
 from l2s_jax.weights import saved_steps
 
@@ -270,7 +270,7 @@ def test_no_example_and_no_token_is_lost(task, options):
   assert any(0 in targets for _, _, targets in expected)
   assert found.num_examples == single.num_examples == 2 * NUM_ROWS
   assert found.num_truncated_prompts == single.num_truncated_prompts > 0
-  assert found.num_truncated_targets == single.num_truncated_targets > 0
+  assert found.num_truncated_answers == single.num_truncated_answers > 0
 
 
 @pytest.mark.parametrize('options', OPTIONS)
@@ -282,7 +282,7 @@ def test_what_follows_is_what_would_have_followed(task, options):
       [
         batches.num_examples,
         batches.num_truncated_prompts,
-        batches.num_truncated_targets,
+        batches.num_truncated_answers,
       ]
     )
 
@@ -364,6 +364,13 @@ def test_buckets_may_grow_in_one_length_alone():
   ]
 
 
+def data(length_buckets):
+  """Returns settings of packed rows."""
+  return train_data.TrainData(
+    LENGTHS, 8, seed=0, pack=True, length_buckets=length_buckets
+  )
+
+
 def test_a_place_within_a_batch_of_a_bucket_is_refused(task):
   with pytest.raises(ValueError, match='start_row=6 is in the middle'):
     batches_of(task, length_buckets=BUCKETS, start_row=6)
@@ -388,14 +395,13 @@ def test_what_reads_a_row_as_one_text_is_not_packed(module, named):
   with pytest.raises(
     ValueError, match=rf'decoder-only.*: {named}\..*LENGTH_BUCKETS'
   ):
-    train._check_packing(module, ())
+    data(()).check_model(module)
 
 
 def test_packed_rows_have_one_length():
-  module = helpers.MODULES['t5_1_0']
-  train._check_packing(module, ())
+  data(()).check_model(helpers.MODULES['t5_1_0'])
   with pytest.raises(ValueError, match='Set PACK=False or LENGTH_BUCKETS='):
-    train._check_packing(module, BUCKETS)
+    data(BUCKETS)
 
 
 # --- whole runs ---

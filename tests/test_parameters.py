@@ -14,7 +14,7 @@ from l2s_jax.models import l2s
 from l2s_jax.runtime import integrity, partitioning
 from l2s_jax.systems import parameters, run_folder
 from l2s_jax.systems import system as system_lib
-from l2s_jax.training import checkpoint, train
+from l2s_jax.training import checkpoint, resuming
 from l2s_jax.weights import converted, source
 
 MODULE = helpers.MODULES['llm_to_t5_1_0-add-shared']
@@ -166,7 +166,7 @@ def test_what_comes_from_weights_is_not_initialised_first(tmp_path):
     initialise(['projector'])(key)['projector'],
     initialise(None)(key)['projector'],
   )
-  state = train.restore_or_create(
+  state = resuming.restore_or_create(
     system,
     layout,
     optax.identity(),

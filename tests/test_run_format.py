@@ -8,13 +8,16 @@ import contextlib
 import dataclasses
 import json
 
+import cache_files
 import helpers
 import jax
 import pytest
 
 import l2s_jax
+from l2s_jax.data.cached import cache_format
 from l2s_jax.inference import predictions, sampling
 from l2s_jax.models import l2s
+from l2s_jax.runtime import files, integrity
 from l2s_jax.systems import run_folder
 from l2s_jax.training import checkpoint
 from l2s_jax.training import state as state_lib
@@ -202,3 +205,32 @@ def test_answers_of_an_older_version_go_on(tmp_path):
   change(path, 'decoding', depth=3)
   with pytest.raises(ValueError, match='has decoding.depth, which this l2s'):
     predictions.settle(tmp_path, {'decoding': now}, {'decoding': now})
+
+
+def test_a_cache_names_its_writer_and_older_ones_are_read(tmp_path):
+  examples: list[cache_files.Example] = [([3, 1], [4, 1], {})] * 3
+  folder = cache_files.write(tmp_path / 'cache', {'local': {'train': examples}})
+  path = folder / cache_format.FILE
+  content = dict(cache_format.open_cache(folder).content)
+  assert content.items() >= run_format.stamp().items()
+
+  def rewrite(changed):
+    files.write_json(path, integrity.seal(changed))
+
+  older = content | {'format_version': 1}
+  del older['written_by']
+  rewrite(older)
+  found = cache_format.open_cache(folder)
+  assert found.content == content | {'written_by': None}
+  assert len(found.split('local', 'train').read([0, 1, 2])) == 3
+  theirs = content | {'written_by': '7.8.9'}
+  rewrite(theirs | {'format_version': run_format.FORMAT_VERSION + 1})
+  with pytest.raises(ValueError, match='written by l2s_jax 7.8.9; .* Update'):
+    cache_format.open_cache(folder)
+  theirs['tasks']['local']['splits']['train']['depth'] = 3
+  rewrite(theirs)
+  with pytest.raises(ValueError) as error:
+    cache_format.open_cache(folder)
+  said = str(error.value)
+  assert f'{path} has tasks.local.splits.train.depth, which this' in said
+  assert 'l2s_jax 7.8.9 wrote it. Update l2s_jax, or copy' in said

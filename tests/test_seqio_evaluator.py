@@ -13,6 +13,7 @@ from l2s_jax.data.features import seqio
 from l2s_jax.evaluation import scoring, seqio_evaluator
 from l2s_jax.inference import length_buckets
 from l2s_jax.metrics import metric_fns
+from l2s_jax.systems import session
 from l2s_jax.training import eval_plan
 from l2s_jax.vocabularies import loading
 
@@ -346,6 +347,20 @@ def test_mixture_is_scored_task_by_task(bind, vocabulary):
     'more_romanian': 5,
     'romanian': 5,
   }
+
+
+def test_a_mixture_beside_its_own_task_is_refused(bind, vocabulary):
+  """They would write the same file of predictions."""
+  del bind  # Has registered them.
+  system = helpers.system(helpers.MODULES['t5_1_0'])
+  run = eval_plan.Planned('romanian', 'test', None, None, LENGTHS)
+  one, both = eval_plan.Evaluation(), eval_plan.Evaluation('both')
+  trained = session.bind_task(system, 'romanian')
+  for evaluations in ([one, both], [both, one]):
+    plan = eval_plan.make(evaluations, run, None)
+    with pytest.raises(ValueError, match="predictions of task 'romanian' on"):
+      plan.bind(system, trained, 'romanian')
+  assert eval_plan.make([both], run, None).bind(system, trained, 'romanian')
 
 
 def test_nothing_stays_registered(evaluator):

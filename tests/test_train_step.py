@@ -15,7 +15,13 @@ import pytest
 from l2s_jax.models import losses
 from l2s_jax.runtime import partitioning
 from l2s_jax.systems import parameters
-from l2s_jax.training import checkpoint, eval_plan, optim, train, train_step
+from l2s_jax.training import (
+  checkpoint,
+  eval_plan,
+  optim,
+  resuming,
+  train_step,
+)
 from l2s_jax.training import state as state_lib
 
 SGD = optax.sgd(1.0)  # the update is the gradient
@@ -276,7 +282,7 @@ def test_a_run_that_has_no_checkpoint_starts_from_its_seed(tmp_path):
     checkpointer = checkpoint.Checkpointer(tmp_path)
 
     def state_of(seed):
-      return train.restore_or_create(
+      return resuming.restore_or_create(
         system, layout, optimizer, mesh, checkpointer, seed
       )
 
@@ -378,14 +384,14 @@ RUN = pathlib.Path('runs/mine')
 def test_another_order_of_the_data_is_refused_with_the_differences():
   order = {'task': 'cldr', 'seed': 0, 'task_feature_lengths': {'inputs': 8}}
   position = order | {'num_rows': 32, 'sums': {'loss': 1.0}}
-  assert train.check_position(position, order, RUN) == position
-  assert train.check_position(None, order, RUN) == {
+  assert resuming.check_position(position, order, RUN) == position
+  assert resuming.check_position(None, order, RUN) == {
     'num_rows': 0,
     'sums': {},
     'clock': None,
   }
   with pytest.raises(ValueError) as error:
-    train.check_position(
+    resuming.check_position(
       position,
       order | {'task': 'wmt16_en_de', 'task_feature_lengths': {'inputs': 16}},
       RUN,

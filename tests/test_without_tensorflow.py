@@ -24,7 +24,7 @@ from l2s_jax.models import config as config_lib
 from l2s_jax.runtime import partitioning
 from l2s_jax.systems import builders, parameters, run_folder
 from l2s_jax.systems import system as system_lib
-from l2s_jax.training import checkpoint, optim, train, train_step
+from l2s_jax.training import checkpoint, optim, resuming, train_step
 from l2s_jax.vocabularies import sentencepiece as sentencepiece_lib
 
 NEEDS_TENSORFLOW = {
@@ -53,7 +53,7 @@ with partitioning.use_mesh(mesh):
   layout = parameters.layout(system, mesh, mesh_config)
   run_folder.save(system, folder)
   checkpointer = checkpoint.Checkpointer(folder)
-  state = train.restore_or_create(
+  state = resuming.restore_or_create(
       system, layout, optimizer, mesh, checkpointer, 0)
   vocabulary = system.prompt_vocabulary
   ids = lambda text: [*vocabulary.encode(text), vocabulary.eos_id]
@@ -69,7 +69,7 @@ with partitioning.use_mesh(mesh):
   assert np.isfinite(float(sums['loss'])) and float(sums['loss_weight']) > 0
   checkpointer.save(state, {'num_examples': 4})
   checkpointer.wait()
-  again = train.restore_or_create(
+  again = resuming.restore_or_create(
       system, layout, optimizer, mesh, checkpointer, 0)
   assert checkpointer.restore_data() == {'num_examples': 4}
   assert int(again.step) == 1

@@ -24,6 +24,7 @@ from array_record.python import array_record_module
 from l2s_jax.caching import cache_encoding, cache_key, cache_texts
 from l2s_jax.data.cached import cache_format
 from l2s_jax.runtime import files, integrity, locks
+from l2s_jax.weights import run_format
 
 PLAN = 'plan.json'
 # A job writes a shard anew that it was killed in: seconds to minutes of work.
@@ -112,7 +113,7 @@ def make_plan(
     }
 
   return {
-    'format_version': cache_format.FORMAT_VERSION,
+    **run_format.stamp(),
     'key': dict(key),
     'dtype': dtype,
     'rates': key['rates'],
@@ -158,11 +159,7 @@ def settle_plan(
       )
     files.write_json(path, integrity.seal(plan))
   # Read back by whoever wrote it, too: all jobs have its order.
-  kept = integrity.unseal(
-    files.read_json(path, keys={'key': dict, 'tasks': dict}, remedy=_REMEDY)
-  )
-  if kept is None:
-    raise ValueError(f'{path} is not as it was written; {_REMEDY}')
+  kept = cache_format.read_description(path, _REMEDY)
   cache_key.check(kept['key'], plan['key'], str(folder))
   return kept
 
@@ -417,7 +414,9 @@ def finish(folder: pathlib.Path, plan: Mapping[str, Any]) -> None:
       )
     reader.close()
     digests[shard.task, shard.split].append(cache_format.index_digest(index))
-  content = dict(plan) | {
+  # The plan may be of an older version.
+  content = dict(plan) | run_format.stamp()
+  content |= {
     'tasks': {
       task: task_content
       | {

@@ -132,9 +132,9 @@ def continuing(
     'encoder_segment_ids': segment_ids,
   }
   if 'decoder_input_tokens' in batch:
-    inputs = batch['decoder_input_tokens'].copy()
-    inputs[:, 0] = np.where(first_tokens >= 0, first_tokens, inputs[:, 0])
-    result['decoder_input_tokens'] = inputs
+    before = batch['decoder_input_tokens'].copy()
+    before[:, 0] = np.where(first_tokens >= 0, first_tokens, before[:, 0])
+    result['decoder_input_tokens'] = before
   return result | {'first_tokens': first_tokens}
 
 

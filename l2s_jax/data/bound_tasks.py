@@ -27,7 +27,7 @@ class TrainBatches(Protocol):
 
   num_examples: int
   num_truncated_prompts: int
-  num_truncated_targets: int
+  num_truncated_answers: int
 
   @property
   def close(self) -> Callable[[], Any]:

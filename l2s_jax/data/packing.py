@@ -134,7 +134,7 @@ def lay_out(
     length=task_feature_lengths['inputs'],
     pad_id=prompt_pad_id,
   )
-  target_tokens, segment_ids = fill(
+  answer_tokens, segment_ids = fill(
     answers,
     rows,
     length=task_feature_lengths['targets'],
@@ -142,7 +142,7 @@ def lay_out(
   )
   # One place to the right, within each example.
   tokens_before, ids_before = (
-    np.pad(x[:, :-1], ((0, 0), (1, 0))) for x in (target_tokens, segment_ids)
+    np.pad(x[:, :-1], ((0, 0), (1, 0))) for x in (answer_tokens, segment_ids)
   )
   input_tokens = np.where(segment_ids == ids_before, tokens_before, start_id)
   input_tokens = np.where(segment_ids > 0, input_tokens, answer_pad_id)
@@ -150,7 +150,7 @@ def lay_out(
     'encoder_input_tokens': prompt_tokens,
     'encoder_segment_ids': prompt_segment_ids,
     'decoder_input_tokens': input_tokens,
-    'decoder_target_tokens': target_tokens,
+    'decoder_target_tokens': answer_tokens,
     'decoder_segment_ids': segment_ids,
     'decoder_loss_weights': (segment_ids > 0).astype(np.float32),
   }

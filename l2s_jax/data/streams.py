@@ -191,7 +191,7 @@ class TaskBatches(Iterator[batching.Batch]):
   Attributes:
     num_examples: examples seen, copies that fill up a batch excluded.
     num_truncated_prompts: of these, how many had a longer prompt.
-    num_truncated_targets: likewise for the answer.
+    num_truncated_answers: likewise for the answer.
     close: a function that ends the threads behind the batches, and these.
   """
 
@@ -203,7 +203,7 @@ class TaskBatches(Iterator[batching.Batch]):
     self._batch_size = batch_size
     self.num_examples = 0
     self.num_truncated_prompts = 0
-    self.num_truncated_targets = 0
+    self.num_truncated_answers = 0
 
   def __next__(self) -> batching.Batch:
     if not self._iterator:
@@ -213,10 +213,10 @@ class TaskBatches(Iterator[batching.Batch]):
     with features.plain_errors():
       batch = dict(next(self._iterator[0]))
     prompts = batch.pop('encoder_truncated')
-    targets = batch.pop('decoder_truncated')
+    answers = batch.pop('decoder_truncated')
     self.num_examples += int(batch['encoder_segment_ids'].max(axis=1).sum())
     self.num_truncated_prompts += int(prompts.sum())
-    self.num_truncated_targets += int(targets.sum())
+    self.num_truncated_answers += int(answers.sum())
     return batching.pad_rows(batch, self._batch_size)
 
   def parts(self) -> Iterator[batching.Part]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import gin
 
+from l2s_jax.data import bound_tasks
 from l2s_jax.evaluation import metric_writer, report, scoring
 from l2s_jax.inference import generate, sampling
 from l2s_jax.runtime import distributed, files, gin_config, locks, partitioning
@@ -77,20 +78,19 @@ def evaluate(
   Returns:
     Scores by step and control.
   """
-  gin_config.check_positive(
-    BATCH_SIZE=batch_size,
-    num_examples=num_examples,
-    max_decode_len=max_decode_len,
-  )
   gin_config.check_lengths(task_feature_lengths)
-  gin_config.check_between(
-    0, gin_config.LARGEST, EVAL_BOOTSTRAP_SAMPLES=num_bootstrap_samples
+  scored = _Scored(
+    task_feature_lengths,
+    split,
+    batch_size=batch_size,
+    num_examples=num_examples,
+    max_decode_len=task_feature_lengths['targets']
+    if max_decode_len is None
+    else max_decode_len,
+    decoding=decoding or sampling.Decoding(),
+    num_bootstrap_samples=num_bootstrap_samples,
   )
   as_it_came.check_path(checkpoint_path)
-  decoding = decoding or sampling.Decoding()
-  _check_decoding(decoding)
-  max_decode_len = max_decode_len or task_feature_lengths['targets']
-  generate.check(decoding, max_decode_len)
   folder = as_it_came.output_dir(checkpoint_path, output_dir, 'EVAL_OUTPUT_DIR')
 
   session = session_lib.start(
@@ -104,53 +104,113 @@ def evaluate(
       mixture_or_task_name,
     ),
     mesh,
-    {
-      'inputs': task_feature_lengths['inputs'],
-      'targets': max(max_decode_len, task_feature_lengths['targets']),
-    },
+    scored.lengths,
     batch_sizes={'BATCH_SIZE': batch_size},
   )
   task = session_lib.bind_task(session.system, mixture_or_task_name)
   if not dry_run:  # Which needs no data.
-    task.check_evaluable(split, session.lengths)
+    task.check_evaluable(split, scored.lengths)
   _check_controls(controls, session.system)
   # The run may go on, and save, at this moment.
   chosen = distributed.from_first(_choose_steps(checkpoint_path, steps))
   if dry_run:
     print(session.describe())
     return {}
-  # Scores are compared with those of the same settings alone.
-  settings = {
-    # JSON knows no tuples, and these are compared with what it kept.
-    'decoding': _as_json(decoding),
-    'num_examples': num_examples,
-    'task_feature_lengths': dict(task_feature_lengths),
-    'max_decode_len': max_decode_len,
-  }
   with session.entered(), distributed.preemptible() as stop:
-    scorer = scoring.Evaluator(
-      session.system,
-      session.mesh,
-      task,
-      task_feature_lengths,
-      split=split,
-      batch_size=batch_size,
-      num_examples=num_examples,
-      max_decode_len=max_decode_len,
-      decoding=decoding,
-      num_bootstrap_samples=num_bootstrap_samples,
-    )
     results = _score_steps(
       session,
-      scorer,
+      scored.evaluator(session, task),
       checkpoint_path,
       chosen,
       controls,
-      _Scores(folder, f'{task.name}-{split}', settings),
+      _Scores(folder, f'{task.name}-{split}', scored.settings()),
       stop,
     )
     distributed.wait_for_all('evaluate')
   return results
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scored:
+  """What is scored, and how.
+
+  Attributes:
+    task_feature_lengths: tokens of 'inputs' and 'targets'.
+    split: of the task.
+    batch_size: examples a batch, over all devices.
+    num_examples: the first so many; None takes all.
+    max_decode_len: tokens an answer at most.
+    decoding: how answers are written.
+    num_bootstrap_samples: for confidence intervals; 0 for none.
+  """
+
+  task_feature_lengths: Mapping[str, int]
+  split: str
+  batch_size: int
+  num_examples: int | None
+  max_decode_len: int
+  decoding: sampling.Decoding
+  num_bootstrap_samples: int
+
+  def __post_init__(self):
+    """Checks what needs no model.
+
+    Raises:
+      ValueError: names the setting.
+    """
+    gin_config.check_positive(
+      BATCH_SIZE=self.batch_size,
+      num_examples=self.num_examples,
+      max_decode_len=self.max_decode_len,
+    )
+    gin_config.check_between(
+      0, gin_config.LARGEST, EVAL_BOOTSTRAP_SAMPLES=self.num_bootstrap_samples
+    )
+    if self.decoding.stop:
+      raise ValueError(
+        f'Decoding.stop={self.decoding.stop!r}: texts that end an answer are '
+        'for infer. An evaluation scores what the model ends by itself; leave '
+        'it out.'
+      )
+    if self.decoding.draft_len:
+      raise ValueError(
+        f'Decoding.draft_len={self.decoding.draft_len}: answers would be those '
+        'of the LLM, whatever the SLM drafts. Evaluate the LLM, or set it to 0.'
+      )
+    generate.check(self.decoding, self.max_decode_len)
+
+  @property
+  def lengths(self) -> dict[str, int]:
+    """The most tokens of 'inputs' and 'targets' that are read or written."""
+    longest = max(self.max_decode_len, self.task_feature_lengths['targets'])
+    return {'inputs': self.task_feature_lengths['inputs'], 'targets': longest}
+
+  def settings(self) -> dict[str, Any]:
+    """Returns what scores are compared under: those of the same alone."""
+    return {
+      # JSON knows no tuples, and these are compared with what it kept.
+      'decoding': _as_json(self.decoding),
+      'num_examples': self.num_examples,
+      'task_feature_lengths': dict(self.task_feature_lengths),
+      'max_decode_len': self.max_decode_len,
+    }
+
+  def evaluator(
+    self, session: session_lib.Session, task: bound_tasks.BoundTask
+  ) -> scoring.Evaluator:
+    """Returns what evaluates parameters."""
+    return scoring.Evaluator(
+      session.system,
+      session.mesh,
+      task,
+      self.task_feature_lengths,
+      split=self.split,
+      batch_size=self.batch_size,
+      num_examples=self.num_examples,
+      max_decode_len=self.max_decode_len,
+      decoding=self.decoding,
+      num_bootstrap_samples=self.num_bootstrap_samples,
+    )
 
 
 def _as_json(decoding: sampling.Decoding) -> dict[str, Any]:
@@ -258,20 +318,6 @@ def _check_controls(controls: Sequence[str], system: system_lib.System) -> None:
       f'EVAL_CONTROLS={controls!r}: expected a tuple of any of '
       f'{scoring.CONTROLS} for '
       "an LLM-to-SLM run, and ('none',) for a language model alone."
-    )
-
-
-def _check_decoding(decoding: sampling.Decoding) -> None:
-  if decoding.stop:
-    raise ValueError(
-      f'Decoding.stop={decoding.stop!r}: texts that end an answer are for '
-      'infer. An evaluation scores what the model ends by itself; leave it '
-      'out.'
-    )
-  if decoding.draft_len:
-    raise ValueError(
-      f'Decoding.draft_len={decoding.draft_len}: answers would be those of the '
-      'LLM, whatever the SLM drafts. Evaluate the LLM, or set it to 0.'
     )
 
 

@@ -2,9 +2,9 @@
 """Inference: prompts in, JSON lines out, in the order they came.
 
 One line for one, whatever happens: what cannot be answered leaves a line that
-says why. `prompts.py` reads, `pipeline.py` and `answerer.py` answer, and
-`predictions.py` writes so that a job that was stopped goes on where it was;
-here is the verb that brings them together.
+says why. `prompt_source.py` has what is read, `pipeline.py` and `answerer.py`
+answer, and `predictions.py` writes so that a job that was stopped goes on where
+it was; here is the verb that brings them together.
 """
 
 import dataclasses
@@ -17,25 +17,21 @@ from typing import Any, Literal
 
 import gin
 import jax
-from etils import epath
 
-from l2s_jax.data import input_files, tasks, text_files
 from l2s_jax.inference import (
   answerer,
   generate,
   pipeline,
   predictions,
+  prompt_source,
   prompts,
   sampling,
 )
-from l2s_jax.metrics import metric_fns, scores
+from l2s_jax.metrics import metric_fns
 from l2s_jax.runtime import distributed, files, gin_config, partitioning
 from l2s_jax.systems import as_it_came, parameters
 from l2s_jax.systems import session as session_lib
-
-BAD_LINES = ('keep', 'refuse')
-STDIN = '-'
-TASK = 'task:'
+from l2s_jax.systems import system as system_lib
 
 
 @gin.configurable(module='l2s_jax')
@@ -121,100 +117,57 @@ def infer(
       come, before the line that has all; 'text' writes the text alone.
     dry_run: prints sizes and shardings, and stops.
   """
-  gin_config.check_positive(
-    PROMPT_LENGTH=prompt_length,
-    MAX_DECODE_LEN=max_decode_len,
-    BATCH_SIZE=batch_size,
+  answering = Answering(
+    checkpoint_path,
+    step,
+    llm_path=llm_path,
+    vocabulary=vocabulary,
+    extra_ids=extra_ids,
+    prompt_length=prompt_length,
+    max_decode_len=max_decode_len,
+    batch_size=batch_size,
+    decoding=decoding or sampling.Decoding(),
+  )
+  source = prompt_source.PromptSource(
+    input,
+    split=split,
+    prompt_column=prompt_column,
+    template=template,
+    fallback_template=fallback_template,
+    column_names=column_names,
+    bad_lines=bad_lines,
+    target_column=target_column,
+    max_decode_len=max_decode_len,
+    max_decode_len_column=max_decode_len_column,
   )
   part = predictions.Shard(shard, num_shards)
-  decoding = decoding or sampling.Decoding()
-  generate.check(decoding, max_decode_len)
-  _check_input(input, bad_lines, part)
-  _check_stream(stream, input, decoding)
+  source.check_shard(part)
+  _check_stream(stream, source, answering.decoding)
   folder = _output_folder(output_dir)
-  scored_by = _scored_by(metrics, target_column, input, folder)
-  answer_lengths = _answer_lengths(max_decode_len_column, max_decode_len, input)
-  is_task = input.startswith(TASK)
-  if not is_task:
-    read = _reader(
-      input,
-      template,
-      fallback_template,
-      prompt_column,
-      column_names,
-      answer_lengths,
-    )
-  as_it_came.check_path(checkpoint_path)
-  lengths = {'inputs': prompt_length, 'targets': max_decode_len}
+  scored_by = _scored_by(metrics, source, folder)
 
+  sizes = {'BATCH_SIZE': None if source.is_stdin else batch_size}
   session = session_lib.start(
-    lambda: generate.for_decoding(
-      as_it_came.load(
-        checkpoint_path,
-        llm_path=llm_path,
-        vocabulary=vocabulary,
-        extra_ids=extra_ids,
-      ),
-      decoding,
-    ),
-    mesh,
-    lengths,
-    batch_sizes={'BATCH_SIZE': None if input == STDIN else batch_size},
+    answering.load_system, mesh, answering.lengths, batch_sizes=sizes
   )
-  if input == STDIN:
-    batch_size = session.num_shards
-  if is_task:
-    label = f'INPUT={input}'
-    bound = session_lib.bind_task(
-      session.system, input.removeprefix(TASK), label
-    )
-    task = bound.task_in_order(label)
-    if not dry_run:  # Which needs no data.
-      bound.check_data(split, lengths)
-      prompts.check_task(task, split)
-    read = functools.partial(prompts.read_task, task, split)
-  if bad_lines == 'refuse':
-    read = prompts.refusing(read)
+  read = source.reader(session.system, answering.lengths, has_data=not dry_run)
   if dry_run:
     print(session.describe())
     return
 
   with session.entered(), distributed.preemptible() as stop:
-    # The run may go on, and save, at this moment.
-    chosen: int = distributed.from_first(
-      as_it_came.choose_step(checkpoint_path, step, 'INFER_STEP')
-    )
-    load = functools.partial(
-      _load_answerer,
-      session,
-      checkpoint_path,
-      chosen,
-      prompt_length=prompt_length,
-      max_decode_len=max_decode_len,
-      batch_size=batch_size,
-      decoding=decoding,
-      consume=True,
-    )
-    if input == STDIN:
-      tally = pipeline.answer_each(load(), read(), sys.stdout, stream)
+    chosen = answering.choose_step()
+    load = functools.partial(answering.load, session, chosen)
+    if source.is_stdin:
+      one_by_one = load(batch_size=session.num_shards)
+      tally = pipeline.answer_each(one_by_one, read(), sys.stdout, stream)
     else:
       survey = prompts.survey(read(), target_column)
-      _check_survey(survey, input, target_column if metrics else None)
-      settings = {
-        'checkpoint_path': os.path.abspath(checkpoint_path),
-        'checkpoint_saved_nsecs': as_it_came.saved_nsecs(
-          checkpoint_path, chosen
-        ),
-        'decoding': dataclasses.asdict(decoding),
-        'input': input,
-        'max_decode_len': max_decode_len,
-        'max_decode_len_column': max_decode_len_column,
-        'prompt_length': prompt_length,
-        'step': chosen,
-        'template': None if is_task else template,
-      }
+      source.check_survey(survey, is_scored=bool(metrics))
+      settings = source.settings() | answering.settings(chosen)
+      lengths = source.answer_lengths
       tally = pipeline.answer_lines(
-        load, read, survey, part, folder, settings, answer_lengths, stop
+        load, read, survey, part, folder, settings, lengths, stop
       )
   if report := tally.describe(prompt_length):
     distributed.say(report)
@@ -225,23 +178,108 @@ def infer(
   distributed.wait_for_all('infer')
 
 
-def _load_answerer(
-  session: session_lib.Session, checkpoint_path: str, step: int, **options: Any
-) -> answerer.PromptAnswerer:
-  """Returns what answers, with the weights of a checkpoint.
+@dataclasses.dataclass(frozen=True)
+class Answering:
+  """What answers, and how: a model, its batches, its decoding.
 
-  Args:
-    session: the system on its mesh.
-    checkpoint_path: CHECKPOINT_PATH.
-    step: of the checkpoint.
-    **options: of `answerer.PromptAnswerer`.
+  Attributes:
+    checkpoint_path: a run, or a model as it came.
+    step: of a run; None takes the newest, 'best' that of BEST_METRIC.
+    llm_path: where the LLM's weights are, if not where the run says.
+    vocabulary: tokenizer of a model as it came that brings none.
+    extra_ids: sentinels that T5 adds behind its SentencePiece model.
+    prompt_length: tokens a prompt at most.
+    max_decode_len: tokens an answer at most.
+    batch_size: prompts a batch, of `prompt_length`.
+    decoding: how answers are written.
   """
-  params = parameters.load_params(
-    session.system, session.layout, checkpoint_path, step
-  )
-  return answerer.PromptAnswerer(
-    session.system, params, session.mesh, **options
-  )
+
+  checkpoint_path: str
+  step: int | Literal['best'] | None
+  llm_path: str | None
+  vocabulary: str | None
+  extra_ids: int
+  prompt_length: int
+  max_decode_len: int
+  batch_size: int
+  decoding: sampling.Decoding
+
+  def __post_init__(self):
+    """Checks what needs no model.
+
+    Raises:
+      ValueError: names the setting.
+    """
+    gin_config.check_positive(
+      PROMPT_LENGTH=self.prompt_length,
+      MAX_DECODE_LEN=self.max_decode_len,
+      BATCH_SIZE=self.batch_size,
+    )
+    generate.check(self.decoding, self.max_decode_len)
+    as_it_came.check_path(self.checkpoint_path)
+
+  @property
+  def lengths(self) -> dict[str, int]:
+    """Tokens of 'inputs' (prompt) and 'targets' (answer), at most."""
+    return {'inputs': self.prompt_length, 'targets': self.max_decode_len}
+
+  def load_system(self) -> system_lib.System:
+    """Returns the system, without its weights."""
+    system = as_it_came.load(
+      self.checkpoint_path,
+      llm_path=self.llm_path,
+      vocabulary=self.vocabulary,
+      extra_ids=self.extra_ids,
+    )
+    return generate.for_decoding(system, self.decoding)
+
+  def choose_step(self) -> int:
+    """Returns the step, the same in every process.
+
+    The run may go on, and save, at this moment.
+    """
+    return distributed.from_first(
+      as_it_came.choose_step(self.checkpoint_path, self.step, 'INFER_STEP')
+    )
+
+  def load(
+    self,
+    session: session_lib.Session,
+    step: int,
+    batch_size: int | None = None,
+  ) -> answerer.PromptAnswerer:
+    """Returns what answers, with the weights of a checkpoint.
+
+    Args:
+      session: the system on its mesh.
+      step: of the checkpoint.
+      batch_size: prompts a batch; None: as the settings say.
+    """
+    params = parameters.load_params(
+      session.system, session.layout, self.checkpoint_path, step
+    )
+    return answerer.PromptAnswerer(
+      session.system,
+      params,
+      session.mesh,
+      prompt_length=self.prompt_length,
+      max_decode_len=self.max_decode_len,
+      batch_size=batch_size or self.batch_size,
+      decoding=self.decoding,
+      consume=True,
+    )
+
+  def settings(self, step: int) -> dict[str, Any]:
+    """Returns what answers depend on beside their prompts, as JSON has it."""
+    return {
+      'checkpoint_path': os.path.abspath(self.checkpoint_path),
+      'checkpoint_saved_nsecs': as_it_came.saved_nsecs(
+        self.checkpoint_path, step
+      ),
+      'decoding': dataclasses.asdict(self.decoding),
+      'prompt_length': self.prompt_length,
+      'step': step,
+    }
 
 
 def _output_folder(output_dir: str | None) -> pathlib.Path | None:
@@ -256,37 +294,10 @@ def _output_folder(output_dir: str | None) -> pathlib.Path | None:
   return None
 
 
-def _check_input(input: str, bad_lines: str, part: predictions.Shard) -> None:
-  """Refuses what cannot be read, before anything is loaded."""
-  part.check()
-  if bad_lines not in BAD_LINES:
-    raise ValueError(
-      f'INFER_BAD_LINES={bad_lines!r}: expected one of {", ".join(BAD_LINES)}.'
-    )
-  if input == STDIN:
-    if jax.process_count() > 1:
-      raise ValueError(
-        f'INPUT={STDIN} with {jax.process_count()} processes: standard input '
-        'is read by one. Give INPUT a file, or start one process.'
-      )
-    if part.count > 1:
-      raise ValueError(
-        f'num_shards={part.count}: standard input has no end that is known, '
-        'and cannot be divided. Give INPUT a file.'
-      )
-  elif not input.startswith(TASK):
-    if not pathlib.Path(input).is_file():
-      raise FileNotFoundError(
-        f'INPUT={input}: no such file. Give a file of text, '
-        f'{input_files.ENDINGS} (each may be .gz), task:NAME, or - for '
-        'standard input.'
-      )
-    with input_files.open_bytes(epath.Path(input)):
-      pass  # Which refuses what is neither text nor records.
-
-
 def _check_stream(
-  stream: str | None, input: str, decoding: sampling.Decoding
+  stream: str | None,
+  source: prompt_source.PromptSource,
+  decoding: sampling.Decoding,
 ) -> None:
   """Refuses to show answers on the way that cannot be."""
   if stream is None:
@@ -296,10 +307,10 @@ def _check_stream(
       f'INFER_STREAM={stream!r}: expected None or one of '
       f'{", ".join(pipeline.STREAMS)}.'
     )
-  if input != STDIN:
+  if not source.is_stdin:
     raise ValueError(
       f'INFER_STREAM={stream!r} is of standard input, which is answered line '
-      f'by line; INPUT={input} is answered in batches. Set INPUT to -.'
+      f'by line; INPUT={source.input} is answered in batches. Set INPUT to -.'
     )
   if decoding.num_beams > 1:
     raise ValueError(
@@ -309,107 +320,24 @@ def _check_stream(
     )
 
 
-def _answer_lengths(
-  column: str | None, most: int, input: str
-) -> prompts.AnswerLengths | None:
-  """Returns which column says how long answers may be, if one does."""
-  if column is None:
-    return None
-  if not _has_columns(input):
-    raise ValueError(
-      f'MAX_DECODE_LEN_COLUMN={column!r} is of a file of records '
-      f'({input_files.ENDINGS}); INPUT={input} has no columns.'
-    )
-  return prompts.AnswerLengths(column, most)
-
-
 def _scored_by(
   names: Sequence[str],
-  target_column: str,
-  input: str,
+  source: prompt_source.PromptSource,
   folder: pathlib.Path | None,
 ) -> list[metric_fns.Metric]:
   """Returns the metrics; refuses scores that could not be given in the end."""
-  if input.startswith(TASK):
-    settings = tasks.score_settings(input.removeprefix(TASK))
-  else:
-    settings = scores.Scores()
-  metrics = settings.named(names, 'INFER_METRICS')
+  metrics = source.score_settings().named(names, 'INFER_METRICS')
   if not metrics:
     return metrics
-  if folder is None or input == STDIN:
+  if folder is None or source.is_stdin:
     raise ValueError(
       'INFER_METRICS are of a whole file: set INFER_OUTPUT_DIR, and INPUT to a '
       'file or a task.'
     )
-  if target_column in predictions.OWN_COLUMNS:
+  column = source.target_column
+  if column in predictions.OWN_COLUMNS:
     raise ValueError(
-      f'TARGET_COLUMN={target_column!r} is where the output has its own '
-      f'{target_column}; rename the column of {input}.'
+      f'TARGET_COLUMN={column!r} is where the output has its own {column}; '
+      f'rename the column of {source.input}.'
     )
   return metrics
-
-
-def _has_columns(input: str) -> bool:
-  is_file = input != STDIN and not input.startswith(TASK)
-  return is_file and text_files.kind(input) != 'text'
-
-
-def _reader(
-  input: str,
-  template: str,
-  fallback_template: str | None,
-  prompt_column: str,
-  column_names: Sequence[str] | None,
-  answer_lengths: prompts.AnswerLengths | None,
-) -> prompts.Reader:
-  """Returns what starts reading a file or standard input."""
-  if not _has_columns(input):
-    prompt_column = 'prompt'
-  filled, fallback = (
-    prompts.parse_template(text, prompt_column)
-    for text in (template, fallback_template or template)
-  )
-  strangers = {*filled.columns, *fallback.columns} - {'prompt'}
-  if strangers and not _has_columns(input):
-    raise ValueError(
-      f'TEMPLATE={template!r} names {", ".join(sorted(strangers))}, but a line '
-      f'of INPUT={input} has no columns; {{prompt}} stands for the line.'
-    )
-  if input == STDIN:
-    return functools.partial(prompts.read_stream, sys.stdin.buffer, filled)
-  return functools.partial(
-    prompts.read_file,
-    input,
-    filled,
-    fallback=fallback,
-    column_names=column_names,
-    lengths=answer_lengths,
-  )
-
-
-def _check_survey(
-  survey: prompts.Survey,
-  input: str,
-  target_column: str | None,
-) -> None:
-  """Refuses what would give no answer or, with a target column, no score."""
-  first_bad = survey.first_bad
-  if first_bad is not None and survey.num_bad == survey.num_lines:
-    if first_bad.reason.startswith('is not UTF-8'):
-      raise ValueError(
-        f'INPUT={input} is no text: none of its {survey.num_lines} lines is '
-        f'UTF-8; the first: {first_bad} Text in Latin-1 is made UTF-8 with '
-        '`iconv -f LATIN1 -t UTF-8`.'
-      )
-    if _has_columns(input):  # Then a setting is wrong, not the lines.
-      raise ValueError(
-        f'INPUT={input}: none of its {survey.num_lines} lines can be answered; '
-        f'the first: {first_bad} PROMPT_COLUMN, TEMPLATE and COLUMN_NAMES say '
-        'what is read.'
-      )
-  if target_column is not None and not survey.num_targets:
-    raise ValueError(
-      f'INFER_METRICS: no line of {input} has text, or a list of texts, in '
-      f'column {target_column!r}. TARGET_COLUMN says what to score against.'
-    )

@@ -51,9 +51,10 @@ class Bleu(corpus.Metric):
   tokenizer: str = '13a'
   setting: str = 'scores.bleu_tokenizer'
 
-  def signature(self, targets: corpus.Targets) -> str:
+  def signature(self, references: corpus.References) -> str:
     return _signature(
-      self._sacrebleu(effective_order=all(self._are_short(targets))), targets
+      self._sacrebleu(effective_order=all(self._are_short(references))),
+      references,
     )
 
   def check(self) -> None:
@@ -87,21 +88,21 @@ class Bleu(corpus.Metric):
     finally:
       socket.setdefaulttimeout(timeout)
 
-  def _lengths(self, targets: corpus.Targets) -> Iterator[list[int]]:
+  def _lengths(self, references: corpus.References) -> Iterator[list[int]]:
     """Yields the number of tokens of each reference, example by example."""
     tokenize = self._sacrebleu().tokenizer
-    for target in targets:
-      texts = corpus.references(target)
+    for own in references:
+      texts = corpus.texts_of(own)
       yield [len(tokenize(text.rstrip()).split()) for text in texts]
 
-  def _are_short(self, targets: corpus.Targets) -> Iterator[bool]:
+  def _are_short(self, references: corpus.References) -> Iterator[bool]:
     """Yields whether an example has a reference without any 4-gram."""
-    for sizes in self._lengths(targets):
+    for sizes in self._lengths(references):
       yield min(sizes) < _MAX_ORDER
 
-  def warnings(self, targets: corpus.Targets) -> Iterator[str]:
-    lengths = list(self._lengths(targets))
-    texts = corpus.all_references(targets)
+  def warnings(self, references: corpus.References) -> Iterator[str]:
+    lengths = list(self._lengths(references))
+    texts = corpus.all_texts(references)
     if corpus.finds_no_words(texts, sum(map(sum, lengths))):
       yield (
         f'the tokenizer {self.tokenizer!r} finds no words in these references, '
@@ -118,14 +119,14 @@ class Bleu(corpus.Metric):
       )
 
   def sums(
-    self, targets: corpus.Targets, predictions: Sequence[str]
+    self, references: corpus.References, predictions: Sequence[str]
   ) -> corpus.Sums:
     plain, effective = (
       self._sacrebleu(effective_order=effective) for effective in (False, True)
     )
-    rows = _sacrebleu_rows(plain, targets, predictions)
+    rows = _sacrebleu_rows(plain, references, predictions)
     # Whether a sample of examples has a 4-gram to be found adds up, too.
-    is_long = ~np.array(list(self._are_short(targets)))
+    is_long = ~np.array(list(self._are_short(references)))
 
     def score(sums: Float[np.ndarray, ' statistic']) -> dict[str, float]:
       *counts, num_long = sums.tolist()
@@ -149,8 +150,8 @@ class Chrf(corpus.Metric):
 
   word_order: int = 0
 
-  def signature(self, targets: corpus.Targets) -> str:
-    return _signature(self._sacrebleu(), targets)
+  def signature(self, references: corpus.References) -> str:
+    return _signature(self._sacrebleu(), references)
 
   def _sacrebleu(self) -> sacrebleu.metrics.CHRF:
     return sacrebleu.metrics.CHRF(
@@ -158,7 +159,7 @@ class Chrf(corpus.Metric):
     )
 
   def sums(
-    self, targets: corpus.Targets, predictions: Sequence[str]
+    self, references: corpus.References, predictions: Sequence[str]
   ) -> corpus.Sums:
     metric = self._sacrebleu()
 
@@ -168,38 +169,38 @@ class Chrf(corpus.Metric):
         return {self.name: 100.0}  # Nothing was to be said, nor was said.
       return {self.name: metric._compute_score_from_stats(counts).score}
 
-    return corpus.Sums(_sacrebleu_rows(metric, targets, predictions), score)
+    return corpus.Sums(_sacrebleu_rows(metric, references, predictions), score)
 
 
 def _sacrebleu_rows(
   metric: sacrebleu.metrics.BLEU | sacrebleu.metrics.CHRF,
-  targets: corpus.Targets,
+  references: corpus.References,
   predictions: Sequence[str],
 ) -> Float[np.ndarray, 'example statistic']:
   # sacreBLEU's interface between its metrics and its significance tests. Its
   # public bootstrap gives half a width only, and builds [sample, example,
   # statistic] in memory; chrF's statistics are not public at all. A test holds
   # that these give the scores of the public functions to the last bit.
-  rows = metric._extract_corpus_statistics(predictions, _streams(targets))
+  rows = metric._extract_corpus_statistics(predictions, _streams(references))
   return np.array(rows, np.float64)
 
 
-def _streams(targets: corpus.Targets) -> list[list[Any]]:
+def _streams(references: corpus.References) -> list[list[Any]]:
   """Returns sacreBLEU's form: the first of each example, the second, ...
 
   Where an example has no such reference stands None.
   """
-  references = [corpus.references(target) for target in targets]
-  return [list(stream) for stream in itertools.zip_longest(*references)]
+  texts = [corpus.texts_of(own) for own in references]
+  return [list(stream) for stream in itertools.zip_longest(*texts)]
 
 
 def _signature(
   metric: sacrebleu.metrics.BLEU | sacrebleu.metrics.CHRF,
-  targets: corpus.Targets,
+  references: corpus.References,
 ) -> str:
   """Returns sacreBLEU's description of a metric of its own."""
   # A metric learns its number of references from its first score.
-  sizes = {len(corpus.references(target)) for target in targets}
+  sizes = {len(corpus.texts_of(own)) for own in references}
   examples = [[''] * size for size in sizes]
   metric.corpus_score([''] * len(examples), _streams(examples))
   return str(metric.get_signature())

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all metrics of a corpus have in common: `metric_fns.py` has the metrics.
 
-A metric takes `(targets, predictions)`, as a SeqIO `metric_fn` does, and has
-its settings in its attributes. Its score is taken apart into sums over
-examples, of which `with_intervals` draws samples.
+A metric is called with `(targets, predictions)`, by whose names SeqIO knows a
+`metric_fn`; in here the targets are references, of each example one text or a
+list. It has its settings in its attributes. Its score is taken apart into sums
+over examples, of which `with_intervals` draws samples.
 """
 
 import dataclasses
@@ -18,8 +19,8 @@ from jaxtyping import Float
 from l2s_jax.metrics import words
 from l2s_jax.runtime import distributed
 
-Targets = Sequence[str | Sequence[str]]
-MetricFn = Callable[[Targets, Sequence[str]], dict[str, float]]
+References = Sequence[str | Sequence[str]]
+MetricFn = Callable[[References, Sequence[str]], dict[str, float]]
 
 # Of text without spaces, tokens of more letters than this are no words.
 _LONGEST_MEAN_WORD = 6
@@ -47,7 +48,7 @@ class Metric:
     return self.name
 
   def __call__(
-    self, targets: Targets, predictions: Sequence[str]
+    self, targets: References, predictions: Sequence[str]
   ) -> dict[str, float]:
     """Returns scores by name, and warns of settings that do not fit.
 
@@ -57,11 +58,11 @@ class Metric:
     """
     return self.checked_sums(targets, predictions).of_corpus()
 
-  def signature(self, targets: Targets) -> str | None:
+  def signature(self, references: References) -> str | None:
     """Returns what others need to repeat the score; None: its name says all.
 
     Args:
-      targets: that are scored; of predictions it is independent.
+      references: that are scored; of predictions it is independent.
     """
     return None
 
@@ -72,19 +73,19 @@ class Metric:
       ValueError: with what is wrong, or what is to be installed.
     """
 
-  def sums(self, targets: Targets, predictions: Sequence[str]) -> 'Sums':
+  def sums(self, references: References, predictions: Sequence[str]) -> 'Sums':
     raise NotImplementedError
 
-  def warnings(self, targets: Targets) -> Iterator[str]:
+  def warnings(self, references: References) -> Iterator[str]:
     yield from ()
 
   def checked_sums(
-    self, targets: Targets, predictions: Sequence[str]
+    self, references: References, predictions: Sequence[str]
   ) -> 'Sums':
-    check_pairs(targets, predictions)
-    for warning in self.warnings(targets):
+    check_pairs(references, predictions)
+    for warning in self.warnings(references):
       distributed.say(f'{self.name}: {warning}')
-    return self.sums(targets, predictions)
+    return self.sums(references, predictions)
 
 
 def with_intervals(
@@ -108,7 +109,7 @@ def with_intervals(
 
   @functools.wraps(metric_fn)
   def metric_with_intervals(
-    targets: Targets, predictions: Sequence[str]
+    targets: References, predictions: Sequence[str]
   ) -> dict[str, float]:
     sums = metric_fn.checked_sums(targets, predictions)
     rng = np.random.default_rng(seed)
@@ -127,20 +128,20 @@ def with_intervals(
 
 
 def signatures(
-  metric_fns: Sequence[MetricFn], targets: Targets
+  metric_fns: Sequence[MetricFn], references: References
 ) -> dict[str, str]:
   """Returns the signatures of those of our metrics that have one.
 
   Args:
     metric_fns: any functions, such as those of `with_intervals`.
-    targets: that they score.
+    references: that they score.
 
   Returns:
     By the name of each metric's last score.
   """
   found = [inspect.unwrap(metric_fn) for metric_fn in metric_fns]
   signed = {
-    metric.score_names[-1]: metric.signature(targets)
+    metric.score_names[-1]: metric.signature(references)
     for metric in found
     if isinstance(metric, Metric)
   }
@@ -185,22 +186,23 @@ def finds_no_words(texts: Sequence[str], num_tokens: int) -> bool:
   )
 
 
-def references(target: str | Sequence[str]) -> Sequence[str]:
-  return [target] if isinstance(target, str) else target
+def texts_of(reference: str | Sequence[str]) -> Sequence[str]:
+  """Returns the references of one example, of which there may be several."""
+  return [reference] if isinstance(reference, str) else reference
 
 
-def all_references(targets: Targets) -> list[str]:
-  return [text for target in targets for text in references(target)]
+def all_texts(references: References) -> list[str]:
+  return [text for own in references for text in texts_of(own)]
 
 
-def check_pairs(targets: Targets, predictions: Sequence[str]) -> None:
-  if not len(targets) == len(predictions) > 0:
+def check_pairs(references: References, predictions: Sequence[str]) -> None:
+  if not len(references) == len(predictions) > 0:
     raise ValueError(
-      f'{len(targets)} targets and {len(predictions)} predictions: expected '
+      f'{len(references)} targets and {len(predictions)} predictions: expected '
       'as many of one as of the other, and at least one.'
     )
-  for index, target in enumerate(targets):
-    if not len(references(target)):
+  for index, own in enumerate(references):
+    if not len(texts_of(own)):
       raise ValueError(
         f'example {index} has an empty list of references; expected a text, '
         'or a list of at least one.'

@@ -23,7 +23,7 @@ from l2s_jax.metrics import rouge as rouge_lib
 
 MetricFn = corpus.MetricFn
 Metric = corpus.Metric
-Targets = corpus.Targets
+References = corpus.References
 signatures = corpus.signatures
 with_intervals = corpus.with_intervals
 
@@ -35,12 +35,14 @@ _NO_PUNCTUATION = str.maketrans('', '', string.punctuation)
 class ExactMatch(Metric):
   """The percentage of predictions equal to one of their references."""
 
-  def sums(self, targets: Targets, predictions: Sequence[str]) -> corpus.Sums:
+  def sums(
+    self, references: References, predictions: Sequence[str]
+  ) -> corpus.Sums:
     return corpus.mean_sums(
       {
         self.name: [
-          float(prediction in corpus.references(target))
-          for target, prediction in zip(targets, predictions, strict=True)
+          float(prediction in corpus.texts_of(own))
+          for own, prediction in zip(references, predictions, strict=True)
         ]
       }
     )
@@ -55,8 +57,8 @@ class TokenF1(Metric):
   without words agree.
   """
 
-  def warnings(self, targets: Targets) -> Iterator[str]:
-    texts = corpus.all_references(targets)
+  def warnings(self, references: References) -> Iterator[str]:
+    texts = corpus.all_texts(references)
     if corpus.finds_no_words(texts, sum(len(_words(text)) for text in texts)):
       yield (
         'words are what white space separates, and the script of these '
@@ -64,15 +66,17 @@ class TokenF1(Metric):
         'whole. chrf, or rouge, fits it.'
       )
 
-  def sums(self, targets: Targets, predictions: Sequence[str]) -> corpus.Sums:
+  def sums(
+    self, references: References, predictions: Sequence[str]
+  ) -> corpus.Sums:
     return corpus.mean_sums(
       {
         self.name: [
           max(
             _f1(_words(reference), _words(prediction))
-            for reference in corpus.references(target)
+            for reference in corpus.texts_of(own)
           )
-          for target, prediction in zip(targets, predictions, strict=True)
+          for own, prediction in zip(references, predictions, strict=True)
         ]
       }
     )
@@ -83,7 +87,7 @@ class UserMetric(Metric):
   """A user's own score of a corpus.
 
   Attributes:
-    function: takes targets (each a text, or a list of references) and
+    function: takes references (each a text, or a list of references) and
       predictions, and returns a number.
   """
 
@@ -91,7 +95,7 @@ class UserMetric(Metric):
   function: Any = None
 
   def __call__(
-    self, targets: Targets, predictions: Sequence[str]
+    self, targets: References, predictions: Sequence[str]
   ) -> dict[str, float]:
     corpus.check_pairs(targets, predictions)
     score = self.function(targets, predictions)
@@ -133,7 +137,7 @@ def bleu_signature(num_references: int | None = 1) -> str:
   Args:
     num_references: of each example; None: it varies.
   """
-  return bleu.signature(_example_targets(num_references))
+  return bleu.signature(_example_references(num_references))
 
 
 def chrf_signature(num_references: int | None = 1) -> str:
@@ -142,10 +146,10 @@ def chrf_signature(num_references: int | None = 1) -> str:
   Args:
     num_references: of each example; None: it varies.
   """
-  return chrf.signature(_example_targets(num_references))
+  return chrf.signature(_example_references(num_references))
 
 
-def _example_targets(num_references: int | None) -> Targets:
+def _example_references(num_references: int | None) -> References:
   sizes = (1, 2) if num_references is None else (num_references,)
   return [['four words or more'] * size for size in sizes]
 

@@ -44,14 +44,14 @@ class Rouge(corpus.Metric):
   def score_names(self) -> tuple[str, ...]:
     return _TYPES
 
-  def signature(self, targets: corpus.Targets) -> str:
-    tokenizer = self._tokenizer(targets)
+  def signature(self, references: corpus.References) -> str:
+    tokenizer = self._tokenizer(references)
     stems = self.stemmer and tokenizer != 'characters'
     return _join_signature(
-      nrefs=_num_references(targets),
+      nrefs=_num_references(references),
       tok=tokenizer,
       stem='yes' if stems else 'no',
-      eff='yes' if self._undefined(targets) else 'no',
+      eff='yes' if self._undefined(references) else 'no',
       version=f'rouge_score-{importlib.metadata.version("rouge-score")}',
     )
 
@@ -62,17 +62,19 @@ class Rouge(corpus.Metric):
         f'{", ".join(TOKENIZERS)}, or None.'
       )
 
-  def _tokenizer(self, targets: corpus.Targets) -> str:
+  def _tokenizer(self, references: corpus.References) -> str:
     if self.tokenizer is not None:
       return self.tokenizer
-    is_latin = words.ascii_share(corpus.all_references(targets)) >= 0.5
+    is_latin = words.ascii_share(corpus.all_texts(references)) >= 0.5
     return 'latin' if is_latin else 'words'
 
-  def _tokenize(self, targets: corpus.Targets) -> Callable[[str], list[str]]:
+  def _tokenize(
+    self, references: corpus.References
+  ) -> Callable[[str], list[str]]:
     # Imported here: it takes half a second, and only ROUGE needs it.
     from rouge_score import tokenizers
 
-    tokenizer = self._tokenizer(targets)
+    tokenizer = self._tokenizer(references)
     latin = tokenizers.DefaultTokenizer(self.stemmer)
     if tokenizer == 'latin':
       return latin.tokenize
@@ -88,23 +90,23 @@ class Rouge(corpus.Metric):
 
     return tokenize
 
-  def _undefined(self, targets: corpus.Targets) -> set[str]:
+  def _undefined(self, references: corpus.References) -> set[str]:
     """Returns which scores even equal texts would not have.
 
     As of BLEU: each example has a reference too short for an n-gram.
     """
-    tokenize = dataclasses.replace(self, stemmer=False)._tokenize(targets)
+    tokenize = dataclasses.replace(self, stemmer=False)._tokenize(references)
 
     def are_short(length: int) -> bool:
       return all(
-        any(len(tokenize(text)) < length for text in corpus.references(target))
-        for target in targets
+        any(len(tokenize(text)) < length for text in corpus.texts_of(own))
+        for own in references
       )
 
     return {name for name in _TYPES if are_short(2 if name == 'rouge2' else 1)}
 
-  def warnings(self, targets: corpus.Targets) -> Iterator[str]:
-    texts = corpus.all_references(targets)
+  def warnings(self, references: corpus.References) -> Iterator[str]:
+    texts = corpus.all_texts(references)
     share = 1 - words.ascii_share(texts)
     if share <= 0.5:
       return
@@ -123,11 +125,11 @@ class Rouge(corpus.Metric):
       )
 
   def sums(
-    self, targets: corpus.Targets, predictions: Sequence[str]
+    self, references: corpus.References, predictions: Sequence[str]
   ) -> corpus.Sums:
     from rouge_score import rouge_scorer, tokenizers
 
-    tokenize = self._tokenize(targets)
+    tokenize = self._tokenize(references)
 
     class Tokenizer(tokenizers.Tokenizer):
       def tokenize(self, text: str) -> list[str]:
@@ -140,26 +142,26 @@ class Rouge(corpus.Metric):
 
     scores = [
       scorer.score_multi(
-        [sentences(reference) for reference in corpus.references(target)],
+        [sentences(reference) for reference in corpus.texts_of(own)],
         sentences(prediction),
       )
-      for target, prediction in zip(targets, predictions, strict=True)
+      for own, prediction in zip(references, predictions, strict=True)
     ]
     by_name = {
       name: [score[name].fmeasure for score in scores] for name in _TYPES
     }
-    for name in self._undefined(targets):
+    for name in self._undefined(references):
       by_name[name] = [
-        max(score, float(_agree(target, prediction, tokenize)))
-        for score, target, prediction in zip(
-          by_name[name], targets, predictions, strict=True
+        max(score, float(_agree(own, prediction, tokenize)))
+        for score, own, prediction in zip(
+          by_name[name], references, predictions, strict=True
         )
       ]
     return corpus.mean_sums(by_name)
 
 
 def _agree(
-  target: str | Sequence[str],
+  reference: str | Sequence[str],
   prediction: str,
   tokenize: Callable[[str], list[str]],
 ) -> bool:
@@ -167,12 +169,12 @@ def _agree(
   tokens = tokenize(prediction)
   return any(
     tokens == tokenize(text) and (tokens or text.split() == prediction.split())
-    for text in corpus.references(target)
+    for text in corpus.texts_of(reference)
   )
 
 
-def _num_references(targets: corpus.Targets) -> str:
-  sizes = {len(corpus.references(target)) for target in targets}
+def _num_references(references: corpus.References) -> str:
+  sizes = {len(corpus.texts_of(own)) for own in references}
   return str(sizes.pop()) if len(sizes) == 1 else 'var'
 
 

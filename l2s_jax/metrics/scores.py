@@ -35,7 +35,7 @@ class Scores:
     rouge_stemmer: whether English words lose their endings; ours do by default,
       T5's do not.
     functions: metrics of the user's by name, such as `{'comet': @comet}`: each
-      takes the targets (each a text, or a list of references) and the
+      takes the references (each a text, or a list of references) and the
       predictions, and returns one number, the better the higher.
   """
 

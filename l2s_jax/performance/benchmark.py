@@ -11,6 +11,7 @@ import dataclasses
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import gin
 import numpy as np
@@ -98,17 +99,16 @@ def benchmark(
   Raises:
     ValueError: if a setting is not one, before anything is loaded.
   """
-  if isinstance(quantizations, str):
-    quantizations = (quantizations,)
-  if isinstance(peer_names, str):
-    peer_names = (peer_names,)
-  _check(
+  settings = _Settings(
     dtype=dtype,
-    quantizations=quantizations,
-    peer_names=peer_names,
     injection=injection,
+    quantizations=_as_tuple(quantizations),
+    draft_len=draft_len,
+    prompts_path=prompts_path,
+    rounds=rounds,
+    seed=seed,
+    peer_names=_as_tuple(peer_names),
   )
-  gin_config.check_positive(BENCHMARK_ROUNDS=rounds)
   folder = files.local_folder(output_dir, 'BENCHMARK_DIR')
   shapes = _shapes(batch_sizes, prompt_lengths, output_lengths)
   models, pair = contenders.find_models(
@@ -116,17 +116,14 @@ def benchmark(
   )
   _check_positions(models, shapes)
   _check_drafts(models, pair, draft_len)
-  if train and (tuple(quantizations) != ('none',) or draft_len or prompts_path):
-    raise ValueError(
-      '--train times steps on random tokens: leave out QUANTIZATIONS, '
-      'DRAFT_LEN and BENCHMARK_PROMPTS.'
-    )
+  if train:
+    settings.check_training()
   prompts = _Prompts(seed, prompts_path, checkpoint_path)
   for batch_size, prompt_length, _ in shapes:
     prompts.check(batch_size, prompt_length)
   scores = {} if quality is None else _scores(models, pair, quality)
   if peers:
-    contenders.check_disk(models, peer_names, folder)
+    contenders.check_disk(models, settings.peer_names, folder)
   print(_describe(models, pair))
   if dry_run:
     return
@@ -135,41 +132,94 @@ def benchmark(
       folder, models, pair, shapes, rounds=rounds, seed=seed, has_peers=peers
     )
     return
-  entered = list(
-    contenders.ours(
-      models,
-      pair,
-      dtype,
-      quantizations,
-      draft_len,
-      to_eos=prompts_path is not None,
-    )
-  )
+  entered = settings.ours(models, pair)
   if peers:
-    entered += _of_peers(models, peer_names, folder)
+    entered += _of_peers(models, settings.peer_names, folder)
   bandwidth = bandwidth_lib.Bandwidth()
   rows: list[TableRow] = []
   for shape in shapes:
     rows += _time(entered, shape, rounds, prompts, bandwidth)
   _complete(rows, scores, bandwidth)
+  measured = {'bandwidth_gb_per_sec': bandwidth.bytes_per_sec / 1e9}
+  locations = {role: model.source.location for role, model in models.items()}
   speed_report.write(
     folder,
     rows,
-    speed_report.machine()
-    | {'bandwidth_gb_per_sec': bandwidth.bytes_per_sec / 1e9},
-    {
-      'dtype': dtype,
-      'injection': injection,
-      'draft_len': draft_len,
-      'prompts': prompts_path or 'random tokens',
-      'rounds': rounds,
-      'seed': seed,
-      'weights': {
-        role: model.source.location for role, model in models.items()
-      },
-      'checkpoint': checkpoint_path,
-    },
+    speed_report.machine() | measured,
+    settings.described()
+    | {'weights': locations, 'checkpoint': checkpoint_path},
   )
+
+
+def _as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:
+  return (names,) if isinstance(names, str) else tuple(names)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+  """How systems are timed; see `benchmark` for what each means."""
+
+  dtype: str
+  injection: str
+  quantizations: tuple[str, ...]
+  draft_len: int
+  prompts_path: str | None
+  rounds: int
+  seed: int
+  peer_names: tuple[str, ...]
+
+  def __post_init__(self):
+    """Checks them.
+
+    Raises:
+      ValueError: names the setting, and what it may be.
+    """
+    for name, values, known in (
+      ('DTYPE', (self.dtype,), ('float32', 'bfloat16')),
+      ('INJECTION', (self.injection,), l2s.INJECTIONS),
+      ('QUANTIZATIONS', self.quantizations, config_lib.QUANTIZATIONS),
+      ('BENCHMARK_PEERS', self.peer_names, tuple(peers_lib.PEERS)),
+    ):
+      for value in values:
+        if value not in known:
+          raise ValueError(f'{name}: {value!r} is not one of {known}.')
+    gin_config.check_positive(BENCHMARK_ROUNDS=self.rounds)
+
+  def check_training(self) -> None:
+    """Refuses what means nothing for training steps."""
+    if self.quantizations != ('none',) or self.draft_len or self.prompts_path:
+      raise ValueError(
+        '--train times steps on random tokens: leave out QUANTIZATIONS, '
+        'DRAFT_LEN and BENCHMARK_PROMPTS.'
+      )
+
+  def ours(
+    self,
+    models: Mapping[str, contenders.TimedModel],
+    pair: contenders.Pair | None,
+  ) -> list[contenders.Writer]:
+    """Returns our contenders."""
+    return list(
+      contenders.ours(
+        models,
+        pair,
+        self.dtype,
+        self.quantizations,
+        self.draft_len,
+        to_eos=self.prompts_path is not None,
+      )
+    )
+
+  def described(self) -> dict[str, Any]:
+    """Returns what the report says of them."""
+    return {
+      'dtype': self.dtype,
+      'injection': self.injection,
+      'draft_len': self.draft_len,
+      'prompts': self.prompts_path or 'random tokens',
+      'rounds': self.rounds,
+      'seed': self.seed,
+    }
 
 
 def _of_peers(
@@ -199,25 +249,6 @@ def _complete(
     if row['bytes_per_step'] is not None and 'prefill_ms' in row:
       bytes_per_sec = 1e3 * row['bytes_per_step'] / row['ms_per_token']
       row['bandwidth_fraction'] = bytes_per_sec / bandwidth.bytes_per_sec
-
-
-def _check(
-  *,
-  dtype: str,
-  quantizations: Sequence[str],
-  peer_names: Sequence[str],
-  injection: str,
-) -> None:
-  """Refuses settings that mean nothing."""
-  for name, values, known in (
-    ('DTYPE', (dtype,), ('float32', 'bfloat16')),
-    ('INJECTION', (injection,), l2s.INJECTIONS),
-    ('QUANTIZATIONS', quantizations, config_lib.QUANTIZATIONS),
-    ('BENCHMARK_PEERS', peer_names, tuple(peers_lib.PEERS)),
-  ):
-    for value in values:
-      if value not in known:
-        raise ValueError(f'{name}: {value!r} is not one of {known}.')
 
 
 def _shapes(

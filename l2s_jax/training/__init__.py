@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training: the state, its step, its optimizer, its checkpoints.
 
-`train` is the verb: mesh, data, state, step, hooks, loop. `hooks` are what
-happens beside the steps (logs, checkpoints, evaluations, a user's own). What is
-evaluated, and how, is in `evaluation/`.
+`train` is the verb: mesh, data, state, step, hooks, loop. `train_data` says how
+batches are made, `resuming` begins a run or goes on with one, and `hooks` are
+what happens beside the steps (logs, checkpoints, evaluations, a user's own).
+What is evaluated, and how, is in `evaluation/`.
 """
 
 # The modules that other packages may import.

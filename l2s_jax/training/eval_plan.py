@@ -75,10 +75,12 @@ class Plan:
     by_prefix: by what comes before the names of their scores: nothing if
       EVALUATIONS lists none, 'TASK-SPLIT/' otherwise.
     best: the prefix and the score that choose the best step; None: none is.
+    batch_size: examples a decoding batch; None: as many as a step has.
   """
 
   by_prefix: Mapping[str, Planned]
   best: tuple[str, str] | None
+  batch_size: int | None = None
 
   def longest(self, task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
     """Returns the most tokens that training or an evaluation reads."""
@@ -102,6 +104,7 @@ class Plan:
       ValueError: for what cannot be evaluated, or a score that is of none.
     """
     found = {}
+    writers: dict[tuple[str, str], str] = {}
     for prefix, planned in self.by_prefix.items():
       task = trained
       if planned.task != name:
@@ -109,6 +112,15 @@ class Plan:
           system, planned.task, label=f'EVALUATIONS {prefix[:-1]}'
         )
       task.check_evaluable(planned.split, planned.task_feature_lengths)
+      for scored in task.metrics_of(planned.split):
+        other = writers.setdefault((scored, planned.split), prefix)
+        if other != prefix:
+          raise ValueError(
+            f'EVALUATIONS {other[:-1]} and {prefix[:-1]} would write the '
+            f'predictions of task {scored!r} on split {planned.split!r} to one '
+            'file. Leave one out: the scores of a mixture hold those of each '
+            'of its tasks.'
+          )
       found[prefix] = task
     if self.best is not None:
       prefix, score = self.best
@@ -129,7 +141,7 @@ class Plan:
       loop: the run.
       session: has the mesh.
       bound: what `bind` returned.
-      batch_size: examples a batch.
+      batch_size: rows a step.
     """
     found = distributed.from_first(
       {prefix: logged(loop.run_dir, prefix) for prefix in self.by_prefix}
@@ -144,7 +156,7 @@ class Plan:
         bound[prefix],
         planned.task_feature_lengths,
         split=planned.split,
-        batch_size=batch_size,
+        batch_size=self.batch_size or batch_size,
         num_examples=planned.num_examples,
         generator=generators.get(answer_length),
       )
@@ -162,7 +174,10 @@ class Plan:
 
 
 def make(
-  evaluations: Sequence[Evaluation], run: Planned, best_metric: str | None
+  evaluations: Sequence[Evaluation],
+  run: Planned,
+  best_metric: str | None,
+  batch_size: int | None = None,
 ) -> Plan:
   """Returns the evaluations of a run, checked as far as their settings tell.
 
@@ -170,13 +185,19 @@ def make(
     evaluations: EVALUATIONS.
     run: the settings of the run, for what they leave out.
     best_metric: BEST_METRIC.
+    batch_size: examples a decoding batch; None: as many as a step has.
 
   Raises:
     ValueError: for settings that mean nothing, or two of one task and split.
   """
+  gin_config.check_positive(
+    EVAL_PERIOD=run.period,
+    num_eval_examples=run.num_examples,
+    eval_batch_size=batch_size,
+  )
   by_prefix = _by_prefix(evaluations, run)
   if best_metric is None:
-    return Plan(by_prefix, None)
+    return Plan(by_prefix, None, batch_size)
   prefix, score = _of_score('BEST_METRIC', best_metric, by_prefix)
   split = by_prefix[prefix].split
   if 'test' in split:
@@ -187,7 +208,7 @@ def make(
       'and score the chosen checkpoint on the test split with evaluate and '
       "EVAL_STEPS='best'."
     )
-  return Plan(by_prefix, (prefix, score))
+  return Plan(by_prefix, (prefix, score), batch_size)
 
 
 def _by_prefix(

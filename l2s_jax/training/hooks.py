@@ -20,7 +20,7 @@ In a gin file: `import my_module` and `HOOKS = [@my_module.MyTracker()]`.
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tqdm
 
@@ -133,6 +133,20 @@ class Hook:
 
   def close(self) -> None:
     """Called once, when the run ends or is left."""
+
+
+class Hooked(NamedTuple):
+  """The hooks of a run, in the order in which they are called.
+
+  Attributes:
+    in_step: under the lock: what they change belongs to the step.
+    ours: that follow it.
+    users: that follow those.
+  """
+
+  in_step: Sequence[Hook]
+  ours: Sequence[Hook]
+  users: Sequence[Hook]
 
 
 def check(hooks: Sequence[Any]) -> None:

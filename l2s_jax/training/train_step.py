@@ -5,6 +5,9 @@ The frozen LLM goes in as an argument and never comes out. The loop around it is
 `train.py`'s.
 """
 
+import dataclasses
+import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,10 +16,52 @@ import jax.numpy as jnp
 import optax
 
 from l2s_jax.models import losses
+from l2s_jax.runtime import gin_config
 from l2s_jax.systems import parameters
 from l2s_jax.training import state as state_lib
 
 PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+  """How the gradient of a step is computed.
+
+  Attributes:
+    num_microbatches: parts a batch is computed in, one after another.
+    label_smoothing: probability given to all tokens in equal parts.
+    z_loss: weight of the squared log of the softmax's denominator.
+  """
+
+  num_microbatches: int
+  label_smoothing: float
+  z_loss: float
+
+  def __post_init__(self):
+    """Checks them.
+
+    Raises:
+      ValueError: names the setting.
+    """
+    gin_config.check_positive(NUM_MICROBATCHES=self.num_microbatches)
+    gin_config.check_between(0, 1, LABEL_SMOOTHING=self.label_smoothing)
+    gin_config.check_between(0, math.inf, Z_LOSS=self.z_loss)
+
+  def make(
+    self, module: Any, optimizer: optax.GradientTransformation
+  ) -> Callable[..., Any]:
+    """Returns the step of a module: `train_step` with all but its arrays."""
+    return functools.partial(
+      train_step,
+      module=module,
+      optimizer=optimizer,
+      loss=functools.partial(
+        losses.token_cross_entropy,
+        label_smoothing=self.label_smoothing,
+        z_loss=self.z_loss,
+      ),
+      num_microbatches=self.num_microbatches,
+    )
 
 
 def train_step(

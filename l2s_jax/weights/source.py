@@ -203,11 +203,10 @@ def check_shapes(
   found = {'/'.join(path): shape for path, shape in source.shapes().items()}
   problems = misfits.problems(expected, found)
   if not allow_others:
-    names = {path: '/'.join(path) for path in source.shapes().keys() - wanted}
-    also = {name: source.name(path) for path, name in names.items()}
-    problems += misfits.unknown(
-      names.values(), found, {k: v for k, v in also.items() if k != v}
-    )
+    others = source.shapes().keys() - wanted.keys()
+    named = {'/'.join(path): source.name(path) for path in others}
+    titles = {name: theirs for name, theirs in named.items() if theirs != name}
+    problems += misfits.unknown(named, found, titles)
   if problems:
     raise ValueError(
       misfits.refusal(

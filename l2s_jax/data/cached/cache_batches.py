@@ -103,7 +103,7 @@ class CachedBatches(Iterator[batching.Part]):
   Attributes:
     num_examples: examples seen.
     num_truncated_prompts: of these, how many had a longer prompt.
-    num_truncated_targets: likewise for the answer.
+    num_truncated_answers: likewise for the answer.
     close: a function that ends the threads.
   """
 
@@ -132,7 +132,7 @@ class CachedBatches(Iterator[batching.Part]):
     """
     self.num_examples = 0
     self.num_truncated_prompts = 0
-    self.num_truncated_targets = 0
+    self.num_truncated_answers = 0
     self._room = room
     self._planned = planned
     self._maker = _Maker(
@@ -171,7 +171,7 @@ class CachedBatches(Iterator[batching.Part]):
     cut = plan.result().stretch.lengths > self._room
     self.num_examples += part.num_examples
     self.num_truncated_prompts += int(cut[:, 0].sum())
-    self.num_truncated_targets += int(cut[:, 1].sum())
+    self.num_truncated_answers += int(cut[:, 1].sum())
     return part
 
   def parts(self) -> Iterator[batching.Part]:

@@ -37,9 +37,9 @@ import xxhash
 from array_record.python import array_record_module
 
 from l2s_jax.runtime import files, integrity, os_errors
+from l2s_jax.weights import run_format
 
-FORMAT_VERSION = 1
-FILE = 'cache.json'
+FILE = run_format.CACHE
 # A group of one record is the unit of reading: no neighbour is unpacked.
 WRITER_OPTIONS = 'group_size:1,zstd:1'
 # One record after another, with small buffers, a core reads 60 tokens in 5 us;
@@ -52,6 +52,16 @@ _HEADER = struct.Struct('<II')
 _TYPECODES = {'uint16': 'H', 'uint32': 'I'}
 _DTYPES: dict[str, Any] = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(',', ':'))
+# What `cache.json` has, and of it each split.
+_KEYS: dict[str, Any] = {
+  'format_version': int,
+  'key': dict,
+  'dtype': str,
+  'tasks': dict,
+  'rates': dict,
+  integrity.DIGEST: str,
+}
+_OF_SPLIT = dict.fromkeys(('num_examples', 'shards', 'index_digests'))
 _REMEDY = 'it is part of no whole cache: remove the folder and cache again.'
 
 
@@ -436,25 +446,34 @@ def open_cache(folder: str | os.PathLike[str]) -> TokenCache:
       'all shards are there. Run `python -m l2s_jax cache` with the same '
       f'CACHE_DIR{" again: it goes on" if begun else ""}.'
     )
-  content = files.read_json(
-    path,
-    keys={
-      'format_version': int,
-      'key': dict,
-      'dtype': str,
-      'tasks': dict,
-      'rates': dict,
-      integrity.DIGEST: str,
-    },
-    remedy=remedy,
-  )
-  if content['format_version'] != FORMAT_VERSION:
-    raise ValueError(
-      f'{path} has format_version {content["format_version"]}, expected '
-      f'{FORMAT_VERSION}; use the version of l2s_jax that wrote it, or cache '
-      'again.'
-    )
-  kept = integrity.unseal(content)
-  if kept is None:
+  return TokenCache(folder, read_description(path, remedy))
+
+
+def read_description(path: pathlib.Path, remedy: str) -> dict[str, Any]:
+  """Returns what `cache.json` holds, or the plan of one, in today's format.
+
+  Args:
+    path: of the file.
+    remedy: for one that is broken, as `files.read_json` takes it.
+
+  Raises:
+    ValueError: if it is damaged, a newer version wrote it, or it has what this
+      version does not know.
+  """
+  content = files.read_json(path, remedy=remedy)
+  found = run_format.migrate(FILE, content, path, remedy=remedy)
+  files.check_keys(found, path, keys=_KEYS, remedy=remedy)
+  if integrity.unseal(content) is None:
     raise ValueError(f'{path} is not as it was written; {remedy}')
-  return TokenCache(folder, kept)
+  del found[integrity.DIGEST]
+  known: dict[str, Any] = dict.fromkeys((*_KEYS, 'written_by'))
+  known['tasks'] = {
+    task: {
+      'splits': dict.fromkeys(of_task.get('splits', ()), _OF_SPLIT),
+      'columns': None,
+      'metrics': None,
+    }
+    for task, of_task in found['tasks'].items()
+  }
+  run_format.refuse_unknown(found, known, path, remedy=remedy)
+  return found

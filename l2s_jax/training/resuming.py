@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Begins a training run, or goes on where an earlier start has left it."""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+import tqdm
+
+from l2s_jax.evaluation import metric_writer
+from l2s_jax.models import flops
+from l2s_jax.runtime import (
+  distributed,
+  files,
+  gin_config,
+  locks,
+  partitioning,
+  profiling,
+)
+from l2s_jax.systems import parameters, run_folder
+from l2s_jax.systems import session as session_lib
+from l2s_jax.systems import system as system_lib
+from l2s_jax.training import checkpoint
+from l2s_jax.training import hooks as hooks_lib
+from l2s_jax.training import progress as progress_lib
+from l2s_jax.training import state as state_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+  """How long a run goes, and what it does every so many steps.
+
+  Attributes:
+    run_dir: the run's folder.
+    train_steps: updates in all; 0: it is a run of the model as it came.
+    log_period: steps between lines in the log.
+    checkpoint_period: steps between saves.
+    keep_checkpoints: the newest so many are kept; None keeps all.
+    preemption_grace_secs: between SIGTERM and the end of the process.
+    profile_steps: the first and the last step to trace; None traces nothing.
+    hooks: what users do beside.
+    began: seconds since the epoch, of this start.
+  """
+
+  run_dir: pathlib.Path
+  train_steps: int
+  log_period: int
+  checkpoint_period: int
+  keep_checkpoints: int | None
+  preemption_grace_secs: int
+  profile_steps: Sequence[int] | None
+  hooks: Sequence[Any]
+  began: float = dataclasses.field(default_factory=time.time)
+
+  def __post_init__(self):
+    """Checks them.
+
+    Raises:
+      ValueError: names the setting.
+    """
+    if self.train_steps != 0:
+      gin_config.check_positive(TRAIN_STEPS=self.train_steps)
+    gin_config.check_positive(
+      CHECKPOINT_PERIOD=self.checkpoint_period,
+      KEEP_CHECKPOINTS=self.keep_checkpoints,
+      PREEMPTION_GRACE_SECS=self.preemption_grace_secs,
+      log_period=self.log_period,
+    )
+    profiling.check(self.profile_steps)
+    hooks_lib.check(self.hooks)
+
+  def all_hooks(
+    self,
+    schedule: optax.Schedule,
+    compile_secs: float,
+    evaluates: Sequence[hooks_lib.Evaluate],
+  ) -> hooks_lib.Hooked:
+    """Returns what is called beside the steps.
+
+    Args:
+      schedule: learning rate by the number of the update, from 0.
+      compile_secs: what compiling the step took; logged.
+      evaluates: the evaluations.
+    """
+    constants = {'train/compile_secs': compile_secs}
+    return hooks_lib.Hooked(
+      in_step=[
+        hooks_lib.Profile(self.run_dir, self.profile_steps),
+        hooks_lib.Log(self.log_period, schedule, constants),
+      ],
+      ours=[hooks_lib.SaveCheckpoint(self.checkpoint_period), *evaluates],
+      users=self.hooks,
+    )
+
+
+def begin(
+  opened: contextlib.ExitStack,
+  session: session_lib.Session,
+  optimizer: optax.GradientTransformation,
+  settings: RunSettings,
+  kind: Mapping[str, Any],
+) -> hooks_lib.Loop:
+  """Returns a run where it goes on: what an earlier start has left, or step 0.
+
+  Args:
+    opened: closes what is opened here.
+    session: the system and its layout.
+    optimizer: of the trainable parameters.
+    settings: of the run.
+    kind: what the order of examples and the optimizer's slots depend on; has
+      the 'seed'.
+  """
+  run_dir, train_steps = settings.run_dir, settings.train_steps
+  watcher = opened.enter_context(
+    distributed.watch_preemption(settings.preemption_grace_secs)
+  )
+  if distributed.is_first():
+    opened.enter_context(locks.held(run_dir, 'MODEL_DIR'))
+  system, frozen = parameters.load_frozen(session.system, session.layout)
+  watcher.exit_if_requested()
+  run_folder.save(system, run_dir)
+  checkpointer = opened.enter_context(
+    contextlib.closing(
+      checkpoint.Checkpointer(run_dir, keep=settings.keep_checkpoints)
+    )
+  )
+  position = check_position(checkpointer.restore_data(), kind, run_dir)
+  state = restore_or_create(
+    system, session.layout, optimizer, session.mesh, checkpointer, kind['seed']
+  )
+  watcher.exit_if_requested()
+  step = int(state.step)
+  if distributed.is_first():
+    with files.whole(run_dir / 'config.gin') as file:
+      file.write(gin_config.operative_config())
+  log = metric_writer.MetricWriter(
+    run_dir,
+    first_step=step,
+    # The end of a run that goes on now was no end of a period.
+    drop=('train/',)
+    if step % settings.log_period and step < train_steps
+    else (),
+  )
+  progress = progress_lib.Progress(
+    run_dir,
+    position['sums'],
+    clock=position.get('clock')
+    or {'began': settings.began, 'productive_secs': 0.0},
+    example_flops=functools.partial(
+      flops.train_flops,
+      system.module,
+      llm_reads=system.cached_states is None,
+    ),
+  )
+  return hooks_lib.Loop(
+    run_dir=run_dir,
+    system=system,
+    train_steps=train_steps,
+    state=state,
+    frozen=frozen,
+    step=step,
+    num_rows=position['num_rows'],
+    position=position.get('position'),
+    kind=kind,
+    progress=progress,
+    log=opened.enter_context(contextlib.closing(log)),
+    bar=opened.enter_context(_bar(run_dir, step, train_steps)),
+    checkpointer=checkpointer,
+    watcher=watcher,
+  )
+
+
+def check_position(
+  position: Mapping[str, Any] | None,
+  kind: Mapping[str, Any],
+  run_dir: pathlib.Path,
+) -> Mapping[str, Any]:
+  """Returns where training goes on: 'num_rows', 'sums' and 'clock'.
+
+  Args:
+    position: from the checkpoint; None at the start.
+    kind: what the order of examples and the optimizer's slots depend on.
+    run_dir: the run's folder, for the error.
+
+  Raises:
+    ValueError: if that was otherwise at the checkpoint; lists the differences.
+  """
+  if position is None:
+    return {'num_rows': 0, 'sums': {}, 'clock': None}
+  differences = files.differences(
+    {name: position.get(name) for name in kind}, kind
+  )
+  if differences:
+    raise ValueError(
+      f'{run_dir} holds a run that was trained otherwise so far: its place in '
+      'the data, or what its optimizer holds, means nothing now. Set these as '
+      'they were, or choose another MODEL_DIR:\n' + '\n'.join(differences)
+    )
+  return position
+
+
+def restore_or_create(
+  system: system_lib.System,
+  layout: parameters.Layout,
+  optimizer: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
+  checkpointer: checkpoint.Checkpointer,
+  seed: int,
+) -> state_lib.TrainState:
+  """Returns the newest state of the run, or of a run that begins the first.
+
+  What comes from weights is read, and the rest initialised: nothing is in
+  memory twice.
+  """
+  shapes, shardings = _state_shapes(system, layout, optimizer, mesh)
+  restored = checkpointer.restore(shapes, shardings)
+  if restored is not None:
+    return restored
+  params = parameters.load_pretrained(system, layout)
+  fresh = {
+    name: tree
+    for name, tree in shardings.trainable.items()
+    if name not in params
+  }
+  if fresh:
+    init = functools.partial(parameters.init, system, only=fresh.keys())
+    params |= state_lib.init_params(init, seed, fresh)
+  create = jax.jit(
+    lambda trainable: state_lib.create(trainable, optimizer, seed),
+    out_shardings=shardings,
+  )
+  return create(params)
+
+
+def _state_shapes(
+  system: system_lib.System,
+  layout: parameters.Layout,
+  optimizer: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
+) -> tuple[state_lib.TrainState, state_lib.TrainState]:
+  """Returns the shapes and the shardings of the state."""
+  _, shapes = parameters.split(layout.shapes, system.frozen)
+  _, shardings = parameters.split(layout.shardings, system.frozen)
+  return state_lib.shardings(shapes, shardings, optimizer, mesh)
+
+
+def optimizer_bytes(
+  session: session_lib.Session, optimizer: optax.GradientTransformation
+) -> int:
+  """Returns what the optimizer's state takes on a device."""
+  shapes, shardings = _state_shapes(
+    session.system, session.layout, optimizer, session.mesh
+  )
+  return partitioning.bytes_per_device(shapes.opt_state, shardings.opt_state)
+
+
+def _bar(run_dir: pathlib.Path, step: int, train_steps: int) -> tqdm.tqdm:
+  return tqdm.tqdm(
+    total=train_steps,
+    initial=step,
+    desc=run_dir.name,
+    unit='step',
+    dynamic_ncols=True,
+    disable=not distributed.is_first(),
+  )
