@@ -15,10 +15,10 @@ from array_record.python import array_record_module
 
 from l2s_jax.caching import cache_writer
 from l2s_jax.data.cached import cache_format, feature_format
-from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
 from l2s_jax.runtime import distributed, files, integrity
 from l2s_jax.systems import system as system_lib
+from l2s_jax.weights import run_format
 
 PLAN = 'features_plan.json'
 # Of the encoder as it ends, its final norm included.
@@ -44,22 +44,16 @@ def make_plan(
     prompt_length: tokens to which prompts are cut.
   """
   assert isinstance(system.module, l2s.LlmToSlm)
-  config = system.module.llm_config
   return {
-    'format_version': feature_format.FORMAT_VERSION,
+    **run_format.stamp(),
     'key': {
       'llm_fingerprint': system.llm_fingerprint,
       'llm_dtype': system.frozen_dtype,
-      'llm': {
-        name: value
-        for name, value in config.to_json().items()
-        if name not in config_lib.RUNTIME_FIELDS
-      },
       'layer': _LAYER,
       'tokens': cache.digest,
     },
     'dtype': dtype,
-    'width': config.emb_dim,
+    'width': system.module.llm_config.emb_dim,
     'prompt_length': prompt_length,
   }
 
@@ -75,13 +69,13 @@ def settle_plan(folder: pathlib.Path, plan: Mapping[str, Any]) -> None:
   if not path.exists() and distributed.is_first():
     files.write_json(path, integrity.seal(plan))
   distributed.wait_for_all('features plan')
-  kept = integrity.unseal(
-    files.read_json(path, keys={'key': dict}, remedy=f'{_REMEDY}.')
-  )
-  if kept is None:
-    raise ValueError(f'{path} is not as it was written; {_REMEDY}.')
+  kept = feature_format.read_description(path, f'{_REMEDY}.')
   lines = files.differences(
-    kept, plan, have='the features have', want='now it is'
+    kept,
+    plan,
+    ignored=tuple(run_format.stamp()),
+    have='the features have',
+    want='now it is',
   )
   if lines:
     raise ValueError(
@@ -164,7 +158,8 @@ def finish(cache: cache_format.TokenCache, plan: Mapping[str, Any]) -> None:
       raise ValueError(f'{path} is damaged: expected {size} records. {again}')
     reader.close()
     digests[shard.task, shard.split].append(cache_format.index_digest(index))
-  content = dict(plan) | {
+  content = {
+    **plan,
     'tasks': {
       task: {
         'splits': {
@@ -178,7 +173,7 @@ def finish(cache: cache_format.TokenCache, plan: Mapping[str, Any]) -> None:
         }
       }
       for task, of_task in cache.tasks.items()
-    }
+    },
   }
   files.write_json(cache.folder / feature_format.FILE, integrity.seal(content))
 

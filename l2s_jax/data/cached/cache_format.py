@@ -387,8 +387,15 @@ class TokenCache:
 
   @property
   def digest(self) -> str:
-    """A digest of what it holds: `cache.json` has those of all indexes."""
-    return integrity.seal(self.content)[integrity.DIGEST]
+    """Of its examples, by the digests of their indexes; in any format."""
+    digests = {
+      task: {
+        name: split['index_digests']
+        for name, split in content['splits'].items()
+      }
+      for task, content in self.tasks.items()
+    }
+    return integrity.seal(digests)[integrity.DIGEST]
 
   @property
   def tasks(self) -> Mapping[str, Any]:

@@ -25,9 +25,9 @@ import numpy as np
 
 from l2s_jax.data.cached import cache_format
 from l2s_jax.runtime import files, integrity
+from l2s_jax.weights import run_format
 
-FORMAT_VERSION = 1
-FILE = 'features.json'
+FILE = run_format.FEATURES
 KIND = '.features'
 WRITER_OPTIONS = 'group_size:1,uncompressed'
 # What a shard takes beyond its states: for each record and in all, and of all
@@ -41,6 +41,15 @@ _DTYPES: dict[str, Any] = {
   'int8': np.dtype(np.int8),
 }
 _SCALES = np.dtype('<f4')
+# What `features.json` has, beside its tasks, and its plan.
+_KEYS: dict[str, Any] = {
+  'format_version': int,
+  'key': dict,
+  'dtype': str,
+  'width': int,
+  'prompt_length': int,
+  integrity.DIGEST: str,
+}
 _AGAIN = 'run `cache --features` again'
 
 
@@ -243,30 +252,7 @@ def open_features(cache: cache_format.TokenCache) -> FeatureCache:
       '--features` with the same CACHE_DIR, which goes on where it was '
       'stopped; or set USE_FEATURES=False.'
     )
-  content = files.read_json(
-    path,
-    keys={
-      'format_version': int,
-      'key': dict,
-      'dtype': str,
-      'width': int,
-      'prompt_length': int,
-      'tasks': dict,
-      integrity.DIGEST: str,
-    },
-    remedy=f'remove it and {_AGAIN}.',
-  )
-  if content['format_version'] != FORMAT_VERSION:
-    raise ValueError(
-      f'{path} has format_version {content["format_version"]}, expected '
-      f'{FORMAT_VERSION}; use the version of l2s_jax that wrote it, or remove '
-      f'it and {_AGAIN}.'
-    )
-  kept = integrity.unseal(content)
-  if kept is None:
-    raise ValueError(
-      f'{path} is not as it was written; remove it and {_AGAIN}.'
-    )
+  kept = read_description(path, f'remove it and {_AGAIN}.')
   if kept['key'].get('tokens') != cache.digest:
     raise ValueError(
       f'{path} has the features of other tokens than {cache_format.FILE} '
@@ -275,3 +261,25 @@ def open_features(cache: cache_format.TokenCache) -> FeatureCache:
       f'*{KIND}.* files beside it, and {_AGAIN}.'
     )
   return FeatureCache(cache.folder, kept)
+
+
+def read_description(path: pathlib.Path, remedy: str) -> dict[str, Any]:
+  """Returns what `features.json` holds, or the plan of it, in today's format.
+
+  Args:
+    path: of the file.
+    remedy: for one that is broken, as `files.read_json` takes it.
+
+  Raises:
+    ValueError: if it is damaged, a newer version wrote it, or it has what this
+      version does not know.
+  """
+  content = files.read_json(path, remedy=remedy)
+  found = run_format.migrate(FILE, content, path, remedy=remedy)
+  files.check_keys(found, path, keys=_KEYS, remedy=remedy)
+  if integrity.unseal(content) is None:
+    raise ValueError(f'{path} is not as it was written; {remedy}')
+  del found[integrity.DIGEST]
+  known = dict.fromkeys((*_KEYS, 'written_by', 'tasks'))
+  run_format.refuse_unknown(found, known, path, remedy=remedy)
+  return found
