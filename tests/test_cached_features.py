@@ -103,17 +103,22 @@ def states(folder):
   )
 
 
-def test_what_it_will_take_and_has_taken_is_said(folder, capfd):
-  """And without the task: of tokens that are there."""
+def test_what_it_will_take_and_has_taken_is_said(folder, capfd, monkeypatch):
+  """And without the task: of tokens that are there; not without the room."""
   shutil.copytree(folder / 'cache', folder / 'again')
   for path in (folder / 'again').rglob('*features*'):
     path.unlink()
   arguments = (*cache(folder, 'again'), '--gin.MIXTURE_OR_TASK_NAME=cached')
   run(*arguments, '--dry_run')
+  with monkeypatch.context() as full:
+    usage = shutil.disk_usage(folder)._replace(free=1000)
+    full.setattr(shutil, 'disk_usage', lambda path: usage)
+    run(*arguments, status=2)
   assert not list((folder / 'again').rglob('*features*'))
   run(*arguments)
   told = capfd.readouterr().err
-  assert told.count('Features of 184 examples are to be made here, which') == 2
+  assert told.count('Features of 184 examples are to be made here, which') == 3
+  assert '0.0 GB free; what is left to cache takes about' in told
   assert ' ms an example, of which the LLM took ' in told
   assert 'The features of' in told
   assert content(folder / 'again') == content(folder / 'cache')

@@ -34,7 +34,7 @@ _WINDOW_BATCHES = 8
 
 
 @dataclasses.dataclass
-class Times:
+class FeatureTimes:
   """What the features that were written now, by all processes, have cost.
 
   Attributes:
@@ -77,7 +77,7 @@ def write(
   batch_size: int,
   job: int = 0,
   num_jobs: int = 1,
-) -> Times:
+) -> FeatureTimes:
   """Writes the features of shards. All processes must call it.
 
   Args:
@@ -95,7 +95,7 @@ def write(
     ValueError: if another process is this job, or tokens are damaged.
   """
   mark = f'{cache_writer.PART}features-{job}-of-{num_jobs}'
-  times = Times()
+  times = FeatureTimes()
   reader = _Reader(session, frozen, plan, batch_size)
   groups = _Groups(session.mesh)
   processes = groups.all(batch_size)
@@ -145,7 +145,7 @@ def _write_all(
   reader: '_Reader',
   streams: 'Sequence[_Stream]',
   bar: tqdm.tqdm,
-  times: Times,
+  times: FeatureTimes,
 ) -> None:
   """Lets the LLM read while what it has made is written."""
   start_secs = time.perf_counter()
@@ -164,7 +164,7 @@ def _keep(
   states: Mapping[str, jax.Array],
   *,
   bar: tqdm.tqdm,
-  times: Times,
+  times: FeatureTimes,
 ) -> None:
   """Writes the states of a batch, those of this process's shards."""
   num_rows = states['llm_states'].shape[0]
@@ -454,7 +454,7 @@ def _read_back(
   cache: cache_format.TokenCache,
   own: Sequence[_Stream],
   plan: Mapping[str, Any],
-  times: Times,
+  times: FeatureTimes,
 ) -> None:
   """Measures how long it takes to read some of the features."""
   shards = [shard for stream in own for shard in stream.shards]
