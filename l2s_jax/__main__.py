@@ -159,6 +159,11 @@ VERBS: Mapping[str, Verb] = {
       Flag('num_shards', int, 'into how many parts the work is divided'),
       Flag('show', int, 'print the first so many examples of a cache'),
       Flag('features', bool, "keep the frozen LLM's last states, too"),
+      Flag(
+        'beam_pipeline_options',
+        str,
+        'let Apache Beam do it: --runner=DataflowRunner,--project=mine',
+      ),
     ),
     joins=True,
     gin_file='gin_configs/runs/cache.gin',
@@ -174,6 +179,7 @@ VERBS: Mapping[str, Verb] = {
     (
       Flag('peers', bool, 'time other engines, too'),
       Flag('train', bool, 'time training steps, not generation'),
+      Flag('data', bool, 'time tokenizing and reading back, not generation'),
     ),
   ),
   'precompile': Verb(

@@ -13,9 +13,13 @@ import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'  # also of the processes that tests start
 os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # The user's is not ours.
-# Tests run a program once or twice: compiling is most of their time, and XLA's
-# fusions by way of MLIR are two thirds of that.
-os.environ['XLA_FLAGS'] = '--xla_cpu_use_fusion_emitters=false'
+# Tests run a program once or twice: compiling is most of their time. Fusions by
+# way of MLIR are two thirds of that, and parts of a program that are compiled
+# side by side another tenth.
+os.environ['XLA_FLAGS'] = (
+  '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
+)
+os.environ['L2S_TESTS_XLA_FLAGS'] = os.environ['XLA_FLAGS']  # of `forked.py`
 # Programs that processes of the tests compile (`forked.py`), for all workers.
 if 'L2S_TESTS_CACHE' not in os.environ:
   os.environ['L2S_TESTS_CACHE'] = tempfile.mkdtemp(prefix='l2s_tests_')

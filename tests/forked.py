@@ -38,7 +38,7 @@ def environment() -> dict[str, str]:
   folder = os.environ['L2S_TESTS_CACHE']
   return os.environ | {
     'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': '--xla_cpu_use_fusion_emitters=false',  # as in conftest.py
+    'XLA_FLAGS': os.environ['L2S_TESTS_XLA_FLAGS'],
     'JAX_ENABLE_COMPILATION_CACHE': 'true',
     'JAX_COMPILATION_CACHE_DIR': folder,
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',

@@ -5,7 +5,7 @@ A goal is judged where both of its sides were measured at its shape. Models are
 named as their presets in `gin_configs/models`. Speculative decoding is judged
 on answers to EOS alone, which only trained weights and real prompts have.
 
-Judges the rows of a report, of generation or of training:
+Judges the rows of a report, of generation, of training or of data:
 
     PYTHONPATH=. python tests/speed_goals.py BENCHMARK_DIR/benchmark.json
 """
@@ -20,7 +20,12 @@ from typing import Any
 import numpy as np
 
 from l2s_jax.evaluation import report
-from l2s_jax.performance import contenders, train_benchmark
+from l2s_jax.performance import (
+  contenders,
+  data_reading,
+  data_tokenizing,
+  train_benchmark,
+)
 
 Row = Mapping[str, Any]
 
@@ -46,6 +51,21 @@ class Goal:
   shape: Row
   condition: 'Goal | None' = None
   needs_equal_tokens: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DataGoal:
+  """So many examples a second, or times as many as of another row.
+
+  Attributes:
+    ours: what the row has that is measured.
+    least: examples a second; with `theirs`, times those.
+    theirs: what the row has that it is compared with.
+  """
+
+  ours: Row
+  least: float
+  theirs: Row | None = None
 
 
 def _shape(batch_size: int, num_tokens: int = 64) -> Row:
@@ -145,6 +165,23 @@ TRAINING_GOALS = (
     {},
   ),
 )
+_TOKENIZING = {'part': data_tokenizing.PART}
+_READING = {'part': data_reading.WHOLE, 'engine': contenders.OURS}
+DATA_GOALS = (
+  DataGoal({**_READING, 'prompt_length': 30, 'num_tokens': 30}, 60_000),
+  DataGoal({**_READING, 'prompt_length': 512, 'num_tokens': 128}, 15_000),
+  DataGoal(
+    {**_TOKENIZING, 'from_to': 'text -> records'},
+    1 / 1.3,
+    {**_TOKENIZING, 'from_to': 'text -> ids'},
+  ),
+)
+_DATA_COLUMNS = {
+  'ours': 'ours',
+  'goal': 'goal',
+  'found': 'found',
+  'verdict': 'verdict',
+}
 _COLUMNS = {
   'ours': 'ours',
   'theirs': 'compared with',
@@ -159,8 +196,11 @@ _COLUMNS = {
 
 
 def main(path: str) -> None:
-  """Prints the goals that a `benchmark.json` or a `train.json` decides."""
+  """Prints the goals that a report decides."""
   rows = json.loads(pathlib.Path(path).read_text())['rows']
+  if any('part' in row for row in rows):
+    print(report.markdown_table(judge_data(rows), _DATA_COLUMNS))
+    return
   is_training = any('ms_per_step' in row['rounds'] for row in rows)
   goals = TRAINING_GOALS if is_training else GOALS
   judged = judge(rows, goals)
@@ -204,6 +244,32 @@ def judge(
         }
       )
   return judged
+
+
+def judge_data(rows: Sequence[Row]) -> list[dict[str, Any]]:
+  """Returns a row for each goal of data that was measured."""
+  judged = []
+  for goal in DATA_GOALS:
+    for ours in _found(rows, goal.ours):
+      rates = np.array(ours['rounds']['examples_per_sec'])
+      for theirs in _found(rows, goal.theirs or goal.ours):
+        if goal.theirs is not None:
+          rates = rates / theirs['rounds']['examples_per_sec']
+      found = float(np.median(rates))
+      names = ('from_to', 'prompt_length', 'num_tokens')
+      judged.append(
+        {
+          'ours': ', '.join(str(ours[name]) for name in names if name in ours),
+          'goal': goal.least,
+          'found': found,
+          'verdict': 'met' if found >= goal.least else 'missed',
+        }
+      )
+  return judged
+
+
+def _found(rows: Sequence[Row], wanted: Row) -> list[Row]:
+  return [row for row in rows if wanted.items() <= row.items()]
 
 
 def num_not_measured(rows: Sequence[Row], goals: Sequence[Goal] = GOALS) -> int:

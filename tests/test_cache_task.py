@@ -240,6 +240,42 @@ def test_scores_from_a_cache_are_those_of_streaming(folder, alone):
   assert found[0][1] == found[1][1]
 
 
+def test_prompts_of_a_cache_are_answered_as_those_of_its_task(folder, alone):
+  """With its references, for scores."""
+  found = []
+  for name, arguments in (
+    (
+      'local',
+      (
+        '--gin_file=gin_configs/tasks/parallel_text.gin',
+        f'--gin.DATA_DIR={folder}',
+        "--gin.DATA_FILES={'validation': ('valid.en', 'valid.de')}",
+      ),
+    ),
+    (
+      'cached',
+      (
+        '--gin_file=gin_configs/tasks/cached.gin',
+        f'--gin.CACHE_DIR={folder / "cache"}',
+      ),
+    ),
+  ):
+    out = folder / f'answers-{name}'
+    tiny_runs.l2s(
+      'infer',
+      '--gin_file=gin_configs/runs/infer.gin',
+      *arguments,
+      f'--gin.CHECKPOINT_PATH={alone}',
+      f'--gin.INPUT=task:{name}',
+      '--gin.INFER_SPLIT=validation',
+      f'--gin.INFER_OUTPUT_DIR={out}',
+      '--gin.MAX_DECODE_LEN=8',
+    )
+    found.append((out / 'predictions.jsonl').read_text())
+  assert found[0] == found[1]
+  assert '"target": "' in found[0]
+
+
 # --- without a run ---
 
 
@@ -252,6 +288,15 @@ def bind(folder, vocabulary, **settings):
       return bound_tasks.bind('cached', vocabulary, vocabulary)
     finally:
       gin.clear_config()
+
+
+def test_a_cached_mixture_has_no_order_of_lines(tmp_path, vocabulary):
+  mixture = cache_files.write(
+    tmp_path / 'mixture',
+    {name: {'train': cache_files.random_examples(3)} for name in 'ab'},
+  )
+  with pytest.raises(ValueError, match='INPUT=task:cached: .* mixture of a, b'):
+    cache_files.task(mixture, vocabulary).task_in_order('INPUT=task:cached')
 
 
 def test_a_cache_of_other_tokenizers_is_refused(folder, vocabulary):

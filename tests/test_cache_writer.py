@@ -482,7 +482,8 @@ def test_wrong_settings_are_one_sentence(
 
 def test_what_reads_and_encodes_imports_no_tensorflow():
   program = (
-    'import sys; from l2s_jax.data import cache_format, cache_encoding;'
+    'import sys; from l2s_jax.caching import cache_encoding;'
+    'from l2s_jax.data.cached import cache_format;'
     'print([x for x in ("tensorflow", "seqio") if x in sys.modules])'
   )
   result = subprocess.run(

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from l2s_jax.data import cldr, sources, streams, tasks
-from l2s_jax.data.features import seqio
+from l2s_jax.data import cldr, features, sources, streams, tasks
+from l2s_jax.data.features import seqio, tf
 from l2s_jax.vocabularies import loading
 
 LENGTHS = {'inputs': 48, 'targets': 12}  # Some are longer.
@@ -157,6 +157,56 @@ def test_what_follows_is_what_would_have_followed(
     ):
       equal(batch, expected)
       assert np.add(cut_before, cut).tolist() == list(cut_in_all)
+
+
+@pytest.fixture
+def own_task():
+  """Registers a task that tokenizes, and then goes on."""
+  feature = seqio.Feature(seqio.ByteVocabulary())
+  texts = [source for source, _ in PAIRS]
+  seqio.TaskRegistry.add(
+    'own',
+    seqio.FunctionDataSource(
+      lambda split, shuffle_files, seed=None: (
+        tf.data.Dataset.from_tensor_slices({'inputs': texts, 'targets': texts})
+      ),
+      splits=['train'],
+    ),
+    preprocessors=[
+      seqio.preprocessors.tokenize,
+      lambda dataset: dataset.map(
+        lambda example: example | {'targets': example['targets'][:5]}
+      ),
+    ],
+    output_features={'inputs': feature, 'targets': feature},
+  )
+  yield 'own'
+  seqio.TaskRegistry.remove('own')
+
+
+@pytest.mark.parametrize('case', ['parallel_text', 'mixture', 'ids', 'both'])
+def test_the_order_is_that_of_seqio_example_by_example(
+  vocabulary, folder, own_task, case
+):
+  name, settings = settings_of('mixture', folder)
+  if case in ('ids', 'both'):
+    name = {'ids': own_task, 'both': name}[case]
+    settings['mixture.tasks'] = {'local': 1.0, own_task: 0.5}
+  elif case == 'parallel_text':
+    name, settings = settings_of(case, folder)
+  task = data_files.bind(vocabulary, name, settings)
+  options: dict[str, Any] = {'shuffle': True, 'seed': 1}
+  options |= {'split': 'train', 'try_in_mem_cache': False}
+  if isinstance(task, seqio.Mixture):
+    options['passthrough_features'] = ['inputs_length', 'targets_length']
+    dataset = task.get_dataset(LENGTHS, **options)
+  else:
+    dataset = task.get_dataset(LENGTHS, num_epochs=1, **options).repeat()
+  rows = features.make_converter(task)(dataset, LENGTHS)
+  expected = rows.batch(BATCH_SIZE).take(NUM_BATCHES).as_numpy_iterator()
+  for (batch, _), other in zip(train(task), expected, strict=False):
+    assert batch.keys() <= other.keys()
+    equal(batch, {key: other[key] for key in batch})
 
 
 @pytest.mark.parametrize('source', SOURCES)

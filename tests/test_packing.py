@@ -19,6 +19,7 @@ import pytest
 import tiny_runs
 
 from l2s_jax.data import batching, packing, streams, tasks
+from l2s_jax.data.cached import plans
 from l2s_jax.data.features import seqio
 from l2s_jax.evaluation import metric_writer
 from l2s_jax.models import losses
@@ -47,6 +48,47 @@ def test_no_row_is_too_full_and_none_had_room_for_a_later_example():
   for row in range(rows.max() + 1):
     assert 0 < sizes[rows == row].sum(axis=0).max() <= 16
     assert sizes[rows == row].sum(axis=0)[1] <= 12
+
+
+def test_windows_side_by_side_are_filled_as_one_by_one():
+  sizes = np.random.default_rng(0).integers(1, 9, (7, 100, 2))
+  for room in ((16, 12), (9, 200)):
+    rows = packing.first_fit_of_windows(sizes, room)
+    expected = [packing.first_fit(window, room) for window in sizes]
+    np.testing.assert_array_equal(rows, expected)
+
+
+@pytest.mark.parametrize('num_examples', [None, 96, 100, 5])
+def test_a_plan_does_not_depend_on_the_windows_planned_at_a_time(
+  num_examples, monkeypatch
+):
+  monkeypatch.setattr(packing, 'WINDOW', 16)
+  lengths = np.random.default_rng(0).integers(1, 9, (200, 2))
+
+  def plan(position=None):
+    found = plans.packed(
+      lambda first, end: plans.Stretch(
+        np.zeros(end - first, np.int64),
+        np.arange(first, end),
+        lengths[np.arange(first, end) % len(lengths)],
+      ),
+      (16, 12),
+      3,
+      position,
+      num_examples,
+    )
+    for batch in itertools.islice(found, 25):
+      examples = batch.stretch.examples.tolist()
+      yield examples, batch.rows.tolist(), batch.position
+
+  monkeypatch.setattr(plans, '_WINDOWS', 1)
+  one_by_one = list(plan())
+  assert len(one_by_one) > 10 or num_examples == 5
+  monkeypatch.setattr(plans, '_WINDOWS', 4)
+  assert list(plan()) == one_by_one
+  for number, (*_, position) in enumerate(one_by_one, start=1):
+    following = list(plan(position))[: len(one_by_one) - number]
+    assert following == one_by_one[number:]
 
 
 def test_an_example_that_no_row_has_room_for_is_named():

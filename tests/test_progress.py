@@ -2,6 +2,7 @@
 """Laws of progress: weighted means, the same after a restart, or a stop."""
 
 import json
+import threading
 import time
 
 import jax.numpy as jnp
@@ -103,10 +104,19 @@ def test_waiting_for_data_is_measured_and_reported(
     pass
   assert capsys.readouterr().err == ''
   with done.waiting_for_data():
-    time.sleep(0.2)
+    time.sleep(0.5)
   assert 'process 0 has waited for a batch for' in capsys.readouterr().err
   done.add(1, step_sums(1.0, 1.0), PART)
   assert 0.5 < done.summary()['train/data_wait'] <= 1
+
+
+def test_waiting_starts_no_thread_a_step(tmp_path):
+  done = progress.Progress(tmp_path, {})
+  with done.waiting_for_data():
+    pass
+  before = threading.active_count()
+  with done.waiting_for_data(), done.waiting_for_data():
+    assert threading.active_count() == before
 
 
 def test_goodput_is_of_the_whole_run(tmp_path):

@@ -84,3 +84,33 @@ def test_compiled_transformers_is_another_engine():
   ours = row('SLM', 'T5_SMALL', 'l2s_jax', [1.0], [1.0])
   theirs = row('SLM', 'T5_SMALL', 'transformers compiled', [9.0], [9.0])
   assert goals.judge([ours, theirs]) == []
+
+
+@pytest.mark.parametrize(
+  'rates,verdict', [([10.0, 80.0, 9.0], 'met'), ([7.0, 20.0, 8.0], 'missed')]
+)
+def test_tokenizing_is_compared_round_by_round(rates, verdict):
+  library = {
+    'part': 'tokenizing',
+    'from_to': 'text -> ids',
+    'rounds': {'examples_per_sec': [10.0, 100.0, 10.0]},
+  }
+  ours = library | {
+    'from_to': 'text -> records',
+    'rounds': {'examples_per_sec': rates},
+  }
+  (found,) = goals.judge_data([library, ours])
+  assert found['verdict'] == verdict
+
+
+@pytest.mark.parametrize('rate,verdict', [(60_000.0, 'met'), (59e3, 'missed')])
+def test_reading_back_is_judged_by_itself(rate, verdict):
+  row = {
+    'part': 'reading',
+    'engine': 'l2s_jax',
+    'prompt_length': 30,
+    'num_tokens': 30,
+    'rounds': {'examples_per_sec': [rate]},
+  }
+  found = goals.judge_data([row, row | {'engine': 'grain'}])
+  assert [goal['verdict'] for goal in found] == [verdict]

@@ -10,4 +10,10 @@ Reading a cache is in `data.cached`.
 """
 
 # The modules that other packages may import.
-__all__ = ('cache_command', 'cache_key')
+__all__ = (
+  'cache_command',
+  'cache_encoding',
+  'cache_key',
+  'cache_texts',
+  'cache_writer',
+)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import gin
 
 from l2s_jax.caching import (
+  cache_beam,
   cache_encoding,
   cache_key,
   cache_texts,
@@ -47,6 +48,7 @@ def cache(
   features_dtype: str = 'bfloat16',
   features_batch_size: int = 32,
   mesh: partitioning.MeshConfig | None = None,
+  beam_pipeline_options: str | None = None,
   *,
   dry_run: bool = False,
 ) -> None:
@@ -89,6 +91,10 @@ def cache(
       once, over all devices; of shorter ones it reads more.
     mesh: device mesh and axis rules, for `features`; None puts all devices
       along `data`.
+    beam_pipeline_options: of Apache Beam, with commas between them, such as
+      --runner=DataflowRunner,--project=mine. Its workers then do the work,
+      shard by shard; they need this package, and data and `cache_dir` under
+      the same names, so in folders that all of them share. None: this host.
     dry_run: prints the examples and the disk they need, and stops.
 
   Raises:
@@ -112,6 +118,16 @@ def cache(
   if show is not None:
     _show(cache_format.open_cache(folder), show)
     return
+  index, num_processes = distributed.place()
+  beam_options = None
+  if beam_pipeline_options is not None:
+    beam_options = cache_beam.check(beam_pipeline_options)
+    if num_workers is not None or num_shards * num_processes > 1:
+      raise ValueError(
+        'cache: --beam_pipeline_options leaves it to a runner who does what; '
+        'leave out num_workers (CACHE_WORKERS), --shard and --num_shards, and '
+        'start one process.'
+      )
   has_task = not bound_tasks.is_cached(mixture_or_task_name or 'cached')
   if model is None or not (has_task or features):
     raise ValueError(
@@ -123,7 +139,6 @@ def cache(
   gin_config.check_lengths(lengths)
   if features:
     feature_command.check(model, lengths, features_dtype)
-  index, num_processes = distributed.place()
   if has_task:
     _cache_tokens(
       folder,
@@ -136,6 +151,7 @@ def cache(
       num_shards * num_processes,
       num_workers,
       examples_per_shard,
+      beam_options,
       dry_run=dry_run,
     )
     if num_processes > 1:
@@ -169,6 +185,7 @@ def _cache_tokens(
   num_shards: int,
   num_workers: int | None,
   examples_per_shard: int | None,
+  beam_options: Any,
   *,
   dry_run: bool,
 ) -> None:
@@ -210,15 +227,21 @@ def _cache_tokens(
   _check_room(folder, shards, texts, encoder)
   if dry_run:
     return
-  cache_writer.write(
-    folder,
-    shards,
-    texts,
-    encoder,
-    num_workers=num_workers or distributed.num_cores(),
-    job=shard,
-    num_jobs=num_shards,
-  )
+  if beam_options is not None:
+    beam_job = cache_beam.Job(
+      folder.resolve(), encoder, mixture_or_task_name, dict(lengths)
+    )
+    cache_beam.write(beam_job, shards, beam_options)
+  else:
+    cache_writer.write(
+      folder,
+      shards,
+      texts,
+      encoder,
+      num_workers=num_workers or distributed.num_cores(),
+      job=shard,
+      num_jobs=num_shards,
+    )
   missing = cache_writer.num_missing(folder, plan)
   if missing:
     _say(f'{folder}: done here; {missing} shards of other parts are missing.')
@@ -290,7 +313,8 @@ def _size(contents: Mapping[str, Any]) -> str:
   return '; '.join(
     f'{task}: '
     + ', '.join(
-      f'{content["num_examples"]:,} {split} in {len(content["shards"])} shards'
+      f'{content["num_examples"]:,} {split} in {len(content["shards"])} '
+      f'shard{"s" * (len(content["shards"]) > 1)}'
       for split, content in task_content['splits'].items()
     )
     for task, task_content in contents.items()

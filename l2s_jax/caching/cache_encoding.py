@@ -53,15 +53,17 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-  """Makes records; can be pickled."""
+  """Makes records; can be pickled.
+
+  Attributes:
+    vocabularies: of prompt and answer.
+    dtype: of ids.
+  """
 
   def __init__(
     self, prompt_vocabulary: base.Vocabulary, answer_vocabulary: base.Vocabulary
   ):
-    self._vocabularies = {
-      'inputs': prompt_vocabulary,
-      'targets': answer_vocabulary,
-    }
+    self.vocabularies = (prompt_vocabulary, answer_vocabulary)
     self.dtype = cache_format.id_dtype(
       prompt_vocabulary.vocab_size, answer_vocabulary.vocab_size
     )
@@ -78,26 +80,22 @@ class Encoder:
       for name, values in work.columns.items()
     }
     ids = {}
-    for key, vocabulary in self._vocabularies.items():
+    for key, vocabulary in zip(
+      ('inputs', 'targets'), self.vocabularies, strict=True
+    ):
       values = texts.pop(key)
       if values and isinstance(values[0], str):
         texts[f'{key}_pretokenized'] = values
         values = vocabulary.encode_batch(values)
-      # As `features.tokenize_and_measure`: what ends already gets no other.
+      ids[key] = values
+      # As `features.batch_of_ids`: what ends already gets no other.
       end = vocabulary.eos_id
-      ids[key] = [
-        row if row and row[-1] == end else [*row, end] for row in values
-      ]
-    names = list(texts)
-    rows = zip(*texts.values(), strict=True)
-    records = [
-      cache_format.encode(
-        prompt, answer, dict(zip(names, row, strict=True)), self.dtype
-      )
-      for prompt, answer, row in zip(
-        ids['inputs'], ids['targets'], rows, strict=True
-      )
-    ]
+      for row in values:
+        if not row or row[-1] != end:
+          row.append(end)
+    records = cache_format.encode_all(
+      ids['inputs'], ids['targets'], texts, self.dtype
+    )
     entries = [
       [len(row) for row in ids['inputs']],
       [len(row) for row in ids['targets']],

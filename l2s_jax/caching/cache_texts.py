@@ -61,7 +61,10 @@ class Texts:
       )
     self.label = f'{task.name}, split {split!r}'
     self.uses_lengths = any(map(_takes_lengths, task.preprocessors))
-    self._dataset = _text_dataset(task, split, task_feature_lengths)
+    self._from = functools.partial(
+      _text_dataset, task, split, task_feature_lengths
+    )
+    self._dataset = self._from(0)
     self.columns = {
       name: {'dtype': spec.dtype.name, 'rank': spec.shape.rank}
       for name, spec in self._dataset.element_spec.items()
@@ -101,7 +104,7 @@ class Texts:
     """
     from l2s_jax.data import features
 
-    dataset = self._dataset.skip(start)
+    dataset = self._from(start)
     if stop is not None:
       dataset = dataset.take(stop - start)
     names = list(self.columns)
@@ -142,19 +145,33 @@ def _takes_lengths(step: Callable[..., Any]) -> bool:
 
 
 def _text_dataset(
-  task: 'seqio.Task', split: str, task_feature_lengths: Mapping[str, int]
+  task: 'seqio.Task',
+  split: str,
+  task_feature_lengths: Mapping[str, int],
+  start: int,
 ) -> 'tf.data.Dataset':
-  """Returns what a task gives before its tokenizer, not shuffled."""
-  from l2s_jax.data import features
+  """Returns what a task gives before its tokenizer, not shuffled.
 
-  *steps, last = task.preprocessors
-  assert last is features.tokenize_and_measure
-  # All that it adds to the text is what is added here.
-  if steps and steps[-1] in features.TOKENIZE_STEPS:
-    steps.pop()
+  Args:
+    task: from `tasks.bind`.
+    split: one of its.
+    task_feature_lengths: `inputs` and `targets`, in tokens.
+    start: how many examples to pass over.
+  """
+  from l2s_jax.data import features
+  from l2s_jax.data.features import seqio
+
+  # What is left out adds to the text what `cache_encoding` adds.
+  steps = features.steps_before_ids(task)
   task = task.replace(preprocessors=steps)
   dataset = task.source.get_dataset(split=split, shuffle=False, seed=_SEED)
+  if all(
+    isinstance(step, seqio.CacheDatasetPlaceholder)
+    or getattr(step, 'gives_one_for_one', False)
+    for step in steps
+  ):  # Then what is passed over need only be read.
+    dataset, start = dataset.skip(start), 0
   dataset = task.preprocess_precache(dataset, seed=_SEED)
   return task.preprocess_postcache(
     dataset, sequence_length=task_feature_lengths, seed=_SEED
-  )
+  ).skip(start)

@@ -7,12 +7,14 @@ index last. Whoever finds all shards whole writes `cache.json`.
 """
 
 import collections
+import contextlib
 import io
 import itertools
 import os
 import pathlib
 import shutil
 import sys
+import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -220,11 +222,7 @@ def write(
       that it had, or a text cannot be encoded.
     OSError, RuntimeError: in the system's words, if a disk is full.
   """
-  mark = f'{PART}{job}-of-{num_jobs}'
-  with locks.held(folder, 'CACHE_DIR', f'.lock-{job}-of-{num_jobs}'):
-    # Of an earlier start. A job that is alone has ended those of any other.
-    for path in folder.rglob(f'.*{PART if num_jobs == 1 else mark}*'):
-      path.unlink(missing_ok=True)
+  with held(folder, job, num_jobs) as mark:
     missing = [shard for shard in shards if not shard.is_whole(folder)]
     total = sum(shard.stop - shard.start for shard in shards)
     remaining = sum(shard.stop - shard.start for shard in missing)
@@ -240,8 +238,49 @@ def write(
       cache_encoding.encoding(encoder, num_workers) as encode,
     ):
       for run in _runs(missing):
-        for number in _write_run(folder, run, texts, encode, mark):
+        source = texts[run[0].task][run[0].split]
+        for number in _write_run(folder, run, source, encode, mark):
           bar.update(number)
+
+
+@contextlib.contextmanager
+def held(
+  folder: pathlib.Path, job: int = 0, num_jobs: int = 1
+) -> Iterator[str]:
+  """Holds a cache's folder, or a job's part of it, against other writers.
+
+  Yields what ends the names of files that are not whole; those of an earlier
+  start are removed, and at the end those of this one.
+  """
+  mark = f'{PART}{job}-of-{num_jobs}'
+  with locks.held(folder, 'CACHE_DIR', f'.lock-{job}-of-{num_jobs}'):
+    _remove_parts(folder, mark, num_jobs)
+    try:
+      yield mark
+    finally:
+      _remove_parts(folder, mark, num_jobs)
+
+
+def _remove_parts(folder: pathlib.Path, mark: str, num_jobs: int) -> None:
+  # A job that is alone has ended those of any other.
+  for path in folder.rglob(f'.*{PART if num_jobs == 1 else mark}*'):
+    path.unlink(missing_ok=True)
+
+
+def write_shard(
+  folder: pathlib.Path,
+  shard: CacheShard,
+  texts: cache_texts.Texts,
+  encoder: cache_encoding.Encoder,
+) -> None:
+  """Writes a shard in this process alone, whoever else writes the same one.
+
+  The folder is held by whoever has asked for it.
+  """
+  with cache_encoding.encoding(encoder, num_workers=1) as encode:
+    mark = f'{PART}{uuid.uuid4().hex}'
+    for _ in _write_run(folder, [shard], texts, encode, mark):
+      pass
 
 
 def _runs(shards: Iterable[CacheShard]) -> Iterator[list[CacheShard]]:
@@ -263,12 +302,11 @@ def _runs(shards: Iterable[CacheShard]) -> Iterator[list[CacheShard]]:
 def _write_run(
   folder: pathlib.Path,
   run: Sequence[CacheShard],
-  texts: cache_key.TextsBySplit,
+  source: cache_texts.Texts,
   encode: Any,
   mark: str,
 ) -> Iterator[int]:
   """Writes shards that follow each other; yields counts of examples."""
-  source = texts[run[0].task][run[0].split]
   ends: collections.deque[CacheShard] = collections.deque()
   file: ShardFile | None = None
 

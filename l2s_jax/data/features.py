@@ -10,6 +10,7 @@ without TensorFlow are in `batching.py`.
 
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import re
@@ -63,6 +64,7 @@ EOS_STEPS = (
   seqio.preprocessors.append_eos,
   seqio.preprocessors.append_eos_after_trim,
 )
+_MAPPED_AT_ONCE = 256  # examples
 TOKENIZE_STEPS = (
   seqio.preprocessors.tokenize,
   seqio.preprocessors.tokenize_and_append_eos,
@@ -110,12 +112,25 @@ class SeqioVocabulary(seqio.Vocabulary):
   def _decode(self, ids: Any) -> str:
     return self.decode(ids)
 
-  def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-    def encode(text: bytes) -> np.ndarray:
-      return np.array(self.vocabulary.encode(text.decode()), np.int32)
+  def _encode_tf(self, s: tf.Tensor) -> tf.Tensor | tf.RaggedTensor:
+    """Returns the ids of a text, or of each of several."""
+    texts = tf.reshape(s, [-1])
 
-    ids = tf.numpy_function(encode, [s], tf.int32, stateful=False)
-    return tf.ensure_shape(ids, [None])
+    def encode(texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+      rows = self.vocabulary.encode_batch([text.decode() for text in texts])
+      lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+      ids = itertools.chain.from_iterable(rows)
+      return np.fromiter(ids, np.int32, lengths.sum()), lengths
+
+    ids, lengths = tf.numpy_function(
+      encode, [texts], [tf.int32, tf.int64], stateful=False
+    )
+    ids = tf.ensure_shape(ids, [None])
+    if s.shape.rank == 0:
+      return ids
+    return tf.RaggedTensor.from_row_lengths(
+      ids, tf.ensure_shape(lengths, [None]), validate=False
+    )
 
   def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
     def decode(rows: np.ndarray) -> np.ndarray:
@@ -146,7 +161,7 @@ class SeqioSentencePiece(SeqioVocabulary):
     with tf.init_scope():
       return tensorflow_text.SentencepieceTokenizer(self.model)
 
-  def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+  def _encode_tf(self, s: tf.Tensor) -> tf.Tensor | tf.RaggedTensor:
     return self._tokenizer.tokenize(s)
 
 
@@ -160,6 +175,25 @@ def plain_errors() -> Iterator[None]:
     if found is None:
       raise
     raise ValueError(found[1]) from error
+
+
+def map_batches(
+  dataset: tf.data.Dataset, fn: Callable[..., Any]
+) -> tf.data.Dataset:
+  """Returns what a function makes of examples, of which it gets many at once.
+
+  A call for each takes twenty times as long as what most functions do.
+
+  Args:
+    dataset: of examples.
+    fn: from [n, ...] of each column to [n, ...], or to fewer where the number
+      of examples is not known.
+  """
+  mapped = dataset.ragged_batch(_MAPPED_AT_ONCE).map(fn).unbatch()
+  number = dataset.cardinality()
+  if number < 0:
+    return mapped
+  return mapped.apply(tf.data.experimental.assert_cardinality(number))
 
 
 def wrap_vocabulary(vocabulary: base.Vocabulary) -> SeqioVocabulary:
@@ -213,6 +247,50 @@ def tokenize_and_measure(
     return measured
 
   return dataset.map(measure, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def steps_before_ids(task: seqio.Task) -> list[Callable[..., Any]]:
+  """Returns the preprocessors of a bound task that make its text.
+
+  `batch_of_ids` does what the others do, to many texts at once. Of a task that
+  tokenizes amid its other steps, ids come out.
+  """
+  *steps, last = task.preprocessors
+  assert last is tokenize_and_measure
+  if steps and steps[-1] in TOKENIZE_STEPS:
+    steps.pop()
+  return steps
+
+
+def batch_of_ids(
+  batch: Mapping[str, tf.Tensor | tf.RaggedTensor],
+  output_features: Mapping[str, seqio.Feature],
+  task_feature_lengths: Mapping[str, int],
+) -> dict[str, tf.Tensor]:
+  """Returns the ids of several examples, as `L2SFeatureConverter.convert` has.
+
+  They are what `tokenize_and_measure` makes of each.
+
+  Args:
+    batch: `inputs` and `targets`: [n] texts, or [n, None] ids.
+    output_features: of a bound task.
+    task_feature_lengths: `inputs` and `targets`, in tokens.
+  """
+  made: dict[str, tf.Tensor] = {}
+  for key, length in task_feature_lengths.items():
+    vocabulary, ids = output_features[key].vocabulary, batch[key]
+    if ids.dtype == tf.string:
+      ids = vocabulary.encode_tf(ids)
+    if isinstance(ids, tf.Tensor):
+      ids = tf.RaggedTensor.from_tensor(ids)
+    ids = tf.cast(ids, tf.int32)
+    before = tf.concat([[vocabulary.eos_id], ids.values], axis=0)
+    last = tf.gather(before, ids.row_splits[1:])
+    sizes = tf.cast(ids.row_lengths(), tf.int32)
+    ends = (sizes > 0) & (last == vocabulary.eos_id)
+    made[key] = ids.to_tensor(vocabulary.eos_id, shape=[None, length])
+    made[f'{key}_length'] = tf.where(ends, sizes, sizes + 1)
+  return made
 
 
 class CachedSource(seqio.DataSource):
@@ -432,101 +510,118 @@ class L2SFeatureConverter(seqio.FeatureConverter):
   def _convert_features(
     self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
   ) -> tf.data.Dataset:
-    convert = self._pack_rows if self._shares_rows else self._pad_rows
-    return convert(
-      ds, task_feature_lengths['inputs'], task_feature_lengths['targets']
-    )
-
-  def _pad_rows(
-    self, ds: tf.data.Dataset, prompt_length: int, answer_length: int
-  ) -> tf.data.Dataset:
-    def pad(ids: tf.Tensor, length: int, pad_id: int) -> tf.Tensor:
-      padded = tf.pad(ids, [[0, length - tf.size(ids)]], constant_values=pad_id)
-      return tf.ensure_shape(padded, [length])
-
-    def convert(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-      prompt, answer = example['inputs'], example['targets']
-      shifted = tf.concat([[self.bos_id], answer[:-1]], 0)
-      answer_mask = tf.sequence_mask(tf.size(answer), answer_length)
-      return {
-        'encoder_input_tokens': pad(prompt, prompt_length, self._prompt_pad_id),
-        'encoder_segment_ids': tf.sequence_mask(
-          tf.size(prompt), prompt_length, tf.int32
-        ),
-        'decoder_input_tokens': pad(
-          shifted, answer_length, self._answer_pad_id
-        ),
-        'decoder_target_tokens': pad(
-          answer, answer_length, self._answer_pad_id
-        ),
-        'decoder_segment_ids': tf.cast(answer_mask, tf.int32),
-        'decoder_loss_weights': tf.cast(answer_mask, tf.float32),
-        'encoder_truncated': tf.cast(
-          example['inputs_length'] > prompt_length, tf.int32
-        ),
-        'decoder_truncated': tf.cast(
-          example['targets_length'] > answer_length, tf.int32
-        ),
+    def convert(batch: dict[str, Any]) -> dict[str, tf.Tensor]:
+      rows = {
+        key: batch[key].to_tensor(shape=[None, length])
+        for key, length in task_feature_lengths.items()
       }
+      return self.convert({**batch, **rows}, task_feature_lengths)
 
-    return ds.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
+    keys = ('inputs', 'targets', 'inputs_length', 'targets_length')
+    ds = ds.map(lambda example: {key: example[key] for key in keys})
+    if not self._shares_rows:
+      return map_batches(ds, convert)
+    windows = ds.ragged_batch(packing.WINDOW)
+    return windows.map(convert, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
 
-  def _pack_rows(
-    self, ds: tf.data.Dataset, prompt_length: int, answer_length: int
-  ) -> tf.data.Dataset:
-    lengths = {'inputs': prompt_length, 'targets': answer_length}
-    shapes = self.get_model_feature_lengths(lengths)
-    specs = {
-      key: tf.TensorSpec([None, shapes[key]][: 1 + spec.rank], spec.dtype)
+  def convert(
+    self,
+    batch: Mapping[str, tf.Tensor],
+    task_feature_lengths: Mapping[str, int],
+  ) -> dict[str, tf.Tensor]:
+    """Returns the rows of several examples: one each, or fewer with `pack`.
+
+    Args:
+      batch: `inputs` and `targets`, [n, length] ids, of which those beyond
+        `inputs_length` and `targets_length`, [n], mean nothing. An example that
+        was longer is cut.
+      task_feature_lengths: `inputs` and `targets`, in tokens.
+    """
+    convert = self._pack_rows if self._shares_rows else self._pad_rows
+    rows = convert(
+      batch, task_feature_lengths['inputs'], task_feature_lengths['targets']
+    )
+    shapes = self.get_model_feature_lengths(task_feature_lengths)
+    return {
+      key: tf.ensure_shape(rows[key], [None, shapes[key]][: 1 + spec.rank])
       for key, spec in self.MODEL_FEATURES.items()
     }
 
+  def _pad_rows(
+    self,
+    batch: Mapping[str, tf.Tensor],
+    prompt_length: int,
+    answer_length: int,
+  ) -> dict[str, tf.Tensor]:
+    prompts, targets = batch['inputs'], batch['targets']
+    prompt_mask = tf.sequence_mask(batch['inputs_length'], prompt_length)
+    answer_mask = tf.sequence_mask(batch['targets_length'], answer_length)
+    starts = tf.fill([tf.shape(targets)[0], 1], self.bos_id)
+    inputs = tf.concat([starts, targets[:, :-1]], axis=1)
+    return {
+      'encoder_input_tokens': tf.where(
+        prompt_mask, prompts, self._prompt_pad_id
+      ),
+      'encoder_segment_ids': tf.cast(prompt_mask, tf.int32),
+      'decoder_input_tokens': tf.where(
+        answer_mask, inputs, self._answer_pad_id
+      ),
+      'decoder_target_tokens': tf.where(
+        answer_mask, targets, self._answer_pad_id
+      ),
+      'decoder_segment_ids': tf.cast(answer_mask, tf.int32),
+      'decoder_loss_weights': tf.cast(answer_mask, tf.float32),
+      'encoder_truncated': tf.cast(
+        batch['inputs_length'] > prompt_length, tf.int32
+      ),
+      'decoder_truncated': tf.cast(
+        batch['targets_length'] > answer_length, tf.int32
+      ),
+    }
+
+  def _pack_rows(
+    self,
+    batch: Mapping[str, tf.Tensor],
+    prompt_length: int,
+    answer_length: int,
+  ) -> dict[str, tf.Tensor]:
+    room = (prompt_length, answer_length)
+
     def pack(
-      prompt_ids: np.ndarray,
-      prompt_splits: np.ndarray,
-      answer_ids: np.ndarray,
-      answer_splits: np.ndarray,
-      *are_cut: np.ndarray,
+      prompts: np.ndarray,
+      answers: np.ndarray,
+      prompt_sizes: np.ndarray,
+      answer_sizes: np.ndarray,
     ) -> list[np.ndarray]:
-      sizes = np.stack([np.diff(prompt_splits), np.diff(answer_splits)], axis=1)
-      rows = packing.first_fit(sizes, (prompt_length, answer_length))
-      batch = packing.lay_out(
-        np.split(prompt_ids, prompt_splits[1:-1]),
-        np.split(answer_ids, answer_splits[1:-1]),
+      uncut = np.stack([prompt_sizes, answer_sizes], axis=1)
+      sizes = np.minimum(uncut, room)
+      rows = packing.first_fit(sizes, room)
+      prompt_rows, answer_rows = (
+        [ids[:size] for ids, size in zip(tokens, own, strict=True)]
+        for tokens, own in zip((prompts, answers), sizes.T, strict=True)
+      )
+      packed = packing.lay_out(
+        prompt_rows,
+        answer_rows,
         rows,
-        task_feature_lengths=lengths,
+        task_feature_lengths={'inputs': room[0], 'targets': room[1]},
         prompt_pad_id=self._prompt_pad_id,
         answer_pad_id=self._answer_pad_id,
         start_id=self.bos_id,
       )
-      for key, cut in zip(('encoder', 'decoder'), are_cut, strict=True):
-        batch[f'{key}_truncated'] = np.bincount(rows, cut).astype(np.int32)
-      return [batch[key] for key in specs]
+      is_cut = (uncut > room).T
+      for key, cut in zip(('encoder', 'decoder'), is_cut, strict=True):
+        packed[f'{key}_truncated'] = np.bincount(rows, cut).astype(np.int32)
+      return [packed[key] for key in self.MODEL_FEATURES]
 
-    def convert(window: dict[str, Any]) -> dict[str, tf.Tensor]:
-      prompts, answers = window['inputs'], window['targets']
-      arrays = tf.numpy_function(
-        pack,
-        [
-          prompts.flat_values,
-          prompts.row_splits,
-          answers.flat_values,
-          answers.row_splits,
-          window['inputs_length'] > prompt_length,
-          window['targets_length'] > answer_length,
-        ],
-        [spec.dtype for spec in specs.values()],
-        stateful=False,
-      )
-      return {
-        key: tf.ensure_shape(array, spec.shape)
-        for (key, spec), array in zip(specs.items(), arrays, strict=True)
-      }
-
-    keys = [*lengths, *(f'{key}_length' for key in lengths)]
-    ds = ds.map(lambda example: {key: example[key] for key in keys})
-    ds = ds.ragged_batch(packing.WINDOW)
-    return ds.map(convert, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
+    keys = ('inputs', 'targets', 'inputs_length', 'targets_length')
+    arrays = tf.numpy_function(
+      pack,
+      [batch[key] for key in keys],
+      [spec.dtype for spec in self.MODEL_FEATURES.values()],
+      stateful=False,
+    )
+    return dict(zip(self.MODEL_FEATURES, arrays, strict=True))
 
   def get_model_feature_lengths(
     self, task_feature_lengths: Mapping[str, int]

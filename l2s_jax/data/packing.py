@@ -52,6 +52,40 @@ def first_fit(
   return rows
 
 
+def first_fit_of_windows(
+  sizes: Int[np.ndarray, 'windows examples features'], room: Sequence[int]
+) -> Int[np.ndarray, 'windows examples']:
+  """Returns what `first_fit` does for each of several windows.
+
+  They are filled side by side, as a step of NumPy takes little longer for many
+  than for one: of captions in rows of 64 + 64, a core plans 95,000 examples a
+  second one window after another, and 1,000,000 with 64 at a time.
+
+  Args:
+    sizes: none larger than the room.
+    room: of a row, in tokens of each feature.
+  """
+  num_windows, num_examples, _ = sizes.shape
+  sizes = np.ascontiguousarray(sizes.transpose(1, 2, 0), np.int32)[..., None]
+  free = [
+    np.full((num_windows, num_examples), length, np.int32) for length in room
+  ]
+  rows = np.zeros((num_examples, num_windows), np.int64)
+  windows = np.arange(num_windows)
+  num_rows = 0
+  for example, size in enumerate(sizes):
+    has_room = np.ones((num_windows, num_rows + 1), bool)
+    # One row more than there are: an empty one.
+    for feature, length in zip(free, size, strict=True):
+      has_room &= feature[:, : num_rows + 1] >= length
+    row = has_room.argmax(axis=1)
+    for feature, length in zip(free, size, strict=True):
+      feature[windows, row] -= length[:, 0]
+    rows[example] = row
+    num_rows = max(num_rows, int(row.max()) + 1)
+  return rows.T
+
+
 def fill(
   sequences: Sequence[TokenIds],
   rows: Rows,

@@ -334,6 +334,7 @@ def _read_parallel_text(
   lines: _Lines,
 ) -> 'tf.data.Dataset':
   """Streams the columns of two files, checked from end to end first."""
+  from l2s_jax.data import features
   from l2s_jax.data.features import tf
 
   source, target = paths
@@ -344,6 +345,7 @@ def _read_parallel_text(
       f'local_task names {", ".join(sorted(unknown))}, but the parallel text '
       f'{source} and {target} has no column but {" and ".join(pair)}.'
     )
+  has_mark = [text_files.has_byte_order_mark(path) for path in paths]
   is_good: list[bool] = []
   num_lines = [0, 0]
   odd_lines: list[dict[int, str]] = [{}, {}]
@@ -351,7 +353,10 @@ def _read_parallel_text(
     *(text_files.read_rows(path, columns=('source',)) for path in paths)
   ):
     for side, row in enumerate(rows):
-      if isinstance(row, dict) and _is_odd(row['source'], num_lines[side]):
+      # TensorFlow drops every carriage return, and keeps a byte order mark.
+      if isinstance(row, dict) and (
+        '\r' in row['source'] or (has_mark[side] and not num_lines[side])
+      ):
         odd_lines[side][num_lines[side]] = row['source']
       num_lines[side] += row is not None
     if None not in rows:
@@ -363,43 +368,33 @@ def _read_parallel_text(
       'parallel text needs as many in both, line by line.'
     )
 
-  def stream(path: epath.Path, odd: Mapping[int, str]) -> 'tf.data.Dataset':
-    lines = tf.data.TextLineDataset(
-      str(path), 'GZIP' if input_files.is_gzip(path.name) else None
-    )
-    if not odd:
-      return lines
-    numbers = tf.constant(list(odd), tf.int64)
-    texts = tf.constant(list(odd.values()), tf.string)
-
-    def mend(number: 'tf.Tensor', line: 'tf.Tensor') -> 'tf.Tensor':
-      place = tf.searchsorted(numbers, [number])[0]
-      place = tf.minimum(place, len(odd) - 1)
-      return tf.where(numbers[place] == number, texts[place], line)
-
-    return lines.enumerate().map(mend)
-
   dataset = tf.data.Dataset.zip(
     {
-      name: stream(path, odd)
-      for name, path, odd in zip(pair, paths, odd_lines, strict=True)
+      name: tf.data.TextLineDataset(
+        str(path), 'GZIP' if input_files.is_gzip(path.name) else None
+      )
+      for name, path in zip(pair, paths, strict=True)
       if name in names
     }
   )
-  if not all(is_good):
-    flags = tf.data.Dataset.from_tensor_slices(is_good)
-    dataset = tf.data.Dataset.zip(flags, dataset)
-    dataset = dataset.filter(lambda good, row: good).map(lambda good, row: row)
+  mended = {
+    name: (tf.constant(list(odd), tf.int64), tf.constant(list(odd.values())))
+    for name, odd in zip(pair, odd_lines, strict=True)
+    if name in names and odd
+  }
+  if mended or not all(is_good):
+    are_good = tf.constant(is_good)
+
+    def mend(numbers: 'tf.Tensor', texts: dict[str, 'tf.Tensor']) -> Any:
+      for name, (odd, as_read) in mended.items():
+        places = tf.minimum(tf.searchsorted(odd, numbers), len(odd) - 1)
+        is_odd = tf.gather(odd, places) == numbers
+        texts[name] = tf.where(is_odd, tf.gather(as_read, places), texts[name])
+      is_kept = tf.gather(are_good, numbers)
+      return {name: column[is_kept] for name, column in texts.items()}
+
+    dataset = features.map_batches(dataset.enumerate(), mend)
   return dataset.apply(tf.data.experimental.assert_cardinality(sum(is_good)))
-
-
-def _is_odd(text: str, number: int) -> bool:
-  """Returns whether TensorFlow may read another line than `text_files` does.
-
-  It drops every carriage return, and keeps a byte order mark (before the first
-  line, numbered 0, which is mended for sure).
-  """
-  return number == 0 or '\r' in text
 
 
 def _resolve_files(

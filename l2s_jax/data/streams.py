@@ -2,6 +2,7 @@
 """Streams batches from a SeqIO task or mixture that is bound to a system."""
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,13 +11,16 @@ import jax
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from l2s_jax.data import batching, tasks
+from l2s_jax.data import batching, packing, seqio_internals, tasks
 from l2s_jax.runtime import distributed
 from l2s_jax.vocabularies import base
 
 if TYPE_CHECKING:
   import seqio
   import tensorflow as tf
+
+# Examples, where batches do not say.
+_TOKENIZED_AT_ONCE = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,9 +262,9 @@ def train_batches(
     length_buckets: as `batching.bucket_lengths` takes them.
     start_row: how many rows to pass over: those that follow in an uninterrupted
       run come first, whatever the source and the tokenizer. The first batch
-      waits until all of them have been read, shuffled and tokenized again: on
-      two busy cores 7,000 short sentences a second with T5's SentencePiece
-      model, 3,500 with GPT-2's tokenizer.
+      waits until all of them have been read and shuffled again, 100,000 short
+      sentences a second on a busy core, and with `pack` or `length_buckets`
+      until they have been tokenized, too.
     num_epochs: None: without end.
 
   Raises:
@@ -268,46 +272,110 @@ def train_batches(
       for buckets that are none, or with a `start_row` within a batch.
   """
   from l2s_jax.data import features
-  from l2s_jax.data.features import seqio, tf
+  from l2s_jax.data.features import tf
 
   _check_settings(task, split, task_feature_lengths)
   buckets = batching.bucket_lengths(task_feature_lengths, length_buckets)
-  options = {
-    'sequence_length': task_feature_lengths,
-    'split': split,
-    'shuffle': True,
-    'seed': seed,
-    # SeqIO's cache would keep the order of the first epoch.
-    'try_in_mem_cache': False,
-  }
-  if isinstance(task, seqio.Mixture):
-    dataset = task.get_dataset(
-      num_epochs=num_epochs,
-      passthrough_features=['inputs_length', 'targets_length'],
-      **options,
-    )
-  else:
-    # Not SeqIO's num_epochs: it repeats before it shuffles, and mixes epochs.
-    dataset = task.get_dataset(num_epochs=1, **options).repeat(num_epochs)
   converter = features.make_converter(task, pack=pack)
-  if length_buckets:
-    num_batches, rest = divmod(start_row, batch_size)
-    if rest:
-      raise ValueError(
-        f'start_row={start_row} is in the middle of a batch of {batch_size}; '
-        'with length_buckets only whole batches can be passed over.'
+  if length_buckets and start_row % batch_size:
+    raise ValueError(
+      f'start_row={start_row} is in the middle of a batch of {batch_size}; '
+      'with length_buckets only whole batches can be passed over.'
+    )
+
+  def rows(texts: 'tf.data.Dataset', size: int) -> 'tf.data.Dataset':
+    """Returns the rows of examples, of which so many are tokenized at once."""
+
+    def convert(batch: dict[str, Any]) -> dict[str, 'tf.Tensor']:
+      batch = features.batch_of_ids(
+        batch, task.output_features, task_feature_lengths
       )
-    dataset = converter(dataset, task_feature_lengths)
-    dataset = _batch_by_length(dataset, buckets, batch_size).skip(num_batches)
-  else:
-    if pack:
-      dataset = converter(dataset, task_feature_lengths).skip(start_row)
-    else:  # Not converting what is passed over saves time.
-      dataset = converter(dataset.skip(start_row), task_feature_lengths)
+      return converter.convert(batch, task_feature_lengths)
+
+    # Where rows are examples these are the batches: the last one is whole, too.
+    are_batches = not (pack or length_buckets)
+    return texts.ragged_batch(size, drop_remainder=are_batches).map(
+      convert, num_parallel_calls=tf.data.AUTOTUNE
+    )
+
+  texts = _shuffled_texts(task, split, task_feature_lengths, seed, num_epochs)
+  if length_buckets:
+    dataset = rows(texts, _TOKENIZED_AT_ONCE).unbatch()
+    dataset = _batch_by_length(dataset, buckets, batch_size)
+    dataset = dataset.skip(start_row // batch_size)
+  elif pack:
+    dataset = rows(texts, packing.WINDOW).unbatch().skip(start_row)
     dataset = dataset.batch(batch_size, drop_remainder=True)
+  else:  # What is passed over is not tokenized.
+    dataset = rows(texts.skip(start_row), batch_size)
   return TaskBatches(
     dataset.prefetch(tf.data.AUTOTUNE).as_numpy_iterator(), batch_size
   )
+
+
+def _shuffled_texts(
+  task: 'seqio.Task | seqio.Mixture',
+  split: str,
+  task_feature_lengths: Mapping[str, int],
+  seed: int,
+  num_epochs: int | None,
+) -> 'tf.data.Dataset':
+  """Returns `inputs` and `targets` in the order of training, not yet as ids.
+
+  The order is that of SeqIO's `get_dataset`, whose shuffling does not look at
+  what it shuffles. Where only some tasks of a mixture tokenize amid their other
+  steps, all of them give ids.
+  """
+  from l2s_jax.data import features
+  from l2s_jax.data.features import seqio
+
+  read = functools.partial(
+    _shuffled,
+    split=split,
+    task_feature_lengths=task_feature_lengths,
+    seed=seed,
+  )
+  if not isinstance(task, seqio.Mixture):
+    # SeqIO's num_epochs repeats before it shuffles, which mixes epochs.
+    steps = features.steps_before_ids(task)
+    return read(task, steps, num_epochs=1).repeat(num_epochs)
+  parts = [part for part in task.tasks if split in part.splits]
+  datasets = [
+    read(part, features.steps_before_ids(part), num_epochs=num_epochs)
+    for part in parts
+  ]
+  if any(each.element_spec != datasets[0].element_spec for each in datasets):
+    datasets = [
+      read(part, part.preprocessors, num_epochs=num_epochs) for part in parts
+    ]
+  sample = seqio_internals.sample_fn(task)
+  return sample(datasets, [task.get_rate(part) for part in parts], seed)
+
+
+def _shuffled(
+  task: 'seqio.Task',
+  steps: Sequence[Any],
+  *,
+  split: str,
+  task_feature_lengths: Mapping[str, int],
+  seed: int,
+  num_epochs: int | None,
+) -> 'tf.data.Dataset':
+  """Returns what some preprocessors make of a task's examples, shuffled."""
+  task = task.replace(preprocessors=steps)
+  dataset = task.source.get_dataset(split=split, shuffle=True, seed=seed)
+  dataset = task.preprocess_precache(dataset, seed=seed).repeat(num_epochs)
+  dataset = task.preprocess_postcache(
+    dataset, sequence_length=task_feature_lengths, seed=seed
+  ).map(lambda example: {key: example[key] for key in ('inputs', 'targets')})
+  if task.shuffle_buffer_size is not None:
+    return dataset.shuffle(task.shuffle_buffer_size, seed=seed)
+  if not task.source.performs_internal_shuffling:
+    raise ValueError(
+      f'task {task.name!r} has shuffle_buffer_size=None, and its source does '
+      'not shuffle; give it a size, such as 1000.'
+    )
+  return dataset
 
 
 def _batch_by_length(

@@ -529,6 +529,12 @@ def _find(name: str, label: str | None = None) -> 'seqio.Task | seqio.Mixture':
   if kind in made:
     with gin.config_scope(scope or None):
       return made[kind](name=scope.replace('/', '.') or kind)
+  if kind == 'cached':
+    raise ValueError(
+      f'{label or f"MIXTURE_OR_TASK_NAME={name!r}"}: a cache is read as it is; '
+      'it can be neither tokenized again nor be part of a mixture. Give the '
+      'task that was cached: its gin file in the place of cached.gin.'
+    )
   names = sorted(registered | made.keys() | {'cached'})
   near = difflib.get_close_matches(name, names)
   raise ValueError(

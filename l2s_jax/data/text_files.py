@@ -120,6 +120,12 @@ def read_lines(path: epath.Path) -> Iterator[str]:
     yield text
 
 
+def has_byte_order_mark(path: epath.Path) -> bool:
+  """Returns whether a text file, plain or .gz, begins with one."""
+  with input_files.open_bytes(path) as file:
+    return file.read(len(_BYTE_ORDER_MARK)) == _BYTE_ORDER_MARK
+
+
 def decode_line(line: bytes, number: int) -> tuple[str, str]:
   r"""Returns the text of a line, and what is wrong with it, if anything.
 

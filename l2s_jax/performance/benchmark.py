@@ -25,10 +25,12 @@ from l2s_jax.models import flops, l2s
 from l2s_jax.performance import bandwidth as bandwidth_lib
 from l2s_jax.performance import (
   contenders,
+  data_benchmark,
   speed_report,
   timing,
   train_benchmark,
 )
+from l2s_jax.performance import data_input as data_input_lib
 from l2s_jax.performance import peers as peers_lib
 from l2s_jax.runtime import files, gin_config
 from l2s_jax.systems import as_it_came
@@ -60,6 +62,8 @@ def benchmark(
   peer_names: Sequence[str] = peers_lib.DEFAULT,
   peers: bool = False,
   train: bool = False,
+  data_input: data_input_lib.DataInput | None = None,
+  data: bool = False,
   dry_run: bool = False,
 ) -> None:
   """Times the LLM, the SLM and LLM-to-SLM, and writes what it finds.
@@ -95,10 +99,16 @@ def benchmark(
     train: whether training steps are timed instead: AdamW, random tokens, and
       `output_lengths` are those of the answers trained on. A model alone is
       compared with peers; of an LLM and an SLM, LLM-to-SLM with its parts.
+    data_input: what --data reads: a task and a model's tokenizers.
+    data: whether tokenizing a task and reading it back is timed instead; beside
+      `output_dir`, `rounds` and `peers` it needs `data_input` alone.
 
   Raises:
     ValueError: if a setting is not one, before anything is loaded.
   """
+  if data:
+    _benchmark_data(output_dir, data_input, rounds, peers, dry_run)
+    return
   settings = _Settings(
     dtype=dtype,
     injection=injection,
@@ -148,6 +158,30 @@ def benchmark(
     speed_report.machine() | measured,
     settings.described()
     | {'weights': locations, 'checkpoint': checkpoint_path},
+  )
+
+
+def _benchmark_data(
+  output_dir: str,
+  data_input: data_input_lib.DataInput | None,
+  rounds: int,
+  has_peers: bool,
+  dry_run: bool,
+) -> None:
+  """Times data, for which no model is loaded."""
+  if data_input is None:
+    raise ValueError(
+      '--data times a task with the tokenizers of a model: add '
+      '--gin_file=gin_configs/runs/benchmark_data.gin in the place of '
+      'benchmark.gin, and the gin files of a task and a model.'
+    )
+  gin_config.check_positive(BENCHMARK_ROUNDS=rounds)
+  data_benchmark.run(
+    files.local_folder(output_dir, 'BENCHMARK_DIR'),
+    data_input,
+    rounds=rounds,
+    has_peers=has_peers,
+    dry_run=dry_run,
   )
 
 

@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -223,6 +223,7 @@ def in_turns(
   rounds: int,
   pause_secs: float = 0.0,
   each_round: Callable[[], None] | None = None,
+  clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[list[float]]]:
   """Returns the seconds that calls take, round by round.
 
@@ -235,6 +236,7 @@ def in_turns(
     rounds: that are measured.
     pause_secs: before each turn.
     each_round: called after each round; not timed.
+    clock: tells seconds, such as `time.process_time` those of the CPU.
 
   Returns:
     By turn, then by call, a number a round.
@@ -245,12 +247,68 @@ def in_turns(
       time.sleep(pause_secs)
       calls[0]()
       for call, times in zip(calls, found, strict=True):
-        start = time.perf_counter()
+        start = clock()
         call()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     if each_round is not None:
       each_round()
   return secs
+
+
+class Size(NamedTuple):
+  """How many examples a contender is called for.
+
+  Attributes:
+    few: whose time is that of starting, and of these.
+    all: how many there are.
+  """
+
+  few: int
+  all: int
+
+  @property
+  def between(self) -> int:
+    """How many are timed."""
+    return self.all - self.few
+
+
+def seconds_between(
+  calls: Sequence[Callable[[int], Any]],
+  size: Size,
+  rounds: int,
+  clock: Callable[[], float],
+) -> list[list[float]]:
+  """Returns the seconds that each takes, a number a round, from few to all.
+
+  Where few took longer than all, as on a busy machine happens, the seconds are
+  those of all: nothing is made faster by it.
+
+  Args:
+    calls: of a number of examples.
+    size: the two numbers.
+    rounds: see `in_turns`.
+    clock: see `in_turns`.
+  """
+  times = in_turns(
+    [
+      (functools.partial(call, size.few), functools.partial(call, size.all))
+      for call in calls
+    ],
+    rounds=rounds,
+    clock=clock,
+  )
+  return [
+    [
+      whole - start if start < whole else whole
+      for start, whole in zip(*secs, strict=True)
+    ]
+    for secs in times
+  ]
+
+
+def rates(size: Size, secs: Sequence[float]) -> TableRow:
+  """Returns examples per second, a number a round."""
+  return {'rounds': {'examples_per_sec': [size.between / x for x in secs]}}
 
 
 @dataclasses.dataclass(frozen=True)

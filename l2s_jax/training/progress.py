@@ -24,6 +24,7 @@ from l2s_jax.runtime import chips, distributed, files
 
 # Seconds without a batch after which a word is said, again and again.
 PATIENCE_SECS = 60.0
+_LOOK_SECS = 0.2
 
 
 class Progress:
@@ -204,26 +205,52 @@ def _rows_of(part: batching.Part) -> str:
   return f'{num_rows} of its {part.num_rows} rows, those of this process, are'
 
 
-@contextlib.contextmanager
-def reminding() -> Iterator[None]:
+class _Reminder:
+  """Tells, again and again, if a batch does not come.
+
+  One thread looks at the time for all waits: a step must not start one, which
+  on busy cores takes longer than a batch that is there.
+  """
+
+  def __init__(self) -> None:
+    self._since: float | None = None
+    self._thread: threading.Thread | None = None
+
+  @contextlib.contextmanager
+  def watching(self) -> Iterator[None]:
+    """Watches what is inside."""
+    if self._thread is None:
+      self._thread = threading.Thread(target=self._watch, daemon=True)
+      self._thread.start()
+    self._since = time.perf_counter()
+    try:
+      yield
+    finally:
+      self._since = None
+
+  def _watch(self) -> None:
+    seen, due = None, 0.0
+    while True:
+      time.sleep(_LOOK_SECS)
+      since = self._since
+      if since is None:
+        continue
+      if since != seen:
+        seen, due = since, PATIENCE_SECS
+      waited = time.perf_counter() - since
+      if waited >= due:
+        due += PATIENCE_SECS
+        print(
+          f'process {jax.process_index()} has waited for a batch for '
+          f'{waited:.0f} s: the data source is slow, or hangs.',
+          file=sys.stderr,
+          flush=True,
+        )
+
+
+_REMINDER = _Reminder()
+
+
+def reminding() -> contextlib.AbstractContextManager[None]:
   """Tells, again and again, if what is inside brings no batch."""
-  has_come = threading.Event()
-  threading.Thread(
-    target=_remind, args=(has_come, time.perf_counter()), daemon=True
-  ).start()
-  try:
-    yield
-  finally:
-    has_come.set()
-
-
-def _remind(has_come: threading.Event, start_secs: float) -> None:
-  """Says that a batch is late, for as long as it is."""
-  while not has_come.wait(PATIENCE_SECS):
-    print(
-      f'process {jax.process_index()} has waited for a batch for '
-      f'{time.perf_counter() - start_secs:.0f} s: the data source is slow, or '
-      'hangs.',
-      file=sys.stderr,
-      flush=True,
-    )
+  return _REMINDER.watching()

@@ -76,25 +76,68 @@ def encode(
   texts: Mapping[str, Any],
   dtype: str,
 ) -> bytes:
-  """Returns the record of an example.
+  """Returns the record of an example; the arguments are `encode_all`'s."""
+  columns = {name: [text] for name, text in texts.items()}
+  return encode_all([prompt], [answer], columns, dtype)[0]
+
+
+def encode_all(
+  prompts: Sequence[Sequence[int] | np.ndarray],
+  answers: Sequence[Sequence[int] | np.ndarray],
+  columns: Mapping[str, Sequence[Any]],
+  dtype: str,
+) -> list[bytes]:
+  """Returns the records of examples.
 
   Args:
-    prompt: ids with EOS.
-    answer: ids with EOS.
-    texts: columns for people and for scores, as JSON has them. Bytes that are
-      no UTF-8 are kept as Python's surrogate escapes.
+    prompts: ids with EOS.
+    answers: ids with EOS.
+    columns: for people and for scores, as JSON has them. Bytes that are no
+      UTF-8 are kept as Python's surrogate escapes.
     dtype: of ids, from `id_dtype`.
   """
-  ids = array.array(_TYPECODES[dtype], [*prompt, *answer])
+  typecode = _TYPECODES[dtype]
+  texts = _as_json(columns, len(prompts))
+  return [
+    b''.join(
+      (
+        _HEADER.pack(len(prompt), len(answer)),
+        _little_endian(typecode, prompt),
+        _little_endian(typecode, answer),
+        text.encode('utf-8', 'surrogatepass'),
+      )
+    )
+    for prompt, answer, text in zip(prompts, answers, texts, strict=True)
+  ]
+
+
+def _little_endian(
+  typecode: str, ids: Sequence[int] | np.ndarray
+) -> 'array.array[int]':
+  numbers = array.array(typecode, ids)
   if sys.byteorder == 'big':
-    ids.byteswap()
-  return b''.join(
-    [
-      _HEADER.pack(len(prompt), len(answer)),
-      ids.tobytes(),
-      _JSON.encode(texts).encode('utf-8', 'surrogatepass'),
-    ]
-  )
+    numbers.byteswap()
+  return numbers
+
+
+def _as_json(columns: Mapping[str, Sequence[Any]], num_rows: int) -> list[str]:
+  """Returns the object of each row; an encoder for each would take longer."""
+  if not columns:
+    return ['{}'] * num_rows
+  values = [
+    list(
+      map(
+        json.encoder.encode_basestring
+        if all(isinstance(value, str) for value in column)
+        else _JSON.encode,
+        column,
+      )
+    )
+    for column in columns.values()
+  ]
+  fields = [f'{_JSON.encode(name)}:'.replace('%', '%%') for name in columns]
+  row = '{' + ','.join(f'{field}%s' for field in fields) + '}'
+  return [row % parts for parts in zip(*values, strict=True)]
 
 
 def decode_ids(record: bytes, dtype: str) -> tuple[np.ndarray, np.ndarray]:

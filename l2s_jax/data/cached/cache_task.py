@@ -8,7 +8,7 @@ makes SeqIO tasks of it (`cache_scoring.py`).
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import gin
 import numpy as np
@@ -179,11 +179,28 @@ class CachedTask:
       for name, metric_fns in self.metrics_of(split).items()
     ]
 
-  def task_in_order(self, label: str) -> NoReturn:
-    """Refuses; see `bound_tasks.BoundTask`."""
-    raise ValueError(
-      f'{label}: a cache is for train and evaluate; give the task that was '
-      'cached, or a file of the prompts.'
+  def task_in_order(self, label: str) -> 'seqio.Task':
+    """Returns a SeqIO task that reads the cache; of a mixture, refuses.
+
+    Args:
+      label: the setting that names the task, for messages.
+
+    Raises:
+      ValueError: if there are several tasks.
+    """
+    if len(self.cache.tasks) > 1:
+      raise ValueError(
+        f'{label}: {self.cache.folder} holds a mixture of '
+        f'{", ".join(self.cache.tasks)}; answer its tasks one by one, from '
+        'their own files or from a cache of each.'
+      )
+    return cache_scoring.task(
+      self.cache,
+      self.name,
+      self.cache.splits[0],
+      prompt_vocabulary=self.prompt_vocabulary,
+      answer_vocabulary=self.answer_vocabulary,
+      metric_fns=(),
     )
 
   def llm_states(

@@ -26,6 +26,9 @@ from l2s_jax.data import packing
 # Examples looked up at a time: what a call of NumPy costs is shared by them.
 _BLOCK = 8192
 
+# Windows planned at a time, likewise.
+_WINDOWS = 64
+
 Position = Mapping[str, Any]
 
 
@@ -118,14 +121,7 @@ def packed(
     (position['window'], position['row']) if position else (0, 0)
   )
   left, rows, num_rows = look(0, 0), np.zeros(0, np.int64), 0
-  while True:
-    end = (window + 1) * packing.WINDOW
-    if num_examples is not None:
-      end = min(end, num_examples)
-    if window * packing.WINDOW >= end:
-      return
-    stretch = look(window * packing.WINDOW, end)
-    own = packing.first_fit(np.minimum(stretch.lengths, lengths), lengths)
+  for stretch, own in _windows(look, lengths, window, num_examples):
     own, num_own = own - skipped, int(own.max()) + 1
     is_left = own >= 0
     left = left.join(stretch.take(is_left))
@@ -145,6 +141,31 @@ def packed(
       )
       left, rows = left.take(~is_in), rows[~is_in] - batch_size
     window += 1
+
+
+def _windows(
+  look: Look,
+  lengths: tuple[int, int],
+  window: int,
+  num_examples: int | None,
+) -> Iterator[tuple[Stretch, Int64[np.ndarray, ' n']]]:
+  """Yields the examples of windows, and their rows, from one window on."""
+  size = packing.WINDOW
+  start = window * size
+  while num_examples is None or start < num_examples:
+    end = start + _WINDOWS * size
+    if num_examples is not None and end > num_examples:
+      whole = num_examples // size * size  # The last window may be shorter.
+      end = whole if whole > start else num_examples
+    stretch = look(start, end)
+    cut = np.minimum(stretch.lengths, lengths)
+    if end - start < size:
+      yield stretch, packing.first_fit(cut, lengths)
+      return
+    rows = packing.first_fit_of_windows(cut.reshape(-1, size, 2), lengths)
+    for number, own in enumerate(rows):
+      yield stretch.take(slice(number * size, (number + 1) * size)), own
+    start = end
 
 
 def by_length(

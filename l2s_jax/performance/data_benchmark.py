@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`benchmark --data`: how fast examples are tokenized, cached and read back.
+
+The first examples of a task are tokenized: in memory, into files, into batches.
+Caches of fixed lengths, made of the task's own tokens, are read back, whole and
+in the parts of several processes. Nothing is computed with them.
+
+A contender that starts processes or compiles a pipeline is called for few
+examples and for all; its speed is that of those between:
+
+    examples/s = (all - few) / (time of all - time of few)
+"""
+
+import importlib.metadata
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from l2s_jax.evaluation import report
+from l2s_jax.evaluation.report import TableRow
+from l2s_jax.performance import (
+  data_input,
+  data_peers,
+  data_reading,
+  data_tokenizing,
+  peers,
+  speed_report,
+)
+from l2s_jax.runtime import files
+
+_JSON, _MARKDOWN = 'data.json', 'data.md'
+IMPORTING = 'importing'
+# What a training from a cache imports, and what one without has more.
+IMPORTS = ('jax', 'l2s_jax.data.cached.cache_batches', 'l2s_jax.data.features')
+_PACKAGES = (
+  'array_record', 'tokenizers', 'sentencepiece', 'seqio', 'tensorflow'
+)  # fmt: skip
+_RATE = {
+  'engine': 'engine',
+  'examples_per_sec': 'examples/s',
+  'spread': 'quartiles',
+}
+_SECTIONS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+  data_tokenizing.PART: (
+    'Tokenizing',
+    {'from_to': 'from -> to', 'processes': 'processes', **_RATE},
+  ),
+  data_reading.WHOLE: (
+    'Reading back, on one core',
+    {'prompt_length': 'in', 'num_tokens': 'out', **_RATE},
+  ),
+  data_reading.PARTS: (
+    "A process's part of a batch",
+    {
+      'prompt_length': 'in',
+      'num_tokens': 'out',
+      'batch_size': 'batch',
+      'processes': 'processes',
+      'ms_per_step': 'ms/step',
+      'spread': 'quartiles',
+    },
+  ),
+  IMPORTING: ('Importing', {'engine': 'module', 'secs': 'CPU s'}),
+}
+_WORDS = """\
+Figures are medians over {rounds} rounds, with quartiles; contenders take turns.
+What a contender takes to start is left out.
+
+Tokenizing: the first {num_examples:,} examples of {task}, split {split!r},
+{prompt_tokens:.1f} + {answer_tokens:.1f} tokens in the mean. `text -> ids` is
+the call of the tokenizer's library for many texts; `text -> records` what the
+verb `cache` does with texts in memory: one thread, seconds are the CPU's. `task
+-> cache` is all that it does, source, template and files included. seqio is its
+pipeline, one process with TensorFlow's threads, into TFRecord files, as
+`seqio_cache_tasks` writes them. datasets reads the same texts, template filled
+in, from a JSONL file, and maps them to Arrow files by the same call of the same
+tokenizer. `task -> batches` is training without a cache.
+
+Reading back: each example is read once, shuffled, its checksum compared (Grain
+compares none), and laid out in batches of {batch_size:,}. Seconds are the
+CPU's, of all threads. A process's part: when so many processes share the batch,
+what the slowest takes for its own rows of it; each was timed alone.
+"""
+
+
+def run(
+  folder: pathlib.Path,
+  given: data_input.DataInput,
+  *,
+  rounds: int,
+  has_peers: bool,
+  dry_run: bool = False,
+) -> None:
+  """Times all of it and writes data.json and data.md.
+
+  Args:
+    folder: where to; and for the caches, while they are read.
+    given: what to read.
+    rounds: that are measured; one more goes first.
+    has_peers: whether SeqIO, Hugging Face `datasets` and Grain take part.
+    dry_run: prints what would be timed, and stops.
+
+  Raises:
+    ValueError: if a setting is not one, or it is no single task of text.
+  """
+  given.check()
+  # One process is one core: the library has threads of its own.
+  os.environ['TOKENIZERS_PARALLELISM'] = 'false'
+  opened = data_input.open_input(given)
+  num_examples = opened.size.all
+  print(
+    f'{opened.texts.label}: {num_examples:,} of '
+    f'{opened.texts.num_examples:,} examples, {rounds} rounds',
+    flush=True,
+  )
+  if dry_run:
+    return
+  scratch = folder / '.data'
+  shutil.rmtree(scratch, ignore_errors=True)  # Left by one that was killed.
+  scratch.mkdir(parents=True)
+  present = _present_peers() if has_peers else []
+  has_grain = 'grain' in present
+  try:
+    rows = data_tokenizing.time_tokenizing(opened, scratch, present, rounds)
+    for lengths in given.lengths:
+      rows += data_reading.time_reading(
+        opened, lengths, scratch, rounds, has_grain
+      )
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)
+  rows += _time_imports(rounds, has_grain)
+  # EOS included.
+  means = [1 + float(np.mean(list(map(len, side)))) for side in opened.ids]
+  _write(
+    folder,
+    rows,
+    _WORDS.format(
+      rounds=rounds,
+      num_examples=num_examples,
+      task=opened.task.name,
+      split=given.split,
+      prompt_tokens=means[0],
+      answer_tokens=means[1],
+      batch_size=given.batch_size,
+    ),
+    dict.fromkeys((*_PACKAGES, *present)),
+  )
+
+
+def _present_peers() -> list[str]:
+  """Returns the peers that are installed; says which are left out and why."""
+  present = []
+  for name, peer in data_peers.PEERS.items():
+    reason = peers.why_missing(peer)
+    if reason is None:
+      present.append(name)
+    else:
+      print(f'{name} is left out: {reason}')
+  return present
+
+
+def _time_imports(rounds: int, has_grain: bool) -> list[TableRow]:
+  """Returns what imports take of the CPU, each in a process of its own."""
+  modules = [*IMPORTS, *['grain'] * has_grain]
+  secs: dict[str, list[float]] = {module: [] for module in modules}
+  for _ in range(rounds):
+    for module in modules:
+      found = subprocess.run(
+        [
+          sys.executable,
+          '-c',
+          'import time; start = time.process_time(); '
+          f'import {module}; print(time.process_time() - start)',
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+      )
+      secs[module].append(float(found.stdout))
+  return [
+    {'part': IMPORTING, 'engine': module, 'rounds': {'secs': found}}
+    for module, found in secs.items()
+  ]
+
+
+def _shown(row: TableRow) -> TableRow:
+  """Returns a row with its median, and quartiles."""
+  ((quantity, values),) = row['rounds'].items()
+  low, middle, high = np.percentile(values, [25, 50, 75])
+  digits = 0 if middle >= 100 else 2
+  return row | {
+    quantity: float(middle) if middle < 100 else round(middle),
+    'spread': f'{low:,.{digits}f}-{high:,.{digits}f}',
+  }
+
+
+def _write(
+  folder: pathlib.Path,
+  rows: Sequence[TableRow],
+  words: str,
+  packages: Iterable[str],
+) -> None:
+  machine = speed_report.machine() | {
+    name: importlib.metadata.version(name) for name in packages
+  }
+  load = os.getloadavg()
+  machine['load_average'] = ', '.join(f'{x:.2f}' for x in load)
+  files.write_json(folder / _JSON, {'rows': rows, 'machine': machine})
+  parts = ['# Data\n']
+  for part, (heading, columns) in _SECTIONS.items():
+    shown = [_shown(row) for row in rows if row['part'] == part]
+    parts += [f'## {heading}\n', report.markdown_table(shown, columns)]
+  parts += [words, ''.join(f'- {name}: {x}\n' for name, x in machine.items())]
+  text = '\n'.join(parts)
+  with files.whole(folder / _MARKDOWN) as file:
+    file.write(text)
+  print(f'{text}\nSee {folder}')

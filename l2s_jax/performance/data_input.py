@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `benchmark --data` reads: a task's first examples, by gin."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import gin
+
+from l2s_jax.caching import cache_texts
+from l2s_jax.data import tasks
+from l2s_jax.performance import timing
+from l2s_jax.runtime import gin_config
+from l2s_jax.systems import system as system_lib
+from l2s_jax.vocabularies import base
+
+if TYPE_CHECKING:
+  import seqio
+
+# Of all batches, one of so many is few.
+_FEW = 8
+
+
+@gin.configurable('DataInput', module='l2s_jax')
+@dataclasses.dataclass(frozen=True)
+class DataInput:
+  """What `benchmark --data` reads.
+
+  Attributes:
+    model: the system whose tokenizers are used.
+    mixture_or_task_name: a task; of a mixture, one of its tasks.
+    task_feature_lengths: tokens of 'inputs' and 'targets', of batches that are
+      made without a cache.
+    split: of the task.
+    num_examples: that are tokenized, or all if there are fewer; so many are
+      read back, too.
+    batch_size: rows, over all processes.
+    lengths: tokens of prompt and answer of what is read back.
+    process_counts: of processes that share a batch.
+  """
+
+  model: system_lib.System
+  mixture_or_task_name: str
+  task_feature_lengths: Mapping[str, int]
+  split: str = 'train'
+  num_examples: int = 16_384
+  batch_size: int = 1024
+  lengths: Sequence[tuple[int, int]] = ((30, 30), (128, 128), (512, 128))
+  process_counts: Sequence[int] = (1, 2, 4)
+
+  def check(self) -> None:
+    """Refuses settings that mean nothing.
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    gin_config.check_positive(
+      DATA_EXAMPLES=self.num_examples, BATCH_SIZE=self.batch_size
+    )
+    for number in self.process_counts:
+      gin_config.check_positive(DATA_PROCESSES=number)
+      if number > self.batch_size:
+        raise ValueError(
+          f'DATA_PROCESSES={number}: each needs a row of a batch of '
+          f'BATCH_SIZE={self.batch_size}.'
+        )
+    for pair in self.lengths:
+      if len(pair) != 2 or min(pair) < 2:
+        raise ValueError(
+          f'DATA_LENGTHS={self.lengths!r}: expected pairs of lengths of prompt '
+          'and answer, 2 tokens or more, such as ((30, 30), (128, 128)).'
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedInput:
+  """A task whose data are there.
+
+  Attributes:
+    given: the settings.
+    task: bound to the vocabularies.
+    texts: its examples.
+    vocabularies: of prompts and answers.
+    size: how many examples are timed, whole batches.
+  """
+
+  given: DataInput
+  task: 'seqio.Task'
+  texts: cache_texts.Texts
+  vocabularies: tuple[base.Vocabulary, base.Vocabulary]
+  size: timing.Size
+
+  @functools.cached_property
+  def sample(self) -> cache_texts.Chunk:
+    """The examples that are timed, as the task gives them."""
+    return self.texts.sample(self.size.all)
+
+  @functools.cached_property
+  def decoded(self) -> dict[str, list[str]]:
+    """Prompts and answers of these, by 'inputs' and 'targets'."""
+    return {
+      key: [text.decode() for text in self.sample[key]]
+      for key in ('inputs', 'targets')
+    }
+
+  @functools.cached_property
+  def ids(self) -> list[list[list[int]]]:
+    """The same as ids, without EOS: of prompts, and of answers."""
+    return [
+      vocabulary.encode_batch(texts)
+      for vocabulary, texts in zip(
+        self.vocabularies, self.decoded.values(), strict=True
+      )
+    ]
+
+
+def open_input(given: DataInput) -> OpenedInput:
+  """Opens the task; reads nothing yet.
+
+  Raises:
+    FileNotFoundError: if its data are missing.
+    ValueError: if it is a mixture, a cache, or tokenized by its own steps, or
+      has not two batches.
+  """
+  from l2s_jax.data.features import seqio
+
+  name = given.mixture_or_task_name
+  vocabularies = given.model.prompt_vocabulary, given.model.answer_vocabulary
+  task = tasks.bind(name, *vocabularies)
+  if isinstance(task, seqio.Mixture):
+    parts = ', '.join(part.name for part in seqio.get_subtasks(task))
+    raise ValueError(
+      f'--data times one task, and {name!r} is a mixture. Set '
+      f'MIXTURE_OR_TASK_NAME to one of its tasks: {parts}.'
+    )
+  texts = cache_texts.Texts(task, given.split, given.task_feature_lengths)
+  for key in ('inputs', 'targets'):
+    if texts.columns[key]['dtype'] != 'string':
+      raise ValueError(
+        f'{texts.label}: its own steps tokenize {key}; there is nothing to '
+        'time. Give a task of text.'
+      )
+  num_batches = min(given.num_examples, texts.num_examples) // given.batch_size
+  if num_batches < 2:
+    raise ValueError(
+      f'{texts.label} has {texts.num_examples:,} examples, of which '
+      f'DATA_EXAMPLES={given.num_examples} are read; timing needs two batches: '
+      f'set BATCH_SIZE={given.batch_size} lower.'
+    )
+  few = max(1, num_batches // _FEW) * given.batch_size
+  size = timing.Size(few, num_batches * given.batch_size)
+  return OpenedInput(given, task, texts, vocabularies, size)

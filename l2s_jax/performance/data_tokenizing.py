@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tokenizes, for `benchmark --data`: this package, and its peers.
+
+In memory, into the files of a cache, and into batches as training without a
+cache has them.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import json
+import multiprocessing
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from l2s_jax.caching import cache_encoding, cache_texts, cache_writer
+from l2s_jax.data import streams
+from l2s_jax.evaluation.report import TableRow
+from l2s_jax.performance import contenders, data_input, data_peers, timing
+from l2s_jax.runtime import distributed
+from l2s_jax.vocabularies import base
+
+PART = 'tokenizing'
+
+
+class TokenizingJob(NamedTuple):
+  """Something that tokenizes.
+
+  Attributes:
+    from_to: what it makes of what.
+    engine: whose.
+    processes: that it has, beside threads.
+    run: does so many examples.
+    is_alone: whether it is one thread, whose CPU time is taken.
+  """
+
+  from_to: str
+  engine: str
+  processes: int
+  run: Callable[[int], Any]
+  is_alone: bool = False
+
+
+def time_tokenizing(
+  opened: data_input.OpenedInput,
+  scratch: pathlib.Path,
+  present: Sequence[str],
+  rounds: int,
+) -> list[TableRow]:
+  """Returns a row for each contender; they take turns.
+
+  Args:
+    opened: what is tokenized.
+    scratch: a folder for what is written.
+    present: the peers that take part.
+    rounds: that are measured; one more goes first.
+  """
+  size = opened.size
+  with _jobs(opened, scratch, present) as jobs:
+    alone = [job for job in jobs if job.is_alone]
+    others = [job for job in jobs if not job.is_alone]
+    found = [
+      secs
+      for group, clock in (
+        (alone, time.process_time),
+        (others, time.perf_counter),
+      )
+      for secs in timing.seconds_between(
+        [job.run for job in group], size, rounds, clock
+      )
+    ]
+  return [
+    {
+      'part': PART,
+      'from_to': job.from_to,
+      'engine': job.engine,
+      'processes': job.processes,
+    }
+    | timing.rates(size, secs)
+    for job, secs in zip([*alone, *others], found, strict=True)
+  ]
+
+
+@contextlib.contextmanager
+def _jobs(
+  opened: data_input.OpenedInput, scratch: pathlib.Path, present: Sequence[str]
+) -> Iterator[list[TokenizingJob]]:
+  """Yields all that tokenizes."""
+  given, task, texts = opened.given, opened.task, opened.texts
+  vocabularies = opened.vocabularies
+  sample, decoded = opened.sample, opened.decoded
+  encoder = cache_encoding.Encoder(*vocabularies)
+  # One process, and one for each core.
+  counts = sorted({1, distributed.num_cores()})
+
+  def to_ids(number: int) -> None:
+    for key, vocabulary in zip(decoded, vocabularies, strict=True):
+      vocabulary.encode_batch(decoded[key][:number])
+
+  def to_records(number: int) -> None:
+    for start in range(0, number, cache_texts.CHUNK):
+      stop = min(start + cache_texts.CHUNK, number)
+      columns = {key: column[start:stop] for key, column in sample.items()}
+      encoder(cache_encoding.Work(texts.label, start, columns))
+
+  def to_cache(num_workers: int, number: int) -> None:
+    # Not the last shard of a split, so that no more is looked for.
+    shard = cache_writer.CacheShard(task.name, given.split, 0, 2, 0, number)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+      cache_writer.write(
+        pathlib.Path(folder),
+        [shard],
+        {task.name: {given.split: texts}},
+        encoder,
+        num_workers=num_workers,
+      )
+
+  batches = streams.train_batches(
+    task,
+    task_feature_lengths=given.task_feature_lengths,
+    batch_size=given.batch_size,
+    seed=0,
+    split=given.split,
+  )
+
+  def to_batches(number: int) -> None:
+    # Goes on where it was: filling the shuffle buffer is starting, too.
+    for _ in range(0, number, given.batch_size):
+      next(batches)
+
+  jobs = [
+    TokenizingJob(
+      'text -> ids', _libraries(vocabularies), 1, to_ids, is_alone=True
+    ),
+    TokenizingJob(
+      'text -> records', contenders.OURS, 1, to_records, is_alone=True
+    ),
+    *(
+      TokenizingJob(
+        'task -> cache',
+        contenders.OURS,
+        number,
+        functools.partial(to_cache, number),
+      )
+      for number in counts
+    ),
+    TokenizingJob('task -> batches', contenders.OURS, 1, to_batches),
+  ]
+  with contextlib.ExitStack() as stack:
+    stack.callback(batches.close)
+    if 'seqio' in present:
+      write = functools.partial(
+        data_peers.write_seqio, task, given.split, scratch / 'seqio.tfrecord'
+      )
+      jobs.append(TokenizingJob('task -> TFRecord', 'seqio', 1, write))
+    if 'datasets' in present:
+      # Its processes are forked, which one with threads should not be.
+      pool = stack.enter_context(
+        concurrent.futures.ProcessPoolExecutor(
+          1, multiprocessing.get_context('spawn')
+        )
+      )
+      path = _write_json_lines(scratch / 'texts.jsonl', decoded)
+
+      def to_arrow(num_workers: int, number: int) -> None:
+        pool.submit(
+          data_peers.map_datasets, path, vocabularies, number, num_workers
+        ).result()
+
+      jobs += [
+        TokenizingJob(
+          'JSONL -> Arrow',
+          'datasets',
+          number,
+          functools.partial(to_arrow, number),
+        )
+        for number in counts
+      ]
+    yield jobs
+
+
+def _libraries(vocabularies: Sequence[base.Vocabulary]) -> str:
+  return ', '.join(dict.fromkeys(map(data_peers.library, vocabularies)))
+
+
+def _write_json_lines(
+  path: pathlib.Path, columns: Mapping[str, Sequence[str]]
+) -> pathlib.Path:
+  with path.open('w', encoding='utf-8') as file:
+    for row in zip(*columns.values(), strict=True):
+      file.write(json.dumps(dict(zip(columns, row, strict=True))) + '\n')
+  return path
