@@ -24,7 +24,6 @@ from l2s_jax.caching import (
 from l2s_jax.data import bound_tasks, sources, tasks
 from l2s_jax.data.cached import cache_format
 from l2s_jax.runtime import distributed, files, gin_config, partitioning
-from l2s_jax.systems import system as system_lib
 
 if TYPE_CHECKING:
   import seqio
@@ -177,7 +176,7 @@ def cache(
 
 def _cache_tokens(
   folder: pathlib.Path,
-  model: system_lib.System,
+  model: Any,
   mixture_or_task_name: str,
   lengths: Mapping[str, int],
   splits: Sequence[str] | None,
