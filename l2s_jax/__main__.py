@@ -158,12 +158,14 @@ VERBS: Mapping[str, Verb] = {
       Flag('shard', int, 'which part of the work to do, from 0'),
       Flag('num_shards', int, 'into how many parts the work is divided'),
       Flag('show', int, 'print the first so many examples of a cache'),
+      Flag('features', bool, "keep the frozen LLM's last states, too"),
       Flag(
         'beam_pipeline_options',
         str,
         'let Apache Beam do it: --runner=DataflowRunner,--project=mine',
       ),
     ),
+    joins=True,
     gin_file='gin_configs/runs/cache.gin',
   ),
   'benchmark': Verb(

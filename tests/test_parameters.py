@@ -13,8 +13,9 @@ from flax import traverse_util
 from l2s_jax.models import l2s
 from l2s_jax.runtime import integrity, partitioning
 from l2s_jax.systems import parameters, run_folder
+from l2s_jax.systems import system as system_lib
 from l2s_jax.training import checkpoint, resuming
-from l2s_jax.weights import converted
+from l2s_jax.weights import converted, source
 
 MODULE = helpers.MODULES['llm_to_t5_1_0-add-shared']
 
@@ -178,3 +179,52 @@ def test_what_comes_from_weights_is_not_initialised_first(tmp_path):
   helpers.assert_trees_equal(
     state.trainable['projector'], initialise(None)(key)['projector']
   )
+
+
+def beside(system, fingerprint):
+  """Returns a system whose LLM's states come from a cache."""
+  states = system_lib.CachedStates('there', 'int8', fingerprint)
+  return dataclasses.replace(system, cached_states=states)
+
+
+def test_beside_cached_states_nothing_of_the_llm_is_held(folders, tmp_path):
+  """Its fingerprint is that of its weights, with digests beside or without."""
+  known, whole = load_frozen(fresh(folders / 'first'))
+  assert known.llm_fingerprint is not None
+  system, frozen = load_frozen(
+    beside(fresh(folders / 'first'), known.llm_fingerprint)
+  )
+  assert not frozen
+  assert system.llm_fingerprint == known.llm_fingerprint
+  # Of a run it is known: the weights need not be there.
+  gone = run_folder.load(folders / 'run', llm_path=str(tmp_path / 'gone'))
+  system, frozen = load_frozen(beside(gone, known.llm_fingerprint))
+  assert not frozen
+  # A foreign vocabulary takes the embeddings.
+  foreign = dataclasses.replace(
+    fresh(folders / 'first'), module=MODULE.clone(shared_vocabulary=False)
+  )
+  _, frozen = load_frozen(beside(foreign, known.llm_fingerprint))
+  embeddings = {'llm': {'token_embedder': whole['llm']['token_embedder']}}
+  helpers.assert_trees_equal(frozen, embeddings)
+
+
+def test_cached_states_of_another_llm_are_refused(folders):
+  known, _ = load_frozen(fresh(folders / 'first'))
+  assert known.llm_fingerprint is not None
+  system = beside(fresh(folders / 'second'), known.llm_fingerprint)
+  with pytest.raises(ValueError, match='there has the states of another LLM'):
+    load_frozen(system)
+  moved = run_folder.load(folders / 'run', llm_path=str(folders / 'first'))
+  with pytest.raises(ValueError, match=f'fingerprint {"0" * 16}, this one'):
+    load_frozen(beside(moved, '0' * 64))
+
+
+def test_a_fingerprint_is_that_of_tensors_with_digests_or_without(monkeypatch):
+  arrays = helpers.Arrays(
+    MODULE.llm_config, helpers.random_params(l2s.build(MODULE.llm_config))
+  )
+  shapes = traverse_util.unflatten_dict(arrays.shapes())
+  kept = source.read_fingerprint(arrays, shapes)
+  monkeypatch.setattr(arrays, 'digest', lambda path: None)
+  assert source.read_fingerprint(arrays, shapes) == kept

@@ -2,7 +2,8 @@
 """The verb `cache`: tokenizes a task once, so that training reads ids.
 
 What the files are is in `cache_format.py`, how they come to be in
-`cache_writer.py`.
+`cache_writer.py`. On request the frozen LLM reads the prompts once, too
+(`feature_command.py`).
 """
 
 import pathlib
@@ -18,10 +19,11 @@ from l2s_jax.caching import (
   cache_key,
   cache_texts,
   cache_writer,
+  feature_command,
 )
-from l2s_jax.data import sources, tasks
+from l2s_jax.data import bound_tasks, sources, tasks
 from l2s_jax.data.cached import cache_format
-from l2s_jax.runtime import distributed, files, gin_config
+from l2s_jax.runtime import distributed, files, gin_config, partitioning
 
 if TYPE_CHECKING:
   import seqio
@@ -41,6 +43,10 @@ def cache(
   num_workers: int | None = None,
   examples_per_shard: int | None = None,
   show: int | None = None,
+  features: bool = False,
+  features_dtype: str = 'bfloat16',
+  features_batch_size: int = 32,
+  mesh: partitioning.MeshConfig | None = None,
   beam_pipeline_options: str | None = None,
   *,
   dry_run: bool = False,
@@ -54,14 +60,20 @@ def cache(
 
   To divide the work over hosts that share the folder, start it once for each
   part with --shard=0 --num_shards=4 and so on; which one ends last does not
-  matter.
+  matter. Processes that run it together, as they train, divide a part further.
+
+  With `features` the frozen LLM then reads all prompts, and its last states are
+  kept beside the tokens. Training from them (USE_FEATURES) has no LLM in memory
+  and does not wait for it. They are of one LLM, and of prompts that are cut to
+  TASK_FEATURE_LENGTHS.
 
   Args:
     cache_dir: the folder.
-    model: the system whose tokenizers are used.
-    mixture_or_task_name: what to cache.
+    model: the system whose tokenizers are used, and whose LLM reads.
+    mixture_or_task_name: what to cache; of tokens that are there, None or
+      'cached' adds features without the task.
     task_feature_lengths: tokens of 'inputs' and 'targets', for preprocessors
-      that ask for them.
+      that ask for them, and for `features`.
     splits: to cache; None: all.
     shard: which of `num_shards` parts of the work to do, from 0.
     num_shards: how many there are.
@@ -70,6 +82,14 @@ def cache(
       16 million examples.
     show: prints the first so many examples of each split of a cache that is
       complete; nothing else is done, and no model or task is needed.
+    features: whether to keep the LLM's last states, too.
+    features_dtype: of these: 'bfloat16', each off by 1/256 of itself at most;
+      or 'int8', half of the disk, each off by 1/254 of the largest of its
+      token.
+    features_batch_size: prompts of the greatest length that the LLM reads at
+      once, over all devices; of shorter ones it reads more.
+    mesh: device mesh and axis rules, for `features`; None puts all devices
+      along `data`.
     beam_pipeline_options: of Apache Beam, with commas between them, such as
       --runner=DataflowRunner,--project=mine. Its workers then do the work,
       shard by shard; they need this package, and data and `cache_dir` under
@@ -87,6 +107,7 @@ def cache(
     num_workers=num_workers,
     examples_per_shard=examples_per_shard,
     show=show,
+    FEATURES_BATCH_SIZE=features_batch_size,
   )
   if not 0 <= shard < num_shards:
     raise ValueError(
@@ -96,14 +117,18 @@ def cache(
   if show is not None:
     _show(cache_format.open_cache(folder), show)
     return
+  index, num_processes = distributed.place()
+  beam_options = None
   if beam_pipeline_options is not None:
-    options = cache_beam.check(beam_pipeline_options)
-    if num_workers is not None or num_shards > 1:
+    beam_options = cache_beam.check(beam_pipeline_options)
+    if num_workers is not None or num_shards * num_processes > 1:
       raise ValueError(
         'cache: --beam_pipeline_options leaves it to a runner who does what; '
-        'leave out num_workers (CACHE_WORKERS), --shard and --num_shards.'
+        'leave out num_workers (CACHE_WORKERS), --shard and --num_shards, and '
+        'start one process.'
       )
-  if model is None or mixture_or_task_name is None:
+  has_task = not bound_tasks.is_cached(mixture_or_task_name or 'cached')
+  if model is None or not (has_task or features):
     raise ValueError(
       'what is to be cached, for which tokenizers? Add the gin files of a '
       'task and a model: --gin_file=gin_configs/tasks/... '
@@ -111,6 +136,59 @@ def cache(
     )
   lengths = task_feature_lengths or {}
   gin_config.check_lengths(lengths)
+  if features:
+    feature_command.check(model, lengths, features_dtype)
+  if has_task:
+    _cache_tokens(
+      folder,
+      model,
+      str(mixture_or_task_name),
+      lengths,
+      splits,
+      # Processes that run together are parts of a part.
+      shard * num_processes + index,
+      num_shards * num_processes,
+      num_workers,
+      examples_per_shard,
+      beam_options,
+      dry_run=dry_run,
+    )
+    if num_processes > 1:
+      distributed.wait_for_all('cache')
+  if not features:
+    return
+  # The others may have completed it since.
+  if not (folder / cache_format.FILE).exists() and has_task:
+    _say('Features come when the tokens of all parts are there: start again.')
+    return
+  feature_command.cache_features(
+    cache_format.open_cache(folder),
+    model,
+    mesh,
+    lengths,
+    dtype=features_dtype,
+    batch_size=features_batch_size,
+    job=shard,
+    num_jobs=num_shards,
+    dry_run=dry_run,
+  )
+
+
+def _cache_tokens(
+  folder: pathlib.Path,
+  model: Any,
+  mixture_or_task_name: str,
+  lengths: Mapping[str, int],
+  splits: Sequence[str] | None,
+  shard: int,
+  num_shards: int,
+  num_workers: int | None,
+  examples_per_shard: int | None,
+  beam_options: Any,
+  *,
+  dry_run: bool,
+) -> None:
+  """Tokenizes, unless that was done; the arguments are those of `cache`."""
   vocabularies = {
     'prompt': model.prompt_vocabulary,
     'answer': model.answer_vocabulary,
@@ -148,11 +226,11 @@ def cache(
   _check_room(folder, shards, texts, encoder)
   if dry_run:
     return
-  if beam_pipeline_options is not None:
+  if beam_options is not None:
     beam_job = cache_beam.Job(
       folder.resolve(), encoder, mixture_or_task_name, dict(lengths)
     )
-    cache_beam.write(beam_job, shards, options)
+    cache_beam.write(beam_job, shards, beam_options)
   else:
     cache_writer.write(
       folder,

@@ -37,7 +37,7 @@ _MOST_SHARDS = 1000
 # of what zlib makes of them, in files of many.
 _OF_ZLIB = 1.1
 _FRAME_BYTES = 80
-_PART = '.part-'
+PART = '.part-'
 _REMEDY = 'remove the folder, and cache again.'
 
 
@@ -70,11 +70,21 @@ class CacheShard(NamedTuple):
     path = cache_format.shard_path(split, self.number, self.num_shards)
     return pathlib.Path(path + ending)
 
-  def is_whole(self, folder: pathlib.Path) -> bool:
+  def is_whole(self, folder: pathlib.Path, kind: str = '') -> bool:
     """Returns whether both of its files are there, as they are renamed."""
-    path = self.path(folder, '.array_record')
-    index = self.path(folder, '.index.npy')
-    return path.exists() and index.exists()
+    return all(path.exists() for path in self.files(folder, kind))
+
+  def files(self, folder: pathlib.Path, kind: str = '') -> list[pathlib.Path]:
+    """Returns where its records and their index are.
+
+    Args:
+      folder: of the cache.
+      kind: before the endings: nothing, of tokens.
+    """
+    return [
+      self.path(folder, kind + ending)
+      for ending in ('.array_record', '.index.npy')
+    ]
 
 
 def make_plan(
@@ -242,7 +252,7 @@ def held(
   Yields what ends the names of files that are not whole; those of an earlier
   start are removed, and at the end those of this one.
   """
-  mark = f'{_PART}{job}-of-{num_jobs}'
+  mark = f'{PART}{job}-of-{num_jobs}'
   with locks.held(folder, 'CACHE_DIR', f'.lock-{job}-of-{num_jobs}'):
     _remove_parts(folder, mark, num_jobs)
     try:
@@ -253,7 +263,7 @@ def held(
 
 def _remove_parts(folder: pathlib.Path, mark: str, num_jobs: int) -> None:
   # A job that is alone has ended those of any other.
-  for path in folder.rglob(f'.*{_PART if num_jobs == 1 else mark}*'):
+  for path in folder.rglob(f'.*{PART if num_jobs == 1 else mark}*'):
     path.unlink(missing_ok=True)
 
 
@@ -268,7 +278,7 @@ def write_shard(
   The folder is held by whoever has asked for it.
   """
   with cache_encoding.encoding(encoder, num_workers=1) as encode:
-    mark = f'{_PART}{uuid.uuid4().hex}'
+    mark = f'{PART}{uuid.uuid4().hex}'
     for _ in _write_run(folder, [shard], texts, encode, mark):
       pass
 
@@ -298,7 +308,7 @@ def _write_run(
 ) -> Iterator[int]:
   """Writes shards that follow each other; yields counts of examples."""
   ends: collections.deque[CacheShard] = collections.deque()
-  file: _ShardFile | None = None
+  file: ShardFile | None = None
 
   def works() -> Iterator[cache_encoding.Work]:
     for shard, first, columns in _cut(source, run):
@@ -308,8 +318,8 @@ def _write_run(
   for encoded in encode(works()):
     shard = ends.popleft()
     if file is None:
-      file = _ShardFile(folder, shard, mark)
-    file.add(encoded)
+      file = ShardFile(folder, shard, mark)
+    file.add(encoded.records, encoded.entries)
     yield len(encoded.records)
     if file.is_full:
       file.finish()
@@ -352,13 +362,27 @@ def _cut(
     )
 
 
-class _ShardFile:
+class ShardFile:
   """A shard while it is written, under another name."""
 
-  def __init__(self, folder: pathlib.Path, shard: CacheShard, mark: str):
-    self._targets = [
-      shard.path(folder, ending) for ending in ('.array_record', '.index.npy')
-    ]
+  def __init__(
+    self,
+    folder: pathlib.Path,
+    shard: CacheShard,
+    mark: str,
+    kind: str = '',
+    options: str = cache_format.WRITER_OPTIONS,
+  ):
+    """Opens it.
+
+    Args:
+      folder: of the cache.
+      shard: whose examples it has.
+      mark: in the names of the files until they are whole.
+      kind: before their endings.
+      options: of the records.
+    """
+    self._targets = shard.files(folder, kind)
     self._parts = [
       path.with_name(f'.{path.name}{mark}') for path in self._targets
     ]
@@ -367,7 +391,7 @@ class _ShardFile:
     self._indexes: list[np.ndarray] = []
     self._num_examples = 0
     self._writer = array_record_module.ArrayRecordWriter(
-      str(self._parts[0]), cache_format.WRITER_OPTIONS
+      str(self._parts[0]), options
     )
 
   @property
@@ -375,12 +399,12 @@ class _ShardFile:
     """Whether it has all its examples."""
     return self._num_examples == self._size
 
-  def add(self, encoded: cache_encoding.Encoded) -> None:
-    """Writes examples."""
-    for record in encoded.records:
+  def add(self, records: Sequence[bytes], entries: np.ndarray) -> None:
+    """Writes examples, and what the index has of each."""
+    for record in records:
       self._writer.write(record)
-    self._indexes.append(encoded.entries)
-    self._num_examples += len(encoded.records)
+    self._indexes.append(entries)
+    self._num_examples += len(records)
 
   def finish(self) -> None:
     """Puts both files on disk, then gives them their names, the index last."""

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 
 from l2s_jax.data import batching, streams
-from l2s_jax.data.cached import cache_task
+from l2s_jax.data.cached import cache_task, feature_format
 from l2s_jax.vocabularies import base
 
 if TYPE_CHECKING:
@@ -89,6 +89,25 @@ class BoundTask(Protocol):
       ValueError: if there is no such one.
     """
 
+  def llm_states(
+    self,
+    name: str,
+    split: str,
+    numbers: Int64[np.ndarray, ' rows'],
+    segment_ids: Int32[np.ndarray, 'rows length'],
+  ) -> dict[str, np.ndarray]:
+    """Returns the LLM's states of prompts where they are cached, or nothing.
+
+    Args:
+      name: of one of the tasks that are scored.
+      split: of it.
+      numbers: of its examples, one a row.
+      segment_ids: 1 for the tokens of each prompt, 0 for padding.
+
+    Returns:
+      The batch keys that `models/stored_states.py` defines.
+    """
+
   def data_settings(self) -> dict[str, Any]:
     """Returns what the order of training examples depends on, as JSON has it.
 
@@ -147,7 +166,25 @@ def bind(
     FileNotFoundError: if there is no whole cache.
     ValueError: if there is no such task, or a cache is of other tokenizers.
   """
-  if name.rpartition('/')[2] == 'cached':
+  if is_cached(name):
     return cache_task.bind(name, prompt_vocabulary, answer_vocabulary)
   # Imports TensorFlow where it is called; the core does without.
   return streams.bind(name, prompt_vocabulary, answer_vocabulary, label=label)
+
+
+def is_cached(name: str) -> bool:
+  """Returns whether a task's name stands for a cache."""
+  return name.rpartition('/')[2] == 'cached'
+
+
+def features_of(name: str) -> feature_format.FeatureCache | None:
+  """Returns the features that gin asks for of a task; None: of none.
+
+  Args:
+    name: as for `bind`.
+
+  Raises:
+    FileNotFoundError: if there is no whole cache, or there are no features.
+    ValueError: if something of them is damaged.
+  """
+  return cache_task.features_of(name) if is_cached(name) else None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 
 from l2s_jax.data import batching, packing, seqio_internals, tasks
 from l2s_jax.runtime import distributed
@@ -116,6 +116,17 @@ class StreamedTask:
         + '.'
       )
     return self.provider
+
+  def llm_states(
+    self,
+    name: str,
+    split: str,
+    numbers: Int64[np.ndarray, ' rows'],
+    segment_ids: Int32[np.ndarray, 'rows length'],
+  ) -> dict[str, np.ndarray]:
+    """Returns nothing: the LLM reads what is streamed."""
+    del name, split, numbers, segment_ids
+    return {}
 
   def data_settings(self) -> dict[str, Any]:
     """Returns what the training examples depend on, as JSON has it."""

@@ -94,11 +94,14 @@ def evaluate(
   folder = as_it_came.output_dir(checkpoint_path, output_dir, 'EVAL_OUTPUT_DIR')
 
   session = session_lib.start(
-    lambda: as_it_came.load(
-      checkpoint_path,
-      llm_path=llm_path,
-      vocabulary=vocabulary,
-      extra_ids=extra_ids,
+    lambda: session_lib.with_cached_states(
+      as_it_came.load(
+        checkpoint_path,
+        llm_path=llm_path,
+        vocabulary=vocabulary,
+        extra_ids=extra_ids,
+      ),
+      mixture_or_task_name,
     ),
     mesh,
     scored.lengths,

@@ -68,6 +68,7 @@ class TaskEvaluator:
     """
     # Of the scores of the last evaluation, by task and metric.
     self.signatures: dict[str, dict[str, str]] = {}
+    self._task = task
     self._task_feature_lengths = task_feature_lengths
     self._split = split
     self._batch_size = batch_size
@@ -118,7 +119,7 @@ class TaskEvaluator:
         example's prompt; other names change nothing.
     """
     dataset = self._evaluator.cached_model_datasets[task.name]
-    for _, batch in self._batches(_stack(dataset)[1], control):
+    for _, batch in self._batches(task.name, _stack(dataset)[1], control):
       yield batch
 
   def evaluate(
@@ -205,10 +206,15 @@ class TaskEvaluator:
     self, predict: Predict, control: str, dataset: tf.data.Dataset
   ) -> list[tuple[int, Int[np.ndarray, ' steps']]]:
     """Returns index and ids of each example, as SeqIO asks for."""
+    (name,) = (
+      name
+      for name, own in self._evaluator.cached_model_datasets.items()
+      if own is dataset
+    )
     indices, examples = _stack(dataset)
     predictions: list[Any] = [None] * len(indices)
     for rows, batch in tqdm.tqdm(
-      self._batches(examples, control),
+      self._batches(name, examples, control),
       total=-(-len(indices) // self._batch_size),
       desc='decoding',
       unit='batch',
@@ -228,11 +234,23 @@ class TaskEvaluator:
     return list(zip(indices.tolist(), predictions, strict=True))
 
   def _batches(
-    self, examples: batching.Batch, control: str
+    self, name: str, examples: batching.Batch, control: str
   ) -> Iterator[tuple[Int[np.ndarray, ' rows'], batching.Batch]]:
-    """Yields places in the split, and the batch of these examples."""
+    """Yields places in the split, and the batch of these examples.
+
+    Args:
+      name: of the task.
+      examples: all of the split, in its order.
+      control: as `batches` has it.
+    """
+    # Of each example, whose prompt the LLM reads.
+    read = np.arange(len(examples['encoder_segment_ids']))
     if control == 'other':
-      examples = _with_partners(examples)
+      read = np.array(_partners(examples))
+      examples = examples | {
+        f'llm_{key}': examples[f'encoder_{key}'][read]
+        for key in ('input_tokens', 'segment_ids')
+      }
     is_read = {key: not key.startswith('decoder') for key in examples}
     sizes = np.max(
       [
@@ -254,6 +272,12 @@ class TaskEvaluator:
         key: value[rows, :length] if is_read[key] else value[rows]
         for key, value in examples.items()
       }
+      batch |= self._task.llm_states(
+        name,
+        self._split,
+        read[rows],
+        batch.get('llm_segment_ids', batch['encoder_segment_ids']),
+      )
       yield rows, batching.pad_rows(batch, self._batch_size)
 
   def _count_longer(self, examples: list[dict[str, Any]], key: str) -> int:
@@ -280,21 +304,18 @@ def _stack(dataset: tf.data.Dataset) -> tuple[np.ndarray, batching.Batch]:
   }
 
 
-def _with_partners(examples: batching.Batch) -> batching.Batch:
-  """Adds another example's prompt for the LLM to read."""
-  tokens = examples['encoder_input_tokens']
-  segment_ids = examples['encoder_segment_ids']
-  partners = batching.control_partners(
+def _partners(examples: batching.Batch) -> list[int]:
+  """Returns for each example another one, with another prompt."""
+  return batching.control_partners(
     [
       row[segments > 0].tolist()
-      for row, segments in zip(tokens, segment_ids, strict=True)
+      for row, segments in zip(
+        examples['encoder_input_tokens'],
+        examples['encoder_segment_ids'],
+        strict=True,
+      )
     ]
   )
-  return {
-    **examples,
-    'llm_input_tokens': tokens[partners],
-    'llm_segment_ids': segment_ids[partners],
-  }
 
 
 def _target(task: seqio.Task, example: Mapping[str, Any]) -> Any:

@@ -18,4 +18,5 @@ __all__ = (
   'losses',
   'positions',
   'shapes',
+  'stored_states',
 )

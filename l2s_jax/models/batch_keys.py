@@ -12,7 +12,8 @@ A prompt's arrays are [rows, prompt length], an answer's [rows, answer length]:
 
 Segment ids number the examples of a row. The keys of controls and of answers
 that go on where a prompt ends are optional and stand where they are made
-(`evaluation/seqio_evaluator.py`, `data.continuing`).
+(`evaluation/seqio_evaluator.py`, `data.continuing`), those of the LLM's states
+from a cache in `stored_states.py`.
 """
 
 import jax

@@ -99,7 +99,11 @@ def prompt_flops(module: Module, length: Number) -> Number:
 
 
 def train_flops(
-  module: Module, prompt_length: Number, answer_length: Number
+  module: Module,
+  prompt_length: Number,
+  answer_length: Number,
+  *,
+  llm_reads: bool = True,
 ) -> Number:
   """Returns the FLOPs of training on one example.
 
@@ -110,6 +114,7 @@ def train_flops(
     module: the system's.
     prompt_length: tokens of the prompt.
     answer_length: those of the answer.
+    llm_reads: whether an LLM does; not where its states come from a cache.
   """
   config = l2s.writer(module)[0].config
   forward = prompt_flops(module, prompt_length) + answer_length * token_flops(
@@ -117,7 +122,8 @@ def train_flops(
   )
   if not isinstance(module, l2s.LlmToSlm):
     return 3 * forward
-  return 3 * forward - 2 * reading_flops(module.llm_config, prompt_length)
+  reading = reading_flops(module.llm_config, prompt_length)
+  return 3 * forward - (2 if llm_reads else 3) * reading
 
 
 def token_flops(

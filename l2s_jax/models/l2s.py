@@ -17,7 +17,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from l2s_jax.models import cache as cache_lib
 from l2s_jax.models import config as config_lib
-from l2s_jax.models import decoder_only, encoder_decoder, language_model, layers
+from l2s_jax.models import (
+  decoder_only,
+  encoder_decoder,
+  language_model,
+  layers,
+  stored_states,
+)
 from l2s_jax.runtime import partitioning
 
 PyTree = Any
@@ -120,18 +126,22 @@ class LlmToSlm(nn.Module):
 
     Two optional batch keys are for controls: `llm_input_tokens`, with
     `llm_segment_ids`, is what the LLM reads in the prompt's place, and
-    `llm_scale`, one number a row, multiplies Z.
+    `llm_scale`, one number a row, multiplies Z. With `llm_states`, see
+    `stored_states`, the LLM reads nothing and has no parameters but the
+    embeddings that 'add' takes.
     """
-    return self._project(*self._read(batch), batch)
+    return self._project(*self.read_prompt(batch), batch)
 
-  def _read(
+  def read_prompt(
     self, batch: language_model.Batch
   ) -> tuple[
     Float[Array, 'batch llm_prompt llm_embed'], Int[Array, 'batch llm_prompt']
   ]:
     """Returns the LLM's states and segment ids."""
-    tokens = batch.get('llm_input_tokens', batch['encoder_input_tokens'])
     segment_ids = batch.get('llm_segment_ids', batch['encoder_segment_ids'])
+    if 'llm_states' in batch:
+      return stored_states.restore(batch), segment_ids
+    tokens = batch.get('llm_input_tokens', batch['encoder_input_tokens'])
     with partitioning.axis_rules(self.llm_rules):
       llm_states = self.llm.encode(
         self.llm.embed(tokens), segment_ids, deterministic=True
@@ -203,7 +213,7 @@ class DraftAndVerify(LlmToSlm):
     self, batch: language_model.Batch, *, num_slots: int
   ) -> dict[str, cache_lib.Cache]:
     """Reads the prompts of a batch once, for both decoders."""
-    llm_states, llm_segment_ids = self._read(batch)
+    llm_states, llm_segment_ids = self.read_prompt(batch)
     with partitioning.axis_rules(self.llm_rules):
       llm_cache = self.llm.start_answer(
         llm_states, llm_segment_ids, num_slots=num_slots

@@ -2,9 +2,10 @@
 """`benchmark --train`: how fast a training step is, beside other engines'.
 
 One model alone takes its own fine-tuning step and is compared with peers. Of
-an LLM and an SLM there are three contenders: LLM-to-SLM's step, the SLM's, and
-reading the prompts with the LLM; the first should cost little more than the
-others together. Rows of a batch are full: a token is a token, none is padding.
+an LLM and an SLM there are four contenders: LLM-to-SLM's step, the same from
+cached states, the SLM's, and reading the prompts with the LLM; the first should
+cost little more than the last two together, the second little more than the
+third. Rows of a batch are full: a token is a token, none is padding.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from l2s_jax.data import packing
 from l2s_jax.evaluation import report
 from l2s_jax.evaluation.report import TableRow
 from l2s_jax.models import flops as flops_lib
-from l2s_jax.models import l2s, language_model
+from l2s_jax.models import l2s, language_model, stored_states
 from l2s_jax.performance import contenders, speed_report, timing, train_peers
 from l2s_jax.runtime import chips, files, partitioning
 from l2s_jax.systems import parameters
@@ -32,6 +33,7 @@ from l2s_jax.training import state as state_lib
 PyTree = Any
 
 READ, BOTH = 'LLM reads', 'LLM reads + SLM'
+FROM_STATES = 'LLM-to-SLM, cached'
 _JSON, _MARKDOWN = 'train.json', 'train.md'
 _COLUMNS = {
   'system': 'system',
@@ -53,7 +55,8 @@ A step is forwards, backwards and AdamW, dropout as the config has it, on a
 batch of full rows that is on the device already. Tokens are those of prompts
 and answers. GFLOP/s are of what the formula counts (`flops.train_flops`), not
 of what an engine may compute beside it; MFU is its part of the chip's peak,
-where that is known. `LLM reads + SLM` is the sum of two rows, round by round.
+where that is known. `LLM reads + SLM` is the sum of two rows, round by round;
+`LLM-to-SLM, cached` has the LLM's states in its batch, in bfloat16, and no LLM.
 Memory is what XLA plans: arguments and scratch.
 """
 
@@ -126,6 +129,9 @@ def _ours(
       yield _our_step(role, model.name, module, shape, seed, params)
     return
   yield _our_step(contenders.LLM_TO_SLM, pair.name, pair.module, shape, seed)
+  yield _our_step(
+    FROM_STATES, pair.name, pair.module, shape, seed, has_states=True
+  )
   slm = l2s.build(pair.module.slm_config)
   yield _our_step(contenders.SLM, pair.slm.name, slm, shape, seed)
   yield _our_reading(models[contenders.LLM].name, pair.module, shape, seed)
@@ -138,10 +144,27 @@ def _our_step(
   shape: timing.Shape,
   seed: int,
   params: PyTree | None = None,
+  *,
+  has_states: bool = False,
 ) -> Trainer:
-  """Returns the training step of a system, as `train` has it."""
+  """Returns the training step of a system, as `train` has it.
+
+  Args:
+    system: its role.
+    model: its name.
+    module: what is trained.
+    shape: of batches.
+    seed: of weights and tokens.
+    params: the weights; None: random ones.
+    has_states: whether the batch has the LLM's states, as from a cache.
+  """
   frozen_names = ('llm',) if isinstance(module, l2s.LlmToSlm) else ()
   batch = jax.device_put(_batch(module, shape, seed))
+  if has_states:
+    assert isinstance(module, l2s.LlmToSlm)
+    size = (*shape[:2], module.llm_config.emb_dim)
+    states = jax.random.normal(jax.random.key(seed), size)
+    batch |= stored_states.store(states, 'bfloat16')
   init = functools.partial(module.init, deterministic=True)
   _, axes = partitioning.abstract_params(init, jax.random.key(0), batch)
   if params is None:
@@ -173,7 +196,10 @@ def _our_step(
     model,
     contenders.OURS,
     _config(module).dtype,
-    shape[0] * flops_lib.train_flops(module, shape[1], shape[2]),
+    shape[0]
+    * flops_lib.train_flops(
+      module, shape[1], shape[2], llm_reads=not has_states
+    ),
     parameters.num_params(trainable),
     step,
     functools.partial(_memory_bytes, compiled),

@@ -132,6 +132,16 @@ def together() -> Iterator[None]:
     os._exit(1)
 
 
+def place() -> tuple[int, int]:
+  """Returns which process this is, and of how many.
+
+  Where it is alone no device is asked, or taken: for what needs none.
+  """
+  if not jax.distributed.is_initialized():
+    return 0, 1
+  return jax.process_index(), jax.process_count()
+
+
 def is_first() -> bool:
   """Whether this process writes files and speaks for all."""
   return jax.process_index() == 0

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from l2s_jax.models import batch_keys, l2s
+from l2s_jax.models import l2s
 from l2s_jax.models import shapes as shapes_lib
 from l2s_jax.runtime import distributed, partitioning
 from l2s_jax.systems import as_it_came
@@ -46,7 +46,7 @@ def init(
   """
   batch = {
     name: jnp.ones(shape.shape, shape.dtype)
-    for name, shape in batch_keys.example_batch(1, 2, 2).items()
+    for name, shape in system.example_batch(1, 2, 2).items()
   }
   params = system.module.init(key, batch, deterministic=True)['params']
   writer, name = l2s.writer(system.module)
@@ -85,16 +85,22 @@ def load_frozen(
 ) -> tuple[system_lib.System, PyTree]:
   """Reads the frozen LLM; returns the system with its fingerprint.
 
+  Where its states come from a cache, of the LLM the embeddings are read that
+  'add' takes with a foreign vocabulary, or nothing.
+
   Args:
     system: the system.
     layout: of its parameters.
 
   Raises:
     ValueError: if the weights are not those that the run was trained with, or
-      not what their digests say, or lack a decoder that is to verify.
+      not what their digests say, or lack a decoder that is to verify; if
+      cached states are of another LLM.
   """
   if not system.frozen:
     return system, {}
+  if system.cached_states is not None:
+    return _load_beside_states(system, layout)
   source = _open_llm(system.sources['llm'], system.llm_step)
   shapes, shardings = layout.shapes['llm'], layout.shardings['llm']
   decoder: dict[str, PyTree] = {}
@@ -109,6 +115,17 @@ def load_frozen(
     shapes, decoder = split(shapes, l2s.ENCODER)
     shardings, decoder_shardings = split(shardings, l2s.ENCODER)
   params, fingerprint = source_lib.load(source, shapes, shardings)
+  system = _with_fingerprint(system, fingerprint, source.step())
+  if decoder:
+    loaded, _ = source_lib.load(source, decoder, decoder_shardings)
+    params = params | loaded
+  return system, {'llm': params}
+
+
+def _with_fingerprint(
+  system: system_lib.System, fingerprint: str, step: int | None
+) -> system_lib.System:
+  """Returns the system with what was found of its LLM; refuses another."""
   if system.llm_fingerprint not in (None, fingerprint):
     raise ValueError(
       f'The LLM in {system.sources["llm"]} is not the one that this run was '
@@ -120,16 +137,48 @@ def load_frozen(
       f'The LLM in {system.sources["llm"]} was not the same to all processes: '
       'it changes, or is not shared. Start again when it is at rest.'
     )
-  step = source.step()
-  system = dataclasses.replace(
+  return dataclasses.replace(
     system,
     llm_step=system.llm_step if step is None else step,
     llm_fingerprint=fingerprint,
   )
-  if decoder:
-    loaded, _ = source_lib.load(source, decoder, decoder_shardings)
-    params = params | loaded
-  return system, {'llm': params}
+
+
+def _load_beside_states(
+  system: system_lib.System, layout: Layout
+) -> tuple[system_lib.System, PyTree]:
+  """Reads what is needed of the LLM beside its cached states.
+
+  Of a run the fingerprint is known. Else it is that of the weights at LLM_PATH,
+  which are read once for it where no digests are kept beside them, but held in
+  no memory.
+  """
+  states = system.cached_states
+  assert states is not None
+  params: dict[str, PyTree] = {}
+  if system.llm_fingerprint is None or 'llm' in layout.shapes:
+    source = _open_llm(system.sources['llm'], system.llm_step)
+    shapes, _ = partitioning.abstract_params(
+      functools.partial(init, dataclasses.replace(system, cached_states=None)),
+      jax.random.key(0),
+    )
+    fingerprint = source_lib.read_fingerprint(source, shapes['llm'])
+    system = _with_fingerprint(system, fingerprint, source.step())
+    if 'llm' in layout.shapes:
+      loaded, _ = source_lib.load(
+        source, layout.shapes['llm'], layout.shardings['llm']
+      )
+      params['llm'] = loaded
+  assert system.llm_fingerprint is not None
+  if system.llm_fingerprint != states.llm_fingerprint:
+    raise ValueError(
+      f'{states.location} has the states of another LLM than '
+      f'{system.sources["llm"]}: their LLM has the fingerprint '
+      f'{states.llm_fingerprint[:16]}, this one {system.llm_fingerprint[:16]}. '
+      'Set LLM_PATH to the right weights, cache the features of this LLM in '
+      'another CACHE_DIR, or set USE_FEATURES=False.'
+    )
+  return system, params
 
 
 def _open_llm(path: str, step: int | None) -> source_lib.Source:
@@ -237,7 +286,7 @@ def check_lengths(
   Raises:
     ValueError: with both lengths and the size of the table.
   """
-  batch = batch_keys.example_batch(
+  batch = system.example_batch(
     1, task_feature_lengths['inputs'], task_feature_lengths['targets']
   )
   jax.eval_shape(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 
 from l2s_jax.data import bound_tasks
+from l2s_jax.models import l2s
 from l2s_jax.runtime import partitioning
 from l2s_jax.systems import builders, parameters
 from l2s_jax.systems import system as system_lib
@@ -107,10 +108,82 @@ def bind_task(
     system: that reads and writes its texts.
     mixture_or_task_name: as `bound_tasks.bind` takes it.
     label: the setting that has the name, for messages.
+
+  Raises:
+    ValueError: if cached states take the place of its LLM, and the task has
+      none or those of another; or the other way round.
   """
+  _check_states(system, mixture_or_task_name, label or 'MIXTURE_OR_TASK_NAME')
   return bound_tasks.bind(
     mixture_or_task_name,
     system.prompt_vocabulary,
     system.answer_vocabulary,
     label=label,
   )
+
+
+def with_cached_states(
+  system: system_lib.System, mixture_or_task_name: str
+) -> system_lib.System:
+  """Returns the system, without its LLM where the states of a cache replace it.
+
+  Args:
+    system: with its LLM.
+    mixture_or_task_name: as `bound_tasks.bind` takes it.
+
+  Raises:
+    FileNotFoundError: if gin asks for features that are not there.
+    ValueError: if the system has no LLM, or states are of another.
+  """
+  features = bound_tasks.features_of(mixture_or_task_name)
+  if features is None:
+    return system
+  if not isinstance(system.module, l2s.LlmToSlm):
+    raise ValueError(
+      f'USE_FEATURES=True: {features.folder} has the states of an LLM, and '
+      'this is a language model alone, which reads prompts itself. Set it to '
+      'False.'
+    )
+  width = system.module.llm_config.emb_dim
+  if features.width != width:
+    raise ValueError(
+      f'{features.folder} has the states of another LLM than '
+      f'{system.sources.get("llm")}: they have {features.width} numbers a '
+      f'token, its have {width}. Set LLM_PATH to the right weights, or '
+      'USE_FEATURES=False.'
+    )
+  states = system_lib.CachedStates(
+    str(features.folder), features.dtype, features.llm_fingerprint
+  )
+  return dataclasses.replace(system, cached_states=states)
+
+
+def _check_states(
+  system: system_lib.System, mixture_or_task_name: str, label: str
+) -> None:
+  """Refuses a task that gives no states to a system that has no LLM."""
+  states = system.cached_states
+  features = bound_tasks.features_of(mixture_or_task_name)
+  if states is None and features is not None:
+    raise ValueError(
+      f'{label}={mixture_or_task_name}: the features of {features.folder} are '
+      'asked for, and the LLM reads the prompts of the other tasks. Set '
+      'features of all caches to True, or of none (USE_FEATURES).'
+    )
+  if states is not None and features is None:
+    raise ValueError(
+      f'{label}={mixture_or_task_name}: the states of {states.location} take '
+      'the place of the LLM, which is not in memory, and of this task there '
+      'are none. Cache it with --features and name the cache, or set '
+      'USE_FEATURES=False.'
+    )
+  if (
+    states is not None
+    and features is not None
+    and states.llm_fingerprint != features.llm_fingerprint
+  ):
+    raise ValueError(
+      f'{label}={mixture_or_task_name}: {features.folder} has the states of '
+      f'another LLM ({features.llm_fingerprint[:16]}) than {states.location} '
+      f'({states.llm_fingerprint[:16]}). Cache both with the same LLM_PATH.'
+    )

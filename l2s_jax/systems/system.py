@@ -10,9 +10,10 @@ import os
 from typing import Any
 
 import gin
+import jax
 
+from l2s_jax.models import batch_keys, l2s, language_model, stored_states
 from l2s_jax.models import config as config_lib
-from l2s_jax.models import l2s, language_model
 from l2s_jax.vocabularies import base, loading
 from l2s_jax.weights import hub, opening, own_tokenizer, run_format
 
@@ -93,6 +94,21 @@ def _lasting(path: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class CachedStates:
+  """The LLM's last states from a cache, which take the place of the LLM.
+
+  Attributes:
+    location: where they are, for errors.
+    dtype: one of `stored_states.DTYPES`.
+    llm_fingerprint: of the LLM that has made them.
+  """
+
+  location: str
+  dtype: str
+  llm_fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
 class System:
   """A module with its vocabularies and the sources of its parameters.
 
@@ -107,6 +123,9 @@ class System:
     llm_fingerprint: of the frozen weights; None until they were read.
     continues: whether answers go on where prompts end, as those of a
       decoder-only model as it came do; see `batching.continuing`.
+    cached_states: what every batch has in the place of the LLM, whose
+      parameters are then not there, but for the embeddings that 'add' takes;
+      None: the LLM reads the prompts.
   """
 
   module: l2s.LlmToSlm | language_model.LanguageModel
@@ -118,6 +137,29 @@ class System:
   llm_step: int | None = None
   llm_fingerprint: str | None = None
   continues: bool = False
+  cached_states: CachedStates | None = None
+
+  def example_batch(
+    self,
+    batch_size: int,
+    prompt_length: int,
+    answer_length: int,
+    sharding: jax.sharding.Sharding | None = None,
+  ) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a training batch, and where its rows are."""
+    shapes = batch_keys.example_batch(
+      batch_size, prompt_length, answer_length, sharding
+    )
+    if self.cached_states is not None:
+      assert isinstance(self.module, l2s.LlmToSlm)
+      shapes |= stored_states.shapes(
+        batch_size,
+        prompt_length,
+        self.module.llm_config.emb_dim,
+        self.cached_states.dtype,
+        sharding,
+      )
+    return shapes
 
   def describe(self) -> dict[str, Any]:
     """Returns what `model.json` holds."""

@@ -152,7 +152,11 @@ def begin(
     position['sums'],
     clock=position.get('clock')
     or {'began': settings.began, 'productive_secs': 0.0},
-    example_flops=functools.partial(flops.train_flops, system.module),
+    example_flops=functools.partial(
+      flops.train_flops,
+      system.module,
+      llm_reads=system.cached_states is None,
+    ),
   )
   return hooks_lib.Loop(
     run_dir=run_dir,

@@ -16,7 +16,6 @@ import gin
 import jax
 
 from l2s_jax.data import batching, bound_tasks
-from l2s_jax.models import batch_keys
 from l2s_jax.runtime import (
   distributed,
   files,
@@ -146,7 +145,9 @@ def train(
   )
 
   session = session_lib.start(
-    lambda: run_folder.pin_llm(model, settings.run_dir),
+    lambda: session_lib.with_cached_states(
+      run_folder.pin_llm(model, settings.run_dir), mixture_or_task_name
+    ),
     mesh,
     plan.longest(task_feature_lengths),
     batch_sizes={'BATCH_SIZE': batch_size, 'eval_batch_size': eval_batch_size},
@@ -159,7 +160,7 @@ def train(
   if dry_run:  # Which needs no data.
     print(session.describe(resuming.optimizer_bytes(session, transform)))
     return {}
-  task.check_data('train', session.lengths)
+  task.check_data('train', task_feature_lengths)
   eval_tasks = plan.bind(session.system, task, mixture_or_task_name)
   kind = data.run_kind(mixture_or_task_name, task, optimizer)
 
@@ -282,7 +283,7 @@ def _compile(
   )
   compiled = {}
   for shape in shapes:
-    example = batch_keys.example_batch(
+    example = loop.system.example_batch(
       *shape, sharding=partitioning.batch_sharding(mesh)
     )
     compiled[shape[1:]] = jitted.lower(

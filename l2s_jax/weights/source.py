@@ -113,6 +113,32 @@ def load(
   return traverse_util.unflatten_dict(loaded), fingerprint(kept_digests)
 
 
+def read_fingerprint(source: Source, shapes: PyTree) -> str:
+  """Returns the fingerprint of the tensors of a tree; keeps none of them.
+
+  Read, a layer at a time, are those without digests beside the weights.
+
+  Args:
+    source: where from.
+    shapes: tree of `jax.ShapeDtypeStruct`.
+
+  Raises:
+    ValueError: lists every tensor that is missing or has another shape.
+  """
+  wanted = traverse_util.flatten_dict(shapes)
+  check_shapes(source, wanted)
+  return fingerprint(
+    {
+      path: source.digest(path)
+      or digest(
+        digest_layer(source.read(path, layer))
+        for layer in layers(path, shape.shape)
+      )
+      for path, shape in wanted.items()
+    }
+  )
+
+
 def demanded(
   config: config_lib.TransformerConfig, found: Collection[shapes_lib.Path]
 ) -> Mapping[shapes_lib.Path, jax.ShapeDtypeStruct]:

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from l2s_jax.data import batching, packing
-from l2s_jax.data.cached import cache_format, plans
+from l2s_jax.data.cached import cache_format, feature_format, plans
 from l2s_jax.data.cached import order as order_lib
 from l2s_jax.vocabularies import base
 
@@ -42,6 +42,7 @@ def train_batches(
   position: plans.Position | None = None,
   rows: Int64[np.ndarray, ' rows'] | None = None,
   num_epochs: int | None = None,
+  features: Sequence[feature_format.Features] = (),
 ) -> 'CachedBatches':
   """Returns shuffled batches, the same for the same arguments.
 
@@ -60,6 +61,8 @@ def train_batches(
     position: where an earlier start has come to; None: the beginning.
     rows: of each batch, those that this process reads; None: all.
     num_epochs: None: without end. A mixture has no other.
+    features: of the splits, one each, which the batches are to have, too; or
+      none.
 
   Raises:
     ValueError: for buckets that are none.
@@ -88,6 +91,7 @@ def train_batches(
     batch_size,
     prompt_vocabulary,
     answer_vocabulary,
+    features,
   )
 
 
@@ -112,6 +116,7 @@ class CachedBatches(Iterator[batching.Part]):
     batch_size: int,
     prompt_vocabulary: base.Vocabulary,
     answer_vocabulary: base.Vocabulary,
+    features: Sequence[feature_format.Features] = (),
   ):
     """Starts the threads.
 
@@ -123,6 +128,7 @@ class CachedBatches(Iterator[batching.Part]):
       batch_size: rows over all processes.
       prompt_vocabulary: whose ids the prompts are.
       answer_vocabulary: whose ids the answers are.
+      features: of the splits, or none.
     """
     self.num_examples = 0
     self.num_truncated_prompts = 0
@@ -131,6 +137,7 @@ class CachedBatches(Iterator[batching.Part]):
     self._planned = planned
     self._maker = _Maker(
       splits,
+      features,
       rows,
       batch_size,
       prompt_pad_id=prompt_vocabulary.pad_id,
@@ -178,6 +185,7 @@ class _Maker:
   def __init__(
     self,
     splits: Sequence[cache_format.Split],
+    features: Sequence[feature_format.Features],
     rows: Int64[np.ndarray, ' rows'],
     batch_size: int,
     **ids: int,
@@ -185,6 +193,7 @@ class _Maker:
     self._rows = rows
     self._batch_size = batch_size
     self._splits = splits
+    self._features = features
     self._own = threading.local()
     self._ids = ids
 
@@ -194,7 +203,13 @@ class _Maker:
     own = np.searchsorted(self._rows, plan.rows)
     own = np.minimum(own, len(self._rows) - 1)
     is_own = self._rows[own] == plan.rows
-    ids = self._read(plan.stretch.take(is_own))
+    stretch = plan.stretch.take(is_own)
+    ids = [
+      cache_format.decode_ids(record, self._splits[number].dtype)
+      for number, record in zip(
+        stretch.tasks, self._read('tokens', stretch), strict=True
+      )
+    ]
     batch = packing.lay_out(
       [prompt[: plan.lengths[0]] for prompt, _ in ids],
       [answer[: plan.lengths[1]] for _, answer in ids],
@@ -204,6 +219,18 @@ class _Maker:
       ),
       **self._ids,
     )
+    if self._features:
+      batch |= feature_format.lay_out(
+        [
+          self._features[number].decode(record).cut(plan.lengths[0])
+          for number, record in zip(
+            stretch.tasks, self._read('features', stretch), strict=True
+          )
+        ],
+        batch['encoder_segment_ids'],
+        own[is_own],
+        like=self._features[0],
+      )
     return batching.Part(
       batch,
       self._rows,
@@ -213,16 +240,19 @@ class _Maker:
       position=plan.position,
     )
 
-  def _read(self, stretch: plans.Stretch) -> list[Any]:
-    """Returns the ids of prompt and answer of each example."""
+  def _read(self, kind: str, stretch: plans.Stretch) -> list[bytes]:
+    """Returns the record of each example: of 'tokens', or of 'features'."""
     if not hasattr(self._own, 'splits'):  # A reader has one place in a file.
-      self._own.splits = [split.reopened() for split in self._splits]
-    found: list[Any] = [None] * len(stretch.tasks)
-    for number, split in enumerate(self._own.splits):
+      self._own.splits = {
+        'tokens': [split.reopened() for split in self._splits],
+        'features': [split.reopened() for split in self._features],
+      }
+    found = [b''] * len(stretch.tasks)
+    for number, split in enumerate(self._own.splits[kind]):
       places = np.flatnonzero(stretch.tasks == number)
       records = split.read(stretch.examples[places].tolist())
       for place, record in zip(places.tolist(), records, strict=True):
-        found[place] = cache_format.decode_ids(record, split.dtype)
+        found[place] = record
     return found
 
 

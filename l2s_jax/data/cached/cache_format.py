@@ -45,7 +45,7 @@ WRITER_OPTIONS = 'group_size:1,zstd:1'
 # One record after another, with small buffers, a core reads 60 tokens in 5 us;
 # with `read` of a list of 32, which has threads of its own, in 23 us, and with
 # buffers of 1 MiB in 50 us.
-_READER_OPTIONS = 'readahead_buffer_size:0,max_parallelism:0'
+READER_OPTIONS = 'readahead_buffer_size:0,max_parallelism:0'
 _READER_BUFFER_BYTES = 4096
 _HEADER = struct.Struct('<II')
 # From lists, `array` is three times as fast as NumPy.
@@ -187,7 +187,7 @@ class Split:
   """The examples of a split by their numbers, in the task's own order.
 
   Reading is safe from several threads. Pickles carry the place, not what is
-  open.
+  open. A subclass has other files of the same examples.
 
   Attributes:
     task: its name.
@@ -195,6 +195,14 @@ class Split:
     num_examples: in all shards.
     dtype: of ids.
   """
+
+  # Before the endings of its files, and in its index.
+  _kind = ''
+  _num_columns = 3
+  # What names its shards, and makes them.
+  _file = FILE
+  _again = 'cache again'
+  _remedy = _REMEDY
 
   def __init__(
     self,
@@ -291,7 +299,8 @@ class Split:
     return shards, wanted - self._starts[shards]
 
   def _path(self, shard: int, ending: str) -> str:
-    return shard_path(self._folder, shard, len(self._counts)) + ending
+    path = shard_path(self._folder, shard, len(self._counts))
+    return path + self._kind + ending
 
   def _record(self, shard: int, place: int) -> bytes:
     reader = self._readers.get(shard) or self._reader(shard)
@@ -302,7 +311,7 @@ class Split:
       raise ValueError(
         self._damage(shard, place, os_errors.first_line(error))
       ) from error
-    if checksum(record) != self._index(shard)[place, 2]:
+    if checksum(record) != self._index(shard)[place, -1]:
       raise ValueError(self._damage(shard, place, 'its checksum differs'))
     return record
 
@@ -311,8 +320,8 @@ class Split:
       f'{self._path(shard, ".array_record")} is damaged: record {place} of '
       f'{self._counts[shard]} (shard {shard}, example '
       f'{self._starts[shard] + place} of {self.task!r}, split {self.split!r}), '
-      f'{reason}. Remove this file and {FILE}, and cache again: the other '
-      'shards are kept.'
+      f'{reason}. Remove this file and {self._file}, and {self._again}: the '
+      'other shards are kept.'
     )
 
   def _reader(self, shard: int) -> Any:
@@ -321,18 +330,19 @@ class Split:
         path = self._path(shard, '.array_record')
         if not os.path.exists(path):
           raise FileNotFoundError(
-            f'{path}: no such file, but {FILE} names it. Copy the cache again, '
-            f'or remove {FILE} and cache again: the other shards are kept.'
+            f'{path}: no such file, but {self._file} names it. Copy the cache '
+            f'again, or remove {self._file} and {self._again}: the other '
+            'shards are kept.'
           )
         reader = array_record_module.ArrayRecordReader(
-          path, _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER_BYTES
+          path, READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER_BYTES
         )
         if not reader.ok() or reader.num_records() != self._counts[shard]:
           found = reader.num_records() if reader.ok() else 'no'
           raise ValueError(
             f'{path} is damaged: it has {found} records, expected '
-            f'{self._counts[shard]}. Remove it and {FILE}, and cache again: '
-            'the other shards are kept.'
+            f'{self._counts[shard]}. Remove it and {self._file}, and '
+            f'{self._again}: the other shards are kept.'
           )
         self._readers[shard] = reader
       return self._readers[shard]
@@ -343,22 +353,32 @@ class Split:
     with self._lock:
       if shard not in self._indexes:
         path = self._path(shard, '.index.npy')
-        index = load_index(path, self._counts[shard])
+        index = load_index(
+          path, self._counts[shard], self._num_columns, self._remedy
+        )
         if index_digest(index) != self._digests[shard]:
           raise ValueError(
-            f'{path} is damaged: its digest is not that of {FILE}. Remove it '
-            f'and {FILE}, and cache again: the other shards are kept.'
+            f'{path} is damaged: its digest is not that of {self._file}. '
+            f'Remove it and {self._file}, and {self._again}: the other shards '
+            'are kept.'
           )
         self._indexes[shard] = np.asarray(index)  # A memmap is slow to index.
       return self._indexes[shard]
 
 
-def load_index(path: str, num_examples: int | None = None) -> np.ndarray:
-  """Returns the index of a shard, [n, 3] uint32.
+def load_index(
+  path: str,
+  num_examples: int | None = None,
+  num_columns: int = 3,
+  remedy: str = _REMEDY,
+) -> np.ndarray:
+  """Returns the index of a shard, [n, columns] uint32.
 
   Args:
     path: of the file.
     num_examples: that it must have; None: any number.
+    num_columns: that it must have.
+    remedy: what the user can do, for errors.
 
   Raises:
     FileNotFoundError: if there is no such file.
@@ -367,17 +387,18 @@ def load_index(path: str, num_examples: int | None = None) -> np.ndarray:
   try:
     index = np.load(path, mmap_mode='r', allow_pickle=False)
   except FileNotFoundError as error:
-    raise FileNotFoundError(f'{path}: no such file; {_REMEDY}') from error
+    raise FileNotFoundError(f'{path}: no such file; {remedy}') from error
   except (ValueError, EOFError, OSError) as error:
     reason = os_errors.first_line(error)
     raise ValueError(
-      f'{path} is no index of a shard ({reason}); {_REMEDY}'
+      f'{path} is no index of a shard ({reason}); {remedy}'
     ) from error
-  expected = (index.shape[0] if num_examples is None else num_examples, 3)
+  num_rows = index.shape[0] if num_examples is None else num_examples
+  expected = (num_rows, num_columns)
   if index.dtype != np.uint32 or index.shape != expected:
     raise ValueError(
       f'{path} holds {index.dtype}{list(index.shape)}, expected uint32'
-      f'{list(expected)}; {_REMEDY}'
+      f'{list(expected)}; {remedy}'
     )
   return index
 
@@ -406,6 +427,18 @@ class TokenCache:
   def dtype(self) -> str:
     """The type of ids."""
     return self.content['dtype']
+
+  @property
+  def digest(self) -> str:
+    """Of its examples, by the digests of their indexes; in any format."""
+    digests = {
+      task: {
+        name: split['index_digests']
+        for name, split in content['splits'].items()
+      }
+      for task, content in self.tasks.items()
+    }
+    return integrity.seal(digests)[integrity.DIGEST]
 
   @property
   def tasks(self) -> Mapping[str, Any]:

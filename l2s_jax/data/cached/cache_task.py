@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import gin
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 
 from l2s_jax.data import batching, tasks
 from l2s_jax.data.cached import (
   cache_batches,
   cache_format,
   cache_scoring,
+  feature_format,
   plans,
 )
 from l2s_jax.data.cached import order as order_lib
@@ -41,10 +42,13 @@ class CachedData:
     cache_dir: CACHE_DIR, a folder that the verb `cache` has written.
     metrics: names of the scores, as `local_task.metrics` has them; None: those
       of the task that was cached.
+    features: USE_FEATURES, whether the LLM's last states are read, too, which
+      `cache --features` has written; then no LLM is in memory.
   """
 
   cache_dir: str | None = None
   metrics: Sequence[str] | None = None
+  features: bool = False
 
   def open(self) -> cache_format.TokenCache:
     """Returns the cache.
@@ -71,12 +75,14 @@ class CachedTask:
     prompt_vocabulary: whose ids the prompts are.
     answer_vocabulary: whose ids the answers are.
     metric_fns: of each task, by name.
+    features: what the LLM makes of the prompts, if it is to be read.
   """
 
   cache: cache_format.TokenCache
   prompt_vocabulary: base.Vocabulary
   answer_vocabulary: base.Vocabulary
   metric_fns: Mapping[str, Sequence[Any]]
+  features: feature_format.FeatureCache | None = None
 
   @property
   def name(self) -> str:
@@ -121,10 +127,14 @@ class CachedTask:
 
     Raises:
       FileNotFoundError: if one is not there.
-      ValueError: for a split that no task has, or lengths that are off.
+      ValueError: for a split that no task has, or lengths that are off, or at
+        which the LLM has not cut the prompts.
     """
     batching.check_lengths(task_feature_lengths)
     self.order(split, seed=0)
+    if self.features is not None:
+      for name in self.names(split):
+        self.features.check_length(name, split, task_feature_lengths['inputs'])
 
   def check_evaluable(
     self, split: str, task_feature_lengths: Mapping[str, int]
@@ -193,6 +203,24 @@ class CachedTask:
       metric_fns=(),
     )
 
+  def llm_states(
+    self,
+    name: str,
+    split: str,
+    numbers: Int64[np.ndarray, ' rows'],
+    segment_ids: Int32[np.ndarray, 'rows length'],
+  ) -> dict[str, np.ndarray]:
+    """Returns the LLM's states of prompts; see `bound_tasks.BoundTask`."""
+    if self.features is None:
+      return {}
+    states = self.features.split(name, split).states(numbers)
+    return feature_format.lay_out(
+      [each.cut(segment_ids.shape[1]) for each in states],
+      segment_ids,
+      range(len(numbers)),
+      like=self.features,
+    )
+
   def data_settings(self) -> dict[str, Any]:
     """Returns what the order of the examples depends on, as JSON has it."""
     return {
@@ -236,6 +264,9 @@ class CachedTask:
       position=position,
       rows=rows,
       num_epochs=num_epochs,
+      features=[]
+      if self.features is None
+      else [self.features.split(name, split) for name in order.names],
     )
 
 
@@ -263,7 +294,24 @@ def bind(
     prompt_vocabulary,
     answer_vocabulary,
     {task: _metric_fns(cache, task, config) for task in cache.tasks},
+    feature_format.open_features(cache) if config.features else None,
   )
+
+
+def features_of(name: str) -> feature_format.FeatureCache | None:
+  """Returns the features that gin asks for of a cache; None: of none.
+
+  Args:
+    name: as for `bind`.
+
+  Raises:
+    FileNotFoundError: if there is no whole cache, or there are no features.
+    ValueError: if something of them is damaged.
+  """
+  config = _config(name)
+  if not config.features:
+    return None
+  return feature_format.open_features(config.open())
 
 
 def _config(name: str) -> CachedData:

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`cache --features`: the frozen LLM reads the prompts of a cache once.
+
+What the files are is in `feature_format.py`, how they come to be in
+`feature_writer.py`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from l2s_jax.caching import cache_writer, feature_files, feature_writer
+from l2s_jax.data.cached import cache_format, feature_format
+from l2s_jax.models import l2s, stored_states
+from l2s_jax.runtime import distributed, partitioning
+from l2s_jax.systems import parameters
+from l2s_jax.systems import session as session_lib
+from l2s_jax.systems import system as system_lib
+
+
+def check(model: Any, lengths: Mapping[str, int], dtype: str) -> None:
+  """Refuses what no features can be made of, before anything is done.
+
+  Args:
+    model: the system.
+    lengths: tokens of 'inputs' and 'targets'.
+    dtype: of the states.
+
+  Raises:
+    ValueError: if the system has no frozen LLM, or a setting is off.
+  """
+  if dtype not in stored_states.DTYPES:
+    raise ValueError(
+      f'FEATURES_DTYPE={dtype!r} is not one of {stored_states.DTYPES}.'
+    )
+  if not isinstance(getattr(model, 'module', None), l2s.LlmToSlm):
+    raise ValueError(
+      '--features: the model is a language model alone, whose prompts no '
+      'frozen LLM reads. Add --gin_file=gin_configs/models/llm_to_slm.gin and '
+      'LLM_PATH, or leave --features out.'
+    )
+  if 'inputs' not in lengths:
+    raise ValueError(
+      "--features: TASK_FEATURE_LENGTHS has no 'inputs', the tokens to which "
+      'the LLM cuts prompts; set it as training will have it.'
+    )
+
+
+def cache_features(
+  cache: cache_format.TokenCache,
+  model: system_lib.System,
+  mesh: partitioning.MeshConfig | None,
+  lengths: Mapping[str, int],
+  *,
+  dtype: str,
+  batch_size: int,
+  job: int,
+  num_jobs: int,
+  dry_run: bool,
+) -> None:
+  """Writes the features of a cache, or those of a part of it.
+
+  Args:
+    cache: of tokens.
+    model: the system whose LLM reads.
+    mesh: the device mesh; None puts all devices along `data`.
+    lengths: tokens of 'inputs', to which prompts are cut, and 'targets'.
+    dtype: of the states, one of `stored_states.DTYPES`.
+    batch_size: prompts of the greatest length that are read at once.
+    job: which of `num_jobs` this is.
+    num_jobs: which write the features together.
+    dry_run: whether to stop before the LLM is loaded.
+
+  Raises:
+    ValueError: for a cache of other tokenizers, features of something else, or
+      too little room.
+  """
+  vocabulary = model.prompt_vocabulary
+  if cache.key.get('vocabularies', {}).get('prompt') != (
+    vocabulary.fingerprint()
+  ):
+    raise ValueError(
+      f'CACHE_DIR={cache.folder} was made for another model: its prompts are '
+      f'ids of another tokenizer than {vocabulary!r}. Name the cache of this '
+      'model, or cache the task with it.'
+    )
+  session = session_lib.start(
+    lambda: model,
+    mesh,
+    {'targets': 1} | dict(lengths),
+    batch_sizes={'FEATURES_BATCH_SIZE': batch_size},
+  )
+  shards = feature_files.missing_of(cache, job, num_jobs)
+  plan = feature_files.make_plan(
+    cache, session.system, dtype, lengths['inputs']
+  )
+  num_bytes = feature_files.num_bytes(cache, shards, plan)
+  num_examples = sum(shard.stop - shard.start for shard in shards)
+  distributed.say(
+    f'Features of {num_examples:,} examples are to be made here, which take '
+    f'about {num_bytes / 1e9:,.3f} GB.'
+  )
+  cache_writer.check_room(cache.folder, num_bytes)
+  if dry_run:
+    return
+  with session.entered():
+    system, frozen = parameters.load_frozen(session.system, session.layout)
+    plan = feature_files.make_plan(cache, system, dtype, lengths['inputs'])
+    feature_files.settle_plan(cache.folder, plan)
+    times = feature_writer.write(
+      session,
+      frozen,
+      cache,
+      shards,
+      plan,
+      batch_size=batch_size,
+      job=job,
+      num_jobs=num_jobs,
+    )
+  missing = feature_files.missing_of(cache)
+  if times.num_examples:
+    distributed.say(times.describe())
+  if missing:
+    distributed.say(
+      f'{cache.folder}: done here; the features of {len(missing)} shards of '
+      'other parts are missing.'
+    )
+    return
+  if distributed.is_first():
+    if not (cache.folder / feature_format.FILE).exists():
+      feature_files.finish(cache, plan)
+    feature_format.open_features(cache)
+  distributed.say(f'The features of {cache.folder} are complete.')
