@@ -105,7 +105,11 @@ def alone(folder):
 
 @pytest.mark.parametrize(
   'kind',
-  [pytest.param('padded', marks=pytest.mark.long), 'packed', 'by length'],
+  [
+    pytest.param('padded', marks=pytest.mark.long),
+    pytest.param('packed', marks=pytest.mark.long),
+    'by length',
+  ],
 )
 def test_a_resumed_run_is_bit_equal_to_an_unbroken_one(folder, kind):
   """Stopped in the middle of an epoch, and of a window."""

@@ -277,6 +277,7 @@ def test_a_foreign_vocabulary_and_int8(folder):
   )
 
 
+@pytest.mark.long
 def test_processes_read_their_own_rows(folder, trained):
   arguments = train(folder, 'pair', '--gin.MeshConfig.fsdp=2')
   test_distributed.finish(test_distributed.start(2, *arguments))

@@ -557,6 +557,7 @@ def smollm2():
   return gguf_file.File(folder / 'SmolLM2-135M-Instruct.Q4_1.gguf')
 
 
+@pytest.mark.long  # 135M parameters
 def test_smollm2_says_what_it_is_known_to_say(smollm2, shared_data, tmp_path):
   expected = json.loads(
     (shared_data / 'pretrained' / 'smollm2_135m_expected.json').read_text()

@@ -120,3 +120,11 @@ def test_no_two_modules_of_a_package_differ_by_an_ending():
       stem = re.sub(r'(ation|ing|er|or|ed|es?|s)$', '', path.stem)
       assert stem not in stems, (place(path), stems[stem])
       stems[stem] = place(path)
+
+
+@pytest.mark.parametrize('path', MODULES, ids=place)
+def test_a_function_is_read_in_one_look(path):
+  for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+    if isinstance(node, ast.FunctionDef):
+      body = node.body[ast.get_docstring(node) is not None :] or node.body
+      assert body[-1].end_lineno - body[0].lineno < 60, node.name

@@ -500,7 +500,9 @@ def trained(run_dir):
   )
 
 
-@pytest.mark.parametrize('name', BINDINGS)
+@pytest.mark.parametrize(
+  'name', ['pack', pytest.param('buckets', marks=pytest.mark.long)]
+)
 def test_a_killed_run_equals_its_unbroken_twin(folder, name):
   code, output = finish(start(folder, f'{name}-unbroken', *BINDINGS[name]))
   assert code == 0, output

@@ -173,7 +173,9 @@ def test_ctrl_c_while_the_program_starts_ends_it_at_once(folder, secs):
   assert 'Traceback' not in output and 'KeyboardInterrupt' not in output
 
 
-@pytest.mark.parametrize('grace_secs', [1, 60])
+@pytest.mark.parametrize(
+  'grace_secs', [1, pytest.param(60, marks=pytest.mark.long)]
+)
 def test_sigterm_while_compiling_ends_the_run(folder, grace_secs):
   """By the thread that watches, if the main one cannot listen in time."""
   name = f'compiling-{grace_secs}'

@@ -252,7 +252,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_memory_is_for_one_record(write):
-  path = write('x.tsv.gz', 'source\ttarget\n' + 'a' * 99 + '\tb\n' * 200_000)
+  path = write('x.tsv.gz', 'source\ttarget\n' + 'a' * 99 + '\tb\n' * 50_000)
   rows = text_files.read_rows(path)
   next(rows)
   tracemalloc.start()

@@ -327,24 +327,22 @@ def _texts(row: Fields, name: str) -> list[str]:
   return [text for text in values if text and text.strip()]
 
 
-def _read_parallel_text(
-  paths: Sequence[epath.Path],
-  columns: Columns,
-  pair: tuple[str, str],
-  lines: _Lines,
-) -> 'tf.data.Dataset':
-  """Streams the columns of two files, checked from end to end first."""
-  from l2s_jax.data import features
-  from l2s_jax.data.features import tf
+def _check_parallel_text(
+  paths: Sequence[epath.Path], lines: _Lines
+) -> tuple[list[bool], list[dict[int, str]]]:
+  """Reads two files from end to end.
 
-  source, target = paths
-  names = {*columns.required, *columns.optional}
-  unknown = {*names, *columns.references} - set(pair)
-  if unknown:
-    raise ValueError(
-      f'local_task names {", ".join(sorted(unknown))}, but the parallel text '
-      f'{source} and {target} has no column but {" and ".join(pair)}.'
-    )
+  Args:
+    paths: of prompts and of answers.
+    lines: counts the bad ones, or refuses them.
+
+  Returns:
+    Whether each pair of lines is used; for each file the lines, by number from
+    0, that TensorFlow would read otherwise.
+
+  Raises:
+    ValueError: if one file has more lines than the other.
+  """
   has_mark = [text_files.has_byte_order_mark(path) for path in paths]
   is_good: list[bool] = []
   num_lines = [0, 0]
@@ -364,10 +362,31 @@ def _read_parallel_text(
       is_good.append(lines.add(bad[0] if bad else rows[0]) is not None)
   if num_lines[0] != num_lines[1]:
     raise ValueError(
-      f'{source} has {num_lines[0]} lines and {target} has {num_lines[1]}; '
+      f'{paths[0]} has {num_lines[0]} lines and {paths[1]} has {num_lines[1]}; '
       'parallel text needs as many in both, line by line.'
     )
+  return is_good, odd_lines
 
+
+def _read_parallel_text(
+  paths: Sequence[epath.Path],
+  columns: Columns,
+  pair: tuple[str, str],
+  lines: _Lines,
+) -> 'tf.data.Dataset':
+  """Streams the columns of two files, checked from end to end first."""
+  from l2s_jax.data import features
+  from l2s_jax.data.features import tf
+
+  source, target = paths
+  names = {*columns.required, *columns.optional}
+  unknown = {*names, *columns.references} - set(pair)
+  if unknown:
+    raise ValueError(
+      f'local_task names {", ".join(sorted(unknown))}, but the parallel text '
+      f'{source} and {target} has no column but {" and ".join(pair)}.'
+    )
+  is_good, odd_lines = _check_parallel_text(paths, lines)
   dataset = tf.data.Dataset.zip(
     {
       name: tf.data.TextLineDataset(

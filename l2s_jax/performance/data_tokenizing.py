@@ -89,21 +89,44 @@ def _jobs(
   opened: data_input.OpenedInput, scratch: pathlib.Path, present: Sequence[str]
 ) -> Iterator[list[TokenizingJob]]:
   """Yields all that tokenizes."""
-  given, task, texts = opened.given, opened.task, opened.texts
-  vocabularies = opened.vocabularies
-  sample, decoded = opened.sample, opened.decoded
-  encoder = cache_encoding.Encoder(*vocabularies)
   # One process, and one for each core.
   counts = sorted({1, distributed.num_cores()})
+  with contextlib.ExitStack() as stack:
+    jobs = _our_jobs(stack, opened, scratch, counts)
+    if 'seqio' in present:
+      write = functools.partial(
+        data_peers.write_seqio,
+        opened.task,
+        opened.given.split,
+        scratch / 'seqio.tfrecord',
+      )
+      jobs.append(TokenizingJob('task -> TFRecord', 'seqio', 1, write))
+    if 'datasets' in present:
+      jobs += _datasets_jobs(stack, opened, scratch, counts)
+    yield jobs
+
+
+def _our_jobs(
+  stack: contextlib.ExitStack,
+  opened: data_input.OpenedInput,
+  scratch: pathlib.Path,
+  counts: Sequence[int],
+) -> list[TokenizingJob]:
+  """Returns the tokenizers' libraries, and what this package makes of them."""
+  given, task, texts = opened.given, opened.task, opened.texts
+  vocabularies = opened.vocabularies
+  encoder = cache_encoding.Encoder(*vocabularies)
 
   def to_ids(number: int) -> None:
-    for key, vocabulary in zip(decoded, vocabularies, strict=True):
-      vocabulary.encode_batch(decoded[key][:number])
+    for key, vocabulary in zip(opened.decoded, vocabularies, strict=True):
+      vocabulary.encode_batch(opened.decoded[key][:number])
 
   def to_records(number: int) -> None:
     for start in range(0, number, cache_texts.CHUNK):
       stop = min(start + cache_texts.CHUNK, number)
-      columns = {key: column[start:stop] for key, column in sample.items()}
+      columns = {
+        key: column[start:stop] for key, column in opened.sample.items()
+      }
       encoder(cache_encoding.Work(texts.label, start, columns))
 
   def to_cache(num_workers: int, number: int) -> None:
@@ -125,61 +148,53 @@ def _jobs(
     seed=0,
     split=given.split,
   )
+  stack.callback(batches.close)
 
   def to_batches(number: int) -> None:
     # Goes on where it was: filling the shuffle buffer is starting, too.
     for _ in range(0, number, given.batch_size):
       next(batches)
 
-  jobs = [
-    TokenizingJob(
-      'text -> ids', _libraries(vocabularies), 1, to_ids, is_alone=True
-    ),
-    TokenizingJob(
-      'text -> records', contenders.OURS, 1, to_records, is_alone=True
-    ),
+  library, ours = _libraries(vocabularies), contenders.OURS
+  return [
+    TokenizingJob('text -> ids', library, 1, to_ids, is_alone=True),
+    TokenizingJob('text -> records', ours, 1, to_records, is_alone=True),
     *(
       TokenizingJob(
-        'task -> cache',
-        contenders.OURS,
-        number,
-        functools.partial(to_cache, number),
+        'task -> cache', ours, number, functools.partial(to_cache, number)
       )
       for number in counts
     ),
-    TokenizingJob('task -> batches', contenders.OURS, 1, to_batches),
+    TokenizingJob('task -> batches', ours, 1, to_batches),
   ]
-  with contextlib.ExitStack() as stack:
-    stack.callback(batches.close)
-    if 'seqio' in present:
-      write = functools.partial(
-        data_peers.write_seqio, task, given.split, scratch / 'seqio.tfrecord'
-      )
-      jobs.append(TokenizingJob('task -> TFRecord', 'seqio', 1, write))
-    if 'datasets' in present:
-      # Its processes are forked, which one with threads should not be.
-      pool = stack.enter_context(
-        concurrent.futures.ProcessPoolExecutor(
-          1, multiprocessing.get_context('spawn')
-        )
-      )
-      path = _write_json_lines(scratch / 'texts.jsonl', decoded)
 
-      def to_arrow(num_workers: int, number: int) -> None:
-        pool.submit(
-          data_peers.map_datasets, path, vocabularies, number, num_workers
-        ).result()
 
-      jobs += [
-        TokenizingJob(
-          'JSONL -> Arrow',
-          'datasets',
-          number,
-          functools.partial(to_arrow, number),
-        )
-        for number in counts
-      ]
-    yield jobs
+def _datasets_jobs(
+  stack: contextlib.ExitStack,
+  opened: data_input.OpenedInput,
+  scratch: pathlib.Path,
+  counts: Sequence[int],
+) -> list[TokenizingJob]:
+  """Returns Hugging Face `datasets.map` of the same texts."""
+  # Its processes are forked, which one with threads should not be.
+  pool = stack.enter_context(
+    concurrent.futures.ProcessPoolExecutor(
+      1, multiprocessing.get_context('spawn')
+    )
+  )
+  path = _write_json_lines(scratch / 'texts.jsonl', opened.decoded)
+
+  def to_arrow(num_workers: int, number: int) -> None:
+    pool.submit(
+      data_peers.map_datasets, path, opened.vocabularies, number, num_workers
+    ).result()
+
+  return [
+    TokenizingJob(
+      'JSONL -> Arrow', 'datasets', number, functools.partial(to_arrow, number)
+    )
+    for number in counts
+  ]
 
 
 def _libraries(vocabularies: Sequence[base.Vocabulary]) -> str:
