@@ -40,6 +40,7 @@ class Flag(NamedTuple):
     help: what it means.
     choices: the values that it can have.
     required: whether the verb does nothing without it.
+    is_repeated: whether several may stand one after the other.
   """
 
   name: str
@@ -47,6 +48,7 @@ class Flag(NamedTuple):
   help: str
   choices: Sequence[str] | None = None
   required: bool = False
+  is_repeated: bool = False
 
   @property
   def parameter(self) -> str:
@@ -57,7 +59,8 @@ class Flag(NamedTuple):
   @property
   def usage(self) -> str:
     if self.name.isupper():
-      return self.name
+      more = f' [{self.name} ...]' if self.is_repeated else ''
+      return f'{self.name}{more}'
     value = '|'.join(self.choices) if self.choices else self.metavar
     text = f'--{self.name}' + ('' if self.type is bool else f'={value}')
     return text if self.required else f'[{text}]'
@@ -68,7 +71,12 @@ class Flag(NamedTuple):
 
   def add_to(self, parser: argparse.ArgumentParser) -> None:
     if self.name.isupper():
-      parser.add_argument(self.parameter, metavar=self.name, help=self.help)
+      parser.add_argument(
+        self.parameter,
+        metavar=self.name,
+        nargs='+' if self.is_repeated else None,
+        help=self.help,
+      )
     elif self.type is bool:
       parser.add_argument(
         f'--{self.name}', action='store_true', default=None, help=self.help
@@ -182,6 +190,23 @@ VERBS: Mapping[str, Verb] = {
       Flag('data', bool, 'time tokenizing and reading back, not generation'),
     ),
   ),
+  'report': Verb(
+    'l2s_jax.evaluation.report_command',
+    'report',
+    'tables and plots of runs side by side, with what tells them apart',
+    'runs/llm runs/slm runs/llm_to_slm --output=reports/mine '
+    '--speed=runs/benchmark/benchmark.json',
+    (
+      Flag(
+        'RUN',
+        str,
+        'a MODEL_DIR of training, or an EVAL_OUTPUT_DIR',
+        is_repeated=True,
+      ),
+      Flag('output', str, 'a folder for report.md, .json, PNGs', required=True),
+      Flag('speed', str, 'benchmark.json of a benchmark of these systems'),
+    ),
+  ),
   'precompile': Verb(
     'l2s_jax.performance.pods.precompile',
     'precompile',
@@ -248,6 +273,7 @@ CONFIGURABLE_MODULES = (
   'l2s_jax.caching.cache_command',
   'l2s_jax.training.train',
   'l2s_jax.evaluation.evaluate',
+  'l2s_jax.evaluation.report_command',
   'l2s_jax.inference.infer',
   'l2s_jax.performance.benchmark',
   'l2s_jax.performance.pods.precompile',

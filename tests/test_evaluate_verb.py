@@ -113,14 +113,30 @@ def test_a_model_that_does_not_use_the_llm_is_found_out(mesh, llm_to_slm):
     control: scorer.evaluate(deaf, step=0, control=control)
     for control in scoring.CONTROLS
   }
-  assert by_control['none'] == by_control['zero'] == by_control['other']
+  for control in scoring.CONTROLS:
+    assert by_control[control] == by_control['none'], control
   verdict = report.describe_controls(by_control)
   assert verdict.startswith('The SLM does not use the LLM: ROUGE-Lsum')
-  losses = {
-    scorer.evaluate(params, step=0, control=control)['loss']
-    for control in scoring.CONTROLS
-  }
-  assert len(losses) == 3
+
+  def losses(params, controls):
+    return {
+      control: scorer.evaluate(params, step=0, control=control)['loss']
+      for control in controls
+    }
+
+  found = losses(params, scoring.CONTROLS)
+  assert len(set(found.values())) == len(scoring.CONTROLS)
+  # The LLM's layers are heard through the right prompt's states alone, its
+  # embeddings through those of layer 0, too.
+  for name, hearing in (
+    ('encoder', {'none'}),
+    ('token_embedder', {'none', 'layer_0'}),
+  ):
+    llm = params['llm'] | {
+      name: jax.tree.map(lambda x: 1.5 * x, params['llm'][name])
+    }
+    changed = losses({**params, 'llm': llm}, ('none', 'untrained', 'layer_0'))
+    assert {c for c in changed if changed[c] != found[c]} == hearing, name
 
 
 def test_samples_do_not_depend_on_batches(mesh, llm_to_slm, tmp_path):
@@ -198,9 +214,16 @@ def evaluate_run(run, **options):
 
 
 def test_all_checkpoints_give_a_curve(run, tmp_path, capsys):
-  results = evaluate_run(run, steps='all', output_dir=str(tmp_path))
+  results = evaluate_run(
+    run, steps='all', length_bins=(1, 3), output_dir=str(tmp_path)
+  )
   assert list(results) == [5, 10]
-  found = json.loads((tmp_path / 'eval/metrics-numbers-test.json').read_text())
+  found = evaluate.read_scores(tmp_path / 'eval/metrics-numbers-test.json')
+  by_bin = found['5']['none'].pop('by_length')['numbers']
+  # Answers are of 1 to 5 words in turn.
+  sizes = {name: scores['num_examples'] for name, scores in by_bin.items()}
+  assert sizes == {'0-1': 5, '2-3': 8, '4+': 8}
+  assert by_bin.keys() == found['10']['none'].pop('by_length')['numbers'].keys()
   settings = [found[step]['none'].pop('settings') for step in ('5', '10')]
   _, signatures = (found[step]['none'].pop('signatures') for step in found)
   assert signatures['rougeLsum'].startswith('nrefs:1|tok:latin|stem:yes|')
@@ -213,6 +236,7 @@ def test_all_checkpoints_give_a_curve(run, tmp_path, capsys):
   assert f'step 10: {scoring.format_scores(scores, signatures)}\n' in printed
   by_step = {step: found[str(step)]['none'] for step in (5, 10)}
   assert report.steps_table(by_step) in printed
+  assert '\n| numbers: words | examples |' in printed
   plot = tmp_path / 'eval' / 'curves-numbers-test.png'
   assert plot.read_bytes().startswith(b'\x89PNG') and str(plot) in printed
 
@@ -290,6 +314,11 @@ def test_a_run_without_checkpoints_is_refused(run, tmp_path):
   shutil.copytree(run, tmp_path / 'run', ignore=checkpoints)
   with pytest.raises(FileNotFoundError, match=r'it has steps \[\]'):
     evaluate_run(tmp_path / 'run', steps='all')
+
+
+def test_bins_of_lengths_that_do_not_rise_are_refused(run):
+  with pytest.raises(ValueError, match=r'EVAL_LENGTH_BINS=\(3, 1\): expected'):
+    evaluate_run(run, length_bins=(3, 1))
 
 
 def test_controls_of_a_language_model_are_refused(run):

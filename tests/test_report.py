@@ -52,6 +52,15 @@ def test_verdict_needs_both_controls_to_be_worse(
   assert f'{right:.1f}' in sentence and f'{other:.1f}' in sentence
 
 
+def test_figures_of_other_controls_are_given_beside_the_verdict():
+  by_control = controls(30.0, 5.0, 4.0) | {'layer_0': {'bleu': 7.0}}
+  assert report.describe_controls(by_control).endswith(
+    '5.0 with zeros, 7.0 with layer 0 of the LLM.'
+  )
+  assert report.allows_verdict(by_control)
+  assert not report.allows_verdict(('none', 'zero', 'layer_0'))
+
+
 @pytest.mark.parametrize('low,used', [(28.0, True), (27.0, False)])
 def test_verdict_goes_by_the_interval_where_there_is_one(low, used):
   sentence = report.describe_controls(

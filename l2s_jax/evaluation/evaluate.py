@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,13 +16,18 @@ from typing import Any, NamedTuple
 import gin
 
 from l2s_jax.data import bound_tasks
+from l2s_jax.evaluation import controls as controls_lib
 from l2s_jax.evaluation import metric_writer, report, scoring
 from l2s_jax.inference import generate, sampling
+from l2s_jax.metrics import length_bins as length_bins_lib
 from l2s_jax.runtime import distributed, files, gin_config, locks, partitioning
 from l2s_jax.systems import as_it_came, parameters
 from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import run_format, saved_steps
+
+# What a metrics file has beside the numbers of an evaluation.
+_NO_NUMBERS = ('settings', 'signatures', 'by_length')
 
 
 @gin.configurable(module='l2s_jax')
@@ -34,6 +40,7 @@ def evaluate(
   split: str = 'validation',
   num_examples: int | None = None,
   controls: Sequence[str] = ('none',),
+  length_bins: Sequence[int] = (),
   max_decode_len: int | None = None,
   num_bootstrap_samples: int = 1000,
   output_dir: str | None = None,
@@ -62,8 +69,11 @@ def evaluate(
       training chose by BEST_METRIC), or None for the newest.
     split: of the task.
     num_examples: the first so many; None takes all.
-    controls: any of 'none', 'zero', 'other': Z of the prompt, Z = 0, Z of
-      another prompt.
+    controls: any of 'none', 'zero', 'other', 'untrained', 'layer_0': Z of the
+      prompt, Z = 0, Z of another prompt, Z of an encoder with random weights,
+      Z of the LLM's input embeddings.
+    length_bins: words of the longest reference in each bin but the last, such
+      as (10, 20, 40), to score answers by length, too; () for none.
     max_decode_len: tokens an answer at most; None: that of 'targets'.
     num_bootstrap_samples: for 95 % confidence intervals; 0 for none.
     output_dir: where predictions and metrics go; None: the run's folder. A
@@ -89,6 +99,7 @@ def evaluate(
     else max_decode_len,
     decoding=decoding or sampling.Decoding(),
     num_bootstrap_samples=num_bootstrap_samples,
+    length_bins=length_bins,
   )
   as_it_came.check_path(checkpoint_path)
   folder = as_it_came.output_dir(checkpoint_path, output_dir, 'EVAL_OUTPUT_DIR')
@@ -142,6 +153,7 @@ class _Scored:
     max_decode_len: tokens an answer at most.
     decoding: how answers are written.
     num_bootstrap_samples: for confidence intervals; 0 for none.
+    length_bins: words of the longest reference in each bin but the last.
   """
 
   task_feature_lengths: Mapping[str, int]
@@ -151,6 +163,7 @@ class _Scored:
   max_decode_len: int
   decoding: sampling.Decoding
   num_bootstrap_samples: int
+  length_bins: Sequence[int]
 
   def __post_init__(self):
     """Checks what needs no model.
@@ -166,6 +179,7 @@ class _Scored:
     gin_config.check_between(
       0, gin_config.LARGEST, EVAL_BOOTSTRAP_SAMPLES=self.num_bootstrap_samples
     )
+    length_bins_lib.check(self.length_bins)
     if self.decoding.stop:
       raise ValueError(
         f'Decoding.stop={self.decoding.stop!r}: texts that end an answer are '
@@ -210,6 +224,7 @@ class _Scored:
       max_decode_len=self.max_decode_len,
       decoding=self.decoding,
       num_bootstrap_samples=self.num_bootstrap_samples,
+      length_bins=self.length_bins,
     )
 
 
@@ -236,18 +251,29 @@ class _Scores(NamedTuple):
     step: int,
     control: str,
     scores: Mapping[str, float],
-    signatures: Mapping[str, str],
+    scorer: scoring.Evaluator,
   ) -> None:
-    """Prints scores and adds them to the metrics file."""
+    """Prints scores and adds them to the metrics file.
+
+    Args:
+      step: of the checkpoint.
+      control: one of `scoring.CONTROLS`.
+      scores: what `scorer` has just found.
+      scorer: has their signatures, and those by length.
+    """
+    signatures, by_length = scorer.signatures, scorer.by_length
     label = '' if control == 'none' else f' (Z: {control})'
     line = scoring.format_scores(scores, signatures)
     print(f'step {step}{label}: {line}', flush=True)
+    for task, by_bin in by_length.items():
+      print(f'\n{report.lengths_table(by_bin, task)}', flush=True)
     if distributed.is_first():
       _record(
         self.folder / 'eval' / f'metrics-{self.name}.json',
         step,
         control,
-        {**scores, 'settings': self.settings, 'signatures': signatures},
+        {**scores, 'settings': self.settings, 'signatures': signatures}
+        | ({'by_length': by_length} if by_length else {}),
       )
 
 
@@ -278,8 +304,8 @@ def _score_steps(
           params, step=step, output_dir=found.folder, control=control, stop=stop
         )
         results[step][control] = scores
-        found.add(step, control, scores, scorer.signatures)
-      if set(results[step]) == set(scoring.CONTROLS):
+        found.add(step, control, scores, scorer)
+      if report.allows_verdict(results[step]):
         print(report.describe_controls(results[step]), flush=True)
     if distributed.is_first():
       _write_curves(
@@ -312,12 +338,20 @@ def _choose_steps(run_dir: str, steps: Any) -> list[int]:
 
 
 def _check_controls(controls: Sequence[str], system: system_lib.System) -> None:
+  """Refuses controls that are unknown, or not of this system."""
   allowed = scoring.CONTROLS[: None if system.frozen else 1]
   if isinstance(controls, str) or not set(controls) <= set(allowed):
     raise ValueError(
       f'EVAL_CONTROLS={controls!r}: expected a tuple of any of '
       f'{scoring.CONTROLS} for '
       "an LLM-to-SLM run, and ('none',) for a language model alone."
+    )
+  reading = set(controls) & set(controls_lib.READING)
+  if reading and system.cached_states is not None:
+    raise ValueError(
+      f'EVAL_CONTROLS={controls!r}: {" and ".join(sorted(reading))} need the '
+      'LLM, and cached states take its place. Set USE_FEATURES=False, or leave '
+      'them out.'
     )
 
 
@@ -345,12 +379,28 @@ def read_scores(path: pathlib.Path) -> dict[str, dict[str, dict[str, Any]]]:
     for control, scores in by_control.items():
       place = f'{path}, step {step}'
       files.check_keys(by_control, place, keys={control: dict}, remedy=remedy)
-      kinds = {
-        k: dict if k in ('settings', 'signatures') else float for k in scores
-      }
+      kinds = {k: dict if k in _NO_NUMBERS else float for k in scores}
       place = f'{place}, {control}'
+      if control not in report.CONTROLS:
+        raise ValueError(
+          f'{place}: no control of this version; update l2s_jax, or {remedy}'
+        )
       files.check_keys(scores, place, keys=kinds, remedy=remedy)
+      for task, by_bin in scores.get('by_length', {}).items():
+        _check_bins(by_bin, f'{place}, by_length, {task}', remedy)
   return found
+
+
+def _check_bins(by_bin: Any, place: str, remedy: str) -> None:
+  """Refuses what is not numbers by name by the name of a bin."""
+  if not isinstance(by_bin, dict):
+    raise ValueError(f'{place} is {files.kind_of(by_bin)}; {remedy}')
+  for name, scores in by_bin.items():
+    if not re.fullmatch(r'\d+(-\d+|\+)', name):
+      raise ValueError(f'{place}: key {name!r} is no bin; {remedy}')
+    files.check_keys(by_bin, place, keys={name: dict}, remedy=remedy)
+    keys = {'num_examples': float} | dict.fromkeys(scores, float)
+    files.check_keys(scores, f'{place}, {name}', keys=keys, remedy=remedy)
 
 
 def _write_curves(
@@ -371,6 +421,7 @@ def _write_curves(
     for control, scores in found[step].items():
       # Earlier versions kept no signatures, and had these.
       signed = scores.pop('signatures', signatures)
+      scores.pop('by_length', None)
       theirs = run_format.with_defaults(scores.pop('settings', {}), defaults)
       if theirs == settings and signed == signatures:
         by_control.setdefault(control, {})[int(step)] = scores
@@ -386,5 +437,6 @@ def _write_curves(
     if 'none' in by_control:
       print(f'\n{report.steps_table(by_control["none"])}')
     path = folder / f'curves-{name}.png'
-    report.plot_curves(by_control, path, title=name)
+    by_line = {report.CONTROLS[c]: found for c, found in by_control.items()}
+    report.plot_curves(by_line, path, title=name)
     print(f'See {path}')

@@ -3,7 +3,7 @@
 
 import functools
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +11,9 @@ import numpy as np
 import tqdm
 
 from l2s_jax.data import batching, bound_tasks
-from l2s_jax.evaluation import report
+from l2s_jax.evaluation import controls, report
 from l2s_jax.inference import generate, sampling
+from l2s_jax.metrics import length_bins as length_bins_lib
 from l2s_jax.metrics import metric_fns
 from l2s_jax.models import losses
 from l2s_jax.runtime import distributed, partitioning
@@ -20,8 +21,7 @@ from l2s_jax.systems import system as system_lib
 
 PyTree = Any
 
-# Which Z the SLM gets: that of the prompt, zero, or that of another prompt.
-CONTROLS = ('none', 'zero', 'other')
+CONTROLS = controls.CONTROLS
 
 Stop = Callable[[], None]
 
@@ -46,6 +46,7 @@ class Evaluator:
     max_decode_len: int | None = None,
     decoding: sampling.Decoding | None = None,
     num_bootstrap_samples: int = 0,
+    length_bins: Sequence[int] = (),
     generator: generate.Generator | None = None,
   ):
     """Prepares the evaluation; nothing compiles and no data are read yet.
@@ -61,6 +62,8 @@ class Evaluator:
       max_decode_len: tokens an answer at most; None: that of 'targets'.
       decoding: how answers are written; None is greedy.
       num_bootstrap_samples: for confidence intervals; 0 for none.
+      length_bins: words of the longest reference in each bin but the last, for
+        scores by length; () for none.
       generator: of another evaluator of the same system, settings and longest
         answer, to compile nothing twice; None makes one.
     """
@@ -82,6 +85,7 @@ class Evaluator:
       'batch_size': batch_size,
       'num_examples': num_examples,
       'num_bootstrap_samples': num_bootstrap_samples,
+      'length_bins': length_bins,
     }
 
     def loss_sums(params, batch):
@@ -93,6 +97,7 @@ class Evaluator:
       )[1]
 
     self._loss_sums = jax.jit(loss_sums)
+    self._states = controls.ControlStates(system)
 
   @property
   def signatures(self) -> dict[str, str]:
@@ -103,6 +108,11 @@ class Evaluator:
       for task, signatures in by_task.items()
       for name, signature in signatures.items()
     }
+
+  @property
+  def by_length(self) -> dict[str, length_bins_lib.ScoresByBin]:
+    """The last scores of decoded answers, by task and bin of lengths."""
+    return self._by_seqio.by_length
 
   @functools.cached_property
   def _by_seqio(self) -> Any:
@@ -132,6 +142,7 @@ class Evaluator:
       control: one of `CONTROLS`.
       stop: called before each batch; raises to leave.
     """
+    read = self._states.reader(params, control)
 
     def put(batch: batching.Batch) -> dict[str, jax.Array]:
       if stop:
@@ -145,7 +156,8 @@ class Evaluator:
       if control == 'zero':
         rows = batch['encoder_input_tokens'].shape[0]
         batch = batch | {'llm_scale': np.zeros((rows,), np.float32)}
-      return partitioning.put_batch(batch, self._mesh)
+      on_devices = partitioning.put_batch(batch, self._mesh)
+      return on_devices if read is None else on_devices | read(on_devices)
 
     def predict(batch: batching.Batch) -> np.ndarray:
       row_ids = batch.pop('row_ids')

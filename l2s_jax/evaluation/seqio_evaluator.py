@@ -21,6 +21,7 @@ from jaxtyping import Int
 from l2s_jax.data import batching, bound_tasks, features
 from l2s_jax.data.features import seqio, tf
 from l2s_jax.inference import length_buckets
+from l2s_jax.metrics import length_bins as length_bins_lib
 from l2s_jax.metrics import metric_fns
 from l2s_jax.runtime import distributed, files
 
@@ -48,6 +49,7 @@ class TaskEvaluator:
     batch_size: int,
     num_examples: int | None = None,
     num_bootstrap_samples: int = 0,
+    length_bins: Sequence[int] = (),
   ):
     """Reads and tokenizes the split.
 
@@ -60,6 +62,8 @@ class TaskEvaluator:
       num_examples: the first so many of each task; None: all.
       num_bootstrap_samples: for a confidence interval beside each score, see
         `corpus.with_intervals`; 0: none.
+      length_bins: words of the longest reference in each bin but the last, for
+        scores by length; (): none.
 
     Raises:
       ValueError: if the task is not bound, no task has the split and metrics,
@@ -68,6 +72,10 @@ class TaskEvaluator:
     """
     # Of the scores of the last evaluation, by task and metric.
     self.signatures: dict[str, dict[str, str]] = {}
+    # The same by task and bin, of those scores that add up over examples.
+    self.by_length: dict[str, length_bins_lib.ScoresByBin] = {}
+    self._length_bins = length_bins
+    self._num_bootstrap_samples = num_bootstrap_samples
     self._task = task
     self._task_feature_lengths = task_feature_lengths
     self._split = split
@@ -175,6 +183,19 @@ class TaskEvaluator:
         else []
         for target in targets
       ]
+      if self._length_bins:
+        self.by_length[task.name] = length_bins_lib.scores(
+          task.metric_fns,
+          targets,
+          [
+            task.postprocess_fn(
+              vocabulary.decode(ids), example=example, is_target=False
+            )
+            for ids, example in zip(predictions, examples, strict=True)
+          ],
+          self._length_bins,
+          num_samples=self._num_bootstrap_samples,
+        )
       num_references = [len(texts) for texts in references if texts]
       results[task.name] = {
         **_scalars(task_metrics.result()[task.name]),

@@ -6,4 +6,4 @@ SeqIO calls. No tasks and no models are here.
 """
 
 # The modules that other packages may import.
-__all__ = ('bleu', 'metric_fns', 'scores')
+__all__ = ('bleu', 'length_bins', 'metric_fns', 'scores')

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from l2s_jax.metrics import words
 from l2s_jax.runtime import distributed
@@ -112,19 +112,56 @@ def with_intervals(
     targets: References, predictions: Sequence[str]
   ) -> dict[str, float]:
     sums = metric_fn.checked_sums(targets, predictions)
-    rng = np.random.default_rng(seed)
-    num_examples = len(sums.rows)
-    samples = [
-      sums.score(sums.rows[rng.integers(num_examples, size=num_examples)])
-      for _ in range(num_samples)
-    ]
-    scores = sums.of_corpus()
-    for name in list(scores):
-      low, high = np.percentile([s[name] for s in samples], [2.5, 97.5])
-      scores |= {f'{name}_low': float(low), f'{name}_high': float(high)}
-    return scores
+    return scores_with_intervals(sums, num_samples, seed)
 
   return metric_with_intervals
+
+
+def scores_with_intervals(
+  sums: 'Sums', num_samples: int, seed: int = 0
+) -> dict[str, float]:
+  """Returns scores, and the ends of their intervals; see `with_intervals`."""
+  samples = [
+    sums.score(sums.rows[drawn])
+    for drawn in _draws(len(sums.rows), num_samples, seed)
+  ]
+  scores = sums.of_corpus()
+  for name in list(scores):
+    low, high = np.percentile([s[name] for s in samples], [2.5, 97.5])
+    scores |= {f'{name}_low': float(low), f'{name}_high': float(high)}
+  return scores
+
+
+def paired_difference(
+  one: 'Sums', other: 'Sums', name: str, num_samples: int, seed: int = 0
+) -> tuple[float, float, float]:
+  """Returns how much more one system scores than another, and the interval.
+
+  The paired bootstrap: both are scored on the same drawn corpora (Koehn 2004),
+  and the ends are the 2.5th and 97.5th percentiles of the difference.
+
+  Args:
+    one: of the answers of one system.
+    other: of those of the other to the same examples, in the same order.
+    name: of the score.
+    num_samples: corpora to draw.
+    seed: of the draws.
+  """
+  differences = [
+    one.score(one.rows[drawn])[name] - other.score(other.rows[drawn])[name]
+    for drawn in _draws(len(one.rows), num_samples, seed)
+  ]
+  low, high = np.percentile(differences, [2.5, 97.5])
+  difference = one.of_corpus()[name] - other.of_corpus()[name]
+  return difference, float(low), float(high)
+
+
+def _draws(
+  num_examples: int, num_samples: int, seed: int
+) -> Iterator[Int[np.ndarray, ' example']]:
+  rng = np.random.default_rng(seed)
+  for _ in range(num_samples):
+    yield rng.integers(num_examples, size=num_examples)
 
 
 def signatures(

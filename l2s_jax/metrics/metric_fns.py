@@ -26,6 +26,7 @@ Metric = corpus.Metric
 References = corpus.References
 signatures = corpus.signatures
 with_intervals = corpus.with_intervals
+paired_difference = corpus.paired_difference
 
 _ARTICLES = re.compile(r'\b(a|an|the)\b')
 _NO_PUNCTUATION = str.maketrans('', '', string.punctuation)

@@ -32,6 +32,11 @@ class DecoderOnly(language_model.LanguageModel):
   def embed(self, tokens):
     return self.token_embedder(tokens)
 
+  def first_states(self, tokens, segment_ids):
+    return self._add_positions(
+      self.embed(tokens), positions.count_tokens(segment_ids > 0)
+    )
+
   def encode(self, embeddings, segment_ids, *, deterministic):
     length = embeddings.shape[1]
     self.check_lengths(length, 0)

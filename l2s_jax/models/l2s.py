@@ -148,6 +148,15 @@ class LlmToSlm(nn.Module):
       )
     return llm_states, segment_ids
 
+  def read_first_states(
+    self, batch: language_model.Batch
+  ) -> Float[Array, 'batch prompt llm_embed']:
+    """Returns the states that the LLM begins with, those of layer 0."""
+    with partitioning.axis_rules(self.llm_rules):
+      return self.llm.first_states(
+        batch['encoder_input_tokens'], batch['encoder_segment_ids']
+      )
+
   def _project(
     self,
     llm_states: Float[Array, 'batch llm_prompt llm_embed'],

@@ -44,6 +44,14 @@ class LanguageModel(nn.Module):
     """Looks tokens up, without positions."""
     raise NotImplementedError
 
+  def first_states(
+    self,
+    tokens: Int[Array, 'batch length'],
+    segment_ids: Int[Array, 'batch length'],
+  ) -> Float[Array, 'batch length embed']:
+    """Returns the states of layer 0: what the first layer of a prompt reads."""
+    return self.embed(tokens)
+
   def encode(
     self,
     embeddings: Float[Array, 'batch length embed'],

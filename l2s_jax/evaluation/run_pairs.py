@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether one system of a report is better than another, or chance says so.
+
+Two systems are compared by the paired bootstrap on the predictions that
+`evaluate` has written, by each task's main score; so is each control of a run
+with what the run makes of the right prompt.
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from l2s_jax.evaluation import report, run_records
+from l2s_jax.metrics import bleu, metric_fns
+from l2s_jax.runtime import files
+
+_NUM_SAMPLES = 1000
+# Beside BLEU, which metric has a score. Losses are not in the predictions.
+_METRICS: Mapping[str, metric_fns.Metric] = {
+  'rougeLsum': metric_fns.rouge,
+  'token_f1': metric_fns.token_f1,
+  'chrf': metric_fns.chrf,
+  'exact_match': metric_fns.exact_match,
+}
+# The references of each example, and the score taken apart over the answers.
+_Scored = tuple[list[list[str]], Any]
+_REMEDY = 'Evaluate its step again.'
+
+
+@dataclasses.dataclass(frozen=True)
+class _System:
+  """What is compared: a run, with the LLM's states or those of a control."""
+
+  record: run_records.ReportedRun
+  control: str = 'none'
+
+  @property
+  def label(self) -> str:
+    if self.control == 'none':
+      return self.record.label
+    return f'{self.record.label}, {report.CONTROLS[self.control]}'
+
+
+def differences(
+  name: str, records: list[run_records.ReportedRun]
+) -> tuple[list[report.TableRow], list[str]]:
+  """Returns a row for each pair and task, and why pairs are missing.
+
+  Args:
+    name: of the evaluation: task or mixture, and split.
+    records: that have it.
+
+  Raises:
+    ValueError: if predictions are broken, or fewer than were scored.
+  """
+  pairs = [
+    (_System(one), _System(other))
+    for one, other in itertools.combinations(records, 2)
+  ] + [
+    (_System(record), _System(record, control))
+    for record in records
+    for control in record.evaluations[name].by_control
+    if control != 'none'
+  ]
+  rows: list[report.TableRow] = []
+  notes: dict[str, None] = {}
+  compared = _Compared(name)
+  for one, other in pairs:
+    scores = one.record.evaluations[name].by_control[one.control]
+    for prefix in report.task_prefixes(scores):
+      try:
+        rows.append(compared.row(one, other, prefix))
+      except _NotComparable as error:
+        notes[str(error)] = None
+  return rows, list(notes)
+
+
+class _NotComparable(Exception):
+  """Says why there is no paired bootstrap of two systems."""
+
+
+class _Compared:
+  """Compares the systems of one evaluation; reads each file once."""
+
+  def __init__(self, name: str):
+    self._name = name
+    self._found: dict[tuple[str, str, str], _Scored] = {}
+
+  def row(self, one: _System, other: _System, prefix: str) -> report.TableRow:
+    """Returns the difference of a task's main score.
+
+    Raises:
+      _NotComparable: if there is none.
+    """
+    score = report.main_score(self._scores(one), prefix)
+    references, sums = self._read(one, prefix, score)
+    their_references, their_sums = self._read(other, prefix, score)
+    if references != their_references:
+      raise _NotComparable(
+        f'{one.label} and {other.label} were scored on other examples, and are '
+        'not compared.'
+      )
+    difference, low, high = metric_fns.paired_difference(
+      sums, their_sums, score, _NUM_SAMPLES
+    )
+    return {
+      'one': one.label,
+      'other': other.label,
+      'score': f'{prefix}{score}',
+      'difference': difference,
+      'difference_low': low,
+      'difference_high': high,
+      'significant': low > 0 or high < 0,
+    }
+
+  def _read(self, system: _System, prefix: str, score: str) -> '_Scored':
+    key = system.record.label, system.control, prefix
+    if key not in self._found:
+      self._found[key] = self._read_scored(system, prefix, score)
+    return self._found[key]
+
+  def _scores(self, system: _System) -> run_records.Numbers:
+    return system.record.evaluations[self._name].by_control[system.control]
+
+  def _read_scored(self, system: _System, prefix: str, score: str) -> '_Scored':
+    """Returns the references, and the score taken apart over the answers."""
+    evaluation = system.record.evaluations[self._name]
+    own_name, _, split = self._name.rpartition('-')
+    task = prefix.removesuffix('/') or own_name
+    suffix = '' if system.control == 'none' else f'-{system.control}'
+    path = (
+      system.record.folder
+      / 'eval'
+      / f'{task}-{split}-{evaluation.step}{suffix}.jsonl'
+    )
+    if not path.is_file():
+      raise _NotComparable(f'{path} is missing: {system.label} has no pairs.')
+    metric = _metric(score, evaluation.signatures.get(f'{prefix}{score}', ''))
+    if metric is None:
+      raise _NotComparable(
+        f'{score} of {system.label} cannot be found from its predictions; it '
+        'has no pairs.'
+      )
+    references, answers = [], []
+    for line in _lines(path):
+      texts = line.get('references') or [line['target']]
+      references.append(texts)
+      answers.append(line['prediction'])
+    scores = self._scores(system)
+    num_examples = scores.get(f'{prefix}num_examples')
+    if num_examples != len(answers):
+      raise ValueError(
+        f'{path} has {len(answers)} answers, and {num_examples} were scored. '
+        f'{_REMEDY}'
+      )
+    sums = metric.sums(references, answers)
+    found = sums.of_corpus()[score]
+    # Of another tokenizer, or of texts that the task has changed.
+    recorded = scores.get(f'{prefix}{score}', found)
+    if abs(found - recorded) > 1e-6:
+      raise _NotComparable(
+        f'{path}: the {score} of its texts is {found:.2f}, that of the '
+        f'evaluation {recorded:.2f}, by other settings or of other texts; '
+        f'{system.label} has no pairs.'
+      )
+    return references, sums
+
+
+def _lines(path: Any) -> Iterator[dict[str, Any]]:
+  keys = {'prediction': str, 'target': str}
+  with open(path, 'rb') as file:
+    for number, line in enumerate(file, start=1):
+      place = f'{path}, line {number}'
+      yield files.parse_json(line, place, keys=keys, remedy=_REMEDY)
+
+
+def _metric(score: str, signature: str) -> metric_fns.Metric | None:
+  """Returns what computes a score, with the settings that its signature has."""
+  if score == 'bleu':
+    tokenizer = re.search(r'tok:([^|]+)', signature)
+    return bleu.Bleu('bleu', tokenizer[1] if tokenizer else '13a')
+  return _METRICS.get(score)

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `report` reads of a folder: the system, its evaluations, its log.
+
+A folder is a run (`model.json`), or what EVAL_OUTPUT_DIR named; of the latter
+the system is not known. Broken files are refused by name.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from l2s_jax.evaluation import evaluate, metric_writer, report
+from l2s_jax.models import flops, l2s
+from l2s_jax.models import shapes as shapes_lib
+from l2s_jax.runtime import distributed, files
+from l2s_jax.systems import as_it_came, run_folder
+from l2s_jax.systems import system as system_lib
+from l2s_jax.weights import saved_steps
+
+Numbers = report.Numbers
+
+_METRICS = 'metrics-'
+
+
+@dataclasses.dataclass(frozen=True)
+class ShownEvaluation:
+  """What a metrics file holds of the step that a report shows.
+
+  Attributes:
+    step: the one that training chose by BEST_METRIC, if it was evaluated; else
+      the newest.
+    by_control: numbers.
+    by_length: numbers by bin, by task, by control; empty where not asked for.
+    settings: those of the right prompt.
+    signatures: the same, by score.
+    by_step: numbers with the right prompt and the same settings.
+  """
+
+  step: int
+  by_control: Mapping[str, Numbers]
+  by_length: Mapping[str, Mapping[str, Mapping[str, Numbers]]]
+  settings: Mapping[str, Any]
+  signatures: Mapping[str, str]
+  by_step: Mapping[int, Numbers]
+
+  @property
+  def lengths(self) -> tuple[int, int] | None:
+    """Tokens of a prompt and of an answer at most, if the file has them."""
+    lengths = self.settings.get('task_feature_lengths')
+    if not isinstance(lengths, dict):
+      return None
+    found = lengths.get('inputs'), self.settings.get('max_decode_len')
+    known = all(type(n) is int and n > 0 for n in found)
+    return found if known else None  # type: ignore[return-value]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportedRun:
+  """A folder of a report.
+
+  Attributes:
+    label: what tables call it.
+    folder: where it is.
+    system: None where the folder does not say.
+    evaluations: by task and split, `wmt16_en_de-test`.
+    log: scalars of the training by step.
+  """
+
+  label: str
+  folder: pathlib.Path
+  system: system_lib.System | None
+  evaluations: Mapping[str, ShownEvaluation]
+  log: Mapping[int, Numbers]
+
+  def sizes(self) -> dict[str, Any]:
+    """Returns the kind of the system, and how many numbers it holds."""
+    if self.system is None:
+      return {}
+    sizes = {True: 0, False: 0}
+    for path, shape in shapes_lib.of_module(self.system.module).items():
+      sizes[path[0] in self.system.frozen] += shape.size
+    is_pair = isinstance(self.system.module, l2s.LlmToSlm)
+    return {
+      'kind': 'LLM-to-SLM' if is_pair else 'language model',
+      'trained_params': sizes[False],
+      'frozen_params': sizes[True],
+    }
+
+  def costs(
+    self, prompt_length: int, num_tokens: int
+  ) -> dict[str, flops.Number]:
+    """Returns the FLOPs of an answer of so many tokens, by their formulas."""
+    if self.system is None:
+      return {}
+    writer, _ = l2s.writer(self.system.module)
+    of_prompt = flops.prompt_flops(self.system.module, prompt_length)
+    of_token = flops.token_flops(
+      writer.config, prompt_length, (num_tokens + 1) / 2
+    )
+    return {
+      'flops_per_prompt': of_prompt,
+      'flops_per_token': of_token,
+      'flops_per_answer': of_prompt + num_tokens * of_token,
+    }
+
+
+def read_all(paths: Sequence[str]) -> list[ReportedRun]:
+  """Returns the folders, named as shortly as tells them apart.
+
+  Raises:
+    ValueError: if one is there twice, or cannot be read.
+  """
+  folders = [pathlib.Path(path).absolute() for path in paths]
+  for folder in folders:
+    if folders.count(folder) > 1:
+      raise ValueError(f'{folder} is there twice; name each RUN once.')
+  names = [folder.name for folder in folders]
+  labels = [
+    name if names.count(name) == 1 else str(folder)
+    for name, folder in zip(names, folders, strict=True)
+  ]
+  return [_read(*pair) for pair in zip(labels, folders, strict=True)]
+
+
+def _read(label: str, folder: pathlib.Path) -> ReportedRun:
+  if not folder.is_dir():
+    raise ValueError(
+      f'{folder} is not a folder. RUN is the MODEL_DIR of a training, or the '
+      'EVAL_OUTPUT_DIR of an evaluation.'
+    )
+  paths = sorted((folder / 'eval').glob(f'{_METRICS}*.json'))
+  is_run = as_it_came.is_run(folder)
+  if not (is_run or paths):
+    raise ValueError(
+      f'{folder} has neither {run_folder.DESCRIPTION}, as a run has, nor '
+      f'eval/{_METRICS}*.json, as an evaluation leaves. Name the MODEL_DIR of '
+      'a training, or the EVAL_OUTPUT_DIR of an evaluation.'
+    )
+  best = saved_steps.best_step(folder)
+  evaluations = {
+    path.stem.removeprefix(_METRICS): _read_evaluation(path, best)
+    for path in paths
+  }
+  log = folder / metric_writer.FILE
+  return ReportedRun(
+    label,
+    folder,
+    run_folder.load(folder) if is_run else None,
+    {name: found for name, found in evaluations.items() if found is not None},
+    _read_log(log) if log.is_file() else {},
+  )
+
+
+def _read_evaluation(
+  path: pathlib.Path, best: int | None
+) -> ShownEvaluation | None:
+  found = {int(s): scores for s, scores in evaluate.read_scores(path).items()}
+  steps = [step for step, by_control in found.items() if 'none' in by_control]
+  if not steps:
+    distributed.say(
+      f'{path} has controls alone and is left out; evaluate the right prompt, '
+      "too (EVAL_CONTROLS=('none', ...))."
+    )
+    return None
+  step = best if best in steps else max(steps)
+  for control, scores in found[step].items():
+    if not report.task_prefixes(scores):
+      raise ValueError(
+        f'{path}, step {step}, {control} has no loss; remove it, and evaluate '
+        'its steps again.'
+      )
+  chosen = found[step]['none']
+  return ShownEvaluation(
+    step,
+    {control: _numbers(scores) for control, scores in found[step].items()},
+    {
+      control: scores['by_length']
+      for control, scores in found[step].items()
+      if scores.get('by_length')
+    },
+    chosen.get('settings', {}),
+    chosen.get('signatures', {}),
+    {
+      s: _numbers(found[s]['none'])
+      for s in sorted(steps)
+      if all(
+        found[s]['none'].get(key) == chosen.get(key)
+        for key in ('settings', 'signatures')
+      )
+    },
+  )
+
+
+def _numbers(scores: Mapping[str, Any]) -> Numbers:
+  return {k: x for k, x in scores.items() if not isinstance(x, dict)}
+
+
+def _read_log(path: pathlib.Path) -> dict[int, Numbers]:
+  """Returns the losses and main scores of a training by step."""
+  by_step: dict[int, dict[str, float]] = {}
+  records = files.read_records(path, keys={'step': int}, say=distributed.say)
+  for record in records:
+    by_step.setdefault(record['step'], {}).update(
+      {
+        name: value
+        for name, value in record.items()
+        if name.partition('/')[0] in ('train', 'eval')
+        and name.rpartition('/')[2] in report.MAIN_SCORES
+        and type(value) in (int, float)
+      }
+    )
+  return {step: scores for step, scores in by_step.items() if scores}
