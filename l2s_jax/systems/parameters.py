@@ -4,11 +4,12 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from l2s_jax.models import l2s
 from l2s_jax.models import shapes as shapes_lib
@@ -251,6 +252,26 @@ def split(
     {name: tree for name, tree in params.items() if name in frozen},
     {name: tree for name, tree in params.items() if name not in frozen},
   )
+
+
+def split_by_path(
+  params: Mapping[str, PyTree], is_first: Callable[[str], bool] | None
+) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+  """Splits parameters by their paths, which `merge` joins again.
+
+  Args:
+    params: a tree of dicts.
+    is_first: whether a path, with '/' between its keys, is of the first part;
+      None: all are.
+  """
+  if is_first is None:
+    return dict(params), {}
+  flat = traverse_util.flatten_dict(params)
+  parts: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})
+  for path, leaf in flat.items():
+    parts[0 if is_first('/'.join(path)) else 1][path] = leaf
+  first, second = map(traverse_util.unflatten_dict, parts)
+  return first, second
 
 
 def merge(*trees: Mapping[str, PyTree]) -> dict[str, PyTree]:
