@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from l2s_jax.models import cache as cache_lib
 from l2s_jax.models import config as config_lib
+from l2s_jax.models import transformer
 
 Batch = Mapping[str, jax.Array]
 PyTree = Any
@@ -25,8 +26,8 @@ PyTree = Any
 class LanguageModel(nn.Module):
   """A model that can write an answer to a prompt, alone.
 
-  Subclasses give `embed`, `encode`, `logits`, `start` and `extend`; the last
-  two take the parameters that `for_generation` makes.
+  Subclasses give `embed`, `encode`, `prompt_stack`, `logits`, `start` and
+  `extend`; the last two take the parameters that `for_generation` makes.
   """
 
   config: config_lib.TransformerConfig
@@ -52,6 +53,16 @@ class LanguageModel(nn.Module):
     deterministic: bool,
   ) -> Float[Array, 'batch length embed']:
     """Returns the last hidden states of the prompt, after the final norm."""
+    raise NotImplementedError
+
+  def prompt_stack(
+    self,
+    embeddings: Float[Array, 'batch length embed'],
+    segment_ids: Int[Array, 'batch length'],
+  ) -> tuple[
+    transformer.Stack, Float[Array, 'batch length embed'], transformer.Context
+  ]:
+    """Returns the layers that read prompts, and what they are given."""
     raise NotImplementedError
 
   def logits(

@@ -101,11 +101,13 @@ class CachedStates:
     location: where they are, for errors.
     dtype: one of `stored_states.DTYPES`.
     llm_fingerprint: of the LLM that has made them.
+    layer: of the LLM, as `LlmToSlm.llm_layer`; None is the last.
   """
 
   location: str
   dtype: str
   llm_fingerprint: str
+  layer: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +177,8 @@ class System:
         'llm_step': self.llm_step,
         'llm_fingerprint': self.llm_fingerprint,
         'frozen_dtype': self.frozen_dtype,
+        'llm_layer': self.module.llm_layer,
+        'train_llm': self.module.train_llm,
       }
     else:
       description |= {

@@ -37,6 +37,11 @@ _KEYS = {
     'vocabularies',
   },
 }
+# What came later, and what its absence means.
+_LATER: dict[str, dict[str, Any]] = {
+  'language_model': {},
+  'llm_to_slm': {'llm_layer': None, 'train_llm': False},
+}
 # Of these keys, those that hold a TransformerConfig.
 _CONFIGS = ('config', 'llm', 'slm')
 _IDS = dict.fromkeys(('start', 'eos', 'pad', 'bos'))
@@ -61,11 +66,13 @@ def _check_description(
     raise ValueError(
       f'{path} lacks {", ".join(missing)}. {_REMEDY.capitalize()}'
     )
+  description = _LATER[kind] | description
   configs = [key for key in _CONFIGS if key in _KEYS[kind]]
   known: dict[str, Any] = dict.fromkeys(_KEYS[kind])
   known |= dict.fromkeys(configs, dict.fromkeys(config_lib.field_names()))
   known |= {
     'kind': None,
+    **dict.fromkeys(_LATER[kind]),
     'vocabularies': dict.fromkeys(('prompt', 'answer')),
     'special_ids': {'prompt': _IDS, 'answer': _IDS},
   }
