@@ -458,4 +458,4 @@ def _scaled_by_fan_in(
   config: config_lib.TransformerConfig,
 ) -> config_lib.TransformerConfig:
   """These layers are new: an initial scale made for GPT-2's depth misleads."""
-  return dataclasses.replace(config, kernel_init_stddev=None)
+  return dataclasses.replace(config, kernel_init_stddev=None, lora_rank=0)

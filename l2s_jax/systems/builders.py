@@ -2,6 +2,7 @@
 """Builds systems from what gin names: LLM-to-SLM and the two baselines."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import gin
@@ -65,6 +66,9 @@ def llm_to_slm_system(
   remat: str | None = None,
   llm_layer: int | str | None = None,
   train_llm: bool = False,
+  lora_rank: int = 0,
+  lora_alpha: float = 16.0,
+  lora_kernels: Sequence[str] = ('query', 'value'),
 ) -> system_lib.System:
   """Returns a frozen LLM's encoder, a projector, and the SLM that writes.
 
@@ -82,6 +86,10 @@ def llm_to_slm_system(
       see `LlmToSlm`; None is the last, 'mix' a learned mix of all.
     train_llm: whether what of the LLM encodes is trained, too. It is then
       held in float32, and stored in every checkpoint.
+    lora_rank: above 0, of the SLM LoRA alone is trained, see
+      `TransformerConfig`; what is read of the run has it merged.
+    lora_alpha: the same.
+    lora_kernels: the same.
 
   Raises:
     ValueError: if the LLM has no weights or not the layer, or a vocabulary
@@ -99,6 +107,13 @@ def llm_to_slm_system(
   if train_llm:
     llm_config = _with_runtime(llm_config, None, None, remat)
   slm_config = _with_runtime(slm.load_config(), dropout_rate, dtype, remat)
+  if lora_rank:
+    slm_config = dataclasses.replace(
+      slm_config,
+      lora_rank=lora_rank,
+      lora_alpha=lora_alpha,
+      lora_kernels=lora_kernels,
+    )
   llm_vocabulary, slm_vocabulary = (
     llm.load_vocabulary().for_table(llm_config.vocab_size),
     slm.load_vocabulary().for_table(slm_config.vocab_size),

@@ -12,7 +12,13 @@ from typing import Any
 import gin
 import jax
 
-from l2s_jax.models import batch_keys, l2s, language_model, stored_states
+from l2s_jax.models import (
+  batch_keys,
+  l2s,
+  language_model,
+  lora,
+  stored_states,
+)
 from l2s_jax.models import config as config_lib
 from l2s_jax.vocabularies import base, loading
 from l2s_jax.weights import hub, opening, own_tokenizer, run_format
@@ -162,6 +168,21 @@ class System:
         sharding,
       )
     return shapes
+
+  @property
+  def has_lora(self) -> bool:
+    """Whether of the model that writes LoRA alone is trained."""
+    return l2s.writer(self.module)[0].config.lora_rank > 0
+
+  def is_trained(self, path: str) -> bool:
+    """Returns whether a parameter that may be trained is; LoRA holds a model.
+
+    Args:
+      path: with '/' between its keys.
+    """
+    name = l2s.writer(self.module)[1]
+    is_writers = name is None or path.startswith(f'{name}/')
+    return not (self.has_lora and is_writers) or lora.is_learned(path)
 
   def describe(self) -> dict[str, Any]:
     """Returns what `model.json` holds."""

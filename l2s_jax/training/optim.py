@@ -389,6 +389,23 @@ def _optimizer(
   return Optimizer(make, schedule, description, is_trained_at, projector_steps)
 
 
+def without(
+  transform: optax.GradientTransformation, is_trained: Callable[[str], bool]
+) -> optax.GradientTransformation:
+  """Leaves parameters as they are, without slots.
+
+  Args:
+    transform: of the others.
+    is_trained: by a parameter's path.
+  """
+  return optax.partition(
+    {'trained': transform, 'held': optax.set_to_zero()},
+    lambda params: _map_by_path(
+      lambda path, _: 'trained' if is_trained(path) else 'held', params
+    ),
+  )
+
+
 def _waits(path: str) -> bool:
   """Returns whether a parameter is not trained while the projector is alone."""
   return path.split('/')[0] in ('llm', 'slm')

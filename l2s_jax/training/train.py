@@ -157,6 +157,8 @@ def train(
   transform = optimizer.make(
     parameters.split(session.layout.axes, session.system.frozen)[1]
   )
+  if session.system.has_lora:
+    transform = optim.without(transform, session.system.is_trained)
   if dry_run:  # Which needs no data.
     print(session.describe(resuming.optimizer_bytes(session, transform)))
     return {}
@@ -174,7 +176,9 @@ def train(
       lambda first: step.make(
         loop.system.module,
         transform,
-        lambda path: optimizer.is_trained(path, first),
+        lambda path: (
+          optimizer.is_trained(path, first) and session.system.is_trained(path)
+        ),
       ),
       optimizer.phases(),
       loop,
