@@ -291,6 +291,9 @@ def test_processes_read_their_own_rows(folder, trained):
   [
     (("--gin.TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 16}",), 'cut to 32'),
     (('--gin.LLM_PATH=OTHER',), 'has the states of another LLM than'),
+    (('--gin.LLM_LAYER=0',), 'states of the last layer of the LLM, and'),
+    (("--gin.LLM_LAYER='mix'",), 'asks for a mix of all layers'),
+    (('--gin.TRAIN_LLM=True',), 'this one is to be trained'),
     (('--gin.CACHE_DIR=TOKENS',), 'has no features: there is no features.json'),
     (
       (
@@ -318,6 +321,18 @@ def test_what_does_not_fit_is_refused(folder, changes, message, capsys):
   run(*train(folder, 'refused'), *changes, status=2)
   assert message in capsys.readouterr().err
   assert not (folder / 'refused' / 'model.json').exists()
+
+
+def test_features_of_another_layer_are_not_written_beside(folder, capsys):
+  before = content(folder / 'cache')
+  for change, message in (
+    ('--gin.LLM_LAYER=0', 'key.layer: the features have last, now it is 0'),
+    ("--gin.LLM_LAYER='mix'", 'what changes in training cannot be kept'),
+    ('--gin.TRAIN_LLM=True', 'what changes in training cannot be kept'),
+  ):
+    run(*cache(folder, 'cache', change), status=2)
+    assert message in capsys.readouterr().err.replace("'", '')
+  assert content(folder / 'cache') == before
 
 
 def test_a_model_without_an_llm_is_refused(folder, capsys):

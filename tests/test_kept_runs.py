@@ -123,14 +123,25 @@ def test_it_is_converted(name, folder):
 
 
 def test_they_are_the_llm_and_the_slm_of_a_new_run(folder):
+  """Whose SLM is the old one's while the projector is trained alone."""
   run(
     *make.train_arguments(folder, 'l2s'),
     f'--gin.MODEL_DIR={folder / "new"}',
     f'--gin.SLM_PATH={folder / "l2s"}',
     '--gin.SLM=None',
-    '--gin.TRAIN_STEPS=1',
+    '--gin.TRAIN_STEPS=2',
+    '--gin.CHECKPOINT_PERIOD=1',
+    '--gin.PROJECTOR_STEPS=1',
   )
-  assert saved_steps.steps(folder / 'new') == [1]
+  assert saved_steps.steps(folder / 'new') == [1, 2]
+  slm = opening.open_source(str(folder / 'l2s'))
+  first, second = (
+    opening.open_source(str(folder / 'new'), step) for step in (1, 2)
+  )
+  for path in slm.shapes():
+    np.testing.assert_array_equal(first.read(path), slm.read(path))
+  table = ('token_embedder', 'embedding')
+  assert not np.array_equal(second.read(table), slm.read(table))
   old = load(folder, 'l2s')
   assert load(folder, 'new').llm_fingerprint == old.llm_fingerprint
 

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import operator
 
 import helpers
 import jax
@@ -275,3 +276,110 @@ def test_the_slm_starts_the_same_inside_llm_to_slm_as_alone(slm):
     ours['slm']['token_embedder']['embedding']
     != other['slm']['token_embedder']['embedding']
   ).any()
+
+
+@functools.partial(jax.jit, static_argnames='module')
+def read_prompt(module, params, batch):
+  return module.apply({'params': params}, batch, method='read_prompt')[0]
+
+
+DECODER_ONLY = dataclasses.replace(helpers.GEMMA3, vocab_size=280, emb_dim=24)
+
+
+@pytest.mark.parametrize('llm', [helpers.LLM, DECODER_ONLY])
+def test_h_of_a_layer_is_that_of_an_llm_which_ends_there(llm):
+  last = helpers.llm_to_slm('t5_1_1', 'replace', 'shared', llm)
+  params, batch = helpers.random_params(last), helpers.batch_for(last)
+  stack = 'encoder' if llm.is_encoder_decoder else 'decoder'
+  count = l2s.num_reading_layers(llm)
+  expected = read_prompt(last, params, batch)
+  # A program of its own: the law is that of the whole LLM's.
+  found = read_prompt(last.clone(llm_layer=count), params, batch)
+  np.testing.assert_array_equal(found, expected)
+
+  of_layer = {count: expected}
+  for layer in (count - 1, 1):
+    module = last.clone(llm_layer=layer)
+    found = of_layer[layer] = read_prompt(module, params, batch)
+    shorter = dataclasses.replace(llm, **{f'num_{stack}_layers': layer})
+    of_stack = dict(params['llm'][stack])
+    of_stack['layers'] = jax.tree.map(
+      operator.itemgetter(slice(layer)), of_stack['layers']
+    )
+    ended = {**params, 'llm': {**params['llm'], stack: of_stack}}
+    helpers.assert_close(
+      found, read_prompt(last.clone(llm_config=shorter), ended, batch)
+    )
+    generating = l2s.for_generation(module)
+    helpers.assert_close(
+      read_prompt(
+        generating, l2s.params_for_generation(generating, params), batch
+      ),
+      found,
+    )
+
+  # A mix begins as the mean, and can become each layer.
+  mixing = last.clone(llm_layer=l2s.MIX)
+  of_layer[0] = read_prompt(last.clone(llm_layer=0), params, batch)
+  weights = jnp.full(count + 1, -1e9).at[1].set(0.0)
+  mix = {'weights': weights, 'scale': jnp.array([2.0])}
+  found = read_prompt(mixing, params | {'layer_mix': mix}, batch)
+  helpers.assert_close(found, 2 * of_layer[1])
+  fresh = parameters.init(helpers.system(mixing), jax.random.key(0))
+  mix = partitioning.unbox(fresh)['params']['layer_mix']
+  found = read_prompt(mixing, params | {'layer_mix': mix}, batch)
+  if count == 3:
+    others = read_prompt(last.clone(llm_layer=2), params, batch)
+    helpers.assert_close(
+      found, (of_layer[0] + of_layer[1] + others + of_layer[3]) / 4
+    )
+
+
+def test_h_of_layer_0_is_the_normed_embeddings():
+  module, params, batch = model('gpt2', 'replace', 'foreign')
+  found = read_prompt(module.clone(llm_layer=0), params, batch)
+  x = params['llm']['token_embedder']['embedding'][
+    batch['encoder_input_tokens']
+  ]
+  norm = params['llm']['encoder']['final_norm']['scale']
+  mean = np.mean(np.square(x), axis=-1, keepdims=True)
+  helpers.assert_close(found, x / np.sqrt(mean + 1e-6) * norm)
+
+
+@pytest.mark.parametrize('layer', [-1, 4, True, 'last'])
+def test_a_layer_that_is_not_there_is_refused(layer):
+  with pytest.raises(ValueError, match='LLM_LAYER=.* 0 .* to 3 .* or None'):
+    l2s.check_layer(layer, helpers.LLM)
+
+
+@pytest.mark.parametrize('layer', [None, 2, l2s.MIX])
+def test_the_llm_has_a_gradient_where_it_is_trained_and_else_none(layer):
+  module = helpers.llm_to_slm('gpt2', 'add', 'foreign').clone(llm_layer=layer)
+  params, batch = helpers.random_params(module), helpers.batch_for(module)
+
+  @functools.partial(jax.jit, static_argnames='module')
+  def gradient(module, params):
+    def loss(params):
+      embeddings, _ = module.apply(
+        {'params': params}, batch, method='encode_prompt'
+      )
+      return jnp.square(embeddings).sum()
+
+    return jax.grad(loss)(params)
+
+  held = gradient(module, params)
+  trained = gradient(module.clone(train_llm=True), params)
+  for leaf in jax.tree.leaves(held['llm']):
+    assert not np.any(leaf)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(trained['llm']):
+    # Layers behind the one that is read have no part; all others have one.
+    parts = leaf[:layer] if layer == 2 and path[1].key == 'layers' else leaf
+    assert np.all(
+      np.any(np.asarray(parts).reshape(len(parts), -1), axis=-1)
+    ) or (path[0].key == 'token_embedder' or path[1].key != 'layers'), path
+    assert np.any(leaf), path
+  for name in set(params) - {'llm', 'slm'}:
+    helpers.assert_trees_equal(
+      jax.tree.map(np.shape, held[name]), jax.tree.map(np.shape, trained[name])
+    )
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(held[name]))

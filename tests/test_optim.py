@@ -246,6 +246,52 @@ def test_what_has_the_rate_0_keeps_its_bits_and_has_no_part(make):
   assert shapes[0] == shapes[1]
 
 
+@pytest.mark.parametrize('make', OPTIMIZERS)
+def test_what_waits_for_the_projector_begins_as_at_a_first_step(make):
+  """And the projector does not notice."""
+  params = {
+    'projector': {'bias': jnp.full(3, 2.0)},
+    'slm': {'kernel': jnp.full(3, 2.0)},
+  }
+  axes = jax.tree.map(lambda x: PartitionSpec('embed'), params)
+  generator = np.random.default_rng(0)
+  gradients = [
+    jax.tree.map(
+      lambda x: jnp.asarray(generator.normal(size=3), jnp.float32), params
+    )
+    for _ in range(5)
+  ]
+  schedule = optim.learning_rate_schedule(0.1, 'rsqrt_decay')
+
+  def run(optimizer, gradients, names):
+    tree = {name: params[name] for name in names}
+    transform = optimizer.make({name: axes[name] for name in names})
+    state = transform.init(tree)
+    for gradient in gradients:
+      updates, state = transform.update(
+        {name: gradient[name] for name in names}, state, tree
+      )
+      tree = optax.apply_updates(tree, updates)
+    return tree
+
+  options = dict(max_grad_norm=None)
+  found = run(
+    make(schedule, projector_steps=2, **options), gradients, params.keys()
+  )
+  alone = run(make(schedule, **options), gradients, ['projector'])
+  later = run(
+    make(lambda step: schedule(step + 2), **options), gradients[2:], ['slm']
+  )
+  jax.tree.map(np.testing.assert_array_equal, found, alone | later)
+
+
+def test_a_model_without_projector_has_no_projector_steps():
+  with pytest.raises(ValueError, match='PROJECTOR_STEPS=3: .* Set it to 0'):
+    optim.adamw(projector_steps=3).make(AXES)
+  with pytest.raises(ValueError, match='PROJECTOR_STEPS=-1: expected a number'):
+    optim.adamw(projector_steps=-1)
+
+
 @pytest.mark.parametrize(
   'by_path, message',
   [
@@ -285,11 +331,12 @@ def test_descriptions_tell_optimizers_apart():
     optim.adamw(
       learning_rate_by_path={'norm/scale': 1.0, 'norm/.*': 0.0}
     ).description,
+    optim.adamw(projector_steps=5).description,
     optim.adafactor().description,
     optim.adafactor(min_dim_size_to_factor=1).description,
     optim.lion().description,
   ]
-  assert len({json.dumps(d, sort_keys=True) for d in descriptions}) == 7
+  assert len({json.dumps(d, sort_keys=True) for d in descriptions}) == 8
 
 
 @pytest.fixture

@@ -150,6 +150,9 @@ def test_what_comes_from_weights_is_not_initialised_first(tmp_path):
     loaded['slm'], traverse_util.unflatten_dict(source.arrays)
   )
 
+  def is_projectors(path):
+    return path.startswith('projector/')
+
   def initialise(only):
     return jax.jit(
       lambda key: partitioning.unbox(parameters.init(system, key, only))[
@@ -158,12 +161,12 @@ def test_what_comes_from_weights_is_not_initialised_first(tmp_path):
     )
 
   key = jax.random.key(0)
-  memory = initialise(['projector']).lower(key).compile().memory_analysis()
+  memory = initialise(is_projectors).lower(key).compile().memory_analysis()
   size = memory.temp_size_in_bytes + memory.output_size_in_bytes
   assert 0 < size < sum(x.nbytes for x in source.arrays.values()) / 4
   # Alone, the projector begins as it does beside a fresh SLM.
   helpers.assert_trees_equal(
-    initialise(['projector'])(key)['projector'],
+    initialise(is_projectors)(key)['projector'],
     initialise(None)(key)['projector'],
   )
   state = resuming.restore_or_create(

@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import pathlib
+import re
 
 import helpers
 import jax
@@ -210,6 +211,53 @@ def test_no_gradient_of_the_llm_is_computed(plain):
   # Were it trained, all of them would.
   assert kernels <= program(())
   assert kernels.isdisjoint(program(('llm',)))
+
+
+def test_what_is_not_trained_has_no_gradient_and_keeps_its_bits(plain):
+  """The SLM, where its rate is 0 and while the projector is alone."""
+  module, batch = plain
+  by_rate = optim.adamw(0.1, learning_rate_by_path={'slm/.*': 0.0})
+  waiting = optim.adamw(0.1, weight_decay=0.1, projector_steps=2)
+  # Gradients of the SLM's MLP and of its embedding table.
+  of_slm = {'16,32', '32,16', '264,16'}
+  for optimizer, step_number, is_held in (
+    (by_rate, 9, True),
+    (waiting, 1, True),
+    (waiting, 2, False),
+  ):
+    transform = optimizer.make(axes_of(module))
+    frozen, state = start(module, optimizer=transform)
+    take = train_step.StepSettings(1, 0.0, 0.0).make(
+      module, transform, trained_at(optimizer, step_number)
+    )
+    compiled = jax.jit(take).lower(state, frozen, batch).compile()
+    products = re.findall(
+      r'= f32\[([\d,]*)\]\S* dot\(', compiled.as_text() or ''
+    )
+    assert of_slm.isdisjoint(products) == is_held
+    assert is_held or of_slm <= set(products)
+    before = jax.tree.map(np.array, state.trainable)
+    state, sums = compiled(state, frozen, batch)
+    if is_held:
+      helpers.assert_trees_equal(state.trainable['slm'], before['slm'])
+    for name in ('projector', 'prompt_embedder'):
+      for a, b in zip(
+        jax.tree.leaves(before[name]),
+        jax.tree.leaves(state.trainable[name]),
+        strict=True,
+      ):
+        assert not np.array_equal(a, b)
+    assert sums['grad_norm'] > 0
+
+
+def trained_at(optimizer, step_number):
+  return lambda path: optimizer.is_trained(path, step_number)
+
+
+def axes_of(module):
+  """Returns axes of what is trained, as optimizers take them."""
+  _, trainable = parameters.split(helpers.param_shapes(module), ('llm',))
+  return jax.tree.map(lambda _: jax.sharding.PartitionSpec(), trainable)
 
 
 def test_dropout_differs_by_step_and_key_and_by_nothing_else(dropping):

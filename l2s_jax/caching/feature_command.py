@@ -38,6 +38,12 @@ def check(model: Any, lengths: Mapping[str, int], dtype: str) -> None:
       'frozen LLM reads. Add --gin_file=gin_configs/models/llm_to_slm.gin and '
       'LLM_PATH, or leave --features out.'
     )
+  if model.module.train_llm or model.module.llm_layer == l2s.MIX:
+    raise ValueError(
+      '--features: what changes in training cannot be kept: an LLM that is '
+      "trained (TRAIN_LLM), or a mix of layers (LLM_LAYER='mix'). Set them to "
+      'False, and to one layer; or leave --features out.'
+    )
   if 'inputs' not in lengths:
     raise ValueError(
       "--features: TASK_FEATURE_LENGTHS has no 'inputs', the tokens to which "

@@ -21,8 +21,6 @@ from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import run_format
 
 PLAN = 'features_plan.json'
-# Of the encoder as it ends, its final norm included.
-_LAYER = 'last'
 _REMEDY = (
   f'remove {PLAN}, {feature_format.FILE} and all *{feature_format.KIND}.* '
   'files of the cache'
@@ -44,12 +42,13 @@ def make_plan(
     prompt_length: tokens to which prompts are cut.
   """
   assert isinstance(system.module, l2s.LlmToSlm)
+  layer = system.module.llm_layer
   return {
     **run_format.stamp(),
     'key': {
       'llm_fingerprint': system.llm_fingerprint,
       'llm_dtype': system.frozen_dtype,
-      'layer': _LAYER,
+      'layer': feature_format.LAST if layer is None else layer,
       'tokens': cache.digest,
     },
     'dtype': dtype,

@@ -20,6 +20,7 @@ from l2s_jax.evaluation import controls as controls_lib
 from l2s_jax.evaluation import metric_writer, report, scoring
 from l2s_jax.inference import generate, sampling
 from l2s_jax.metrics import length_bins as length_bins_lib
+from l2s_jax.models import l2s
 from l2s_jax.runtime import distributed, files, gin_config, locks, partitioning
 from l2s_jax.systems import as_it_came, parameters
 from l2s_jax.systems import session as session_lib
@@ -339,7 +340,9 @@ def _choose_steps(run_dir: str, steps: Any) -> list[int]:
 
 def _check_controls(controls: Sequence[str], system: system_lib.System) -> None:
   """Refuses controls that are unknown, or not of this system."""
-  allowed = scoring.CONTROLS[: None if system.frozen else 1]
+  allowed = scoring.CONTROLS[
+    : None if isinstance(system.module, l2s.LlmToSlm) else 1
+  ]
   if isinstance(controls, str) or not set(controls) <= set(allowed):
     raise ValueError(
       f'EVAL_CONTROLS={controls!r}: expected a tuple of any of '

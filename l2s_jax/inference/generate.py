@@ -289,6 +289,12 @@ def for_decoding(
       'a language model alone. Set it to 0, or CHECKPOINT_PATH to an '
       'LLM-to-SLM run.'
     )
+  if module.train_llm or module.llm_layer is not None:
+    raise ValueError(
+      f"{drafts}: the LLM's decoder, which verifies drafts, reads its last "
+      'states as they came, and this run has trained the LLM (TRAIN_LLM) or '
+      'takes another layer (LLM_LAYER). Set it to 0.'
+    )
   llm = module.llm_config
   if not (llm.is_encoder_decoder and llm.has_decoder):
     kind = 'an encoder alone' if llm.is_encoder_decoder else 'decoder-only'

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from l2s_jax.models import config as config_lib
+from l2s_jax.models import l2s
 from l2s_jax.models import shapes as shapes_lib
 from l2s_jax.runtime import files
 from l2s_jax.vocabularies import base
@@ -32,6 +33,8 @@ _PROJECTOR = {
   ('projector', 'wo', 'bias'): 'projector.2.bias',
   ('prompt_embedder', 'kernel'): 'prompt_embedder.weight',
   ('prompt_embedder', 'bias'): 'prompt_embedder.bias',
+  ('layer_mix', 'weights'): 'layer_mix.weights',
+  ('layer_mix', 'scale'): 'layer_mix.scale',
 }
 
 
@@ -176,6 +179,12 @@ def save_run(
     folder: gets `projector.safetensors` and a config.json that says how LLM,
       projector and SLM fit together.
   """
+  if run.description['train_llm']:
+    raise ValueError(
+      f'{run.location} has trained its LLM (TRAIN_LLM), which has no place in '
+      'the folder of a projector and an SLM beside an LLM as it came. Its SLM '
+      'alone is read where the run is named as SLM_PATH.'
+    )
   others = run.read_others()
   tensors = {
     _PROJECTOR[path]: array.T if path[-1] == 'kernel' else array
@@ -189,6 +198,19 @@ def save_run(
     folder, shapes, lambda name: [tensors[name]], stem=PROJECTOR
   )
   files.write_json(folder / huggingface.CONFIG, _how_it_fits(source, run))
+
+
+def _what_is_read(layer: int | str | None) -> str:
+  if layer is None:
+    return "H, the last hidden states of the LLM's encoder"
+  norm = "through the norm behind the LLM's last layer"
+  if layer == l2s.MIX:
+    return (
+      'H, layer_mix.scale times a mean of the hidden states of the embeddings '
+      f'and of all layers of the LLM, each {norm}, with the shares '
+      'softmax(layer_mix.weights)'
+    )
+  return f'H, the hidden states after layer {layer} of the LLM, {norm}'
 
 
 def _how_it_fits(source: source_lib.Source, run: runs.Run) -> dict[str, Any]:
@@ -214,7 +236,7 @@ def _how_it_fits(source: source_lib.Source, run: runs.Run) -> dict[str, Any]:
     'projector': {
       'file': f'{PROJECTOR}.safetensors',
       'layers': ['Linear', 'ReLU', 'Linear'],
-      'reads': "H, the last hidden states of the LLM's encoder",
+      'reads': _what_is_read(description['llm_layer']),
       'gives': 'Z',
     },
     'slm': {

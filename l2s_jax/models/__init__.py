@@ -15,6 +15,7 @@ __all__ = (
   'flops',
   'l2s',
   'language_model',
+  'lora',
   'losses',
   'positions',
   'shapes',

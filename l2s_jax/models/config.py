@@ -121,6 +121,13 @@ class TransformerConfig:
     remat: what of a layer the backward pass computes again, in less memory:
       'none'; 'minimal', all but its products with kernels: attention, norms,
       activations and dropout; 'full', the layer. The names are T5X's.
+    lora_rank: of what is learned beside each of some kernels, which stay as
+      they are: two matrices of this rank, whose product is added (LoRA, Hu et
+      al. 2021, arXiv:2106.09685); 0 is none. The second begins as 0.
+    lora_alpha: that product is multiplied by lora_alpha / lora_rank.
+    lora_kernels: the names of the projections that have it: of 'query', 'key',
+      'value', 'out' (attention, cross-attention too), 'wi', 'wi_0', 'wi_1' and
+      'wo' (MLP).
     for_generation: parameters have the form in which
       `language_model.params_for_generation` gives them: each layer's apart
       (`layers_0`, ...), a tied head transposed.
@@ -175,12 +182,15 @@ class TransformerConfig:
   dtype: str = 'float32'
   scan_layers: bool = True
   remat: str = 'none'
+  lora_rank: int = 0
+  lora_alpha: float = 16.0
+  lora_kernels: Sequence[str] = ('query', 'value')
   for_generation: bool = False
   quantization: str = 'none'
 
   def __post_init__(self):
     # Gin and JSON give lists; the config is a hashable module field.
-    for field in ('mlp_activations', 'rope_scaling'):
+    for field in ('mlp_activations', 'rope_scaling', 'lora_kernels'):
       object.__setattr__(self, field, tuple(getattr(self, field)))
     for activation in self.mlp_activations:
       if activation not in ACTIVATIONS:
@@ -194,6 +204,16 @@ class TransformerConfig:
           f'TransformerConfig.{field}={getattr(self, field)}: it must be '
           'positive.'
         )
+    projections = ('query', 'key', 'value', 'out', 'wo', *self.mlp_inputs)
+    if self.lora_rank < 0 or (
+      self.lora_rank
+      and (not self.lora_kernels or set(self.lora_kernels) - set(projections))
+    ):
+      raise ValueError(
+        f'TransformerConfig.lora_rank={self.lora_rank} with lora_kernels='
+        f'{self.lora_kernels}: expected a rank from 0, and some of '
+        f'{projections}, which this model has.'
+      )
     if not 0 <= self.dropout_rate < 1:
       raise ValueError(
         f'TransformerConfig.dropout_rate={self.dropout_rate}: expected a '
@@ -275,6 +295,12 @@ class TransformerConfig:
         f'with rope_scaling_type={self.rope_scaling_type!r}, {expected_count} '
         'numbers.'
       )
+
+  @property
+  def mlp_inputs(self) -> tuple[str, ...]:
+    """The names of the projections into the MLP's hidden layer."""
+    count = len(self.mlp_activations)
+    return ('wi',) if count == 1 else tuple(f'wi_{i}' for i in range(count))
 
   @property
   def kv_heads(self) -> int:

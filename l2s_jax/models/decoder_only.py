@@ -38,11 +38,13 @@ class DecoderOnly(language_model.LanguageModel):
     )
 
   def encode(self, embeddings, segment_ids, *, deterministic):
+    decoder, embeddings, context = self.prompt_stack(embeddings, segment_ids)
+    return decoder(embeddings, context, deterministic=deterministic)
+
+  def prompt_stack(self, embeddings, segment_ids):
     length = embeddings.shape[1]
     self.check_lengths(length, 0)
-    return self._read(
-      embeddings, segment_ids > 0, length, deterministic=deterministic
-    )
+    return self.decoder, *self._whole(embeddings, segment_ids > 0, length)
 
   def logits(
     self, prompt_embeddings, prompt_segment_ids, batch, *, deterministic
@@ -54,9 +56,8 @@ class DecoderOnly(language_model.LanguageModel):
       [prompt_segment_ids > 0, batch['decoder_segment_ids'] > 0], axis=1
     )  # [batch, prompt + length]
     embeddings = jnp.concatenate([prompt_embeddings, answer], axis=1)
-    states = self._read(
-      embeddings, valid, prompt_length, deterministic=deterministic
-    )
+    embeddings, context = self._whole(embeddings, valid, prompt_length)
+    states = self.decoder(embeddings, context, deterministic=deterministic)
     return self.logits_dense(states[:, prompt_length:], self.token_embedder)
 
   def start(self, prompt_embeddings, prompt_segment_ids, *, num_slots):
@@ -86,24 +87,18 @@ class DecoderOnly(language_model.LanguageModel):
     valid = jnp.ones(tokens.shape, bool)
     return logits, cache_lib.append(cache, kv, valid, after=states)
 
-  def _read(
+  def _whole(
     self,
     embeddings: Float[Array, 'batch length embed'],
     valid: Bool[Array, 'batch length'],
     prefix: int,
-    *,
-    deterministic: bool,
-  ) -> Float[Array, 'batch length embed']:
-    """Returns the states of a whole sequence, without a cache."""
+  ) -> tuple[Float[Array, 'batch length embed'], transformer.Context]:
+    """Returns what layers are given of a whole sequence, without a cache."""
     token_positions = positions.count_tokens(valid)
     context = self.decoder.context(
       self._mask(valid, prefix), token_positions, token_positions
     )
-    return self.decoder(
-      self._add_positions(embeddings, token_positions),
-      context,
-      deterministic=deterministic,
-    )
+    return self._add_positions(embeddings, token_positions), context
 
   def _mask(
     self, valid: Bool[Array, 'batch length'], prefix: int

@@ -35,12 +35,16 @@ class EncoderDecoder(language_model.LanguageModel):
     return self.token_embedder(tokens)
 
   def encode(self, embeddings, segment_ids, *, deterministic):
+    encoder, embeddings, context = self.prompt_stack(embeddings, segment_ids)
+    states = encoder(embeddings, context, deterministic=deterministic)
+    return self.dropout(states, deterministic=deterministic)
+
+  def prompt_stack(self, embeddings, segment_ids):
     positions = _positions(embeddings.shape[1])
     context = self.encoder.context(
       attention.segment_mask(segment_ids, segment_ids), positions, positions
     )
-    states = self.encoder(embeddings, context, deterministic=deterministic)
-    return self.dropout(states, deterministic=deterministic)
+    return self.encoder, embeddings, context
 
   def logits(
     self, prompt_embeddings, prompt_segment_ids, batch, *, deterministic

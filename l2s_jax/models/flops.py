@@ -90,7 +90,7 @@ def prompt_flops(module: Module, length: Number) -> Number:
   if isinstance(module, l2s.DraftAndVerify):
     of_llm = _start_flops(module.llm_config, length)
   else:
-    of_llm = reading_flops(module.llm_config, length)
+    of_llm = _llm_flops(module, length)
   return (
     of_llm
     + 2 * length * _between(module)
@@ -122,7 +122,9 @@ def train_flops(
   )
   if not isinstance(module, l2s.LlmToSlm):
     return 3 * forward
-  reading = reading_flops(module.llm_config, prompt_length)
+  if module.train_llm:
+    return 3 * forward
+  reading = _llm_flops(module, prompt_length)
   return 3 * forward - (2 if llm_reads else 3) * reading
 
 
@@ -215,6 +217,14 @@ def reading_flops(
     stack, num_layers = 'decoder', config.num_decoder_layers
   kernels = _size(config, lambda p: p[0] == stack and p[-1] == 'kernel')
   return length * (2 * kernels + _attention_flops(config, num_layers, length))
+
+
+def _llm_flops(module: l2s.LlmToSlm, length: Number) -> Number:
+  """Returns the FLOPs of the layers that an LLM reads a prompt with."""
+  config, layer = module.llm_config, module.llm_layer
+  count = l2s.num_reading_layers(config)
+  read = layer if isinstance(layer, int) else count
+  return reading_flops(config, length) * read / count
 
 
 def _start_flops(

@@ -29,6 +29,8 @@ from l2s_jax.runtime import partitioning
 PyTree = Any
 
 INJECTIONS = ('add', 'replace')
+# As `llm_layer`: a mix of all layers, whose weights are learned.
+MIX = 'mix'
 # What of an encoder-decoder LLM's parameters encodes prompts.
 ENCODER = ('token_embedder', 'encoder')
 
@@ -58,6 +60,31 @@ def build_reader(
   if config.is_encoder_decoder:
     return encoder_decoder.EncoderDecoder(config, name=name)
   return decoder_only.DecoderOnly(config, name=name)
+
+
+def check_layer(
+  layer: int | str | None, llm_config: config_lib.TransformerConfig
+) -> None:
+  """Refuses a layer that the LLM does not have.
+
+  Raises:
+    ValueError: with what may be set.
+  """
+  count = num_reading_layers(llm_config)
+  if isinstance(layer, int) and not isinstance(layer, bool):
+    is_there = 0 <= layer <= count
+  else:
+    is_there = layer in (None, MIX)
+  if not is_there:
+    raise ValueError(
+      f'LLM_LAYER={layer!r}: expected a number of layers from 0 (the '
+      f"embeddings) to {count} (the LLM's last), {MIX!r}, or None for the last."
+    )
+
+
+def num_reading_layers(config: config_lib.TransformerConfig) -> int:
+  """Returns how many layers of a model read a prompt."""
+  return config.num_encoder_layers or config.num_decoder_layers
 
 
 def fuse(
@@ -100,6 +127,11 @@ class LlmToSlm(nn.Module):
       not, 'add' takes the LLM's input embeddings through a trained linear
       layer for the SLM's prompt embeddings.
     llm_rules: axis rules of the LLM, entered around its call alone.
+    llm_layer: H are the LLM's states after so many of its layers, 0 being its
+      embeddings; None is all of them. 'mix' is a learned mix, see `LayerMix`.
+      The states of every layer go through the LLM's final norm, which the
+      SLM's projector needs: what it norms grows from layer to layer.
+    train_llm: whether the LLM has gradients. It reads without dropout anyway.
   """
 
   llm_config: config_lib.TransformerConfig
@@ -107,8 +139,11 @@ class LlmToSlm(nn.Module):
   injection: str = 'add'
   shared_vocabulary: bool = True
   llm_rules: partitioning.Rules = partitioning.DEFAULT_RULES
+  llm_layer: int | str | None = None
+  train_llm: bool = False
 
   def setup(self):
+    check_layer(self.llm_layer, self.llm_config)
     if self.injection not in INJECTIONS:
       raise ValueError(
         f'INJECTION={self.injection!r} is not one of {INJECTIONS}.'
@@ -116,6 +151,8 @@ class LlmToSlm(nn.Module):
     self.llm = build_reader(self.llm_config)
     self.projector = Projector(self.llm_config.emb_dim, self.slm_config)
     self.slm = build(self.slm_config)
+    if self.llm_layer == MIX:
+      self.layer_mix = LayerMix(num_reading_layers(self.llm_config) + 1)
     if self.injection == 'add' and not self.shared_vocabulary:
       self.prompt_embedder = from_llm(self.llm_config.emb_dim, self.slm_config)
 
@@ -137,15 +174,17 @@ class LlmToSlm(nn.Module):
   ) -> tuple[
     Float[Array, 'batch llm_prompt llm_embed'], Int[Array, 'batch llm_prompt']
   ]:
-    """Returns the LLM's states and segment ids."""
+    """Returns H, the LLM's states, and segment ids."""
     segment_ids = batch.get('llm_segment_ids', batch['encoder_segment_ids'])
     if 'llm_states' in batch:
       return stored_states.restore(batch), segment_ids
     tokens = batch.get('llm_input_tokens', batch['encoder_input_tokens'])
     with partitioning.axis_rules(self.llm_rules):
-      llm_states = self.llm.encode(
-        self.llm.embed(tokens), segment_ids, deterministic=True
+      llm_states = self._of_llm(
+        self._read_layer(self.llm.embed(tokens), segment_ids)
       )
+    if self.llm_layer == MIX:
+      llm_states = self.layer_mix(llm_states)
     return llm_states, segment_ids
 
   def read_first_states(
@@ -157,13 +196,35 @@ class LlmToSlm(nn.Module):
         batch['encoder_input_tokens'], batch['encoder_segment_ids']
       )
 
+  def _read_layer(
+    self,
+    embeddings: Float[Array, 'batch llm_prompt llm_embed'],
+    segment_ids: Int[Array, 'batch llm_prompt'],
+  ) -> Float[Array, '*layers batch llm_prompt llm_embed']:
+    """Returns the LLM's states after the chosen layer; to mix, after each."""
+    count = num_reading_layers(self.llm_config)
+    if self.is_initializing() or self.llm_layer in (None, count):
+      states = self.llm.encode(embeddings, segment_ids, deterministic=True)
+      if self.llm_layer == MIX:
+        states = jnp.broadcast_to(states, (count + 1, *states.shape))
+      return states
+    stack, embeddings, context = self.llm.prompt_stack(embeddings, segment_ids)
+    if self.llm_layer == MIX:
+      return stack.all_states(embeddings, context)
+    assert isinstance(self.llm_layer, int)
+    return stack.states_after(embeddings, context, self.llm_layer)
+
+  def _of_llm(self, x: Float[Array, '...']) -> Float[Array, '...']:
+    """Lets a gradient pass to the LLM, or not."""
+    return x if self.train_llm else jax.lax.stop_gradient(x)
+
   def _project(
     self,
     llm_states: Float[Array, 'batch llm_prompt llm_embed'],
     llm_segment_ids: Int[Array, 'batch llm_prompt'],
     batch: language_model.Batch,
   ) -> tuple[Float[Array, 'batch prompt embed'], Int[Array, 'batch prompt']]:
-    projected = _pin(self.projector(jax.lax.stop_gradient(llm_states)))
+    projected = _pin(self.projector(llm_states))
     if 'llm_scale' in batch:
       projected *= batch['llm_scale'][:, None, None].astype(projected.dtype)
     if self.injection == 'replace':
@@ -182,7 +243,7 @@ class LlmToSlm(nn.Module):
     if self.shared_vocabulary:
       return self.slm.embed(tokens)
     with partitioning.axis_rules(self.llm_rules):
-      embeddings = jax.lax.stop_gradient(self.llm.embed(tokens))
+      embeddings = self._of_llm(self.llm.embed(tokens))
     return _pin(self.prompt_embedder(embeddings))
 
   def __call__(
@@ -253,6 +314,8 @@ def with_verifier(module: LlmToSlm) -> DraftAndVerify:
     module.injection,
     module.shared_vocabulary,
     module.llm_rules,
+    module.llm_layer,
+    module.train_llm,
   )
 
 
@@ -332,6 +395,33 @@ def decoder_params(params: PyTree) -> PyTree:
   return {'llm': llm, 'slm': params['slm']}
 
 
+class LayerMix(nn.Module):
+  """A mix of layers' states: softmax weights, one a layer, and a scale.
+
+  It begins as their mean.
+  Source: Peters et al. 2018 (arXiv:1802.05365), section 3.2.
+  """
+
+  num_layers: int
+
+  @nn.compact
+  def __call__(
+    self, states: Float[Array, 'layers batch length llm_embed']
+  ) -> Float[Array, 'batch length llm_embed']:
+    weights = self.param(
+      'weights',
+      nn.with_logical_partitioning(nn.initializers.zeros, (None,)),
+      (self.num_layers,),
+    )
+    scale = self.param(
+      'scale',
+      nn.with_logical_partitioning(nn.initializers.ones, (None,)),
+      (1,),
+    )
+    shares = (scale * nn.softmax(weights)).astype(states.dtype)
+    return jnp.tensordot(shares, states, 1)
+
+
 class Projector(nn.Module):
   """Linear, ReLU, Linear with biases: llm_embed -> embed -> embed.
 
@@ -377,4 +467,4 @@ def _scaled_by_fan_in(
   config: config_lib.TransformerConfig,
 ) -> config_lib.TransformerConfig:
   """These layers are new: an initial scale made for GPT-2's depth misleads."""
-  return dataclasses.replace(config, kernel_init_stddev=None)
+  return dataclasses.replace(config, kernel_init_stddev=None, lora_rank=0)

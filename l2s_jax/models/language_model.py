@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from l2s_jax.models import cache as cache_lib
 from l2s_jax.models import config as config_lib
+from l2s_jax.models import lora, transformer
 
 Batch = Mapping[str, jax.Array]
 PyTree = Any
@@ -25,8 +26,8 @@ PyTree = Any
 class LanguageModel(nn.Module):
   """A model that can write an answer to a prompt, alone.
 
-  Subclasses give `embed`, `encode`, `logits`, `start` and `extend`; the last
-  two take the parameters that `for_generation` makes.
+  Subclasses give `embed`, `encode`, `prompt_stack`, `logits`, `start` and
+  `extend`; the last two take the parameters that `for_generation` makes.
   """
 
   config: config_lib.TransformerConfig
@@ -60,6 +61,16 @@ class LanguageModel(nn.Module):
     deterministic: bool,
   ) -> Float[Array, 'batch length embed']:
     """Returns the last hidden states of the prompt, after the final norm."""
+    raise NotImplementedError
+
+  def prompt_stack(
+    self,
+    embeddings: Float[Array, 'batch length embed'],
+    segment_ids: Int[Array, 'batch length'],
+  ) -> tuple[
+    transformer.Stack, Float[Array, 'batch length embed'], transformer.Context
+  ]:
+    """Returns the layers that read prompts, and what they are given."""
     raise NotImplementedError
 
   def logits(
@@ -126,9 +137,9 @@ def params_for_generation(
 ) -> PyTree:
   """Returns a language model's parameters as generation reads them.
 
-  Each layer has arrays of its own, and a tied output head a transposed copy of
-  its embedding table. On CPU, where every token reads all weights, slices of
-  stacked layers would be copied first: 4 GB/s instead of 40.
+  LoRA is merged. Each layer has arrays of its own, and a tied output head a
+  transposed copy of its embedding table. On CPU, where every token reads all
+  weights, slices of stacked layers would be copied first: 4 GB/s instead of 40.
 
   Args:
     config: from `for_generation`.
@@ -136,6 +147,8 @@ def params_for_generation(
       changed is not copied.
     consume: whether to delete each array once it has been copied.
   """
+  if config.lora_rank:
+    params = lora.merge(params, config.lora_alpha)
   tied = config.logits_via_embedding and 'decoder' in params
   if tied:
     name = 'decoder_token_embedder'

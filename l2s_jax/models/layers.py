@@ -22,6 +22,9 @@ from l2s_jax.runtime import partitioning
 # What of a layer may be kept for the backward pass when the rest is not.
 PRODUCT = 'product with a kernel'
 
+# The two factors of what LoRA adds to the kernel beside them.
+LORA = ('lora_down', 'lora_up')
+
 _ACTIVATIONS = {
   'relu': nn.relu,
   'gelu': functools.partial(nn.gelu, approximate=True),
@@ -63,7 +66,10 @@ class Dense(nn.Module):
       nn.with_logical_partitioning(nn.initializers.normal(stddev), self.axes),
       (*self.inputs, *self.outputs),
     )
-    x = contract(x.astype(dtype), kernel, self.config)
+    inputs = x.astype(dtype)
+    x = contract(inputs, kernel, self.config)
+    if self.has_lora:
+      x += self._lora(inputs)
     if self.use_bias:
       bias = self.param(
         'bias',
@@ -74,6 +80,39 @@ class Dense(nn.Module):
       )
       x += bias.astype(dtype)
     return x
+
+  @property
+  def has_lora(self) -> bool:
+    """Whether there is something learned beside the kernel."""
+    config = self.config
+    # Generation reads it merged, see `language_model.params_for_generation`.
+    return (
+      config.lora_rank > 0
+      and not config.for_generation
+      and self.name in config.lora_kernels
+    )
+
+  def _lora(
+    self, x: Float[Array, 'batch length ...']
+  ) -> Float[Array, 'batch length ...']:
+    rank, num_inputs = self.config.lora_rank, len(self.inputs)
+    stddev = math.prod(self.inputs) ** -0.5
+    down = self.param(
+      LORA[0],
+      nn.with_logical_partitioning(
+        nn.initializers.normal(stddev), (*self.axes[:num_inputs], None)
+      ),
+      (*self.inputs, rank),
+    )
+    up = self.param(
+      LORA[1],
+      nn.with_logical_partitioning(
+        nn.initializers.zeros, (None, *self.axes[num_inputs:])
+      ),
+      (rank, *self.outputs),
+    )
+    hidden = contract(x, down, self.config)
+    return contract(hidden, up, self.config) * (self.config.lora_alpha / rank)
 
 
 def contract(

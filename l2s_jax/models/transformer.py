@@ -248,6 +248,54 @@ class Stack(nn.Module):
       new.append(kv)
     return self.final_norm(x), new
 
+  def states_after(
+    self,
+    embeddings: Float[Array, 'batch query embed'],
+    context: Context,
+    layer: int,
+  ) -> Float[Array, 'batch query embed']:
+    """Returns the states after so many layers; the others are not computed.
+
+    Whatever the layer, they go through the norm behind the last one.
+    """
+    x = self._begin(embeddings, deterministic=True)
+    if layer:
+      x = self._first_layers(x, context, layer)[-1]
+    return self.final_norm(x)
+
+  def all_states(
+    self, embeddings: Float[Array, 'batch query embed'], context: Context
+  ) -> Float[Array, 'layers batch query embed']:
+    """Returns the embeddings and the states after each layer.
+
+    All of them go through the norm behind the last one.
+    """
+    x = self._begin(embeddings, deterministic=True)
+    after = self._first_layers(x, context, self.num_layers)
+    return self.final_norm(jnp.concatenate([x[None], after]))
+
+  def _first_layers(self, x, context, num_layers):
+    """Returns the states after each of the first layers."""
+    if self.config.for_generation:
+      after = []
+      for i, layer in enumerate(self.layers[:num_layers]):
+        x, _ = layer(x, i, None, None, context, True)
+        after.append(x)
+      return jnp.stack(after)
+    block = Block(self.config, self.has_cross_attention, parent=None)
+    stacked = self.layers.variables['params']
+
+    def read(x, i):
+      # Looked up where they are: a slice of the stack would be a copy of it.
+      params = jax.tree.map(
+        lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), stacked
+      )
+      x, _ = block.apply({'params': params}, x, i, None, None, context, True)
+      return x, x
+
+    unroll = 1 if self.config.scan_layers else num_layers
+    return jax.lax.scan(read, x, jnp.arange(num_layers), unroll=unroll)[1]
+
   def _begin(self, embeddings, *, deterministic):
     x = self.dropout(embeddings, deterministic=deterministic)
     return nn.with_logical_constraint(x, ('batch', 'length', 'embed'))

@@ -265,11 +265,18 @@ def _of_run(
   if given[SLM].path is not None or given[SLM].config is not None:
     alone = _model(SLM, given[SLM], dtype, seed)
   models = {LLM: llm, SLM: alone}
+  if description['train_llm']:
+    raise ValueError(
+      f'CHECKPOINT_PATH={run.location}: this run has trained its LLM '
+      '(TRAIN_LLM), and benchmark compares with one that came as it is. Name a '
+      'run with a frozen LLM.'
+    )
   module = l2s.LlmToSlm(
     llm.config,
     slm.config,
     description['injection'],
     description['shared_vocabulary'],
+    llm_layer=description['llm_layer'],
   )
   others = run.read_others()
   fingerprint = description['llm_fingerprint']

@@ -2,6 +2,7 @@
 """Builds systems from what gin names: LLM-to-SLM and the two baselines."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import gin
@@ -63,6 +64,11 @@ def llm_to_slm_system(
   dtype: str | None = None,
   llm_dtype: str = 'float32',
   remat: str | None = None,
+  llm_layer: int | str | None = None,
+  train_llm: bool = False,
+  lora_rank: int = 0,
+  lora_alpha: float = 16.0,
+  lora_kernels: Sequence[str] = ('query', 'value'),
 ) -> system_lib.System:
   """Returns a frozen LLM's encoder, a projector, and the SLM that writes.
 
@@ -74,11 +80,20 @@ def llm_to_slm_system(
     dtype: of the SLM's activations, 'float32' or 'bfloat16'; None keeps the
       config's. Trained parameters are float32.
     llm_dtype: in which the LLM is held and run: 'float32' or 'bfloat16'.
-    remat: what of the SLM is computed again backwards, see
-      `TransformerConfig`; None keeps the config's.
+    remat: what of the SLM (and of an LLM that is trained) is computed again
+      backwards, see `TransformerConfig`; None keeps the config's.
+    llm_layer: the SLM is given the LLM's states after so many of its layers,
+      see `LlmToSlm`; None is the last, 'mix' a learned mix of all.
+    train_llm: whether what of the LLM encodes is trained, too. It is then
+      held in float32, and stored in every checkpoint.
+    lora_rank: above 0, of the SLM LoRA alone is trained, see
+      `TransformerConfig`; what is read of the run has it merged.
+    lora_alpha: the same.
+    lora_kernels: the same.
 
   Raises:
-    ValueError: if the LLM has no weights, or a vocabulary does not fit.
+    ValueError: if the LLM has no weights or not the layer, or a vocabulary
+      does not fit.
   """
   if llm.path is None:
     raise ValueError(
@@ -88,7 +103,17 @@ def llm_to_slm_system(
   if injection not in l2s.INJECTIONS:
     raise ValueError(f'INJECTION={injection!r} is not one of {l2s.INJECTIONS}.')
   llm_config = dataclasses.replace(llm.load_config(), dtype=llm_dtype)
+  l2s.check_layer(llm_layer, llm_config)
+  if train_llm:
+    llm_config = _with_runtime(llm_config, None, None, remat)
   slm_config = _with_runtime(slm.load_config(), dropout_rate, dtype, remat)
+  if lora_rank:
+    slm_config = dataclasses.replace(
+      slm_config,
+      lora_rank=lora_rank,
+      lora_alpha=lora_alpha,
+      lora_kernels=lora_kernels,
+    )
   llm_vocabulary, slm_vocabulary = (
     llm.load_vocabulary().for_table(llm_config.vocab_size),
     slm.load_vocabulary().for_table(slm_config.vocab_size),
@@ -102,6 +127,11 @@ def llm_to_slm_system(
     shared=loading.share_ids(llm_vocabulary, slm_vocabulary),
     sources={'llm': llm.path} | ({'slm': slm.path} if slm.path else {}),
     llm_dtype=llm_dtype,
+    # The same run, however its layer is named.
+    llm_layer=None
+    if llm_layer == l2s.num_reading_layers(llm_config)
+    else llm_layer,
+    train_llm=train_llm,
   )
 
 
@@ -117,16 +147,25 @@ def assemble(
   llm_dtype: str,
   llm_step: int | None = None,
   llm_fingerprint: str | None = None,
+  llm_layer: int | str | None = None,
+  train_llm: bool = False,
 ) -> system_lib.System:
   l2s.build(slm_config)  # Refuses an SLM that cannot write.
   if shared:  # The SLM looks the prompt up too.
     llm_vocabulary = llm_vocabulary.for_table(slm_config.vocab_size)
   return system_lib.System(
-    module=l2s.LlmToSlm(llm_config, slm_config, injection, shared),
+    module=l2s.LlmToSlm(
+      llm_config,
+      slm_config,
+      injection,
+      shared,
+      llm_layer=llm_layer,
+      train_llm=train_llm,
+    ),
     prompt_vocabulary=llm_vocabulary,
     answer_vocabulary=slm_vocabulary,
     sources=sources,
-    frozen=('llm',),
+    frozen=() if train_llm else ('llm',),
     frozen_dtype=llm_dtype,
     llm_step=llm_step,
     llm_fingerprint=llm_fingerprint,

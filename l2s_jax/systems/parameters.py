@@ -4,13 +4,14 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
-from l2s_jax.models import l2s
+from l2s_jax.models import l2s, lora
 from l2s_jax.models import shapes as shapes_lib
 from l2s_jax.runtime import distributed, partitioning
 from l2s_jax.systems import as_it_came
@@ -31,7 +32,9 @@ class Layout:
 
 
 def init(
-  system: system_lib.System, key: jax.Array, only: Collection[str] | None = None
+  system: system_lib.System,
+  key: jax.Array,
+  only: Callable[[str], bool] | None = None,
 ) -> PyTree:
   """Returns fresh boxed parameters, {'params': ...}. To be called in jit.
 
@@ -41,8 +44,8 @@ def init(
   Args:
     system: the system.
     key: PRNG key.
-    only: top-level names of those to return; the compiler leaves out what the
-      others would take. None returns all.
+    only: by path, whether to return a parameter; the compiler leaves out what
+      the others would take. None returns all.
   """
   batch = {
     name: jnp.ones(shape.shape, shape.dtype)
@@ -53,9 +56,7 @@ def init(
   if name is not None:
     whole = writer.init(key, batch, deterministic=True)
     params = {**params, name: whole['params']}
-  if only is not None:
-    params = {name: params[name] for name in only}
-  return {'params': params}
+  return {'params': split_by_path(params, only)[0]}
 
 
 def layout(
@@ -200,13 +201,18 @@ def load_pretrained(
     if name in system.frozen:
       continue
     source = opening.open_source(path)
-    if name:
-      loaded[name], _ = source_lib.load(
-        source, layout.shapes[name], layout.shardings[name]
-      )
-    else:
-      loaded, _ = source_lib.load(source, layout.shapes, layout.shardings)
+    # LoRA has been merged in what weights hold, and begins anew.
+    shapes, shardings = (
+      split_by_path(tree[name] if name else tree, _is_of_weights)[0]
+      for tree in (layout.shapes, layout.shardings)
+    )
+    params, _ = source_lib.load(source, shapes, shardings)
+    loaded |= {name: params} if name else params
   return loaded
+
+
+def _is_of_weights(path: str) -> bool:
+  return not lora.is_learned(path)
 
 
 def load_params(
@@ -251,6 +257,26 @@ def split(
     {name: tree for name, tree in params.items() if name in frozen},
     {name: tree for name, tree in params.items() if name not in frozen},
   )
+
+
+def split_by_path(
+  params: Mapping[str, PyTree], is_first: Callable[[str], bool] | None
+) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+  """Splits parameters by their paths, which `merge` joins again.
+
+  Args:
+    params: a tree of dicts.
+    is_first: whether a path, with '/' between its keys, is of the first part;
+      None: all are.
+  """
+  if is_first is None:
+    return dict(params), {}
+  flat = traverse_util.flatten_dict(params)
+  parts: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})
+  for path, leaf in flat.items():
+    parts[0 if is_first('/'.join(path)) else 1][path] = leaf
+  first, second = map(traverse_util.unflatten_dict, parts)
+  return first, second
 
 
 def merge(*trees: Mapping[str, PyTree]) -> dict[str, PyTree]:
@@ -312,7 +338,7 @@ def summary(
     mesh: the device mesh.
     optimizer_bytes: of the optimizer's state on a device; None: none is made.
   """
-  frozen, trainable = split(layout.shapes, system.frozen)
+  num_frozen = num_trainable = 0
   axes = ', '.join(f'{name}={size}' for name, size in mesh.shape.items())
   prompt, answer = system.prompt_vocabulary, system.answer_vocabulary
   lines = [
@@ -326,14 +352,17 @@ def summary(
   shardings = jax.tree.leaves(layout.shardings)
   for (path, shape), sharding in zip(leaves, shardings, strict=True):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
-    state = 'frozen' if path[0].key in system.frozen else 'trainable'
+    if path[0].key in system.frozen or not system.is_trained(name):
+      state, num_frozen = 'frozen', num_frozen + shape.size
+    else:
+      state, num_trainable = 'trainable', num_trainable + shape.size
     lines.append(
       f'  {name}: {shape.dtype}{list(shape.shape)} {state} {sharding.spec}'
     )
   param_bytes = partitioning.bytes_per_device(layout.shapes, layout.shardings)
   lines += [
-    f'frozen parameters: {num_params(frozen):,}',
-    f'trainable parameters: {num_params(trainable):,}',
+    f'frozen parameters: {num_frozen:,}',
+    f'trainable parameters: {num_trainable:,}',
     f'bytes per device: parameters {param_bytes:,}',
   ]
   if optimizer_bytes is not None:

@@ -105,6 +105,8 @@ def load(
     llm_dtype=description['frozen_dtype'],
     llm_step=description['llm_step'],
     llm_fingerprint=description['llm_fingerprint'],
+    llm_layer=description['llm_layer'],
+    train_llm=description['train_llm'],
   )
 
 

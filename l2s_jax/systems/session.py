@@ -144,7 +144,20 @@ def with_cached_states(
       'this is a language model alone, which reads prompts itself. Set it to '
       'False.'
     )
-  width = system.module.llm_config.emb_dim
+  module = system.module
+  if module.train_llm:
+    raise ValueError(
+      f'USE_FEATURES=True: {features.folder} has the states of a frozen LLM, '
+      'and this one is to be trained. Set it, or TRAIN_LLM, to False.'
+    )
+  if module.llm_layer != features.layer:
+    raise ValueError(
+      f'{features.folder} has the states of {_layer(features.layer)} of the '
+      f'LLM, and LLM_LAYER={module.llm_layer!r} asks for '
+      f'{_layer(module.llm_layer)}. Set it to {features.layer!r}, cache the '
+      'features of the other in another CACHE_DIR, or set USE_FEATURES=False.'
+    )
+  width = module.llm_config.emb_dim
   if features.width != width:
     raise ValueError(
       f'{features.folder} has the states of another LLM than '
@@ -153,9 +166,18 @@ def with_cached_states(
       'USE_FEATURES=False.'
     )
   states = system_lib.CachedStates(
-    str(features.folder), features.dtype, features.llm_fingerprint
+    str(features.folder),
+    features.dtype,
+    features.llm_fingerprint,
+    features.layer,
   )
   return dataclasses.replace(system, cached_states=states)
+
+
+def _layer(layer: int | str | None) -> str:
+  if layer is None:
+    return 'the last layer'
+  return 'a mix of all layers' if layer == l2s.MIX else f'layer {layer}'
 
 
 def _check_states(
@@ -176,6 +198,16 @@ def _check_states(
       'the place of the LLM, which is not in memory, and of this task there '
       'are none. Cache it with --features and name the cache, or set '
       'USE_FEATURES=False.'
+    )
+  if (
+    states is not None
+    and features is not None
+    and states.layer != features.layer
+  ):
+    raise ValueError(
+      f'{label}={mixture_or_task_name}: {features.folder} has the states of '
+      f'{_layer(features.layer)} of the LLM, {states.location} those of '
+      f'{_layer(states.layer)}. Cache both with the same LLM_LAYER.'
     )
   if (
     states is not None

@@ -12,7 +12,13 @@ from typing import Any
 import gin
 import jax
 
-from l2s_jax.models import batch_keys, l2s, language_model, stored_states
+from l2s_jax.models import (
+  batch_keys,
+  l2s,
+  language_model,
+  lora,
+  stored_states,
+)
 from l2s_jax.models import config as config_lib
 from l2s_jax.vocabularies import base, loading
 from l2s_jax.weights import hub, opening, own_tokenizer, run_format
@@ -101,11 +107,13 @@ class CachedStates:
     location: where they are, for errors.
     dtype: one of `stored_states.DTYPES`.
     llm_fingerprint: of the LLM that has made them.
+    layer: of the LLM, as `LlmToSlm.llm_layer`; None is the last.
   """
 
   location: str
   dtype: str
   llm_fingerprint: str
+  layer: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +169,21 @@ class System:
       )
     return shapes
 
+  @property
+  def has_lora(self) -> bool:
+    """Whether of the model that writes LoRA alone is trained."""
+    return l2s.writer(self.module)[0].config.lora_rank > 0
+
+  def is_trained(self, path: str) -> bool:
+    """Returns whether a parameter that may be trained is; LoRA holds a model.
+
+    Args:
+      path: with '/' between its keys.
+    """
+    name = l2s.writer(self.module)[1]
+    is_writers = name is None or path.startswith(f'{name}/')
+    return not (self.has_lora and is_writers) or lora.is_learned(path)
+
   def describe(self) -> dict[str, Any]:
     """Returns what `model.json` holds."""
     description = run_format.stamp()
@@ -175,6 +198,8 @@ class System:
         'llm_step': self.llm_step,
         'llm_fingerprint': self.llm_fingerprint,
         'frozen_dtype': self.frozen_dtype,
+        'llm_layer': self.module.llm_layer,
+        'train_llm': self.module.train_llm,
       }
     else:
       description |= {

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import gin
 import jax
@@ -33,11 +33,22 @@ class Optimizer:
     schedule: from the number of updates done to the rate of the next one.
     description: for JSON: the name, and what else decides what the slots hold.
       Slots are of no use under another description.
+    is_trained: from a parameter's path and the number of steps done to whether
+      the next step trains it. What it does not train needs no gradient: it may
+      be anything, and `make`'s updates of it are 0.
+    projector_steps: steps from the first in which the projector is trained
+      alone.
   """
 
   make: Callable[[PyTree], optax.GradientTransformation]
   schedule: optax.Schedule
   description: dict[str, Any]
+  is_trained: Callable[[str, int], bool]
+  projector_steps: int = 0
+
+  def phases(self) -> tuple[int, ...]:
+    """Returns the steps from which on other parameters are trained."""
+    return (0, self.projector_steps) if self.projector_steps else (0,)
 
 
 @gin.configurable(module='l2s_jax')
@@ -169,6 +180,7 @@ def adamw(
   weight_decay: float = 0.0,
   max_grad_norm: float | None = 1.0,
   learning_rate_by_path: Mapping[str, float] | None = None,
+  projector_steps: int = 0,
 ) -> Optimizer:
   """Returns AdamW (Loshchilov and Hutter, arXiv:1711.05101).
 
@@ -183,13 +195,17 @@ def adamw(
       None never does.
     learning_rate_by_path: by regular expression of a parameter's whole path,
       what its learning rate is multiplied by; the first that matches counts,
-      and 1 where none does. What has 0 is left as it is, and needs no slots:
-      {'slm/.*': 0.0, 'projector/.*': 3.0}.
+      and 1 where none does. What has 0 is left as it is, and has neither slots
+      nor gradients: {'slm/.*': 0.0} trains the projector alone.
+    projector_steps: so many steps train the projector (and the layer of
+      prompt embeddings, if any) alone; from then on all is trained, at the
+      schedule's rate of that step. Until then SLM and LLM have no gradients.
   """
   return _optimizer(
     lambda axes: optax.scale_by_adam(b1, b2, epsilon),
     learning_rate,
     learning_rate_by_path,
+    projector_steps,
     max_grad_norm,
     weight_decay,
     {'name': 'adamw', 'b1': b1, 'b2': b2},
@@ -206,6 +222,7 @@ def adafactor(
   weight_decay: float = 0.0,
   max_grad_norm: float | None = None,
   learning_rate_by_path: Mapping[str, float] | None = None,
+  projector_steps: int = 0,
 ) -> Optimizer:
   """Returns Adafactor as T5X has it, without momentum; see `adafactor.py`.
 
@@ -225,6 +242,7 @@ def adafactor(
       parameters, and not multiplied by the learning rate.
     max_grad_norm: as in `adamw`.
     learning_rate_by_path: as in `adamw`.
+    projector_steps: as in `adamw`.
   """
   return _optimizer(
     lambda axes: adafactor_lib.scale_by_adafactor(
@@ -236,6 +254,7 @@ def adafactor(
     ),
     learning_rate,
     learning_rate_by_path,
+    projector_steps,
     max_grad_norm,
     weight_decay,
     {
@@ -254,6 +273,7 @@ def lion(
   weight_decay: float = 0.0,
   max_grad_norm: float | None = 1.0,
   learning_rate_by_path: Mapping[str, float] | None = None,
+  projector_steps: int = 0,
 ) -> Optimizer:
   """Returns Lion (Chen et al., arXiv:2302.06675).
 
@@ -267,11 +287,13 @@ def lion(
     weight_decay: as in `adamw`.
     max_grad_norm: as in `adamw`.
     learning_rate_by_path: as in `adamw`.
+    projector_steps: as in `adamw`.
   """
   return _optimizer(
     lambda axes: optax.scale_by_lion(b1, b2),
     learning_rate,
     learning_rate_by_path,
+    projector_steps,
     max_grad_norm,
     weight_decay,
     {'name': 'lion', 'b1': b1, 'b2': b2},
@@ -282,6 +304,7 @@ def _optimizer(
   direction: Callable[[PyTree], optax.GradientTransformation],
   learning_rate: float | optax.Schedule,
   learning_rate_by_path: Mapping[str, float] | None,
+  projector_steps: int,
   max_grad_norm: float | None,
   weight_decay: float,
   description: dict[str, Any],
@@ -317,19 +340,38 @@ def _optimizer(
   has_frozen = 0 in by_path.values()
   if has_frozen:  # The slots are of the rest alone.
     description = description | {'is_trained_by_path': is_trained}
+  if not isinstance(projector_steps, int) or projector_steps < 0:
+    raise ValueError(
+      f'PROJECTOR_STEPS={projector_steps!r}: expected a number of steps from 0.'
+    )
+  if projector_steps:
+    description = description | {'projector_steps': projector_steps}
 
   def make(axes):
     leaves = jax.tree_util.tree_leaves_with_path(axes)
-    multiples = _multiples([_join(path) for path, _ in leaves], by_path)
-    transform = optax.chain(
+    paths = [_join(path) for path, _ in leaves]
+    multiples = _multiples(paths, by_path)
+
+    def parts(schedule):
+      return (
+        direction(axes),
+        optax.add_decayed_weights(weight_decay, _is_decayed),
+        optax.scale_by_learning_rate(schedule),
+        _multiply(multiples) if by_path else optax.identity(),
+      )
+
+    clip = (
       optax.identity()
       if max_grad_norm is None
-      else optax.clip_by_global_norm(max_grad_norm),
-      direction(axes),
-      optax.add_decayed_weights(weight_decay, _is_decayed),
-      optax.scale_by_learning_rate(schedule),
-      _multiply(multiples) if by_path else optax.identity(),
+      else optax.clip_by_global_norm(max_grad_norm)
     )
+    if projector_steps:
+      _check_projector(projector_steps, paths)
+      transform = optax.chain(
+        clip, _projector_first(projector_steps, schedule, parts)
+      )
+    else:
+      transform = optax.chain(clip, *parts(schedule))
     if not has_frozen:
       return transform
     return optax.partition(
@@ -339,7 +381,96 @@ def _optimizer(
       ),
     )
 
-  return Optimizer(make, schedule, description)
+  def is_trained_at(path, step):
+    return _multiple(path, by_path) > 0 and (
+      step >= projector_steps or not _waits(path)
+    )
+
+  return Optimizer(make, schedule, description, is_trained_at, projector_steps)
+
+
+def without(
+  transform: optax.GradientTransformation, is_trained: Callable[[str], bool]
+) -> optax.GradientTransformation:
+  """Leaves parameters as they are, without slots.
+
+  Args:
+    transform: of the others.
+    is_trained: by a parameter's path.
+  """
+  return optax.partition(
+    {'trained': transform, 'held': optax.set_to_zero()},
+    lambda params: _map_by_path(
+      lambda path, _: 'trained' if is_trained(path) else 'held', params
+    ),
+  )
+
+
+def _waits(path: str) -> bool:
+  """Returns whether a parameter is not trained while the projector is alone."""
+  return path.split('/')[0] in ('llm', 'slm')
+
+
+def _check_projector(projector_steps: int, paths: list[str]) -> None:
+  if not any(path.startswith('projector/') for path in paths):
+    raise ValueError(
+      f'PROJECTOR_STEPS={projector_steps}: the first steps train the projector '
+      'alone, and a language model alone has none. Set it to 0.'
+    )
+
+
+class _WaitingState(NamedTuple):
+  """The state of `_from_update`: updates asked for, and what waits."""
+
+  num_updates: jax.Array
+  inner: Any
+
+
+def _projector_first(
+  num_steps: int,
+  schedule: optax.Schedule,
+  parts: Callable[[optax.Schedule], tuple[optax.GradientTransformation, ...]],
+) -> optax.GradientTransformation:
+  """Updates the projector alone for some steps, and all from then on.
+
+  What waits counts its own updates: else the moments of Adam, 0 at its first
+  one, would be taken for the means of as many gradients as steps were done.
+
+  Args:
+    num_steps: in which the projector is alone.
+    schedule: from the number of steps done to the rate.
+    parts: from such a schedule to what makes updates of gradients.
+  """
+  waiting = optax.chain(*parts(lambda count: schedule(count + num_steps)))
+  return optax.partition(
+    {
+      'first': optax.chain(*parts(schedule)),
+      'waiting': _from_update(num_steps, waiting),
+    },
+    lambda params: _map_by_path(
+      lambda path, _: 'waiting' if _waits(path) else 'first', params
+    ),
+  )
+
+
+def _from_update(
+  first: int, transform: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """Lets a transformation begin after so many updates, which are 0."""
+
+  def init(params):
+    return _WaitingState(jnp.zeros((), jnp.int32), transform.init(params))
+
+  def update(updates, state, params=None):
+    begun = state.num_updates >= first
+    found, inner = transform.update(updates, state.inner, params)
+    found = jax.tree.map(lambda x: jnp.where(begun, x, 0), found)
+    inner = jax.tree.map(
+      lambda new, old: jnp.where(begun, new, old), inner, state.inner
+    )
+    return found, _WaitingState(state.num_updates + 1, inner)
+
+  return optax.GradientTransformation(init, update)
 
 
 def _check_numbers(by_path: Mapping[str, float]) -> None:
@@ -383,6 +514,14 @@ def _multiples(
       'before it matches. The paths are:\n  ' + '\n  '.join(paths)
     )
   return dict.fromkeys(paths, 1.0) | multiples
+
+
+def _multiple(path: str, by_path: Mapping[str, float]) -> float:
+  """Returns what the learning rate of a path is multiplied by."""
+  for pattern, multiple in by_path.items():
+    if re.fullmatch(pattern, path):
+      return multiple
+  return 1.0
 
 
 def _multiply(

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import optax
 import tqdm
+from flax import traverse_util
 
 from l2s_jax.evaluation import metric_writer
 from l2s_jax.models import flops
@@ -223,14 +224,17 @@ def restore_or_create(
   if restored is not None:
     return restored
   params = parameters.load_pretrained(system, layout)
-  fresh = {
-    name: tree
-    for name, tree in shardings.trainable.items()
-    if name not in params
-  }
+  known = traverse_util.flatten_dict(params, sep='/')
+  fresh, _ = parameters.split_by_path(
+    shardings.trainable, lambda path: path not in known
+  )
   if fresh:
-    init = functools.partial(parameters.init, system, only=fresh.keys())
-    params |= state_lib.init_params(init, seed, fresh)
+    init = functools.partial(
+      parameters.init,
+      system,
+      only=traverse_util.flatten_dict(fresh, sep='/').__contains__,
+    )
+    params = parameters.merge(params, state_lib.init_params(init, seed, fresh))
   create = jax.jit(
     lambda trainable: state_lib.create(trainable, optimizer, seed),
     out_shardings=shardings,

@@ -9,7 +9,7 @@ and never comes out.
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -157,6 +157,8 @@ def train(
   transform = optimizer.make(
     parameters.split(session.layout.axes, session.system.frozen)[1]
   )
+  if session.system.has_lora:
+    transform = optim.without(transform, session.system.is_trained)
   if dry_run:  # Which needs no data.
     print(session.describe(resuming.optimizer_bytes(session, transform)))
     return {}
@@ -170,8 +172,19 @@ def train(
     opened.callback(batches.close)
     evaluates = plan.hooks(loop, session, eval_tasks, batch_size)
     parts = _parts(batches, loop)
-    step_fn = step.make(loop.system.module, transform)
-    compiled, secs = _compile(step_fn, loop, session.mesh, data.batch_shapes())
+    compiled, secs = _compile(
+      lambda first: step.make(
+        loop.system.module,
+        transform,
+        lambda path: (
+          optimizer.is_trained(path, first) and session.system.is_trained(path)
+        ),
+      ),
+      optimizer.phases(),
+      loop,
+      session.mesh,
+      data.batch_shapes(),
+    )
     hooked = settings.all_hooks(optimizer.schedule, secs, evaluates)
     _run(loop, parts, compiled, session.mesh, hooked)
     data.say_what_was_cut(batches, loop)
@@ -181,7 +194,7 @@ def train(
 def _run(
   loop: hooks_lib.Loop,
   parts: Iterator[batching.Part],
-  compiled: Mapping[tuple[int, int], Any],
+  compiled: Mapping[int, Mapping[tuple[int, int], Any]],
   mesh: jax.sharding.Mesh,
   hooked: hooks_lib.Hooked,
 ) -> None:
@@ -190,7 +203,8 @@ def _run(
   Args:
     loop: the run.
     parts: of batches that were not trained on yet.
-    compiled: the training step, by the lengths of a batch.
+    compiled: the training step, by the step from which on it is taken, and by
+      the lengths of a batch.
     mesh: the device mesh.
     hooked: what is called beside the steps.
 
@@ -218,7 +232,8 @@ def _run(
         batch = partitioning.put_batch(
           part.batch, mesh, part.rows, part.num_rows
         )
-        step_fn = compiled[batching.lengths(part.batch)]
+        phase = max(first for first in compiled if first <= loop.step)
+        step_fn = compiled[phase][batching.lengths(part.batch)]
         with loop.watcher.lock:
           loop.state, sums = step_fn(loop.state, loop.frozen, batch)
           loop.step += 1
@@ -263,33 +278,45 @@ def _parts(
 
 
 def _compile(
-  step_fn: Any,
+  make_step: Callable[[int], Any],
+  phases: Sequence[int],
   loop: hooks_lib.Loop,
   mesh: jax.sharding.Mesh,
   shapes: Sequence[tuple[int, int, int]],
-) -> tuple[dict[tuple[int, int], Any], float]:
+) -> tuple[dict[int, dict[tuple[int, int], Any]], float]:
   """Returns the step compiled for each pair of lengths, and how long that took.
 
   Ahead of the loop: compilation holds no lock and enters no timing. Where no
   step is left there is nothing to compile.
+
+  Args:
+    make_step: from the first step of a phase to what trains its parameters.
+    phases: their first steps; those that are over, or will not come, are left
+      out.
+    loop: the run.
+    mesh: the device mesh.
+    shapes: rows and lengths of batches.
   """
-  if loop.step >= loop.train_steps:
-    return {}, 0.0
   start_secs = time.perf_counter()
-  jitted = jax.jit(
-    step_fn,
-    donate_argnums=0,
-    out_shardings=(jax.tree.map(lambda x: x.sharding, loop.state), None),
-  )
-  compiled = {}
-  for shape in shapes:
-    example = loop.system.example_batch(
-      *shape, sharding=partitioning.batch_sharding(mesh)
+  compiled: dict[int, dict[tuple[int, int], Any]] = {}
+  for first, end in itertools.pairwise([*phases, loop.train_steps]):
+    if not max(first, loop.step) < min(end, loop.train_steps):
+      continue
+    jitted = jax.jit(
+      make_step(first),
+      donate_argnums=0,
+      out_shardings=(jax.tree.map(lambda x: x.sharding, loop.state), None),
     )
-    compiled[shape[1:]] = jitted.lower(
-      loop.state, loop.frozen, example
-    ).compile()
-    loop.watcher.exit_if_requested()
+    compiled[first] = {}
+    for shape in shapes:
+      example = loop.system.example_batch(
+        *shape, sharding=partitioning.batch_sharding(mesh)
+      )
+      compiled[first][shape[1:]] = jitted.lower(
+        loop.state, loop.frozen, example
+      ).compile()
+      loop.watcher.exit_if_requested()
   secs = time.perf_counter() - start_secs
-  loop.say(f'Compiled the training step in {secs:.1f} s.')
+  if compiled:
+    loop.say(f'Compiled the training step in {secs:.1f} s.')
   return compiled, secs

@@ -48,7 +48,10 @@ class StepSettings:
     gin_config.check_between(0, math.inf, Z_LOSS=self.z_loss)
 
   def make(
-    self, module: Any, optimizer: optax.GradientTransformation
+    self,
+    module: Any,
+    optimizer: optax.GradientTransformation,
+    is_trained: Callable[[str], bool] | None = None,
   ) -> Callable[..., Any]:
     """Returns the step of a module: `train_step` with all but its arrays."""
     return functools.partial(
@@ -61,6 +64,7 @@ class StepSettings:
         z_loss=self.z_loss,
       ),
       num_microbatches=self.num_microbatches,
+      is_trained=is_trained,
     )
 
 
@@ -73,6 +77,7 @@ def train_step(
   optimizer: optax.GradientTransformation,
   loss: Callable[..., Any] = losses.token_cross_entropy,
   num_microbatches: int = 1,
+  is_trained: Callable[[str], bool] | None = None,
 ) -> tuple[state_lib.TrainState, dict[str, jax.Array]]:
   """Returns the state after one update, and sums to log.
 
@@ -85,14 +90,17 @@ def train_step(
     loss: `losses.token_cross_entropy`, perhaps with other weights in it.
     num_microbatches: parts of the batch that are computed one after another,
       in less memory; sums and gradients add up to those of the whole.
+    is_trained: by a parameter's path, whether this step trains it; the others
+      stay as they are, without a gradient. None trains all of the state's.
   """
+  trained, held = parameters.split_by_path(state.trainable, is_trained)
   dropout_key = jax.random.fold_in(
     jax.random.wrap_key_data(state.key), state.step
   )
 
-  def loss_fn(trainable, batch, key):
+  def loss_fn(trained, batch, key):
     logits = module.apply(
-      {'params': parameters.merge(frozen, trainable)},
+      {'params': parameters.merge(frozen, held, trained)},
       batch,
       deterministic=False,
       rngs={'dropout': key},
@@ -103,16 +111,20 @@ def train_step(
 
   def gradient_sums(batch, key):  # no gradient of the LLM
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    (_, sums), grads = grad_fn(state.trainable, batch, key)
+    (_, sums), grads = grad_fn(trained, batch, key)
     return sums, grads
 
   sums, grads = _add_up(gradient_sums, batch, dropout_key, num_microbatches)
   weight = jnp.maximum(sums['loss_weight'], 1.0)
   grads = jax.tree.map(lambda g: g / weight, grads)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+  nothing = jax.tree.map(jnp.zeros_like, held)
+  updates, opt_state = optimizer.update(
+    parameters.merge(grads, nothing), state.opt_state, state.trainable
+  )
+  updates, _ = parameters.split_by_path(updates, is_trained)
   new_state = state.replace(
     step=state.step + 1,
-    trainable=optax.apply_updates(state.trainable, updates),
+    trainable=parameters.merge(optax.apply_updates(trained, updates), held),
     opt_state=opt_state,
   )
   return new_state, {

@@ -7,8 +7,9 @@ run, `weights.json` of a converted folder, `settings.json` of an inference,
 which these come). A file of an older format is brought up to this one as it is
 read; nobody else knows of older formats.
 
-A new field of a config needs no new version: where it is absent it has its
-default, which must mean what was done before. Anything else that changes does:
+A new field of a config, or of a run's system (`runs._LATER`), needs no new
+version: where it is absent it has its default, which must mean what was done
+before. Anything else that changes does:
 add 1 to `FORMAT_VERSION`, and to `MIGRATIONS` the function that makes a
 description of the version before one of the new version. `tests/kept_runs` has
 folders of older versions.

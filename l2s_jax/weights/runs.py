@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights that a run of ours has trained."""
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 
 from l2s_jax.models import config as config_lib
+from l2s_jax.models import lora
 from l2s_jax.runtime import files, integrity
 from l2s_jax.vocabularies import base, loading
 from l2s_jax.weights import run_format, saved_steps
@@ -37,6 +39,11 @@ _KEYS = {
     'vocabularies',
   },
 }
+# What came later, and what its absence means.
+_LATER: dict[str, dict[str, Any]] = {
+  'language_model': {},
+  'llm_to_slm': {'llm_layer': None, 'train_llm': False},
+}
 # Of these keys, those that hold a TransformerConfig.
 _CONFIGS = ('config', 'llm', 'slm')
 _IDS = dict.fromkeys(('start', 'eos', 'pad', 'bos'))
@@ -61,11 +68,13 @@ def _check_description(
     raise ValueError(
       f'{path} lacks {", ".join(missing)}. {_REMEDY.capitalize()}'
     )
+  description = _LATER[kind] | description
   configs = [key for key in _CONFIGS if key in _KEYS[kind]]
   known: dict[str, Any] = dict.fromkeys(_KEYS[kind])
   known |= dict.fromkeys(configs, dict.fromkeys(config_lib.field_names()))
   known |= {
     'kind': None,
+    **dict.fromkeys(_LATER[kind]),
     'vocabularies': dict.fromkeys(('prompt', 'answer')),
     'special_ids': {'prompt': _IDS, 'answer': _IDS},
   }
@@ -171,6 +180,16 @@ class Run:
       self.config = config_lib.from_json(self.description['slm'], path, 'slm')
     else:
       self.config = config_lib.from_json(self.description['config'], path)
+    # What others read of a run has LoRA merged.
+    self._alpha = self.config.lora_alpha if self.config.lora_rank else None
+    if self._alpha is not None:
+      defaults = config_lib.TransformerConfig
+      self.config = dataclasses.replace(
+        self.config,
+        lora_rank=0,
+        lora_alpha=defaults.lora_alpha,
+        lora_kernels=defaults.lora_kernels,
+      )
 
   def step(self) -> int | None:
     return self._found[1]
@@ -188,16 +207,36 @@ class Run:
     return {
       path[depth:]: array
       for path, array in saved_steps.array_shapes(self._params).items()
-      if path[:depth] == self._prefix
+      if path[:depth] == self._prefix and not lora.is_learned(path[-1])
     }
 
   def read(self, path: tuple[str, ...], layer: int | None = None) -> np.ndarray:
     full = self._prefix + path
     if self._held[0] != full:  # A stack is asked for layer after layer.
-      array = saved_steps.read_arrays(self._params, [full])[full]
+      array = self._merged(full)
       self._held = (full, array)
     array = self._held[1]
     return array if layer is None else array[layer]
+
+  def _merged(self, path: tuple[str, ...]) -> np.ndarray:
+    """Returns a tensor, with what LoRA has learned beside it, if anything."""
+    beside = [path[:-1] + (name,) for name in lora.NAMES]
+    if (
+      self._alpha is None
+      or path[-1] != 'kernel'
+      or not (set(beside) <= saved_steps.array_shapes(self._params).keys())
+    ):
+      return saved_steps.read_arrays(self._params, [path])[path]
+    arrays = saved_steps.read_arrays(self._params, [path, *beside])
+    kernel, down, up = (arrays[name] for name in (path, *beside))
+    if 'layers' not in path:
+      return lora.add(kernel, down, up, self._alpha)
+    return np.stack(
+      [
+        lora.add(*layer, self._alpha)
+        for layer in zip(kernel, down, up, strict=True)
+      ]
+    )
 
   def name(self, path: tuple[str, ...]) -> str:
     return '/'.join(path)

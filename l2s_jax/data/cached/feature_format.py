@@ -29,6 +29,8 @@ from l2s_jax.weights import run_format
 
 FILE = run_format.FEATURES
 KIND = '.features'
+# As the layer of the key: of the encoder as it ends.
+LAST = 'last'
 WRITER_OPTIONS = 'group_size:1,uncompressed'
 # What a shard takes beyond its states: for each record and in all, and of all
 # of it once more one in so many bytes. Measured.
@@ -205,6 +207,12 @@ class FeatureCache:
   def llm_fingerprint(self) -> str:
     """Of the LLM that has read the prompts."""
     return self.content['key']['llm_fingerprint']
+
+  @property
+  def layer(self) -> int | None:
+    """After how many of its layers the LLM's states were taken; None: all."""
+    layer = self.content['key']['layer']
+    return None if layer == LAST else layer
 
   def split(self, task: str, split: str) -> Features:
     """Returns the features of a task's split, the same object every time."""

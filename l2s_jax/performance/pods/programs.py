@@ -174,6 +174,10 @@ class Programs:
           module=module,
           optimizer=transform,
           num_microbatches=num_microbatches,
+          is_trained=lambda path: (
+            optimizer.is_trained(path, optimizer.projector_steps)
+            and self.system.is_trained(path)
+          ),
         ),
         donate_argnums=0,
         out_shardings=(shardings, None),
