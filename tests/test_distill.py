@@ -2,6 +2,7 @@
 """Laws of distillation: what a teacher answers is what a student trains on."""
 
 import dataclasses
+import itertools
 import json
 import math
 import random
@@ -14,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_runs
 
 from l2s_jax.caching import cache_command
-from l2s_jax.data import bound_tasks, distilled, tasks
+from l2s_jax.data import bound_tasks, distilled, streams, tasks
 from l2s_jax.inference import distill, infer, sampling
 from l2s_jax.systems import run_folder
 from l2s_jax.training import checkpoint, state
@@ -123,6 +125,7 @@ def test_shards_that_were_cut_make_the_data_that_infer_would_have_written(
     str(tmp_path / 'answers'),
     LENGTHS['inputs'],
     LENGTHS['targets'],
+    batch_size=8,
     split='train',
     decoding=SAMPLED,
   )
@@ -134,6 +137,7 @@ def test_shards_that_were_cut_make_the_data_that_infer_would_have_written(
   write(teacher, out, shard=1, num_shards=2)
   with pytest.raises(FileNotFoundError, match='is not complete: it has no'):
     texts_of(of_task, 'train')
+  gin_of(bindings)
   write(teacher, out, shard=0, num_shards=2)
   whole = out / 'predictions-00000-of-00002.jsonl'
   manifest = (out / distilled.FILE).read_bytes()
@@ -168,6 +172,17 @@ def test_shards_that_were_cut_make_the_data_that_infer_would_have_written(
   assert texts_of(of_task, 'validation') == gold
   bound = data_files.bind(helpers.vocabulary(), 'distilled', of_task)
   assert tasks.metric_names(bound) == ['bleu', 'chrf', 'exact_match']
+  (batch,) = itertools.islice(
+    streams.train_batches(
+      bound,
+      task_feature_lengths={'inputs': 16, 'targets': 16},
+      batch_size=2,
+      seed=0,
+      pack=True,
+    ),
+    1,
+  )
+  assert batch['encoder_segment_ids'].max() > 1
 
 
 @pytest.fixture(scope='module')
@@ -276,6 +291,9 @@ def test_what_is_stale_foreign_or_damaged_is_refused(teacher, n_best, tmp_path):
   folder, bindings = n_best
   # The task's data have changed since.
   changed = bindings | write_task(tmp_path, changed='!')
+  nothing = {'distilled_task.distill_dir': str(folder)}
+  with pytest.raises(ValueError, match='Put the gin file of that task before'):
+    texts_of(nothing, 'train')
   with pytest.raises(ValueError, match='prompts of another task .*\n.*train'):
     texts_of(changed, 'train')
   gin_of(changed)
@@ -322,3 +340,27 @@ def test_who_cannot_teach_is_refused(teacher, tmp_path):
     with pytest.raises(ValueError, match=message):
       write(teacher, tmp_path / 'never', **options)
   assert not (tmp_path / 'never').exists()
+
+
+def test_by_the_command_line_a_folder_is_made_and_found_whole(
+  teacher, tmp_path
+):
+  write_task(tmp_path)
+  arguments = (
+    '--gin_file=gin_configs/tasks/jsonl.gin',
+    f'--gin.DATA_DIR={tmp_path}',
+    "--gin.DATA_FILES={'train': 'train.jsonl'}",
+    f'--gin.TASK_FEATURE_LENGTHS={LENGTHS}',
+    f'--gin.DISTILL_DIR={tmp_path / "out"}',
+  )
+  for told in (' answers to 37 prompts; ', 'is whole: nothing to answer.'):
+    result = tiny_runs.l2s(
+      'distill',
+      *arguments,
+      '--gin_file=gin_configs/runs/distill.gin',
+      f'--gin.CHECKPOINT_PATH={teacher}',
+      '--gin.BATCH_SIZE=16',
+    )
+    assert told in result.stdout + result.stderr
+  lines = (tmp_path / 'out' / 'predictions.jsonl').read_text().splitlines()
+  assert len(lines) == NUM_PROMPTS

@@ -222,8 +222,8 @@ def distilled_task(
       setting is off.
   """
   folder = distilled.open_folder(distill_dir)
-  gold = _find(folder.task, f'DISTILL_DIR={distill_dir} of {folder.task!r}')
   folder.check_task(data_settings(folder.task))
+  gold = _find(folder.task, f'DISTILL_DIR={distill_dir} of {folder.task!r}')
   return _make_task(
     name,
     sources.distilled_source(
