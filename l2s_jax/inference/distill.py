@@ -16,8 +16,13 @@ from typing import Any, Literal
 import gin
 
 from l2s_jax.data import bound_tasks, distilled, tasks
-from l2s_jax.inference import answering as answering_lib
-from l2s_jax.inference import pipeline, predictions, prompts, sampling
+from l2s_jax.inference import (
+  answer_settings,
+  pipeline,
+  predictions,
+  prompts,
+  sampling,
+)
 from l2s_jax.models import l2s
 from l2s_jax.runtime import distributed, files, gin_config, partitioning
 from l2s_jax.systems import parameters
@@ -82,7 +87,7 @@ def distill(
       task, or a setting is off.
   """
   gin_config.check_lengths(task_feature_lengths)
-  answering = answering_lib.Answering(
+  answering = answer_settings.Answering(
     checkpoint_path,
     step,
     llm_path=None,
@@ -145,7 +150,7 @@ def distill(
   distributed.wait_for_all('distill')
 
 
-def _load_teacher(answering: answering_lib.Answering) -> system_lib.System:
+def _load_teacher(answering: answer_settings.Answering) -> system_lib.System:
   """Returns the teacher's system; refuses one that is not a model alone."""
   if answering.decoding.draft_len:
     raise ValueError(
@@ -163,7 +168,7 @@ def _load_teacher(answering: answering_lib.Answering) -> system_lib.System:
 
 
 def _settings(
-  answering: answering_lib.Answering,
+  answering: answer_settings.Answering,
   session: session_lib.Session,
   mixture_or_task_name: str,
   step: int,

@@ -16,8 +16,8 @@ from typing import Literal
 import gin
 import jax
 
-from l2s_jax.inference import answering as answering_lib
 from l2s_jax.inference import (
+  answer_settings,
   pipeline,
   predictions,
   prompt_source,
@@ -112,7 +112,7 @@ def infer(
       come, before the line that has all; 'text' writes the text alone.
     dry_run: prints sizes and shardings, and stops.
   """
-  answering = answering_lib.Answering(
+  answering = answer_settings.Answering(
     checkpoint_path,
     step,
     llm_path=llm_path,
