@@ -155,6 +155,20 @@ VERBS: Mapping[str, Verb] = {
     ),
     joins=True,
   ),
+  'distill': Verb(
+    'l2s_jax.inference.distill',
+    'distill',
+    "answers a task's training prompts with a teacher; restartable",
+    '--gin_file=gin_configs/tasks/multi30k.gin '
+    '--gin_file=gin_configs/runs/distill.gin --gin.DATA_DIR=data/multi30k '
+    '--gin.CHECKPOINT_PATH=runs/multi30k_llm '
+    '--gin.DISTILL_DIR=distilled/multi30k --shard=0 --num_shards=4',
+    (
+      Flag('shard', int, 'which part of the prompts to answer, from 0'),
+      Flag('num_shards', int, 'into how many parts they are divided'),
+    ),
+    joins=True,
+  ),
   'cache': Verb(
     'l2s_jax.caching.cache_command',
     'cache',
@@ -275,6 +289,7 @@ CONFIGURABLE_MODULES = (
   'l2s_jax.evaluation.evaluate',
   'l2s_jax.evaluation.report_command',
   'l2s_jax.inference.infer',
+  'l2s_jax.inference.distill',
   'l2s_jax.performance.benchmark',
   'l2s_jax.performance.pods.precompile',
   'l2s_jax.interop.convert',

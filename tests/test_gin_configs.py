@@ -71,6 +71,7 @@ def values(tmp_path_factory):
     'CHECKPOINT_PATH': folder / 'llm',
     'INPUT': '-',
     'CACHE_DIR': folder / 'cache',
+    'DISTILL_DIR': folder / 'distilled',
     'DATA_FILES': "{'train': 'train.jsonl'}",
   }
 

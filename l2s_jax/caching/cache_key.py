@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import gin
 
 from l2s_jax.caching import cache_texts
-from l2s_jax.data import seqio_internals, sources, tasks
+from l2s_jax.data import distilled, seqio_internals, sources, tasks
 from l2s_jax.runtime import files
 from l2s_jax.vocabularies import base
 
@@ -115,18 +115,19 @@ def _leaves(name: str) -> list[str]:
 
 
 def _local_settings(name: str) -> tuple[str, dict[str, Any]] | None:
-  """Returns name and settings of a local task, defaults included."""
+  """Returns name and settings of a local or distilled task, defaults included.
+
+  Of a distilled one these are `tasks.distilled_settings`.
+  """
   scope, _, kind = name.rpartition('/')
-  if kind != 'local':
+  if kind == 'local':
+    settings = tasks.bound_settings(tasks.local_task, name)
+    for scoring in ('metrics', 'name'):
+      settings.pop(scoring)
+  elif kind == 'distilled':
+    settings = tasks.distilled_settings(name)
+  else:
     return None
-  with gin.config_scope(scope or None):
-    bound = gin.get_bindings(tasks.local_task)
-  parameters = inspect.signature(tasks.local_task).parameters.values()
-  settings = {
-    parameter.name: bound.get(parameter.name, parameter.default)
-    for parameter in parameters
-    if parameter.name not in ('metrics', 'name')
-  }
   return scope.replace('/', '.') or kind, settings
 
 
@@ -149,6 +150,10 @@ def _source(
   """Returns what tells the data of a split from others."""
   from l2s_jax.data.features import seqio
 
+  if local is not None and 'distilled' in local:
+    if split == distilled.SPLIT:
+      return local['distilled']
+    return _gold_source(task, split, local['gold_task'])
   if local is not None:
     return sources.fingerprint(
       local['data_files'][split], local['data_dir'], split
@@ -164,6 +169,14 @@ def _source(
     'kind': type(task.source).__name__,
     'num_examples': task.source.num_input_examples(split),
   }
+
+
+def _gold_source(task: 'seqio.Task', split: str, gold_task: str) -> Any:
+  """Returns the source of a distilled task's split that is not distilled."""
+  named = _local_settings(gold_task)
+  if named is not None:
+    return _source(task, split, named[1])
+  return {'task': gold_task, 'split': split}
 
 
 def _code(step: Callable[..., Any]) -> str:

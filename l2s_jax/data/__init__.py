@@ -12,6 +12,7 @@ __all__ = (
   'batching',
   'bound_tasks',
   'cldr',
+  'distilled',
   'features',
   'input_files',
   'packing',

@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from l2s_jax.data import cldr, input_files, seqio_internals, text_files
+from l2s_jax.data import (
+  cldr,
+  distilled,
+  input_files,
+  seqio_internals,
+  text_files,
+)
 from l2s_jax.data.record_files import Fields
 from l2s_jax.data.text_files import BadLine
 
@@ -150,6 +156,33 @@ def local_source(
     return functools.reduce(lambda one, two: one.concatenate(two), datasets)
 
   return _make_source(read, splits=tuple(files))
+
+
+def distilled_source(
+  examples: Callable[[], Mapping[str, Sequence[str]]],
+  read_gold: Callable[[str], 'tf.data.Dataset'],
+  gold_splits: Sequence[str],
+) -> 'seqio.DataSource':
+  """Returns a source of `inputs` and `targets`, read split by split.
+
+  Args:
+    examples: returns those of the distilled split.
+    read_gold: returns those of another split.
+    gold_splits: the names of the other splits.
+  """
+  from l2s_jax.data.features import tf
+
+  @functools.cache
+  def read(split: str) -> 'tf.data.Dataset':
+    if split != distilled.SPLIT:
+      return read_gold(split)
+    return tf.data.Dataset.from_tensor_slices(
+      {name: tf.constant(texts) for name, texts in examples().items()}
+    )
+
+  return _make_source(
+    read, splits=tuple(dict.fromkeys([distilled.SPLIT, *gold_splits]))
+  )
 
 
 def check_sequence(name: str, value: Any) -> None:

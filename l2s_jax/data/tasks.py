@@ -12,6 +12,7 @@ file does, does not import TensorFlow.
 import dataclasses
 import difflib
 import functools
+import inspect
 import json
 import os
 import sys
@@ -20,13 +21,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gin
 
-from l2s_jax.data import seqio_internals, sources, templates
+from l2s_jax.data import distilled, seqio_internals, sources, templates
 from l2s_jax.metrics import bleu, scores
 from l2s_jax.metrics import metric_fns as metric_fns_lib
 from l2s_jax.vocabularies import base
 
 if TYPE_CHECKING:
   import seqio
+  import tensorflow as tf
 
 _TRANSLATION_METRICS = ('bleu', 'chrf', 'exact_match')
 
@@ -187,6 +189,76 @@ def local_task(
 
 
 @gin.configurable(module='l2s_jax')
+def distilled_task(
+  distill_dir: str,
+  *,
+  answers: str = 'best',
+  unended: str = 'drop',
+  gold_splits: bool = True,
+  name: str = 'distilled',
+) -> 'seqio.Task':
+  """Makes a task out of the answers that a teacher wrote (`distill`).
+
+  `bind('distilled', ...)` calls it with what gin binds, and
+  `bind('NAME/distilled')` with what gin binds in the scope NAME. The split
+  'train' has the teacher's answers to the prompts of the gold task, and is read
+  into memory; all other splits, how answers are scored and postprocessed are
+  the gold task's own. Which task that is, the folder says; its settings must be
+  those that it had when it was distilled.
+
+  Args:
+    distill_dir: the folder.
+    answers: 'best', 'each' or 'drawn': which of several answers to a prompt
+      become examples; see `distilled.examples`.
+    unended: 'drop' answers that did not end within the teacher's token limit,
+      or 'keep' them.
+    gold_splits: whether the task has the gold task's other splits; False beside
+      the gold task in a mixture, which would be scored twice.
+    name: of the task.
+
+  Raises:
+    FileNotFoundError: if there is no complete folder.
+    ValueError: if it has answers to other prompts than the gold task's, or a
+      setting is off.
+  """
+  folder = distilled.open_folder(distill_dir)
+  folder.check_task(data_settings(folder.task))
+  gold = _find(folder.task, f'DISTILL_DIR={distill_dir} of {folder.task!r}')
+  return _make_task(
+    name,
+    sources.distilled_source(
+      functools.partial(
+        distilled.examples, folder, answers=answers, unended=unended, name=name
+      ),
+      functools.partial(_read_texts, gold),
+      [split for split in gold.splits if gold_splits],
+    ),
+    [],
+    _with_settings(gold).metric_fns,
+    postprocess_fn=gold.postprocessor,
+  )
+
+
+def distilled_settings(name: str) -> dict[str, Any]:
+  """Returns what the training examples of distilled answers depend on.
+
+  Args:
+    name: 'distilled', or that with a gin scope before it.
+
+  Raises:
+    FileNotFoundError: if there is no complete folder.
+  """
+  bound = bound_settings(distilled_task, name)
+  folder = distilled.open_folder(bound['distill_dir'])
+  return {
+    'gold_task': folder.task,
+    'distilled': folder.digest,
+    'answers': bound['answers'],
+    'unended': bound['unended'],
+  }
+
+
+@gin.configurable(module='l2s_jax')
 def mixture(
   tasks: Mapping[str, float | str], name: str = 'mixture'
 ) -> 'seqio.Mixture':
@@ -198,7 +270,7 @@ def mixture(
   Args:
     tasks: the rate of each task: a number, or 'proportional' for its number of
       training examples. The names are those that `bind` takes: SeqIO's tasks
-      and mixtures, `local`, and `NAME/local` for several local tasks.
+      and mixtures, `local`, `distilled`, and these with a gin scope.
     name: of the mixture.
 
   Raises:
@@ -282,8 +354,8 @@ def bind(
   No data are read yet; `StreamedTask.check_data` looks for them.
 
   Args:
-    name: of a SeqIO task or mixture, `local`, `mixture`, or either of these
-      with a gin scope before it, such as `news/local`.
+    name: of a SeqIO task or mixture, `local`, `distilled`, `mixture`, or one of
+      these with a gin scope before it, such as `news/local`.
     prompt_vocabulary: for `inputs`.
     answer_vocabulary: for `targets`.
     label: the setting that has the name, for messages; None:
@@ -332,7 +404,6 @@ def _bind_task(
 ) -> 'seqio.Task':
   """Returns a task that ends with the ids of the given vocabularies."""
   from l2s_jax.data import features
-  from l2s_jax.data.features import seqio
 
   missing = output_features.keys() - task.output_features.keys()
   if missing:
@@ -341,10 +412,7 @@ def _bind_task(
       f'{", ".join(sorted(missing))}; a prompt and an answer are needed: let a '
       'preprocessor make them.'
     )
-  if task.name in seqio.TaskRegistry.names():  # Else they were just made.
-    settings = score_settings(task.name)
-    task = task.replace(metric_fns=settings.of_task(task.metric_fns))
-  task = _read_from_cache(_set_up_tfds(task), CacheConfig())
+  task = _read_from_cache(_set_up_tfds(_with_settings(task)), CacheConfig())
   steps = [
     step for step in task.preprocessors if step not in features.EOS_STEPS
   ]
@@ -352,6 +420,47 @@ def _bind_task(
     output_features=output_features,
     preprocessors=[*steps, features.tokenize_and_measure],
   )
+
+
+def _with_settings(task: 'seqio.Task') -> 'seqio.Task':
+  """Returns a task whose metrics have the settings that gin has for it."""
+  from l2s_jax.data.features import seqio
+
+  if task.name not in seqio.TaskRegistry.names():
+    return task  # It was just made, with these.
+  settings = score_settings(task.name)
+  return task.replace(metric_fns=settings.of_task(task.metric_fns))
+
+
+def _read_texts(task: 'seqio.Task', split: str) -> 'tf.data.Dataset':
+  """Returns a split of a task that is not bound, in order, as text.
+
+  Raises:
+    FileNotFoundError: if its data are not there.
+    ValueError: if it has ids of another tokenizer.
+  """
+  from l2s_jax.data import features
+  from l2s_jax.data.features import tf
+
+  task = _read_from_cache(_set_up_tfds(task), CacheConfig())
+  check_data(task, split)
+  steps = [
+    step for step in task.preprocessors if step not in features.EOS_STEPS
+  ]
+  if steps and steps[-1] in features.TOKENIZE_STEPS:
+    steps.pop()
+  task = task.replace(preprocessors=steps)
+  dataset = task.source.get_dataset(split=split, shuffle=False)
+  dataset = task.preprocess_postcache(
+    task.preprocess_precache(dataset), sequence_length=None
+  )
+  spec = dataset.element_spec
+  if not spec['inputs'].dtype == spec['targets'].dtype == tf.string:
+    raise ValueError(
+      f'task {task.name!r} is tokenized amid its other steps; its answers '
+      'can be distilled if seqio.preprocessors.tokenize is its last step.'
+    )
+  return dataset
 
 
 def data_settings(name: str) -> dict[str, Any]:
@@ -381,6 +490,8 @@ def data_settings(name: str) -> dict[str, Any]:
     if data_files is not None:
       bound['train_files'] = sources.fingerprint(data_files, data_dir)
     settings = {name: bound}
+  elif kind == 'distilled':
+    settings = {name: distilled_settings(name)}
   else:
     settings = {name: {'template': tfds_config(name).template}}
   settings['cached'] = CacheConfig().use
@@ -443,6 +554,21 @@ def metrics_of_cached(
   return settings.of_task(
     settings.named(tuple(names), f'the metrics {name!r} was cached with')
   )
+
+
+def bound_settings(
+  configurable: Callable[..., Any], name: str
+) -> dict[str, Any]:
+  """Returns the arguments of what makes a task, defaults included.
+
+  Args:
+    configurable: such as `local_task`.
+    name: of the task, such as 'news/local'.
+  """
+  with gin.config_scope(name.rpartition('/')[0] or None):
+    bound = gin.get_bindings(configurable)
+  parameters = inspect.signature(configurable).parameters.values()
+  return {p.name: bound.get(p.name, p.default) for p in parameters}
 
 
 def tfds_config(task_name: str) -> TfdsConfig:
@@ -524,7 +650,11 @@ def _find(name: str, label: str | None = None) -> 'seqio.Task | seqio.Mixture':
   if name in registered:
     return seqio.get_mixture_or_task(name)
   # Not registered: what they are comes with the config.
-  made = {'local': local_task, 'mixture': mixture}
+  made = {
+    'local': local_task,
+    'distilled': distilled_task,
+    'mixture': mixture,
+  }
   scope, _, kind = name.rpartition('/')
   if kind in made:
     with gin.config_scope(scope or None):

@@ -3,12 +3,14 @@
 
 `generate.Generator` prefills and runs a decoding strategy; `answerer` has text
 on both sides; `infer` is the verb, which answers the prompts of a file, a task
-or standard input and can be started again.
+or standard input and can be started again; `distill` is another, which answers
+those of a training set, to train on.
 """
 
 # The modules that other packages may import.
 __all__ = (
   'answerer',
+  'distill',
   'generate',
   'infer',
   'length_buckets',

@@ -48,7 +48,9 @@ class Answer(NamedTuple):
     text: the best answer.
     details: what else was asked for: `predictions`, the best first, and
       `scores`, if more than one answer was; `score`, `token_ids` and
-      `token_log_probs` of the best, EOS included, with `Decoding.log_probs`.
+      `token_log_probs` of the best, EOS included, with `Decoding.log_probs`;
+      `ended`, of each answer whether it came to EOS or a stop text within the
+      tokens it may have, from an answerer that says so.
   """
 
   text: str
@@ -82,6 +84,7 @@ class PromptAnswerer:
     max_decode_len: int,
     batch_size: int,
     decoding: sampling.Decoding | None = None,
+    says_ends: bool = False,
     consume: bool = False,
   ):
     """Prepares inference; compiles at the first call.
@@ -94,6 +97,7 @@ class PromptAnswerer:
       max_decode_len: tokens an answer at most.
       batch_size: prompts a batch, if they are as long as they may be.
       decoding: how answers are written; None is greedy.
+      says_ends: whether details have `ended`.
       consume: whether `params` may be taken apart, not to be used again.
     """
     self.generator = generate.generator(
@@ -110,6 +114,7 @@ class PromptAnswerer:
     )
     self._mesh = mesh
     self._prompt_length = prompt_length
+    self._says_ends = says_ends
     self._decoding = self.generator.decoding
     self._stops = self._decoding.stop
     self._buckets = length_buckets.Buckets(
@@ -272,6 +277,8 @@ class PromptAnswerer:
       details['predictions'] = texts
       if answers.scores is not None:
         details['scores'] = _rounded(answers.scores[row])
+    if self._says_ends:
+      details['ended'] = [self._has_ended(tokens) for tokens in candidates]
     if answers.log_probs is not None and answers.scores is not None:
       size = self._num_written(candidates[0])
       log_probs = answers.log_probs[row, 0, :size]
@@ -284,6 +291,12 @@ class PromptAnswerer:
         'token_log_probs': _rounded(log_probs),
       }
     return Answer(texts[0], details)
+
+  def _has_ended(self, tokens: list[int]) -> bool:
+    """Returns whether an answer came to EOS or a stop text."""
+    if any(token in self._vocabulary.eos_ids for token in tokens):
+      return True
+    return find_stop(self._vocabulary.decode(tokens), self._stops) is not None
 
   def _num_written(self, tokens: list[int]) -> int:
     """Returns how many tokens an answer has, with its EOS or its stop text."""

@@ -7,20 +7,17 @@ answer, and `predictions.py` writes so that a job that was stopped goes on where
 it was; here is the verb that brings them together.
 """
 
-import dataclasses
 import functools
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import gin
 import jax
 
 from l2s_jax.inference import (
-  answerer,
-  generate,
+  answer_settings,
   pipeline,
   predictions,
   prompt_source,
@@ -28,10 +25,8 @@ from l2s_jax.inference import (
   sampling,
 )
 from l2s_jax.metrics import metric_fns
-from l2s_jax.runtime import distributed, files, gin_config, partitioning
-from l2s_jax.systems import as_it_came, parameters
+from l2s_jax.runtime import distributed, files, partitioning
 from l2s_jax.systems import session as session_lib
-from l2s_jax.systems import system as system_lib
 
 
 @gin.configurable(module='l2s_jax')
@@ -117,7 +112,7 @@ def infer(
       come, before the line that has all; 'text' writes the text alone.
     dry_run: prints sizes and shardings, and stops.
   """
-  answering = Answering(
+  answering = answer_settings.Answering(
     checkpoint_path,
     step,
     llm_path=llm_path,
@@ -176,110 +171,6 @@ def infer(
     for path, results in scored.items():
       print(f'{path}: {predictions.describe_scores(results)}')
   distributed.wait_for_all('infer')
-
-
-@dataclasses.dataclass(frozen=True)
-class Answering:
-  """What answers, and how: a model, its batches, its decoding.
-
-  Attributes:
-    checkpoint_path: a run, or a model as it came.
-    step: of a run; None takes the newest, 'best' that of BEST_METRIC.
-    llm_path: where the LLM's weights are, if not where the run says.
-    vocabulary: tokenizer of a model as it came that brings none.
-    extra_ids: sentinels that T5 adds behind its SentencePiece model.
-    prompt_length: tokens a prompt at most.
-    max_decode_len: tokens an answer at most.
-    batch_size: prompts a batch, of `prompt_length`.
-    decoding: how answers are written.
-  """
-
-  checkpoint_path: str
-  step: int | Literal['best'] | None
-  llm_path: str | None
-  vocabulary: str | None
-  extra_ids: int
-  prompt_length: int
-  max_decode_len: int
-  batch_size: int
-  decoding: sampling.Decoding
-
-  def __post_init__(self):
-    """Checks what needs no model.
-
-    Raises:
-      ValueError: names the setting.
-    """
-    gin_config.check_positive(
-      PROMPT_LENGTH=self.prompt_length,
-      MAX_DECODE_LEN=self.max_decode_len,
-      BATCH_SIZE=self.batch_size,
-    )
-    generate.check(self.decoding, self.max_decode_len)
-    as_it_came.check_path(self.checkpoint_path)
-
-  @property
-  def lengths(self) -> dict[str, int]:
-    """Tokens of 'inputs' (prompt) and 'targets' (answer), at most."""
-    return {'inputs': self.prompt_length, 'targets': self.max_decode_len}
-
-  def load_system(self) -> system_lib.System:
-    """Returns the system, without its weights."""
-    system = as_it_came.load(
-      self.checkpoint_path,
-      llm_path=self.llm_path,
-      vocabulary=self.vocabulary,
-      extra_ids=self.extra_ids,
-    )
-    return generate.for_decoding(system, self.decoding)
-
-  def choose_step(self) -> int:
-    """Returns the step, the same in every process.
-
-    The run may go on, and save, at this moment.
-    """
-    return distributed.from_first(
-      as_it_came.choose_step(self.checkpoint_path, self.step, 'INFER_STEP')
-    )
-
-  def load(
-    self,
-    session: session_lib.Session,
-    step: int,
-    batch_size: int | None = None,
-  ) -> answerer.PromptAnswerer:
-    """Returns what answers, with the weights of a checkpoint.
-
-    Args:
-      session: the system on its mesh.
-      step: of the checkpoint.
-      batch_size: prompts a batch; None: as the settings say.
-    """
-    params = parameters.load_params(
-      session.system, session.layout, self.checkpoint_path, step
-    )
-    return answerer.PromptAnswerer(
-      session.system,
-      params,
-      session.mesh,
-      prompt_length=self.prompt_length,
-      max_decode_len=self.max_decode_len,
-      batch_size=batch_size or self.batch_size,
-      decoding=self.decoding,
-      consume=True,
-    )
-
-  def settings(self, step: int) -> dict[str, Any]:
-    """Returns what answers depend on beside their prompts, as JSON has it."""
-    return {
-      'checkpoint_path': os.path.abspath(self.checkpoint_path),
-      'checkpoint_saved_nsecs': as_it_came.saved_nsecs(
-        self.checkpoint_path, step
-      ),
-      'decoding': dataclasses.asdict(self.decoding),
-      'prompt_length': self.prompt_length,
-      'step': step,
-    }
 
 
 def _output_folder(output_dir: str | None) -> pathlib.Path | None:

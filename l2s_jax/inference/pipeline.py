@@ -190,7 +190,7 @@ def answer_all(
     total=total,
     initial=done,
     unit='prompt',
-    desc='infer',
+    desc='answers',
     file=sys.stderr,
     dynamic_ncols=True,
     disable=not distributed.is_first(),
@@ -217,6 +217,8 @@ def answer_lines(
   settings: Mapping[str, Any],
   lengths: prompts.AnswerLengths | None = None,
   stop: Callable[[], None] = lambda: None,
+  *,
+  named_by: str = 'INFER_OUTPUT_DIR',
 ) -> predictions.Tally:
   """Answers what is missing of a shard; returns the counts of all of it.
 
@@ -229,6 +231,7 @@ def answer_lines(
     settings: what the answers depend on beside the input.
     lengths: how long each answer may be; None: all as the answerer says.
     stop: called before each batch; raises to leave.
+    named_by: the setting that has the folder, for messages.
 
   Raises:
     ValueError: if the folder holds answers with other settings.
@@ -260,6 +263,7 @@ def answer_lines(
       'prompts_sha256': survey.sha256,
     },
     defaults={'decoding': dataclasses.asdict(sampling.Decoding())},
+    named_by=named_by,
   )
   path = folder / part.name('predictions', '.jsonl')
   if distributed.from_first(path.is_file()):
@@ -274,7 +278,7 @@ def answer_lines(
         tally.add(record)
     return tally
   with (
-    locks.held(folder, 'INFER_OUTPUT_DIR', f'.{path.name}.lock'),
+    locks.held(folder, named_by, f'.{path.name}.lock'),
     predictions.GrowingFile(path, items()) as file,
   ):
     done = distributed.from_first(file.tally.num_lines)

@@ -45,6 +45,7 @@ OWN_COLUMNS = (
   'score',
   'token_ids',
   'token_log_probs',
+  'ended',
   'prompt_truncated',
 )
 # Where things are, which may change as long as what they hold does not.
@@ -161,6 +162,8 @@ def settle(
   folder: pathlib.Path,
   settings: Mapping[str, Any],
   defaults: Mapping[str, Any] = types.MappingProxyType({}),
+  *,
+  named_by: str = 'INFER_OUTPUT_DIR',
 ) -> None:
   """Says what the folder's answers depend on, or sees that it says the same.
 
@@ -169,6 +172,7 @@ def settle(
     settings: of the job, the same for all its shards.
     defaults: of settings within settings, which those that came after the
       folder was written have; see `run_format.with_defaults`.
+    named_by: the setting that has the folder, for messages.
 
   Raises:
     ValueError: lists the differences, if the folder holds another job.
@@ -179,14 +183,13 @@ def settle(
     strangers = sorted(path.name for path in folder.glob('predictions*'))
     if strangers:
       raise ValueError(
-        f'INFER_OUTPUT_DIR={folder} holds {", ".join(strangers)} without the '
+        f'{named_by}={folder} holds {", ".join(strangers)} without the '
         f'{SETTINGS} that says how they were made. Choose another folder.'
       )
     files.write_json(path, settings)
     return
   remedy = (
-    f'remove INFER_OUTPUT_DIR={folder} to start again, or choose another '
-    'folder.'
+    f'remove {named_by}={folder} to start again, or choose another folder.'
   )
   found = files.read_json(path, remedy=remedy)
   found = run_format.migrate(SETTINGS, found, path, remedy=remedy)
@@ -197,7 +200,7 @@ def settle(
   )
   if differences:
     raise ValueError(
-      f'INFER_OUTPUT_DIR={folder} holds the answers of another job. Choose '
+      f'{named_by}={folder} holds the answers of another job. Choose '
       'another folder, or remove it to start again:\n' + '\n'.join(differences)
     )
 

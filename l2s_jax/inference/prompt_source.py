@@ -152,11 +152,9 @@ class PromptSource:
       bound = session_lib.bind_task(
         system, self.input.removeprefix(TASK), label
       )
-      task = bound.task_in_order(label)
-      if has_data:
-        bound.check_data(self.split, task_feature_lengths)
-        prompts.check_task(task, self.split)
-      read = functools.partial(prompts.read_task, task, self.split)
+      read = prompts.task_reader(
+        bound, self.split, label, task_feature_lengths if has_data else None
+      )
     else:
       template, fallback = self._templates()
       if self.is_stdin:

@@ -7,6 +7,7 @@ them, or a `BadLine` that says what is wrong with it. What becomes of that is
 the caller's choice. No TensorFlow.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from l2s_jax.data import text_files
+from l2s_jax.data import bound_tasks, text_files
 from l2s_jax.data.templates import Template
 from l2s_jax.data.text_files import BadLine
 
@@ -107,12 +108,33 @@ def read_file(
     yield row | {'prompt': chosen.fill_text(texts)}
 
 
-def check_task(task: Any, split: str) -> None:
-  """Refuses a task that has ids of its prompts, and no text.
+def task_reader(
+  bound: bound_tasks.BoundTask,
+  split: str,
+  label: str,
+  check_lengths: Mapping[str, int] | None,
+) -> Reader:
+  """Returns what starts reading a split of a task.
+
+  Args:
+    bound: to the vocabularies of the system that answers.
+    split: of it.
+    label: the setting that names the task, for messages.
+    check_lengths: as `BoundTask.check_data` takes them; None: the data need not
+      be there yet.
 
   Raises:
-    ValueError: says what the task should keep.
+    FileNotFoundError: if the data are not there.
+    ValueError: if it is a mixture, or has ids of its prompts and no text.
   """
+  task = bound.task_in_order(label)
+  if check_lengths is not None:
+    bound.check_data(split, check_lengths)
+    _check_has_texts(task, split, label)
+  return functools.partial(read_task, task, split)
+
+
+def _check_has_texts(task: Any, split: str, label: str) -> None:
   spec = task.get_dataset(
     None, split=split, shuffle=False, num_epochs=1
   ).element_spec
@@ -123,10 +145,10 @@ def check_task(task: Any, split: str) -> None:
   ]
   if lacking:
     raise ValueError(
-      f'INPUT=task:{task.name}: the task is tokenized already and has no '
+      f'{label}: the task is tokenized already and has no '
       f'{" and no ".join(lacking)}, the text of its prompts and answers; give '
-      'its seqio.preprocessors.tokenize copy_pretokenized=True, or give INPUT '
-      'a file of the prompts.'
+      'its seqio.preprocessors.tokenize copy_pretokenized=True, or answer a '
+      'file of the prompts (INPUT of infer).'
     )
 
 

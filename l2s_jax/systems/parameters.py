@@ -249,6 +249,20 @@ def load_trained(
   )
 
 
+def fingerprint(layout: Layout, location: str, step: int) -> str:
+  """Returns the fingerprint of a language model's weights.
+
+  Read, a layer at a time, are those that have no digests beside them.
+
+  Args:
+    layout: of its parameters.
+    location: CHECKPOINT_PATH, a run of a language model or one as it came.
+    step: from `as_it_came.choose_step`.
+  """
+  source = opening.open_source(location, step or None)
+  return source_lib.read_fingerprint(source, layout.shapes)
+
+
 def split(
   params: Mapping[str, PyTree], frozen: tuple[str, ...]
 ) -> tuple[dict[str, PyTree], dict[str, PyTree]]:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The format of what the package writes about its own folders, and older ones.
 
-Five files carry a `format_version`, the same number for all: `model.json` of a
+Six files carry a `format_version`, the same number for all: `model.json` of a
 run, `weights.json` of a converted folder, `settings.json` of an inference,
-`cache.json` of a token cache and `features.json` beside it (and the plans from
-which these come). A file of an older format is brought up to this one as it is
-read; nobody else knows of older formats.
+`distilled.json` of answers to train on, `cache.json` of a token cache and
+`features.json` beside it (and the plans from which these come). A file of an
+older format is brought up to this one as it is read; nobody else knows of older
+formats.
 
 A new field of a config, or of a run's system (`runs._LATER`), needs no new
 version: where it is absent it has its default, which must mean what was done
@@ -25,6 +26,7 @@ FORMAT_VERSION = 2
 RUN = 'model.json'
 CONVERTED = 'weights.json'
 ANSWERS = 'settings.json'
+DISTILLED = 'distilled.json'
 CACHE = 'cache.json'
 FEATURES = 'features.json'
 
@@ -40,8 +42,8 @@ def _to_2(kind: str, description: Description) -> Description:
   return description | {'written_by': None}
 
 
-# From the version to the next; each takes RUN, CONVERTED, ANSWERS, CACHE or
-# FEATURES, and what such a file holds.
+# From the version to the next; each takes RUN, CONVERTED, ANSWERS, DISTILLED,
+# CACHE or FEATURES, and what such a file holds.
 MIGRATIONS: dict[int, Callable[[str, Description], Description]] = {1: _to_2}
 
 
@@ -63,7 +65,7 @@ def migrate(
   """Returns a description in the format of this version.
 
   Args:
-    kind: RUN, CONVERTED, ANSWERS, CACHE or FEATURES.
+    kind: RUN, CONVERTED, ANSWERS, DISTILLED, CACHE or FEATURES.
     description: what the file holds.
     path: of the file, for errors.
     remedy: for one that is broken, as `files.read_json` takes it.

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distillation by sequences: a teacher answers the prompts of a training set.
+
+The answers are written as those of `infer` are, so that the command goes on
+where it was stopped; a manifest, written last, says that all are there. What a
+task makes of the folder is in `data/distilled.py`.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import gin
+
+from l2s_jax.data import bound_tasks, distilled, tasks
+from l2s_jax.inference import (
+  answer_settings,
+  pipeline,
+  predictions,
+  prompts,
+  sampling,
+)
+from l2s_jax.models import l2s
+from l2s_jax.runtime import distributed, files, gin_config, partitioning
+from l2s_jax.systems import parameters
+from l2s_jax.systems import session as session_lib
+from l2s_jax.systems import system as system_lib
+from l2s_jax.weights import run_format
+
+_DIR = 'DISTILL_DIR'
+
+
+@gin.configurable(module='l2s_jax')
+def distill(
+  checkpoint_path: str = gin.REQUIRED,
+  mixture_or_task_name: str = gin.REQUIRED,
+  distill_dir: str = gin.REQUIRED,
+  task_feature_lengths: Mapping[str, int] = gin.REQUIRED,
+  batch_size: int = 32,
+  step: int | Literal['best'] | None = None,
+  vocabulary: str | None = None,
+  extra_ids: int = 0,
+  mesh: partitioning.MeshConfig | None = None,
+  decoding: sampling.Decoding | None = None,
+  shard: int = 0,
+  num_shards: int = 1,
+  *,
+  dry_run: bool = False,
+) -> None:
+  """Writes a teacher's answers to the prompts of a task's training split.
+
+  The folder then is data to train on: gin_configs/tasks/distilled.gin. A line
+  has `prompt`, `target` (the task's own answer), `prediction`, and `ended`: of
+  each answer whether it came to its end within the tokens it may have. With
+  `Decoding.num_answers` there are `predictions`, the best first, and `scores`.
+  Started again, the same command goes on where it was stopped.
+
+  Args:
+    checkpoint_path: the teacher: a run of an LLM baseline (its MODEL_DIR); or a
+      Hugging Face or converted folder, a checkpoint of T5X, a GGUF file, or a
+      name on the Hub.
+    mixture_or_task_name: whose prompts are answered; of a mixture, each task by
+      itself, into a folder of its own.
+    distill_dir: the folder.
+    task_feature_lengths: `inputs`, tokens a prompt; longer ones are cut, marked
+      and counted; `targets`, tokens an answer at most. Of the teacher's
+      tokenizer.
+    batch_size: prompts a batch if they are as long as they may be; of shorter
+      ones a batch has as many as take the same memory.
+    step: the checkpoint; None takes the newest, 'best' that of BEST_METRIC.
+    vocabulary: tokenizer of a model as it came that brings none.
+    extra_ids: sentinels that T5 adds behind its SentencePiece model.
+    mesh: device mesh and axis rules.
+    decoding: how answers are written; None is greedy. A sample depends on the
+      seed and on which prompt it answers, and on nothing else.
+    shard: which of `num_shards` contiguous parts of the prompts to answer; the
+      one that ends last completes the folder.
+    num_shards: how many there are.
+    dry_run: prints sizes and shardings, and stops.
+
+  Raises:
+    FileNotFoundError: if the teacher or the task's data are not there.
+    ValueError: if the folder holds answers of another teacher, decoding or
+      task, or a setting is off.
+  """
+  gin_config.check_lengths(task_feature_lengths)
+  answering = answer_settings.Answering(
+    checkpoint_path,
+    step,
+    llm_path=None,
+    vocabulary=vocabulary,
+    extra_ids=extra_ids,
+    prompt_length=task_feature_lengths['inputs'],
+    max_decode_len=task_feature_lengths['targets'],
+    batch_size=batch_size,
+    decoding=decoding or sampling.Decoding(),
+    says_ends=True,
+  )
+  part = predictions.Shard(shard, num_shards)
+  part.check()
+  folder = files.local_folder(distill_dir, _DIR)
+  label = f'MIXTURE_OR_TASK_NAME={mixture_or_task_name}'
+  if bound_tasks.is_cached(mixture_or_task_name):
+    raise ValueError(
+      f'{label}: a cache has the answers that it was made with. Give the task '
+      'that was cached; what is distilled of it can be cached again.'
+    )
+  session = session_lib.start(
+    functools.partial(_load_teacher, answering),
+    mesh,
+    answering.lengths,
+    batch_sizes={'BATCH_SIZE': batch_size},
+  )
+  read = prompts.task_reader(
+    session_lib.bind_task(session.system, mixture_or_task_name, label),
+    distilled.SPLIT,
+    label,
+    None if dry_run else answering.lengths,
+  )
+  if dry_run:
+    print(session.describe())
+    return
+
+  with session.entered(), distributed.preemptible() as stop:
+    chosen = answering.choose_step()
+    survey = prompts.survey(read(), 'target')
+    if survey.num_bad == survey.num_lines:
+      raise ValueError(
+        f'{label} has no prompt with text among the {survey.num_lines} of its '
+        f'split {distilled.SPLIT!r}.'
+      )
+    settings = _settings(answering, session, mixture_or_task_name, chosen)
+    tally = pipeline.answer_lines(
+      functools.partial(answering.load, session, chosen),
+      read,
+      survey,
+      part,
+      folder,
+      settings,
+      stop=stop,
+      named_by=_DIR,
+    )
+  if report := tally.describe(answering.prompt_length):
+    distributed.say(report)
+  if distributed.is_first():
+    _complete(folder, part, settings | {'prompts_sha256': survey.sha256})
+  distributed.wait_for_all('distill')
+
+
+def _load_teacher(answering: answer_settings.Answering) -> system_lib.System:
+  """Returns the teacher's system; refuses one that is not a model alone."""
+  if answering.decoding.draft_len:
+    raise ValueError(
+      f'Decoding.draft_len={answering.decoding.draft_len} is of LLM-to-SLM, '
+      'and the teacher is a language model alone. Set it to 0.'
+    )
+  system = answering.load_system()
+  if isinstance(system.module, l2s.LlmToSlm):
+    raise ValueError(
+      f'CHECKPOINT_PATH={answering.checkpoint_path} is a run of LLM-to-SLM, '
+      'which is the student. The teacher is a language model alone: name the '
+      'run of the LLM baseline, or a model as it came.'
+    )
+  return system
+
+
+def _settings(
+  answering: answer_settings.Answering,
+  session: session_lib.Session,
+  mixture_or_task_name: str,
+  step: int,
+) -> dict[str, Any]:
+  """Returns what the answers depend on beside their prompts, as JSON has it."""
+  fingerprint = distributed.from_first(
+    parameters.fingerprint(session.layout, answering.checkpoint_path, step)
+    if distributed.is_first()
+    else None
+  )
+  return {
+    'mixture_or_task': mixture_or_task_name,
+    'task_settings': distilled.settings_text(
+      tasks.data_settings(mixture_or_task_name)
+    ),
+    'teacher': {
+      'fingerprint': fingerprint,
+      'vocabulary': session.system.answer_vocabulary.fingerprint(),
+    },
+    'decoding': dataclasses.asdict(answering.decoding),
+    'task_feature_lengths': answering.lengths,
+  }
+
+
+def _complete(
+  folder: pathlib.Path, part: predictions.Shard, settings: Mapping[str, Any]
+) -> None:
+  """Writes the manifest if all shards are there; says what there is."""
+  paths = [
+    folder / predictions.Shard(index, part.count).name('predictions', '.jsonl')
+    for index in range(part.count)
+  ]
+  missing = sum(not path.is_file() for path in paths)
+  if missing:
+    distributed.say(
+      f'{folder}: done here; {missing} of {part.count} shards are missing.'
+    )
+    return
+  counts = distilled.count(predictions.read(paths))
+  manifest = {
+    **run_format.stamp(),
+    **settings,
+    'files': [
+      {'name': path.name, 'sha256': distilled.sha256(path)} for path in paths
+    ],
+    'counts': counts,
+  }
+  files.write_json(folder / distilled.FILE, json.loads(json.dumps(manifest)))
+  distributed.say(
+    f'{folder} is complete: {counts["answers"]:,} answers to '
+    f'{counts["prompts"]:,} prompts; {counts["unended"]:,} did not end within '
+    f'{settings["task_feature_lengths"]["targets"]} tokens, which UNENDED of '
+    'gin_configs/tasks/distilled.gin drops or keeps.'
+  )
