@@ -76,6 +76,10 @@ class ControlStates:
     return lambda batch: {'llm_states': read(batch)}
 
 
+def _is_of_llm(path: str) -> bool:
+  return path.startswith('llm/')
+
+
 def untrained_llm(system: system_lib.System, trained: PyTree) -> PyTree:
   """Returns random parameters of an LLM, always the same, where its own are.
 
@@ -85,7 +89,7 @@ def untrained_llm(system: system_lib.System, trained: PyTree) -> PyTree:
   """
 
   def make(key: jax.Array) -> PyTree:
-    boxed = parameters.init(system, key, only=('llm',))
+    boxed = parameters.init(system, key, only=_is_of_llm)
     return jax.tree.map(
       lambda x, like: x.astype(like.dtype),
       partitioning.unbox(boxed)['params']['llm'],

@@ -184,17 +184,8 @@ class TaskEvaluator:
         for target in targets
       ]
       if self._length_bins:
-        self.by_length[task.name] = length_bins_lib.scores(
-          task.metric_fns,
-          targets,
-          [
-            task.postprocess_fn(
-              vocabulary.decode(ids), example=example, is_target=False
-            )
-            for ids, example in zip(predictions, examples, strict=True)
-          ],
-          self._length_bins,
-          num_samples=self._num_bootstrap_samples,
+        self.by_length[task.name] = self._scores_by_length(
+          task, examples, targets, predictions
         )
       num_references = [len(texts) for texts in references if texts]
       results[task.name] = {
@@ -222,6 +213,29 @@ class TaskEvaluator:
           references,
         )
     return results
+
+  def _scores_by_length(
+    self,
+    task: 'seqio.Task',
+    examples: Sequence[Mapping[str, Any]],
+    targets: Sequence[Any],
+    predictions: Sequence[Sequence[int]],
+  ) -> Any:
+    """Returns the scores of answers by the length of their references."""
+    vocabulary = task.output_features['targets'].vocabulary
+    answers = [
+      task.postprocess_fn(
+        vocabulary.decode(ids), example=example, is_target=False
+      )
+      for ids, example in zip(predictions, examples, strict=True)
+    ]
+    return length_bins_lib.scores(
+      task.metric_fns,
+      targets,
+      answers,
+      self._length_bins,
+      num_samples=self._num_bootstrap_samples,
+    )
 
   def _predict(
     self, predict: Predict, control: str, dataset: tf.data.Dataset

@@ -103,11 +103,7 @@ def distill(
   part.check()
   folder = files.local_folder(distill_dir, _DIR)
   label = f'MIXTURE_OR_TASK_NAME={mixture_or_task_name}'
-  if bound_tasks.is_cached(mixture_or_task_name):
-    raise ValueError(
-      f'{label}: a cache has the answers that it was made with. Give the task '
-      'that was cached; what is distilled of it can be cached again.'
-    )
+  _check_task(mixture_or_task_name, label)
   session = session_lib.start(
     functools.partial(_load_teacher, answering),
     mesh,
@@ -148,6 +144,15 @@ def distill(
   if distributed.is_first():
     _complete(folder, part, settings | {'prompts_sha256': survey.sha256})
   distributed.wait_for_all('distill')
+
+
+def _check_task(name: str, label: str) -> None:
+  """Refuses a cache, whose answers are those it was made with."""
+  if bound_tasks.is_cached(name):
+    raise ValueError(
+      f'{label}: a cache has the answers that it was made with. Give the task '
+      'that was cached; what is distilled of it can be cached again.'
+    )
 
 
 def _load_teacher(answering: answer_settings.Answering) -> system_lib.System:

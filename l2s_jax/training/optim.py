@@ -300,19 +300,16 @@ def lion(
   )
 
 
-def _optimizer(
-  direction: Callable[[PyTree], optax.GradientTransformation],
-  learning_rate: float | optax.Schedule,
-  learning_rate_by_path: Mapping[str, float] | None,
+def _check_settings(
+  description: Mapping[str, Any],
   projector_steps: int,
   max_grad_norm: float | None,
   weight_decay: float,
-  description: dict[str, Any],
-) -> Optimizer:
-  """Puts around a direction what all optimizers share.
+) -> None:
+  """Refuses what no optimizer can have.
 
-  The state is built alike whatever the rate, the clipping and the decay are:
-  these may change within a run.
+  Raises:
+    ValueError: with the setting, and what was expected.
   """
   name = description['name']
   for limits, fits, values in (
@@ -327,6 +324,27 @@ def _optimizer(
     for key, value in values.items():
       if value is not None and not fits(value):
         raise ValueError(f'{name}.{key}={value!r}: expected a number {limits}.')
+  if not isinstance(projector_steps, int) or projector_steps < 0:
+    raise ValueError(
+      f'PROJECTOR_STEPS={projector_steps!r}: expected a number of steps from 0.'
+    )
+
+
+def _optimizer(
+  direction: Callable[[PyTree], optax.GradientTransformation],
+  learning_rate: float | optax.Schedule,
+  learning_rate_by_path: Mapping[str, float] | None,
+  projector_steps: int,
+  max_grad_norm: float | None,
+  weight_decay: float,
+  description: dict[str, Any],
+) -> Optimizer:
+  """Puts around a direction what all optimizers share.
+
+  The state is built alike whatever the rate, the clipping and the decay are:
+  these may change within a run.
+  """
+  _check_settings(description, projector_steps, max_grad_norm, weight_decay)
   schedule = (
     learning_rate
     if callable(learning_rate)
@@ -340,10 +358,6 @@ def _optimizer(
   has_frozen = 0 in by_path.values()
   if has_frozen:  # The slots are of the rest alone.
     description = description | {'is_trained_by_path': is_trained}
-  if not isinstance(projector_steps, int) or projector_steps < 0:
-    raise ValueError(
-      f'PROJECTOR_STEPS={projector_steps!r}: expected a number of steps from 0.'
-    )
   if projector_steps:
     description = description | {'projector_steps': projector_steps}
 

@@ -7,13 +7,16 @@ and never comes out.
 """
 
 import contextlib
+import functools
 import itertools
+import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
 import jax
+import optax
 
 from l2s_jax.data import batching, bound_tasks
 from l2s_jax.runtime import (
@@ -145,20 +148,14 @@ def train(
   )
 
   session = session_lib.start(
-    lambda: session_lib.with_cached_states(
-      run_folder.pin_llm(model, settings.run_dir), mixture_or_task_name
-    ),
+    lambda: _pin(model, settings.run_dir, mixture_or_task_name),
     mesh,
     plan.longest(task_feature_lengths),
     batch_sizes={'BATCH_SIZE': batch_size, 'eval_batch_size': eval_batch_size},
     num_microbatches=num_microbatches,
   )
   task = session_lib.bind_task(session.system, mixture_or_task_name)
-  transform = optimizer.make(
-    parameters.split(session.layout.axes, session.system.frozen)[1]
-  )
-  if session.system.has_lora:
-    transform = optim.without(transform, session.system.is_trained)
+  transform = _transform(optimizer, session)
   if dry_run:  # Which needs no data.
     print(session.describe(resuming.optimizer_bytes(session, transform)))
     return {}
@@ -172,23 +169,52 @@ def train(
     opened.callback(batches.close)
     evaluates = plan.hooks(loop, session, eval_tasks, batch_size)
     parts = _parts(batches, loop)
+    make_step = functools.partial(
+      _step_fn, step, optimizer, transform, loop.system
+    )
     compiled, secs = _compile(
-      lambda first: step.make(
-        loop.system.module,
-        transform,
-        lambda path: (
-          optimizer.is_trained(path, first) and session.system.is_trained(path)
-        ),
-      ),
-      optimizer.phases(),
-      loop,
-      session.mesh,
-      data.batch_shapes(),
+      make_step, optimizer.phases(), loop, session.mesh, data.batch_shapes()
     )
     hooked = settings.all_hooks(optimizer.schedule, secs, evaluates)
     _run(loop, parts, compiled, session.mesh, hooked)
     data.say_what_was_cut(batches, loop)
     return eval_plan.last_scores(evaluates)
+
+
+def _pin(
+  model: system_lib.System, run_dir: pathlib.Path, task: str
+) -> system_lib.System:
+  """Returns the system with the LLM of the run, or with its cached states."""
+  return session_lib.with_cached_states(
+    run_folder.pin_llm(model, run_dir), task
+  )
+
+
+def _transform(
+  optimizer: optim.Optimizer, session: session_lib.Session
+) -> optax.GradientTransformation:
+  """Returns the optimizer of the parameters that a system trains."""
+  transform = optimizer.make(
+    parameters.split(session.layout.axes, session.system.frozen)[1]
+  )
+  if session.system.has_lora:
+    return optim.without(transform, session.system.is_trained)
+  return transform
+
+
+def _step_fn(
+  step: train_step.StepSettings,
+  optimizer: optim.Optimizer,
+  transform: optax.GradientTransformation,
+  system: system_lib.System,
+  first: int,
+) -> Any:
+  """Returns the step of the phase of training that begins at step `first`."""
+  return step.make(
+    system.module,
+    transform,
+    lambda path: optimizer.is_trained(path, first) and system.is_trained(path),
+  )
 
 
 def _run(

@@ -341,8 +341,8 @@ FAULTS = (
   ),
   Fault(
     'targets-not-shifted',
-    'shifted = tf.concat([[self.bos_id], answer[:-1]], 0)',
-    'shifted = answer',
+    'inputs = tf.concat([starts, targets[:, :-1]], axis=1)',
+    'inputs = targets',
     ('test_features.py',),
     'batch_keys',
   ),
@@ -376,8 +376,8 @@ FAULTS = (
   ),
   Fault(
     'step-by-two',
-    '    step=state.step + 1,\n    trainable=optax',
-    '    step=state.step + 2,\n    trainable=optax',
+    '    step=state.step + 1,\n    trainable=parameters',
+    '    step=state.step + 2,\n    trainable=parameters',
     ('test_train_step.py',),
     'uninterrupted or mean_over or every_trainable',
   ),
@@ -402,8 +402,8 @@ FAULTS = (
   ),
   Fault(
     'interval-of-90-percent',
-    '[2.5, 97.5]',
-    '[5, 95]',
+    '[s[name] for s in samples], [2.5, 97.5]',
+    '[s[name] for s in samples], [5, 95]',
     ('test_metric_fns.py',),
     'interval',
   ),
