@@ -309,8 +309,8 @@ FAULTS = (
   ),
   Fault(
     'llm-with-dropout',
-    'self.llm.embed(tokens), segment_ids, deterministic=True',
-    'self.llm.embed(tokens), segment_ids, deterministic=False',
+    'self.llm.encode(embeddings, segment_ids, deterministic=True)',
+    'self.llm.encode(embeddings, segment_ids, deterministic=False)',
     ('test_l2s.py',),
     'without_dropout',
   ),

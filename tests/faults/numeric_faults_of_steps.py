@@ -376,8 +376,8 @@ FAULTS = (
   ),
   Fault(
     'step-by-two',
-    '    step=state.step + 1,\n    trainable=optax',
-    '    step=state.step + 2,\n    trainable=optax',
+    '    step=state.step + 1,\n    trainable=parameters',
+    '    step=state.step + 2,\n    trainable=parameters',
     ('test_train_step.py',),
     'uninterrupted or mean_over or every_trainable',
   ),
