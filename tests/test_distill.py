@@ -221,7 +221,7 @@ def test_several_answers_are_examples_one_each_or_by_probability(n_best):
     return texts_of(bindings | {'distilled_task.answers': answers}, 'train')
 
   assert of('each') == each
-  first = {}
+  first: dict[str, str] = {}
   for prompt, text in each:
     first.setdefault(prompt, text)
   assert of('best') == list(first.items())
