@@ -179,10 +179,9 @@ def _settings(
   step: int,
 ) -> dict[str, Any]:
   """Returns what the answers depend on beside their prompts, as JSON has it."""
-  fingerprint = distributed.from_first(
-    parameters.fingerprint(session.layout, answering.checkpoint_path, step)
-    if distributed.is_first()
-    else None
+  # By all processes: those that restore a run wait for each other.
+  fingerprint = parameters.fingerprint(
+    session.layout, answering.checkpoint_path, step
   )
   return {
     'mixture_or_task': mixture_or_task_name,
@@ -190,7 +189,7 @@ def _settings(
       tasks.data_settings(mixture_or_task_name)
     ),
     'teacher': {
-      'fingerprint': fingerprint,
+      'fingerprint': distributed.from_first(fingerprint),
       'vocabulary': session.system.answer_vocabulary.fingerprint(),
     },
     'decoding': dataclasses.asdict(answering.decoding),
