@@ -30,8 +30,12 @@ def test_what_a_description_lacks_is_named(name, tmp_path):
   path = tmp_path / 'model.json'
   whole = json.loads(path.read_text())
   assert run_folder.load(tmp_path).module == system.module
-  # The ids are for people to read; earlier versions wrote none.
-  for key in whole.keys() - {'special_ids'}:
+  # The ids are for people to read; earlier versions wrote none of these.
+  later = {'special_ids', 'llm_layer', 'train_llm'}
+  for key in whole.keys() & later:
+    path.write_text(json.dumps({k: v for k, v in whole.items() if k != key}))
+    assert run_folder.load(tmp_path).module == system.module
+  for key in whole.keys() - later:
     path.write_text(json.dumps({k: v for k, v in whole.items() if k != key}))
     for read in (runs.Run, run_folder.load):
       with pytest.raises(ValueError) as error:
