@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import saved_runs
 from flax import traverse_util
 
 from l2s_jax.inference import strategies
@@ -26,7 +27,6 @@ from l2s_jax.performance import (
 from l2s_jax.runtime import files
 from l2s_jax.systems import run_folder
 from l2s_jax.systems import system as system_lib
-from l2s_jax.training import checkpoint, state
 from l2s_jax.weights import opening
 from l2s_jax.weights import source as source_lib
 
@@ -47,19 +47,7 @@ def run(tmp_path_factory):
   system = dataclasses.replace(
     helpers.system(MODULE), sources={'llm': str(folder / 'llm')}
   )
-  run_folder.save(system, folder / 'run')
-  checkpointer = checkpoint.Checkpointer(folder / 'run')
-  checkpointer.save(
-    state.TrainState(
-      step=jnp.int32(STEP),
-      trainable=trained,
-      opt_state=(),
-      key=jax.random.key_data(jax.random.key(0)),
-    ),
-    {},
-  )
-  checkpointer.wait()
-  checkpointer.close()
+  saved_runs.save(folder / 'run', system, trained, steps=(STEP,))
   return folder / 'run', params, llm
 
 

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import saved_runs
 import tokenizers
 from flax import traverse_util
 
@@ -22,9 +23,8 @@ from l2s_jax import __main__ as command_line
 from l2s_jax.interop import convert, to_huggingface
 from l2s_jax.models import l2s
 from l2s_jax.runtime import integrity, partitioning
-from l2s_jax.systems import builders, parameters, run_folder
+from l2s_jax.systems import builders, parameters
 from l2s_jax.systems import system as system_lib
-from l2s_jax.training import checkpoint, state
 from l2s_jax.vocabularies import loading
 from l2s_jax.weights import converted, opening
 from l2s_jax.weights import source as source_lib
@@ -253,20 +253,6 @@ def test_memory_holds_layers_not_stacks(to, tmp_path):
 # --- runs ---------------------------------------------------------------------
 
 
-def save_run(folder, system, params):
-  run_folder.save(system, folder)
-  checkpointer = checkpoint.Checkpointer(folder)
-  trained = state.TrainState(
-    step=jnp.int32(3),
-    trainable=params,
-    opt_state=(),
-    key=jax.random.key_data(jax.random.key(0)),
-  )
-  checkpointer.save(trained, {})
-  checkpointer.wait()
-  checkpointer.close()
-
-
 def make_pair(injection, vocabulary):
   """Returns an LLM-to-SLM system and its trained parameters."""
   module = helpers.llm_to_slm('gpt2', injection, vocabulary)
@@ -284,7 +270,7 @@ def test_a_pair_goes_out_as_slm_projector_and_how_they_fit(
   injection, vocabulary, tmp_path
 ):
   system, params = make_pair(injection, vocabulary)
-  save_run(tmp_path / 'run', system, params)
+  saved_runs.save(tmp_path / 'run', system, params, steps=(3,))
   out = tmp_path / 'out'
   assert not run('--from=l2s', '--to=hf', tmp_path / 'run', out)
 
@@ -321,7 +307,9 @@ def test_a_run_goes_out_with_a_tokenizer_for_transformers(vocabulary, tmp_path):
     prompt_vocabulary=vocabulary,
     answer_vocabulary=vocabulary,
   )
-  save_run(tmp_path / 'run', system, helpers.random_params(module))
+  saved_runs.save(
+    tmp_path / 'run', system, helpers.random_params(module), steps=(3,)
+  )
   out = tmp_path / 'out'
   assert not run('--from=l2s', '--to=hf', tmp_path / 'run', out)
   # GPT-2's own class would not find its files.
@@ -340,7 +328,7 @@ def test_a_run_goes_out_with_a_tokenizer_for_transformers(vocabulary, tmp_path):
 def test_a_run_goes_out_at_the_step_asked_for(tmp_path):
   module = helpers.MODULES['t5_1_1']
   params = helpers.random_params(module)
-  save_run(tmp_path / 'run', helpers.system(module), params)
+  saved_runs.save(tmp_path / 'run', helpers.system(module), params, steps=(3,))
   flags = ('--from=l2s', '--to=l2s', tmp_path / 'run')
   assert not run(*flags, tmp_path / 'out', '--step=3')
   opened = opening.open_source(str(tmp_path / 'out'))

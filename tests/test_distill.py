@@ -11,17 +11,15 @@ import cache_files
 import data_files
 import gin
 import helpers
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import saved_runs
 import tiny_runs
 
 from l2s_jax.caching import cache_command
 from l2s_jax.data import bound_tasks, distilled, streams, tasks
 from l2s_jax.inference import distill, infer, sampling
 from l2s_jax.systems import run_folder
-from l2s_jax.training import checkpoint, state
 
 NUM_PROMPTS = 37
 LENGTHS = {'inputs': 12, 'targets': 6}
@@ -29,17 +27,7 @@ LENGTHS = {'inputs': 12, 'targets': 6}
 
 def save(system, path, seed=0):
   """Saves a run whose model has random parameters and writes anything."""
-  run_folder.save(system, path)
-  checkpointer = checkpoint.Checkpointer(path)
-  trained = state.TrainState(
-    step=jnp.int32(1),
-    trainable=helpers.random_params(system.module, seed),
-    opt_state=(),
-    key=jax.random.key_data(jax.random.key(0)),
-  )
-  checkpointer.save(trained, {})
-  checkpointer.wait()
-  checkpointer.close()
+  saved_runs.save(path, system, helpers.random_params(system.module, seed))
   return path
 
 

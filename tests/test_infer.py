@@ -12,14 +12,11 @@ import time
 
 import forked
 import helpers
-import jax
-import jax.numpy as jnp
 import pytest
+import saved_runs
 
 from l2s_jax.inference import infer, predictions, sampling
 from l2s_jax.metrics import metric_fns
-from l2s_jax.systems import run_folder
-from l2s_jax.training import checkpoint, state
 
 ROOT = pathlib.Path(__file__).parent.parent
 NUM_LINES = 41
@@ -32,19 +29,8 @@ def run(tmp_path_factory):
   """A run of a tiny model with random parameters, which writes anything."""
   path = tmp_path_factory.mktemp('run')
   system = helpers.system(helpers.MODULES['t5_1_1'])
-  run_folder.save(system, path)
-  checkpointer = checkpoint.Checkpointer(path)
   params = helpers.random_params(system.module)
-  for step in (1, 2):
-    trained = state.TrainState(
-      step=jnp.int32(step),
-      trainable=params,
-      opt_state=(),
-      key=jax.random.key_data(jax.random.key(0)),
-    )
-    checkpointer.save(trained, {})
-  checkpointer.wait()
-  checkpointer.close()
+  saved_runs.save(path, system, params, steps=(1, 2))
   return path
 
 

@@ -10,13 +10,13 @@ import helpers
 import jax
 import numpy as np
 import pytest
+import saved_runs
 from flax import traverse_util
 
 from l2s_jax.models import l2s, lora
 from l2s_jax.runtime import partitioning
-from l2s_jax.systems import parameters, run_folder
+from l2s_jax.systems import parameters
 from l2s_jax.training import checkpoint, optim, resuming, train_step
-from l2s_jax.training import state as state_lib
 from l2s_jax.weights import opening
 
 ALPHA = 5.0
@@ -60,7 +60,7 @@ def test_a_run_trains_it_alone_and_is_read_merged(tmp_path):
 
   # A run of an SLM, whose weights the other starts from.
   slm = helpers.system(l2s.build(PLAIN.slm_config))
-  save(slm, trained['slm'], tmp_path / 'slm')
+  saved_runs.save(tmp_path / 'slm', slm, trained['slm'])
   system = dataclasses.replace(
     system,
     sources={'slm': str(tmp_path / 'slm'), 'llm': str(tmp_path / 'llm')},
@@ -101,7 +101,7 @@ def test_a_run_trains_it_alone_and_is_read_merged(tmp_path):
   assert not any('/slm/' in path and 'lora_' not in path for path in slots)
   assert any('/slm/' in path for path in slots)
 
-  save(system, state.trainable, tmp_path / 'run')
+  saved_runs.save(tmp_path / 'run', system, state.trainable)
   run = opening.open_source(str(tmp_path / 'run'))
   assert run.config == PLAIN.slm_config
   merged = traverse_util.flatten_dict(lora.merge(state.trainable['slm'], ALPHA))
@@ -114,15 +114,6 @@ def test_a_run_trains_it_alone_and_is_read_merged(tmp_path):
 
 def checkpointer(folder):
   return contextlib.closing(checkpoint.Checkpointer(folder))
-
-
-def save(system, params, folder):
-  folder.mkdir()
-  run_folder.save(system, folder)
-  state = state_lib.create(params, optim.optax.identity(), 0)
-  with checkpointer(folder) as saved:
-    saved.save(state, {})
-    saved.wait()
 
 
 @pytest.mark.parametrize(

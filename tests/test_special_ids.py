@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import saved_runs
 
 from l2s_jax import __main__ as command_line
 from l2s_jax.data import batching
@@ -97,11 +98,9 @@ def test_a_folder_a_run_and_exports_have_the_same_ids(madlad, tmp_path):
 
 def test_what_a_run_exports_says_where_answers_start_and_end(madlad, tmp_path):
   transformers = pytest.importorskip('transformers')
-  from test_convert import save_run
-
   system = builders.language_model_system(system_lib.Tower(path=str(madlad)))
   run, out = tmp_path / 'run', tmp_path / 'out'
-  save_run(run, system, helpers.random_params(system.module))
+  saved_runs.save(run, system, helpers.random_params(system.module))
   arguments = ['--from=l2s', '--to=hf', str(run), str(out)]
   assert not command_line.main(['convert', *arguments])
   for name in ('config.json', 'generation_config.json'):

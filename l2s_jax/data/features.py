@@ -205,6 +205,21 @@ def wrap_vocabulary(vocabulary: base.Vocabulary) -> SeqioVocabulary:
   return SeqioVocabulary(vocabulary)
 
 
+def output_features(
+  prompt_vocabulary: base.Vocabulary, answer_vocabulary: base.Vocabulary
+) -> dict[str, seqio.Feature]:
+  """Returns what a task gives whose ids are of these, EOS included."""
+  return {
+    key: seqio.Feature(
+      vocabulary=wrap_vocabulary(vocabulary), add_eos=True, dtype=tf.int32
+    )
+    for key, vocabulary in (
+      ('inputs', prompt_vocabulary),
+      ('targets', answer_vocabulary),
+    )
+  }
+
+
 def encodes_alike(vocabulary: seqio.Vocabulary, bound: SeqioVocabulary) -> bool:
   """Returns whether ids of a task's own vocabulary are those of a bound one.
 
@@ -257,9 +272,15 @@ def steps_before_ids(task: seqio.Task) -> list[Callable[..., Any]]:
   """
   *steps, last = task.preprocessors
   assert last is tokenize_and_measure
-  if steps and steps[-1] in TOKENIZE_STEPS:
-    steps.pop()
-  return steps
+  return text_steps(steps)
+
+
+def text_steps(steps: Sequence[Callable[..., Any]]) -> list[Callable[..., Any]]:
+  """Returns preprocessors without EOS, and without a tokenizer as the last."""
+  kept = [step for step in steps if step not in EOS_STEPS]
+  if kept and kept[-1] in TOKENIZE_STEPS:
+    kept.pop()
+  return kept
 
 
 def batch_of_ids(

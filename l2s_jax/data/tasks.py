@@ -366,19 +366,11 @@ def bind(
       `targets`, or must be cached and is not to be read from a cache.
   """
   from l2s_jax.data import features
-  from l2s_jax.data.features import seqio, tf
+  from l2s_jax.data.features import seqio
 
-  output_features = {
-    key: seqio.Feature(
-      vocabulary=features.wrap_vocabulary(vocabulary),
-      add_eos=True,
-      dtype=tf.int32,
-    )
-    for key, vocabulary in (
-      ('inputs', prompt_vocabulary),
-      ('targets', answer_vocabulary),
-    )
-  }
+  output_features = features.output_features(
+    prompt_vocabulary, answer_vocabulary
+  )
 
   @functools.cache  # Two mixtures may share a task, which must stay one task.
   def bind_provider(
@@ -444,12 +436,7 @@ def _read_texts(task: 'seqio.Task', split: str) -> 'tf.data.Dataset':
 
   task = _read_from_cache(_set_up_tfds(task), CacheConfig())
   check_data(task, split)
-  steps = [
-    step for step in task.preprocessors if step not in features.EOS_STEPS
-  ]
-  if steps and steps[-1] in features.TOKENIZE_STEPS:
-    steps.pop()
-  task = task.replace(preprocessors=steps)
+  task = task.replace(preprocessors=features.text_steps(task.preprocessors))
   dataset = task.source.get_dataset(split=split, shuffle=False)
   dataset = task.preprocess_postcache(
     task.preprocess_precache(dataset), sequence_length=None

@@ -72,7 +72,7 @@ class ControlStates:
     llm = params['llm']
     if control == 'untrained':
       llm = untrained_llm(self._system, llm)
-    read = functools.partial(self._read[control], {'llm': llm})
+    read = functools.partial(self._read[control], {**params, 'llm': llm})
     return lambda batch: {'llm_states': read(batch)}
 
 

@@ -80,6 +80,17 @@ def best_step(by_step: Mapping[int, Numbers], name: str) -> int:
   )
 
 
+def columns_in(
+  rows: Sequence[TableRow], columns: Mapping[str, str]
+) -> dict[str, str]:
+  """Returns the columns of a table that a row has something in."""
+  return {
+    key: heading
+    for key, heading in columns.items()
+    if any(key in row for row in rows)
+  }
+
+
 def markdown_table(
   rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]
 ) -> str:

@@ -91,11 +91,10 @@ def report(
   folder.mkdir(parents=True, exist_ok=True)
   rows, words = _describe_runs(records, timed)
   content: dict[str, Any] = {'runs': rows, 'evaluations': {}}
+  shown = [_shown(row) for row in rows]
   parts = [
     '# Report\n',
-    report_lib.markdown_table(
-      shown := [_shown(row) for row in rows], _columns(shown, _RUNS)
-    ),
+    report_lib.markdown_table(shown, report_lib.columns_in(shown, _RUNS)),
     words,
   ]
   logs = {record.label: record.log for record in records if record.log}
@@ -345,17 +344,6 @@ def _shown(row: TableRow) -> TableRow:
     name: row[source] * factor
     for name, (source, factor) in _UNITS.items()
     if source in row
-  }
-
-
-def _columns(
-  rows: Sequence[TableRow], columns: Mapping[str, str]
-) -> dict[str, str]:
-  """Returns the columns that a row has something in."""
-  return {
-    key: heading
-    for key, heading in columns.items()
-    if any(key in row for row in rows)
   }
 
 

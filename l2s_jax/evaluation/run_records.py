@@ -93,10 +93,9 @@ class ReportedRun:
     """Returns the FLOPs of an answer of so many tokens, by their formulas."""
     if self.system is None:
       return {}
-    writer, _ = l2s.writer(self.system.module)
     of_prompt = flops.prompt_flops(self.system.module, prompt_length)
-    of_token = flops.token_flops(
-      writer.config, prompt_length, (num_tokens + 1) / 2
+    of_token = flops.mean_token_flops(
+      self.system.module, prompt_length, num_tokens
     )
     return {
       'flops_per_prompt': of_prompt,

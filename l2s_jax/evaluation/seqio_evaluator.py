@@ -219,8 +219,8 @@ class TaskEvaluator:
     task: 'seqio.Task',
     examples: Sequence[Mapping[str, Any]],
     targets: Sequence[Any],
-    predictions: Sequence[Sequence[int]],
-  ) -> Any:
+    predictions: Sequence[Int[np.ndarray, ' steps']],
+  ) -> length_bins_lib.ScoresByBin:
     """Returns the scores of answers by the length of their references."""
     vocabulary = task.output_features['targets'].vocabulary
     answers = [

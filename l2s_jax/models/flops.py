@@ -62,20 +62,38 @@ def count(
   if isinstance(module, l2s.DraftAndVerify):
     return reading
   writer, _ = l2s.writer(module)
-  # The first token is written when nothing but itself is there.
-  num_keys = (num_tokens + 1) / 2
   return dataclasses.replace(
     reading,
-    flops_per_token=token_flops(writer.config, prompt_length, num_keys),
+    flops_per_token=mean_token_flops(module, prompt_length, num_tokens),
     bytes_per_step=step_bytes(
       writer.config,
       batch_size=batch_size,
       prompt_length=prompt_length,
-      num_keys=num_keys,
+      num_keys=_mean_keys(num_tokens),
       weight_bytes=weight_bytes,
       cache_bytes=cache_bytes,
     ),
   )
+
+
+def mean_token_flops(
+  module: Module, prompt_length: Number, num_tokens: int
+) -> Number:
+  """Returns the FLOPs of a token of one row, the mean over those of an answer.
+
+  Args:
+    module: the system's.
+    prompt_length: keys of the prompt.
+    num_tokens: of the answer.
+  """
+  config = l2s.writer(module)[0].config
+  return token_flops(config, prompt_length, _mean_keys(num_tokens))
+
+
+def _mean_keys(num_tokens: int) -> float:
+  """Returns how many tokens of an answer one of them attends to."""
+  # The first token is written when nothing but itself is there.
+  return (num_tokens + 1) / 2
 
 
 def num_params(module: Module) -> int:

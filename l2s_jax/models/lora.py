@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What LoRA has learned beside kernels, merged into them or told apart."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from l2s_jax.models import layers
@@ -21,17 +18,23 @@ def is_learned(path: str) -> bool:
   return path.split('/')[-1] in NAMES
 
 
-def add(kernel: Any, down: Any, up: Any, alpha: float) -> Any:
+def add(
+  kernel: Any, down: Any, up: Any, alpha: float, *, is_stacked: bool
+) -> Any:
   """Returns the kernel that does what the three do.
 
   Args:
-    kernel: [*inputs, *outputs].
+    kernel: [*inputs, *outputs]; of stacked layers, all have an axis before.
     down: [*inputs, rank].
     up: [rank, *outputs].
     alpha: as `TransformerConfig.lora_alpha`.
+    is_stacked: whether they are of stacked layers.
   """
-  rank = up.shape[0]
-  product = down.reshape(-1, rank) @ up.reshape(rank, -1)
+  layers_axis = kernel.shape[:1] if is_stacked else ()
+  rank = down.shape[-1]
+  product = down.reshape(*layers_axis, -1, rank) @ up.reshape(
+    *layers_axis, rank, -1
+  )
   return kernel + product.reshape(kernel.shape) * np.float32(alpha / rank)
 
 
@@ -53,16 +56,9 @@ def merge(params: Mapping[str, PyTree], alpha: float) -> dict[str, PyTree]:
     }
     if NAMES[0] in tree:
       down, up = (tree[name] for name in NAMES)
-      found['kernel'] = _add(tree['kernel'], down, up, alpha, is_stacked)
+      found['kernel'] = add(
+        tree['kernel'], down, up, alpha, is_stacked=is_stacked
+      )
     return found
 
   return merged(params, False)
-
-
-def _add(
-  kernel: Any, down: Any, up: Any, alpha: float, is_stacked: bool
-) -> Any:
-  arrays = (jnp.asarray(kernel), jnp.asarray(down), jnp.asarray(up))
-  if not is_stacked:
-    return add(*arrays, alpha)
-  return jax.vmap(functools.partial(add, alpha=alpha))(*arrays)

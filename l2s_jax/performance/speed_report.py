@@ -149,8 +149,8 @@ def markdown(
     ours = [row for row in shown if row['engine'] == contenders.OURS]
     parts += [
       f'## Batch {shape[0]}, {shape[1]} tokens in, {shape[2]} out\n',
-      report.markdown_table(shown, _columns(shown, _TIMES)),
-      report.markdown_table(ours, _columns(ours, _COSTS)),
+      report.markdown_table(shown, report.columns_in(shown, _TIMES)),
+      report.markdown_table(ours, report.columns_in(ours, _COSTS)),
     ]
   bandwidth = machine['bandwidth_gb_per_sec']
   parts.append(_WORDS.format(rounds=settings['rounds'], bandwidth=bandwidth))
@@ -189,17 +189,6 @@ def _shown(row: TableRow, llms: Mapping[str, TableRow]) -> dict[str, Any]:
   if llm is not None:
     shown['speedup'] = llm['total_ms'] / row['total_ms']
   return shown
-
-
-def _columns(
-  rows: Sequence[TableRow], columns: Mapping[str, str]
-) -> dict[str, str]:
-  """Returns the columns that a row has something in."""
-  return {
-    key: heading
-    for key, heading in columns.items()
-    if any(key in row for row in rows)
-  }
 
 
 def _fact(value: Any) -> str:

@@ -199,21 +199,15 @@ def _check_states(
       'are none. Cache it with --features and name the cache, or set '
       'USE_FEATURES=False.'
     )
-  if (
-    states is not None
-    and features is not None
-    and states.layer != features.layer
-  ):
+  if states is None or features is None:
+    return
+  if states.layer != features.layer:
     raise ValueError(
       f'{label}={mixture_or_task_name}: {features.folder} has the states of '
       f'{_layer(features.layer)} of the LLM, {states.location} those of '
       f'{_layer(states.layer)}. Cache both with the same LLM_LAYER.'
     )
-  if (
-    states is not None
-    and features is not None
-    and states.llm_fingerprint != features.llm_fingerprint
-  ):
+  if states.llm_fingerprint != features.llm_fingerprint:
     raise ValueError(
       f'{label}={mixture_or_task_name}: {features.folder} has the states of '
       f'another LLM ({features.llm_fingerprint[:16]}) than {states.location} '

@@ -510,32 +510,26 @@ def _multiples(
   Raises:
     ValueError: names the patterns that decide nothing, and all paths.
   """
-  multiples: dict[str, float] = {}
-  idle = []
-  for pattern, multiple in by_path.items():
-    first = [
-      path
-      for path in paths
-      if path not in multiples and re.fullmatch(pattern, path)
-    ]
-    multiples |= dict.fromkeys(first, multiple)
-    if not first:
-      idle.append(pattern)
+  patterns = {path: _pattern_of(path, by_path) for path in paths}
+  idle = [x for x in by_path if x not in patterns.values()]
   if idle:
     raise ValueError(
       f'learning_rate_by_path: {", ".join(map(repr, idle))} decides nothing. '
       'A pattern must match the whole path of a trained parameter that none '
       'before it matches. The paths are:\n  ' + '\n  '.join(paths)
     )
-  return dict.fromkeys(paths, 1.0) | multiples
+  return {path: _multiple(path, by_path) for path in paths}
 
 
 def _multiple(path: str, by_path: Mapping[str, float]) -> float:
   """Returns what the learning rate of a path is multiplied by."""
-  for pattern, multiple in by_path.items():
-    if re.fullmatch(pattern, path):
-      return multiple
-  return 1.0
+  pattern = _pattern_of(path, by_path)
+  return 1.0 if pattern is None else by_path[pattern]
+
+
+def _pattern_of(path: str, by_path: Mapping[str, float]) -> str | None:
+  """Returns the first pattern that matches a whole path, if any does."""
+  return next((x for x in by_path if re.fullmatch(x, path)), None)
 
 
 def _multiply(

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import l2s_jax
+from l2s_jax.runtime import files, integrity
 
 FORMAT_VERSION = 2
 RUN = 'model.json'
@@ -91,6 +92,37 @@ def migrate(
   for older in range(version, FORMAT_VERSION):
     result = MIGRATIONS[older](kind, result) | {'format_version': older + 1}
   return result
+
+
+def read_sealed(
+  kind: str,
+  path: str | os.PathLike[str],
+  *,
+  keys: files.Keys,
+  known: Callable[[Description], Known],
+  remedy: str,
+) -> Description:
+  """Returns what a file with a digest holds, in the format of this version.
+
+  Args:
+    kind: CACHE or FEATURES.
+    path: of the file.
+    keys: that it must have, as `files.check_keys` takes them.
+    known: from what it holds to what it may hold.
+    remedy: for one that is broken, as `files.read_json` takes it.
+
+  Raises:
+    ValueError: if it is damaged, a newer version wrote it, or it has what this
+      version does not know.
+  """
+  content = files.read_json(path, remedy=remedy)
+  found = migrate(kind, content, path, remedy=remedy)
+  files.check_keys(found, path, keys=keys, remedy=remedy)
+  if integrity.unseal(content) is None:
+    raise ValueError(f'{path} is not as it was written; {remedy}')
+  del found[integrity.DIGEST]
+  refuse_unknown(found, known(found), path, remedy=remedy)
+  return found
 
 
 def refuse_unknown(

@@ -229,14 +229,7 @@ class Run:
       return saved_steps.read_arrays(self._params, [path])[path]
     arrays = saved_steps.read_arrays(self._params, [path, *beside])
     kernel, down, up = (arrays[name] for name in (path, *beside))
-    if 'layers' not in path:
-      return lora.add(kernel, down, up, self._alpha)
-    return np.stack(
-      [
-        lora.add(*layer, self._alpha)
-        for layer in zip(kernel, down, up, strict=True)
-      ]
-    )
+    return lora.add(kernel, down, up, self._alpha, is_stacked='layers' in path)
 
   def name(self, path: tuple[str, ...]) -> str:
     return '/'.join(path)

@@ -510,12 +510,13 @@ def read_description(path: pathlib.Path, remedy: str) -> dict[str, Any]:
     ValueError: if it is damaged, a newer version wrote it, or it has what this
       version does not know.
   """
-  content = files.read_json(path, remedy=remedy)
-  found = run_format.migrate(FILE, content, path, remedy=remedy)
-  files.check_keys(found, path, keys=_KEYS, remedy=remedy)
-  if integrity.unseal(content) is None:
-    raise ValueError(f'{path} is not as it was written; {remedy}')
-  del found[integrity.DIGEST]
+  return run_format.read_sealed(
+    FILE, path, keys=_KEYS, known=_known, remedy=remedy
+  )
+
+
+def _known(description: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what a description may hold, by the tasks and splits it has."""
   known: dict[str, Any] = dict.fromkeys((*_KEYS, 'written_by'))
   known['tasks'] = {
     task: {
@@ -523,7 +524,6 @@ def read_description(path: pathlib.Path, remedy: str) -> dict[str, Any]:
       'columns': None,
       'metrics': None,
     }
-    for task, of_task in found['tasks'].items()
+    for task, of_task in description['tasks'].items()
   }
-  run_format.refuse_unknown(found, known, path, remedy=remedy)
-  return found
+  return known

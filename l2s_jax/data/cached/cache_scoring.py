@@ -40,26 +40,17 @@ def task(
     metric_fns: of the task.
   """
   from l2s_jax.data import features
-  from l2s_jax.data.features import seqio, tf
+  from l2s_jax.data.features import seqio
 
-  output_features = {
-    key: seqio.Feature(
-      vocabulary=features.wrap_vocabulary(vocabulary),
-      add_eos=True,
-      dtype=tf.int32,
-    )
-    for key, vocabulary in (
-      ('inputs', prompt_vocabulary),
-      ('targets', answer_vocabulary),
-    )
-  }
   return seqio.Task(
     name,
     seqio.FunctionDataSource(
       functools.partial(_dataset, cache, name),
       splits=sorted(cache.tasks[name]['splits']),
     ),
-    output_features=output_features,
+    output_features=features.output_features(
+      prompt_vocabulary, answer_vocabulary
+    ),
     preprocessors=[],
     postprocess_fn=_postprocess_fn(cache, name, split),
     metric_fns=list(metric_fns),

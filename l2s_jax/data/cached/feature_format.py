@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from l2s_jax.data.cached import cache_format
-from l2s_jax.runtime import files, integrity
+from l2s_jax.runtime import integrity
 from l2s_jax.weights import run_format
 
 FILE = run_format.FEATURES
@@ -282,12 +282,7 @@ def read_description(path: pathlib.Path, remedy: str) -> dict[str, Any]:
     ValueError: if it is damaged, a newer version wrote it, or it has what this
       version does not know.
   """
-  content = files.read_json(path, remedy=remedy)
-  found = run_format.migrate(FILE, content, path, remedy=remedy)
-  files.check_keys(found, path, keys=_KEYS, remedy=remedy)
-  if integrity.unseal(content) is None:
-    raise ValueError(f'{path} is not as it was written; {remedy}')
-  del found[integrity.DIGEST]
   known = dict.fromkeys((*_KEYS, 'written_by', 'tasks'))
-  run_format.refuse_unknown(found, known, path, remedy=remedy)
-  return found
+  return run_format.read_sealed(
+    FILE, path, keys=_KEYS, known=lambda found: known, remedy=remedy
+  )
