@@ -29,6 +29,12 @@ _PRELOADED = [
   'l2s_jax.data.features',
   'l2s_jax.evaluation.seqio_evaluator',
 ]
+# Of a process that compiles as the tests' own do, see conftest.py.
+COMPILE_FAST = {
+  'JAX_PLATFORMS': 'cpu',
+  'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true',
+  'XLA_FLAGS': os.environ['L2S_TESTS_XLA_FLAGS'],
+}
 # Read as JAX is imported: by the server.
 _AT_IMPORT = 'JAX_'
 
@@ -36,15 +42,16 @@ _AT_IMPORT = 'JAX_'
 def environment() -> dict[str, str]:
   """Returns the variables of a process: one device, the tests' own cache."""
   folder = os.environ['L2S_TESTS_CACHE']
-  return os.environ | {
-    'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': os.environ['L2S_TESTS_XLA_FLAGS'],
-    'JAX_ENABLE_COMPILATION_CACHE': 'true',
-    'JAX_COMPILATION_CACHE_DIR': folder,
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true',  # as in the tests' own process
-  }
+  return (
+    os.environ
+    | COMPILE_FAST
+    | {
+      'JAX_ENABLE_COMPILATION_CACHE': 'true',
+      'JAX_COMPILATION_CACHE_DIR': folder,
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+      'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+    }
+  )
 
 
 @contextlib.contextmanager

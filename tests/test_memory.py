@@ -149,10 +149,10 @@ def test_an_slm_that_is_whole_is_not_gathered_for_every_token():
   assert all_gathers(decode_loop(FSDP))
 
 
-def compile_with(remat: str, *, scan_layers: bool) -> Any:
+def compile_with(remat: str, num_layers: int, *, scan_layers: bool) -> Any:
   config = dataclasses.replace(
     helpers.GPT2,
-    num_decoder_layers=4,
+    num_decoder_layers=num_layers,
     max_positions=32,
     dropout_rate=0.1,
     remat=remat,
@@ -163,7 +163,9 @@ def compile_with(remat: str, *, scan_layers: bool) -> Any:
 
 def test_remat_takes_less_memory_the_more_it_computes_again():
   none, minimal, full = (
-    compile_with(remat, scan_layers=True).memory_analysis().temp_size_in_bytes
+    compile_with(remat, 4, scan_layers=True)
+    .memory_analysis()
+    .temp_size_in_bytes
     for remat in ('none', 'minimal', 'full')
   )
   assert none > 1.5 * minimal > 1.5 * full
@@ -172,7 +174,7 @@ def test_remat_takes_less_memory_the_more_it_computes_again():
 def test_remat_computes_again_where_layers_are_unrolled_too():
   """There the compiler could take the second time for the first."""
   none, minimal, full = (
-    compile_with(remat, scan_layers=False).cost_analysis()['flops']
+    compile_with(remat, 2, scan_layers=False).cost_analysis()['flops']
     for remat in ('none', 'minimal', 'full')
   )
   assert none < minimal < full

@@ -23,7 +23,7 @@ from l2s_jax.runtime import preemption
 from l2s_jax.training import checkpoint
 from l2s_jax.weights import saved_steps
 
-STEPS = 300
+STEPS = 240
 
 
 @pytest.fixture(scope='module')
@@ -42,7 +42,7 @@ def start(folder, run, *bindings, **options):
       run,
       f'--gin.TRAIN_STEPS={STEPS}',
       '--gin.CHECKPOINT_PERIOD=20',
-      '--gin.EVAL_PERIOD=100',
+      '--gin.EVAL_PERIOD=120',
       '--gin.train.log_period=3',
       "--gin.BEST_METRIC='loss'",
       *bindings,
@@ -111,7 +111,7 @@ def unbroken(folder):
   assert [step for step, *_ in losses(folder / 'unbroken')] == list(
     range(3, STEPS + 1, 3)
   )
-  assert list(evaluations(folder / 'unbroken')) == [100, 200, 300]
+  assert list(evaluations(folder / 'unbroken')) == [120, 240]
   return folder / 'unbroken'
 
 
@@ -198,7 +198,7 @@ def test_sigterm_while_evaluating_keeps_the_step_and_evaluates_it_again(
 ):
   run = folder / 'evaluating'
   process = start(folder, 'evaluating')
-  wait_for(process, lambda: 200 in saved_steps.steps(run))
+  wait_for(process, lambda: 120 in saved_steps.steps(run))
   process.terminate()
   process.communicate(timeout=120)
   assert process.returncode == preemption.EXIT_CODE

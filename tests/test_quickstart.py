@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import forked
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -26,7 +27,7 @@ def test_quickstart_leaves_its_report(slm, tmp_path):
       f'--output_dir={tmp_path / "quickstart"}',
     ],
     cwd=ROOT,
-    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''},
+    env=os.environ | forked.COMPILE_FAST,
     capture_output=True,
     text=True,
     timeout=600,

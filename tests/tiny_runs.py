@@ -69,9 +69,7 @@ def command(*arguments, from_nothing=False):
   """Returns the command line and environment of `python -m l2s_jax`."""
   return (
     [sys.executable, '-m', 'l2s_jax', *map(str, arguments)],
-    os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
-    if from_nothing
-    else forked.environment(),
+    os.environ | forked.COMPILE_FAST if from_nothing else forked.environment(),
   )
 
 
