@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import functools
+from typing import Any
 
 import helpers
 import jax
@@ -30,7 +31,11 @@ from l2s_jax.training import state as state_lib
 SGD = optax.sgd(1.0)  # the update is the gradient
 # Many ids end an answer, so that some samples end and some do not.
 IDS = strategies.Ids(start=0, eos=(1, *range(200, 264)), pad=0)
-SMALL = {'num_decoder_layers': 1, 'num_encoder_layers': 1, 'scan_layers': False}
+SMALL: dict[str, Any] = {
+  'num_decoder_layers': 1,
+  'num_encoder_layers': 1,
+  'scan_layers': False,
+}
 LLM = l2s.build(dataclasses.replace(helpers.LLM, **SMALL))
 STUDENT = helpers.llm_to_slm('t5_1_1', 'add', 'shared', LLM.config, **SMALL)
 GPT2 = helpers.MODULES['gpt2']
@@ -55,14 +60,11 @@ def lesson_of(teacher, is_on_policy, **settings):
 
 
 # By whether the step is on policy; None has no teacher.
-LESSONS = {
-  None: None,
-  **{
-    is_on_policy: lesson_of(
-      SHARED, is_on_policy, weight=WEIGHT, temperature=TEMPERATURE
-    )
-    for is_on_policy in (False, True)
-  },
+LESSONS: dict[bool | None, distillation.Lesson | None] = {None: None} | {
+  is_on_policy: lesson_of(
+    SHARED, is_on_policy, weight=WEIGHT, temperature=TEMPERATURE
+  )
+  for is_on_policy in (False, True)
 }
 
 
@@ -150,9 +152,11 @@ def test_a_step_on_samples_is_one_on_a_batch_that_has_them():
   batch = helpers.random_batch()
   key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
   params = frozen | state.trainable
-  given = jax.jit(
-    lambda params: LESSONS[True].give(STUDENT, params, batch, key, 1)
-  )(params)
+  lesson = LESSONS[True]
+  assert lesson is not None
+  given = jax.jit(lambda params: lesson.give(STUDENT, params, batch, key, 1))(
+    params
+  )
   samples = batch | given.sampled
   (gold, gold_sums), (gold_of_samples, _) = (
     take(None, answers) for answers in (batch, samples)

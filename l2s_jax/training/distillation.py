@@ -100,7 +100,9 @@ class Distillation:
 
   def kinds(self) -> Sequence[bool]:
     """Returns what `is_on_policy` may be."""
-    return {0: (False,), 1: (True,)}.get(self.on_policy, (False, True))
+    if self.on_policy in (0, 1):
+      return (self.on_policy == 1,)
+    return (False, True)
 
   def bind(
     self, session: session_lib.Session, data: train_data.TrainData
@@ -172,6 +174,41 @@ class Lesson:
   ids: strategies.Ids
   is_on_policy: bool = False
 
+  def begin(
+    self,
+    module: Any,
+    params: PyTree,
+    teacher_params: PyTree,
+    batch: Mapping[str, Array],
+    key: Array,
+    num_microbatches: int,
+    *,
+    logits_fn: Callable[..., Array],
+    loss: Callable[..., Any],
+  ) -> tuple[Given, Callable[..., Any]]:
+    """Returns what a step is computed from, and its loss; see `loss`.
+
+    Args:
+      module: the student.
+      params: all of its parameters.
+      teacher_params: the teacher's.
+      batch: of the step.
+      key: of the step.
+      num_microbatches: parts that a batch is computed in.
+      logits_fn: the student's logits of trained parameters, batch and key.
+      loss: of the gold answers, as `losses.token_cross_entropy`.
+    """
+    given = self.give(module, params, batch, key, num_microbatches)
+    return given, functools.partial(
+      self.loss,
+      logits_fn=logits_fn,
+      loss=loss,
+      module=module,
+      params=params,
+      teacher_params=teacher_params,
+      scale=_scale(given),
+    )
+
   def give(
     self,
     module: Any,
@@ -191,7 +228,7 @@ class Lesson:
     """
     if not self.is_on_policy:
       return Given(dict(batch), {})
-    # The first tokens are drawn by keys of their own, whatever the parts.
+    # Numbered before they are divided: parts change no sample.
     rows = jnp.arange(len(batch['encoder_segment_ids']))
     key = jax.random.fold_in(key, _SAMPLES)
 
@@ -204,19 +241,6 @@ class Lesson:
 
     return microbatches.join(write, (dict(batch), rows), num_microbatches)
 
-  def scale(self, given: Given) -> Float[Array, '']:
-    """Returns what makes a sum over samples one over as many gold tokens.
-
-    A step divides the gradient by the number of these.
-    """
-    if not given.sampled:
-      return jnp.float32(1)
-    gold, sampled = (
-      jnp.sum(answers['decoder_loss_weights'])
-      for answers in (given.batch, given.sampled)
-    )
-    return gold / jnp.maximum(sampled, 1.0)
-
   def loss(
     self,
     trained: PyTree,
@@ -225,9 +249,9 @@ class Lesson:
     *,
     logits_fn: Callable[..., Array],
     loss: Callable[..., Any],
-    frozen: PyTree,
-    teacher_params: PyTree,
     module: Any,
+    params: PyTree,
+    teacher_params: PyTree,
     scale: Float[Array, ''],
   ) -> tuple[Float[Array, ''], dict[str, Float[Array, '']]]:
     """Returns the sum to differentiate, and sums to report.
@@ -238,9 +262,9 @@ class Lesson:
       key: of dropout.
       logits_fn: the student's logits of trained parameters, batch and key.
       loss: of the gold answers, as `losses.token_cross_entropy`.
-      frozen: parameters without a gradient.
-      teacher_params: the teacher's.
       module: the student.
+      params: all of its parameters, for what has no gradient.
+      teacher_params: the teacher's.
       scale: of the whole batch.
 
     Returns:
@@ -249,21 +273,20 @@ class Lesson:
     """
     batch = given.batch
     if self.teacher.reads_states:
-      batch = with_states(module, frozen, batch)
+      batch = with_states(module, params, batch)
     weight = self.settings.weight
     answers = {**batch, **given.sampled}
-    # Samples alone: the gold answers are read for the log.
-    is_logged_alone = self.is_on_policy and weight == 1
-    logits = logits_fn(
-      jax.lax.stop_gradient(trained) if is_logged_alone else trained, batch, key
-    )
+    of_gold = trained
+    if self.is_on_policy and weight == 1:  # They are read for the log alone.
+      of_gold = jax.lax.stop_gradient(trained)
+    logits = logits_fn(of_gold, batch, key)
     total, sums = loss(
       logits, batch['decoder_target_tokens'], batch['decoder_loss_weights']
     )
     if self.is_on_policy:
       key = jax.random.fold_in(key, _DROPOUT)
       logits = logits_fn(trained, answers, key)
-    teacher_logits = self.teacher.logits(teacher_params, frozen, answers)
+    teacher_logits = self.teacher.logits(teacher_params, params, answers)
     nats = losses.divergence(
       logits,
       jax.lax.stop_gradient(teacher_logits),
@@ -277,6 +300,20 @@ class Lesson:
       'distill_loss': nats,
       'distill_weight': jnp.sum(answers['decoder_loss_weights']),
     }
+
+
+def _scale(given: Given) -> Float[Array, '']:
+  """Returns what makes a sum over samples one over as many gold tokens.
+
+  A step divides the gradient by the number of these.
+  """
+  if not given.sampled:
+    return jnp.float32(1)
+  gold, sampled = (
+    jnp.sum(answers['decoder_loss_weights'])
+    for answers in (given.batch, given.sampled)
+  )
+  return gold / jnp.maximum(sampled, 1.0)
 
 
 def with_states(

@@ -44,7 +44,7 @@ class Steps:
   @property
   def teacher(self) -> teachers.Teacher | None:
     """Whom the model learns from, if anyone."""
-    return self.lesson and self.lesson.teacher
+    return self.lesson.teacher if self.lesson else None
 
   def describe(self, session: session_lib.Session) -> str:
     """Returns what `--dry_run` prints."""

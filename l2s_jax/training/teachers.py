@@ -65,17 +65,17 @@ class Teacher:
   continues: tuple[Sequence[int], Sequence[int]] | None = None
 
   def logits(
-    self, params: PyTree, frozen: PyTree, batch: language_model.Batch
+    self, params: PyTree, of_student: PyTree, batch: language_model.Batch
   ) -> Float[Array, 'batch length vocab']:
     """Returns its teacher-forced float32 logits of the answer.
 
     Args:
       params: its own, from `load`.
-      frozen: the student's, which has those of its LLM.
+      of_student: the student's, with those of its LLM.
       batch: with `llm_states`, if it reads them.
     """
     if self.is_llm:
-      params = parameters.merge(frozen.get('llm', {}), params)
+      params = parameters.merge(of_student.get('llm', {}), params)
     if self.continues is not None:
       batch = continue_prompts(batch, *self.continues)
     # A student's table may have rows that the teacher's lacks.

@@ -158,7 +158,7 @@ def train(
     num_microbatches=num_microbatches,
   )
   task = session_lib.bind_task(session.system, mixture_or_task_name)
-  lesson = distillation and distillation.bind(session, data)
+  lesson = distillation.bind(session, data) if distillation else None
   steps = programs.Steps(
     step, optimizer, _transform(optimizer, session), lesson
   )

@@ -121,21 +121,15 @@ def train_step(
 
   inputs: PyTree = batch
   if lesson is not None:
-    inputs = lesson.give(
+    inputs, loss_fn = lesson.begin(
       module,
       parameters.merge(frozen, state.trainable),
+      teacher_params,
       batch,
       dropout_key,
       num_microbatches,
-    )
-    loss_fn = functools.partial(
-      lesson.loss,
       logits_fn=logits_fn,
       loss=loss,
-      module=module,
-      frozen=frozen,
-      teacher_params=teacher_params,
-      scale=lesson.scale(inputs),
     )
 
   def gradient_sums(inputs, key):  # no gradient of LLM or teacher
