@@ -66,6 +66,7 @@ def values(tmp_path_factory):
     'LLM_VOCABULARY': vocabulary,
     'SLM_VOCABULARY': vocabulary,
     'LLM_PATH': folder / 'llm',
+    'TEACHER_PATH': folder / 'llm',
     'SLM_PATH': hugging_face,
     'DATA_DIR': folder,
     'CHECKPOINT_PATH': folder / 'llm',

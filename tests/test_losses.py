@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the loss: a sum in nats, its weight, and right answers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -158,3 +160,72 @@ def test_a_shape_that_is_not_the_annotations_is_refused_in_tests():
   """Else the checker that conftest.py turns on is off."""
   with pytest.raises(jaxtyping.TypeCheckError, match='targets'):
     losses.token_cross_entropy(LOGITS, jnp.array([[0, 1]]), jnp.ones((1, 3)))
+
+
+# --- divergence ---
+
+
+def softmax(x):
+  x = np.exp(x - x.max(-1, keepdims=True))
+  return x / x.sum(-1, keepdims=True)
+
+
+def kl(p, q):
+  return (p * np.log(p / q)).sum(-1)
+
+
+def student_and_teacher(seed=0):
+  generator = np.random.default_rng(seed)
+  logits, teacher = generator.normal(0, 2, (2, 3, 4, 11)).astype(np.float32)
+  weights = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]], np.float32)
+  return logits, teacher, weights
+
+
+@pytest.mark.parametrize('temperature', [1.0, 2.5])
+@pytest.mark.parametrize('b', [0.0, 1e-3, 0.3, 0.5, 1 - 1e-3, 1.0])
+def test_divergence_goes_from_one_kl_to_the_other(b, temperature):
+  logits, teacher, weights = student_and_teacher()
+  found = losses.divergence(
+    jnp.asarray(logits),
+    jnp.asarray(teacher),
+    jnp.asarray(weights),
+    interpolation=b,
+    temperature=temperature,
+  )
+  p, q = (
+    softmax(x.astype(np.float64) / temperature) for x in (teacher, logits)
+  )
+  ends = {0.0: kl(p, q), 1.0: kl(q, p)}
+  if b in ends:
+    expected = ends[b]
+  else:
+    m = b * p + (1 - b) * q
+    expected = (b * kl(p, m) + (1 - b) * kl(q, m)) / (b * (1 - b))
+  np.testing.assert_allclose(found, (expected * weights).sum(), rtol=1e-3)
+  if b < 0.01 or b > 0.99:  # No jump where the ends begin.
+    near = ends[round(b)] * weights
+    np.testing.assert_allclose(found, near.sum(), rtol=0.05)
+
+
+def test_divergence_of_padding_is_nothing_and_of_equals_zero():
+  logits, teacher, weights = map(jnp.asarray, student_and_teacher())
+  padded = teacher.at[1, 2:].set(50.0).at[1, 3, 0].set(-1e4)
+  for b in (0.0, 0.4, 1.0):
+    of = functools.partial(
+      losses.divergence, weights=weights, interpolation=b, temperature=1.5
+    )
+    assert of(logits, teacher) == of(logits, padded) > 1
+    # A constant on all logits is none of it.
+    nothing, gradient = jax.value_and_grad(of)(logits, logits + 3)
+    np.testing.assert_allclose(nothing, 0, atol=1e-5)
+    np.testing.assert_allclose(gradient, 0, atol=1e-6)
+
+
+def test_divergence_compares_the_ids_that_both_tables_have():
+  logits, teacher, weights = map(jnp.asarray, student_and_teacher())
+  expected = losses.divergence(logits[..., :8], teacher[..., :8], weights)
+  for one, other in (
+    (logits, teacher[..., :8]),
+    (logits[..., :8], teacher),
+  ):
+    assert losses.divergence(one, other, weights) == expected

@@ -19,6 +19,7 @@ from l2s_jax.systems import parameters
 from l2s_jax.training import (
   checkpoint,
   eval_plan,
+  microbatches,
   optim,
   resuming,
   train_step,
@@ -408,7 +409,7 @@ def test_microbatches_add_up_to_the_whole_batch(plain, num_microbatches):
 def test_each_microbatch_has_its_own_key():
   key = jax.random.key(0)
   rows = {'x': jnp.ones((4, 3))}
-  total = train_step._add_up(
+  total = microbatches.add_up(
     lambda batch, key: {
       'drawn': jax.random.uniform(key),
       'rows': batch['x'].sum(),

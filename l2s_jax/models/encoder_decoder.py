@@ -52,6 +52,19 @@ class EncoderDecoder(language_model.LanguageModel):
     encoded = self.encode(
       prompt_embeddings, prompt_segment_ids, deterministic=deterministic
     )
+    return self.answer_logits(
+      encoded, prompt_segment_ids, batch, deterministic=deterministic
+    )
+
+  def answer_logits(
+    self,
+    encoded: Float[Array, 'batch prompt embed'],
+    prompt_segment_ids: Int[Array, 'batch prompt'],
+    batch: language_model.Batch,
+    *,
+    deterministic: bool,
+  ) -> Float[Array, 'batch length vocab']:
+    """Does the same where the prompt has been encoded."""
     tokens = batch['decoder_input_tokens']
     segment_ids = batch['decoder_segment_ids']
     positions = _positions(tokens.shape[1])

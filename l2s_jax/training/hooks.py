@@ -46,6 +46,7 @@ class Loop:
     state: after `step` updates. The next step takes its memory: what a hook
       keeps it must copy.
     frozen: the parameters that are not trained.
+    teacher: those of the teacher, which no checkpoint holds; empty: none.
     step: updates done, those of earlier starts included.
     num_rows: rows of the data that were trained on.
     position: where the data go on, of a cache; None: behind `num_rows`.
@@ -73,6 +74,7 @@ class Loop:
   checkpointer: checkpoint.Checkpointer
   watcher: preemption.Watcher
   position: Mapping[str, Any] | None = None
+  teacher: PyTree = dataclasses.field(default_factory=dict)
   metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
   def params(self) -> PyTree:

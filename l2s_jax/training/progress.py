@@ -153,6 +153,10 @@ class Progress:
       'train/secs_per_step': secs / max(here['num_steps'], 1.0),
       **self._speeds(here, secs),
     }
+    if sums.get('distill_weight'):
+      summary['train/distill_loss'] = (
+        sums['distill_loss'] / sums['distill_weight']
+      )
     if sums.get('z_loss'):
       summary['train/z_loss'] = sums['z_loss'] / tokens
     return summary

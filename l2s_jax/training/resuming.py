@@ -27,7 +27,7 @@ from l2s_jax.runtime import (
 from l2s_jax.systems import parameters, run_folder
 from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
-from l2s_jax.training import checkpoint
+from l2s_jax.training import checkpoint, teachers
 from l2s_jax.training import hooks as hooks_lib
 from l2s_jax.training import progress as progress_lib
 from l2s_jax.training import state as state_lib
@@ -76,6 +76,14 @@ class RunSettings:
     profiling.check(self.profile_steps)
     hooks_lib.check(self.hooks)
 
+  def metric_writer(self, step: int) -> metric_writer.MetricWriter:
+    """Returns what writes the numbers of a run that goes on behind a step."""
+    # The end of a run that goes on now was no end of a period.
+    is_off = step % self.log_period and step < self.train_steps
+    return metric_writer.MetricWriter(
+      self.run_dir, first_step=step, drop=('train/',) if is_off else ()
+    )
+
   def all_hooks(
     self,
     schedule: optax.Schedule,
@@ -106,6 +114,7 @@ def begin(
   optimizer: optax.GradientTransformation,
   settings: RunSettings,
   kind: Mapping[str, Any],
+  teacher: teachers.Teacher | None = None,
 ) -> hooks_lib.Loop:
   """Returns a run where it goes on: what an earlier start has left, or step 0.
 
@@ -116,6 +125,7 @@ def begin(
     settings: of the run.
     kind: what the order of examples and the optimizer's slots depend on; has
       the 'seed'.
+    teacher: of the run.
   """
   run_dir, train_steps = settings.run_dir, settings.train_steps
   watcher = opened.enter_context(
@@ -124,6 +134,8 @@ def begin(
   if distributed.is_first():
     opened.enter_context(locks.held(run_dir, 'MODEL_DIR'))
   system, frozen = parameters.load_frozen(session.system, session.layout)
+  watcher.exit_if_requested()
+  learned_from, kind = _load_teacher(teacher, system, kind)
   watcher.exit_if_requested()
   run_folder.save(system, run_dir)
   checkpointer = opened.enter_context(
@@ -140,14 +152,7 @@ def begin(
   if distributed.is_first():
     with files.whole(run_dir / 'config.gin') as file:
       file.write(gin_config.operative_config())
-  log = metric_writer.MetricWriter(
-    run_dir,
-    first_step=step,
-    # The end of a run that goes on now was no end of a period.
-    drop=('train/',)
-    if step % settings.log_period and step < train_steps
-    else (),
-  )
+  log = settings.metric_writer(step)
   progress = progress_lib.Progress(
     run_dir,
     position['sums'],
@@ -165,6 +170,7 @@ def begin(
     train_steps=train_steps,
     state=state,
     frozen=frozen,
+    teacher=learned_from,
     step=step,
     num_rows=position['num_rows'],
     position=position.get('position'),
@@ -175,6 +181,18 @@ def begin(
     checkpointer=checkpointer,
     watcher=watcher,
   )
+
+
+def _load_teacher(
+  teacher: teachers.Teacher | None,
+  system: system_lib.System,
+  kind: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns a teacher's parameters, and what must stay the same with it."""
+  if teacher is None:
+    return {}, {**kind, 'teacher': None}
+  params, found = teacher.load(system)
+  return params, {**kind, 'teacher': found}
 
 
 def check_position(
@@ -200,8 +218,9 @@ def check_position(
   if differences:
     raise ValueError(
       f'{run_dir} holds a run that was trained otherwise so far: its place in '
-      'the data, or what its optimizer holds, means nothing now. Set these as '
-      'they were, or choose another MODEL_DIR:\n' + '\n'.join(differences)
+      'the data, or what its optimizer holds, means nothing now, or it learned '
+      'from another teacher. Set these as they were, or choose another '
+      'MODEL_DIR:\n' + '\n'.join(differences)
     )
   return position
 

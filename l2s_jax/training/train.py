@@ -7,11 +7,10 @@ and never comes out.
 """
 
 import contextlib
-import functools
 import itertools
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -28,9 +27,11 @@ from l2s_jax.runtime import (
 from l2s_jax.systems import parameters, run_folder
 from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
+from l2s_jax.training import distillation as distillation_lib
 from l2s_jax.training import (
   eval_plan,
   optim,
+  programs,
   resuming,
   train_data,
   train_step,
@@ -54,6 +55,7 @@ def train(
   length_buckets: batching.LengthBuckets = (),
   label_smoothing: float = 0.0,
   z_loss: float = 0.0,
+  distillation: distillation_lib.Distillation | None = None,
   eval_period: int | None = None,
   eval_split: str = 'validation',
   num_eval_examples: int | None = None,
@@ -92,6 +94,7 @@ def train(
       `batching.bucket_lengths` takes them. A step is compiled for each.
     label_smoothing: probability given to all tokens in equal parts.
     z_loss: weight of the squared log of the softmax's denominator.
+    distillation: from whom the model learns beside the gold answers.
     eval_period: steps between evaluations; None evaluates at the end.
     eval_split: of the task.
     num_eval_examples: the first so many of the split; None takes all.
@@ -155,27 +158,27 @@ def train(
     num_microbatches=num_microbatches,
   )
   task = session_lib.bind_task(session.system, mixture_or_task_name)
-  transform = _transform(optimizer, session)
+  lesson = distillation.bind(session, data) if distillation else None
+  steps = programs.Steps(
+    step, optimizer, _transform(optimizer, session), lesson
+  )
   if dry_run:  # Which needs no data.
-    print(session.describe(resuming.optimizer_bytes(session, transform)))
+    print(steps.describe(session))
     return {}
   task.check_data('train', task_feature_lengths)
   eval_tasks = plan.bind(session.system, task, mixture_or_task_name)
   kind = data.run_kind(mixture_or_task_name, task, optimizer)
 
   with session.entered(), contextlib.ExitStack() as opened:
-    loop = resuming.begin(opened, session, transform, settings, kind)
+    loop = resuming.begin(
+      opened, session, steps.transform, settings, kind, steps.teacher
+    )
     batches = data.batches(task, loop, session.mesh)
     opened.callback(batches.close)
     evaluates = plan.hooks(loop, session, eval_tasks, batch_size)
     parts = _parts(batches, loop)
-    make_step = functools.partial(
-      _step_fn, step, optimizer, transform, loop.system
-    )
-    compiled, secs = _compile(
-      make_step, optimizer.phases(), loop, session.mesh, data.batch_shapes()
-    )
-    hooked = settings.all_hooks(optimizer.schedule, secs, evaluates)
+    compiled = steps.compile(loop, session.mesh, data.batch_shapes())
+    hooked = settings.all_hooks(optimizer.schedule, compiled.secs, evaluates)
     _run(loop, parts, compiled, session.mesh, hooked)
     data.say_what_was_cut(batches, loop)
     return eval_plan.last_scores(evaluates)
@@ -202,25 +205,10 @@ def _transform(
   return transform
 
 
-def _step_fn(
-  step: train_step.StepSettings,
-  optimizer: optim.Optimizer,
-  transform: optax.GradientTransformation,
-  system: system_lib.System,
-  first: int,
-) -> Any:
-  """Returns the step of the phase of training that begins at step `first`."""
-  return step.make(
-    system.module,
-    transform,
-    lambda path: optimizer.is_trained(path, first) and system.is_trained(path),
-  )
-
-
 def _run(
   loop: hooks_lib.Loop,
   parts: Iterator[batching.Part],
-  compiled: Mapping[int, Mapping[tuple[int, int], Any]],
+  compiled: programs.Compiled,
   mesh: jax.sharding.Mesh,
   hooked: hooks_lib.Hooked,
 ) -> None:
@@ -229,8 +217,7 @@ def _run(
   Args:
     loop: the run.
     parts: of batches that were not trained on yet.
-    compiled: the training step, by the step from which on it is taken, and by
-      the lengths of a batch.
+    compiled: the training step.
     mesh: the device mesh.
     hooked: what is called beside the steps.
 
@@ -258,10 +245,11 @@ def _run(
         batch = partitioning.put_batch(
           part.batch, mesh, part.rows, part.num_rows
         )
-        phase = max(first for first in compiled if first <= loop.step)
-        step_fn = compiled[phase][batching.lengths(part.batch)]
+        step_fn = compiled.step_fn(loop.step, batching.lengths(part.batch))
         with loop.watcher.lock:
-          loop.state, sums = step_fn(loop.state, loop.frozen, batch)
+          loop.state, sums = step_fn(
+            loop.state, loop.frozen, batch, loop.teacher
+          )
           loop.step += 1
           loop.num_rows += part.num_rows
           loop.position = part.position
@@ -301,48 +289,3 @@ def _parts(
       f'{time.perf_counter() - start_secs:.1f} s.'
     )
   return itertools.chain([first], parts)
-
-
-def _compile(
-  make_step: Callable[[int], Any],
-  phases: Sequence[int],
-  loop: hooks_lib.Loop,
-  mesh: jax.sharding.Mesh,
-  shapes: Sequence[tuple[int, int, int]],
-) -> tuple[dict[int, dict[tuple[int, int], Any]], float]:
-  """Returns the step compiled for each pair of lengths, and how long that took.
-
-  Ahead of the loop: compilation holds no lock and enters no timing. Where no
-  step is left there is nothing to compile.
-
-  Args:
-    make_step: from the first step of a phase to what trains its parameters.
-    phases: their first steps; those that are over, or will not come, are left
-      out.
-    loop: the run.
-    mesh: the device mesh.
-    shapes: rows and lengths of batches.
-  """
-  start_secs = time.perf_counter()
-  compiled: dict[int, dict[tuple[int, int], Any]] = {}
-  for first, end in itertools.pairwise([*phases, loop.train_steps]):
-    if not max(first, loop.step) < min(end, loop.train_steps):
-      continue
-    jitted = jax.jit(
-      make_step(first),
-      donate_argnums=0,
-      out_shardings=(jax.tree.map(lambda x: x.sharding, loop.state), None),
-    )
-    compiled[first] = {}
-    for shape in shapes:
-      example = loop.system.example_batch(
-        *shape, sharding=partitioning.batch_sharding(mesh)
-      )
-      compiled[first][shape[1:]] = jitted.lower(
-        loop.state, loop.frozen, example
-      ).compile()
-      loop.watcher.exit_if_requested()
-  secs = time.perf_counter() - start_secs
-  if compiled:
-    loop.say(f'Compiled the training step in {secs:.1f} s.')
-  return compiled, secs

@@ -18,6 +18,7 @@ import optax
 from l2s_jax.models import losses
 from l2s_jax.runtime import gin_config
 from l2s_jax.systems import parameters
+from l2s_jax.training import distillation, microbatches
 from l2s_jax.training import state as state_lib
 
 PyTree = Any
@@ -52,6 +53,7 @@ class StepSettings:
     module: Any,
     optimizer: optax.GradientTransformation,
     is_trained: Callable[[str], bool] | None = None,
+    lesson: distillation.Lesson | None = None,
   ) -> Callable[..., Any]:
     """Returns the step of a module: `train_step` with all but its arrays."""
     return functools.partial(
@@ -65,6 +67,7 @@ class StepSettings:
       ),
       num_microbatches=self.num_microbatches,
       is_trained=is_trained,
+      lesson=lesson,
     )
 
 
@@ -72,12 +75,14 @@ def train_step(
   state: state_lib.TrainState,
   frozen: PyTree,
   batch: Mapping[str, jax.Array],
+  teacher_params: PyTree = None,
   *,
   module: Any,
   optimizer: optax.GradientTransformation,
   loss: Callable[..., Any] = losses.token_cross_entropy,
   num_microbatches: int = 1,
   is_trained: Callable[[str], bool] | None = None,
+  lesson: distillation.Lesson | None = None,
 ) -> tuple[state_lib.TrainState, dict[str, jax.Array]]:
   """Returns the state after one update, and sums to log.
 
@@ -85,6 +90,7 @@ def train_step(
     state: before the update; donated.
     frozen: parameters that get no gradient.
     batch: the keys of `data/features.py`.
+    teacher_params: of the lesson's teacher.
     module: computes logits from all parameters and the batch.
     optimizer: of the trainable parameters.
     loss: `losses.token_cross_entropy`, perhaps with other weights in it.
@@ -92,29 +98,48 @@ def train_step(
       in less memory; sums and gradients add up to those of the whole.
     is_trained: by a parameter's path, whether this step trains it; the others
       stay as they are, without a gradient. None trains all of the state's.
+    lesson: what is learned of a teacher; None: nothing.
   """
   trained, held = parameters.split_by_path(state.trainable, is_trained)
   dropout_key = jax.random.fold_in(
     jax.random.wrap_key_data(state.key), state.step
   )
 
-  def loss_fn(trained, batch, key):
-    logits = module.apply(
+  def logits_fn(trained, batch, key):
+    return module.apply(
       {'params': parameters.merge(frozen, held, trained)},
       batch,
       deterministic=False,
       rngs={'dropout': key},
     )
+
+  def loss_fn(trained, batch, key):
+    logits = logits_fn(trained, batch, key)
     return loss(
       logits, batch['decoder_target_tokens'], batch['decoder_loss_weights']
     )
 
-  def gradient_sums(batch, key):  # no gradient of the LLM
+  inputs: PyTree = batch
+  if lesson is not None:
+    inputs, loss_fn = lesson.begin(
+      module,
+      parameters.merge(frozen, state.trainable),
+      teacher_params,
+      batch,
+      dropout_key,
+      num_microbatches,
+      logits_fn=logits_fn,
+      loss=loss,
+    )
+
+  def gradient_sums(inputs, key):  # no gradient of LLM or teacher
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    (_, sums), grads = grad_fn(trained, batch, key)
+    (_, sums), grads = grad_fn(trained, inputs, key)
     return sums, grads
 
-  sums, grads = _add_up(gradient_sums, batch, dropout_key, num_microbatches)
+  sums, grads = microbatches.add_up(
+    gradient_sums, inputs, dropout_key, num_microbatches
+  )
   weight = jnp.maximum(sums['loss_weight'], 1.0)
   grads = jax.tree.map(lambda g: g / weight, grads)
   nothing = jax.tree.map(jnp.zeros_like, held)
@@ -132,36 +157,3 @@ def train_step(
     'grad_norm': optax.tree.norm(grads),
     'param_norm': optax.tree.norm(new_state.trainable),
   }
-
-
-def _add_up(
-  fn: Callable[[Mapping[str, jax.Array], jax.Array], PyTree],
-  batch: Mapping[str, jax.Array],
-  key: jax.Array,
-  num_microbatches: int,
-) -> PyTree:
-  """Returns the sum of `fn` over microbatches, each with a key of its own."""
-  if num_microbatches == 1:
-    return fn(batch, key)
-
-  def divide(x):  # Every n-th row to each, so that rows stay on their devices.
-    rows = x.reshape(-1, num_microbatches, *x.shape[1:])
-    return jnp.moveaxis(rows, 1, 0)
-
-  microbatches = (
-    jax.tree.map(divide, batch),
-    jax.random.split(key, num_microbatches),
-  )
-  first = jax.tree.map(lambda x: x[0], microbatches)
-  zeros = jax.tree.map(
-    lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, *first)
-  )
-  total, _ = jax.lax.scan(
-    lambda total, inputs: (
-      jax.tree.map(jnp.add, total, fn(*inputs)),
-      None,
-    ),
-    zeros,
-    microbatches,
-  )
-  return total

@@ -40,9 +40,9 @@ from l2s_jax.runtime import files, integrity, os_errors
 from l2s_jax.weights import run_format
 
 FILE = run_format.CACHE
-# A group of one record is the unit of reading: no neighbour is unpacked. Records
-# of 300 bytes and of 4 KiB take 2 and 9 us to write so, and 356 and 2,470 bytes;
-# with zstd, which earlier caches have, 7 and 17 us, and 336 and 1,810 bytes.
+# A group of one record is the unit of reading: no neighbour is unpacked. So
+# records of 300 bytes and of 4 KiB take 2 and 9 us to write, and 356 and 2,470
+# bytes; by zstd, which earlier caches have, 7 and 17 us, and 336 and 1,810.
 WRITER_OPTIONS = 'group_size:1,snappy'
 # One record after another, with small buffers, a core reads 60 tokens in 5 us;
 # with `read` of a list of 32, which has threads of its own, in 23 us, and with

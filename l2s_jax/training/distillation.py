@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distillation by logits: a student learns its teacher's distributions.
+
+The loss of a step is
+
+    (1 - weight) * cross-entropy of the gold answers
+    + weight * temperature ** 2 * divergence from the teacher
+
+each a mean over the tokens of its own answers, in nats. Those of the divergence
+are the gold answers or, on policy, the student's own samples. It is off by
+default, and distillation by sequences (`inference/distill.py`) needs none of
+it: there a teacher's text is data.
+
+Source: Hinton et al. 2015 (arXiv:1503.02531) for the temperature and its
+square; Agarwal et al. 2024 (arXiv:2306.13649) for divergence and samples.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import gin
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from l2s_jax.inference import sampling, strategies
+from l2s_jax.models import l2s, language_model, losses
+from l2s_jax.runtime import gin_config, partitioning
+from l2s_jax.systems import session as session_lib
+from l2s_jax.systems import system as system_lib
+from l2s_jax.training import microbatches, teachers, train_data
+
+PyTree = Any
+
+# What a step's key is folded with; no microbatch has such a number.
+_SAMPLES, _DROPOUT = 2**31 - 1, 2**31 - 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+  """Whom a model learns from beside the gold answers, and how.
+
+  Attributes:
+    teacher: a language model that writes in the student's vocabulary: a run of
+      a baseline, or a model as it came.
+    weight: of the teacher's loss, from 0 (no teacher) to 1; the gold answers'
+      cross-entropy has the rest.
+    temperature: by which logits of both are divided; above 0. The loss is
+      multiplied by its square, so that gradients keep their size.
+    divergence: 0 is KL(teacher || student), 1 is KL(student || teacher);
+      between them stands the generalised Jensen-Shannon divergence, see
+      `losses.divergence`.
+    on_policy: the part of the steps, from 0 to 1, in which teacher and student
+      are compared on the student's own samples, not on the gold answers.
+    teacher_step: the checkpoint of a teacher that is a run; None: the newest.
+    teacher_dtype: in which it is held and run, 'float32' or 'bfloat16'; None:
+      that of the student's LLM, or float32.
+
+  Raises:
+    ValueError: for a value out of its range.
+  """
+
+  teacher: system_lib.Tower
+  weight: float = 0.5
+  temperature: float = 1.0
+  divergence: float = 0.0
+  on_policy: float = 0.0
+  teacher_step: int | None = None
+  teacher_dtype: str | None = None
+
+  def __post_init__(self):
+    gin_config.check_between(
+      0,
+      1,
+      DISTILL_WEIGHT=self.weight,
+      DISTILL_DIVERGENCE=self.divergence,
+      ON_POLICY=self.on_policy,
+    )
+    if not 0 < self.temperature < math.inf:
+      raise ValueError(
+        f'DISTILL_TEMPERATURE={self.temperature!r}: expected a number above 0.'
+      )
+    if self.teacher_dtype not in (None, 'float32', 'bfloat16'):
+      raise ValueError(
+        f"TEACHER_DTYPE={self.teacher_dtype!r}: expected 'float32', 'bfloat16' "
+        "or None for that of the student's LLM."
+      )
+
+  def is_on_policy(self, step: int) -> bool:
+    """Returns whether the step that follows `step` others has samples.
+
+    So do floor(n * on_policy) of the first n, as evenly as may be.
+    """
+    return math.floor((step + 1) * self.on_policy) > math.floor(
+      step * self.on_policy
+    )
+
+  def kinds(self) -> Sequence[bool]:
+    """Returns what `is_on_policy` may be."""
+    if self.on_policy in (0, 1):
+      return (self.on_policy == 1,)
+    return (False, True)
+
+  def bind(
+    self, session: session_lib.Session, data: train_data.TrainData
+  ) -> 'Lesson | None':
+    """Returns what a session's system learns by; None at a weight of 0.
+
+    Args:
+      session: has the student.
+      data: how rows are made of examples.
+
+    Raises:
+      ValueError: if teacher and student do not go together, or with packing.
+    """
+    if not self.weight:
+      return None
+    if data.pack and self.on_policy:
+      raise ValueError(
+        f'ON_POLICY={self.on_policy} with PACK=True: a row has one sample, and '
+        'packed rows hold several examples. Set one of them to its default.'
+      )
+    teacher = teachers.find(
+      self.teacher,
+      session,
+      lengths=data.task_feature_lengths,
+      step=self.teacher_step,
+      dtype=self.teacher_dtype,
+    )
+    if data.pack and not teacher.module.config.is_encoder_decoder:
+      raise ValueError(
+        f'PACK=True, but the teacher {teacher.path} is decoder-only and reads '
+        'a row as one text. Set PACK=False, and LENGTH_BUCKETS to have batches '
+        'with less padding.'
+      )
+    vocabulary = session.system.answer_vocabulary
+    ids = strategies.Ids(
+      vocabulary.start_id, vocabulary.eos_ids, vocabulary.pad_id
+    )
+    return Lesson(self, teacher, ids)
+
+
+gin.external_configurable(Distillation, module='l2s_jax')
+
+
+class Given(NamedTuple):
+  """What the loss of a step is computed from, beside the parameters.
+
+  Attributes:
+    batch: of the step, perhaps with the LLM's states.
+    sampled: the decoder's keys of the student's samples; empty: there are none.
+  """
+
+  batch: dict[str, Array]
+  sampled: dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+  """What a step does for distillation: settings, with the teacher found.
+
+  Attributes:
+    settings: from gin.
+    teacher: of these.
+    ids: of the answer's vocabulary.
+    is_on_policy: whether answers are the student's samples.
+  """
+
+  settings: Distillation
+  teacher: teachers.Teacher
+  ids: strategies.Ids
+  is_on_policy: bool = False
+
+  def begin(
+    self,
+    module: Any,
+    params: PyTree,
+    teacher_params: PyTree,
+    batch: Mapping[str, Array],
+    key: Array,
+    num_microbatches: int,
+    *,
+    logits_fn: Callable[..., Array],
+    loss: Callable[..., Any],
+  ) -> tuple[Given, Callable[..., Any]]:
+    """Returns what a step is computed from, and its loss; see `loss`.
+
+    Args:
+      module: the student.
+      params: all of its parameters.
+      teacher_params: the teacher's.
+      batch: of the step.
+      key: of the step.
+      num_microbatches: parts that a batch is computed in.
+      logits_fn: the student's logits of trained parameters, batch and key.
+      loss: of the gold answers, as `losses.token_cross_entropy`.
+    """
+    given = self.give(module, params, batch, key, num_microbatches)
+    return given, functools.partial(
+      self.loss,
+      logits_fn=logits_fn,
+      loss=loss,
+      module=module,
+      params=params,
+      teacher_params=teacher_params,
+      scale=_scale(given),
+    )
+
+  def give(
+    self,
+    module: Any,
+    params: PyTree,
+    batch: Mapping[str, Array],
+    key: Array,
+    num_microbatches: int,
+  ) -> Given:
+    """Returns a batch with the student's samples, if the step is on policy.
+
+    Args:
+      module: the student.
+      params: all of its parameters.
+      batch: of the step.
+      key: of the step; a row's sample depends on it and the row's number.
+      num_microbatches: parts in which they are written.
+    """
+    if not self.is_on_policy:
+      return Given(dict(batch), {})
+    # Numbered before they are divided: parts change no sample.
+    rows = jnp.arange(len(batch['encoder_segment_ids']))
+    key = jax.random.fold_in(key, _SAMPLES)
+
+    def write(part: tuple[dict[str, Array], Array]) -> Given:
+      batch, rows = part
+      # The LLM reads a prompt once, to sample and to learn.
+      batch = with_states(module, params, batch)
+      row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+      return Given(batch, sample(module, params, batch, row_keys, self.ids))
+
+    return microbatches.join(write, (dict(batch), rows), num_microbatches)
+
+  def loss(
+    self,
+    trained: PyTree,
+    given: Given,
+    key: Array,
+    *,
+    logits_fn: Callable[..., Array],
+    loss: Callable[..., Any],
+    module: Any,
+    params: PyTree,
+    teacher_params: PyTree,
+    scale: Float[Array, ''],
+  ) -> tuple[Float[Array, ''], dict[str, Float[Array, '']]]:
+    """Returns the sum to differentiate, and sums to report.
+
+    Args:
+      trained: the parameters that get the gradient.
+      given: from `give`, or a microbatch of it.
+      key: of dropout.
+      logits_fn: the student's logits of trained parameters, batch and key.
+      loss: of the gold answers, as `losses.token_cross_entropy`.
+      module: the student.
+      params: all of its parameters, for what has no gradient.
+      teacher_params: the teacher's.
+      scale: of the whole batch.
+
+    Returns:
+      The sum; and what `loss` reports with 'distill_loss', the divergence, and
+      'distill_weight', the tokens that it is summed over.
+    """
+    batch = given.batch
+    if self.teacher.reads_states:
+      batch = with_states(module, params, batch)
+    weight = self.settings.weight
+    answers = {**batch, **given.sampled}
+    of_gold = trained
+    if self.is_on_policy and weight == 1:  # They are read for the log alone.
+      of_gold = jax.lax.stop_gradient(trained)
+    logits = logits_fn(of_gold, batch, key)
+    total, sums = loss(
+      logits, batch['decoder_target_tokens'], batch['decoder_loss_weights']
+    )
+    if self.is_on_policy:
+      key = jax.random.fold_in(key, _DROPOUT)
+      logits = logits_fn(trained, answers, key)
+    teacher_logits = self.teacher.logits(teacher_params, params, answers)
+    nats = losses.divergence(
+      logits,
+      jax.lax.stop_gradient(teacher_logits),
+      answers['decoder_loss_weights'],
+      interpolation=self.settings.divergence,
+      temperature=self.settings.temperature,
+    )
+    taught = weight * self.settings.temperature**2 * scale * nats
+    return taught if weight == 1 else taught + (1 - weight) * total, {
+      **sums,
+      'distill_loss': nats,
+      'distill_weight': jnp.sum(answers['decoder_loss_weights']),
+    }
+
+
+def _scale(given: Given) -> Float[Array, '']:
+  """Returns what makes a sum over samples one over as many gold tokens.
+
+  A step divides the gradient by the number of these.
+  """
+  if not given.sampled:
+    return jnp.float32(1)
+  gold, sampled = (
+    jnp.sum(answers['decoder_loss_weights'])
+    for answers in (given.batch, given.sampled)
+  )
+  return gold / jnp.maximum(sampled, 1.0)
+
+
+def with_states(
+  module: Any, params: PyTree, batch: language_model.Batch
+) -> dict[str, Array]:
+  """Returns a batch with the states of a frozen LLM, which has read it once.
+
+  Of an LLM that is trained, of a learned mix and of a model alone there are
+  none.
+  """
+  has_states = isinstance(module, l2s.LlmToSlm) and not (
+    module.train_llm or module.llm_layer == l2s.MIX
+  )
+  if not has_states or 'llm_states' in batch:
+    return dict(batch)
+  states, _ = module.apply({'params': params}, batch, method='read_prompt')
+  return {**batch, 'llm_states': states}
+
+
+def sample(
+  module: Any,
+  params: PyTree,
+  batch: language_model.Batch,
+  row_keys: Array,
+  ids: strategies.Ids,
+) -> dict[str, Array]:
+  """Returns the decoder's keys of answers that a model draws, as in a batch.
+
+  They are drawn at temperature 1, without dropout, and end with an EOS or with
+  the length of the batch's answers. Rows whose answers have no weight get none.
+
+      tokens drawn 7, 8, EOS (1)    answer length 5, start and padding 0
+      -> decoder_target_tokens [7, 8, 1, 0, 0], decoder_input_tokens
+      [0, 7, 8, 1, 0], decoder_segment_ids [1, 1, 1, 0, 0]
+
+  Args:
+    module: LLM-to-SLM or a language model.
+    params: all of its parameters, as they are trained.
+    batch: with the prompts.
+    row_keys: of each row's draws.
+    ids: of the answer's vocabulary.
+  """
+  module = l2s.for_generation(module, unstack_llm=False)
+  params = l2s.params_for_generation(module, params)
+  writer, name = l2s.writer(module)
+  num_rows, length = batch['decoder_target_tokens'].shape
+  cache = module.apply(
+    {'params': params}, batch, num_slots=length, method='prefill'
+  )
+  has_weight = jnp.any(batch['decoder_loss_weights'] > 0, axis=1)
+  prompts = strategies.Prompts(
+    has_prompt=jnp.any(batch['encoder_segment_ids'] > 0, axis=1),
+    row_keys=row_keys,
+    max_decode_lens=jnp.where(has_weight, length, 0),
+    first_tokens=strategies.full_of_rows(ids.start, (num_rows,)),
+  )
+  strategy = strategies.OneByOne(
+    writer, sampling.Decoding(temperature=1.0), ids
+  )
+  state = jax.lax.while_loop(
+    lambda state: (state.step < length) & ~jnp.all(state.done),
+    functools.partial(strategy.step, l2s.writer_params(params, name)),
+    strategy.begin(cache, prompts, length),
+  )
+  return _answers(state.tokens, prompts, ids)
+
+
+def _answers(
+  tokens: Int[Array, 'batch length'],
+  prompts: strategies.Prompts,
+  ids: strategies.Ids,
+) -> dict[str, Array]:
+  """Returns the decoder's keys of tokens that were drawn."""
+  is_eos = ids.end(tokens)
+  is_behind = jnp.cumsum(is_eos, axis=1) > is_eos
+  is_token = ~is_behind & ~prompts.have_ended[:, None]
+  before = jnp.concatenate(
+    [prompts.first_tokens[:, None], tokens[:, :-1]], axis=1
+  )
+  return {
+    key: partitioning.constrain(x, ('batch', 'length'))
+    for key, x in {
+      'decoder_input_tokens': before,
+      'decoder_target_tokens': tokens,
+      'decoder_segment_ids': is_token.astype(jnp.int32),
+      'decoder_loss_weights': is_token.astype(jnp.float32),
+    }.items()
+  }

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training step, compiled ahead for all that a run comes to need."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from l2s_jax.runtime import partitioning
+from l2s_jax.systems import session as session_lib
+from l2s_jax.training import (
+  distillation,
+  optim,
+  resuming,
+  teachers,
+  train_step,
+)
+from l2s_jax.training import hooks as hooks_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+  """What the steps of a run do.
+
+  One program is compiled for each phase of training, each pair of lengths that
+  a batch may have, and for steps with samples of the student's and without.
+
+  Attributes:
+    settings: how gradients are computed.
+    optimizer: has the phases.
+    transform: the optimizer's, of the system's parameters.
+    lesson: what is learned of a teacher; None: nothing.
+  """
+
+  settings: train_step.StepSettings
+  optimizer: optim.Optimizer
+  transform: optax.GradientTransformation
+  lesson: distillation.Lesson | None = None
+
+  @property
+  def teacher(self) -> teachers.Teacher | None:
+    """Whom the model learns from, if anyone."""
+    return self.lesson.teacher if self.lesson else None
+
+  def describe(self, session: session_lib.Session) -> str:
+    """Returns what `--dry_run` prints."""
+    text = session.describe(resuming.optimizer_bytes(session, self.transform))
+    return f'{text}\n{self.teacher.describe()}' if self.teacher else text
+
+  def compile(
+    self,
+    loop: hooks_lib.Loop,
+    mesh: jax.sharding.Mesh,
+    shapes: Sequence[tuple[int, int, int]],
+  ) -> 'Compiled':
+    """Compiles those that are still needed; where no step is left, none.
+
+    Ahead of the loop: compilation holds no lock and enters no timing.
+
+    Args:
+      loop: the run.
+      mesh: the device mesh.
+      shapes: rows and lengths of batches.
+    """
+    start_secs = time.perf_counter()
+    compiled = Compiled(self)
+    for first, is_on_policy in self._needed(loop):
+      jitted = jax.jit(
+        self._step_fn(loop, first, is_on_policy),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, loop.state), None),
+      )
+      for shape in shapes:
+        example = loop.system.example_batch(
+          *shape, sharding=partitioning.batch_sharding(mesh)
+        )
+        compiled.programs[first, is_on_policy, shape[1:]] = jitted.lower(
+          loop.state, loop.frozen, example, loop.teacher
+        ).compile()
+        loop.watcher.exit_if_requested()
+    compiled.secs = time.perf_counter() - start_secs
+    if compiled.programs:
+      loop.say(f'Compiled the training step in {compiled.secs:.1f} s.')
+    return compiled
+
+  def phase(self, step: int) -> int:
+    """Returns the first step of the phase that one belongs to."""
+    return max(first for first in self.optimizer.phases() if first <= step)
+
+  def is_on_policy(self, step: int) -> bool:
+    """Returns whether a step is taken on the student's samples."""
+    return self.lesson is not None and self.lesson.settings.is_on_policy(step)
+
+  def _needed(self, loop: hooks_lib.Loop) -> Iterable[tuple[int, bool]]:
+    """Returns phases that are not over and will come, and kinds of steps."""
+    starts = [*self.optimizer.phases(), loop.train_steps]
+    phases = [
+      first
+      for first, end in itertools.pairwise(starts)
+      if max(first, loop.step) < min(end, loop.train_steps)
+    ]
+    kinds = self.lesson.settings.kinds() if self.lesson else (False,)
+    return itertools.product(phases, kinds)
+
+  def _step_fn(
+    self, loop: hooks_lib.Loop, first: int, is_on_policy: bool
+  ) -> Any:
+    """Returns the step of the phase of training that begins at step `first`."""
+    lesson = self.lesson and dataclasses.replace(
+      self.lesson, is_on_policy=is_on_policy
+    )
+    return self.settings.make(
+      loop.system.module,
+      self.transform,
+      lambda path: (
+        self.optimizer.is_trained(path, first) and loop.system.is_trained(path)
+      ),
+      lesson,
+    )
+
+
+@dataclasses.dataclass
+class Compiled:
+  """Compiled steps.
+
+  Attributes:
+    steps: what they do.
+    programs: by the first step of their phase, whether they are on policy, and
+      the lengths of a batch.
+    secs: what compiling took.
+  """
+
+  steps: Steps
+  programs: dict[tuple[int, bool, tuple[int, int]], Any] = dataclasses.field(
+    default_factory=dict
+  )
+  secs: float = 0.0
+
+  def step_fn(self, step: int, lengths: tuple[int, int]) -> Any:
+    """Returns what takes the step that follows `step` others.
+
+    Args:
+      step: how many were taken.
+      lengths: of its batch, prompts and answers.
+    """
+    steps = self.steps
+    return self.programs[steps.phase(step), steps.is_on_policy(step), lengths]

@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teacher of a run: a language model whose distributions a student learns.
+
+It may be any that writes in the student's vocabulary: a run of a baseline, or a
+model as it came. It has no gradient and no optimizer slots, and no checkpoint
+holds it. Where it is the LLM that LLM-to-SLM reads prompts with, its parameters
+are in memory once, and its decoder reads the states that the SLM is given.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from l2s_jax.inference import sampling
+from l2s_jax.models import (
+  batch_keys,
+  l2s,
+  language_model,
+  shapes,
+  stored_states,
+)
+from l2s_jax.runtime import partitioning
+from l2s_jax.systems import as_it_came, parameters
+from l2s_jax.systems import session as session_lib
+from l2s_jax.systems import system as system_lib
+from l2s_jax.vocabularies import base, loading
+from l2s_jax.weights import hub, opening, runs, source
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+  """A language model, how it reads a batch, and what is loaded for it.
+
+  Attributes:
+    module: the whole model.
+    path: its weights.
+    step: the checkpoint of a run; None: the newest.
+    rules: its axis rules, those of an LLM.
+    shapes: of the parameters that are loaded for it.
+    shardings: of the same.
+    is_llm: whether it is the student's frozen LLM, which has the others.
+    reads_states: whether its decoder reads the LLM's last states, so that a
+      prompt is read once for both.
+    continues: of a decoder-only model as it came, the ids that begin a prompt
+      and those that may end it, see `continue_prompts`; None: its answers begin
+      with the start token.
+  """
+
+  module: language_model.LanguageModel
+  path: str
+  step: int | None
+  rules: partitioning.Rules
+  shapes: dict[str, PyTree]
+  shardings: dict[str, PyTree]
+  is_llm: bool = False
+  reads_states: bool = False
+  continues: tuple[Sequence[int], Sequence[int]] | None = None
+
+  def logits(
+    self, params: PyTree, of_student: PyTree, batch: language_model.Batch
+  ) -> Float[Array, 'batch length vocab']:
+    """Returns its teacher-forced float32 logits of the answer.
+
+    Args:
+      params: its own, from `load`.
+      of_student: the student's, with those of its LLM.
+      batch: with `llm_states`, if it reads them.
+    """
+    if self.is_llm:
+      params = parameters.merge(of_student.get('llm', {}), params)
+    if self.continues is not None:
+      batch = continue_prompts(batch, *self.continues)
+    # A student's table may have rows that the teacher's lacks.
+    tokens = jnp.minimum(
+      batch['decoder_input_tokens'], self.module.config.vocab_size - 1
+    )
+    batch = {**batch, 'decoder_input_tokens': tokens}
+    apply = functools.partial(
+      self.module.apply, {'params': params}, deterministic=True
+    )
+    with partitioning.axis_rules(self.rules):
+      if not self.reads_states:
+        return apply(batch)
+      return apply(
+        stored_states.restore(batch),
+        batch['encoder_segment_ids'],
+        batch,
+        method='answer_logits',
+      )
+
+  def load(
+    self, system: system_lib.System
+  ) -> tuple[dict[str, PyTree], dict[str, Any]]:
+    """Reads it; returns its parameters, and what a run remembers of them.
+
+    Args:
+      system: the student, with the checkpoint of its LLM.
+
+    Raises:
+      ValueError: if the weights are an encoder alone, or not what they should
+        be.
+    """
+    step = system.llm_step if self.is_llm else self.step
+    found = opening.open_source(self.path, step, may_lack_steps=self.is_llm)
+    if shapes.is_encoder_alone(found.shapes()):
+      raise ValueError(
+        f'TEACHER_PATH={self.path} has the weights of an encoder alone, and a '
+        'teacher writes. Set it to the whole model.'
+      )
+    params, fingerprint = source.load(found, self.shapes, self.shardings)
+    return params, {'step': found.step(), 'fingerprint': fingerprint}
+
+  def describe(self) -> str:
+    """Returns what `--dry_run` prints of it."""
+    param_bytes = partitioning.bytes_per_device(self.shapes, self.shardings)
+    beside = ' beside those of the LLM' if self.is_llm else ''
+    return (
+      f'teacher: {self.path}, {parameters.num_params(self.shapes):,} frozen '
+      f'parameters{beside}, {param_bytes:,} bytes per device'
+    )
+
+
+def find(
+  tower: system_lib.Tower,
+  session: session_lib.Session,
+  *,
+  lengths: Mapping[str, int],
+  step: int | None = None,
+  dtype: str | None = None,
+) -> Teacher:
+  """Returns the teacher of a session's system; no weights are read yet.
+
+  Args:
+    tower: the teacher as it is named.
+    session: has the student.
+    lengths: tokens of 'inputs' (prompt) and 'targets' (answer).
+    step: the checkpoint of a run; None: the newest.
+    dtype: in which it is held and run; None: that of the student's LLM.
+
+  Raises:
+    ValueError: if it does not write, has another vocabulary than the student,
+      or no positions for the lengths.
+  """
+  if tower.path is None:
+    raise ValueError(
+      'A teacher needs weights: set TEACHER_PATH to a run of a baseline, a '
+      'Hugging Face or converted folder, a checkpoint of T5X or a GGUF file.'
+    )
+  system = session.system
+  is_llm = step is None and _is_llm(tower, system, dtype)
+  student = system.module
+  if is_llm:
+    assert isinstance(student, l2s.LlmToSlm)
+    config, vocabulary = student.llm_config, system.prompt_vocabulary
+  else:
+    _check_kind(tower.path)
+    config = dataclasses.replace(
+      tower.load_config(), dtype=dtype or system.frozen_dtype
+    )
+    vocabulary = tower.load_vocabulary('TEACHER_VOCABULARY').for_table(
+      config.vocab_size
+    )
+  module = l2s.build(config)
+  continues = None
+  if not (config.is_encoder_decoder or as_it_came.is_run(tower.path)):
+    continues = vocabulary.prefix_ids, vocabulary.eos_ids
+  _check_vocabularies(tower.path, vocabulary, system, continues is None)
+  try:
+    module.check_lengths(lengths['inputs'], lengths['targets'])
+  except ValueError as error:
+    raise ValueError(f'TEACHER_PATH={tower.path}: {error}') from error
+  reads_states = (
+    is_llm
+    and config.is_encoder_decoder
+    and isinstance(student, l2s.LlmToSlm)
+    and student.llm_layer is None
+  )
+  held = set(session.layout.shapes.get('llm', {})) if is_llm else set()
+  return Teacher(
+    module,
+    tower.path,
+    step,
+    session.mesh_config.rules('llm'),
+    # Of cached states no encoder is needed.
+    *_layout(module, session, held | ({'encoder'} if reads_states else set())),
+    is_llm=is_llm,
+    reads_states=reads_states,
+    continues=continues,
+  )
+
+
+def continue_prompts(
+  batch: language_model.Batch, prefix_ids: Sequence[int], eos_ids: Sequence[int]
+) -> language_model.Batch:
+  """Returns a batch whose answers go on where the prompts end.
+
+  It is `data.batching.continuing`, on devices: there is an example.
+  """
+  tokens, segment_ids = (
+    batch['encoder_input_tokens'],
+    batch['encoder_segment_ids'],
+  )
+  num_rows, length = tokens.shape
+  size = jnp.sum(segment_ids > 0, axis=1)
+  rows = jnp.arange(num_rows)
+  has_eos = sampling.is_eos(tokens[rows, size - 1], tuple(eos_ids))
+  prefix = jnp.broadcast_to(
+    jnp.asarray(prefix_ids, tokens.dtype), (num_rows, len(prefix_ids))
+  )
+  tokens = jnp.concatenate([prefix, tokens], axis=1)
+  # The last of these is read first when the answer is.
+  num_tokens = jnp.maximum(len(prefix_ids) + size - has_eos, 1)
+  first = tokens[rows, num_tokens - 1]
+  is_prompt = jnp.arange(length) < (num_tokens - 1)[:, None]
+  return {
+    **batch,
+    'encoder_input_tokens': tokens[:, :length],
+    'encoder_segment_ids': is_prompt.astype(segment_ids.dtype),
+    'decoder_input_tokens': batch['decoder_input_tokens'].at[:, 0].set(first),
+  }
+
+
+def _is_llm(
+  tower: system_lib.Tower, system: system_lib.System, dtype: str | None
+) -> bool:
+  """Returns whether the teacher is the frozen LLM of the student."""
+  if 'llm' not in system.frozen or tower.config is not None:
+    return False
+  paths = {
+    path if path is None or hub.is_name(path) else os.path.realpath(path)
+    for path in (tower.path, system.sources['llm'])
+  }
+  return len(paths) == 1 and dtype in (None, system.frozen_dtype)
+
+
+def _check_kind(path: str) -> None:
+  """Refuses a run of LLM-to-SLM, of which the SLM alone would be read."""
+  found = opening.open_source(path)
+  if isinstance(found, runs.Run) and found.description['kind'] != (
+    'language_model'
+  ):
+    raise ValueError(
+      f'TEACHER_PATH={path} is a run of LLM-to-SLM, which is a student. The '
+      'teacher is a language model alone: name the run of a baseline, or a '
+      'model as it came.'
+    )
+
+
+def _check_vocabularies(
+  path: str,
+  teacher: base.Vocabulary,
+  system: system_lib.System,
+  begins_answers: bool,
+) -> None:
+  """Refuses a teacher that reads other ids than the student's batches have.
+
+  Args:
+    path: of the teacher.
+    teacher: its vocabulary.
+    system: the student.
+    begins_answers: whether its answers begin with its start token.
+  """
+  for what, vocabulary in (
+    ('answers', system.answer_vocabulary),
+    ('prompts', system.prompt_vocabulary),
+  ):
+    if not loading.share_ids(teacher, vocabulary):
+      raise ValueError(
+        f'TEACHER_PATH={path}: the teacher has the tokenizer {teacher.path} '
+        f'({teacher.vocab_size} ids), and the {what} of the student are ids of '
+        f'{vocabulary.path} ({vocabulary.vocab_size} ids). Probabilities of '
+        'tokens are compared in one vocabulary alone: set TEACHER_PATH to a '
+        'model with that tokenizer, or train on the answers that the verb '
+        'distill has the teacher write, whatever its tokenizer.'
+      )
+  start_id = system.answer_vocabulary.start_id
+  if begins_answers and teacher.start_id != start_id:
+    raise ValueError(
+      f"TEACHER_PATH={path}: the teacher's answers begin with the token "
+      f"{teacher.start_id}, the student's with {start_id}, of equal "
+      'tokenizers. Set TEACHER_VOCABULARY to the one that names the right '
+      'start token.'
+    )
+
+
+def _layout(
+  module: language_model.LanguageModel,
+  session: session_lib.Session,
+  held: set[str],
+) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+  """Returns shapes and shardings, as an LLM's, of what is not held already."""
+  with session.entered():
+    whole, whole_axes = partitioning.abstract_params(
+      functools.partial(module.init, deterministic=True),
+      jax.random.key(0),
+      batch_keys.example_batch(1, 2, 2),
+    )
+    found, axes = (
+      {'llm': {name: x for name, x in tree.items() if name not in held}}
+      for tree in (whole, whole_axes)
+    )
+    found = jax.tree.map(
+      lambda s: jax.ShapeDtypeStruct(s.shape, module.config.dtype), found
+    )
+    shardings = partitioning.param_shardings(
+      found, axes, session.mesh, session.mesh_config
+    )
+    partitioning.check_divisible(found, shardings)
+  return found['llm'], shardings['llm']
