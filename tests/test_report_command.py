@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verb `report`, on runs that older versions have left."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -10,7 +11,7 @@ import gin
 import pytest
 
 from l2s_jax import __main__ as command_line
-from l2s_jax.models import flops
+from l2s_jax.models import flops, shapes
 from l2s_jax.systems import run_folder
 
 KEPT = pathlib.Path(__file__).parent / 'kept_runs' / '1'
@@ -77,6 +78,28 @@ def write_benchmark(folder):
   path = folder / 'benchmark.json'
   path.write_text(json.dumps({'rows': [row | other for other in others]}))
   return path
+
+
+def test_of_lora_what_it_has_learned_is_trained(folder):
+  system = run_folder.load(folder / 'l2s')
+  module = system.module.clone(
+    slm_config=dataclasses.replace(system.module.slm_config, lora_rank=2)
+  )
+  (folder / 'lora').mkdir()
+  run_folder.save(dataclasses.replace(system, module=module), folder / 'lora')
+  assert report(folder, 'l2s', 'lora') == 0
+  whole, learned = read(folder)['runs']
+  sizes = {
+    '/'.join(path): shape.size
+    for path, shape in shapes.of_module(module).items()
+  }
+  trained = sum(
+    size
+    for path, size in sizes.items()
+    if path.startswith('projector/') or 'lora' in path.split('/')[-1]
+  )
+  assert learned['trained_params'] == trained < whole['trained_params']
+  assert trained + learned['frozen_params'] == sum(sizes.values())
 
 
 def test_tables_have_what_the_runs_have(folder, capsys):

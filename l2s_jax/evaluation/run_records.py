@@ -79,12 +79,13 @@ class ReportedRun:
       return {}
     sizes = {True: 0, False: 0}
     for path, shape in shapes_lib.of_module(self.system.module).items():
-      sizes[path[0] in self.system.frozen] += shape.size
+      is_trained = path[0] not in self.system.frozen
+      sizes[is_trained and self.system.is_trained('/'.join(path))] += shape.size
     is_pair = isinstance(self.system.module, l2s.LlmToSlm)
     return {
       'kind': 'LLM-to-SLM' if is_pair else 'language model',
-      'trained_params': sizes[False],
-      'frozen_params': sizes[True],
+      'trained_params': sizes[True],
+      'frozen_params': sizes[False],
     }
 
   def costs(
