@@ -7,4 +7,10 @@ nothing of this project.
 """
 
 # The modules that other packages may import.
-__all__ = ('gguf_form', 'hf_form', 'savedmodel_form', 'stablehlo_form')
+__all__ = (
+  'gguf_form',
+  'hf_form',
+  'onnx_form',
+  'savedmodel_form',
+  'stablehlo_form',
+)

@@ -217,6 +217,19 @@ class GreedyPrograms:
     rows = [[*before, *ids, *after] for ids in vocabulary.encode_batch(prompts)]
     return [row[:max_prompt_len] for row in rows]
 
+  def rows_to_compare(
+    self, prompts: Sequence[str], max_prompt_len: int, max_decode_len: int
+  ) -> tuple[list[list[int]], int]:
+    """Returns prompts, cut, and tokens of an answer that there is room for."""
+    most, together = self.max_lengths
+    rows = self.prompt_rows(
+      prompts, min(max_prompt_len, most or max_prompt_len)
+    )
+    if together is not None:
+      rows = [row[: together // 2] for row in rows]
+      max_decode_len = min(max_decode_len, together - max(map(len, rows)))
+    return rows, max_decode_len
+
   def inputs(
     self, rows: Sequence[Sequence[int]], max_decode_len: int
   ) -> dict[str, np.ndarray]:

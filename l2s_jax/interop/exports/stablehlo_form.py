@@ -196,14 +196,9 @@ def compare(
     ValueError: if a program does not run, or gives other tokens.
   """
   programs = greedy_programs.GreedyPrograms(bundle)
-  most, together = programs.max_lengths
-  rows = programs.prompt_rows(
-    prompts, min(_MAX_PROMPT_LEN, most or _MAX_PROMPT_LEN)
+  rows, num_tokens = programs.rows_to_compare(
+    prompts, _MAX_PROMPT_LEN, _COMPARED_TOKENS
   )
-  num_tokens = _COMPARED_TOKENS
-  if together is not None:
-    rows = [row[: together // 2] for row in rows]
-    num_tokens = min(num_tokens, together - max(map(len, rows)))
   inputs = programs.inputs(rows, num_tokens)
   expected = greedy_programs.expected_tokens(bundle, programs, inputs)
   for name, found in (
