@@ -36,7 +36,13 @@ def make(name, **options):
   return Bundle(system, params)
 
 
-@pytest.mark.parametrize('name', [*NAMES, 'continuing gpt2'])
+@pytest.mark.parametrize(
+  'name',
+  [
+    *(pytest.param(n, marks=pytest.mark.long) for n in NAMES),
+    'continuing gpt2',
+  ],
+)
 def test_onnx_runtime_writes_the_tokens_of_the_run(name, tmp_path):
   pytest.importorskip('jax2onnx')
   pytest.importorskip('onnxruntime')

@@ -8,7 +8,6 @@ nothing of this project.
 
 # The modules that other packages may import.
 __all__ = (
-  'gguf_form',
   'hf_form',
   'onnx_form',
   'savedmodel_form',

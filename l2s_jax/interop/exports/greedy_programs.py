@@ -32,7 +32,9 @@ Flat = dict[str, jax.Array]
 class SystemWithParams(Protocol):
   """What a program's form reads of an opened bundle."""
 
-  system: system_lib.System
+  @property
+  def system(self) -> system_lib.System:
+    """The module and its vocabularies."""
 
   def params(self) -> PyTree:
     """Returns all parameters, mapped from the disk, as training has them."""
@@ -198,7 +200,9 @@ class GreedyPrograms:
       step,
       self._strategy.begin(cache, prompts, num_steps),
     )
-    return {'tokens': state.tokens, 'scores': state.log_probs.sum(1)}
+    scores = self._strategy.answers(state).scores
+    assert scores is not None
+    return {'tokens': state.tokens, 'scores': scores[:, 0]}
 
   @property
   def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
