@@ -57,6 +57,7 @@ def text(
   *,
   examples: Sequence[str],
   license_name: str | None = None,
+  library: str = 'transformers',
 ) -> str:
   """Returns the card in Markdown.
 
@@ -65,16 +66,17 @@ def text(
     found: of its run.
     examples: Python programs that use the folder.
     license_name: None: nobody has said, and the card says that.
+    library: that runs the folder.
   """
   is_pair = isinstance(system.module, l2s.LlmToSlm)
   title = 'LLM-to-SLM' if is_pair else 'A language model'
   sections = [
-    _front_matter(found, license_name, is_pair),
+    _front_matter(found, license_name, is_pair, library),
     f'# {title}, exported by l2s_jax',
     _description(system),
     '## How to use it',
     *(f'```python\n{example}\n```' for example in examples),
-    _beams(),
+    *([_beams()] if library == 'transformers' else []),
     '## Results',
     _results(found),
     '## Licence',
@@ -86,10 +88,10 @@ def text(
 
 
 def _front_matter(
-  found: Sequence[Result], license_name: str | None, is_pair: bool
+  found: Sequence[Result], license_name: str | None, is_pair: bool, library: str
 ) -> str:
   """Returns the YAML that model hubs read; JSON is YAML."""
-  content: dict[str, Any] = {'library_name': 'transformers'}
+  content: dict[str, Any] = {'library_name': library}
   if license_name is not None:
     content['license'] = license_name
   content['tags'] = ['l2s_jax', *(['llm-to-slm'] if is_pair else [])]
