@@ -52,7 +52,7 @@ _CONTEXT = 4096  # Where a model does not say what it was trained on.
 _FLOAT32_NAMES = ('position_embd',)  # Beside norms and biases.
 
 
-def check(bundle: comparing.Bundle) -> None:
+def check(bundle: comparing.Exportable) -> None:
   """Refuses what llama.cpp, or this project's reading of its files, lacks.
 
   Raises:
@@ -75,7 +75,7 @@ def check(bundle: comparing.Bundle) -> None:
   gguf_vocabulary.metadata(bundle.system, source.config.vocab_size)
 
 
-def _source(bundle: comparing.Bundle) -> source_lib.Source:
+def _source(bundle: comparing.Exportable) -> source_lib.Source:
   (source,) = bundle.towers.values()
   checked: source_lib.Source = source
   return checked
@@ -123,7 +123,7 @@ def _check_said(source: source_lib.Source, arch: str) -> None:
   }
   names = [] if config.logits_via_embedding else ['output.weight']
   again = gguf_file.config_of(metadata, names, config.vocab_size)
-  expected, found = config.to_json(), again.to_json()
+  expected, found = map(huggingface.effective, (config, again))
   unsaid = set(_UNSAID) | ({'max_positions'} - {_positions_key(config)})
   differing = [
     f'  {name}={expected[name]!r} (a file says {found[name]!r})'
@@ -191,7 +191,7 @@ def _metadata(
   return found
 
 
-def write(bundle: comparing.Bundle, folder: pathlib.Path) -> None:
+def write(bundle: comparing.Exportable, folder: pathlib.Path) -> None:
   """Writes the file and a model card."""
   import gguf
 
@@ -344,7 +344,7 @@ def _factors(
 
 
 def compare(
-  bundle: comparing.Bundle, folder: pathlib.Path, prompts: Sequence[str]
+  bundle: comparing.Exportable, folder: pathlib.Path, prompts: Sequence[str]
 ) -> str:
   """Reads the file back and compares tensors, tokenizer and greedy tokens.
 

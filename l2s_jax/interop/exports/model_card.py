@@ -171,7 +171,7 @@ def _results(found: Sequence[Result]) -> str:
     for result in found
   ]
   names = dict.fromkeys(name for row in rows for name in row)
-  return report.markdown_table(rows, {name: name for name in names})
+  return report.markdown_table(rows, {name: name for name in names}).rstrip()
 
 
 def _shown(scores: Mapping[str, Any]) -> dict[str, str]:

@@ -124,7 +124,7 @@ def _positions(mask):
   return (mask.cumsum(1) - 1).clamp(min=0)
 
 
-class LayerMix(torch.nn.Module):
+class _LayerMix(torch.nn.Module):
   """A mix of layers' states: softmax weights, one a layer, and a scale."""
 
   def __init__(self, num_layers):
@@ -179,7 +179,7 @@ class LlmToSlmForConditionalGeneration(
     if config.llm_layer == _MIX:
       llm = config.llm.get_text_config(encoder=True)
       llm = getattr(llm, 'encoder', llm)
-      self.layer_mix = LayerMix(llm.num_hidden_layers + 1)
+      self.layer_mix = _LayerMix(llm.num_hidden_layers + 1)
     for model in (self.llm, self.slm):
       if model.config.model_type == 't5gemma':
         _narrow_window(model.get_encoder())
