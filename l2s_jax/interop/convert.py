@@ -83,11 +83,11 @@ def convert(
       f'--verify compares logits, and {opened.location} is an encoder alone: '
       'it computes none. Leave --verify out.'
     )
-  reading = _Reading(opened, dtype)
+  reading = Reading(opened, dtype)
   folder = pathlib.Path(destination)
   unfinished = folder.with_name(f'.{folder.name}.unfinished')
   shutil.rmtree(unfinished, ignore_errors=True)  # Left by one that was killed.
-  _check_destination(folder, reading.num_bytes)
+  check_destination(folder, reading.num_bytes)
   missing = [path for path in folder.absolute().parents if not path.exists()]
   _check_form(opened, to)
   print(_describe(reading, from_))
@@ -175,7 +175,7 @@ def _preset(name: str) -> config_lib.TransformerConfig:
   return value.scoped_configurable_fn()
 
 
-class _Reading:
+class Reading:
   """A source that takes notes: a cast, the digests, how far it has come."""
 
   def __init__(self, source: source_lib.Source, dtype: str | None):
@@ -195,6 +195,8 @@ class _Reading:
     )
     self.progress: Any = None
     self.notes = finite.Notes(source)
+    # Whether the digests of all that is read are kept, before the cast.
+    self.keeps_stored = False
 
   def step(self) -> int | None:
     return self.source.step()
@@ -204,7 +206,7 @@ class _Reading:
 
   def read(self, path: shapes_lib.Path, layer: int | None = None) -> np.ndarray:
     stored = self.source.read(path, layer)
-    if self.source.digest(path) is not None:
+    if self.keeps_stored or self.source.digest(path) is not None:
       self._stored[path, layer or 0] = source_lib.digest_layer(stored)
     array = stored.astype(self._shapes[path].dtype, copy=False)
     self.notes.look(array, path, layer)
@@ -218,6 +220,12 @@ class _Reading:
 
   def digest(self, path: shapes_lib.Path) -> str:
     return self._whole(path, self._layers)
+
+  def source_fingerprint(self) -> str:
+    """Returns the fingerprint of the source, all of which has been read."""
+    return source_lib.fingerprint(
+      {path: self._whole(path, self._stored) for path in self._shapes}
+    )
 
   def check_source(self) -> None:
     """Refuses what was read if it is not what the source's digests say.
@@ -240,7 +248,7 @@ class _Reading:
     return source_lib.digest(layers[path, i] for i in range(count))
 
 
-def _progress(num_bytes: int, what: str) -> Any:
+def progress_bar(num_bytes: int, what: str) -> Any:
   return tqdm.tqdm(
     total=num_bytes,
     desc=what,
@@ -252,7 +260,7 @@ def _progress(num_bytes: int, what: str) -> Any:
   )
 
 
-def _check_destination(folder: pathlib.Path, num_bytes: int) -> None:
+def check_destination(folder: pathlib.Path, num_bytes: int) -> None:
   if folder.exists():
     raise ValueError(
       f'{folder} is there already. Name another DESTINATION, or remove it.'
@@ -280,7 +288,7 @@ def _check_form(source: source_lib.Source, to: str) -> None:
     to_t5x.check(source)
 
 
-def _describe(reading: _Reading, form: str) -> str:
+def _describe(reading: Reading, form: str) -> str:
   shapes = reading.shapes().values()
   dtypes = sorted({shape.dtype.name for shape in shapes})
   family = reading.model_type or (
@@ -303,7 +311,7 @@ def _describe(reading: _Reading, form: str) -> str:
 
 
 def _write(
-  reading: _Reading,
+  reading: Reading,
   folder: pathlib.Path,
   to: str,
   vocabulary_path: str | None,
@@ -334,7 +342,7 @@ def _write(
       adds_eos=reading.config.is_encoder_decoder,
       sentinels_below=reading.config.vocab_size if is_t5 else 0,
     )
-  with _progress(reading.num_bytes, 'converting') as reading.progress:
+  with progress_bar(reading.num_bytes, 'converting') as reading.progress:
     if to == 'hf':
       to_huggingface.save(reading, model_folder, vocabulary)
     elif to == 't5x':
@@ -346,7 +354,7 @@ def _write(
 
 
 def _write_tokenizer(
-  reading: _Reading, folder: pathlib.Path, path: str | None
+  reading: Reading, folder: pathlib.Path, path: str | None
 ) -> base.Vocabulary | None:
   """Writes the tokenizer beside the weights; None where there is none.
 
@@ -403,7 +411,7 @@ def _copy_tokenizer(source: pathlib.Path, destination: pathlib.Path) -> None:
       shutil.copyfile(source / name, destination / name)
 
 
-def _check_written(reading: _Reading, folder: pathlib.Path, to: str) -> str:
+def _check_written(reading: Reading, folder: pathlib.Path, to: str) -> str:
   """Reads back what was written; returns what was found equal.
 
   Raises:
@@ -411,8 +419,8 @@ def _check_written(reading: _Reading, folder: pathlib.Path, to: str) -> str:
   """
   if (folder / to_huggingface.SLM).is_dir():
     folder = folder / to_huggingface.SLM
-  again = _Reading(_open(str(folder), to, None, None), None)
-  with _progress(again.num_bytes, 'checking') as again.progress:
+  again = Reading(_open(str(folder), to, None, None), None)
+  with progress_bar(again.num_bytes, 'checking') as again.progress:
     for path, shape in again.shapes().items():
       for layer in source_lib.layers(path, shape.shape):
         again.read(path, layer)

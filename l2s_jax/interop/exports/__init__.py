@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run or a model as one folder that stands alone, in the forms of others.
+
+`export_command` is the verb. It makes a bundle of the model, or opens one, and
+each form is written from that: a module with `check`, `write` and `compare`.
+"""
+
+# The modules that other packages may import.
+__all__ = ('export_command',)
