@@ -289,7 +289,7 @@ VERBS: Mapping[str, Verb] = {
       ),
       Flag('prompts', str, 'a text file, a prompt a line, to compare on'),
       Flag('license', str, 'of the weights, for the manifest'),
-      Flag('llm_path', str, 'where the LLM of the run is, if it has moved'),
+      Flag('llm_path', str, 'LLM_PATH: where the LLM is, if it has moved'),
       Flag('vocabulary', str, 'the tokenizer, where SOURCE has none'),
     ),
   ),

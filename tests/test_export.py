@@ -112,12 +112,15 @@ def test_what_it_says_of_its_model_is_what_the_run_says(folder):
 def test_a_bundle_is_the_slm_and_the_tokenizer_of_others(folder):
   """As a run is, where it is named as SLM_PATH."""
   for name in ('l2s', 'llm'):
-    tower = system_lib.Tower(path=str(folder / 'bundles' / name))
-    run = system_lib.Tower(path=str(folder / 'kept' / name))
+    location, of_run = (
+      str(folder / kind / name) for kind in ('bundles', 'kept')
+    )
+    tower = system_lib.Tower(path=location)
+    run = system_lib.Tower(path=of_run)
     assert tower.load_config() == run.load_config()
     assert tower.load_vocabulary() == run.load_vocabulary()
-    source = opening.open_source(tower.path)
-    expected = opening.open_source(run.path)
+    source = opening.open_source(location)
+    expected = opening.open_source(of_run)
     for path in expected.shapes():
       np.testing.assert_array_equal(source.read(path), expected.read(path))
 
@@ -225,7 +228,7 @@ def flip(path):
       lambda path: reseal(
         path, lambda c: c['model']['system'].update(injection='other')
       ),
-      'injection',
+      "INJECTION='other' is not one of",
     ),
     (
       lambda path: (path / manifest.FILE).write_text('{'),
@@ -253,7 +256,7 @@ def test_a_folder_that_is_not_as_it_was_written_is_refused(
   [
     (['kept/l2s', 'bundles/l2s'], 'is there already'),
     (['kept/none', 'new'], 'is not a run'),
-    (['kept/l2s', 'new'], 'LLM'),  # It is not where it was.
+    (['kept/l2s', 'new'], 'LLM_PATH'),  # It is not where it was.
     (['kept/l2s', 'new', '--step=401'], 'step'),
     (['kept/l2s', 'new', '--step=last'], 'expected a number of steps, or best'),
     (['bundles/l2s', 'new'], 'is a bundle already'),

@@ -102,7 +102,7 @@ def load_frozen(
     return system, {}
   if system.cached_states is not None:
     return _load_beside_states(system, layout)
-  source = _open_llm(system.sources['llm'], system.llm_step)
+  source = open_llm(system.sources['llm'], system.llm_step)
   shapes, shardings = layout.shapes['llm'], layout.shardings['llm']
   decoder: dict[str, PyTree] = {}
   if isinstance(system.module, l2s.DraftAndVerify):
@@ -158,7 +158,7 @@ def _load_beside_states(
   assert states is not None
   params: dict[str, PyTree] = {}
   if system.llm_fingerprint is None or 'llm' in layout.shapes:
-    source = _open_llm(system.sources['llm'], system.llm_step)
+    source = open_llm(system.sources['llm'], system.llm_step)
     shapes, _ = partitioning.abstract_params(
       functools.partial(init, dataclasses.replace(system, cached_states=None)),
       jax.random.key(0),
@@ -182,7 +182,16 @@ def _load_beside_states(
   return system, params
 
 
-def _open_llm(path: str, step: int | None) -> source_lib.Source:
+def open_llm(path: str, step: int | None) -> source_lib.Source:
+  """Opens the weights of a frozen LLM.
+
+  Args:
+    path: LLM_PATH.
+    step: of its run, if it is one.
+
+  Raises:
+    FileNotFoundError: if it is not there; says what to set.
+  """
   if not pathlib.Path(path).exists() and not hub.is_name(path):
     raise FileNotFoundError(
       f"The LLM's weights are not at {path}. Set LLM_PATH to where they are "

@@ -13,7 +13,7 @@ from l2s_jax.interop import convert
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
 from l2s_jax.models import shapes as shapes_lib
-from l2s_jax.systems import as_it_came, bundle
+from l2s_jax.systems import as_it_came, bundle, parameters
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import converted, manifest, opening, runs
 from l2s_jax.weights import source as source_lib
@@ -143,8 +143,8 @@ def open_parts(
     if path[0] == 'llm'
   }
   if 'llm' in system.frozen:
-    llm: source_lib.Source = opening.open_source(
-      system.sources['llm'], system.llm_step, may_lack_steps=True
+    llm: source_lib.Source = parameters.open_llm(
+      system.sources['llm'], system.llm_step
     )
   else:
     held = {path[1:]: beside[path] for path in beside if path[0] == 'llm'}

@@ -75,6 +75,7 @@ def export(
   """
   start_secs = time.perf_counter()
   folder = pathlib.Path(destination)
+  convert.check_destination(folder, 0)
   texts = _prompts(source, prompts)
   form = None if to == manifest.BUNDLE else _form(to)
   scratch = folder.with_name(f'.{folder.name}.unfinished')
