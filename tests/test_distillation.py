@@ -265,6 +265,38 @@ def test_a_teacher_keeps_its_bits_and_is_no_part_of_the_state():
   assert count == 2 * parameters.num_params(state.trainable)
 
 
+@pytest.mark.parametrize(
+  'is_on_policy, changes, names',
+  [
+    (False, {'llm_layer': l2s.MIX}, ('layer_mix',)),
+    (True, {'train_llm': True}, ('llm',)),
+  ],
+)
+def test_what_is_trained_of_the_llm_learns_from_a_teacher_too(
+  is_on_policy, changes, names
+):
+  """No states are read for it outside of the gradient."""
+  module = STUDENT.clone(**changes)
+  params = helpers.random_params(module)
+  frozen, trainable = parameters.split(
+    params, () if module.train_llm else ('llm',)
+  )
+  lesson = lesson_of(teacher_of(LLM), is_on_policy, weight=1.0)
+  after, _ = step_of(lesson, module)(
+    state_lib.create(trainable, SGD, 0),
+    frozen,
+    helpers.random_batch(),
+    helpers.random_params(LLM, seed=1),
+  )
+  for name in names:
+    for before, now in zip(
+      jax.tree.leaves(trainable[name]),
+      jax.tree.leaves(after.trainable[name]),
+      strict=True,
+    ):
+      assert not np.array_equal(before, now)
+
+
 # --- samples ---
 
 
@@ -298,6 +330,22 @@ def test_samples_are_what_the_model_writes_at_temperature_one(module):
   np.testing.assert_array_equal(
     inputs[:, 1:][is_token[:, 1:]], targets[:, :-1][is_token[:, 1:]]
   )
+
+
+def test_each_row_has_a_sample_of_its_own():
+  frozen, _, state = start()
+  params = frozen | state.trainable
+  lesson = LESSONS[True]
+  assert lesson is not None
+  batch = {
+    key: jnp.repeat(value[:1], 4, axis=0)
+    for key, value in helpers.random_batch().items()
+  }
+  given = jax.jit(
+    lambda params: lesson.give(STUDENT, params, batch, jax.random.key(0), 1)
+  )(params)
+  tokens = np.asarray(given.sampled['decoder_target_tokens'])
+  assert len({tuple(row) for row in tokens.tolist()}) == 4
 
 
 def test_samples_are_of_the_step_and_the_key_and_of_nothing_else():
@@ -427,6 +475,16 @@ def test_eight_devices_learn_what_one_does(is_on_policy):
 
 
 # --- settings ---
+
+
+def test_settings_of_a_loss_that_has_no_weight_are_refused():
+  tower = system_lib.Tower('teacher')
+  alone = distillation.Distillation(tower, weight=1.0)
+  alone.check_gold(LABEL_SMOOTHING=0.0, Z_LOSS=0.0)
+  both = distillation.Distillation(tower, weight=0.9)
+  both.check_gold(LABEL_SMOOTHING=0.1, Z_LOSS=1e-4)
+  with pytest.raises(ValueError, match='DISTILL_WEIGHT=1.0 .* Z_LOSS=0.0001 '):
+    alone.check_gold(LABEL_SMOOTHING=0.0, Z_LOSS=1e-4)
 
 
 @pytest.mark.parametrize(
