@@ -23,6 +23,7 @@ from l2s_jax.training import (
   distillation,
   microbatches,
   optim,
+  programs,
   teachers,
   train_step,
 )
@@ -478,13 +479,19 @@ def test_eight_devices_learn_what_one_does(is_on_policy):
 
 
 def test_settings_of_a_loss_that_has_no_weight_are_refused():
-  tower = system_lib.Tower('teacher')
-  alone = distillation.Distillation(tower, weight=1.0)
-  alone.check_gold(LABEL_SMOOTHING=0.0, Z_LOSS=0.0)
-  both = distillation.Distillation(tower, weight=0.9)
-  both.check_gold(LABEL_SMOOTHING=0.1, Z_LOSS=1e-4)
-  with pytest.raises(ValueError, match='DISTILL_WEIGHT=1.0 .* Z_LOSS=0.0001 '):
-    alone.check_gold(LABEL_SMOOTHING=0.0, Z_LOSS=1e-4)
+  def steps(weight, label_smoothing, z_loss):
+    settings = train_step.StepSettings(1, label_smoothing, z_loss)
+    lesson = lesson_of(SHARED, False, weight=weight)
+    return programs.Steps(settings, optim.adamw(), SGD, lesson)
+
+  steps(1.0, 0.0, 0.0)
+  steps(0.9, 0.1, 1e-4)
+  for label_smoothing, z_loss, name in (
+    (0.1, 0.0, 'LABEL_SMOOTHING=0.1'),
+    (0.0, 1e-4, 'Z_LOSS=0.0001'),
+  ):
+    with pytest.raises(ValueError, match=f'DISTILL_WEIGHT=1.0 .*{name} '):
+      steps(1.0, label_smoothing, z_loss)
 
 
 @pytest.mark.parametrize(

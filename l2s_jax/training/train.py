@@ -137,8 +137,6 @@ def train(
   )
   data.check_model(model.module)
   step = train_step.StepSettings(num_microbatches, label_smoothing, z_loss)
-  if distillation is not None:
-    distillation.check_gold(LABEL_SMOOTHING=label_smoothing, Z_LOSS=z_loss)
   plan = eval_plan.make(
     evaluations,
     eval_plan.Planned(
