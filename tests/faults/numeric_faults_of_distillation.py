@@ -131,6 +131,13 @@ FAULTS = (
     'of_the_llm_learns',
   ),
   Fault(
+    'divergence-logged-by-gold-tokens',
+    "sums['distill_loss'] / sums['distill_weight']",
+    "sums['distill_loss'] / tokens",
+    ('test_progress.py',),
+    'teacher',
+  ),
+  Fault(
     'steps-on-policy-twice-as-many',
     'math.floor((step + 1) * self.on_policy)',
     'math.floor((step + 2) * self.on_policy)',
