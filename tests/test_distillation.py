@@ -267,35 +267,29 @@ def test_a_teacher_keeps_its_bits_and_is_no_part_of_the_state():
 
 
 @pytest.mark.parametrize(
-  'is_on_policy, changes, names',
-  [
-    (False, {'llm_layer': l2s.MIX}, ('layer_mix',)),
-    (True, {'train_llm': True}, ('llm',)),
-  ],
+  'changes, name',
+  [({'llm_layer': l2s.MIX}, 'layer_mix'), ({'train_llm': True}, 'llm')],
 )
-def test_what_is_trained_of_the_llm_learns_from_a_teacher_too(
-  is_on_policy, changes, names
-):
-  """No states are read for it outside of the gradient."""
+def test_what_is_trained_of_the_llm_learns_on_samples_too(changes, name):
+  """No states are read for them outside of the gradient."""
   module = STUDENT.clone(**changes)
   params = helpers.random_params(module)
   frozen, trainable = parameters.split(
     params, () if module.train_llm else ('llm',)
   )
-  lesson = lesson_of(teacher_of(LLM), is_on_policy, weight=1.0)
+  lesson = lesson_of(teacher_of(LLM), True, weight=1.0)
   after, _ = step_of(lesson, module)(
     state_lib.create(trainable, SGD, 0),
     frozen,
     helpers.random_batch(),
     helpers.random_params(LLM, seed=1),
   )
-  for name in names:
-    for before, now in zip(
-      jax.tree.leaves(trainable[name]),
-      jax.tree.leaves(after.trainable[name]),
-      strict=True,
-    ):
-      assert not np.array_equal(before, now)
+  for before, now in zip(
+    jax.tree.leaves(trainable[name]),
+    jax.tree.leaves(after.trainable[name]),
+    strict=True,
+  ):
+    assert not np.array_equal(before, now)
 
 
 # --- samples ---
@@ -419,6 +413,29 @@ def test_a_teacher_that_continues_reads_what_infer_would_have_it_read(
     if key == 'encoder_input_tokens':
       here, value = here[is_real], value[is_real]
     np.testing.assert_array_equal(here, value)
+
+
+@pytest.mark.parametrize(
+  'is_on_policy', [pytest.param(False, marks=pytest.mark.long), True]
+)
+def test_states_of_a_cache_teach_what_the_llm_does_that_reads(is_on_policy):
+  """Without an encoder anywhere; the decoder brings its table."""
+  frozen, decoder, state = start()
+  batch = helpers.random_batch()
+  states, _ = STUDENT.apply(
+    {'params': frozen | state.trainable}, batch, method='read_prompt'
+  )
+  teacher_params = {
+    **decoder,
+    'token_embedder': frozen['llm']['token_embedder'],
+  }
+  after, sums = shared_step(is_on_policy)(
+    state, {}, batch | {'llm_states': states}, teacher_params
+  )
+  expected, expected_sums = take(is_on_policy, batch)
+  assert_sums_close(sums, expected_sums)
+  found = jax.tree.map(jnp.subtract, state.trainable, after.trainable)
+  assert_trees_close(found, expected)
 
 
 def test_tables_of_one_vocabulary_need_not_be_equally_large():
