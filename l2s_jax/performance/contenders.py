@@ -277,6 +277,7 @@ def _of_run(
     description['injection'],
     description['shared_vocabulary'],
     llm_layer=description['llm_layer'],
+    llm_prefix_ids=tuple(description['llm_prefix_ids']),
   )
   others = run.read_others()
   fingerprint = description['llm_fingerprint']

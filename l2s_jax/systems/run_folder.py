@@ -107,6 +107,7 @@ def load(
     llm_fingerprint=description['llm_fingerprint'],
     llm_layer=description['llm_layer'],
     train_llm=description['train_llm'],
+    llm_prefix_ids=description['llm_prefix_ids'],
   )
 
 
@@ -116,13 +117,20 @@ def pin_llm(
   """Returns the system with what a run began with.
 
   That is the LLM's checkpoint, whose own run may have gone on since, and the
-  tokenizers, where an older version of this project read a folder otherwise.
+  tokenizers and the LLM's prefix, where an older version of this project read
+  a folder otherwise.
   """
   path = pathlib.Path(run_dir) / DESCRIPTION
   if not path.is_file():
     return system
   description = runs.read_description(pathlib.Path(run_dir))
   system = _with_older_vocabularies(system, pathlib.Path(run_dir), description)
+  module = system.module
+  if isinstance(module, l2s.LlmToSlm):
+    # Of the tokenizer, not a setting: earlier versions put nothing in front.
+    prefix_ids = tuple(description['llm_prefix_ids'])
+    module = module.clone(llm_prefix_ids=prefix_ids)
+    system = dataclasses.replace(system, module=module)
   if not system.frozen:
     return system
   return dataclasses.replace(system, llm_step=description.get('llm_step'))

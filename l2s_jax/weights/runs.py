@@ -42,7 +42,11 @@ _KEYS = {
 # What came later, and what its absence means.
 _LATER: dict[str, dict[str, Any]] = {
   'language_model': {},
-  'llm_to_slm': {'llm_layer': None, 'train_llm': False},
+  'llm_to_slm': {
+    'llm_layer': None,
+    'train_llm': False,
+    'llm_prefix_ids': [],
+  },
 }
 # Of these keys, those that hold a TransformerConfig.
 _CONFIGS = ('config', 'llm', 'slm')
