@@ -223,10 +223,15 @@ def test_a_decoder_only_llm_that_teaches_has_nothing_of_its_own(tmp_path):
   system = builders.llm_to_slm_system(
     tower,
     system_lib.Tower(config=helpers.T5_1_1, vocabulary=str(folder)),
+    llm_bidirectional=True,
   )
   session = session_of(system)
   teacher = bind(tower, session=session).teacher
   assert teacher.is_llm and not teacher.reads_states
+  # It reads as it was pretrained, however it reads for the SLM.
+  assert isinstance(system.module, l2s.LlmToSlm)
+  assert system.module.llm_config.bidirectional_prefix
+  assert teacher.module.config == helpers.LLAMA
   assert teacher.continues is not None
   assert teacher.shapes == {}
   system, _ = parameters.load_frozen(session.system, session.layout)

@@ -177,13 +177,16 @@ def find(
   is_llm = step is None and _is_llm(tower, system, dtype)
   student = system.module
   _check_kind(tower.path)
+  config = tower.load_config()
   if is_llm:
     assert isinstance(student, l2s.LlmToSlm)
-    config = student.llm_config
-  else:
+    # It writes as it was pretrained, though LLM_BIDIRECTIONAL has it read
+    # otherwise for the SLM.
     config = dataclasses.replace(
-      tower.load_config(), dtype=dtype or system.frozen_dtype
+      student.llm_config, bidirectional_prefix=config.bidirectional_prefix
     )
+  else:
+    config = dataclasses.replace(config, dtype=dtype or system.frozen_dtype)
   if not config.has_decoder:
     raise _encoder_alone(tower.path)
   if is_llm and tower.vocabulary is None and not tower.extra_ids:
