@@ -10,6 +10,7 @@ import helpers
 import jax
 import numpy as np
 import pytest
+import test_distributed
 import tiny_runs
 from kept_runs import make
 
@@ -27,16 +28,19 @@ KEPT = pathlib.Path(__file__).parent / 'kept_runs' / '1'
 LENGTHS = {'inputs': 32, 'targets': 16}
 
 
-def train(*bindings, name='l2s', check=True):
-  arguments = [
-    *make.train_arguments(KEPT, name),
+def arguments(*bindings):
+  return [
+    *make.train_arguments(KEPT, 'l2s'),
     '--gin_file=gin_configs/runs/train_with_teacher.gin',
     '--gin.CHECKPOINT_PERIOD=2',
     '--gin.train.log_period=1',
     '--gin.train.num_eval_examples=2',
     *(f'--gin.{binding}' for binding in bindings),
   ]
-  return tiny_runs.l2s(*arguments, check=check)
+
+
+def train(*bindings, check=True):
+  return tiny_runs.l2s(*arguments(*bindings), check=check)
 
 
 def trained(run, step):
@@ -98,6 +102,28 @@ def test_a_run_that_was_broken_off_learns_what_an_unbroken_one_does(tmp_path):
   assert result.returncode == 2
   assert 'or it learned from another teacher' in result.stderr
   assert 'teacher.fingerprint.writing: the run has' in result.stderr
+
+
+@pytest.mark.long
+def test_two_processes_learn_what_one_does(tmp_path):
+  """With parameters of student and teacher over both, and samples of each."""
+  settings = [
+    'TRAIN_STEPS=4',
+    'CHECKPOINT_PERIOD=10',
+    'DROPOUT_RATE=0.0',
+    f'TEACHER_PATH={KEPT / "llm"}',
+    'ON_POLICY=0.5',
+  ]
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  train(f'MODEL_DIR={one}', *settings)
+  settings += ['MeshConfig.data=1', 'MeshConfig.fsdp=2']
+  test_distributed.finish(
+    test_distributed.start(2, *arguments(f'MODEL_DIR={two}', *settings))
+  )
+  for name in ('train/loss', 'train/distill_loss', 'train/grad_norm'):
+    found, expected = ([line[name] for line in logged(x)] for x in (two, one))
+    assert len(found) == 4
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def teacher_config(**changes):
