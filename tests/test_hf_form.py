@@ -51,7 +51,7 @@ MODULES |= {
   'llm_to_opt': helpers.llm_to_slm('opt', 'add', 'shared', PREFIXED),
   'llama_to_llama': helpers.llm_to_slm(
     'llama', 'add', 'shared', dataclasses.replace(helpers.LLAMA, emb_dim=24)
-  ),
+  ).clone(llm_prefix_ids=(5, 9)),
   'scaled': helpers.llm_to_slm(
     't5_1_1',
     'add',
@@ -205,14 +205,15 @@ def test_a_scale_that_bfloat16_does_not_hold_is_refused(tmp_path):
 def test_the_card_has_the_results_of_the_run(tmp_path):
   bundle = bundles.make(MODULES['llm_to_gpt2-add-foreign'], tmp_path)
   results = [{'task': 'wmt-test', 'step': 7, 'scores': {'bleu': 31.25}}]
-  bundle = dataclasses.replace(bundle, results=tuple(results))
+  bundle.content['facts'] = {'results': results, 'license': 'mit'}
   card = (write(bundle, tmp_path / 'hf') / 'README.md').read_text()
   row = next(line for line in card.splitlines() if 'wmt-test |' in line)
   assert row.split() == ['|', 'wmt-test', '|', '7', '|', '31.25', '|']
   front = card.split('---\n')[1]
   (index,) = json.loads(front.split('model-index: ')[1].splitlines()[0])
   assert index['results'][0]['metrics'] == [{'type': 'bleu', 'value': 31.25}]
-  # The program on the card runs.
+  assert 'license: "mit"' in front
+  # The program on the card can be read.
   program = card.split('```python\n')[1].split('```')[0]
   compile(program, 'README.md', 'exec')
   assert 'answer_tokenizer' in program

@@ -30,6 +30,7 @@ class Exportable(Protocol):
   """What a form reads of an opened bundle."""
 
   folder: pathlib.Path
+  content: dict[str, Any]
   system: system_lib.System
   towers: Any
 

@@ -227,10 +227,7 @@ def write(bundle: comparing.Exportable, folder: pathlib.Path) -> None:
     writer.write_tensor_data(array)
   writer.close()
   card = model_card.text(
-    system,
-    model_card.results(bundle),
-    examples=[_example(system)],
-    library='llama.cpp',
+    bundle, examples=[_example(system)], library='llama.cpp'
   )
   with files.whole(folder / 'README.md') as file:
     file.write(card)

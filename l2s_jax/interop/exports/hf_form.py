@@ -136,9 +136,7 @@ def write(bundle: comparing.Exportable, folder: pathlib.Path) -> None:
     _write_pair(bundle, system.module, folder)
   else:
     _write_model(bundle, folder)
-  card = model_card.text(
-    system, model_card.results(bundle), examples=[_example(system)]
-  )
+  card = model_card.text(bundle, examples=[_example(system)])
   with files.whole(folder / 'README.md') as file:
     file.write(card)
 
@@ -218,6 +216,7 @@ def _pair_json(
     'shared_vocabulary': module.shared_vocabulary,
     # Of the layers behind the one that is read few are there.
     'llm_layer': None if is_last else module.llm_layer,
+    'llm_prefix_ids': list(module.llm_prefix_ids),
     'is_encoder_decoder': True,
     'torch_dtype': slm['torch_dtype'],
     **{key: ids[key] for key in ids if key.endswith('token_id')},
