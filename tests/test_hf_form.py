@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import pathlib
 from typing import Any
 
 import bundles
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2s_jax.interop.exports import hf_form
+from l2s_jax.interop.exports import export_command, hf_form
 from l2s_jax.models import l2s
+from l2s_jax.systems import as_it_came
 from l2s_jax.vocabularies import export
+from l2s_jax.weights import manifest
 
 PREFIXED = dataclasses.replace(
   helpers.T5GEMMA, emb_dim=24, num_heads=4, num_kv_heads=2
@@ -217,3 +220,34 @@ def test_the_card_has_the_results_of_the_run(tmp_path):
   program = card.split('```python\n')[1].split('```')[0]
   compile(program, 'README.md', 'exec')
   assert 'answer_tokenizer' in program
+
+
+@pytest.mark.parametrize(
+  'name', [pytest.param('l2s', marks=pytest.mark.long), 'gpt']
+)
+def test_the_verb_leaves_a_folder_that_was_compared(name, tmp_path, capsys):
+  helpers.import_reference()
+  kept = pathlib.Path(__file__).parent / 'kept_runs' / '1'
+  export_command.export(
+    f'{kept}/{name}',
+    f'{tmp_path}/out',
+    to='hf',
+    llm_path=f'{kept}/llm',
+    license='mit',
+  )
+  assert 'hf: transformers writes the same tokens' in capsys.readouterr().out
+  content = manifest.read(tmp_path / 'out', 'hf')
+  assert {hf_form.MODELING, 'README.md', 'tokenizer.json'} <= set(
+    content['files']
+  )
+  assert content['facts']['license'] == 'mit'
+  # No path of this machine goes along, and none of its code is run by us.
+  for path in (tmp_path / 'out').rglob('*.json'):
+    assert str(kept) not in path.read_text()
+  with pytest.raises(ValueError, match="model_type is 'llm_to_slm'; supported"):
+    as_it_came.load(str(tmp_path / 'out'))
+  with pytest.raises(ValueError, match='The model is LLM-to-SLM'):
+    export_command.export(
+      f'{kept}/{name}', f'{tmp_path}/other', to='gguf', llm_path=f'{kept}/llm'
+    )
+  assert [path.name for path in tmp_path.iterdir()] == ['out']

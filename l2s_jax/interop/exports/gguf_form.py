@@ -63,12 +63,11 @@ def check(bundle: comparing.Exportable) -> None:
   module = bundle.system.module
   if isinstance(module, l2s.LlmToSlm):
     raise ValueError(
-      f'{bundle.folder} is LLM-to-SLM, whose SLM reads the prompt as '
-      'embeddings that a projector makes of another model. A GGUF file has '
-      'one model that reads tokens. llama.cpp would need the LLM as a file of '
-      'its own (t5encoder), the projector applied to its embeddings, and the '
-      'SLM given the sum by `llama_batch.embd` before the start token. Export '
-      '--to=hf, or the SLM alone from a run of its own.'
+      'The model is LLM-to-SLM, whose SLM reads the prompt as embeddings that '
+      'a projector makes of another model. A GGUF file has one model that '
+      'reads tokens. llama.cpp would need the LLM as a file of its own '
+      '(t5encoder), the projector applied to its embeddings, and the SLM given '
+      'the sum by `llama_batch.embd` before the start token. Export --to=hf.'
     )
   source = _source(bundle)
   _check_said(source, _architecture(source))
