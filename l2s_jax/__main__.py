@@ -271,6 +271,30 @@ VERBS: Mapping[str, Verb] = {
       Flag('allow_non_finite', bool, 'keep NaN and infinity in the weights'),
     ),
   ),
+  'export': Verb(
+    'l2s_jax.interop.exports.export_command',
+    'export',
+    'a run as one folder that stands alone; compared with the run',
+    'runs/multi30k exports/multi30k --to=bundle --step=best',
+    (
+      Flag(
+        'to', str, 'the form of DESTINATION', ('bundle', 'gguf', 'hf'), True
+      ),
+      Flag('SOURCE', str, 'a run, a bundle, or a model as it came'),
+      Flag('DESTINATION', str, 'a folder that is not there yet'),
+      Flag('step', str, 'of a run: a number, or best; the newest if not given'),
+      Flag(
+        'dtype',
+        str,
+        'what to store; as stored in SOURCE if not given',
+        ('float32', 'bfloat16'),
+      ),
+      Flag('prompts', str, 'a text file, a prompt a line, to compare on'),
+      Flag('license', str, 'of the weights, for the manifest'),
+      Flag('llm_path', str, 'LLM_PATH: where the LLM is, if it has moved'),
+      Flag('vocabulary', str, 'the tokenizer, where SOURCE has none'),
+    ),
+  ),
 }
 
 # Their configurables can be bound whatever the verb, so that one experiment
@@ -293,6 +317,7 @@ CONFIGURABLE_MODULES = (
   'l2s_jax.performance.benchmark',
   'l2s_jax.performance.pods.precompile',
   'l2s_jax.interop.convert',
+  'l2s_jax.interop.exports.export_command',
 )
 
 _PROGRAM = 'python -m l2s_jax'

@@ -3,11 +3,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import helpers
 import numpy as np
 import pytest
 import test_gguf_file
+import tokenizers
 
 from l2s_jax.evaluation import evaluate
 from l2s_jax.inference import infer
@@ -94,6 +96,63 @@ def test_a_decoder_reads_the_prompt_in_its_own_words(folders, tmp_path):
   assert system.module == baseline.module
   assert system.prompt_vocabulary == system.answer_vocabulary
   assert len(answers(path, tmp_path)) == 2
+
+
+def with_bos(folder, tmp_path):
+  """Returns a copy of a model whose tokenizer puts BOS in front of a text."""
+  path = tmp_path / 'with_bos'
+  shutil.copytree(folder, path)
+  ids = json.loads((path / 'vocab.json').read_text())
+  for name in ('vocab.json', 'merges.txt'):
+    (path / name).unlink()
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(ids, []))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+    add_prefix_space=False
+  )
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  tokenizer.add_special_tokens(['<|endoftext|>'])
+  tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+    single='% $A', special_tokens=[('%', ids['%'])]
+  )
+  tokenizer.save(str(path / 'tokenizer.json'))
+  return path
+
+
+def test_a_decoder_only_llm_reads_bos_first_and_a_run_keeps_to_it(
+  folders, tmp_path
+):
+  slm = system_lib.Tower(path=str(folders / 'hf'))
+
+  def build(path, **given):
+    return builders.llm_to_slm_system(
+      system_lib.Tower(path=str(path)), slm, **given
+    )
+
+  path = with_bos(folders / 'gpt2', tmp_path)
+  assert build(folders / 'hf').module.llm_prefix_ids == ()
+  system = build(path)
+  (percent,) = system.prompt_vocabulary.encode('%')
+  assert system.module.llm_prefix_ids == (percent,)
+  run_folder.save(system, tmp_path / 'run')
+  loaded = run_folder.load(tmp_path / 'run').module
+  assert loaded == system.module
+  # An earlier version read no prefix: its runs go on without.
+  description = tmp_path / 'run' / run_folder.DESCRIPTION
+  content = json.loads(description.read_text())
+  del content['llm_prefix_ids']
+  description.write_text(json.dumps(content))
+  pinned = run_folder.pin_llm(build(path), tmp_path / 'run')
+  assert pinned.module.llm_prefix_ids == ()
+  run_folder.save(pinned, tmp_path / 'run')
+
+
+def test_a_decoder_only_llm_reads_both_ways_where_asked(folders):
+  slm = system_lib.Tower(path=str(folders / 'hf'))
+  llm = system_lib.Tower(path=str(folders / 'gpt2'))
+  system = builders.llm_to_slm_system(llm, slm, llm_bidirectional=True)
+  assert system.module.llm_config.bidirectional_prefix
+  with pytest.raises(ValueError, match='LLM_BIDIRECTIONAL=True is for a deco'):
+    builders.llm_to_slm_system(slm, slm, llm_bidirectional=True)
 
 
 def test_a_model_without_a_tokenizer_asks_for_it_by_name(folders):

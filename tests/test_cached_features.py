@@ -24,6 +24,7 @@ from l2s_jax import __main__ as command_line
 from l2s_jax.data.cached import cache_format, feature_format
 from l2s_jax.evaluation import metric_writer
 from l2s_jax.models import l2s
+from l2s_jax.runtime import integrity
 from l2s_jax.weights import converted, opening
 
 KEPT = pathlib.Path(__file__).parent / 'kept_runs' / '1'
@@ -319,6 +320,28 @@ def test_what_does_not_fit_is_refused(folder, changes, message, capsys):
     for change in changes
   ]
   run(*train(folder, 'refused'), *changes, status=2)
+  assert message in capsys.readouterr().err
+  assert not (folder / 'refused' / 'model.json').exists()
+
+
+@pytest.mark.parametrize(
+  'reading,message',
+  [
+    ({'bidirectional': True}, 'has read with LLM_BIDIRECTIONAL=True, and this'),
+    ({'prefix_ids': [3]}, 'has read the tokens (3,) in front of every prompt'),
+  ],
+)
+def test_states_of_an_llm_that_read_otherwise_are_refused(
+  folder, reading, message, capsys, tmp_path
+):
+  other = tmp_path / 'cache'
+  shutil.copytree(folder / 'cache', other)
+  path = other / feature_format.FILE
+  content = json.loads(path.read_text())
+  content['key'] |= reading
+  content.pop(integrity.DIGEST)
+  path.write_text(json.dumps(integrity.seal(content)))
+  run(*train(folder, 'refused'), f'--gin.CACHE_DIR={other}', status=2)
   assert message in capsys.readouterr().err
   assert not (folder / 'refused' / 'model.json').exists()
 

@@ -19,6 +19,8 @@ import tiny_runs
 from l2s_jax.caching import cache_command
 from l2s_jax.data import bound_tasks, distilled, streams, tasks
 from l2s_jax.inference import distill, infer, sampling
+from l2s_jax.interop import to_huggingface
+from l2s_jax.models import language_model
 from l2s_jax.systems import run_folder
 
 NUM_PROMPTS = 37
@@ -171,6 +173,41 @@ def test_shards_that_were_cut_make_the_data_that_infer_would_have_written(
     1,
   )
   assert batch['encoder_segment_ids'].max() > 1
+
+
+@pytest.mark.parametrize('name', ['t5_1_1', 'gpt2'])
+def test_a_model_as_it_came_teaches(teacher, tmp_path, name):
+  """A T5 as a run of it does; a decoder-only model as it answers elsewhere."""
+  module = helpers.MODULES[name]
+  assert isinstance(module, language_model.LanguageModel)
+  source = helpers.Arrays(module.config, helpers.random_params(module))
+  folder, out = tmp_path / 'came', tmp_path / 'distilled'
+  to_huggingface.save(source, folder, helpers.vocabulary())
+  helpers.vocabulary().save(folder)
+  before = {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
+  gin_of(bindings := write_task(tmp_path))
+  write(folder, out)
+  assert before == {p: p.stat().st_mtime_ns for p in folder.rglob('*')}
+  found = records_of(out)
+  answers = [record['prediction'] for record in found]
+  assert len(found) == NUM_PROMPTS and len(set(answers)) > NUM_PROMPTS / 2
+  gin_of(bindings)
+  if name == 't5_1_1':
+    write(teacher, tmp_path / 'of_run')
+    assert found == records_of(tmp_path / 'of_run')
+    return
+  infer.infer(
+    str(folder),
+    'task:local',
+    str(tmp_path / 'answers'),
+    LENGTHS['inputs'],
+    LENGTHS['targets'],
+    batch_size=8,
+    split='train',
+    decoding=SAMPLED,
+  )
+  lines = (tmp_path / 'answers' / 'predictions.jsonl').read_text().splitlines()
+  assert answers == [json.loads(line)['prediction'] for line in lines]
 
 
 @pytest.fixture(scope='module')

@@ -23,6 +23,7 @@ from l2s_jax.training import (
   distillation,
   microbatches,
   optim,
+  programs,
   teachers,
   train_step,
 )
@@ -265,6 +266,32 @@ def test_a_teacher_keeps_its_bits_and_is_no_part_of_the_state():
   assert count == 2 * parameters.num_params(state.trainable)
 
 
+@pytest.mark.parametrize(
+  'changes, name',
+  [({'llm_layer': l2s.MIX}, 'layer_mix'), ({'train_llm': True}, 'llm')],
+)
+def test_what_is_trained_of_the_llm_learns_on_samples_too(changes, name):
+  """No states are read for them outside of the gradient."""
+  module = STUDENT.clone(**changes)
+  params = helpers.random_params(module)
+  frozen, trainable = parameters.split(
+    params, () if module.train_llm else ('llm',)
+  )
+  lesson = lesson_of(teacher_of(LLM), True, weight=1.0)
+  after, _ = step_of(lesson, module)(
+    state_lib.create(trainable, SGD, 0),
+    frozen,
+    helpers.random_batch(),
+    helpers.random_params(LLM, seed=1),
+  )
+  for before, now in zip(
+    jax.tree.leaves(trainable[name]),
+    jax.tree.leaves(after.trainable[name]),
+    strict=True,
+  ):
+    assert not np.array_equal(before, now)
+
+
 # --- samples ---
 
 
@@ -298,6 +325,22 @@ def test_samples_are_what_the_model_writes_at_temperature_one(module):
   np.testing.assert_array_equal(
     inputs[:, 1:][is_token[:, 1:]], targets[:, :-1][is_token[:, 1:]]
   )
+
+
+def test_each_row_has_a_sample_of_its_own():
+  frozen, _, state = start()
+  params = frozen | state.trainable
+  lesson = LESSONS[True]
+  assert lesson is not None
+  batch = {
+    key: jnp.repeat(value[:1], 4, axis=0)
+    for key, value in helpers.random_batch().items()
+  }
+  given = jax.jit(
+    lambda params: lesson.give(STUDENT, params, batch, jax.random.key(0), 1)
+  )(params)
+  tokens = np.asarray(given.sampled['decoder_target_tokens'])
+  assert len({tuple(row) for row in tokens.tolist()}) == 4
 
 
 def test_samples_are_of_the_step_and_the_key_and_of_nothing_else():
@@ -372,6 +415,29 @@ def test_a_teacher_that_continues_reads_what_infer_would_have_it_read(
     np.testing.assert_array_equal(here, value)
 
 
+@pytest.mark.parametrize(
+  'is_on_policy', [pytest.param(False, marks=pytest.mark.long), True]
+)
+def test_states_of_a_cache_teach_what_the_llm_does_that_reads(is_on_policy):
+  """Without an encoder anywhere; the decoder brings its table."""
+  frozen, decoder, state = start()
+  batch = helpers.random_batch()
+  states, _ = STUDENT.apply(
+    {'params': frozen | state.trainable}, batch, method='read_prompt'
+  )
+  teacher_params = {
+    **decoder,
+    'token_embedder': frozen['llm']['token_embedder'],
+  }
+  after, sums = shared_step(is_on_policy)(
+    state, {}, batch | {'llm_states': states}, teacher_params
+  )
+  expected, expected_sums = take(is_on_policy, batch)
+  assert_sums_close(sums, expected_sums)
+  found = jax.tree.map(jnp.subtract, state.trainable, after.trainable)
+  assert_trees_close(found, expected)
+
+
 def test_tables_of_one_vocabulary_need_not_be_equally_large():
   smaller = l2s.build(dataclasses.replace(helpers.GPT2, vocab_size=250))
   batch = helpers.random_batch(num_prompt_ids=250)
@@ -427,6 +493,22 @@ def test_eight_devices_learn_what_one_does(is_on_policy):
 
 
 # --- settings ---
+
+
+def test_settings_of_a_loss_that_has_no_weight_are_refused():
+  def steps(weight, label_smoothing, z_loss):
+    settings = train_step.StepSettings(1, label_smoothing, z_loss)
+    lesson = lesson_of(SHARED, False, weight=weight)
+    return programs.Steps(settings, optim.adamw(), SGD, lesson)
+
+  steps(1.0, 0.0, 0.0)
+  steps(0.9, 0.1, 1e-4)
+  for label_smoothing, z_loss, name in (
+    (0.1, 0.0, 'LABEL_SMOOTHING=0.1'),
+    (0.0, 1e-4, 'Z_LOSS=0.0001'),
+  ):
+    with pytest.raises(ValueError, match=f'DISTILL_WEIGHT=1.0 .*{name} '):
+      steps(1.0, label_smoothing, z_loss)
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,42 @@ def test_a_decoder_only_llm_encodes_too():
   assert np.abs(found[0, 2] - embeddings[0, 2]).max() > 1e-3
 
 
+@pytest.mark.parametrize('layer', [None, 1, l2s.MIX])
+def test_a_prefix_is_read_and_leaves_no_state(layer):
+  """H is that of the prompt with BOS in front, but for the state of BOS."""
+  module = l2s.LlmToSlm(
+    dataclasses.replace(helpers.GPT2, emb_dim=24),
+    helpers.T5_1_0,
+    'replace',
+    shared_vocabulary=False,
+    llm_layer=layer,
+  )
+  params, batch = helpers.random_params(module), helpers.batch_for(module)
+  prefixed = module.clone(llm_prefix_ids=(7, 3))
+  count, shape = batch['encoder_input_tokens'].shape
+  tokens = np.full((count, shape + 2), (7, 3) + (0,) * shape)
+  tokens[:, 2:] = batch['encoder_input_tokens']
+  longer = {
+    **batch,
+    'encoder_input_tokens': jnp.asarray(tokens),
+    'encoder_segment_ids': jnp.pad(
+      batch['encoder_segment_ids'], ((0, 0), (2, 0)), constant_values=1
+    ),
+  }
+  found = read_prompt(prefixed, params, batch)
+  helpers.assert_close(found, read_prompt(module, params, longer)[:, 2:])
+  assert np.abs(found - read_prompt(module, params, batch)).max() > 1e-3
+
+  def first_states(module, batch):
+    return module.apply(
+      {'params': params}, batch, method=module.read_first_states
+    )
+
+  helpers.assert_close(
+    first_states(prefixed, batch), first_states(module, longer)[:, 2:]
+  )
+
+
 def test_a_bfloat16_llm_gives_the_slm_its_own_dtype():
   module, params, batch = model('t5_1_0', 'add', 'shared')
   half = module.clone(

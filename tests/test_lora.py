@@ -4,11 +4,13 @@
 import contextlib
 import dataclasses
 import json
+import re
 from typing import Any
 
 import helpers
 import jax
 import numpy as np
+import optax
 import pytest
 import saved_runs
 from flax import traverse_util
@@ -17,6 +19,7 @@ from l2s_jax.models import l2s, lora
 from l2s_jax.runtime import partitioning
 from l2s_jax.systems import parameters
 from l2s_jax.training import checkpoint, optim, resuming, train_step
+from l2s_jax.training import state as state_lib
 from l2s_jax.weights import opening
 
 ALPHA = 5.0
@@ -110,6 +113,30 @@ def test_a_run_trains_it_alone_and_is_read_merged(tmp_path):
     np.testing.assert_allclose(run.read(path), array, rtol=1e-6, atol=1e-6)
   description = json.loads((tmp_path / 'run' / 'model.json').read_text())
   assert description['slm']['lora_rank'] == 3
+
+
+def test_of_the_kernels_that_it_holds_no_gradient_is_computed():
+  """In the compiled step, of those beside which LoRA stands and of others."""
+  optimizer = optax.sgd(0.1)
+
+  def products(module):
+    system = helpers.system(module)
+    frozen, trainable = parameters.split(
+      helpers.random_params(module), ('llm',)
+    )
+    step = train_step.StepSettings(1, 0.0, 0.0).make(
+      module, optimizer, system.is_trained
+    )
+    state = state_lib.create(trainable, optimizer, 0)
+    batch = helpers.batch_for(module)
+    compiled = jax.jit(step).lower(state, frozen, batch).compile()
+    text = compiled.as_text() or ''
+    return set(re.findall(r'= f32\[([\d,]*)\]\S* dot\(', text))
+
+  of_kernels, of_lora = {'16,8', '8,16', '16,32', '32,16'}, {'16,3', '3,16'}
+  plain, held = products(PLAIN), products(with_lora(PLAIN))
+  assert of_kernels <= plain and of_lora.isdisjoint(plain)
+  assert of_lora <= held and of_kernels.isdisjoint(held)
 
 
 def checkpointer(folder):

@@ -221,11 +221,39 @@ def test_divergence_of_padding_is_nothing_and_of_equals_zero():
     np.testing.assert_allclose(gradient, 0, atol=1e-6)
 
 
-def test_divergence_compares_the_ids_that_both_tables_have():
+@pytest.mark.parametrize('b', [1e-6, 1e-5, 1 - 1e-5, 1 - 1e-6])
+def test_divergence_and_its_gradient_come_to_those_of_the_ends(b):
+  logits, teacher, weights = map(jnp.asarray, student_and_teacher())
+
+  def of(b):
+    return jax.value_and_grad(losses.divergence)(
+      logits, teacher, weights, interpolation=b
+    )
+
+  (found, found_gradient), (end, end_gradient) = of(b), of(float(round(b)))
+  np.testing.assert_allclose(found, end, rtol=1e-3)
+  np.testing.assert_allclose(found_gradient, end_gradient, atol=1e-2)
+
+
+def test_divergence_of_two_tables_is_that_of_the_ids_that_both_have():
   logits, teacher, weights = map(jnp.asarray, student_and_teacher())
   expected = losses.divergence(logits[..., :8], teacher[..., :8], weights)
-  for one, other in (
-    (logits, teacher[..., :8]),
-    (logits[..., :8], teacher),
-  ):
-    assert losses.divergence(one, other, weights) == expected
+  found = losses.divergence(logits[..., :8], teacher, weights)
+  assert found == expected
+
+
+@pytest.mark.parametrize('b', [0.0, 0.4, 1.0])
+def test_divergence_grows_with_what_goes_to_ids_that_the_teacher_lacks(b):
+  """Else nothing would keep a student from writing them."""
+  logits, teacher, weights = map(jnp.asarray, student_and_teacher())
+  q = softmax(np.asarray(logits, np.float64) / 2)
+  shared = (-np.log(q[..., :8].sum(-1)) * weights).sum()
+  of = functools.partial(
+    losses.divergence, weights=weights, interpolation=b, temperature=2.0
+  )
+  expected = of(logits[..., :8], teacher[..., :8]) + shared
+  np.testing.assert_allclose(of(logits, teacher[..., :8]), expected, rtol=1e-5)
+  if b == 0:  # The KL of all that the student has.
+    p = softmax(np.asarray(teacher[..., :8], np.float64) / 2)
+    whole = (kl(p, q[..., :8]) * weights).sum()
+    np.testing.assert_allclose(expected, whole, rtol=1e-5)

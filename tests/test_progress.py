@@ -46,6 +46,25 @@ def test_progress_divides_sums_by_their_weight(tmp_path):
   assert done.sums == {}
 
 
+def test_what_is_learned_of_a_teacher_is_a_mean_over_its_own_tokens(tmp_path):
+  """Of samples there are not as many as of gold answers."""
+  done = progress.Progress(tmp_path, {})
+  for step, nats, weight in ((1, 6.0, 3.0), (2, 2.0, 13.0)):
+    of_teacher = {
+      'distill_loss': jnp.float32(nats),
+      'distill_weight': jnp.float32(weight),
+    }
+    done.add(step, step_sums(1.0, 5.0) | of_teacher, PART)
+  assert done.summary()['train/distill_loss'] == pytest.approx(0.5)
+  of_teacher = {
+    'distill_loss': jnp.float32(jnp.inf),
+    'distill_weight': jnp.float32(1.0),
+  }
+  done.add(3, step_sums(1.0, 5.0, grad_norm=jnp.nan) | of_teacher, PART)
+  with pytest.raises(FloatingPointError, match='from the teacher of inf'):
+    done.settle()
+
+
 def test_progress_from_a_checkpoint_logs_what_one_run_would(tmp_path):
   whole = progress.Progress(tmp_path, {})
   for step in (1, 2, 3):

@@ -118,7 +118,7 @@ def test_absent_fields_of_a_config_have_their_defaults(system, run):
   for key in ('slm', 'llm'):
     for name in ('scale_untied_logits', 'rope_scaling_type', 'quantization'):
       del content[key][name]
-  for name in ('llm_layer', 'train_llm'):
+  for name in ('llm_layer', 'train_llm', 'llm_prefix_ids'):
     del content[name]
   path.write_text(json.dumps(content))
   assert run_folder.load(run).module == system.module

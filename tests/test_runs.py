@@ -31,7 +31,7 @@ def test_what_a_description_lacks_is_named(name, tmp_path):
   whole = json.loads(path.read_text())
   assert run_folder.load(tmp_path).module == system.module
   # The ids are for people to read; earlier versions wrote none of these.
-  later = {'special_ids', 'llm_layer', 'train_llm'}
+  later = {'special_ids', 'llm_layer', 'train_llm', 'llm_prefix_ids'}
   for key in whole.keys() & later:
     path.write_text(json.dumps({k: v for k, v in whole.items() if k != key}))
     assert run_folder.load(tmp_path).module == system.module

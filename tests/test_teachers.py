@@ -10,6 +10,7 @@ import helpers
 import jax
 import numpy as np
 import pytest
+import test_distributed
 import tiny_runs
 from kept_runs import make
 
@@ -17,7 +18,7 @@ from l2s_jax.interop import to_huggingface
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
 from l2s_jax.runtime import partitioning
-from l2s_jax.systems import builders
+from l2s_jax.systems import builders, parameters
 from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
 from l2s_jax.training import distillation, train_data
@@ -27,16 +28,19 @@ KEPT = pathlib.Path(__file__).parent / 'kept_runs' / '1'
 LENGTHS = {'inputs': 32, 'targets': 16}
 
 
-def train(*bindings, name='l2s', check=True):
-  arguments = [
-    *make.train_arguments(KEPT, name),
+def arguments(*bindings):
+  return [
+    *make.train_arguments(KEPT, 'l2s'),
     '--gin_file=gin_configs/runs/train_with_teacher.gin',
     '--gin.CHECKPOINT_PERIOD=2',
     '--gin.train.log_period=1',
     '--gin.train.num_eval_examples=2',
     *(f'--gin.{binding}' for binding in bindings),
   ]
-  return tiny_runs.l2s(*arguments, check=check)
+
+
+def train(*bindings, check=True):
+  return tiny_runs.l2s(*arguments(*bindings), check=check)
 
 
 def trained(run, step):
@@ -97,7 +101,29 @@ def test_a_run_that_was_broken_off_learns_what_an_unbroken_one_does(tmp_path):
   )
   assert result.returncode == 2
   assert 'or it learned from another teacher' in result.stderr
-  assert 'teacher.fingerprint: the run has' in result.stderr
+  assert 'teacher.fingerprint.writing: the run has' in result.stderr
+
+
+@pytest.mark.long
+def test_two_processes_learn_what_one_does(tmp_path):
+  """With parameters of student and teacher over both, and samples of each."""
+  settings = [
+    'TRAIN_STEPS=4',
+    'CHECKPOINT_PERIOD=10',
+    'DROPOUT_RATE=0.0',
+    f'TEACHER_PATH={KEPT / "llm"}',
+    'ON_POLICY=0.5',
+  ]
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  train(f'MODEL_DIR={one}', *settings)
+  settings += ['MeshConfig.data=1', 'MeshConfig.fsdp=2']
+  test_distributed.finish(
+    test_distributed.start(2, *arguments(f'MODEL_DIR={two}', *settings))
+  )
+  for name in ('train/loss', 'train/distill_loss', 'train/grad_norm'):
+    found, expected = ([line[name] for line in logged(x)] for x in (two, one))
+    assert len(found) == 4
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def teacher_config(**changes):
@@ -146,13 +172,11 @@ def session_of(system):
   )
 
 
-def bind(tower, *, system=None, pack=False, **settings):
+def bind(tower, *, system=None, session=None, pack=False, **settings):
   """Returns the lesson of LLM-to-SLM, all of whose ids are of tiny.model."""
-  system = system or student()
+  session = session or session_of(system or student())
   data = train_data.TrainData(LENGTHS, 8, 0, pack, ())
-  return distillation.Distillation(tower, **settings).bind(
-    session_of(system), data
-  )
+  return distillation.Distillation(tower, **settings).bind(session, data)
 
 
 def student(**options):
@@ -192,6 +216,57 @@ def test_of_an_llm_that_teaches_the_decoder_alone_is_loaded():
   assert shape.dtype == 'bfloat16'
 
 
+def test_a_teacher_is_the_same_however_much_of_it_is_the_llm():
+  """So that a run may change its dtype, and between reading and features."""
+  tower = system_lib.Tower(str(KEPT / 'llm'))
+  reading = student()
+  whole = session_of(reading)
+  first, _ = parameters.load_frozen(reading, whole.layout)
+  assert first.llm_fingerprint is not None
+  states = system_lib.CachedStates('cache', 'int8', first.llm_fingerprint)
+  cached = session_of(dataclasses.replace(reading, cached_states=states))
+  found = []
+  for session, settings in (
+    (whole, {}),
+    (whole, {'teacher_dtype': 'bfloat16'}),
+    (whole, {'teacher_step': 400}),
+    (cached, {}),
+  ):
+    teacher = bind(tower, session=session, **settings).teacher
+    system, _ = parameters.load_frozen(session.system, session.layout)
+    params, remembered = teacher.load(system)
+    assert params.keys() == teacher.shapes.keys()
+    found.append(remembered)
+  assert found == [found[0]] * 4
+  assert found[0]['step'] == 400
+  assert found[0]['fingerprint']['reading'] == first.llm_fingerprint
+
+
+def test_a_decoder_only_llm_that_teaches_has_nothing_of_its_own(tmp_path):
+  """Its head is its table, so that the LLM has it all."""
+  folder = hugging_face(tmp_path / 'llm', helpers.LLAMA, helpers.vocabulary())
+  tower = system_lib.Tower(str(folder))
+  system = builders.llm_to_slm_system(
+    tower,
+    system_lib.Tower(config=helpers.T5_1_1, vocabulary=str(folder)),
+    llm_bidirectional=True,
+  )
+  session = session_of(system)
+  teacher = bind(tower, session=session).teacher
+  assert teacher.is_llm and not teacher.reads_states
+  # It reads as it was pretrained, however it reads for the SLM.
+  assert isinstance(system.module, l2s.LlmToSlm)
+  assert system.module.llm_config.bidirectional_prefix
+  assert teacher.module.config == helpers.LLAMA
+  assert teacher.continues is not None
+  assert teacher.shapes == {}
+  system, _ = parameters.load_frozen(session.system, session.layout)
+  params, found = teacher.load(system)
+  assert params == {}
+  assert found['fingerprint']['reading'] == system.llm_fingerprint
+  assert '0 frozen parameters beside those of the LLM' in teacher.describe()
+
+
 def test_at_a_weight_of_zero_there_is_no_teacher():
   assert bind(system_lib.Tower('nowhere'), weight=0.0) is None
 
@@ -201,6 +276,7 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
     tmp_path / 'foreign', helpers.T5_1_1, helpers.vocabulary()
   )
   vocabulary = str(KEPT / 'data' / 'tiny.model')
+  encoder = dataclasses.replace(teacher_config(), num_decoder_layers=0)
 
   def came(name, config):
     folder = hugging_face(tmp_path / name, config, helpers.vocabulary())
@@ -218,6 +294,16 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
       {},
       r'TEACHER_PATH=.*foreign: the teacher has the tokenizer .*\(257 ids\), '
       r'and the answers of the student are ids of .*101 ids\).*verb distill',
+    ),
+    (  # Though it is the LLM.
+      system_lib.Tower(str(KEPT / 'llm'), vocabulary=str(foreign)),
+      {},
+      'foreign has 257 ids, but the model.s embedding table has 128 rows',
+    ),
+    (
+      system_lib.Tower(str(KEPT / 'llm'), config=encoder),
+      {},
+      'TEACHER_PATH=.*llm has the weights of an encoder alone',
     ),
     (
       system_lib.Tower(str(KEPT / 'llm')),

@@ -42,7 +42,14 @@ def make_plan(
     prompt_length: tokens to which prompts are cut.
   """
   assert isinstance(system.module, l2s.LlmToSlm)
-  layer = system.module.llm_layer
+  module = system.module
+  layer = module.llm_layer
+  # Of decoder-only LLMs; a key without them is that of an encoder's states.
+  reading: dict[str, Any] = {}
+  if module.llm_prefix_ids:
+    reading['prefix_ids'] = list(module.llm_prefix_ids)
+  if module.llm_config.bidirectional_prefix:
+    reading['bidirectional'] = True
   return {
     **run_format.stamp(),
     'key': {
@@ -50,6 +57,7 @@ def make_plan(
       'llm_dtype': system.frozen_dtype,
       'layer': feature_format.LAST if layer is None else layer,
       'tokens': cache.digest,
+      **reading,
     },
     'dtype': dtype,
     'width': system.module.llm_config.emb_dim,

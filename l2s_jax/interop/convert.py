@@ -83,11 +83,11 @@ def convert(
       f'--verify compares logits, and {opened.location} is an encoder alone: '
       'it computes none. Leave --verify out.'
     )
-  reading = _Reading(opened, dtype, folds_scale=to == 'hf')
+  reading = Reading(opened, dtype, folds_scale=to == 'hf')
   folder = pathlib.Path(destination)
   unfinished = folder.with_name(f'.{folder.name}.unfinished')
   shutil.rmtree(unfinished, ignore_errors=True)  # Left by one that was killed.
-  _check_destination(folder, reading.num_bytes)
+  check_destination(folder, reading.num_bytes)
   missing = [path for path in folder.absolute().parents if not path.exists()]
   _check_form(reading, to)
   print(_describe(reading, from_))
@@ -175,7 +175,7 @@ def _preset(name: str) -> config_lib.TransformerConfig:
   return value.scoped_configurable_fn()
 
 
-class _Reading:
+class Reading:
   """A source that takes notes: a cast, the digests, how far it has come."""
 
   def __init__(
@@ -210,6 +210,8 @@ class _Reading:
     )
     self.progress: Any = None
     self.notes = finite.Notes(source)
+    # Whether the digests of all that is read are kept, before the cast.
+    self.keeps_stored = False
 
   def step(self) -> int | None:
     return self.source.step()
@@ -219,7 +221,7 @@ class _Reading:
 
   def read(self, path: shapes_lib.Path, layer: int | None = None) -> np.ndarray:
     stored = self.source.read(path, layer)
-    if self.source.digest(path) is not None:
+    if self.keeps_stored or self.source.digest(path) is not None:
       self._stored[path, layer or 0] = source_lib.digest_layer(stored)
     dtype = self._shapes[path].dtype
     if self._query_factor != 1 and scale_folding.is_query(path):
@@ -237,6 +239,12 @@ class _Reading:
 
   def digest(self, path: shapes_lib.Path) -> str:
     return self._whole(path, self._layers)
+
+  def source_fingerprint(self) -> str:
+    """Returns the fingerprint of the source, all of which has been read."""
+    return source_lib.fingerprint(
+      {path: self._whole(path, self._stored) for path in self._shapes}
+    )
 
   def check_source(self) -> None:
     """Refuses what was read if it is not what the source's digests say.
@@ -259,7 +267,7 @@ class _Reading:
     return source_lib.digest(layers[path, i] for i in range(count))
 
 
-def _progress(num_bytes: int, what: str) -> Any:
+def progress_bar(num_bytes: int, what: str) -> Any:
   return tqdm.tqdm(
     total=num_bytes,
     desc=what,
@@ -271,7 +279,7 @@ def _progress(num_bytes: int, what: str) -> Any:
   )
 
 
-def _check_destination(folder: pathlib.Path, num_bytes: int) -> None:
+def check_destination(folder: pathlib.Path, num_bytes: int) -> None:
   if folder.exists():
     raise ValueError(
       f'{folder} is there already. Name another DESTINATION, or remove it.'
@@ -291,7 +299,7 @@ def _check_destination(folder: pathlib.Path, num_bytes: int) -> None:
     )
 
 
-def _check_form(source: '_Reading', to: str) -> None:
+def _check_form(source: 'Reading', to: str) -> None:
   """Refuses a model that the form asked for cannot say."""
   if to == 'hf':
     to_huggingface.find_model_type(source)
@@ -299,7 +307,7 @@ def _check_form(source: '_Reading', to: str) -> None:
     to_t5x.check(source)
 
 
-def _describe(reading: _Reading, form: str) -> str:
+def _describe(reading: Reading, form: str) -> str:
   shapes = reading.shapes().values()
   dtypes = sorted({shape.dtype.name for shape in shapes})
   family = reading.model_type or (
@@ -327,7 +335,7 @@ def _describe(reading: _Reading, form: str) -> str:
 
 
 def _write(
-  reading: _Reading,
+  reading: Reading,
   folder: pathlib.Path,
   to: str,
   vocabulary_path: str | None,
@@ -358,7 +366,7 @@ def _write(
       adds_eos=reading.config.is_encoder_decoder,
       sentinels_below=reading.config.vocab_size if is_t5 else 0,
     )
-  with _progress(reading.num_bytes, 'converting') as reading.progress:
+  with progress_bar(reading.num_bytes, 'converting') as reading.progress:
     if to == 'hf':
       to_huggingface.save(reading, model_folder, vocabulary)
     elif to == 't5x':
@@ -370,7 +378,7 @@ def _write(
 
 
 def _write_tokenizer(
-  reading: _Reading, folder: pathlib.Path, path: str | None
+  reading: Reading, folder: pathlib.Path, path: str | None
 ) -> base.Vocabulary | None:
   """Writes the tokenizer beside the weights; None where there is none.
 
@@ -427,7 +435,7 @@ def _copy_tokenizer(source: pathlib.Path, destination: pathlib.Path) -> None:
       shutil.copyfile(source / name, destination / name)
 
 
-def _check_written(reading: _Reading, folder: pathlib.Path, to: str) -> str:
+def _check_written(reading: Reading, folder: pathlib.Path, to: str) -> str:
   """Reads back what was written; returns what was found equal.
 
   Raises:
@@ -435,8 +443,8 @@ def _check_written(reading: _Reading, folder: pathlib.Path, to: str) -> str:
   """
   if (folder / to_huggingface.SLM).is_dir():
     folder = folder / to_huggingface.SLM
-  again = _Reading(_open(str(folder), to, None, None), None)
-  with _progress(again.num_bytes, 'checking') as again.progress:
+  again = Reading(_open(str(folder), to, None, None), None)
+  with progress_bar(again.num_bytes, 'checking') as again.progress:
     for path, shape in again.shapes().items():
       for layer in source_lib.layers(path, shape.shape):
         again.read(path, layer)

@@ -8,6 +8,7 @@ Source: arXiv 2402.16844.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -132,6 +133,8 @@ class LlmToSlm(nn.Module):
       The states of every layer go through the LLM's final norm, which the
       SLM's projector needs: what it norms grows from layer to layer.
     train_llm: whether the LLM has gradients. It reads without dropout anyway.
+    llm_prefix_ids: tokens that the LLM reads in front of every prompt, as a
+      decoder-only one reads BOS; their own states are left out of H.
   """
 
   llm_config: config_lib.TransformerConfig
@@ -141,6 +144,7 @@ class LlmToSlm(nn.Module):
   llm_rules: partitioning.Rules = partitioning.DEFAULT_RULES
   llm_layer: int | str | None = None
   train_llm: bool = False
+  llm_prefix_ids: Sequence[int] = ()
 
   def setup(self):
     check_layer(self.llm_layer, self.llm_config)
@@ -181,7 +185,10 @@ class LlmToSlm(nn.Module):
     tokens = batch.get('llm_input_tokens', batch['encoder_input_tokens'])
     with partitioning.axis_rules(self.llm_rules):
       llm_states = self._of_llm(
-        self._read_layer(self.llm.embed(tokens), segment_ids)
+        self._read_layer(
+          self.llm.embed(self._prefixed(tokens)),
+          self._prefixed_ids(segment_ids),
+        )[..., len(self.llm_prefix_ids) :, :]
       )
     if self.llm_layer == MIX:
       llm_states = self.layer_mix(llm_states)
@@ -193,8 +200,26 @@ class LlmToSlm(nn.Module):
     """Returns the states that the LLM begins with, those of layer 0."""
     with partitioning.axis_rules(self.llm_rules):
       return self.llm.first_states(
-        batch['encoder_input_tokens'], batch['encoder_segment_ids']
-      )
+        self._prefixed(batch['encoder_input_tokens']),
+        self._prefixed_ids(batch['encoder_segment_ids']),
+      )[:, len(self.llm_prefix_ids) :]
+
+  def _prefixed(
+    self, tokens: Int[Array, 'batch prompt']
+  ) -> Int[Array, 'batch llm_prompt']:
+    """Returns the tokens that the LLM reads of a prompt."""
+    if not self.llm_prefix_ids:
+      return tokens
+    prefix = jnp.asarray(self.llm_prefix_ids, tokens.dtype)
+    shape = (tokens.shape[0], len(self.llm_prefix_ids))
+    return jnp.concatenate([jnp.broadcast_to(prefix, shape), tokens], axis=1)
+
+  def _prefixed_ids(
+    self, segment_ids: Int[Array, 'batch prompt']
+  ) -> Int[Array, 'batch llm_prompt']:
+    """Returns the segment ids of the same; the prefix is of the first."""
+    count = len(self.llm_prefix_ids)
+    return jnp.pad(segment_ids, ((0, 0), (count, 0)), constant_values=1)
 
   def _read_layer(
     self,
@@ -316,6 +341,7 @@ def with_verifier(module: LlmToSlm) -> DraftAndVerify:
     module.llm_rules,
     module.llm_layer,
     module.train_llm,
+    module.llm_prefix_ids,
   )
 
 

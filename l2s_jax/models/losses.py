@@ -100,10 +100,14 @@ def divergence(
   b (1 - b): so that it does not vanish towards the ends, and gradients have one
   size for all b. At b = 1/2 it is four times the Jensen-Shannon divergence.
 
+  Of two tables of one vocabulary that are not equally large, P and Q are the
+  distributions among the ids that both have. To ids that the teacher lacks it
+  gives nothing: -log of what the student leaves to the others is added, which
+  at b = 0 makes KL(P || Q) that of the student's whole table.
+
   Args:
     logits: of the student, float32.
-    teacher_logits: of the teacher, float32. Of two tables of one vocabulary
-      that are not equally large, the ids that both have are compared.
+    teacher_logits: of the teacher, float32.
     weights: 1 for a token of the answer, 0 for padding.
     interpolation: b, from 0 to 1.
     temperature: both logits are divided by it.
@@ -111,9 +115,9 @@ def divergence(
   Source: Agarwal et al. 2024 (arXiv:2306.13649), section 3.
   """
   num_ids = min(logits.shape[-1], teacher_logits.shape[-1])
+  logits, teacher_logits = logits / temperature, teacher_logits / temperature
   log_q, log_p = (
-    jax.nn.log_softmax(x[..., :num_ids] / temperature)
-    for x in (logits, teacher_logits)
+    jax.nn.log_softmax(x[..., :num_ids]) for x in (logits, teacher_logits)
   )
   b = interpolation
   if b == 0:
@@ -121,8 +125,18 @@ def divergence(
   elif b == 1:
     nats = _kl(log_q, log_p)
   else:
-    log_m = jnp.logaddexp(log_p + math.log(b), log_q + math.log1p(-b))
-    nats = _kl(log_p, log_m) / (1 - b) + _kl(log_q, log_m) / b
+    # M is divided by P and Q before its log is taken: as a difference of logs
+    # log(M / Q), which is as small as b, would be lost in their rounding.
+    log_b, log_1_b = math.log(b), math.log1p(-b)
+    log_m_p = jnp.logaddexp(log_b, log_1_b + (log_q - log_p))
+    log_m_q = jnp.logaddexp(log_b + (log_p - log_q), log_1_b)
+    nats = -(
+      jnp.sum(jnp.exp(log_p) * log_m_p, axis=-1) / (1 - b)
+      + jnp.sum(jnp.exp(log_q) * log_m_q, axis=-1) / b
+    )
+  if num_ids < logits.shape[-1]:
+    nats += jax.nn.logsumexp(logits, axis=-1)
+    nats -= jax.nn.logsumexp(logits[..., :num_ids], axis=-1)
   return jnp.sum(nats * weights)
 
 

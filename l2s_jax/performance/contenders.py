@@ -10,7 +10,7 @@ import dataclasses
 import pathlib
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import gin
 import jax
@@ -26,6 +26,7 @@ from l2s_jax.models import flops, l2s, language_model
 from l2s_jax.models import shapes as shapes_lib
 from l2s_jax.performance import peers, random_weights, timing
 from l2s_jax.runtime import files
+from l2s_jax.systems import bundle
 from l2s_jax.systems import system as system_lib
 from l2s_jax.vocabularies import base, loading
 from l2s_jax.weights import hub, opening, runs
@@ -240,8 +241,8 @@ def _of_run(
 
   Any other CHECKPOINT_PATH is a model that is timed alone, in the LLM's place.
   """
-  run = opening.open_source(folder)
-  if not isinstance(run, runs.Run) or run.description['kind'] != 'llm_to_slm':
+  run = _open_pair(folder)
+  if run is None:
     named = [
       role for role, tower in given.items() if tower != system_lib.Tower()
     ]
@@ -261,7 +262,9 @@ def _of_run(
   name = pathlib.Path(source.location).name
   llm = TimedModel(name, source, _at(source.config, dtype), prompt)
   run_name = pathlib.Path(folder).name
-  slm = alone = TimedModel(run_name, run, _at(run.config, dtype), answer)
+  slm = alone = TimedModel(
+    run_name, run.slm, _at(run.slm.config, dtype), answer
+  )
   if given[SLM].path is not None or given[SLM].config is not None:
     alone = _model(SLM, given[SLM], dtype, seed)
   models = {LLM: llm, SLM: alone}
@@ -277,16 +280,60 @@ def _of_run(
     description['injection'],
     description['shared_vocabulary'],
     llm_layer=description['llm_layer'],
+    llm_prefix_ids=tuple(description['llm_prefix_ids']),
   )
-  others = run.read_others()
+  others = run.others
   fingerprint = description['llm_fingerprint']
   return models, Pair(run_name, module, slm, others.__getitem__, fingerprint)
 
 
-def _open_llm(run: runs.Run, tower: system_lib.Tower) -> source_lib.Source:
+class _OpenedPair(NamedTuple):
+  """LLM-to-SLM without its LLM: of a run, or of a bundle.
+
+  Attributes:
+    location: CHECKPOINT_PATH.
+    description: as `model.json` has it.
+    slm: the SLM.
+    others: the tensors beside it, by path.
+    has_encoder_alone: whether its LLM, which it brings, cannot write.
+  """
+
+  location: str
+  description: Mapping[str, Any]
+  slm: source_lib.Source
+  others: Mapping[shapes_lib.Path, np.ndarray]
+  has_encoder_alone: bool
+
+
+def _open_pair(folder: str) -> _OpenedPair | None:
+  """Opens a run or a bundle of LLM-to-SLM; of other models returns None."""
+  if bundle.is_bundle(folder):
+    opened = bundle.open_bundle(folder)
+    if 'slm' not in opened.towers:
+      return None
+    description = opened.content['model']['system']
+    slm = opened.towers['slm']
+    return _OpenedPair(folder, description, slm, opened.beside(), True)
+  source = opening.open_source(folder)
+  if (
+    not isinstance(source, runs.Run)
+    or source.description['kind'] != 'llm_to_slm'
+  ):
+    return None
+  return _OpenedPair(
+    source.location, source.description, source, source.read_others(), False
+  )
+
+
+def _open_llm(run: _OpenedPair, tower: system_lib.Tower) -> source_lib.Source:
   """Opens the LLM of a run, where it was or where it is said to be now."""
   description = run.description
   path = tower.path or description['llm_path']
+  if run.has_encoder_alone and tower.path is None:
+    raise ValueError(
+      f'CHECKPOINT_PATH={run.location} is a bundle, which has what of its LLM '
+      'encodes; benchmark times the whole LLM beside it. Set LLM_PATH to that.'
+    )
   both = f'LLM_PATH={path} and CHECKPOINT_PATH={run.location}'
   if tower.path is None and tower.config is not None:
     raise ValueError(

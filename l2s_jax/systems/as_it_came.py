@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What CHECKPOINT_PATH names: a run of ours, or a model as it came.
+"""What CHECKPOINT_PATH names: a run of ours, a bundle, or a model as it came.
 
 A model as it came is a language model alone, whose weights and tokenizer
 somebody else has written: a Hugging Face folder, a converted one, a checkpoint
@@ -12,7 +12,7 @@ import pathlib
 from typing import Literal
 
 from l2s_jax.runtime import files as files_lib
-from l2s_jax.systems import builders, run_folder
+from l2s_jax.systems import builders, bundle, run_folder
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import hub, opening, saved_steps
 
@@ -34,7 +34,7 @@ def load(
   vocabulary: str | None = None,
   extra_ids: int = 0,
 ) -> system_lib.System:
-  """Returns the system of a run, or of a model as it came.
+  """Returns the system of a run, of a bundle, or of a model as it came.
 
   Args:
     location: CHECKPOINT_PATH.
@@ -54,6 +54,15 @@ def load(
         'VOCABULARY and EXTRA_IDS unset.'
       )
     return run_folder.load(location, llm_path=llm_path)
+  if bundle.is_bundle(location):
+    given = {'VOCABULARY': vocabulary, 'LLM_PATH': llm_path}
+    for name, value in given.items():
+      if value is not None:
+        raise ValueError(
+          f'CHECKPOINT_PATH={location} is a bundle, which has its LLM and its '
+          f'tokenizers. Leave {name} unset.'
+        )
+    return bundle.open_bundle(location).system
   tower = system_lib.Tower(location, None, vocabulary, extra_ids)
   try:
     config = tower.load_config()
@@ -61,8 +70,8 @@ def load(
     raise FileNotFoundError(
       f'CHECKPOINT_PATH={location} is not a run: it has no '
       f'{run_folder.DESCRIPTION}; nor is it a model as it came. Set it to the '
-      'MODEL_DIR of a training run, a Hugging Face or converted folder, a '
-      f'checkpoint of T5X or a GGUF file. {error}'
+      'MODEL_DIR of a training run, a bundle, a Hugging Face or converted '
+      f'folder, a checkpoint of T5X or a GGUF file. {error}'
     ) from error
   if llm_path is not None:
     raise ValueError(
@@ -90,6 +99,14 @@ def choose_step(
   if is_run(location):
     assert step != 'all', step
     return saved_steps.params_folder(location, step)[1]
+  if bundle.is_bundle(location):
+    has = bundle.open_bundle(location).step or 0
+    if step not in (None, 0, has):
+      raise ValueError(
+        f'{setting}={step!r}: CHECKPOINT_PATH={location} is a bundle of step '
+        f'{has} alone. Leave it unset, or export the other step.'
+      )
+    return has
   if isinstance(step, str):
     raise ValueError(
       f'{setting}={step!r}: CHECKPOINT_PATH={location} is a model as it came, '

@@ -66,6 +66,7 @@ def llm_to_slm_system(
   remat: str | None = None,
   llm_layer: int | str | None = None,
   train_llm: bool = False,
+  llm_bidirectional: bool = False,
   lora_rank: int = 0,
   lora_alpha: float = 16.0,
   lora_kernels: Sequence[str] = ('query', 'value'),
@@ -86,6 +87,8 @@ def llm_to_slm_system(
       see `LlmToSlm`; None is the last, 'mix' a learned mix of all.
     train_llm: whether what of the LLM encodes is trained, too. It is then
       held in float32, and stored in every checkpoint.
+    llm_bidirectional: whether the tokens of a prompt see those behind them in a
+      decoder-only LLM, too; False reads causally, as it was pretrained.
     lora_rank: above 0, of the SLM LoRA alone is trained, see
       `TransformerConfig`; what is read of the run has it merged.
     lora_alpha: the same.
@@ -104,6 +107,13 @@ def llm_to_slm_system(
     raise ValueError(f'INJECTION={injection!r} is not one of {l2s.INJECTIONS}.')
   llm_config = dataclasses.replace(llm.load_config(), dtype=llm_dtype)
   l2s.check_layer(llm_layer, llm_config)
+  if llm_bidirectional:
+    if llm_config.is_encoder_decoder:
+      raise ValueError(
+        'LLM_BIDIRECTIONAL=True is for a decoder-only LLM; the encoder of '
+        f'{llm.path} is bidirectional anyway. Leave it unset.'
+      )
+    llm_config = dataclasses.replace(llm_config, bidirectional_prefix=True)
   if train_llm:
     llm_config = _with_runtime(llm_config, None, None, remat)
   slm_config = _with_runtime(slm.load_config(), dropout_rate, dtype, remat)
@@ -132,6 +142,9 @@ def llm_to_slm_system(
     if llm_layer == l2s.num_reading_layers(llm_config)
     else llm_layer,
     train_llm=train_llm,
+    llm_prefix_ids=()
+    if llm_config.is_encoder_decoder
+    else llm_vocabulary.prefix_ids,
   )
 
 
@@ -149,6 +162,7 @@ def assemble(
   llm_fingerprint: str | None = None,
   llm_layer: int | str | None = None,
   train_llm: bool = False,
+  llm_prefix_ids: Sequence[int] = (),
 ) -> system_lib.System:
   l2s.build(slm_config)  # Refuses an SLM that cannot write.
   if shared:  # The SLM looks the prompt up too.
@@ -161,6 +175,7 @@ def assemble(
       shared,
       llm_layer=llm_layer,
       train_llm=train_llm,
+      llm_prefix_ids=tuple(llm_prefix_ids),
     ),
     prompt_vocabulary=llm_vocabulary,
     answer_vocabulary=slm_vocabulary,

@@ -14,7 +14,7 @@ from flax import traverse_util
 from l2s_jax.models import l2s, lora
 from l2s_jax.models import shapes as shapes_lib
 from l2s_jax.runtime import distributed, partitioning
-from l2s_jax.systems import as_it_came
+from l2s_jax.systems import as_it_came, bundle
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import hub, opening, saved_steps
 from l2s_jax.weights import source as source_lib
@@ -102,7 +102,7 @@ def load_frozen(
     return system, {}
   if system.cached_states is not None:
     return _load_beside_states(system, layout)
-  source = _open_llm(system.sources['llm'], system.llm_step)
+  source = open_llm(system.sources['llm'], system.llm_step)
   shapes, shardings = layout.shapes['llm'], layout.shardings['llm']
   decoder: dict[str, PyTree] = {}
   if isinstance(system.module, l2s.DraftAndVerify):
@@ -158,7 +158,7 @@ def _load_beside_states(
   assert states is not None
   params: dict[str, PyTree] = {}
   if system.llm_fingerprint is None or 'llm' in layout.shapes:
-    source = _open_llm(system.sources['llm'], system.llm_step)
+    source = open_llm(system.sources['llm'], system.llm_step)
     shapes, _ = partitioning.abstract_params(
       functools.partial(init, dataclasses.replace(system, cached_states=None)),
       jax.random.key(0),
@@ -182,7 +182,16 @@ def _load_beside_states(
   return system, params
 
 
-def _open_llm(path: str, step: int | None) -> source_lib.Source:
+def open_llm(path: str, step: int | None) -> source_lib.Source:
+  """Opens the weights of a frozen LLM.
+
+  Args:
+    path: LLM_PATH.
+    step: of its run, if it is one.
+
+  Raises:
+    FileNotFoundError: if it is not there; says what to set.
+  """
   if not pathlib.Path(path).exists() and not hub.is_name(path):
     raise FileNotFoundError(
       f"The LLM's weights are not at {path}. Set LLM_PATH to where they are "
@@ -236,6 +245,8 @@ def load_trained(
 
   Of a model as it came these are all.
   """
+  if bundle.is_bundle(run_dir):
+    return _of_bundle(system, layout, bundle.open_bundle(run_dir))
   if not as_it_came.is_run(run_dir):
     source = opening.open_source(str(run_dir), step or None)
     params, _ = source_lib.load(source, layout.shapes, layout.shardings)
@@ -247,6 +258,44 @@ def load_trained(
     split(layout.shapes, system.frozen)[1],
     split(layout.shardings, system.frozen)[1],
   )
+
+
+def _of_bundle(
+  system: system_lib.System, layout: Layout, opened: bundle.Bundle
+) -> dict[str, PyTree]:
+  """Returns the parameters of a bundle, but for the frozen LLM."""
+  if bundle.MODEL in opened.towers:
+    tower = opened.towers[bundle.MODEL]
+    params, _ = source_lib.load(tower, layout.shapes, layout.shardings)
+    return params
+  loaded = {}
+  shapes = split(layout.shapes, system.frozen)[1]
+  for name in shapes.keys() & opened.towers.keys():
+    loaded[name], _ = source_lib.load(
+      opened.towers[name], layout.shapes[name], layout.shardings[name]
+    )
+  wanted, shardings = (
+    traverse_util.flatten_dict({n: tree[n] for n in shapes.keys() - loaded})
+    for tree in (shapes, layout.shardings)
+  )
+  found = opened.beside()
+  misfits = [
+    '/'.join(path)
+    for path in sorted(wanted.keys() | found.keys())
+    if path not in wanted
+    or path not in found
+    or found[path].shape != wanted[path].shape
+  ]
+  if misfits:
+    raise ValueError(
+      f'{opened.folder / bundle.BESIDE} does not hold the tensors of its '
+      f'model: {", ".join(misfits)[:300]}. Export again.'
+    )
+  beside = {
+    path: jax.device_put(found[path].astype(shape.dtype), shardings[path])
+    for path, shape in wanted.items()
+  }
+  return loaded | traverse_util.unflatten_dict(beside)
 
 
 def fingerprint(layout: Layout, location: str, step: int) -> str:

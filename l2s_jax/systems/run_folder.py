@@ -7,6 +7,7 @@ With these a run can be evaluated, used or built upon with its path alone.
 import dataclasses
 import pathlib
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 from l2s_jax.models import config as config_lib
@@ -14,7 +15,7 @@ from l2s_jax.models import l2s
 from l2s_jax.runtime import distributed, files
 from l2s_jax.systems import builders
 from l2s_jax.systems import system as system_lib
-from l2s_jax.vocabularies import loading
+from l2s_jax.vocabularies import base, loading
 from l2s_jax.weights import run_format, runs
 
 DESCRIPTION = run_format.RUN
@@ -86,12 +87,47 @@ def load(
     runs.load_vocabulary(folder, description, name)
     for name in ('prompt', 'answer')
   )
+  return from_description(
+    description,
+    prompt,
+    answer,
+    path=path,
+    llm_path=llm_path or description.get('llm_path'),
+  )
+
+
+def from_description(
+  description: Mapping[str, Any],
+  prompt: base.Vocabulary,
+  answer: base.Vocabulary,
+  *,
+  path: pathlib.Path,
+  llm_path: str | None,
+  continues: bool = False,
+) -> system_lib.System:
+  """Returns the system that a description is of.
+
+  Args:
+    description: of `runs.check_description`.
+    prompt: vocabulary of prompts.
+    answer: vocabulary of answers.
+    path: of the file that describes, for errors.
+    llm_path: where the LLM is, if there is one.
+    continues: of a language model, whether answers go on where prompts end.
+
+  Raises:
+    ValueError: if a vocabulary does not fit, or a config is none.
+  """
   if description['kind'] == 'language_model':
     module = l2s.build(config_lib.from_json(description['config'], path))
     rows = module.config.vocab_size
     return system_lib.System(
-      module, prompt.for_table(rows), answer.for_table(rows)
+      module,
+      prompt.for_table(rows),
+      answer.for_table(rows),
+      continues=continues,
     )
+  assert llm_path is not None
   llm_config = config_lib.from_json(description['llm'], path, 'llm')
   slm_config = config_lib.from_json(description['slm'], path, 'slm')
   return builders.assemble(
@@ -101,12 +137,13 @@ def load(
     answer.for_table(slm_config.vocab_size),
     injection=description['injection'],
     shared=description['shared_vocabulary'],
-    sources={'llm': llm_path or description['llm_path']},
+    sources={'llm': llm_path},
     llm_dtype=description['frozen_dtype'],
     llm_step=description['llm_step'],
     llm_fingerprint=description['llm_fingerprint'],
     llm_layer=description['llm_layer'],
     train_llm=description['train_llm'],
+    llm_prefix_ids=description['llm_prefix_ids'],
   )
 
 
@@ -116,13 +153,20 @@ def pin_llm(
   """Returns the system with what a run began with.
 
   That is the LLM's checkpoint, whose own run may have gone on since, and the
-  tokenizers, where an older version of this project read a folder otherwise.
+  tokenizers and the LLM's prefix, where an older version of this project read
+  a folder otherwise.
   """
   path = pathlib.Path(run_dir) / DESCRIPTION
   if not path.is_file():
     return system
   description = runs.read_description(pathlib.Path(run_dir))
   system = _with_older_vocabularies(system, pathlib.Path(run_dir), description)
+  module = system.module
+  if isinstance(module, l2s.LlmToSlm):
+    # Of the tokenizer, not a setting: earlier versions put nothing in front.
+    prefix_ids = tuple(description['llm_prefix_ids'])
+    module = module.clone(llm_prefix_ids=prefix_ids)
+    system = dataclasses.replace(system, module=module)
   if not system.frozen:
     return system
   return dataclasses.replace(system, llm_step=description.get('llm_step'))

@@ -157,6 +157,21 @@ def with_cached_states(
       f'{_layer(module.llm_layer)}. Set it to {features.layer!r}, cache the '
       'features of the other in another CACHE_DIR, or set USE_FEATURES=False.'
     )
+  is_bidirectional = module.llm_config.bidirectional_prefix
+  if features.bidirectional != is_bidirectional:
+    raise ValueError(
+      f'{features.folder} has the states of an LLM that has read with '
+      f'LLM_BIDIRECTIONAL={features.bidirectional}, and this one reads with '
+      f'{is_bidirectional}. Set it to {features.bidirectional}, cache the '
+      'features of the other in another CACHE_DIR, or set USE_FEATURES=False.'
+    )
+  if features.prefix_ids != tuple(module.llm_prefix_ids):
+    raise ValueError(
+      f'{features.folder} has the states of an LLM that has read the tokens '
+      f'{features.prefix_ids} in front of every prompt, and this one reads '
+      f'{tuple(module.llm_prefix_ids)}. Cache the features again in another '
+      'CACHE_DIR, or set USE_FEATURES=False.'
+    )
   width = module.llm_config.emb_dim
   if features.width != width:
     raise ValueError(

@@ -200,6 +200,7 @@ class System:
         'frozen_dtype': self.frozen_dtype,
         'llm_layer': self.module.llm_layer,
         'train_llm': self.module.train_llm,
+        'llm_prefix_ids': list(self.module.llm_prefix_ids),
       }
     else:
       description |= {

@@ -89,6 +89,23 @@ class Distillation:
         "or None for that of the student's LLM."
       )
 
+  def check_gold(self, **settings: float) -> None:
+    """Refuses settings of the gold answers' loss where this has no weight.
+
+    Args:
+      **settings: by name; 0 is none.
+
+    Raises:
+      ValueError: names them.
+    """
+    given = [f'{name}={value}' for name, value in settings.items() if value]
+    if self.weight == 1 and given:
+      raise ValueError(
+        f'DISTILL_WEIGHT={self.weight} leaves the loss of the gold answers '
+        f'out, and {" and ".join(given)} would change that loss alone. Set '
+        'DISTILL_WEIGHT below 1, or the others to 0.'
+      )
+
   def is_on_policy(self, step: int) -> bool:
     """Returns whether the step that follows `step` others has samples.
 

@@ -41,6 +41,18 @@ class Steps:
   transform: optax.GradientTransformation
   lesson: distillation.Lesson | None = None
 
+  def __post_init__(self):
+    """Checks that settings of the gold answers' loss are not without effect.
+
+    Raises:
+      ValueError: names them.
+    """
+    if self.lesson is not None:
+      self.lesson.settings.check_gold(
+        LABEL_SMOOTHING=self.settings.label_smoothing,
+        Z_LOSS=self.settings.z_loss,
+      )
+
   @property
   def teacher(self) -> teachers.Teacher | None:
     """Whom the model learns from, if anyone."""

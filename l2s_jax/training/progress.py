@@ -106,9 +106,14 @@ class Progress:
     if distributed.is_first():
       with files.whole(path, 'wb') as file:
         np.savez(file, **dict[str, Any](part.batch))
+    of_teacher = (
+      f' a divergence from the teacher of {sums["distill_loss"]},'
+      if 'distill_loss' in sums
+      else ''
+    )
     return (
-      f'Step {step} has a loss of {sums["loss"]}, a gradient norm of '
-      f'{sums["grad_norm"]}, and leaves a parameter norm of '
+      f'Step {step} has a loss of {sums["loss"]},{of_teacher} a gradient norm '
+      f'of {sums["grad_norm"]}, and leaves a parameter norm of '
       f'{sums["param_norm"]}. {_rows_of(part)} in {path}. No '
       'checkpoint holds what came of it. A lower LEARNING_RATE, or '
       'DTYPE=float32, may help.'

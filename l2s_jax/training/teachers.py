@@ -111,12 +111,31 @@ class Teacher:
     step = system.llm_step if self.is_llm else self.step
     found = opening.open_source(self.path, step, may_lack_steps=self.is_llm)
     if shapes.is_encoder_alone(found.shapes()):
-      raise ValueError(
-        f'TEACHER_PATH={self.path} has the weights of an encoder alone, and a '
-        'teacher writes. Set it to the whole model.'
+      raise _encoder_alone(self.path)
+    reading, writing = (
+      source.load(found, *part)
+      for part in zip(
+        self._parts(self.shapes), self._parts(self.shardings), strict=True
       )
-    params, fingerprint = source.load(found, self.shapes, self.shardings)
-    return params, {'step': found.step(), 'fingerprint': fingerprint}
+    )
+    # Of the LLM the part that reads is not loaded again.
+    of_reading = system.llm_fingerprint if self.is_llm else reading[1]
+    return reading[0] | writing[0], {
+      'step': found.step(),
+      'fingerprint': {'reading': of_reading, 'writing': writing[1]},
+    }
+
+  def _parts(
+    self, tree: dict[str, PyTree]
+  ) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+    """Returns what an LLM reads prompts with, and what it has to write.
+
+    A teacher has the fingerprints of both, however much of it is the LLM.
+    """
+    is_pair = self.module.config.is_encoder_decoder
+    of_writing = shapes.DECODER if is_pair else {'logits_dense'}
+    writing, reading = parameters.split(tree, tuple(of_writing))
+    return reading, writing
 
   def describe(self) -> str:
     """Returns what `--dry_run` prints of it."""
@@ -157,14 +176,22 @@ def find(
   system = session.system
   is_llm = step is None and _is_llm(tower, system, dtype)
   student = system.module
+  _check_kind(tower.path)
+  config = tower.load_config()
   if is_llm:
     assert isinstance(student, l2s.LlmToSlm)
-    config, vocabulary = student.llm_config, system.prompt_vocabulary
-  else:
-    _check_kind(tower.path)
+    # It writes as it was pretrained, though LLM_BIDIRECTIONAL has it read
+    # otherwise for the SLM.
     config = dataclasses.replace(
-      tower.load_config(), dtype=dtype or system.frozen_dtype
+      student.llm_config, bidirectional_prefix=config.bidirectional_prefix
     )
+  else:
+    config = dataclasses.replace(config, dtype=dtype or system.frozen_dtype)
+  if not config.has_decoder:
+    raise _encoder_alone(tower.path)
+  if is_llm and tower.vocabulary is None and not tower.extra_ids:
+    vocabulary = system.prompt_vocabulary
+  else:
     vocabulary = tower.load_vocabulary('TEACHER_VOCABULARY').for_table(
       config.vocab_size
     )
@@ -239,6 +266,14 @@ def _is_llm(
     for path in (tower.path, system.sources['llm'])
   }
   return len(paths) == 1 and dtype in (None, system.frozen_dtype)
+
+
+def _encoder_alone(path: str) -> ValueError:
+  """Returns what refuses a teacher that has no decoder."""
+  return ValueError(
+    f'TEACHER_PATH={path} has the weights of an encoder alone, and a teacher '
+    'writes. Set it to the whole model.'
+  )
 
 
 def _check_kind(path: str) -> None:

@@ -13,6 +13,7 @@ __all__ = (
   'converted',
   'finite',
   'hub',
+  'manifest',
   'misfits',
   'opening',
   'own_tokenizer',

@@ -15,8 +15,9 @@ def open_source(
   """Opens whatever a model is named by.
 
   Args:
-    location: a run of ours, a converted or a Hugging Face folder, a checkpoint
-      of T5X, a GGUF file, or a name on the Hub, where there is no such folder.
+    location: a run of ours, a bundle, a converted or a Hugging Face folder, a
+      checkpoint of T5X, a GGUF file, or a name on the Hub, where there is no
+      such folder.
     step: the checkpoint of a run or of T5X; None takes the newest.
     may_lack_steps: whether `step` is passed over where there is one model
       alone, such as what a run was converted to.
@@ -26,7 +27,7 @@ def open_source(
     ValueError: if they are broken, or a part of a model, or `step` is asked
       for of what has one model alone.
   """
-  from l2s_jax.weights import converted, hub, runs
+  from l2s_jax.weights import converted, hub, manifest, runs
   from l2s_jax.weights.formats import (
     gguf_file,
     huggingface,
@@ -39,6 +40,11 @@ def open_source(
     folder = hub.download(location)
   if (folder / 'model.json').is_file():
     return runs.Run(folder, step)
+  if manifest.is_export(folder, manifest.BUNDLE):
+    manifest.read(folder, manifest.BUNDLE)
+    # As of a run, the SLM.
+    name = 'slm' if (folder / 'slm').is_dir() else 'model'
+    return converted.ConvertedFolder(folder / name)
   # TensorFlow left a file `checkpoint` beside some.
   is_theirs = (folder / huggingface.CONFIG).is_file() and tensor_files.are_in(
     folder

@@ -6,7 +6,7 @@ import pathlib
 import tempfile
 
 from l2s_jax.vocabularies import base, loading, tokenizer_files
-from l2s_jax.weights import hub, runs
+from l2s_jax.weights import hub, manifest, runs
 from l2s_jax.weights.formats import gguf_file, t5x
 
 
@@ -28,6 +28,8 @@ def load(
     path = hub.download(location)
   if (path / 'model.json').is_file():  # What it writes in, of a run.
     return runs.load_vocabulary(path, runs.read_description(path), 'answer')
+  if manifest.is_export(path, manifest.BUNDLE):
+    path = path / runs.VOCABULARIES / 'answer'
   if gguf_file.is_file(path):
     path = _out_of_gguf(str(path.resolve()), setting)
   elif path.is_file() or (

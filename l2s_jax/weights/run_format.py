@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The format of what the package writes about its own folders, and older ones.
 
-Six files carry a `format_version`, the same number for all: `model.json` of a
+Seven files carry a `format_version`, the same number for all: `model.json` of a
 run, `weights.json` of a converted folder, `settings.json` of an inference,
-`distilled.json` of answers to train on, `cache.json` of a token cache and
-`features.json` beside it (and the plans from which these come). A file of an
+`distilled.json` of answers to train on, `cache.json` of a token cache,
+`features.json` beside it (and the plans from which these come) and
+`manifest.json` of an export. A file of an
 older format is brought up to this one as it is read; nobody else knows of older
 formats.
 
@@ -30,6 +31,7 @@ ANSWERS = 'settings.json'
 DISTILLED = 'distilled.json'
 CACHE = 'cache.json'
 FEATURES = 'features.json'
+EXPORT = 'manifest.json'
 
 Description = dict[str, Any]
 # The keys that an object may have; where the value is a mapping, those of the
@@ -44,7 +46,7 @@ def _to_2(kind: str, description: Description) -> Description:
 
 
 # From the version to the next; each takes RUN, CONVERTED, ANSWERS, DISTILLED,
-# CACHE or FEATURES, and what such a file holds.
+# CACHE, FEATURES or EXPORT, and what such a file holds.
 MIGRATIONS: dict[int, Callable[[str, Description], Description]] = {1: _to_2}
 
 
@@ -66,7 +68,7 @@ def migrate(
   """Returns a description in the format of this version.
 
   Args:
-    kind: RUN, CONVERTED, ANSWERS, DISTILLED, CACHE or FEATURES.
+    kind: RUN, CONVERTED, ANSWERS, DISTILLED, CACHE, FEATURES or EXPORT.
     description: what the file holds.
     path: of the file, for errors.
     remedy: for one that is broken, as `files.read_json` takes it.
@@ -105,7 +107,7 @@ def read_sealed(
   """Returns what a file with a digest holds, in the format of this version.
 
   Args:
-    kind: CACHE or FEATURES.
+    kind: CACHE, FEATURES or EXPORT.
     path: of the file.
     keys: that it must have, as `files.check_keys` takes them.
     known: from what it holds to what it may hold.

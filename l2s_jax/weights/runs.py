@@ -42,17 +42,30 @@ _KEYS = {
 # What came later, and what its absence means.
 _LATER: dict[str, dict[str, Any]] = {
   'language_model': {},
-  'llm_to_slm': {'llm_layer': None, 'train_llm': False},
+  'llm_to_slm': {
+    'llm_layer': None,
+    'train_llm': False,
+    'llm_prefix_ids': [],
+  },
 }
 # Of these keys, those that hold a TransformerConfig.
 _CONFIGS = ('config', 'llm', 'slm')
 _IDS = dict.fromkeys(('start', 'eos', 'pad', 'bos'))
 
 
-def _check_description(
+def check_description(
   description: Mapping[str, Any], path: pathlib.Path
 ) -> dict[str, Any]:
-  """Returns a description as this version writes it, with all its fields."""
+  """Returns a description as this version writes it, with all its fields.
+
+  Args:
+    description: what `model.json` holds.
+    path: of the file, for errors.
+
+  Raises:
+    ValueError: if it lacks something, has what this version does not know, or
+      a newer version wrote it.
+  """
   description = run_format.migrate(
     run_format.RUN, description, path, remedy=_REMEDY
   )
@@ -109,11 +122,11 @@ def read_description(folder: pathlib.Path) -> dict[str, Any]:
       know, or is not the description that the checkpoints were saved with.
   """
   path = folder / 'model.json'
-  description = _check_description(files.read_json(path, remedy=_REMEDY), path)
+  description = check_description(files.read_json(path, remedy=_REMEDY), path)
   saved = saved_steps.description(folder)
   if saved is not None and integrity.verification():
     different = differences(
-      _check_description(saved, folder / saved_steps.FOLDER),
+      check_description(saved, folder / saved_steps.FOLDER),
       description,
       have='the checkpoints have',
       want=f'{path.name} says',

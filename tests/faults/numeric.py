@@ -23,10 +23,18 @@ import shutil
 import sys
 import tempfile
 
-from faults import numeric_faults, numeric_faults_of_steps
+from faults import (
+  numeric_faults,
+  numeric_faults_of_distillation,
+  numeric_faults_of_steps,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
-FAULTS = (*numeric_faults.FAULTS, *numeric_faults_of_steps.FAULTS)
+FAULTS = (
+  *numeric_faults.FAULTS,
+  *numeric_faults_of_steps.FAULTS,
+  *numeric_faults_of_distillation.FAULTS,
+)
 COPIED = ('l2s_jax', 'tests', 'gin_configs', 'launch', 'docs', 'pyproject.toml')
 TIMEOUT_SECS = 600
 # What tests import and faults do not change: imported once, before forking.

@@ -214,6 +214,16 @@ class FeatureCache:
     layer = self.content['key']['layer']
     return None if layer == LAST else layer
 
+  @property
+  def prefix_ids(self) -> tuple[int, ...]:
+    """The tokens that the LLM has read in front of every prompt."""
+    return tuple(self.content['key'].get('prefix_ids', ()))
+
+  @property
+  def bidirectional(self) -> bool:
+    """Whether a decoder-only LLM has read prompts so; False of an encoder."""
+    return self.content['key'].get('bidirectional', False)
+
   def split(self, task: str, split: str) -> Features:
     """Returns the features of a task's split, the same object every time."""
     content = self.content['tasks'][task]['splits'][split]

@@ -15,16 +15,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from l2s_jax.data import packing
-from l2s_jax.inference import generate, sampling
 from l2s_jax.interop import parity, scale_folding, to_huggingface
-from l2s_jax.interop.exports import model_card
+from l2s_jax.interop.exports import comparing, model_card
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
 from l2s_jax.models import shapes as shapes_lib
@@ -43,19 +40,7 @@ _ANSWER_TOKENIZER = 'answer_tokenizer'
 # Tokens of an answer, where nobody says how many.
 _MAX_NEW_TOKENS = 256
 # Of the comparison.
-_MAX_PROMPT_LEN, _COMPARED_TOKENS, _NUM_BEAMS = 256, 32, 4
-
-
-@runtime_checkable  # which beartype, in tests, has to ask
-class Bundle(Protocol):
-  """What a form reads of an opened bundle."""
-
-  folder: pathlib.Path
-  system: system_lib.System
-  towers: Any
-
-  def params(self) -> PyTree:
-    """Returns all parameters, mapped from the disk, as training has them."""
+_NUM_BEAMS = 4
 
 
 class _Tower:
@@ -98,7 +83,7 @@ class _Tower:
     return None if self._factor != 1 else self._source.digest(path)
 
 
-def check(bundle: Bundle) -> None:
+def check(bundle: comparing.Exportable) -> None:
   """Refuses what transformers has no classes for.
 
   Raises:
@@ -113,7 +98,7 @@ def check(bundle: Bundle) -> None:
     to_huggingface.find_model_type(tower)
 
 
-def _towers(bundle: Bundle) -> dict[str, _Tower]:
+def _towers(bundle: comparing.Exportable) -> dict[str, _Tower]:
   """Returns 'llm' and 'slm', or 'model'."""
   module = bundle.system.module
   towers = {}
@@ -137,27 +122,26 @@ def _up_to(
   )
   # One at least, and as many as tell which of them have windows.
   for count in range(max(layer, 1), l2s.num_reading_layers(config)):
-    shorter = dataclasses.replace(config, **{field: count})
+    changed: dict[str, Any] = {field: count}
+    shorter = dataclasses.replace(config, **changed)
     if huggingface.model_types(scale_folding.fold(shorter)[0]):
       return shorter
   return config
 
 
-def write(bundle: Bundle, folder: pathlib.Path) -> None:
+def write(bundle: comparing.Exportable, folder: pathlib.Path) -> None:
   """Writes the folder: weights, configs, tokenizers, code and model card."""
   system = bundle.system
   if isinstance(system.module, l2s.LlmToSlm):
     _write_pair(bundle, system.module, folder)
   else:
     _write_model(bundle, folder)
-  card = model_card.text(
-    system, model_card.results(bundle), examples=[_example(system)]
-  )
+  card = model_card.text(bundle, examples=[_example(system)])
   with files.whole(folder / 'README.md') as file:
     file.write(card)
 
 
-def _write_model(bundle: Bundle, folder: pathlib.Path) -> None:
+def _write_model(bundle: comparing.Exportable, folder: pathlib.Path) -> None:
   """Writes a language model alone."""
   (tower,) = _towers(bundle).values()
   system = bundle.system
@@ -169,7 +153,7 @@ def _write_model(bundle: Bundle, folder: pathlib.Path) -> None:
 
 
 def _write_pair(
-  bundle: Bundle, module: l2s.LlmToSlm, folder: pathlib.Path
+  bundle: comparing.Exportable, module: l2s.LlmToSlm, folder: pathlib.Path
 ) -> None:
   """Writes LLM, projector and SLM as one model."""
   towers = _towers(bundle)
@@ -195,7 +179,7 @@ def _write_pair(
 
   tensor_files.save_safetensors(folder, shapes, pieces)
   shutil.copyfile(pathlib.Path(__file__).with_name(MODELING), folder / MODELING)
-  prompts, answers = system.prompt_vocabulary, system.answer_vocabulary
+  answers = system.answer_vocabulary
   _save_prompt_tokenizer(system, folder, towers['llm'].config)
   if not module.shared_vocabulary:
     export.save(
@@ -204,35 +188,39 @@ def _write_pair(
       after=[answers.eos_id],
       sentinels_below=_sentinels_below(towers['slm'].config),
     )
+  files.write_json(folder / huggingface.CONFIG, _pair_json(system, towers))
+  files.write_json(folder / 'generation_config.json', _generation(answers))
+
+
+def _pair_json(
+  system: system_lib.System, towers: dict[str, _Tower]
+) -> dict[str, Any]:
+  """Returns the config.json of LLM-to-SLM."""
+  module = system.module
+  assert isinstance(module, l2s.LlmToSlm)
+  prompts, answers = system.prompt_vocabulary, system.answer_vocabulary
   slm = to_huggingface.describe(towers['slm'], answers)
-  generation = _generation(answers)
-  files.write_json(
-    folder / huggingface.CONFIG,
-    {
-      'model_type': 'llm_to_slm',
-      'architectures': [_CLASS],
-      'auto_map': {
-        'AutoConfig': f'{MODELING[:-3]}.LlmToSlmConfig',
-        'AutoModelForSeq2SeqLM': f'{MODELING[:-3]}.{_CLASS}',
-      },
-      'llm': to_huggingface.describe(towers['llm'], prompts, is_reader=True),
-      'slm': slm,
-      'slm_is_tied': towers['slm'].config.logits_via_embedding,
-      'injection': module.injection,
-      'shared_vocabulary': module.shared_vocabulary,
-      # Of the layers behind the one that is read few are there.
-      'llm_layer': None
-      if module.llm_layer == l2s.num_reading_layers(towers['llm'].config)
-      else module.llm_layer,
-      'is_encoder_decoder': True,
-      'torch_dtype': slm['torch_dtype'],
-      **{
-        key: generation[key]
-        for key in ('pad_token_id', 'eos_token_id', 'decoder_start_token_id')
-      },
+  ids = _generation(answers)
+  is_last = module.llm_layer == l2s.num_reading_layers(towers['llm'].config)
+  return {
+    'model_type': 'llm_to_slm',
+    'architectures': [_CLASS],
+    'auto_map': {
+      'AutoConfig': f'{MODELING[:-3]}.LlmToSlmConfig',
+      'AutoModelForSeq2SeqLM': f'{MODELING[:-3]}.{_CLASS}',
     },
-  )
-  files.write_json(folder / 'generation_config.json', generation)
+    'llm': to_huggingface.describe(towers['llm'], prompts, is_reader=True),
+    'slm': slm,
+    'slm_is_tied': towers['slm'].config.logits_via_embedding,
+    'injection': module.injection,
+    'shared_vocabulary': module.shared_vocabulary,
+    # Of the layers behind the one that is read few are there.
+    'llm_layer': None if is_last else module.llm_layer,
+    'llm_prefix_ids': list(module.llm_prefix_ids),
+    'is_encoder_decoder': True,
+    'torch_dtype': slm['torch_dtype'],
+    **{key: ids[key] for key in ids if key.endswith('token_id')},
+  }
 
 
 def _generation(vocabulary: base.Vocabulary) -> dict[str, Any]:
@@ -260,7 +248,7 @@ def _save_prompt_tokenizer(
   config: config_lib.TransformerConfig,
 ) -> None:
   """Writes the tokenizer that gives what is read before the first token."""
-  before, after = _around(system)
+  before, after = comparing.around(system)
   writer = l2s.writer(system.module)[0].config
   is_continued = not isinstance(system.module, l2s.LlmToSlm) and (
     not writer.is_encoder_decoder
@@ -273,23 +261,6 @@ def _save_prompt_tokenizer(
     padding_side='left' if is_continued else 'right',
     sentinels_below=_sentinels_below(config),
   )
-
-
-def _around(system: system_lib.System) -> tuple[list[int], list[int]]:
-  """Returns the ids before and behind a prompt.
-
-  A decoder-only model alone that was trained on prompts and answers is told by
-  its start token where the answer begins.
-  """
-  vocabulary = system.prompt_vocabulary
-  if system.continues:
-    return list(vocabulary.prefix_ids), []
-  after = [vocabulary.eos_id]
-  if not isinstance(system.module, l2s.LlmToSlm) and (
-    not system.module.config.is_encoder_decoder
-  ):
-    after.append(system.answer_vocabulary.start_id)
-  return [], after
 
 
 def _sentinels_below(config: config_lib.TransformerConfig) -> int:
@@ -332,7 +303,7 @@ def _example(system: system_lib.System) -> str:
 
 
 def compare(
-  bundle: Bundle,
+  bundle: comparing.Exportable,
   folder: pathlib.Path,
   prompts: Sequence[str],
   ask: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
@@ -357,8 +328,8 @@ def compare(
   writer = l2s.writer(system.module)[0].config
   is_pair = isinstance(system.module, l2s.LlmToSlm)
   is_continued = not (is_pair or writer.is_encoder_decoder)
-  ids = _prompt_ids(system, prompts)
-  max_prompt_len, num_tokens = _lengths(system, max(map(len, ids)))
+  ids = comparing.prompt_ids(system, prompts)
+  max_prompt_len, num_tokens = comparing.lengths(system, max(map(len, ids)))
   ids = [row[:max_prompt_len] for row in ids]
   ways: dict[str, dict[str, Any]] = {
     'greedy': {'num_beams': 1, 'padding_side': 'left'},
@@ -386,14 +357,20 @@ def compare(
       f'The tokenizer in {folder} gives other ids of {prompts[row]!r}: '
       f'{reply["ids"][row]}; the run reads {ids[row]}. Nothing is kept.'
     )
-  params = jax.tree.map(
-    lambda x: np.asarray(x).astype(np.float32), bundle.params()
-  )
+  params = comparing.in_float32(bundle.params())
   for num_beams in {way['num_beams'] for way in ways.values()}:
-    ours = _answers(system, params, ids, num_tokens, num_beams)
+    ours = comparing.answers(system, params, ids, num_tokens, num_beams)
     for name, way in ways.items():
       if way['num_beams'] == num_beams:
-        _check_equal(system, prompts, ours, reply['tokens'][name], name, folder)
+        comparing.check_equal(
+          system,
+          prompts,
+          ours,
+          reply['tokens'][name],
+          name,
+          'transformers',
+          folder,
+        )
   beams = f'greedy and {_NUM_BEAMS} beams' if has_beams else 'greedy'
   return (
     f'transformers writes the same tokens to {len(prompts)} prompts as the '
@@ -409,76 +386,6 @@ def _scales_for_itself(folder: pathlib.Path) -> bool:
   return (
     json.loads((folder / huggingface.CONFIG).read_text()).get('model_type')
     == 'umt5'
-  )
-
-
-def _prompt_ids(
-  system: system_lib.System, prompts: Sequence[str]
-) -> list[list[int]]:
-  before, after = _around(system)
-  return [
-    [*before, *system.prompt_vocabulary.encode(prompt), *after]
-    for prompt in prompts
-  ]
-
-
-def _lengths(system: system_lib.System, longest: int) -> tuple[int, int]:
-  """Returns the most tokens of a prompt and of an answer to compare."""
-  configs = [l2s.writer(system.module)[0].config]
-  if isinstance(system.module, l2s.LlmToSlm):
-    configs.append(system.module.llm_config)
-  rows = [c.max_positions for c in configs if c.positions == 'learned']
-  max_prompt_len = min(_MAX_PROMPT_LEN, longest, *(n // 2 for n in rows))
-  room = min((n - max_prompt_len for n in rows), default=_COMPARED_TOKENS)
-  return max_prompt_len, min(_COMPARED_TOKENS, room)
-
-
-def _answers(
-  system: system_lib.System,
-  params: PyTree,
-  ids: Sequence[list[int]],
-  num_tokens: int,
-  num_beams: int,
-) -> np.ndarray:
-  """Returns our tokens, [prompt, token]."""
-  system = dataclasses.replace(system, module=_in_float32(system.module))
-  generator = generate.generator(
-    system, num_tokens, decoding=sampling.Decoding(num_beams=num_beams)
-  )
-  module = system.module
-  starts = None
-  if not isinstance(module, l2s.LlmToSlm) and (
-    not module.config.is_encoder_decoder
-  ):
-    # The last token before the answer is read when it is written.
-    starts = np.asarray([row[-1] for row in ids], np.int32)
-    ids = [row[:-1] for row in ids]
-  tokens, segment_ids = packing.fill(
-    ids,
-    range(len(ids)),
-    length=max(map(len, ids)),
-    pad_id=system.prompt_vocabulary.pad_id,
-  )
-  batch = {
-    'encoder_input_tokens': jnp.asarray(tokens),
-    'encoder_segment_ids': jnp.asarray(segment_ids),
-  }
-  if starts is not None:
-    batch['first_tokens'] = jnp.asarray(starts)
-  return np.asarray(generator(generator.prepare(params), batch))
-
-
-def _in_float32(module: Any) -> Any:
-  names = (
-    ('llm_config', 'slm_config')
-    if isinstance(module, l2s.LlmToSlm)
-    else ('config',)
-  )
-  return module.clone(
-    **{
-      name: dataclasses.replace(getattr(module, name), dtype='float32')
-      for name in names
-    }
   )
 
 
@@ -507,29 +414,3 @@ def _ask_transformers(request: dict[str, Any]) -> dict[str, Any]:
     )
   reply: dict[str, Any] = json.loads(done.stdout)
   return reply
-
-
-def _check_equal(
-  system: system_lib.System,
-  prompts: Sequence[str],
-  ours: np.ndarray,
-  theirs: Sequence[Sequence[int]],
-  way: str,
-  folder: pathlib.Path,
-) -> None:
-  """Refuses tokens that differ before an answer's end."""
-  ends = system.answer_vocabulary.eos_ids
-  for prompt, a, b in zip(prompts, ours.tolist(), theirs, strict=True):
-    found, expected = _until_end(b, ends), _until_end(a, ends)
-    if found != expected:
-      raise ValueError(
-        f'transformers writes other tokens from {folder} ({way}) to {prompt!r}:'
-        f' {found}; the run writes {expected}. Nothing is kept; please report '
-        'this with its config.json.'
-      )
-
-
-def _until_end(tokens: Sequence[int], ends: Sequence[int]) -> list[int]:
-  """Returns the tokens up to the first that ends an answer, it included."""
-  end = next((i for i, t in enumerate(tokens) if t in ends), len(tokens))
-  return list(tokens[: end + 1])

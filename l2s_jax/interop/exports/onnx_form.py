@@ -59,6 +59,13 @@ def check(bundle: greedy_programs.SystemWithParams) -> None:
   Raises:
     ValueError: with how to install them.
   """
+  module = bundle.system.module
+  if isinstance(module, l2s.LlmToSlm) and module.llm_prefix_ids:
+    raise ValueError(
+      '--to=onnx: this decoder-only LLM reads '
+      f'{len(module.llm_prefix_ids)} tokens in front of each prompt, and '
+      'jax2onnx has no lengths that are sums. Take --to=stablehlo.'
+    )
   missing = [
     name for name in _PACKAGES if importlib.util.find_spec(name) is None
   ]

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes a bundle of a run, or of a model as it came, tensor by tensor."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from l2s_jax.interop import convert
+from l2s_jax.models import config as config_lib
+from l2s_jax.models import l2s
+from l2s_jax.models import shapes as shapes_lib
+from l2s_jax.systems import as_it_came, bundle, parameters
+from l2s_jax.systems import system as system_lib
+from l2s_jax.weights import converted, manifest, opening, runs
+from l2s_jax.weights import source as source_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """What a bundle is made of.
+
+  Attributes:
+    system: as the run or the model has it.
+    towers: its language models: 'llm' and 'slm', or 'model'.
+    beside: the other tensors of LLM-to-SLM, by path.
+    step: of a run.
+    name: of the folder, for people.
+  """
+
+  system: system_lib.System
+  towers: dict[str, convert.Reading]
+  beside: Mapping[shapes_lib.Path, np.ndarray]
+  step: int | None
+  name: str
+
+  @property
+  def num_bytes(self) -> int:
+    """What the tensors take on the disk."""
+    beside = sum(array.nbytes for array in self.beside.values())
+    return beside + sum(tower.num_bytes for tower in self.towers.values())
+
+
+class _Encoder:
+  """Of a source, the tensors that read prompts."""
+
+  def __init__(
+    self, source: source_lib.Source, paths: set[shapes_lib.Path]
+  ) -> None:
+    self._source, self._paths = source, paths
+    self.location, self.config = source.location, source.config
+    self.model_type = source.model_type
+    self.special_ids = source.special_ids
+
+  def step(self) -> int | None:
+    return self._source.step()
+
+  def shapes(self) -> dict[shapes_lib.Path, jax.ShapeDtypeStruct]:
+    shapes = self._source.shapes()
+    return {path: shapes[path] for path in shapes if path in self._paths}
+
+  def read(self, path: shapes_lib.Path, layer: int | None = None) -> np.ndarray:
+    return self._source.read(path, layer)
+
+  def name(self, path: shapes_lib.Path) -> str:
+    return self._source.name(path)
+
+  def digest(self, path: shapes_lib.Path) -> str | None:
+    return self._source.digest(path)
+
+
+class _Held:
+  """Tensors in memory as a source: of an LLM that its run has trained."""
+
+  model_type: str | None = None
+
+  def __init__(
+    self,
+    location: str,
+    config: config_lib.TransformerConfig,
+    arrays: Mapping[shapes_lib.Path, np.ndarray],
+  ) -> None:
+    self.location, self.config, self._arrays = location, config, arrays
+    self.special_ids: dict[str, Any] = {}
+
+  def step(self) -> int | None:
+    return None
+
+  def shapes(self) -> dict[shapes_lib.Path, jax.ShapeDtypeStruct]:
+    return {
+      path: jax.ShapeDtypeStruct(array.shape, array.dtype)
+      for path, array in self._arrays.items()
+    }
+
+  def read(self, path: shapes_lib.Path, layer: int | None = None) -> np.ndarray:
+    array = self._arrays[path]
+    return array if layer is None else array[layer]
+
+  def name(self, path: shapes_lib.Path) -> str:
+    return '/'.join(path)
+
+  def digest(self, path: shapes_lib.Path) -> str | None:
+    del path
+    return None
+
+
+def open_parts(
+  location: str,
+  step: int | Literal['best'] | None,
+  dtype: str | None,
+  *,
+  llm_path: str | None = None,
+  vocabulary: str | None = None,
+) -> Parts:
+  """Opens a run, or a model as it came, to be made into a bundle.
+
+  Args:
+    location: CHECKPOINT_PATH.
+    step: of a run; None takes the newest.
+    dtype: to store tensors in; None: as they are.
+    llm_path: where the LLM of a run is now, if it has moved.
+    vocabulary: tokenizer of a model as it came that brings none.
+
+  Raises:
+    FileNotFoundError: if there is no such model.
+    ValueError: if it cannot be read.
+  """
+  system = as_it_came.load(location, llm_path=llm_path, vocabulary=vocabulary)
+  chosen = as_it_came.choose_step(location, step, '--step')
+  source = opening.open_source(location, chosen or None, may_lack_steps=True)
+  name = pathlib.Path(location).resolve().name
+  if not isinstance(system.module, l2s.LlmToSlm):
+    tower = convert.Reading(source, dtype)
+    return Parts(system, {bundle.MODEL: tower}, {}, source.step(), name)
+  assert isinstance(source, runs.Run)  # Of other weights none is a pair.
+  beside = source.read_others()
+  wanted = {
+    path[1:]: shape
+    for path, shape in shapes_lib.of_module(system.module).items()
+    if path[0] == 'llm'
+  }
+  if 'llm' in system.frozen:
+    llm: source_lib.Source = parameters.open_llm(
+      system.sources['llm'], system.llm_step
+    )
+  else:
+    held = {path[1:]: beside[path] for path in beside if path[0] == 'llm'}
+    beside = {path: beside[path] for path in beside if path[0] != 'llm'}
+    llm = _Held(location, system.module.llm_config, held)
+  towers: dict[str, source_lib.Source] = {
+    'llm': _Encoder(llm, set(wanted)),
+    'slm': source,
+  }
+  source_lib.check_shapes(towers['llm'], wanted)
+  readings = {
+    name: convert.Reading(tower, dtype) for name, tower in towers.items()
+  }
+  readings['llm'].keeps_stored = True
+  return Parts(system, readings, beside, source.step(), name)
+
+
+def write(
+  parts: Parts, folder: pathlib.Path, dtype: str | None, **facts: Any
+) -> None:
+  """Writes a bundle into an empty folder.
+
+  Args:
+    parts: what it is made of.
+    folder: where to.
+    dtype: as `open_parts` was given it.
+    **facts: of the manifest, for people.
+
+  Raises:
+    ValueError: if weights are not what their digests say, or the LLM is not
+      the one that the run was trained with.
+  """
+  system = parts.system
+  for name, tower in parts.towers.items():
+    with convert.progress_bar(tower.num_bytes, name) as tower.progress:
+      converted.save(tower, _made(folder / name))
+    tower.check_source()
+    tower.notes.check()
+  _check_llm(parts)
+  if parts.beside:
+    bundle.save_beside(folder, parts.beside, dtype)
+  for name, vocabulary in (
+    ('prompt', system.prompt_vocabulary),
+    ('answer', system.answer_vocabulary),
+  ):
+    vocabulary.save(folder / runs.VOCABULARIES / name)
+  fingerprint = None
+  if 'llm' in parts.towers:
+    llm = parts.towers['llm']
+    fingerprint = source_lib.fingerprint(
+      {path: llm.digest(path) for path in llm.shapes()}
+    )
+  model = bundle.describe(
+    system,
+    {name: tower.config for name, tower in parts.towers.items()},
+    llm_fingerprint=fingerprint,
+    step=parts.step,
+    dtype=dtype,
+    source=parts.name,
+  )
+  manifest.write(folder, manifest.BUNDLE, model, **facts)
+
+
+def _made(folder: pathlib.Path) -> pathlib.Path:
+  folder.mkdir(parents=True)
+  return folder
+
+
+def _check_llm(parts: Parts) -> None:
+  """Refuses an LLM that the run was not trained with, as `infer` would."""
+  expected = parts.system.llm_fingerprint
+  if expected is None or 'llm' not in parts.system.frozen:
+    return
+  found = parts.towers['llm'].source_fingerprint()
+  if found != expected:
+    raise ValueError(
+      f'The LLM in {parts.system.sources["llm"]} is not the one that this run '
+      f'was trained with: its fingerprint is {found[:16]}, the run has '
+      f'{expected[:16]}. Set --llm_path to the right weights.'
+    )

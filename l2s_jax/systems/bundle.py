@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bundles: a system with all of its weights and tokenizers in one folder.
+
+    BUNDLE/
+      manifest.json          files and their hashes; the system, as of a run
+      vocabularies/prompt/   tokenizers
+      vocabularies/answer/
+      llm/                   what of the LLM encodes, a converted folder
+      slm/                   the SLM, a converted folder, with LoRA merged
+      beside/                projector, prompt embedder, layer mix: safetensors
+
+The bundle of a language model alone has `model/` in the place of the last
+three. Tensors are mapped, not read. `export` writes bundles; `infer`,
+`evaluate` and `export` read them in the place of a run.
+"""
+
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from l2s_jax.models import config as config_lib
+from l2s_jax.models import l2s
+from l2s_jax.systems import run_folder
+from l2s_jax.systems import system as system_lib
+from l2s_jax.weights import converted, manifest, runs
+from l2s_jax.weights.formats import tensor_files
+
+PyTree = Any
+
+BESIDE = 'beside'
+# The tower of a language model alone.
+MODEL = 'model'
+_KEYS = {'system', 'continues', 'step', 'dtype', 'source'}
+_REMEDY = 'Export again, or copy the folder whole from where it was made.'
+
+
+def is_bundle(location: str | pathlib.Path) -> bool:
+  return manifest.is_export(location, manifest.BUNDLE)
+
+
+def open_bundle(location: str | pathlib.Path) -> 'Bundle':
+  """Opens a bundle; verified once, as long as its manifest stays.
+
+  Raises:
+    FileNotFoundError: if a file is missing.
+    ValueError: if it is not as it was written; names the file.
+  """
+  folder = pathlib.Path(location).resolve()
+  return _open(folder, (folder / manifest.FILE).stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _open(folder: pathlib.Path, changed_nsecs: int) -> 'Bundle':
+  del changed_nsecs
+  return Bundle(folder)
+
+
+class Bundle:
+  """An opened bundle.
+
+  Attributes:
+    folder: where it is.
+    content: of its manifest.
+    system: module, vocabularies, and the LLM's place in the bundle.
+    towers: the language models: 'llm' and 'slm', or 'model'.
+    step: of the run that it was made of; None: of a model as it came.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    """Verifies the files and opens them; see `open_bundle`."""
+    self.folder = folder
+    self.content = manifest.read(folder, manifest.BUNDLE)
+    path = folder / manifest.FILE
+    model = self.content['model']
+    if model.keys() != _KEYS or not isinstance(model['system'], dict):
+      raise ValueError(f'{path} does not say which model it has. {_REMEDY}')
+    self.step: int | None = model['step']
+    description = runs.check_description(model['system'], path)
+    is_pair = description['kind'] == 'llm_to_slm'
+    self.towers = {
+      name: converted.ConvertedFolder(folder / name)
+      for name in (('llm', 'slm') if is_pair else (MODEL,))
+    }
+    self._beside = tensor_files.open_folder(folder / BESIDE) if is_pair else {}
+    prompt, answer = (
+      runs.load_vocabulary(folder, description, name)
+      for name in ('prompt', 'answer')
+    )
+    self.system = run_folder.from_description(
+      description,
+      prompt,
+      answer,
+      path=path,
+      llm_path=str(folder / 'llm'),
+      continues=model['continues'],
+    )
+
+  def beside(self) -> dict[tuple[str, ...], np.ndarray]:
+    """Returns the tensors of projector, prompt embedder and layer mix."""
+    return {
+      tuple(name.split('/')): tensor.read()
+      for name, tensor in self._beside.items()
+    }
+
+  def params(self) -> PyTree:
+    """Returns all parameters, mapped from the disk, as training has them."""
+    flat = self.beside()
+    for name, tower in self.towers.items():
+      prefix = () if name == MODEL else (name,)
+      flat |= {prefix + path: tower.read(path) for path in tower.shapes()}
+    return traverse_util.unflatten_dict(flat)
+
+
+def save_beside(
+  folder: pathlib.Path,
+  arrays: Mapping[tuple[str, ...], np.ndarray],
+  dtype: str | None,
+) -> None:
+  """Writes what is beside the towers of LLM-to-SLM.
+
+  Args:
+    folder: the bundle.
+    arrays: by path.
+    dtype: to write them in; None: as they are.
+  """
+  named = {
+    '/'.join(path): array.astype(jnp.dtype(dtype or array.dtype))
+    for path, array in arrays.items()
+  }
+  shapes = {
+    name: jax.ShapeDtypeStruct(array.shape, array.dtype)
+    for name, array in named.items()
+  }
+  tensor_files.save_safetensors(
+    folder / BESIDE, shapes, lambda name: [named[name]]
+  )
+
+
+def describe(
+  system: system_lib.System,
+  configs: Mapping[str, config_lib.TransformerConfig],
+  *,
+  llm_fingerprint: str | None,
+  step: int | None,
+  dtype: str | None,
+  source: str,
+) -> dict[str, Any]:
+  """Returns what the manifest says of a bundle's model.
+
+  Args:
+    system: that the bundle holds.
+    configs: of the towers, LoRA merged.
+    llm_fingerprint: of the LLM as the bundle has it.
+    step: of the run.
+    dtype: of the tensors, where it was chosen.
+    source: name of the folder that it was made of, for people.
+  """
+  description = system.describe()
+  if isinstance(system.module, l2s.LlmToSlm):
+    description |= {
+      'slm': configs['slm'].to_json(),
+      'llm_path': 'llm',
+      'llm_step': None,
+      'llm_fingerprint': llm_fingerprint,
+      'train_llm': False,
+    }
+    if dtype is not None:
+      description['frozen_dtype'] = dtype
+      description['llm'] = {**description['llm'], 'dtype': dtype}
+  else:
+    description['config'] = configs[MODEL].to_json()
+  return {
+    'system': description,
+    'continues': system.continues,
+    'step': step,
+    'dtype': dtype,
+    'source': source,
+  }

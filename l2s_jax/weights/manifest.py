@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`manifest.json`: what is in an exported folder, file by file.
+
+It is written last. A folder is read only if it holds the files that its
+manifest lists, and no others, with the sizes and the SHA-256 that it gives.
+Nothing in the folder is executed.
+"""
+
+import hashlib
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from l2s_jax.runtime import files, integrity
+from l2s_jax.weights import run_format
+
+FILE = run_format.EXPORT
+BUNDLE = 'bundle'
+_REMEDY = 'export again, or copy the folder whole from where it was made.'
+_KEYS: dict[str, Any] = {
+  'format_version': int,
+  'form': str,
+  'files': dict,
+  'model': dict,
+  integrity.DIGEST: str,
+}
+_FILE_KEYS = {'bytes', 'sha256'}
+
+
+def is_export(folder: str | pathlib.Path, form: str | None = None) -> bool:
+  """Returns whether a folder was exported; with `form`, in that one.
+
+  A manifest that cannot be read counts as one of any form: `read` says why.
+  """
+  path = pathlib.Path(folder) / FILE
+  if not path.is_file():
+    return False
+  if form is None:
+    return True
+  try:
+    return files.read_json(path, remedy=_REMEDY).get('form', form) == form
+  except ValueError:
+    return True
+
+
+def write(
+  folder: pathlib.Path, form: str, model: Mapping[str, Any], **facts: Any
+) -> None:
+  """Writes the manifest of a folder whose files are all there.
+
+  Args:
+    folder: the export.
+    form: 'bundle', 'hf', ...
+    model: what the form says of the model, as JSON has it.
+    **facts: for people: the license, how to run it.
+  """
+  files.write_json(
+    folder / FILE,
+    integrity.seal(
+      {
+        **run_format.stamp(),
+        'form': form,
+        'model': model,
+        'facts': facts,
+        'files': {
+          name: {'bytes': path.stat().st_size, 'sha256': _sha256(path)}
+          for name, path in _list(folder).items()
+        },
+      }
+    ),
+  )
+
+
+def read(folder: str | pathlib.Path, form: str) -> dict[str, Any]:
+  """Returns the manifest of a folder, which is as it was written.
+
+  Sizes and names are always compared, hashes where `VERIFY` asks for it.
+
+  Args:
+    folder: the export.
+    form: that it must have.
+
+  Raises:
+    FileNotFoundError: if there is no manifest, or a file is missing.
+    ValueError: if the manifest is damaged, another form's or a newer version's,
+      or a file is another, is not listed, or lies outside the folder.
+  """
+  folder = pathlib.Path(folder)
+  path = folder / FILE
+  content = run_format.read_sealed(
+    FILE,
+    path,
+    keys=_KEYS,
+    known=lambda found: dict.fromkeys((*_KEYS, 'written_by', 'facts')),
+    remedy=_REMEDY,
+  )
+  if content['form'] != form:
+    raise ValueError(
+      f'{path} is of the form {str(content["form"])[:40]!r}, expected '
+      f'{form!r}. Export the model with --to={form}.'
+    )
+  _check_files(folder, path, content['files'])
+  return content
+
+
+def _check_files(
+  folder: pathlib.Path, manifest: pathlib.Path, listed: Mapping[str, Any]
+) -> None:
+  for name, entry in listed.items():
+    if not _is_inside(name):
+      raise ValueError(
+        f'{manifest} lists {name[:200]!r}, which is not a path inside the '
+        f'folder. Do not use the folder; {_REMEDY}'
+      )
+    if not isinstance(entry, dict) or entry.keys() != _FILE_KEYS:
+      raise ValueError(
+        f'{manifest} has no size and hash of {name[:200]!r}. '
+        f'{_REMEDY.capitalize()}'
+      )
+  found = _list(folder)
+  missing = sorted(listed.keys() - found.keys())
+  if missing:
+    raise FileNotFoundError(
+      f'{folder / missing[0]} is missing: {manifest} lists it. '
+      f'{_REMEDY.capitalize()}'
+    )
+  others = sorted(found.keys() - listed.keys())
+  if others:
+    raise ValueError(
+      f'{folder / others[0]} is not listed in {manifest}. Remove it, or '
+      f'{_REMEDY}'
+    )
+  for name, path in found.items():
+    size = path.stat().st_size
+    if size != listed[name]['bytes']:
+      raise ValueError(
+        f'{path} has {size} bytes, and {manifest} says '
+        f'{str(listed[name]["bytes"])[:20]}. {_REMEDY.capitalize()}'
+      )
+    if integrity.verification() and _sha256(path) != listed[name]['sha256']:
+      raise ValueError(
+        f'{path} is not as it was written: its SHA-256 is not that of '
+        f'{manifest}. {_REMEDY.capitalize()}'
+      )
+
+
+def _is_inside(name: str) -> bool:
+  path = pathlib.PurePosixPath(name)
+  return (
+    bool(name)
+    and '\\' not in name
+    and '\0' not in name
+    and not path.is_absolute()
+    and '..' not in path.parts
+    and str(path) == name
+  )
+
+
+def _list(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+  """Returns all files of a folder but the manifest, by their names in it.
+
+  Raises:
+    ValueError: if one of them is a link.
+  """
+  found = {}
+  for path in sorted(folder.rglob('*')):
+    if path.is_symlink():
+      raise ValueError(
+        f'{path} is a link, and an export has none: what it leads to may be '
+        f'outside the folder. {_REMEDY.capitalize()}'
+      )
+    if path.is_file() and path != folder / FILE:
+      found[path.relative_to(folder).as_posix()] = path
+  return found
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
