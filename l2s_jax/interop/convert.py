@@ -26,7 +26,7 @@ from l2s_jax.models import config as config_lib
 from l2s_jax.models import shapes as shapes_lib
 from l2s_jax.runtime import files, gin_config, integrity
 from l2s_jax.vocabularies import base, export, loading, tokenizer_files
-from l2s_jax.weights import converted, finite, hub, opening, runs
+from l2s_jax.weights import converted, finite, hub, manifest, opening, runs
 from l2s_jax.weights import source as source_lib
 from l2s_jax.weights.formats import gguf_file, huggingface, t5x
 
@@ -157,6 +157,11 @@ def _open(
       'which has one model.'
     )
   opened = opening.open_source(source, step)
+  if (location / 'slm').is_dir() and _bundle_of(opened) is not None:
+    print(
+      f'{source} is a bundle of LLM-to-SLM: its SLM alone is converted; '
+      '`export` takes all of it'
+    )
   for kind, theirs in _FORMS.items():
     if isinstance(opened, kind):
       raise ValueError(f'{source} is {theirs[0]}: say --from={theirs[1]}.')
@@ -393,10 +398,16 @@ def _write_tokenizer(
     source.save_tokenizer(folder)
   elif isinstance(source, runs.Run):
     _vocabulary(source, 'answer').save(folder)
+  elif (bundle := _bundle_of(source)) is not None:
+    loading.load(bundle / runs.VOCABULARIES / 'answer').save(folder)
   elif not isinstance(source, t5x.Checkpoint):
     _copy_tokenizer(pathlib.Path(source.location), folder)
-  is_copied = path is None and isinstance(
-    source, huggingface.HuggingFaceFolder | converted.ConvertedFolder
+  is_copied = (
+    path is None
+    and isinstance(
+      source, huggingface.HuggingFaceFolder | converted.ConvertedFolder
+    )
+    and _bundle_of(source) is None
   )
   try:
     # What it is depends on the family too, which `folder` does not say yet.
@@ -422,6 +433,15 @@ def _write_tokenizer(
       'the wrong one of them.'
     )
   return vocabulary
+
+
+def _bundle_of(source: source_lib.Source) -> pathlib.Path | None:
+  """Returns the bundle that a converted folder is in, if it is in one."""
+  folder = pathlib.Path(source.location).parent
+  is_in_one = isinstance(
+    source, converted.ConvertedFolder
+  ) and manifest.is_export(folder, manifest.BUNDLE)
+  return folder if is_in_one else None
 
 
 def _vocabulary(run: runs.Run, name: str) -> base.Vocabulary:

@@ -101,6 +101,16 @@ class Bundle:
       continues=model['continues'],
     )
 
+  @property
+  def license(self) -> str | None:
+    """What the manifest says of the license; None: nobody has said."""
+    found = self.content.get('facts', {}).get('license')
+    return found if isinstance(found, str) else None
+
+  def parameters(self) -> dict[str, dict[str, Any]]:
+    """Returns dtype and shape of each tensor by its name, as JSON has it."""
+    return describe_shapes(traverse_util.flatten_dict(self.params(), sep='/'))
+
   def beside(self) -> dict[tuple[str, ...], np.ndarray]:
     """Returns the tensors of projector, prompt embedder and layer mix."""
     return {
@@ -115,6 +125,14 @@ class Bundle:
       prefix = () if name == MODEL else (name,)
       flat |= {prefix + path: tower.read(path) for path in tower.shapes()}
     return traverse_util.unflatten_dict(flat)
+
+
+def describe_shapes(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """Returns dtype and shape of each array by its name, as JSON has it."""
+  return {
+    name: {'dtype': array.dtype.name, 'shape': list(array.shape)}
+    for name, array in sorted(arrays.items())
+  }
 
 
 def save_beside(
@@ -170,6 +188,8 @@ def describe(
       'llm_fingerprint': llm_fingerprint,
       'train_llm': False,
     }
+    if system.module.train_llm:  # What is trained is held in float32.
+      description['frozen_dtype'] = 'float32'
     if dtype is not None:
       description['frozen_dtype'] = dtype
       description['llm'] = {**description['llm'], 'dtype': dtype}

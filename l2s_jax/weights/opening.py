@@ -41,7 +41,12 @@ def open_source(
   if (folder / 'model.json').is_file():
     return runs.Run(folder, step)
   if manifest.is_export(folder, manifest.BUNDLE):
-    manifest.read(folder, manifest.BUNDLE)
+    has = manifest.read(folder, manifest.BUNDLE)['model'].get('step')
+    if step not in (None, has) and not may_lack_steps:
+      raise ValueError(
+        f'{location} is a bundle of step {has} alone, and step {step} was '
+        'asked for. Leave the step out, or export the other step.'
+      )
     # As of a run, the SLM.
     name = 'slm' if (folder / 'slm').is_dir() else 'model'
     return converted.ConvertedFolder(folder / name)

@@ -205,7 +205,16 @@ def write(
     dtype=dtype,
     source=parts.name,
   )
-  manifest.write(folder, manifest.BUNDLE, model, **facts)
+  shapes = {
+    ('' if name == bundle.MODEL else f'{name}/') + '/'.join(path): shape
+    for name, tower in parts.towers.items()
+    for path, shape in tower.shapes().items()
+  }
+  for path, array in parts.beside.items():
+    shape = jax.ShapeDtypeStruct(array.shape, np.dtype(dtype or array.dtype))
+    shapes['/'.join(path)] = shape
+  described = bundle.describe_shapes(shapes)
+  manifest.write(folder, manifest.BUNDLE, model, parameters=described, **facts)
 
 
 def _made(folder: pathlib.Path) -> pathlib.Path:

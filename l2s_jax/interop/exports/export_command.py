@@ -8,33 +8,77 @@ appears when all of this is done, and not at all where it fails.
 """
 
 import contextlib
-import importlib
-import json
+import dataclasses
+import importlib.util
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import gin
+import jax
+import numpy as np
+from etils import epath
 
+from l2s_jax.data import text_files
 from l2s_jax.inference import answerer
 from l2s_jax.interop import convert
 from l2s_jax.interop.exports import bundling, model_card
-from l2s_jax.models import l2s
+from l2s_jax.models import l2s, lora
+from l2s_jax.runtime import files
 from l2s_jax.systems import as_it_came, bundle, parameters
 from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import manifest
 
-# Forms beside the bundle, and the modules that write them.
-FORMS: dict[str, str] = {
-  'gguf': 'l2s_jax.interop.exports.gguf_form',
-  'hf': 'l2s_jax.interop.exports.hf_form',
-  'onnx': 'l2s_jax.interop.exports.onnx_form',
-  'savedmodel': 'l2s_jax.interop.exports.savedmodel_form',
-  'stablehlo': 'l2s_jax.interop.exports.stablehlo_form',
+PyTree = Any
+
+
+class Form(NamedTuple):
+  """A form beside the bundle.
+
+  Attributes:
+    module: in this package; has `check`, `write` and `compare`.
+    packages: that it imports and l2s_jax does not need, by what pip calls them.
+    how_to_run: for the manifest.
+  """
+
+  module: str
+  packages: Mapping[str, str]
+  how_to_run: str
+
+
+FORMS: Mapping[str, Form] = {
+  'hf': Form(
+    'hf_form',
+    {'torch': 'torch', 'transformers': 'transformers'},
+    "transformers.AutoModelForSeq2SeqLM.from_pretrained('THIS_FOLDER', "
+    'trust_remote_code=True); AutoModelForCausalLM for a decoder-only model',
+  ),
+  'stablehlo': Form(
+    'stablehlo_form', {}, "echo '[[37, 12, 1]]' | python THIS_FOLDER/run.py 32"
+  ),
+  'savedmodel': Form(
+    'savedmodel_form',
+    {'tensorflow': 'tensorflow', 'tensorflow_text': 'tensorflow-text'},
+    'tensorflow_model_server --model_base_path=THIS_FOLDER --enable_batching '
+    '--batching_parameters_file=THIS_FOLDER/batching_parameters.txt',
+  ),
+  'onnx': Form(
+    'onnx_form',
+    {'jax2onnx': 'jax2onnx', 'onnxruntime': 'onnxruntime'},
+    "echo '[[37, 12, 1]]' | python THIS_FOLDER/run.py 32",
+  ),
+  'gguf': Form(
+    'gguf_form', {'gguf': 'gguf'}, 'llama-cli -m THIS_FOLDER/model.gguf'
+  ),
 }
+_HOW_TO_RUN = (
+  'python -m l2s_jax infer --gin_file=gin_configs/runs/infer.gin '
+  '--gin.CHECKPOINT_PATH=THIS_FOLDER --gin.INPUT=prompts.txt '
+  '--gin.INFER_OUTPUT_DIR=answers'
+)
 # What models are compared on where there are no predictions of the run.
 PROMPTS = (
   'translate English to German: Two dogs are running through the snow.',
@@ -88,7 +132,9 @@ def export(
   shutil.rmtree(scratch, ignore_errors=True)  # Left by one that was killed.
   with contextlib.ExitStack() as stack:
     if bundle.is_bundle(source):
-      _check_further(source, to, step, dtype)
+      given = {'step': step, 'dtype': dtype}
+      given |= {'llm_path': llm_path, 'vocabulary': vocabulary}
+      _check_further(source, to, given)
       opened = bundle.open_bundle(source)
       size = sum(entry['bytes'] for entry in opened.content['files'].values())
       convert.check_destination(folder, size)
@@ -108,7 +154,7 @@ def export(
     if not bundle.is_bundle(source):
       path = scratch / manifest.BUNDLE
       path.mkdir(parents=True)
-      facts = _facts(manifest.BUNDLE, license)
+      facts: dict[str, Any] = {'license': license, 'how_to_run': _HOW_TO_RUN}
       facts['results'] = model_card.measured(pathlib.Path(source))
       bundling.write(parts, path, dtype, **facts)
       opened = bundle.open_bundle(path)
@@ -121,7 +167,14 @@ def export(
       made = scratch / to
       made.mkdir(parents=True)
       form.write(opened, made)
-      manifest.write(made, to, opened.content['model'], **_facts(to, license))
+      manifest.write(
+        made,
+        to,
+        opened.content['model'],
+        license=license or opened.license,
+        how_to_run=FORMS[to].how_to_run,
+        parameters=opened.parameters(),
+      )
       print(f'{to}: {form.compare(opened, made, texts)}')
     size = sum(p.stat().st_size for p in made.rglob('*') if p.is_file())
     made.rename(folder)
@@ -130,8 +183,27 @@ def export(
 
 
 def _form(to: str) -> Any:
-  """Returns the module of a form."""
-  return importlib.import_module(FORMS[to])
+  """Returns the module of a form.
+
+  Raises:
+    ValueError: if this l2s_jax lacks it, or a package that it imports is
+      missing; says what to install.
+  """
+  form = FORMS[to]
+  name = f'{__package__}.{form.module}'
+  if importlib.util.find_spec(name) is None:
+    raise ValueError(f'--to={to}: this l2s_jax has no {name}. Update l2s_jax.')
+  missing = [
+    package
+    for module, package in form.packages.items()
+    if importlib.util.find_spec(module) is None
+  ]
+  if missing:
+    raise ValueError(
+      f'--to={to} needs packages that are not installed: pip install '
+      f'{" ".join(missing)}'
+    )
+  return importlib.import_module(name)
 
 
 def _step(step: str | None) -> Any:
@@ -147,21 +219,18 @@ def _step(step: str | None) -> Any:
   return int(step)
 
 
-def _check_further(
-  source: str, to: str, step: str | None, dtype: str | None
-) -> None:
+def _check_further(source: str, to: str, given: Mapping[str, Any]) -> None:
   """Refuses what cannot be asked of a bundle."""
   if to == manifest.BUNDLE:
     raise ValueError(
       f'{source} is a bundle already. Copy the folder, or export the run that '
       'it was made of.'
     )
-  given = {'step': step, 'dtype': dtype}
   for name, value in given.items():
     if value is not None:
       raise ValueError(
         f'--{name}={value}: {source} is a bundle, which has one model in one '
-        f'dtype. Leave it out, or export the run.'
+        'dtype, with its LLM and tokenizers. Leave it out, or export the run.'
       )
 
 
@@ -185,24 +254,6 @@ def _cleaning(folder: pathlib.Path, scratch: pathlib.Path) -> Iterator[None]:
           parent.rmdir()
 
 
-def _facts(to: str, license: str | None) -> dict[str, Any]:
-  """Returns what the manifest tells people."""
-  how = {
-    manifest.BUNDLE: 'python -m l2s_jax infer --gin_file=gin_configs/runs/'
-    'infer.gin --gin.CHECKPOINT_PATH=THIS_FOLDER --gin.INPUT=prompts.txt '
-    '--gin.INFER_OUTPUT_DIR=answers',
-    'hf': "transformers.AutoModelForSeq2SeqLM.from_pretrained('THIS_FOLDER', "
-    'trust_remote_code=True); AutoModelForCausalLM for a decoder-only model',
-    'gguf': 'llama-cli -m THIS_FOLDER/model.gguf',
-    'onnx': "echo '[[37, 12, 1]]' | python THIS_FOLDER/run.py 32",
-    'savedmodel': 'tensorflow_model_server --model_base_path=THIS_FOLDER '
-    '--enable_batching '
-    '--batching_parameters_file=THIS_FOLDER/batching_parameters.txt',
-    'stablehlo': "echo '[[37, 12, 1]]' | python THIS_FOLDER/run.py 32",
-  }
-  return {'license': license, 'how_to_run': how.get(to, '')}
-
-
 def _prompts(source: str, path: str | None) -> list[str]:
   """Returns the prompts that models are compared on.
 
@@ -211,26 +262,17 @@ def _prompts(source: str, path: str | None) -> list[str]:
     ValueError: if it has no prompts.
   """
   if path is not None:
-    text = pathlib.Path(path).read_text(encoding='utf-8')
-    lines = [line for line in text.splitlines() if line.strip()]
+    read = text_files.read_lines(epath.Path(path))
+    lines = [line for line in read if line.strip()]
     if not lines:
       raise ValueError(f'--prompts={path} is empty; expected a prompt a line.')
     return lines[:_MAX_PROMPTS]
   folder = pathlib.Path(source) / 'eval'
   for file in sorted(folder.rglob('*.jsonl')) if folder.is_dir() else ():
-    found = list(_prompts_of(file))
-    if found:
-      return found[:_MAX_PROMPTS]
+    records = files.read_records(file, keys={'prompt': str})
+    if records:
+      return [record['prompt'] for record in records[:_MAX_PROMPTS]]
   return list(PROMPTS)
-
-
-def _prompts_of(file: pathlib.Path) -> Iterator[str]:
-  with file.open(encoding='utf-8') as lines:
-    for line, _ in zip(lines, range(_MAX_PROMPTS), strict=False):
-      with contextlib.suppress(ValueError):
-        record = json.loads(line)
-        if isinstance(record, dict) and isinstance(record.get('prompt'), str):
-          yield record['prompt']
 
 
 def _compare(
@@ -244,37 +286,80 @@ def _compare(
 ) -> str:
   """Returns how the answers of a bundle compare with those of its source.
 
+  Where they differ, those of the source are taken again, with LoRA merged and
+  its tensors rounded as the bundle has them: nothing else may explain it.
+
   Raises:
-    ValueError: if they differ where the tensors are the same.
+    ValueError: if something else does.
   """
-  expected = _answers(source, step, llm_path, vocabulary, prompts)
-  found = _answers(str(opened.folder), None, None, None, prompts)
+  system = as_it_came.load(source, llm_path=llm_path, vocabulary=vocabulary)
+  chosen = as_it_came.choose_step(source, _step(step), '--step')
+  expected = _answers(system, _load(system, source, chosen), prompts)
+  found = _answers(
+    opened.system,
+    _load(opened.system, str(opened.folder), opened.step or 0),
+    prompts,
+  )
   equal = sum(a == b for a, b in zip(expected, found, strict=True))
-  if equal < len(prompts) and dtype is None:
-    index = next(i for i, a in enumerate(expected) if a != found[i])
-    raise ValueError(
-      f'The bundle answers {prompts[index][:80]!r} by {found[index][:80]!r}, '
-      f'and {source} by {expected[index][:80]!r}. Nothing is kept; please '
-      'report this.'
+  said = f'{equal} of {len(prompts)} greedy answers are those of {source}'
+  if equal == len(prompts):
+    return said
+  stored = dataclasses.replace(system, frozen_dtype=opened.system.frozen_dtype)
+  params = _folded(stored, _load(stored, source, chosen), dtype)
+  expected = _answers(opened.system, params, prompts)
+  for prompt, theirs, ours in zip(prompts, expected, found, strict=True):
+    if theirs != ours:
+      raise ValueError(
+        f'The bundle answers {prompt[:80]!r} by {ours[:80]!r}, and {source} '
+        f'by {theirs[:80]!r}. Nothing is kept; please report this.'
+      )
+  return f'{said}; all are, once its tensors are rounded likewise'
+
+
+def _folded(
+  system: system_lib.System, params: PyTree, dtype: str | None
+) -> PyTree:
+  """Returns parameters with LoRA merged, rounded to a dtype, in the CPU."""
+  params = jax.tree.map(np.asarray, params)
+  writer, name = l2s.writer(system.module)
+  if writer.config.lora_rank:
+    alpha = writer.config.lora_alpha
+    if name is None:
+      params = lora.merge(params, alpha)
+    else:
+      params = {**params, name: lora.merge(params[name], alpha)}
+  if dtype is None:
+    return params
+  rounded = jax.numpy.dtype(dtype)
+  return jax.tree.map(lambda x: x.astype(rounded), params)
+
+
+def _load(system: system_lib.System, location: str, step: int) -> PyTree:
+  """Returns the parameters of a run, a bundle or a model as it came."""
+  session = session_lib.start(
+    lambda: system, None, _lengths(system), batch_sizes={}
+  )
+  with session.entered():
+    return parameters.load_params(
+      session.system, session.layout, location, step
     )
-  return f'{equal} of {len(prompts)} greedy answers are those of {source}'
 
 
 def _answers(
-  location: str,
-  step: str | None,
-  llm_path: str | None,
-  vocabulary: str | None,
-  prompts: Sequence[str],
+  system: system_lib.System, params: PyTree, prompts: Sequence[str]
 ) -> list[str]:
   """Returns greedy answers, at most so long as the model has positions for."""
-  system = as_it_came.load(location, llm_path=llm_path, vocabulary=vocabulary)
   lengths = _lengths(system)
   session = session_lib.start(lambda: system, None, lengths, batch_sizes={})
-  chosen = as_it_came.choose_step(location, _step(step), '--step')
+  num_devices = session.mesh.size
   with session.entered():
-    params = parameters.load_params(
-      session.system, session.layout, location, chosen
+    params = jax.tree.map(
+      lambda x, shape, sharding: jax.device_put(
+        x.astype(shape.dtype), sharding
+      ),
+      params,
+      session.layout.shapes,
+      session.layout.shardings,
     )
     return answerer.PromptAnswerer(
       session.system,
@@ -282,7 +367,7 @@ def _answers(
       session.mesh,
       prompt_length=lengths['inputs'],
       max_decode_len=lengths['targets'],
-      batch_size=-(-len(prompts) // session.mesh.size) * session.mesh.size,
+      batch_size=-(-len(prompts) // num_devices) * num_devices,
       consume=True,
     )(prompts)
 

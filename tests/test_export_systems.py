@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of bundles of every kind of run, and of models as they came."""
+
+import dataclasses
+
+import helpers
+import jax
+import numpy as np
+import pytest
+import saved_runs
+
+from l2s_jax.interop import convert, to_huggingface
+from l2s_jax.interop.exports import bundling, export_command
+from l2s_jax.models import l2s, lora
+from l2s_jax.runtime import partitioning
+from l2s_jax.systems import as_it_came, bundle, parameters
+from l2s_jax.weights import opening
+
+PLAIN = helpers.llm_to_slm('t5_1_1', 'add', 'shared')
+ALPHA = 5.0
+MODULES = {
+  'replace_foreign': helpers.llm_to_slm('t5_1_1', 'replace', 'foreign'),
+  'add_foreign_gpt2': helpers.llm_to_slm('gpt2', 'add', 'foreign'),
+  'mix': PLAIN.clone(llm_layer='mix'),
+  'layer': PLAIN.clone(llm_layer=1),
+  'prefix': PLAIN.clone(llm_prefix_ids=(3,)),
+  'trained': PLAIN.clone(
+    train_llm=True,
+    llm_config=dataclasses.replace(PLAIN.llm_config, dtype='bfloat16'),
+  ),
+  'lora': PLAIN.clone(
+    slm_config=dataclasses.replace(
+      PLAIN.slm_config, lora_rank=2, lora_alpha=ALPHA
+    )
+  ),
+}
+
+
+def load(location):
+  system = as_it_came.load(str(location))
+  mesh_config = partitioning.MeshConfig(data=1)
+  mesh = partitioning.make_mesh(mesh_config, jax.devices()[:1])
+  with partitioning.use_mesh(mesh):
+    layout = parameters.layout(system, mesh, mesh_config)
+    return system, parameters.load_params(system, layout, str(location))
+
+
+def save_run(module, params, folder):
+  """Saves a run of LLM-to-SLM, and the LLM that it names."""
+  llm = helpers.Arrays(module.llm_config, params['llm'])
+  system = dataclasses.replace(
+    helpers.system(module),
+    sources={'llm': str(folder / 'llm')},
+    frozen=() if module.train_llm else ('llm',),
+    frozen_dtype=module.llm_config.dtype,
+  )
+  _, trained = parameters.split(params, system.frozen)
+  saved_runs.save(folder / 'run', system, trained)
+  if not module.train_llm:
+    convert.converted.save(convert.Reading(llm, None), folder / 'llm')
+
+
+def make(location, folder, dtype=None):
+  """Writes a bundle, as the verb does before it compares answers."""
+  folder.mkdir()
+  bundling.write(bundling.open_parts(str(location), None, dtype), folder, dtype)
+  return bundle.open_bundle(folder)
+
+
+def merged(module, params):
+  """Returns a module and its parameters without LoRA."""
+  if not module.slm_config.lora_rank:
+    return module, params
+  slm = dataclasses.replace(module.slm_config, lora_rank=0)
+  alpha = module.slm_config.lora_alpha
+  params = {**params, 'slm': lora.merge(params['slm'], alpha)}
+  return module.clone(slm_config=slm), params
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_a_bundle_computes_what_its_run_does(name, tmp_path):
+  module = MODULES[name]
+  params = jax.tree.map(np.asarray, helpers.random_params(module))
+  save_run(module, params, tmp_path)
+  module, params = merged(module, params)
+  opened = make(tmp_path / 'run', tmp_path / 'bundle')
+  helpers.assert_trees_equal(opened.params(), params)
+  system, loaded = load(tmp_path / 'bundle')
+  batch = helpers.batch_for(module)
+  np.testing.assert_array_equal(
+    helpers.logits(system.module, loaded, batch),
+    helpers.logits(module, params, batch),
+  )
+  shapes = opened.content['facts']['parameters']
+  assert shapes == opened.parameters()
+  assert shapes['slm/token_embedder/embedding'] == {
+    'dtype': 'float32',
+    'shape': list(params['slm']['token_embedder']['embedding'].shape),
+  }
+
+
+def test_a_model_as_it_came_is_a_bundle_that_goes_on_with_prompts(tmp_path):
+  params = helpers.random_params(l2s.build(helpers.GPT2))
+  source = helpers.Arrays(helpers.GPT2, params)
+  vocabulary = helpers.vocabulary()
+  to_huggingface.save(source, tmp_path / 'gpt2', vocabulary)
+  vocabulary.save(tmp_path / 'gpt2')
+  opened = make(tmp_path / 'gpt2', tmp_path / 'bundle')
+  theirs = as_it_came.load(str(tmp_path / 'gpt2'))
+  assert opened.system.continues and opened.step is None
+  assert opened.system.module == theirs.module
+  assert opened.system.prompt_vocabulary == theirs.prompt_vocabulary
+  helpers.assert_trees_equal(opened.params(), jax.tree.map(np.asarray, params))
+
+
+@pytest.mark.long
+def test_rounding_and_lora_explain_other_answers_and_nothing_else_does(
+  tmp_path, monkeypatch, capsys
+):
+  module = MODULES['lora']
+  params = jax.tree.map(np.asarray, helpers.random_params(module))
+  save_run(module, params, tmp_path)
+  run = str(tmp_path / 'run')
+  monkeypatch.setattr(export_command, '_ANSWER_LENGTH', 8)
+  export_command.export(
+    run, str(tmp_path / 'half'), to='bundle', dtype='bfloat16', license='MIT'
+  )
+  said = capsys.readouterr().out
+  assert '3 of 3 greedy' in said or 'once its tensors are rounded' in said
+  opened = bundle.open_bundle(tmp_path / 'half')
+  assert opened.license == 'MIT'
+
+  # What the source is held against is exactly what the bundle has.
+  system = as_it_came.load(run)
+  stored = dataclasses.replace(system, frozen_dtype='bfloat16')
+  folded = export_command._folded(
+    stored, export_command._load(stored, run, 1), 'bfloat16'
+  )
+  helpers.assert_trees_equal(folded, opened.params())
+
+  save = bundle.save_beside
+
+  def save_others(path, arrays, dtype):
+    save(path, {name: x + 1 for name, x in arrays.items()}, dtype)
+
+  monkeypatch.setattr(bundle, 'save_beside', save_others)
+  with pytest.raises(ValueError, match='The bundle answers .* Nothing is kept'):
+    export_command.export(
+      run, str(tmp_path / 'other'), to='bundle', dtype='bfloat16'
+    )
+  assert not (tmp_path / 'other').exists()
+
+
+def test_convert_takes_the_slm_of_a_bundle_with_its_tokenizer(tmp_path, capsys):
+  module = MODULES['add_foreign_gpt2']
+  params = jax.tree.map(np.asarray, helpers.random_params(module))
+  save_run(module, params, tmp_path)
+  opened = make(tmp_path / 'run', tmp_path / 'bundle')
+  convert.convert(
+    str(tmp_path / 'bundle'), str(tmp_path / 'hf'), from_='l2s', to='hf'
+  )
+  assert 'its SLM alone is converted' in capsys.readouterr().out
+  found = as_it_came.load(str(tmp_path / 'hf'))
+  assert found.prompt_vocabulary == opened.system.answer_vocabulary
+  source = opening.open_source(str(tmp_path / 'hf'))
+  embedding = ('token_embedder', 'embedding')
+  np.testing.assert_array_equal(
+    source.read(embedding), params['slm']['token_embedder']['embedding']
+  )
+  with pytest.raises(ValueError, match='is a bundle of step 1 alone, and step'):
+    opening.open_source(str(tmp_path / 'bundle'), 2)
+
+
+def test_what_a_bundle_has_is_not_given_beside_it(tmp_path):
+  for name in ('step', 'dtype', 'llm_path', 'vocabulary'):
+    with pytest.raises(ValueError, match=f'--{name}=x: .* is a bundle, which'):
+      export_command._check_further(str(tmp_path / 'bundle'), 'hf', {name: 'x'})
+
+
+def test_a_form_that_is_not_there_is_refused_by_name(tmp_path, monkeypatch):
+  forms = {
+    'none': export_command.Form('no_such_form', {}, ''),
+    'poor': export_command.Form(
+      'bundling', {'no_such_module': 'no-such-package'}, ''
+    ),
+  }
+  monkeypatch.setattr(export_command, 'FORMS', forms)
+  for to, message in (
+    ('none', '--to=none: this l2s_jax has no .*no_such_form'),
+    ('poor', '--to=poor needs .* not installed: pip install no-such-package'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      export_command.export('run', str(tmp_path / 'out'), to=to)
+  assert not list(tmp_path.iterdir())
