@@ -57,17 +57,20 @@ FORMS: Mapping[str, Form] = {
     'trust_remote_code=True); AutoModelForCausalLM for a decoder-only model',
   ),
   'stablehlo': Form(
-    'stablehlo_form', {}, 'python THIS_FOLDER/run_stablehlo.py'
+    'stablehlo_form',
+    {},
+    "echo '[[37, 12, 1]]' | python THIS_FOLDER/run.py 32",
   ),
   'savedmodel': Form(
     'savedmodel_form',
     {'tensorflow': 'tensorflow', 'tensorflow_text': 'tensorflow-text'},
-    "import tensorflow_text; tensorflow.saved_model.load('THIS_FOLDER')",
+    'tensorflow_model_server --model_base_path=THIS_FOLDER --enable_batching '
+    '--batching_parameters_file=THIS_FOLDER/batching_parameters.txt',
   ),
   'onnx': Form(
     'onnx_form',
-    {'onnx': 'onnx', 'onnxruntime': 'onnxruntime'},
-    "onnxruntime.InferenceSession('THIS_FOLDER/...')",
+    {'jax2onnx': 'jax2onnx', 'onnxruntime': 'onnxruntime'},
+    "echo '[[37, 12, 1]]' | python THIS_FOLDER/run.py 32",
   ),
   'gguf': Form(
     'gguf_form', {'gguf': 'gguf'}, 'llama-cli -m THIS_FOLDER/model.gguf'
