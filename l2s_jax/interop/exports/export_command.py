@@ -57,7 +57,9 @@ FORMS: Mapping[str, Form] = {
     'trust_remote_code=True); AutoModelForCausalLM for a decoder-only model',
   ),
   'stablehlo': Form(
-    'stablehlo_form', {}, "echo '[[37, 12, 1]]' | python THIS_FOLDER/run.py 32"
+    'stablehlo_form',
+    {},
+    "echo '[[37, 12, 1]]' | python THIS_FOLDER/run.py 32",
   ),
   'savedmodel': Form(
     'savedmodel_form',
