@@ -278,7 +278,11 @@ VERBS: Mapping[str, Verb] = {
     'runs/multi30k exports/multi30k --to=bundle --step=best',
     (
       Flag(
-        'to', str, 'the form of DESTINATION', ('bundle', 'gguf', 'hf'), True
+        'to',
+        str,
+        'the form of DESTINATION',
+        ('bundle', 'gguf', 'hf', 'onnx', 'savedmodel', 'stablehlo'),
+        True,
       ),
       Flag('SOURCE', str, 'a run, a bundle, or a model as it came'),
       Flag('DESTINATION', str, 'a folder that is not there yet'),
