@@ -179,12 +179,22 @@ def _save(
   import jax2onnx
   import onnx
 
-  model = jax2onnx.to_onnx(
-    _with(_functions(), greedy_programs.traced(function)),
-    inputs=[jax.ShapeDtypeStruct(*spec) for spec in inputs.values()],
-    input_names=list(inputs),
-    output_names=list(output_names),
-  )
+  try:
+    model = jax2onnx.to_onnx(
+      _with(_functions(), greedy_programs.traced(function)),
+      inputs=[jax.ShapeDtypeStruct(*spec) for spec in inputs.values()],
+      input_names=list(inputs),
+      output_names=list(output_names),
+    )
+  except (
+    NotImplementedError,
+    jax.errors.InconclusiveDimensionOperation,
+  ) as error:
+    said = (str(error).splitlines() or [''])[0]
+    raise ValueError(
+      f'--to=onnx: jax2onnx cannot convert this model ({path.stem}): {said}. '
+      'Take --to=stablehlo, which has every model.'
+    ) from error
   _replace_where_of_bools(model)
   onnx.save(
     model,
