@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from l2s_jax.interop import parity, to_huggingface, to_t5x
+from l2s_jax.interop import parity, scale_folding, to_huggingface, to_t5x
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import shapes as shapes_lib
 from l2s_jax.runtime import files, gin_config, integrity
@@ -83,13 +83,13 @@ def convert(
       f'--verify compares logits, and {opened.location} is an encoder alone: '
       'it computes none. Leave --verify out.'
     )
-  reading = Reading(opened, dtype)
+  reading = Reading(opened, dtype, folds_scale=to == 'hf')
   folder = pathlib.Path(destination)
   unfinished = folder.with_name(f'.{folder.name}.unfinished')
   shutil.rmtree(unfinished, ignore_errors=True)  # Left by one that was killed.
   check_destination(folder, reading.num_bytes)
   missing = [path for path in folder.absolute().parents if not path.exists()]
-  _check_form(opened, to)
+  _check_form(reading, to)
   print(_describe(reading, from_))
   if dry_run:
     with tempfile.TemporaryDirectory() as scratch:
@@ -178,9 +178,17 @@ def _preset(name: str) -> config_lib.TransformerConfig:
 class Reading:
   """A source that takes notes: a cast, the digests, how far it has come."""
 
-  def __init__(self, source: source_lib.Source, dtype: str | None):
+  def __init__(
+    self,
+    source: source_lib.Source,
+    dtype: str | None,
+    *,
+    folds_scale: bool = False,
+  ):
     self.source = source
-    self.config = source.config
+    self.config, self._query_factor = source.config, 1.0
+    if folds_scale:
+      self.config, self._query_factor = scale_folding.fold(source.config)
     self.location = source.location
     self.model_type = source.model_type
     self.special_ids = source.special_ids
@@ -188,6 +196,13 @@ class Reading:
       path: jax.ShapeDtypeStruct(shape.shape, jnp.dtype(dtype or shape.dtype))
       for path, shape in source.shapes().items()
     }
+    if self._query_factor != 1:
+      for path in filter(scale_folding.is_query, self._shapes):
+        stored = source.shapes()[path].dtype
+        written = self._shapes[path].dtype
+        scale_folding.check(
+          self._query_factor, stored, written, source.location
+        )
     self._layers: dict[tuple[shapes_lib.Path, int], bytes] = {}
     self._stored: dict[tuple[shapes_lib.Path, int], bytes] = {}
     self.num_bytes = sum(
@@ -208,7 +223,11 @@ class Reading:
     stored = self.source.read(path, layer)
     if self.keeps_stored or self.source.digest(path) is not None:
       self._stored[path, layer or 0] = source_lib.digest_layer(stored)
-    array = stored.astype(self._shapes[path].dtype, copy=False)
+    dtype = self._shapes[path].dtype
+    if self._query_factor != 1 and scale_folding.is_query(path):
+      array = scale_folding.scale(stored, self._query_factor, dtype)
+    else:
+      array = stored.astype(dtype, copy=False)
     self.notes.look(array, path, layer)
     self._layers[path, layer or 0] = source_lib.digest_layer(array)
     if self.progress is not None:
@@ -280,7 +299,7 @@ def check_destination(folder: pathlib.Path, num_bytes: int) -> None:
     )
 
 
-def _check_form(source: source_lib.Source, to: str) -> None:
+def _check_form(source: Reading, to: str) -> None:
   """Refuses a model that the form asked for cannot say."""
   if to == 'hf':
     to_huggingface.find_model_type(source)
@@ -302,11 +321,16 @@ def _describe(reading: Reading, form: str) -> str:
     ):
       family += f' ({reading.source.left_out})'
   at = f', step {reading.step()}' if reading.step() is not None else ''
+  folded = (
+    '; the scale of its attention logits goes into the query kernels'
+    if reading.config != reading.source.config
+    else ''
+  )
   return (
     f'{reading.location} ({form}{at}): {family}, '
     f'{sum(shape.size for shape in shapes):,} parameters in {len(shapes)} '
     f'tensors; to be stored as {", ".join(dtypes)}, '
-    f'{reading.num_bytes / 1e9:,.3f} GB'
+    f'{reading.num_bytes / 1e9:,.3f} GB{folded}'
   )
 
 

@@ -10,6 +10,8 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
+from flax import traverse_util
 
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
@@ -57,38 +59,14 @@ def save(
   Raises:
     ValueError: if transformers has no family that is built so.
   """
-  model_type = find_model_type(source)
-  family = huggingface.FAMILIES[model_type]
-  config, sizes = source.config, name_table.axis_sizes(source.config)
-  stored = source.shapes()
-  is_encoder_only = shapes_lib.is_encoder_alone(stored)
-  parts: dict[str, list[tuple[name_table.Row, int | None]]] = {}
-  for row in family.rows:
-    if row.path not in stored:
-      continue
-    for layer, name in enumerate(row.names(config)):
-      # save_pretrained prefixes all but the head, and no encoder by itself.
-      is_bare = is_encoder_only or row.path[0] == 'logits_dense'
-      prefix = '' if is_bare else family.prefix
-      parts.setdefault(prefix + name, []).append(
-        (row, layer if row.is_stacked else None)
-      )
-
-  def pieces(name):
-    yield name_table.to_theirs(
-      [row for row, _ in parts[name]],
-      [source.read(row.path, layer) for row, layer in parts[name]],
-      sizes,
-    )
-
-  shapes = {
-    name: jax.ShapeDtypeStruct(row.shape(sizes), stored[row.path].dtype)
-    for name, ((row, _), *_) in parts.items()
-  }
+  tensors = Tensors(source)
   tensor_files.save_safetensors(
-    folder, shapes, pieces, max_file_bytes=max_file_bytes
+    folder,
+    tensors.shapes,
+    lambda name: [tensors.read(name)],
+    max_file_bytes=max_file_bytes,
   )
-  content = _config_json(source, model_type, vocabulary)
+  content = describe(source, vocabulary)
   files.write_json(folder / huggingface.CONFIG, content)
   generation = folder / 'generation_config.json'
   if source.model_type is None or not generation.is_file():
@@ -99,15 +77,93 @@ def save(
       files.write_json(generation, ids)
 
 
-def _config_json(
+class Tensors:
+  """A model's tensors by the names and in the shapes of transformers.
+
+  Attributes:
+    shapes: of all of them, with dtypes.
+  """
+
+  def __init__(
+    self,
+    source: source_lib.Source,
+    *,
+    is_reader: bool = False,
+    prefix: str = '',
+  ):
+    """Finds the names; nothing is read yet.
+
+    Args:
+      source: where from.
+      is_reader: whether only what reads a prompt is wanted, of a model that
+        has no head, whose names transformers gives without the model's own.
+      prefix: of all names.
+
+    Raises:
+      ValueError: if transformers has no family that is built so.
+    """
+    family = huggingface.FAMILIES[find_model_type(source)]
+    config = source.config
+    stored = source.shapes()
+    is_reader |= shapes_lib.is_encoder_alone(stored)
+    self._source, self._sizes = source, name_table.axis_sizes(config)
+    self._parts: dict[str, list[tuple[name_table.Row, int | None]]] = {}
+    for row in family.rows:
+      if row.path not in stored:
+        continue
+      if is_reader and not is_of_reader(row.path, config):
+        continue
+      # save_pretrained prefixes all but the head, and no encoder by itself.
+      is_bare = is_reader or row.path[0] == 'logits_dense'
+      before = prefix + ('' if is_bare else family.prefix)
+      for layer, name in enumerate(row.names(config)):
+        self._parts.setdefault(before + name, []).append(
+          (row, layer if row.is_stacked else None)
+        )
+    self.shapes = {
+      name: jax.ShapeDtypeStruct(row.shape(self._sizes), stored[row.path].dtype)
+      for name, ((row, _), *_) in self._parts.items()
+    }
+
+  def read(self, name: str) -> np.ndarray:
+    parts = self._parts[name]
+    return name_table.to_theirs(
+      [row for row, _ in parts],
+      [self._source.read(row.path, layer) for row, layer in parts],
+      self._sizes,
+    )
+
+
+def is_of_reader(
+  path: shapes_lib.Path, config: config_lib.TransformerConfig
+) -> bool:
+  """Returns whether a tensor takes part where a model reads a prompt."""
+  if config.is_encoder_decoder:
+    return path[0] in l2s.ENCODER
+  return path[0] != 'logits_dense'
+
+
+def describe(
   source: source_lib.Source,
-  model_type: str,
   vocabulary: base.Vocabulary | None,
+  *,
+  is_reader: bool = False,
 ) -> dict[str, Any]:
-  """Returns what config.json says of the model, its tokens and its dtype."""
-  content = huggingface.config_json(model_type, source.config)
+  """Returns what config.json says of the model, its tokens and its dtype.
+
+  Args:
+    source: the model.
+    vocabulary: as `save` takes it.
+    is_reader: as `Tensors` takes it.
+
+  Raises:
+    ValueError: if transformers has no family that is built so.
+  """
+  content = huggingface.config_json(find_model_type(source), source.config)
   stored = source.shapes()
-  if shapes_lib.is_encoder_alone(stored):
+  if shapes_lib.is_encoder_alone(stored) or (
+    is_reader and source.config.is_encoder_decoder
+  ):
     content['is_encoder_decoder'] = False
     content['architectures'] = [
       name.replace('ForConditionalGeneration', 'EncoderModel')
@@ -185,11 +241,7 @@ def save_run(
       'the folder of a projector and an SLM beside an LLM as it came. Its SLM '
       'alone is read where the run is named as SLM_PATH.'
     )
-  others = run.read_others()
-  tensors = {
-    _PROJECTOR[path]: array.T if path[-1] == 'kernel' else array
-    for path, array in others.items()
-  }
+  tensors = others(traverse_util.unflatten_dict(run.read_others()))
   shapes = {
     name: jax.ShapeDtypeStruct(array.shape, array.dtype)
     for name, array in tensors.items()
@@ -198,6 +250,21 @@ def save_run(
     folder, shapes, lambda name: [tensors[name]], stem=PROJECTOR
   )
   files.write_json(folder / huggingface.CONFIG, _how_it_fits(source, run))
+
+
+def others(params: Any) -> dict[str, np.ndarray]:
+  """Returns what stands between LLM and SLM, by the names of torch's Linear.
+
+  Args:
+    params: of LLM-to-SLM; those of LLM and SLM may be absent.
+  """
+  flat = traverse_util.flatten_dict(
+    {name: x for name, x in params.items() if name not in ('llm', 'slm')}
+  )
+  return {
+    _PROJECTOR[path]: array.T if path[-1] == 'kernel' else array
+    for path, array in flat.items()
+  }
 
 
 def _what_is_read(layer: int | str | None) -> str:

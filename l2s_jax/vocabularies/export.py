@@ -8,14 +8,20 @@ one. Our own reading is in `loading.py`.
 """
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from l2s_jax.runtime import files
-from l2s_jax.vocabularies import base, sentencepiece, tokenizer_files
+from l2s_jax.vocabularies import (
+  base,
+  byte,
+  huggingface,
+  sentencepiece,
+  tokenizer_files,
+)
 
 _MODELS: Any = sentencepiece_model_pb2  # It ships no types.
 _NUM_SENTINELS = 100  # of T5
@@ -85,6 +91,68 @@ def complete(
     config[f'{kind}_token'] = tokens[number]
   config['clean_up_tokenization_spaces'] = False  # It would change text.
   files.write_json(path, config)
+
+
+def save(
+  folder: pathlib.Path,
+  vocabulary: base.Vocabulary,
+  *,
+  before: Sequence[int] = (),
+  after: Sequence[int] = (),
+  padding_side: str = 'right',
+  sentinels_below: int = 0,
+) -> None:
+  """Writes a tokenizer whose `__call__` gives a model all that it reads.
+
+  Where the vocabulary has no pad token its EOS is one, which nobody takes for
+  padding inside a text.
+
+  Args:
+    folder: gets tokenizer.json and tokenizer_config.json; made if absent.
+    vocabulary: any.
+    before: ids in front of each text.
+    after: ids behind it.
+    padding_side: 'left' or 'right'.
+    sentinels_below: see `complete`.
+
+  Raises:
+    ValueError: if no tokenizer of transformers encodes so.
+  """
+  if isinstance(vocabulary, byte.ByteVocabulary):
+    if before or list(after) != [vocabulary.eos_id]:
+      raise ValueError(
+        f'{vocabulary.path} is the tokenizer of ByT5, which transformers gives '
+        f'an EOS behind each text; this model reads {list(before)} before it '
+        f'and {list(after)} behind. Export it as a bundle.'
+      )
+    vocabulary.save(folder)
+    # It is the model's to say, and of the answer.
+    (folder / tokenizer_files.GENERATION_FILE).unlink(missing_ok=True)
+    return
+  if isinstance(vocabulary, huggingface.HuggingFaceVocabulary):
+    tokenizer = vocabulary.copy_tokenizer()
+  else:
+    assert isinstance(vocabulary, sentencepiece.SentencePieceVocabulary)
+    tokenizer = from_sentencepiece(vocabulary.model, sentinels_below)
+  around = {n: tokenizer.id_to_token(n) for n in (*before, *after)}
+  tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+    single=[*(around[n] for n in before), '$A', *(around[n] for n in after)],
+    pair='$A $B:1',
+    special_tokens=[(token, number) for number, token in around.items()],
+  )
+  with files.whole(folder / tokenizer_files.TOKENIZER_FILE) as file:
+    file.write(tokenizer.to_str())
+  ids = vocabulary.special_ids | {'eos': vocabulary.eos_id}
+  ids.setdefault('pad', vocabulary.eos_id)
+  files.write_json(
+    folder / tokenizer_files.CONFIG_FILE,
+    {
+      'tokenizer_class': 'PreTrainedTokenizerFast',
+      **{f'{kind}_token': tokenizer.id_to_token(n) for kind, n in ids.items()},
+      'padding_side': padding_side,
+      'clean_up_tokenization_spaces': False,  # It would change text.
+    },
+  )
 
 
 def _template(

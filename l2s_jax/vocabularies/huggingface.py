@@ -99,6 +99,10 @@ class HuggingFaceVocabulary(base.Vocabulary):
   def _processor(self) -> tokenizers.Tokenizer:
     return _hugging_face_tokenizer(self._files, self.path)
 
+  def copy_tokenizer(self) -> tokenizers.Tokenizer:
+    """Returns a tokenizer of the package that encodes and decodes as this."""
+    return tokenizers.Tokenizer.from_str(self._processor.to_str())
+
   def save(self, folder: str | os.PathLike[str]) -> None:
     """As `Vocabulary.save`; names the class that reads the file as it is."""
     if self.is_resolved or tokenizer_files.TOKENIZER_FILE not in self._files:

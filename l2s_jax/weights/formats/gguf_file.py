@@ -386,6 +386,27 @@ class File(huggingface.HuggingFaceWeights):
       )
 
 
+def config_of(
+  metadata: Mapping[str, Any], names: Collection[str], vocab_size: int
+) -> config_lib.TransformerConfig:
+  """Returns what a file with this metadata is read as.
+
+  Args:
+    metadata: with numbers as a file has them, in float32.
+    names: of its tensors.
+    vocab_size: rows of its table of embeddings.
+
+  Raises:
+    ValueError: if it has rotary positions that are not supported.
+  """
+  header = _Header(metadata, names)
+  config = _ARCHITECTURES[header.arch](header).config
+  config['vocab_size'] = vocab_size
+  return huggingface.FAMILIES[config['model_type']].parse(
+    config, 'output.weight' not in names
+  )
+
+
 def is_file(path: pathlib.Path) -> bool:
   """Returns whether a path is a GGUF file, by its first bytes or its name."""
   if not path.is_file():

@@ -19,6 +19,8 @@ _QWEN2_SPLIT = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
   r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 )
+# How a byte-level BPE may cut text, by `tokenizer.ggml.pre`.
+CUTS = ('gpt-2', 'qwen2', 'smollm')
 _MODELS: Any = sentencepiece_model_pb2  # It ships no types.
 # As in SentencePiece.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6

@@ -1,0 +1,414 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The form `hf`: a folder that the package transformers loads and runs.
+
+Of LLM-to-SLM it has the classes of transformers for LLM and SLM, composed by
+`modeling_llm_to_slm.py`, which goes along; a language model alone is a folder
+of its own family.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from l2s_jax.interop import parity, scale_folding, to_huggingface
+from l2s_jax.interop.exports import comparing, model_card
+from l2s_jax.models import config as config_lib
+from l2s_jax.models import l2s
+from l2s_jax.models import shapes as shapes_lib
+from l2s_jax.runtime import files
+from l2s_jax.systems import system as system_lib
+from l2s_jax.vocabularies import base, export
+from l2s_jax.weights import source as source_lib
+from l2s_jax.weights.formats import huggingface, tensor_files
+
+PyTree = Any
+
+MODELING = 'modeling_llm_to_slm.py'
+_ANSWERS = 'hf_answers.py'
+_CLASS = 'LlmToSlmForConditionalGeneration'
+_ANSWER_TOKENIZER = 'answer_tokenizer'
+# Tokens of an answer, where nobody says how many.
+_MAX_NEW_TOKENS = 256
+# Of the comparison.
+_NUM_BEAMS = 4
+
+
+class _Tower:
+  """A model as transformers can say it: a source of weights.
+
+  The scale of its attention logits may have gone into the query kernels, and
+  layers behind those that are read are left out.
+  """
+
+  def __init__(
+    self, source: source_lib.Source, config: config_lib.TransformerConfig
+  ):
+    self._source = source
+    self.location, self.model_type = source.location, source.model_type
+    self.special_ids = source.special_ids
+    self.config, self._factor = scale_folding.fold(config)
+    if self._factor != 1:
+      for path, shape in source.shapes().items():
+        if scale_folding.is_query(path):
+          scale_folding.check(
+            self._factor, shape.dtype, shape.dtype, self.location
+          )
+
+  def step(self) -> int | None:
+    return self._source.step()
+
+  def shapes(self) -> dict[shapes_lib.Path, jax.ShapeDtypeStruct]:
+    return self._source.shapes()
+
+  def read(self, path: shapes_lib.Path, layer: int | None = None) -> np.ndarray:
+    array = self._source.read(path, layer)
+    if self._factor == 1 or not scale_folding.is_query(path):
+      return array
+    return scale_folding.scale(array, self._factor, array.dtype)
+
+  def name(self, path: shapes_lib.Path) -> str:
+    return self._source.name(path)
+
+  def digest(self, path: shapes_lib.Path) -> str | None:
+    return None if self._factor != 1 else self._source.digest(path)
+
+
+def check(bundle: comparing.Bundle) -> None:
+  """Refuses what transformers has no classes for.
+
+  Raises:
+    ValueError: names what it is, or the packages that are missing.
+  """
+  if not parity.is_available():
+    raise ValueError(
+      '--to=hf compares what it has written with the run, for which it needs '
+      'the packages torch and transformers: pip install torch transformers.'
+    )
+  for tower in _towers(bundle).values():
+    to_huggingface.find_model_type(tower)
+
+
+def _towers(bundle: comparing.Bundle) -> dict[str, _Tower]:
+  """Returns 'llm' and 'slm', or 'model'."""
+  module = bundle.system.module
+  towers = {}
+  for name, source in bundle.towers.items():
+    config = source.config
+    if name == 'llm':
+      assert isinstance(module, l2s.LlmToSlm)
+      config = _up_to(config, module.llm_layer)
+    towers[name] = _Tower(source, config)
+  return towers
+
+
+def _up_to(
+  config: config_lib.TransformerConfig, layer: int | str | None
+) -> config_lib.TransformerConfig:
+  """Returns an LLM without the layers behind the last that is read."""
+  if not isinstance(layer, int):
+    return config
+  field = (
+    'num_encoder_layers' if config.is_encoder_decoder else 'num_decoder_layers'
+  )
+  # One at least, and as many as tell which of them have windows.
+  for count in range(max(layer, 1), l2s.num_reading_layers(config)):
+    changed: dict[str, Any] = {field: count}
+    shorter = dataclasses.replace(config, **changed)
+    if huggingface.model_types(scale_folding.fold(shorter)[0]):
+      return shorter
+  return config
+
+
+def write(bundle: comparing.Bundle, folder: pathlib.Path) -> None:
+  """Writes the folder: weights, configs, tokenizers, code and model card."""
+  system = bundle.system
+  if isinstance(system.module, l2s.LlmToSlm):
+    _write_pair(bundle, system.module, folder)
+  else:
+    _write_model(bundle, folder)
+  card = model_card.text(
+    system, model_card.results(bundle), examples=[_example(system)]
+  )
+  with files.whole(folder / 'README.md') as file:
+    file.write(card)
+
+
+def _write_model(bundle: comparing.Bundle, folder: pathlib.Path) -> None:
+  """Writes a language model alone."""
+  (tower,) = _towers(bundle).values()
+  system = bundle.system
+  vocabulary = system.prompt_vocabulary
+  to_huggingface.save(tower, folder, vocabulary)
+  _save_prompt_tokenizer(system, folder, tower.config)
+  generation = folder / 'generation_config.json'
+  files.write_json(generation, _generation(vocabulary))
+
+
+def _write_pair(
+  bundle: comparing.Bundle, module: l2s.LlmToSlm, folder: pathlib.Path
+) -> None:
+  """Writes LLM, projector and SLM as one model."""
+  towers = _towers(bundle)
+  system = bundle.system
+  parts = {
+    'llm.': to_huggingface.Tensors(
+      towers['llm'], is_reader=True, prefix='llm.'
+    ),
+    'slm.': to_huggingface.Tensors(towers['slm'], prefix='slm.'),
+  }
+  others = to_huggingface.others(bundle.params())
+  shapes = {
+    name: jax.ShapeDtypeStruct(array.shape, array.dtype)
+    for name, array in others.items()
+  }
+  for part in parts.values():
+    shapes |= part.shapes
+
+  def pieces(name: str) -> list[np.ndarray]:
+    if name in others:
+      return [others[name]]
+    return [parts[name[:4]].read(name)]
+
+  tensor_files.save_safetensors(folder, shapes, pieces)
+  shutil.copyfile(pathlib.Path(__file__).with_name(MODELING), folder / MODELING)
+  prompts, answers = system.prompt_vocabulary, system.answer_vocabulary
+  _save_prompt_tokenizer(system, folder, towers['llm'].config)
+  if not module.shared_vocabulary:
+    export.save(
+      folder / _ANSWER_TOKENIZER,
+      answers,
+      after=[answers.eos_id],
+      sentinels_below=_sentinels_below(towers['slm'].config),
+    )
+  slm = to_huggingface.describe(towers['slm'], answers)
+  generation = _generation(answers)
+  files.write_json(
+    folder / huggingface.CONFIG,
+    {
+      'model_type': 'llm_to_slm',
+      'architectures': [_CLASS],
+      'auto_map': {
+        'AutoConfig': f'{MODELING[:-3]}.LlmToSlmConfig',
+        'AutoModelForSeq2SeqLM': f'{MODELING[:-3]}.{_CLASS}',
+      },
+      'llm': to_huggingface.describe(towers['llm'], prompts, is_reader=True),
+      'slm': slm,
+      'slm_is_tied': towers['slm'].config.logits_via_embedding,
+      'injection': module.injection,
+      'shared_vocabulary': module.shared_vocabulary,
+      # Of the layers behind the one that is read few are there.
+      'llm_layer': None
+      if module.llm_layer == l2s.num_reading_layers(towers['llm'].config)
+      else module.llm_layer,
+      'is_encoder_decoder': True,
+      'torch_dtype': slm['torch_dtype'],
+      **{
+        key: generation[key]
+        for key in ('pad_token_id', 'eos_token_id', 'decoder_start_token_id')
+      },
+    },
+  )
+  files.write_json(folder / 'generation_config.json', generation)
+
+
+def _generation(vocabulary: base.Vocabulary) -> dict[str, Any]:
+  """Returns how answers are written unless `generate` is told otherwise.
+
+  With `num_beams` these are the beams of `Decoding`'s defaults.
+  """
+  return {
+    'decoder_start_token_id': vocabulary.start_id,
+    'eos_token_id': list(vocabulary.eos_ids),
+    'pad_token_id': (
+      vocabulary.pad_id if vocabulary.has_pad else vocabulary.eos_id
+    ),
+    'max_new_tokens': _MAX_NEW_TOKENS,
+    'do_sample': False,
+    'num_beams': 1,
+    'length_penalty': 1.0,
+    'early_stopping': False,
+  }
+
+
+def _save_prompt_tokenizer(
+  system: system_lib.System,
+  folder: pathlib.Path,
+  config: config_lib.TransformerConfig,
+) -> None:
+  """Writes the tokenizer that gives what is read before the first token."""
+  before, after = comparing.around(system)
+  writer = l2s.writer(system.module)[0].config
+  is_continued = not isinstance(system.module, l2s.LlmToSlm) and (
+    not writer.is_encoder_decoder
+  )
+  export.save(
+    folder,
+    system.prompt_vocabulary,
+    before=before,
+    after=after,
+    padding_side='left' if is_continued else 'right',
+    sentinels_below=_sentinels_below(config),
+  )
+
+
+def _sentinels_below(config: config_lib.TransformerConfig) -> int:
+  return config.vocab_size if 'relative' in config.positions else 0
+
+
+def _example(system: system_lib.System) -> str:
+  """Returns how the folder is used, in Python."""
+  module = system.module
+  is_pair = isinstance(module, l2s.LlmToSlm)
+  is_continued = not (
+    is_pair or l2s.writer(module)[0].config.is_encoder_decoder
+  )
+  kind = 'CausalLM' if is_continued else 'Seq2SeqLM'
+  trust = ', trust_remote_code=True' if is_pair else ''
+  reader = 'tokenizer'
+  lines = [
+    'from transformers import AutoModelFor' + kind + ', AutoTokenizer',
+    '',
+    "folder = '.'  # this folder",
+    'tokenizer = AutoTokenizer.from_pretrained(folder)',
+  ]
+  if isinstance(module, l2s.LlmToSlm) and not module.shared_vocabulary:
+    reader = 'answer_tokenizer'
+    lines += [
+      'answer_tokenizer = AutoTokenizer.from_pretrained(',
+      f"    folder, subfolder='{_ANSWER_TOKENIZER}')",
+    ]
+  start = "[:, batch['input_ids'].shape[1]:]" if is_continued else ''
+  return '\n'.join(
+    [
+      *lines,
+      f'model = AutoModelFor{kind}.from_pretrained(folder{trust})',
+      "batch = tokenizer(['a prompt', 'another one'], padding=True,",
+      "                  return_tensors='pt', return_token_type_ids=False)",
+      f'tokens = model.generate(**batch){start}',
+      f'print({reader}.batch_decode(tokens, skip_special_tokens=True))',
+    ]
+  )
+
+
+def compare(
+  bundle: comparing.Bundle,
+  folder: pathlib.Path,
+  prompts: Sequence[str],
+  ask: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> str:
+  """Answers prompts here and in transformers, both in float32.
+
+  Greedily, and with beams; padded on the right and on the left.
+
+  Args:
+    bundle: what the folder was written from.
+    folder: as `write` left it.
+    prompts: at least one.
+    ask: replies as `hf_answers.answer`; None asks a process of its own.
+
+  Returns:
+    What was found equal.
+
+  Raises:
+    ValueError: if the folder cannot be run, or gives other tokens.
+  """
+  system = bundle.system
+  writer = l2s.writer(system.module)[0].config
+  is_pair = isinstance(system.module, l2s.LlmToSlm)
+  is_continued = not (is_pair or writer.is_encoder_decoder)
+  ids = comparing.prompt_ids(system, prompts)
+  max_prompt_len, num_tokens = comparing.lengths(system, max(map(len, ids)))
+  ids = [row[:max_prompt_len] for row in ids]
+  ways: dict[str, dict[str, Any]] = {
+    'greedy': {'num_beams': 1, 'padding_side': 'left'},
+  }
+  if not is_continued:  # transformers reads these padded on the left alone.
+    ways['greedy, padded on the right'] = {
+      'num_beams': 1,
+      'padding_side': 'right',
+    }
+  has_beams = is_pair or not _scales_for_itself(folder)
+  if has_beams:
+    ways['beams'] = {'num_beams': _NUM_BEAMS, 'padding_side': 'left'}
+  reply = (ask or _ask_transformers)(
+    {
+      'folder': str(folder),
+      'prompts': list(prompts),
+      'max_prompt_len': max_prompt_len,
+      'max_new_tokens': num_tokens,
+      'ways': ways,
+    }
+  )
+  if reply['ids'] != ids:
+    row = next(i for i, x in enumerate(reply['ids']) if x != ids[i])
+    raise ValueError(
+      f'The tokenizer in {folder} gives other ids of {prompts[row]!r}: '
+      f'{reply["ids"][row]}; the run reads {ids[row]}. Nothing is kept.'
+    )
+  params = comparing.in_float32(bundle.params())
+  for num_beams in {way['num_beams'] for way in ways.values()}:
+    ours = comparing.answers(system, params, ids, num_tokens, num_beams)
+    for name, way in ways.items():
+      if way['num_beams'] == num_beams:
+        comparing.check_equal(
+          system,
+          prompts,
+          ours,
+          reply['tokens'][name],
+          name,
+          'transformers',
+          folder,
+        )
+  beams = f'greedy and {_NUM_BEAMS} beams' if has_beams else 'greedy'
+  return (
+    f'transformers writes the same tokens to {len(prompts)} prompts as the '
+    f'run does in float32 ({beams}, up to {num_tokens} tokens)'
+  )
+
+
+def _scales_for_itself(folder: pathlib.Path) -> bool:
+  """Whether transformers divides the logits where the model does not.
+
+  That of umT5, since version 5: no greedy token changes, but beams do.
+  """
+  return (
+    json.loads((folder / huggingface.CONFIG).read_text()).get('model_type')
+    == 'umt5'
+  )
+
+
+def _ask_transformers(request: dict[str, Any]) -> dict[str, Any]:
+  """Returns what `hf_answers.py` replies, in a process of its own."""
+  program = pathlib.Path(__file__).with_name(_ANSWERS)
+  with tempfile.TemporaryDirectory() as scratch:
+    done = subprocess.run(
+      [sys.executable, str(program)],
+      input=json.dumps(request),
+      capture_output=True,
+      text=True,
+      cwd=scratch,
+      env={
+        **os.environ,
+        'CUDA_VISIBLE_DEVICES': '',
+        'HF_HUB_OFFLINE': '1',
+        'HF_MODULES_CACHE': scratch,
+        'TRANSFORMERS_VERBOSITY': 'error',
+      },
+    )
+  if done.returncode:
+    raise ValueError(
+      f'transformers cannot run {request["folder"]}; nothing is kept. Its '
+      f'words:\n{done.stderr[-2000:]}'
+    )
+  reply: dict[str, Any] = json.loads(done.stdout)
+  return reply

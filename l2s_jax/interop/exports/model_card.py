@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README.md of an exported folder: what it is, how well, how it is used.
+
+A bundle keeps the results that a run has measured; the card shows them, and
+says so where there are none.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from l2s_jax.evaluation import report, run_records
+from l2s_jax.models import l2s
+from l2s_jax.models import shapes as shapes_lib
+from l2s_jax.systems import system as system_lib
+
+# Of an evaluation: `task` (its name and split), `step` and `scores`.
+Result = dict[str, Any]
+
+_PAPER = 'arXiv:2402.16844'
+
+
+def measured(run_dir: pathlib.Path) -> list[Result]:
+  """Returns what a run has measured with the right prompt.
+
+  Args:
+    run_dir: a run, or the folder of an evaluation; of others there is nothing.
+
+  Raises:
+    ValueError: if a file of results is broken.
+  """
+  if not any((run_dir / 'eval').glob('metrics-*.json')):
+    return []
+  (run,) = run_records.read_all([str(run_dir)])
+  return [
+    {
+      'task': name,
+      'step': found.step,
+      'scores': {
+        score: found.by_control['none'][score]
+        for score in report.score_names(found.by_control['none'])
+      },
+    }
+    for name, found in run.evaluations.items()
+  ]
+
+
+def results(bundle: Any) -> list[Result]:
+  """Returns what the run of a bundle has measured, as the bundle keeps it."""
+  return list(getattr(bundle, 'results', None) or [])
+
+
+def text(
+  system: system_lib.System,
+  found: Sequence[Result],
+  *,
+  examples: Sequence[str],
+  license_name: str | None = None,
+  library: str = 'transformers',
+) -> str:
+  """Returns the card in Markdown.
+
+  Args:
+    system: what was exported.
+    found: of its run.
+    examples: Python programs that use the folder.
+    license_name: None: nobody has said, and the card says that.
+    library: that runs the folder.
+  """
+  is_pair = isinstance(system.module, l2s.LlmToSlm)
+  title = 'LLM-to-SLM' if is_pair else 'A language model'
+  sections = [
+    _front_matter(found, license_name, is_pair, library),
+    f'# {title}, exported by l2s_jax',
+    _description(system),
+    '## How to use it',
+    *(f'```python\n{example}\n```' for example in examples),
+    *([_beams()] if library == 'transformers' else []),
+    '## Results',
+    _results(found),
+    '## Licence',
+    license_name
+    or 'Nobody has said. The weights are under the terms of the models and '
+    'data that they were made from.',
+  ]
+  return '\n\n'.join(sections) + '\n'
+
+
+def _front_matter(
+  found: Sequence[Result], license_name: str | None, is_pair: bool, library: str
+) -> str:
+  """Returns the YAML that model hubs read; JSON is YAML."""
+  content: dict[str, Any] = {'library_name': library}
+  if license_name is not None:
+    content['license'] = license_name
+  content['tags'] = ['l2s_jax', *(['llm-to-slm'] if is_pair else [])]
+  if found:
+    content['model-index'] = [
+      {
+        'name': 'l2s_jax',
+        'results': [
+          {
+            'task': {'type': 'text-generation'},
+            'dataset': {'name': result['task'], 'type': result['task']},
+            'metrics': [
+              {'type': name, 'value': value}
+              for name, value in result['scores'].items()
+            ],
+          }
+          for result in found
+        ],
+      }
+    ]
+  lines = [f'{key}: {json.dumps(value)}' for key, value in content.items()]
+  return '\n'.join(['---', *lines, '---'])
+
+
+def _description(system: system_lib.System) -> str:
+  module = system.module
+  sizes: dict[str, int] = {}
+  for path, shape in shapes_lib.of_module(module).items():
+    sizes[path[0]] = sizes.get(path[0], 0) + shape.size
+  if not isinstance(module, l2s.LlmToSlm):
+    kind = (
+      'encoder-decoder' if module.config.is_encoder_decoder else 'decoder-only'
+    )
+    return f'An {kind} language model'.replace('An d', 'A d') + (
+      f' of {sum(sizes.values()):,} parameters.'
+    )
+  layer: int | str = 'its last layer'
+  if module.llm_layer == l2s.MIX:
+    layer = 'a learned mix of its layers'
+  elif module.llm_layer is not None:
+    layer = f'its layer {module.llm_layer}'
+  between = sum(n for name, n in sizes.items() if name not in ('llm', 'slm'))
+  takes = {
+    'add': 'added to its embeddings of the prompt',
+    'replace': 'in the place of its embeddings of the prompt',
+  }[module.injection]
+  vocabulary = (
+    'the same vocabulary'
+    if module.shared_vocabulary
+    else (
+      'a vocabulary of its own: read answers with the tokenizer in '
+      'answer_tokenizer/'
+    )
+  )
+  return (
+    f'A large model ({sizes["llm"]:,} parameters) reads the prompt once. A '
+    f'projector ({between:,}) takes the states of {layer} to a small model '
+    f'({sizes["slm"]:,}), which has them {takes} and writes the answer in '
+    f'{vocabulary} ({_PAPER}).'
+  )
+
+
+def _beams() -> str:
+  return (
+    'Greedy tokens are those of `l2s_jax` in float32. So are beams with '
+    "`num_beams=N`, where `l2s_jax` has `Decoding.length_penalty_form='power'` "
+    'with the same `length_penalty` and `early_stopping`, as by default. '
+    "`transformers` has no equal of `'gnmt'`."
+  )
+
+
+def _results(found: Sequence[Result]) -> str:
+  if not found:
+    return 'The run has measured nothing that it keeps.'
+  rows = [
+    {'task': result['task'], 'step': result['step'], **_shown(result['scores'])}
+    for result in found
+  ]
+  names = dict.fromkeys(name for row in rows for name in row)
+  return report.markdown_table(rows, {name: name for name in names})
+
+
+def _shown(scores: Mapping[str, Any]) -> dict[str, str]:
+  return {name: f'{value:.4g}' for name, value in scores.items()}
