@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The form `stablehlo`: programs that JAX alone runs, and their weights.
+
+    prefill.bin, decode_step.bin, generate.bin   programs of `jax.export`
+    model.safetensors                            their parameters
+    signature.json                               their inputs and outputs
+    run.py                                       an example
+
+The programs are for CPU, CUDA and TPU, and for any number of prompts and any
+lengths of prompts and answers. No weight is in them.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from l2s_jax.inference import generate as generate_lib
+from l2s_jax.interop.exports import greedy_programs
+from l2s_jax.runtime import files
+from l2s_jax.weights.formats import tensor_files
+
+PLATFORMS = ('cpu', 'cuda', 'tpu')
+SIGNATURE = 'signature.json'
+_RUN = 'run_stablehlo.py'
+# Of the comparison.
+_MAX_PROMPT_LEN, _COMPARED_TOKENS = 256, 32
+
+
+def check(bundle: greedy_programs.SystemWithParams) -> None:
+  """Refuses what these programs cannot say: nothing today."""
+
+
+def write(
+  bundle: greedy_programs.SystemWithParams, folder: pathlib.Path
+) -> None:
+  """Writes programs, parameters, signature and example."""
+  programs = greedy_programs.GreedyPrograms(bundle)
+  shapes = {n: _shape(x) for n, x in programs.params.items()}
+  tensor_files.save_safetensors(
+    folder, shapes, lambda name: [programs.params[name]]
+  )
+  exported = _export(programs, shapes)
+  for name, program in exported.items():
+    with files.whole(folder / f'{name}.bin', 'wb') as file:
+      file.write(program.serialize())
+  files.write_json(folder / SIGNATURE, _signature(bundle, programs, exported))
+  shutil.copyfile(pathlib.Path(__file__).with_name(_RUN), folder / 'run.py')
+
+
+def _export(
+  programs: greedy_programs.GreedyPrograms,
+  params: Mapping[str, jax.ShapeDtypeStruct],
+) -> dict[str, jax.export.Exported]:
+  """Traces the three programs with symbolic lengths."""
+  batch, prompt, answer = jax.export.symbolic_shape(
+    'batch, prompt, answer', constraints=programs.constraints
+  )
+  tokens = _ints(batch, prompt)
+  first, room = _ints(batch), _ints(answer)
+
+  def export(function: Any, *args: Any) -> jax.export.Exported:
+    return jax.export.export(
+      jax.jit(greedy_programs.traced(function)), platforms=PLATFORMS
+    )(*args)
+
+  prefill = export(programs.prefill, params, tokens, tokens, room)
+  cache = jax.tree.unflatten(prefill.out_tree, prefill.out_avals)
+  return {
+    'prefill': prefill,
+    'decode_step': export(
+      programs.decode_step,
+      {name: params[name] for name in programs.writer_names},
+      *_of_a_step(cache),
+    ),
+    'generate': export(programs.generate, params, tokens, tokens, first, room),
+  }
+
+
+def _of_a_step(
+  cache: Mapping[str, Any],
+) -> tuple[jax.ShapeDtypeStruct, dict[str, jax.ShapeDtypeStruct]]:
+  """Returns the shapes of tokens and a cache, with lengths of their own.
+
+  A step knows nothing of prompt and answer: `slots` are those of its cache.
+  """
+  batch, slots, prompt = jax.export.symbolic_shape('batch, slots, prompt')
+  axes = {'valid': (batch, slots), 'slot': (), 'cross_valid': (batch, prompt)}
+  found = {}
+  for name, x in cache.items():
+    shape = axes.get(name)
+    if shape is None:
+      length = prompt if name.startswith('cross_') else slots
+      shape = (batch, x.shape[1], length, x.shape[3])
+    found[name] = jax.ShapeDtypeStruct(shape, x.dtype)
+  return _ints(batch), found
+
+
+def _ints(*shape: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _shape(x: np.ndarray) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _signature(
+  bundle: greedy_programs.SystemWithParams,
+  programs: greedy_programs.GreedyPrograms,
+  exported: Mapping[str, jax.export.Exported],
+) -> dict[str, Any]:
+  """Returns what `signature.json` holds."""
+  prompts = bundle.system.prompt_vocabulary
+  answers = bundle.system.answer_vocabulary
+  arguments = {
+    'prefill': ('params', 'prompt_tokens', 'segment_ids', 'answer'),
+    'decode_step': ('params', 'token', 'cache'),
+    'generate': (
+      'params',
+      'prompt_tokens',
+      'segment_ids',
+      'first_tokens',
+      'answer',
+    ),
+  }
+  return {
+    'programs': {
+      name: {
+        'inputs': dict(zip(arguments[name], _described(program), strict=True)),
+        'outputs': _words(
+          jax.tree.unflatten(program.out_tree, program.out_avals)
+        ),
+      }
+      for name, program in exported.items()
+    },
+    'platforms': list(PLATFORMS),
+    'jax': jax.__version__,
+    'calling_convention_version': (
+      exported['generate'].calling_convention_version
+    ),
+    'lengths': programs.constraints,
+    'prompt': {
+      'pad_id': prompts.pad_id,
+      'before': list(prompts.prefix_ids) if programs.continues else [],
+      'after': [] if programs.continues else [prompts.eos_id],
+    },
+    'answer': {
+      # None: the last token of the prompt, which is then not part of it.
+      'first_token': None if programs.continues else answers.start_id,
+      'eos_ids': list(answers.eos_ids),
+      'pad_id': answers.pad_id,
+    },
+  }
+
+
+def _described(program: jax.export.Exported) -> Sequence[Any]:
+  args, _ = jax.tree.unflatten(program.in_tree, program.in_avals)
+  return [_words(x) for x in args]
+
+
+def _words(tree: Any) -> Any:
+  """Returns a tree with dtype and shape in the place of each array."""
+  return jax.tree.map(
+    lambda x: {'dtype': str(x.dtype), 'shape': [str(n) for n in x.shape]}, tree
+  )
+
+
+def compare(
+  bundle: greedy_programs.SystemWithParams,
+  folder: pathlib.Path,
+  prompts: Sequence[str],
+) -> str:
+  """Answers prompts by `infer`'s code and by the programs in the folder.
+
+  `generate` runs in a fresh process, by `run.py`; `prefill` and `decode_step`
+  run in this one.
+
+  Args:
+    bundle: what the folder was written from.
+    folder: as `write` left it.
+    prompts: at least one.
+
+  Returns:
+    What was found equal.
+
+  Raises:
+    ValueError: if a program does not run, or gives other tokens.
+  """
+  programs = greedy_programs.GreedyPrograms(bundle)
+  most, together = programs.max_lengths
+  rows = programs.prompt_rows(
+    prompts, min(_MAX_PROMPT_LEN, most or _MAX_PROMPT_LEN)
+  )
+  num_tokens = _COMPARED_TOKENS
+  if together is not None:
+    rows = [row[: together // 2] for row in rows]
+    num_tokens = min(num_tokens, together - max(map(len, rows)))
+  inputs = programs.inputs(rows, num_tokens)
+  expected = expected_tokens(bundle, programs, inputs)
+  for name, found in (
+    ('generate.bin', _run(folder, rows, num_tokens)),
+    ('decode_step.bin', _step_by_step(folder, programs, inputs)),
+  ):
+    found = [programs.until_end(row) for row in found]
+    for prompt, ours, theirs in zip(prompts, expected, found, strict=True):
+      if ours != theirs:
+        raise ValueError(
+          f'{folder / name} writes other tokens to {prompt!r}: {theirs}; the '
+          f'run writes {ours}. Nothing is kept; please report this.'
+        )
+  return (
+    f'JAX alone writes the same tokens to {len(prompts)} prompts as the run '
+    f'does, as a whole and step by step (greedy, up to {num_tokens} tokens)'
+  )
+
+
+def expected_tokens(
+  bundle: greedy_programs.SystemWithParams,
+  programs: greedy_programs.GreedyPrograms,
+  inputs: Mapping[str, np.ndarray],
+) -> list[list[int]]:
+  """Returns the run's own answers, EOS included, by the code of `infer`."""
+  generator = generate_lib.generator(
+    bundle.system, len(inputs['answer']), unstack_llm=False
+  )
+  batch = {
+    'encoder_input_tokens': inputs['prompt_tokens'],
+    'encoder_segment_ids': inputs['segment_ids'],
+  }
+  if programs.continues:
+    batch['first_tokens'] = inputs['first_tokens']
+  params = generator.prepare(bundle.params())
+  tokens = np.asarray(generator(params, jax.tree.map(jnp.asarray, batch)))
+  return [programs.until_end(row) for row in tokens.tolist()]
+
+
+def _run(
+  folder: pathlib.Path, rows: Sequence[Sequence[int]], num_tokens: int
+) -> list[list[int]]:
+  """Returns what `run.py` prints, in a fresh process without this package."""
+  done = subprocess.run(
+    [sys.executable, '-P', 'run.py', str(num_tokens)],
+    input=json.dumps(rows),
+    capture_output=True,
+    text=True,
+    cwd=folder,
+    env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'},
+  )
+  if done.returncode:
+    raise ValueError(
+      f'{folder / "run.py"} does not run; nothing is kept. Its words:\n'
+      f'{done.stderr[-2000:]}'
+    )
+  found: list[list[int]] = json.loads(done.stdout)
+  return found
+
+
+def _step_by_step(
+  folder: pathlib.Path,
+  programs: greedy_programs.GreedyPrograms,
+  inputs: Mapping[str, np.ndarray],
+) -> list[list[int]]:
+  """Returns the tokens that prefill and decode step give, without ends."""
+  prefill, step = (
+    jax.jit(
+      jax.export.deserialize(
+        bytearray((folder / f'{name}.bin').read_bytes())
+      ).call
+    )
+    for name in ('prefill', 'decode_step')
+  )
+  tensors = tensor_files.open_folder(folder)
+  params = {name: tensor.read() for name, tensor in tensors.items()}
+  names = ('prompt_tokens', 'segment_ids', 'answer')
+  cache = prefill(params, *(inputs[name] for name in names))
+  writer = {name: params[name] for name in programs.writer_names}
+  token, found = inputs['first_tokens'], []
+  for _ in inputs['answer']:
+    logits, cache = step(writer, token, cache)
+    token = logits.argmax(-1).astype(np.int32)
+    found.append(np.asarray(token))
+  tokens: list[list[int]] = np.stack(found, axis=1).tolist()
+  return tokens
