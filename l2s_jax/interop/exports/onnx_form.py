@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The form `onnx`: two models for ONNX Runtime, and their weights.
+
+    prefill.onnx, decode_step.onnx   without weights
+    model.safetensors                their weights, mapped by both
+    signature.json                   special ids, lengths
+    run.py                           an example
+
+`prefill` has the LLM's encoder, the projector and what the SLM makes of the
+prompt; `decode_step` has the SLM, one token a row. Both compute in float32, for
+any number of prompts and any lengths.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l2s_jax.interop.exports import (
+  comparing,
+  greedy_programs,
+  onnx_lowering,
+  stablehlo_form,
+)
+from l2s_jax.models import cache as cache_lib
+from l2s_jax.models import l2s
+from l2s_jax.runtime import files
+from l2s_jax.systems import system as system_lib
+from l2s_jax.weights.formats import tensor_files
+
+SIGNATURE = 'signature.json'
+_RUN = 'run_onnx.py'
+_PACKAGES = ('jax2onnx', 'onnx', 'onnxruntime')
+# What a step reads and writes: `past.key_00` in, `present.key_00` out.
+_PAST, _PRESENT = 'past.', 'present.'
+# Of the comparison.
+_MAX_PROMPT_LEN, _COMPARED_TOKENS = 256, 32
+
+Shape = jax.ShapeDtypeStruct
+
+
+def check(bundle: greedy_programs.SystemWithParams) -> None:
+  """Refuses to begin without the packages that write and run the models."""
+  del bundle
+  missing = [p for p in _PACKAGES if importlib.util.find_spec(p) is None]
+  if missing:
+    raise ValueError(
+      f'--to=onnx needs {", ".join(missing)}, not installed here. Install '
+      'l2s_jax[onnx], or choose another form.'
+    )
+
+
+def write(
+  bundle: greedy_programs.SystemWithParams, folder: pathlib.Path
+) -> None:
+  """Writes models, parameters, signature and example."""
+  import onnx
+
+  system = _InFloat32(bundle).system
+  programs = _programs(bundle)
+  params = {
+    name: Shape(x.shape, np.dtype(np.float32))
+    for name, x in programs.params.items()
+  }
+  tensor_files.save_safetensors(
+    folder, params, lambda name: [programs.params[name].astype(np.float32)]
+  )
+  is_decoder_only = not l2s.writer(system.module)[0].config.is_encoder_decoder
+  # Apart from the symbols of a step, whose slots are of one kind.
+  batch, prompt, answer = jax.export.symbolic_shape('batch, prompt, answer')
+  inputs = {
+    'prompt_tokens': Shape((batch, prompt), jnp.int32),
+    'segment_ids': Shape((batch, prompt), jnp.int32),
+    'answer': Shape((answer,), jnp.int32),
+  }
+  prefill = functools.partial(_prefill, programs, is_decoder_only)
+  cache = jax.eval_shape(greedy_programs.traced(prefill), params, inputs)
+  for name, function, read, arguments in (
+    ('prefill', prefill, params, inputs),
+    (
+      'decode_step',
+      functools.partial(_decode_step, programs),
+      {name: params[name] for name in programs.writer_names},
+      _of_a_step(cache),
+    ),
+  ):
+    model = onnx_lowering.convert(function, read, arguments, folder)
+    with files.whole(folder / f'{name}.onnx', 'wb') as file:
+      file.write(model.SerializeToString())
+    onnx.checker.check_model(folder / f'{name}.onnx')
+  files.write_json(folder / SIGNATURE, _signature(system, programs))
+  shutil.copyfile(pathlib.Path(__file__).with_name(_RUN), folder / 'run.py')
+
+
+@dataclasses.dataclass(frozen=True)
+class _InFloat32:
+  """A bundle that computes in float32."""
+
+  bundle: greedy_programs.SystemWithParams
+
+  @property
+  def system(self) -> system_lib.System:
+    system = self.bundle.system
+    module = comparing.computed_in_float32(system.module)
+    return dataclasses.replace(system, module=module)
+
+  def params(self) -> Any:
+    return self.bundle.params()
+
+
+def _programs(
+  bundle: greedy_programs.SystemWithParams,
+) -> greedy_programs.GreedyPrograms:
+  # A loop over the LLM's layers would copy each layer's weights.
+  return greedy_programs.GreedyPrograms(_InFloat32(bundle), unstack_llm=True)
+
+
+def _prefill(
+  programs: greedy_programs.GreedyPrograms,
+  is_decoder_only: bool,
+  params: greedy_programs.Flat,
+  inputs: greedy_programs.Flat,
+) -> greedy_programs.Flat:
+  """Returns the cache of a prompt, with room for an answer."""
+  num_slots = inputs['answer'].shape[0]
+  cache = programs.read_prompts(
+    params,
+    inputs['prompt_tokens'],
+    inputs['segment_ids'],
+    0 if is_decoder_only else num_slots,
+  )
+  if is_decoder_only:
+    cache = _append_room(cache, num_slots)
+  return _named(greedy_programs.flatten(cache), _PRESENT)
+
+
+def _append_room(cache: cache_lib.Cache, num_slots: Any) -> cache_lib.Cache:
+  """Does what `cache.grow` does; jax2onnx pads by no symbol."""
+
+  def append(x: jax.Array, axis: int) -> jax.Array:
+    shape = (*x.shape[:axis], num_slots, *x.shape[axis + 1 :])
+    return jnp.concatenate([x, jnp.zeros(shape, x.dtype)], axis)
+
+  return cache.replace(
+    kv=jax.tree.map(lambda x: append(x, 2), cache.kv),
+    valid=append(cache.valid, 1),
+  )
+
+
+def _decode_step(
+  programs: greedy_programs.GreedyPrograms,
+  params: greedy_programs.Flat,
+  inputs: greedy_programs.Flat,
+) -> greedy_programs.Flat:
+  """Returns the logits of the next token, and what of the cache has changed."""
+  cache = {n.removeprefix(_PAST): x for n, x in inputs.items() if n != 'token'}
+  logits, after = programs.decode_step(params, inputs['token'], cache)
+  changed = {n: x for n, x in after.items() if not _is_of_prompt(n)}
+  return {'logits': logits, **_named(changed, _PRESENT)}
+
+
+def _named(cache: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+  """Puts a prefix before the names of what each step changes."""
+  return {
+    name if _is_of_prompt(name) else f'{prefix}{name}': x
+    for name, x in cache.items()
+  }
+
+
+def _is_of_prompt(name: str) -> bool:
+  return name.startswith('cross_')
+
+
+def _of_a_step(cache: Mapping[str, Shape]) -> dict[str, Shape]:
+  """Returns the inputs of a step, with lengths of their own."""
+  batch, slots, prompt = jax.export.symbolic_shape('batch, slots, prompt')
+  found = {'token': Shape((batch,), jnp.int32)}
+  for name, x in cache.items():
+    shape = list(x.shape)
+    if shape:
+      shape[0] = batch
+      shape[1 if len(shape) == 2 else 2] = (
+        prompt if _is_of_prompt(name) else slots
+      )
+    found[name.replace(_PRESENT, _PAST)] = Shape(tuple(shape), x.dtype)
+  return found
+
+
+def _signature(
+  system: system_lib.System, programs: greedy_programs.GreedyPrograms
+) -> dict[str, Any]:
+  """Returns what the models cannot say themselves."""
+  prompts, answers = system.prompt_vocabulary, system.answer_vocabulary
+  return {
+    'lengths': programs.constraints,
+    'prompt': {
+      'pad_id': prompts.pad_id,
+      'before': list(prompts.prefix_ids) if programs.continues else [],
+      'after': [] if programs.continues else [prompts.eos_id],
+    },
+    'answer': {
+      # None: the last token of the prompt, which is then not part of it.
+      'first_token': None if programs.continues else answers.start_id,
+      'eos_ids': list(answers.eos_ids),
+      'pad_id': answers.pad_id,
+    },
+  }
+
+
+def compare(
+  bundle: greedy_programs.SystemWithParams,
+  folder: pathlib.Path,
+  prompts: Sequence[str],
+) -> str:
+  """Answers prompts by `infer`'s code and, in a fresh process, by the folder.
+
+  Args:
+    bundle: what the folder was written from.
+    folder: as `write` left it.
+    prompts: at least one.
+
+  Returns:
+    What was found equal.
+
+  Raises:
+    ValueError: if a model does not run, or gives other tokens.
+  """
+  programs = _programs(bundle)
+  most, together = programs.max_lengths
+  rows = programs.prompt_rows(
+    prompts, min(_MAX_PROMPT_LEN, most or _MAX_PROMPT_LEN)
+  )
+  num_tokens = _COMPARED_TOKENS
+  if together is not None:
+    rows = [row[: together // 2] for row in rows]
+    num_tokens = min(num_tokens, together - max(map(len, rows)))
+  expected = stablehlo_form.expected_tokens(
+    _InFloat32(bundle), programs, programs.inputs(rows, num_tokens)
+  )
+  found = [programs.until_end(x) for x in _run(folder, rows, num_tokens)]
+  for prompt, ours, theirs in zip(prompts, expected, found, strict=True):
+    if ours != theirs:
+      raise ValueError(
+        f'ONNX Runtime writes other tokens from {folder} to {prompt!r}: '
+        f'{theirs}; the run writes {ours}. Nothing is kept; please report this.'
+      )
+  return (
+    f'ONNX Runtime writes the same tokens to {len(prompts)} prompts as the run '
+    f'does (greedy, up to {num_tokens} tokens)'
+  )
+
+
+def _run(
+  folder: pathlib.Path, rows: Sequence[Sequence[int]], num_tokens: int
+) -> list[list[int]]:
+  """Returns what `run.py` prints, in a fresh process without this package."""
+  done = subprocess.run(
+    [sys.executable, '-P', 'run.py', str(num_tokens)],
+    input=json.dumps(rows),
+    capture_output=True,
+    text=True,
+    cwd=folder,
+    env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'},
+  )
+  if done.returncode:
+    raise ValueError(
+      f'{folder / "run.py"} does not run; nothing is kept. Its words:\n'
+      f'{done.stderr[-2000:]}'
+    )
+  found: list[list[int]] = json.loads(done.stdout)
+  return found

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers prompts with this folder, by ONNX Runtime and NumPy alone.
+
+    echo '[[37, 12, 1], [8, 1]]' | python run.py 32
+
+reads the token ids of prompts and prints those of their answers. 32 is the
+number of tokens that an answer may have; signature.json has the special ids.
+"""
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+import onnxruntime
+
+folder = pathlib.Path(__file__).parent
+signature = json.loads((folder / 'signature.json').read_text())
+prefill, decode_step = (
+  onnxruntime.InferenceSession(folder / f'{name}.onnx')
+  for name in ('prefill', 'decode_step')
+)
+
+
+def run(session, arrays):
+  """Returns the results of a model by name; what is new is then past."""
+  inputs = {x.name: arrays[x.name] for x in session.get_inputs()}
+  names = [x.name.replace('present.', 'past.') for x in session.get_outputs()]
+  return dict(zip(names, session.run(None, inputs), strict=True))
+
+
+prompts, first = json.load(sys.stdin), signature['answer']['first_token']
+token = [prompt.pop() if first is None else first for prompt in prompts]
+shape = len(prompts), max(1, *map(len, prompts))
+tokens = np.full(shape, signature['prompt']['pad_id'], np.int32)
+segment_ids = np.zeros(shape, np.int32)
+for row, prompt in enumerate(prompts):
+  tokens[row, : len(prompt)] = prompt
+  segment_ids[row, : len(prompt)] = 1
+answer = np.zeros(int(sys.argv[1]), np.int32)
+arrays = {'prompt_tokens': tokens, 'segment_ids': segment_ids, 'answer': answer}
+arrays = run(prefill, arrays)
+token, done, found = np.asarray(token, np.int32), np.zeros(len(tokens), bool), []
+while len(found) < len(answer) and not done.all():
+  arrays |= run(decode_step, {**arrays, 'token': token})
+  token = arrays['logits'].argmax(-1).astype(np.int32)
+  token = np.where(done, signature['answer']['pad_id'], token).astype(np.int32)
+  done |= np.isin(token, signature['answer']['eos_ids'])
+  found.append(token)
+print(json.dumps(np.stack(found, axis=1).tolist()))
