@@ -77,7 +77,9 @@ def _plain(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
   values |= dict(zip(jaxpr.invars, args, strict=True))
 
   def read(x: Any) -> Any:
-    return x.val if isinstance(x, jax.extend.core.Literal) else values[x]
+    if isinstance(x, jax.extend.core.Literal):
+      return np.asarray(x.val, x.aval.dtype)
+    return values[x]
 
   for equation in jaxpr.eqns:
     name, params = equation.primitive.name, equation.params
@@ -129,15 +131,24 @@ def _update(buffer: Any, x: Any, *starts: Any) -> list[Any]:
   assert x.shape[axis] == 1, 'a step writes one token'
   slots = lax.broadcasted_iota(jnp.int32, buffer.shape, axis)
   new = lax.broadcast_in_dim(x, buffer.shape, tuple(range(x.ndim)))
-  return [
-    lax.select(slots == lax.broadcast(starts[axis], buffer.shape), new, buffer)
-  ]
+  is_new = lax.eq(slots, lax.broadcast(starts[axis], buffer.shape))
+  return _select(is_new, buffer, new)
+
+
+def _select(which: Any, *cases: Any) -> list[Any]:
+  if which.dtype != bool or cases[0].dtype != bool:
+    return [lax.select_n(which, *cases)]
+  # ONNX Runtime has no choice between truths.
+  no, yes = cases
+  no = lax.bitwise_and(lax.bitwise_not(which), no)
+  return [lax.bitwise_or(lax.bitwise_and(which, yes), no)]
 
 
 _RULES: dict[str, Callable[..., list[Any]]] = {
   'split': _split,
   'pad': _pad,
   'dynamic_update_slice': _update,
+  'select_n': _select,
 }
 
 
