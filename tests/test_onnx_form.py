@@ -2,18 +2,22 @@
 """What the form `onnx` writes is run by ONNX Runtime, token for token."""
 
 import dataclasses
-import json
+import importlib.util
 from typing import Any
 
 import helpers
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from l2s_jax.interop.exports import onnx_form
 from l2s_jax.models import l2s
 from l2s_jax.systems import system as system_lib
+from l2s_jax.weights.formats import tensor_files
 
+PACKAGES = ('jax2onnx', 'onnxruntime')
+REASON = 'the form onnx needs packages of its own: see docs/export.md'
 PROMPTS = ['a', 'The cat', 'on']
 
 
@@ -61,8 +65,8 @@ QUICK = ('llm_to_t5_1_0-add-shared', 'llm_to_gpt2-add-foreign')
 )
 def written(request, tmp_path_factory):
   """Returns a bundle and the folder that was written from it."""
-  for package in ('jax2onnx', 'onnxruntime'):
-    pytest.importorskip(package, reason='the form onnx is an extra')
+  for package in PACKAGES:
+    pytest.importorskip(package, reason=REASON)
   module, options = SYSTEMS[request.param]
   bundle = make(module, **options)
   folder = tmp_path_factory.mktemp('onnx')
@@ -77,3 +81,77 @@ def test_onnx_runtime_writes_the_tokens_of_the_run(written):
   assert 'same tokens to 3 prompts' in found
 
 
+def test_both_models_map_the_weights_of_one_file(written):
+  import onnx
+
+  _, folder = written
+  tensors = tensor_files.open_folder(folder)
+  used = set()
+  for name in ('prefill', 'decode_step'):
+    path = folder / f'{name}.onnx'
+    assert path.stat().st_size < 2**20
+    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+      if tensor.external_data:
+        entries = {e.key: e.value for e in tensor.external_data}
+        assert entries['location'] == 'model.safetensors'
+        used.add(tensor.name)
+      else:  # Constants: no weight is among them.
+        assert np.prod(tensor.dims) < 64
+    whole = onnx.load(path)
+    for tensor in whole.graph.initializer:
+      if tensor.name in tensors:
+        np.testing.assert_array_equal(
+          onnx.numpy_helper.to_array(tensor), tensors[tensor.name].read()
+        )
+  assert used == set(tensors)
+
+
+def test_lengths_are_symbols_and_caches_go_from_step_to_step(written):
+  import onnxruntime
+
+  _, folder = written
+  sessions = [
+    onnxruntime.InferenceSession(folder / f'{name}.onnx')
+    for name in ('prefill', 'decode_step')
+  ]
+  prefill, step = (
+    {x.name: x.shape for x in (*s.get_inputs(), *s.get_outputs())}
+    for s in sessions
+  )
+  assert prefill['prompt_tokens'] == ['batch', 'prompt']
+  assert step['logits'][0] == 'batch'
+  given = {x.name for x in sessions[1].get_inputs()} - {'token'}
+  made = {x.name.replace('present', 'past') for x in sessions[0].get_outputs()}
+  assert given <= made
+  for name in given:
+    if name.startswith('past.'):
+      assert step[name] == step[name.replace('past', 'present')]
+
+
+def test_other_tokens_are_refused(written):
+  """The weights of the bundle change behind the folder's back."""
+  bundle, folder = written
+  other = dataclasses.replace(
+    bundle, arrays=jax.tree.map(lambda x: -x, bundle.arrays)
+  )
+  with pytest.raises(ValueError, match='writes other tokens from .*the run'):
+    onnx_form.compare(other, folder, PROMPTS)
+
+
+def test_a_model_in_bfloat16_computes_in_float32(tmp_path):
+  for package in PACKAGES:
+    pytest.importorskip(package, reason=REASON)
+  bundle = make(
+    l2s.build(dataclasses.replace(helpers.SLMS['gpt2'], dtype='bfloat16'))
+  )
+  bundle.arrays = jax.tree.map(
+    lambda x: np.asarray(x, jnp.bfloat16), bundle.arrays
+  )
+  onnx_form.write(bundle, tmp_path)
+  assert 'same tokens' in onnx_form.compare(bundle, tmp_path, PROMPTS)
+
+
+def test_packages_that_are_missing_are_named(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(ValueError, match='jax2onnx, onnx, onnxruntime, not inst'):
+    onnx_form.check(make(helpers.MODULES['gpt2']))

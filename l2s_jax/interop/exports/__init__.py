@@ -8,4 +8,11 @@ they import nothing of this project.
 """
 
 # The modules that other packages may import.
-__all__ = ('export_command', 'gguf_form', 'hf_form', 'stablehlo_form')
+__all__ = (
+  'export_command',
+  'gguf_form',
+  'hf_form',
+  'onnx_form',
+  'savedmodel_form',
+  'stablehlo_form',
+)

@@ -28,7 +28,9 @@ from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import manifest
 
 # Forms beside the bundle, and the modules that write them.
-FORMS: dict[str, str] = {}
+FORMS: dict[str, str] = {
+  'onnx': 'l2s_jax.interop.exports.onnx_form',
+}
 # What models are compared on where there are no predictions of the run.
 PROMPTS = (
   'translate English to German: Two dogs are running through the snow.',
@@ -185,6 +187,7 @@ def _facts(to: str, license: str | None) -> dict[str, Any]:
     '--gin.INFER_OUTPUT_DIR=answers',
     'hf': "transformers.AutoModelForSeq2SeqLM.from_pretrained('THIS_FOLDER', "
     'trust_remote_code=True); AutoModelForCausalLM for a decoder-only model',
+    'onnx': "echo '[[IDS, OF, A, PROMPT]]' | python THIS_FOLDER/run.py 32",
     'gguf': 'llama-cli -m THIS_FOLDER/model.gguf',
   }
   return {'license': license, 'how_to_run': how.get(to, '')}

@@ -7,7 +7,7 @@ constants of a program.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -18,6 +18,7 @@ from flax import traverse_util
 from jaxtyping import Array, Float, Int
 
 from l2s_jax.data import batching
+from l2s_jax.inference import generate as generate_lib
 from l2s_jax.inference import sampling, strategies
 from l2s_jax.models import cache as cache_lib
 from l2s_jax.models import l2s
@@ -200,17 +201,35 @@ class GreedyPrograms:
     )
     return {'tokens': state.tokens, 'scores': state.log_probs.sum(1)}
 
+  @property
+  def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that stand before and behind those of a prompt's text."""
+    vocabulary = self._system.prompt_vocabulary
+    if self.continues:
+      return vocabulary.prefix_ids, ()
+    return (), (vocabulary.eos_id,)
+
   def prompt_rows(
     self, prompts: Sequence[str], max_prompt_len: int
   ) -> list[list[int]]:
     """Returns the ids of prompts, as `infer` reads them."""
     vocabulary = self._system.prompt_vocabulary
-    before: Sequence[int] = ()
-    after: Sequence[int] = (vocabulary.eos_id,)
-    if self.continues:
-      before, after = vocabulary.prefix_ids, ()
+    before, after = self.around
     rows = [[*before, *ids, *after] for ids in vocabulary.encode_batch(prompts)]
     return [row[:max_prompt_len] for row in rows]
+
+  def rows_to_compare(
+    self, prompts: Sequence[str], max_prompt_len: int, max_decode_len: int
+  ) -> tuple[list[list[int]], int]:
+    """Returns prompts, cut, and tokens of an answer that there is room for."""
+    most, together = self.max_lengths
+    rows = self.prompt_rows(
+      prompts, min(max_prompt_len, most or max_prompt_len)
+    )
+    if together is not None:
+      rows = [row[: together // 2] for row in rows]
+      max_decode_len = min(max_decode_len, together - max(map(len, rows)))
+    return rows, max_decode_len
 
   def inputs(
     self, rows: Sequence[Sequence[int]], max_decode_len: int
@@ -238,6 +257,26 @@ class GreedyPrograms:
     ends = self._system.answer_vocabulary.eos_ids
     end = next((i for i, t in enumerate(tokens) if t in ends), len(tokens))
     return list(tokens[: end + 1])
+
+
+def expected_tokens(
+  bundle: SystemWithParams,
+  programs: GreedyPrograms,
+  inputs: Mapping[str, np.ndarray],
+) -> list[list[int]]:
+  """Returns the run's own answers, EOS included, by the code of `infer`."""
+  generator = generate_lib.generator(
+    bundle.system, len(inputs['answer']), unstack_llm=False
+  )
+  batch = {
+    'encoder_input_tokens': inputs['prompt_tokens'],
+    'encoder_segment_ids': inputs['segment_ids'],
+  }
+  if programs.continues:
+    batch['first_tokens'] = inputs['first_tokens']
+  params = generator.prepare(bundle.params())
+  tokens = np.asarray(generator(params, jax.tree.map(jnp.asarray, batch)))
+  return [programs.until_end(row) for row in tokens.tolist()]
 
 
 def flatten(cache: cache_lib.Cache) -> Flat:

@@ -27,12 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2s_jax.interop.exports import (
-  comparing,
-  greedy_programs,
-  onnx_lowering,
-  stablehlo_form,
-)
+from l2s_jax.interop.exports import comparing, greedy_programs, onnx_lowering
 from l2s_jax.models import cache as cache_lib
 from l2s_jax.models import l2s
 from l2s_jax.runtime import files
@@ -56,8 +51,9 @@ def check(bundle: greedy_programs.SystemWithParams) -> None:
   missing = [p for p in _PACKAGES if importlib.util.find_spec(p) is None]
   if missing:
     raise ValueError(
-      f'--to=onnx needs {", ".join(missing)}, not installed here. Install '
-      'l2s_jax[onnx], or choose another form.'
+      f'--to=onnx needs {", ".join(missing)}, not installed here: pip install '
+      'onnx onnx-ir onnxruntime, and pip install --no-deps jax2onnx (it asks '
+      'for an older orbax-checkpoint, of which this form has no need).'
     )
 
 
@@ -105,7 +101,7 @@ def write(
 
 @dataclasses.dataclass(frozen=True)
 class _InFloat32:
-  """A bundle that computes in float32."""
+  """A bundle that computes in float32, with parameters as they are."""
 
   bundle: greedy_programs.SystemWithParams
 
@@ -201,13 +197,14 @@ def _signature(
   system: system_lib.System, programs: greedy_programs.GreedyPrograms
 ) -> dict[str, Any]:
   """Returns what the models cannot say themselves."""
-  prompts, answers = system.prompt_vocabulary, system.answer_vocabulary
+  before, after = programs.around
+  answers = system.answer_vocabulary
   return {
     'lengths': programs.constraints,
     'prompt': {
-      'pad_id': prompts.pad_id,
-      'before': list(prompts.prefix_ids) if programs.continues else [],
-      'after': [] if programs.continues else [prompts.eos_id],
+      'pad_id': system.prompt_vocabulary.pad_id,
+      'before': list(before),
+      'after': list(after),
     },
     'answer': {
       # None: the last token of the prompt, which is then not part of it.
@@ -237,15 +234,10 @@ def compare(
     ValueError: if a model does not run, or gives other tokens.
   """
   programs = _programs(bundle)
-  most, together = programs.max_lengths
-  rows = programs.prompt_rows(
-    prompts, min(_MAX_PROMPT_LEN, most or _MAX_PROMPT_LEN)
+  rows, num_tokens = programs.rows_to_compare(
+    prompts, _MAX_PROMPT_LEN, _COMPARED_TOKENS
   )
-  num_tokens = _COMPARED_TOKENS
-  if together is not None:
-    rows = [row[: together // 2] for row in rows]
-    num_tokens = min(num_tokens, together - max(map(len, rows)))
-  expected = stablehlo_form.expected_tokens(
+  expected = greedy_programs.expected_tokens(
     _InFloat32(bundle), programs, programs.inputs(rows, num_tokens)
   )
   found = [programs.until_end(x) for x in _run(folder, rows, num_tokens)]

@@ -46,10 +46,12 @@ def convert(
     inputs: with symbols among their lengths.
     folder: of the safetensors files with the parameters.
   """
+  # At import, of each example whose own needs are not installed; later, of
+  # each shape that is not known.
+  for name in ('jax2onnx', 'onnx_ir'):
+    logging.getLogger(name).setLevel(logging.ERROR)
   import jax2onnx
 
-  # It tells at import of each example whose own needs are not installed.
-  logging.getLogger('jax2onnx').setLevel(logging.ERROR)
   names, input_names = list(params), list(inputs)
 
   def call(*args: jax.Array) -> dict[str, jax.Array]:

@@ -16,8 +16,10 @@ import onnxruntime
 
 folder = pathlib.Path(__file__).parent
 signature = json.loads((folder / 'signature.json').read_text())
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 3  # Errors alone.
 prefill, decode_step = (
-  onnxruntime.InferenceSession(folder / f'{name}.onnx')
+  onnxruntime.InferenceSession(folder / f'{name}.onnx', options)
   for name in ('prefill', 'decode_step')
 )
 
@@ -40,7 +42,11 @@ for row, prompt in enumerate(prompts):
 answer = np.zeros(int(sys.argv[1]), np.int32)
 arrays = {'prompt_tokens': tokens, 'segment_ids': segment_ids, 'answer': answer}
 arrays = run(prefill, arrays)
-token, done, found = np.asarray(token, np.int32), np.zeros(len(tokens), bool), []
+token, done, found = (
+  np.asarray(token, np.int32),
+  np.zeros(len(tokens), bool),
+  [],
+)
 while len(found) < len(answer) and not done.all():
   arrays |= run(decode_step, {**arrays, 'token': token})
   token = arrays['logits'].argmax(-1).astype(np.int32)

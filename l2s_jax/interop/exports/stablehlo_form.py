@@ -24,7 +24,6 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from l2s_jax.inference import generate as generate_lib
 from l2s_jax.interop.exports import greedy_programs
 from l2s_jax.runtime import files
 from l2s_jax.weights.formats import tensor_files
@@ -121,6 +120,7 @@ def _signature(
   """Returns what `signature.json` holds."""
   prompts = bundle.system.prompt_vocabulary
   answers = bundle.system.answer_vocabulary
+  before, after = programs.around
   arguments = {
     'prefill': ('params', 'prompt_tokens', 'segment_ids', 'answer'),
     'decode_step': ('params', 'token', 'cache'),
@@ -150,8 +150,8 @@ def _signature(
     'lengths': programs.constraints,
     'prompt': {
       'pad_id': prompts.pad_id,
-      'before': list(prompts.prefix_ids) if programs.continues else [],
-      'after': [] if programs.continues else [prompts.eos_id],
+      'before': list(before),
+      'after': list(after),
     },
     'answer': {
       # None: the last token of the prompt, which is then not part of it.
@@ -196,16 +196,11 @@ def compare(
     ValueError: if a program does not run, or gives other tokens.
   """
   programs = greedy_programs.GreedyPrograms(bundle)
-  most, together = programs.max_lengths
-  rows = programs.prompt_rows(
-    prompts, min(_MAX_PROMPT_LEN, most or _MAX_PROMPT_LEN)
+  rows, num_tokens = programs.rows_to_compare(
+    prompts, _MAX_PROMPT_LEN, _COMPARED_TOKENS
   )
-  num_tokens = _COMPARED_TOKENS
-  if together is not None:
-    rows = [row[: together // 2] for row in rows]
-    num_tokens = min(num_tokens, together - max(map(len, rows)))
   inputs = programs.inputs(rows, num_tokens)
-  expected = expected_tokens(bundle, programs, inputs)
+  expected = greedy_programs.expected_tokens(bundle, programs, inputs)
   for name, found in (
     ('generate.bin', _run(folder, rows, num_tokens)),
     ('decode_step.bin', _step_by_step(folder, programs, inputs)),
@@ -221,26 +216,6 @@ def compare(
     f'JAX alone writes the same tokens to {len(prompts)} prompts as the run '
     f'does, as a whole and step by step (greedy, up to {num_tokens} tokens)'
   )
-
-
-def expected_tokens(
-  bundle: greedy_programs.SystemWithParams,
-  programs: greedy_programs.GreedyPrograms,
-  inputs: Mapping[str, np.ndarray],
-) -> list[list[int]]:
-  """Returns the run's own answers, EOS included, by the code of `infer`."""
-  generator = generate_lib.generator(
-    bundle.system, len(inputs['answer']), unstack_llm=False
-  )
-  batch = {
-    'encoder_input_tokens': inputs['prompt_tokens'],
-    'encoder_segment_ids': inputs['segment_ids'],
-  }
-  if programs.continues:
-    batch['first_tokens'] = inputs['first_tokens']
-  params = generator.prepare(bundle.params())
-  tokens = np.asarray(generator(params, jax.tree.map(jnp.asarray, batch)))
-  return [programs.until_end(row) for row in tokens.tolist()]
 
 
 def _run(

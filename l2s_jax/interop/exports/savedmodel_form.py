@@ -1,0 +1,444 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The form `savedmodel`: text in, text out, for TensorFlow Serving.
+
+    1/                        the SavedModel; its number is a version
+    1/assets.extra/           warm-up requests
+    batching_parameters.txt   for --batching_parameters_file
+    signature.json            what goes in and comes out, and the lengths
+
+Tokenization, generation and detokenization are one graph. Where a tokenizer is
+not a SentencePiece model, which alone TensorFlow has operations for, token ids
+go in and come out.
+"""
+
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax import numpy as jnp
+
+from l2s_jax.interop.exports import greedy_programs
+from l2s_jax.runtime import files
+from l2s_jax.systems import system as system_lib
+from l2s_jax.vocabularies import sentencepiece
+
+SIGNATURE = 'signature.json'
+VERSION = '1'
+BATCHING = 'batching_parameters.txt'
+WARMUP = 'assets.extra/tf_serving_warmup_requests'
+MAX_PROMPT_LEN, MAX_DECODE_LEN = 512, 128
+# A program is compiled for each shape: prompts are padded to one of few
+# lengths, and a server fills batches up to one of few sizes.
+_SHORTEST = 16
+BATCH_SIZES = (1, 4, 16)
+_PLATFORMS = ('cpu', 'cuda', 'tpu')
+_ANSWERS = 'savedmodel_answers.py'
+
+
+def check(bundle: greedy_programs.SystemWithParams) -> None:
+  """Refuses where the packages are missing.
+
+  Raises:
+    ValueError: with how to install them.
+  """
+  try:
+    import tensorflow_text
+  except ImportError as error:
+    raise ValueError(
+      '--to=savedmodel needs the packages tensorflow and tensorflow-text, of '
+      'one minor version: pip install tensorflow tensorflow-text. '
+      f'Importing them says: {error}'
+    ) from error
+  assert tensorflow_text
+
+
+def reads_text(system: system_lib.System) -> bool:
+  """Whether TensorFlow has operations for both tokenizers."""
+  return all(
+    isinstance(x, sentencepiece.SentencePieceVocabulary)
+    for x in (system.prompt_vocabulary, system.answer_vocabulary)
+  )
+
+
+def lengths(
+  programs: greedy_programs.GreedyPrograms,
+  max_prompt_len: int,
+  max_decode_len: int,
+) -> tuple[int, int]:
+  """Returns the tokens of prompt and answer that the model has room for."""
+  most, together = programs.max_lengths
+  if most is not None:
+    max_prompt_len = min(max_prompt_len, most)
+  if together is not None:
+    max_decode_len = min(max_decode_len, together // 2)
+    max_prompt_len = min(max_prompt_len, together - max_decode_len)
+  return max_prompt_len, max_decode_len
+
+
+def buckets(max_prompt_len: int) -> list[int]:
+  """Returns the lengths that prompts are padded to."""
+  powers = (_SHORTEST << i for i in itertools.count())
+  shorter = itertools.takewhile(lambda n: n < max_prompt_len, powers)
+  return [*shorter, max_prompt_len]
+
+
+def write(
+  bundle: greedy_programs.SystemWithParams,
+  folder: pathlib.Path,
+  *,
+  max_prompt_len: int = MAX_PROMPT_LEN,
+  max_decode_len: int = MAX_DECODE_LEN,
+) -> None:
+  """Writes the SavedModel and what its server reads.
+
+  Args:
+    bundle: the opened bundle.
+    folder: an empty folder.
+    max_prompt_len: tokens; longer prompts are cut.
+    max_decode_len: tokens of an answer at most.
+  """
+  import tensorflow as tf
+
+  system = bundle.system
+  programs = greedy_programs.GreedyPrograms(bundle)
+  max_prompt_len, max_decode_len = lengths(
+    programs, max_prompt_len, max_decode_len
+  )
+  model = _build(system, programs, max_prompt_len, max_decode_len)
+  signatures = {'token_ids': model.answer_ids}
+  default = 'token_ids'
+  if reads_text(system):
+    default = 'text'
+    signatures['text'] = model.answer_text
+  signatures['serving_default'] = signatures[default]
+  tf.saved_model.save(model, str(folder / VERSION), signatures=signatures)
+  described = _signature(programs, max_prompt_len, max_decode_len)
+  files.write_json(
+    folder / SIGNATURE, {**described, 'serving_default': default}
+  )
+  with files.whole(folder / BATCHING) as file:
+    file.write(_batching())
+  if default == 'text':
+    _write_warmup(folder / VERSION / WARMUP, programs, max_prompt_len)
+
+
+def _build(
+  system: system_lib.System,
+  programs: greedy_programs.GreedyPrograms,
+  max_prompt_len: int,
+  max_decode_len: int,
+) -> Any:
+  """Returns a `tf.Module` with the functions of the signatures."""
+  import tensorflow as tf
+
+  generate = _converted(programs, max_prompt_len, max_decode_len)
+  model = tf.Module()
+  # Variables are files of their own; a graph with constants ends at 2 GB.
+  model.weights = [
+    tf.Variable(x, trainable=False, name=f'w{i}')
+    for i, x in enumerate(programs.params.values())
+  ]
+  names = list(programs.params)
+  limits = tf.constant(buckets(max_prompt_len), tf.int32)
+  pad_id = system.prompt_vocabulary.pad_id
+  start_id = system.answer_vocabulary.start_id
+
+  def answer(rows: Any) -> dict[str, Any]:
+    rows = rows[:, :max_prompt_len]
+    first = tf.fill([rows.nrows(out_type=tf.int32)], start_id)
+    if programs.continues:
+      last = rows[:, -1:].to_tensor(default_value=-1, shape=[None, 1])
+      rows, first = rows[:, :-1], last[:, 0]
+    longest = tf.cast(tf.reduce_max(rows.row_lengths()), tf.int32)
+    length = tf.reduce_min(tf.where(limits >= longest, limits, max_prompt_len))
+    shape = tf.stack([-1, length])
+    tokens = rows.to_tensor(default_value=pad_id, shape=shape)
+    segment_ids = tf.ones_like(rows).to_tensor(shape=shape)
+    params = dict(zip(names, model.weights, strict=True))
+    found = generate(params, tokens, segment_ids, first)
+    return {'token_ids': found['tokens'], 'scores': found['scores']}
+
+  ids = tf.TensorSpec([None, None], tf.int32)
+
+  @tf.function(input_signature=[ids, ids], autograph=False)
+  def answer_ids(prompt_tokens, segment_ids):
+    rows = tf.ragged.boolean_mask(prompt_tokens, segment_ids > 0)
+    return answer(rows)
+
+  model.answer_ids = answer_ids
+  if reads_text(system):
+    texts = tf.TensorSpec([None], tf.string)
+    encode, decode = _tokenizers(model, system, programs)
+
+    @tf.function(input_signature=[texts], autograph=False)
+    def answer_text(text):
+      found = answer(encode(text))
+      return {'text': decode(found['token_ids']), **found}
+
+    model.answer_text = answer_text
+  return model
+
+
+def _converted(
+  programs: greedy_programs.GreedyPrograms,
+  max_prompt_len: int,
+  max_decode_len: int,
+) -> Any:
+  """Returns generation as a function of TensorFlow's."""
+  from jax.experimental import jax2tf
+
+  def generate(
+    params: Any, tokens: Any, segment_ids: Any, first_tokens: Any
+  ) -> Any:
+    room = jnp.zeros((max_decode_len,), jnp.int32)
+    return programs.generate(params, tokens, segment_ids, first_tokens, room)
+
+  return jax2tf.convert(
+    greedy_programs.traced(generate),
+    polymorphic_shapes=[None, 'batch, prompt', 'batch, prompt', 'batch'],
+    polymorphic_constraints=['prompt >= 1', f'prompt <= {max_prompt_len}'],
+    with_gradient=False,
+    native_serialization_platforms=_PLATFORMS,
+  )
+
+
+def _tokenizers(
+  model: Any,
+  system: system_lib.System,
+  programs: greedy_programs.GreedyPrograms,
+) -> tuple[Any, Any]:
+  """Returns functions from text to ragged ids, and from ids to text."""
+  import tensorflow as tf
+  import tensorflow_text
+
+  prompts, answers = system.prompt_vocabulary, system.answer_vocabulary
+  assert isinstance(prompts, sentencepiece.SentencePieceVocabulary)
+  assert isinstance(answers, sentencepiece.SentencePieceVocabulary)
+  # Attributes, since what a function alone holds is not saved.
+  model.reader, model.writer = (
+    tensorflow_text.SentencepieceTokenizer(model=vocabulary.model)
+    for vocabulary in (prompts, answers)
+  )
+  before, after = programs.around
+
+  def encode(text: Any) -> Any:
+    rows = model.reader.tokenize(text)
+    parts = [rows]
+    for ids, is_before in ((before, True), (after, False)):
+      if ids:
+        some = tf.tile(tf.constant([ids], tf.int32), [rows.nrows(), 1])
+        some = tf.RaggedTensor.from_tensor(some)
+        parts = [some, *parts] if is_before else [*parts, some]
+    return tf.concat(parts, axis=1)
+
+  def decode(tokens: Any) -> Any:
+    ends = tf.reduce_any(
+      tokens[..., None] == tf.constant(answers.eos_ids, tf.int32), axis=-1
+    )
+    kept = tf.cumsum(tf.cast(ends, tf.int32), axis=1) == 0
+    is_known = tokens < answers.vocab_size
+    if answers.unk_id is None:
+      kept &= is_known
+    else:
+      tokens = tf.where(is_known, tokens, answers.unk_id)
+    return model.writer.detokenize(tf.ragged.boolean_mask(tokens, kept))
+
+  return encode, decode
+
+
+def _signature(
+  programs: greedy_programs.GreedyPrograms,
+  max_prompt_len: int,
+  max_decode_len: int,
+) -> dict[str, Any]:
+  """Returns what `signature.json` holds."""
+  before, after = programs.around
+  outputs = {
+    'token_ids': ['int32', ['batch', max_decode_len]],
+    'scores': ['float32', ['batch']],
+  }
+  ids = ['int32', ['batch', 'prompt']]
+  return {
+    'signatures': {
+      'text': {
+        'inputs': {'text': ['string', ['batch']]},
+        'outputs': {'text': ['string', ['batch']], **outputs},
+      },
+      'token_ids': {
+        'inputs': {'prompt_tokens': ids, 'segment_ids': ids},
+        'outputs': outputs,
+      },
+    },
+    'max_prompt_len': max_prompt_len,
+    'max_decode_len': max_decode_len,
+    'prompt_ids_before': list(before),
+    'prompt_ids_after': list(after),
+  }
+
+
+def _batching() -> str:
+  """Returns how a server makes batches of requests."""
+  sizes = '\n'.join(f'allowed_batch_sizes: {size}' for size in BATCH_SIZES)
+  return (
+    f'max_batch_size {{ value: {BATCH_SIZES[-1]} }}\n'
+    'batch_timeout_micros { value: 5000 }\n'
+    'max_enqueued_batches { value: 64 }\n'
+    'num_batch_threads { value: 1 }\n'
+    f'{sizes}\n'
+  )
+
+
+def _write_warmup(
+  path: pathlib.Path,
+  programs: greedy_programs.GreedyPrograms,
+  max_prompt_len: int,
+) -> None:
+  """Writes a request for each program that a server compiles."""
+  import tensorflow as tf
+
+  path.parent.mkdir()
+  with tf.io.TFRecordWriter(str(path)) as writer:
+    for length in buckets(max_prompt_len):
+      text = _text_of(programs, length)
+      for size in BATCH_SIZES:
+        tensor = tf.make_tensor_proto([text.encode()] * size)
+        writer.write(_prediction_log(tensor.SerializeToString()))
+
+
+def _text_of(programs: greedy_programs.GreedyPrograms, length: int) -> str:
+  """Returns a text of so many tokens, or a few less."""
+  num_words = length
+  while True:
+    text = ' '.join(['a'] * num_words)
+    (row,) = programs.prompt_rows([text], 2 * length)
+    if len(row) <= length or num_words == 1:
+      return text
+    num_words -= -(-(len(row) - length) // 2)
+
+
+def _prediction_log(tensor: bytes) -> bytes:
+  """Returns a `tensorflow.serving.PredictionLog` of a request by text.
+
+  The package of these messages wants a TensorFlow of its own. Of them these
+  fields are used, by number:
+
+      PredictionLog    6 predict_log
+      PredictLog       1 request
+      PredictRequest   1 model_spec, 2 inputs (of a map: 1 key, 2 value)
+      ModelSpec        3 signature_name
+  """
+  inputs = _field(1, b'text') + _field(2, tensor)
+  spec = _field(3, b'serving_default')
+  request = _field(1, spec) + _field(2, inputs)
+  return _field(6, _field(1, request))
+
+
+def _field(number: int, content: bytes) -> bytes:
+  """Returns a field of a protocol buffer that holds bytes."""
+  size, length = len(content), bytearray()
+  while size > 0x7F:
+    length.append(size & 0x7F | 0x80)
+    size >>= 7
+  length.append(size)
+  return bytes([number << 3 | 2]) + bytes(length) + content
+
+
+def compare(
+  bundle: greedy_programs.SystemWithParams,
+  folder: pathlib.Path,
+  prompts: Sequence[str],
+) -> str:
+  """Answers prompts by `infer`'s code and by TensorFlow in a fresh process.
+
+  Args:
+    bundle: what the folder was written from.
+    folder: as `write` left it.
+    prompts: at least one.
+
+  Returns:
+    What was found equal.
+
+  Raises:
+    ValueError: if the SavedModel does not run, or gives other tokens or texts.
+  """
+  system = bundle.system
+  programs = greedy_programs.GreedyPrograms(bundle)
+  said = json.loads((folder / SIGNATURE).read_text())
+  rows = programs.prompt_rows(prompts, said['max_prompt_len'])
+  batch = programs.inputs(rows, said['max_decode_len'])
+  expected = greedy_programs.expected_tokens(bundle, programs, batch)
+  texts = [system.answer_vocabulary.decode(tokens) for tokens in expected]
+  is_text = said['serving_default'] == 'text'
+  inputs: dict[str, Any] = {'text': list(prompts)}
+  if not is_text:
+    inputs = _padded(rows)
+  reply = ask(folder, 'serving_default', inputs)
+  found = [programs.until_end(row) for row in reply['token_ids']]
+  for prompt, ours, theirs in zip(prompts, expected, found, strict=True):
+    if ours != theirs:
+      raise ValueError(
+        f'TensorFlow writes other tokens from {folder} to {prompt!r}: {theirs};'
+        f' the run writes {ours}. Nothing is kept; please report this.'
+      )
+  if is_text and reply['text'] != texts:
+    row = next(i for i, x in enumerate(reply['text']) if x != texts[i])
+    raise ValueError(
+      f'TensorFlow reads the answer to {prompts[row]!r} from {folder} as '
+      f'{reply["text"][row]!r}; the run reads it as {texts[row]!r}. Nothing is '
+      'kept; please report this with the tokenizer.'
+    )
+  what = 'texts' if is_text else 'token ids'
+  return (
+    f'TensorFlow alone writes the same {what} to {len(prompts)} prompts as the '
+    f'run does (greedy, up to {said["max_decode_len"]} tokens)'
+  )
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+  """Returns the inputs of the signature `token_ids`."""
+  length = max(map(len, rows))
+  return {
+    'prompt_tokens': [[*row, *[0] * (length - len(row))] for row in rows],
+    'segment_ids': [
+      [*[1] * len(row), *[0] * (length - len(row))] for row in rows
+    ],
+  }
+
+
+def ask(
+  folder: pathlib.Path, signature: str, inputs: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns what a signature gives, in a fresh process without JAX.
+
+  Raises:
+    ValueError: if it cannot be run, with TensorFlow's words.
+  """
+  program = pathlib.Path(__file__).with_name(_ANSWERS)
+  request = {
+    'folder': str((folder / VERSION).absolute()),
+    'signature': signature,
+    'inputs': inputs,
+  }
+  with tempfile.TemporaryDirectory() as scratch:
+    reply = pathlib.Path(scratch) / 'reply.json'
+    done = subprocess.run(
+      [sys.executable, '-P', str(program), str(reply)],
+      input=json.dumps(request),
+      capture_output=True,
+      text=True,
+      cwd=scratch,
+      env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''},
+    )
+    if done.returncode:
+      raise ValueError(
+        f'TensorFlow cannot run {folder}; nothing is kept. Its words:\n'
+        f'{done.stderr[-2000:]}'
+      )
+    found: dict[str, Any] = json.loads(reply.read_text(encoding='utf-8'))
+  return found
