@@ -10,6 +10,7 @@ Parameters are no part of the model: they are external data, in safetensors
 files beside it.
 """
 
+import collections
 import logging
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -70,6 +71,7 @@ def convert(
   )
   _name_outputs(model.graph, outputs)
   _make_external(model.graph, set(names), folder)
+  _multiply_matrices(model.graph)
   return model
 
 
@@ -199,3 +201,44 @@ def _make_external(graph: Any, names: set[str], folder: pathlib.Path) -> None:
     graph.initializer.append(tensor)
   del graph.input[:]
   graph.input.extend(kept)
+
+
+def _multiply_matrices(graph: Any) -> None:
+  """Says products with kernels as the quantizer of ONNX Runtime knows them.
+
+  An `Einsum` is not quantized, and is slower; nor is a kernel that is reshaped
+  first.
+  """
+  import onnx
+
+  shapes = {
+    tensor.name: onnx.numpy_helper.to_array(tensor)
+    for tensor in graph.initializer
+    if not tensor.external_data
+  }
+  tensors = {x.name: x for x in graph.initializer if x.external_data}
+  num_uses = collections.Counter(x for node in graph.node for x in node.input)
+  reshaped: dict[str, str] = {}
+  nodes = []
+  for node in graph.node:
+    tensor = tensors.get(node.input[0]) if node.input else None
+    if (
+      node.op_type == 'Reshape'
+      and tensor is not None
+      and num_uses[tensor.name] == 1
+      and node.input[1] in shapes
+      and (shapes[node.input[1]] > 0).all()
+    ):
+      # The same bytes in the file.
+      tensor.dims[:] = shapes[node.input[1]].tolist()
+      reshaped[node.output[0]] = tensor.name
+      continue
+    node.input[:] = [reshaped.get(name, name) for name in node.input]
+    if node.op_type == 'Einsum' and (
+      node.attribute[0].s in (b'abc,cd->abd', b'ab,bc->ac')
+    ):
+      node.op_type = 'MatMul'
+      del node.attribute[:]
+    nodes.append(node)
+  del graph.node[:]
+  graph.node.extend(nodes)
