@@ -19,7 +19,7 @@ from l2s_jax.weights import manifest
 from l2s_jax.weights.formats import tensor_files
 
 PACKAGES = ('jax2onnx', 'onnxruntime')
-REASON = 'the form onnx needs packages of its own: see docs/export.md'
+REASON = 'the form onnx needs packages of its own: see docs/export_onnx.md'
 PROMPTS = ['a', 'The cat', 'on']
 
 

@@ -32,7 +32,7 @@ def run(session, arrays):
 
 
 prompts, first = json.load(sys.stdin), signature['answer']['first_token']
-token = [prompt.pop() if first is None else first for prompt in prompts]
+firsts = [prompt.pop() if first is None else first for prompt in prompts]
 shape = len(prompts), max(1, *map(len, prompts))
 tokens = np.full(shape, signature['prompt']['pad_id'], np.int32)
 segment_ids = np.zeros(shape, np.int32)
@@ -42,15 +42,12 @@ for row, prompt in enumerate(prompts):
 answer = np.zeros(int(sys.argv[1]), np.int32)
 arrays = {'prompt_tokens': tokens, 'segment_ids': segment_ids, 'answer': answer}
 arrays = run(prefill, arrays)
-token, done, found = (
-  np.asarray(token, np.int32),
-  np.zeros(len(tokens), bool),
-  [],
-)
+token, found = np.asarray(firsts, np.int32), []
+done = np.zeros(len(tokens), bool)
 while len(found) < len(answer) and not done.all():
   arrays |= run(decode_step, {**arrays, 'token': token})
   token = arrays['logits'].argmax(-1).astype(np.int32)
-  token = np.where(done, signature['answer']['pad_id'], token).astype(np.int32)
+  token[done] = signature['answer']['pad_id']
   done |= np.isin(token, signature['answer']['eos_ids'])
   found.append(token)
 print(json.dumps(np.stack(found, axis=1).tolist()))
