@@ -42,8 +42,9 @@ for row, prompt in enumerate(prompts):
 answer = np.zeros(int(sys.argv[1]), np.int32)
 arrays = {'prompt_tokens': tokens, 'segment_ids': segment_ids, 'answer': answer}
 arrays = run(prefill, arrays)
-token, found = np.asarray(firsts, np.int32), []
+token = np.asarray(firsts, np.int32)
 done = np.zeros(len(tokens), bool)
+found: list[np.ndarray] = []
 while len(found) < len(answer) and not done.all():
   arrays |= run(decode_step, {**arrays, 'token': token})
   token = arrays['logits'].argmax(-1).astype(np.int32)
