@@ -277,7 +277,13 @@ VERBS: Mapping[str, Verb] = {
     'a run as one folder that stands alone; compared with the run',
     'runs/multi30k exports/multi30k --to=bundle --step=best',
     (
-      Flag('to', str, 'the form of DESTINATION', ('bundle', 'onnx'), True),
+      Flag(
+        'to',
+        str,
+        'the form of DESTINATION',
+        ('bundle', 'gguf', 'hf', 'onnx', 'savedmodel', 'stablehlo'),
+        True,
+      ),
       Flag('SOURCE', str, 'a run, a bundle, or a model as it came'),
       Flag('DESTINATION', str, 'a folder that is not there yet'),
       Flag('step', str, 'of a run: a number, or best; the newest if not given'),

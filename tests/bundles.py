@@ -27,7 +27,7 @@ class Bundle:
   system: system_lib.System
   arrays: dict[str, Any]
   folder: pathlib.Path = pathlib.Path('bundle')
-  results: tuple[dict[str, Any], ...] = ()
+  content: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def towers(self):

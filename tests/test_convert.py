@@ -503,6 +503,40 @@ def test_a_model_that_a_form_cannot_say_is_refused(tmp_path, capsys, flags):
     to_huggingface.save(source_of(odd), tmp_path / 'odd', None)
 
 
+@pytest.mark.parametrize('head_dim', [4, 6])
+def test_the_scale_of_attention_goes_into_query_kernels(
+  head_dim, tmp_path, capsys
+):
+  """Which makes a T5 of ours one of transformers."""
+  helpers.import_reference()
+  config = dataclasses.replace(
+    helpers.T5_1_1,
+    scale_attention=True,
+    head_dim=head_dim,
+    scale_logits=True,  # which means nothing where the head is not tied
+  )
+  source = source_of(config)
+  converted.save(source, tmp_path / 'ours')
+  flags = ('--from=l2s', '--to=hf', tmp_path / 'ours')
+  assert not run(*flags, tmp_path / 'out')
+  assert 'goes into the query kernels' in capsys.readouterr().out
+  assert 'logits are those of' in convert._compare(tmp_path / 'out', source)
+  # Of kernels in bfloat16 a power of two alone leaves the digits as they were.
+  halves = source_of(config, jnp.bfloat16)
+  converted.save(halves, tmp_path / 'halves')
+  for dtype in ('bfloat16', 'float32'):
+    flags = ('--from=l2s', '--to=hf', tmp_path / 'halves')
+    is_refused = dtype == 'bfloat16' and head_dim == 6
+    assert run(*flags, tmp_path / dtype, f'--dtype={dtype}') == (
+      2 if is_refused else 0
+    )
+    if is_refused:
+      assert '--dtype=float32' in capsys.readouterr().err
+      assert nothing_written(tmp_path / dtype)
+    else:
+      convert._compare(tmp_path / dtype, halves)
+
+
 def test_a_dry_run_says_what_would_be_written(t5, tmp_path, capsys):
   folder, source = t5
   run('--from=hf', '--to=l2s', '--dry_run', folder, tmp_path / 'out')

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import pathlib
 from typing import Any
 
 import bundles
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2s_jax.interop.exports import hf_form
+from l2s_jax.interop.exports import export_command, hf_form
 from l2s_jax.models import l2s
+from l2s_jax.systems import as_it_came
 from l2s_jax.vocabularies import export
+from l2s_jax.weights import manifest
 
 PREFIXED = dataclasses.replace(
   helpers.T5GEMMA, emb_dim=24, num_heads=4, num_kv_heads=2
@@ -51,7 +54,7 @@ MODULES |= {
   'llm_to_opt': helpers.llm_to_slm('opt', 'add', 'shared', PREFIXED),
   'llama_to_llama': helpers.llm_to_slm(
     'llama', 'add', 'shared', dataclasses.replace(helpers.LLAMA, emb_dim=24)
-  ),
+  ).clone(llm_prefix_ids=(5, 9)),
   'scaled': helpers.llm_to_slm(
     't5_1_1',
     'add',
@@ -205,14 +208,46 @@ def test_a_scale_that_bfloat16_does_not_hold_is_refused(tmp_path):
 def test_the_card_has_the_results_of_the_run(tmp_path):
   bundle = bundles.make(MODULES['llm_to_gpt2-add-foreign'], tmp_path)
   results = [{'task': 'wmt-test', 'step': 7, 'scores': {'bleu': 31.25}}]
-  bundle = dataclasses.replace(bundle, results=tuple(results))
+  bundle.content['facts'] = {'results': results, 'license': 'mit'}
   card = (write(bundle, tmp_path / 'hf') / 'README.md').read_text()
   row = next(line for line in card.splitlines() if 'wmt-test |' in line)
   assert row.split() == ['|', 'wmt-test', '|', '7', '|', '31.25', '|']
   front = card.split('---\n')[1]
   (index,) = json.loads(front.split('model-index: ')[1].splitlines()[0])
   assert index['results'][0]['metrics'] == [{'type': 'bleu', 'value': 31.25}]
-  # The program on the card runs.
+  assert 'license: "mit"' in front
+  # The program on the card can be read.
   program = card.split('```python\n')[1].split('```')[0]
   compile(program, 'README.md', 'exec')
   assert 'answer_tokenizer' in program
+
+
+@pytest.mark.parametrize(
+  'name', [pytest.param('l2s', marks=pytest.mark.long), 'gpt']
+)
+def test_the_verb_leaves_a_folder_that_was_compared(name, tmp_path, capsys):
+  helpers.import_reference()
+  kept = pathlib.Path(__file__).parent / 'kept_runs' / '1'
+  export_command.export(
+    f'{kept}/{name}',
+    f'{tmp_path}/out',
+    to='hf',
+    llm_path=f'{kept}/llm',
+    license='mit',
+  )
+  assert 'hf: transformers writes the same tokens' in capsys.readouterr().out
+  content = manifest.read(tmp_path / 'out', 'hf')
+  assert {hf_form.MODELING, 'README.md', 'tokenizer.json'} <= set(
+    content['files']
+  )
+  assert content['facts']['license'] == 'mit'
+  # No path of this machine goes along, and none of its code is run by us.
+  for path in (tmp_path / 'out').rglob('*.json'):
+    assert str(kept) not in path.read_text()
+  with pytest.raises(ValueError, match="model_type is 'llm_to_slm'; supported"):
+    as_it_came.load(str(tmp_path / 'out'))
+  with pytest.raises(ValueError, match='The model is LLM-to-SLM'):
+    export_command.export(
+      f'{kept}/{name}', f'{tmp_path}/other', to='gguf', llm_path=f'{kept}/llm'
+    )
+  assert [path.name for path in tmp_path.iterdir()] == ['out']

@@ -73,13 +73,14 @@ def prediction_logs(path):
 
   file = descriptor_pb2.FileDescriptorProto(name='serving.proto')
   optional, text = 1, 9
-  for name, fields in {
+  messages: dict[str, Any] = {
     'Input': [('key', 1, text), ('value', 2, 12)],
     'ModelSpec': [('signature_name', 3, text)],
     'PredictRequest': [('model_spec', 1, 'ModelSpec'), ('inputs', 2, 'Input')],
     'PredictLog': [('request', 1, 'PredictRequest')],
     'PredictionLog': [('predict_log', 6, 'PredictLog')],
-  }.items():
+  }
+  for name, fields in messages.items():
     message = file.message_type.add(name=name)
     for field, number, kind in fields:
       more = (

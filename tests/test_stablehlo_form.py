@@ -38,7 +38,7 @@ def make(module, **options):
 
 # One of each kind: of writer, injection and vocabulary; an LLM's mix of layers.
 NAMES = ('llm_to_t5_1_0-add-shared', 'llm_to_gpt2-add-foreign', 'gemma3')
-SYSTEMS = {name: (helpers.MODULES[name], {}) for name in NAMES}
+SYSTEMS: dict[str, Any] = {name: (helpers.MODULES[name], {}) for name in NAMES}
 SYSTEMS['continuing gpt2'] = (helpers.MODULES['gpt2'], {'continues': True})
 SYSTEMS['mix'] = (
   helpers.llm_to_slm('t5_1_1', 'replace', 'foreign').clone(llm_layer=l2s.MIX),

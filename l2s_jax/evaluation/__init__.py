@@ -15,5 +15,6 @@ __all__ = (
   'metric_writer',
   'report',
   'report_command',
+  'run_records',
   'seqio_evaluator',
 )

@@ -5,4 +5,4 @@
 """
 
 # The modules that other packages may import.
-__all__ = ('convert', 'parity', 'to_huggingface', 'to_t5x')
+__all__ = ('convert', 'parity', 'scale_folding', 'to_huggingface', 'to_t5x')

@@ -299,7 +299,7 @@ def check_destination(folder: pathlib.Path, num_bytes: int) -> None:
     )
 
 
-def _check_form(source: Reading, to: str) -> None:
+def _check_form(source: 'Reading', to: str) -> None:
   """Refuses a model that the form asked for cannot say."""
   if to == 'hf':
     to_huggingface.find_model_type(source)

@@ -218,6 +218,8 @@ class LlmToSlm(nn.Module):
     self, segment_ids: Int[Array, 'batch prompt']
   ) -> Int[Array, 'batch llm_prompt']:
     """Returns the segment ids of the same; the prefix is of the first."""
+    if not self.llm_prefix_ids:
+      return segment_ids
     count = len(self.llm_prefix_ids)
     return jnp.pad(segment_ids, ((0, 0), (count, 0)), constant_values=1)
 

@@ -11,6 +11,7 @@ __all__ = (
   'base',
   'byte',
   'export',
+  'huggingface',
   'loading',
   'sentencepiece',
   'tokenizer_files',

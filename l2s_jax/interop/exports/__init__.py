@@ -3,8 +3,8 @@
 
 `export_command` is the verb. It makes a bundle of the model, or opens one, and
 each form is written from that: a module with `check`, `write` and `compare`.
-The files that a folder carries along, and programs of their own, are here too:
-they import nothing of this project.
+Files that a folder carries along, and programs of their own, import nothing of
+this project.
 """
 
 # The modules that other packages may import.

@@ -26,10 +26,11 @@ _MAX_PROMPT_LEN, _COMPARED_TOKENS = 256, 32
 
 
 @runtime_checkable  # which beartype, in tests, has to ask
-class Bundle(Protocol):
+class Exportable(Protocol):
   """What a form reads of an opened bundle."""
 
   folder: pathlib.Path
+  content: dict[str, Any]
   system: system_lib.System
   towers: Any
 

@@ -20,7 +20,7 @@ import gin
 
 from l2s_jax.inference import answerer
 from l2s_jax.interop import convert
-from l2s_jax.interop.exports import bundling
+from l2s_jax.interop.exports import bundling, model_card
 from l2s_jax.models import l2s
 from l2s_jax.systems import as_it_came, bundle, parameters
 from l2s_jax.systems import session as session_lib
@@ -29,7 +29,11 @@ from l2s_jax.weights import manifest
 
 # Forms beside the bundle, and the modules that write them.
 FORMS: dict[str, str] = {
+  'gguf': 'l2s_jax.interop.exports.gguf_form',
+  'hf': 'l2s_jax.interop.exports.hf_form',
   'onnx': 'l2s_jax.interop.exports.onnx_form',
+  'savedmodel': 'l2s_jax.interop.exports.savedmodel_form',
+  'stablehlo': 'l2s_jax.interop.exports.stablehlo_form',
 }
 # What models are compared on where there are no predictions of the run.
 PROMPTS = (
@@ -104,7 +108,9 @@ def export(
     if not bundle.is_bundle(source):
       path = scratch / manifest.BUNDLE
       path.mkdir(parents=True)
-      bundling.write(parts, path, dtype, **_facts(manifest.BUNDLE, license))
+      facts = _facts(manifest.BUNDLE, license)
+      facts['results'] = model_card.measured(pathlib.Path(source))
+      bundling.write(parts, path, dtype, **facts)
       opened = bundle.open_bundle(path)
       said = _compare(source, step, llm_path, vocabulary, opened, texts, dtype)
       print(f'bundle: {said}')
@@ -187,8 +193,12 @@ def _facts(to: str, license: str | None) -> dict[str, Any]:
     '--gin.INFER_OUTPUT_DIR=answers',
     'hf': "transformers.AutoModelForSeq2SeqLM.from_pretrained('THIS_FOLDER', "
     'trust_remote_code=True); AutoModelForCausalLM for a decoder-only model',
-    'onnx': "echo '[[IDS, OF, A, PROMPT]]' | python THIS_FOLDER/run.py 32",
     'gguf': 'llama-cli -m THIS_FOLDER/model.gguf',
+    'onnx': "echo '[[37, 12, 1]]' | python THIS_FOLDER/run.py 32",
+    'savedmodel': 'tensorflow_model_server --model_base_path=THIS_FOLDER '
+    '--enable_batching '
+    '--batching_parameters_file=THIS_FOLDER/batching_parameters.txt',
+    'stablehlo': "echo '[[37, 12, 1]]' | python THIS_FOLDER/run.py 32",
   }
   return {'license': license, 'how_to_run': how.get(to, '')}
 

@@ -52,7 +52,7 @@ _CONTEXT = 4096  # Where a model does not say what it was trained on.
 _FLOAT32_NAMES = ('position_embd',)  # Beside norms and biases.
 
 
-def check(bundle: comparing.Bundle) -> None:
+def check(bundle: comparing.Exportable) -> None:
   """Refuses what llama.cpp, or this project's reading of its files, lacks.
 
   Raises:
@@ -63,19 +63,18 @@ def check(bundle: comparing.Bundle) -> None:
   module = bundle.system.module
   if isinstance(module, l2s.LlmToSlm):
     raise ValueError(
-      f'{bundle.folder} is LLM-to-SLM, whose SLM reads the prompt as '
-      'embeddings that a projector makes of another model. A GGUF file has '
-      'one model that reads tokens. llama.cpp would need the LLM as a file of '
-      'its own (t5encoder), the projector applied to its embeddings, and the '
-      'SLM given the sum by `llama_batch.embd` before the start token. Export '
-      '--to=hf, or the SLM alone from a run of its own.'
+      'The model is LLM-to-SLM, whose SLM reads the prompt as embeddings that '
+      'a projector makes of another model. A GGUF file has one model that '
+      'reads tokens. llama.cpp would need the LLM as a file of its own '
+      '(t5encoder), the projector applied to its embeddings, and the SLM given '
+      'the sum by `llama_batch.embd` before the start token. Export --to=hf.'
     )
   source = _source(bundle)
   _check_said(source, _architecture(source))
   gguf_vocabulary.metadata(bundle.system, source.config.vocab_size)
 
 
-def _source(bundle: comparing.Bundle) -> source_lib.Source:
+def _source(bundle: comparing.Exportable) -> source_lib.Source:
   (source,) = bundle.towers.values()
   checked: source_lib.Source = source
   return checked
@@ -123,7 +122,7 @@ def _check_said(source: source_lib.Source, arch: str) -> None:
   }
   names = [] if config.logits_via_embedding else ['output.weight']
   again = gguf_file.config_of(metadata, names, config.vocab_size)
-  expected, found = config.to_json(), again.to_json()
+  expected, found = map(huggingface.effective, (config, again))
   unsaid = set(_UNSAID) | ({'max_positions'} - {_positions_key(config)})
   differing = [
     f'  {name}={expected[name]!r} (a file says {found[name]!r})'
@@ -191,7 +190,7 @@ def _metadata(
   return found
 
 
-def write(bundle: comparing.Bundle, folder: pathlib.Path) -> None:
+def write(bundle: comparing.Exportable, folder: pathlib.Path) -> None:
   """Writes the file and a model card."""
   import gguf
 
@@ -227,10 +226,7 @@ def write(bundle: comparing.Bundle, folder: pathlib.Path) -> None:
     writer.write_tensor_data(array)
   writer.close()
   card = model_card.text(
-    system,
-    model_card.results(bundle),
-    examples=[_example(system)],
-    library='llama.cpp',
+    bundle, examples=[_example(system)], library='llama.cpp'
   )
   with files.whole(folder / 'README.md') as file:
     file.write(card)
@@ -344,7 +340,7 @@ def _factors(
 
 
 def compare(
-  bundle: comparing.Bundle, folder: pathlib.Path, prompts: Sequence[str]
+  bundle: comparing.Exportable, folder: pathlib.Path, prompts: Sequence[str]
 ) -> str:
   """Reads the file back and compares tensors, tokenizer and greedy tokens.
 

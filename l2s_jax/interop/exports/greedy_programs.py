@@ -32,7 +32,9 @@ Flat = dict[str, jax.Array]
 class SystemWithParams(Protocol):
   """What a program's form reads of an opened bundle."""
 
-  system: system_lib.System
+  @property
+  def system(self) -> system_lib.System:
+    """The module and its vocabularies."""
 
   def params(self) -> PyTree:
     """Returns all parameters, mapped from the disk, as training has them."""
@@ -83,23 +85,28 @@ class GreedyPrograms:
     if config.positions == 'learned':
       rows = config.max_positions
       found += [f'prompt + answer <= {rows}', f'prompt <= {rows - 1}']
-    if isinstance(self._module, l2s.LlmToSlm):
-      config = self._module.llm_config
-      if config.positions == 'learned':
-        found.append(f'prompt <= {config.max_positions}')
+    if self._llm_rows is not None:
+      found.append(f'prompt <= {self._llm_rows}')
     return found
 
   @property
   def max_lengths(self) -> tuple[int | None, int | None]:
     """Returns the most tokens of a prompt, and of prompt and answer."""
-    configs = [self._writer.config]
-    together = None
-    if configs[0].positions == 'learned':
-      together = configs[0].max_positions
-    if isinstance(self._module, l2s.LlmToSlm):
-      configs.append(self._module.llm_config)
-    rows = [c.max_positions for c in configs if c.positions == 'learned']
+    config, together = self._writer.config, None
+    if config.positions == 'learned':
+      together = config.max_positions
+    rows = [n for n in (together, self._llm_rows) if n is not None]
     return min(rows, default=None), together
+
+  @property
+  def _llm_rows(self) -> int | None:
+    """The most tokens of a prompt that the LLM has positions for."""
+    module = self._module
+    if not isinstance(module, l2s.LlmToSlm):
+      return None
+    if module.llm_config.positions != 'learned':
+      return None
+    return module.llm_config.max_positions - len(module.llm_prefix_ids)
 
   def prefill(
     self,
@@ -199,7 +206,9 @@ class GreedyPrograms:
       step,
       self._strategy.begin(cache, prompts, num_steps),
     )
-    return {'tokens': state.tokens, 'scores': state.log_probs.sum(1)}
+    scores = self._strategy.answers(state).scores
+    assert scores is not None
+    return {'tokens': state.tokens, 'scores': scores[:, 0]}
 
   @property
   def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -83,7 +83,7 @@ class _Tower:
     return None if self._factor != 1 else self._source.digest(path)
 
 
-def check(bundle: comparing.Bundle) -> None:
+def check(bundle: comparing.Exportable) -> None:
   """Refuses what transformers has no classes for.
 
   Raises:
@@ -98,7 +98,7 @@ def check(bundle: comparing.Bundle) -> None:
     to_huggingface.find_model_type(tower)
 
 
-def _towers(bundle: comparing.Bundle) -> dict[str, _Tower]:
+def _towers(bundle: comparing.Exportable) -> dict[str, _Tower]:
   """Returns 'llm' and 'slm', or 'model'."""
   module = bundle.system.module
   towers = {}
@@ -129,21 +129,19 @@ def _up_to(
   return config
 
 
-def write(bundle: comparing.Bundle, folder: pathlib.Path) -> None:
+def write(bundle: comparing.Exportable, folder: pathlib.Path) -> None:
   """Writes the folder: weights, configs, tokenizers, code and model card."""
   system = bundle.system
   if isinstance(system.module, l2s.LlmToSlm):
     _write_pair(bundle, system.module, folder)
   else:
     _write_model(bundle, folder)
-  card = model_card.text(
-    system, model_card.results(bundle), examples=[_example(system)]
-  )
+  card = model_card.text(bundle, examples=[_example(system)])
   with files.whole(folder / 'README.md') as file:
     file.write(card)
 
 
-def _write_model(bundle: comparing.Bundle, folder: pathlib.Path) -> None:
+def _write_model(bundle: comparing.Exportable, folder: pathlib.Path) -> None:
   """Writes a language model alone."""
   (tower,) = _towers(bundle).values()
   system = bundle.system
@@ -155,7 +153,7 @@ def _write_model(bundle: comparing.Bundle, folder: pathlib.Path) -> None:
 
 
 def _write_pair(
-  bundle: comparing.Bundle, module: l2s.LlmToSlm, folder: pathlib.Path
+  bundle: comparing.Exportable, module: l2s.LlmToSlm, folder: pathlib.Path
 ) -> None:
   """Writes LLM, projector and SLM as one model."""
   towers = _towers(bundle)
@@ -181,7 +179,7 @@ def _write_pair(
 
   tensor_files.save_safetensors(folder, shapes, pieces)
   shutil.copyfile(pathlib.Path(__file__).with_name(MODELING), folder / MODELING)
-  prompts, answers = system.prompt_vocabulary, system.answer_vocabulary
+  answers = system.answer_vocabulary
   _save_prompt_tokenizer(system, folder, towers['llm'].config)
   if not module.shared_vocabulary:
     export.save(
@@ -190,35 +188,39 @@ def _write_pair(
       after=[answers.eos_id],
       sentinels_below=_sentinels_below(towers['slm'].config),
     )
+  files.write_json(folder / huggingface.CONFIG, _pair_json(system, towers))
+  files.write_json(folder / 'generation_config.json', _generation(answers))
+
+
+def _pair_json(
+  system: system_lib.System, towers: dict[str, _Tower]
+) -> dict[str, Any]:
+  """Returns the config.json of LLM-to-SLM."""
+  module = system.module
+  assert isinstance(module, l2s.LlmToSlm)
+  prompts, answers = system.prompt_vocabulary, system.answer_vocabulary
   slm = to_huggingface.describe(towers['slm'], answers)
-  generation = _generation(answers)
-  files.write_json(
-    folder / huggingface.CONFIG,
-    {
-      'model_type': 'llm_to_slm',
-      'architectures': [_CLASS],
-      'auto_map': {
-        'AutoConfig': f'{MODELING[:-3]}.LlmToSlmConfig',
-        'AutoModelForSeq2SeqLM': f'{MODELING[:-3]}.{_CLASS}',
-      },
-      'llm': to_huggingface.describe(towers['llm'], prompts, is_reader=True),
-      'slm': slm,
-      'slm_is_tied': towers['slm'].config.logits_via_embedding,
-      'injection': module.injection,
-      'shared_vocabulary': module.shared_vocabulary,
-      # Of the layers behind the one that is read few are there.
-      'llm_layer': None
-      if module.llm_layer == l2s.num_reading_layers(towers['llm'].config)
-      else module.llm_layer,
-      'is_encoder_decoder': True,
-      'torch_dtype': slm['torch_dtype'],
-      **{
-        key: generation[key]
-        for key in ('pad_token_id', 'eos_token_id', 'decoder_start_token_id')
-      },
+  ids = _generation(answers)
+  is_last = module.llm_layer == l2s.num_reading_layers(towers['llm'].config)
+  return {
+    'model_type': 'llm_to_slm',
+    'architectures': [_CLASS],
+    'auto_map': {
+      'AutoConfig': f'{MODELING[:-3]}.LlmToSlmConfig',
+      'AutoModelForSeq2SeqLM': f'{MODELING[:-3]}.{_CLASS}',
     },
-  )
-  files.write_json(folder / 'generation_config.json', generation)
+    'llm': to_huggingface.describe(towers['llm'], prompts, is_reader=True),
+    'slm': slm,
+    'slm_is_tied': towers['slm'].config.logits_via_embedding,
+    'injection': module.injection,
+    'shared_vocabulary': module.shared_vocabulary,
+    # Of the layers behind the one that is read few are there.
+    'llm_layer': None if is_last else module.llm_layer,
+    'llm_prefix_ids': list(module.llm_prefix_ids),
+    'is_encoder_decoder': True,
+    'torch_dtype': slm['torch_dtype'],
+    **{key: ids[key] for key in ids if key.endswith('token_id')},
+  }
 
 
 def _generation(vocabulary: base.Vocabulary) -> dict[str, Any]:
@@ -301,7 +303,7 @@ def _example(system: system_lib.System) -> str:
 
 
 def compare(
-  bundle: comparing.Bundle,
+  bundle: comparing.Exportable,
   folder: pathlib.Path,
   prompts: Sequence[str],
   ask: Callable[[dict[str, Any]], dict[str, Any]] | None = None,

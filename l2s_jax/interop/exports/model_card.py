@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from l2s_jax.evaluation import report, run_records
+from l2s_jax.interop.exports import comparing
 from l2s_jax.models import l2s
 from l2s_jax.models import shapes as shapes_lib
 from l2s_jax.systems import system as system_lib
@@ -46,28 +47,23 @@ def measured(run_dir: pathlib.Path) -> list[Result]:
   ]
 
 
-def results(bundle: Any) -> list[Result]:
-  """Returns what the run of a bundle has measured, as the bundle keeps it."""
-  return list(getattr(bundle, 'results', None) or [])
-
-
 def text(
-  system: system_lib.System,
-  found: Sequence[Result],
+  bundle: comparing.Exportable,
   *,
   examples: Sequence[str],
-  license_name: str | None = None,
   library: str = 'transformers',
 ) -> str:
   """Returns the card in Markdown.
 
   Args:
-    system: what was exported.
-    found: of its run.
+    bundle: what was exported, whose manifest may have results and a license.
     examples: Python programs that use the folder.
-    license_name: None: nobody has said, and the card says that.
     library: that runs the folder.
   """
+  system = bundle.system
+  facts = bundle.content.get('facts', {})
+  found: list[Result] = facts.get('results') or []
+  license_name: str | None = facts.get('license')
   is_pair = isinstance(system.module, l2s.LlmToSlm)
   title = 'LLM-to-SLM' if is_pair else 'A language model'
   sections = [
@@ -81,8 +77,8 @@ def text(
     _results(found),
     '## Licence',
     license_name
-    or 'Nobody has said. The weights are under the terms of the models and '
-    'data that they were made from.',
+    or 'manifest.json has it, if anybody has said. The weights are under the '
+    'terms of the models and data that they were made from.',
   ]
   return '\n\n'.join(sections) + '\n'
 
@@ -171,7 +167,7 @@ def _results(found: Sequence[Result]) -> str:
     for result in found
   ]
   names = dict.fromkeys(name for row in rows for name in row)
-  return report.markdown_table(rows, {name: name for name in names})
+  return report.markdown_table(rows, {name: name for name in names}).rstrip()
 
 
 def _shown(scores: Mapping[str, Any]) -> dict[str, str]:

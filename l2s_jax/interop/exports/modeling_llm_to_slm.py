@@ -40,6 +40,8 @@ class LlmToSlmConfig(transformers.PretrainedConfig):
       takes the LLM's embeddings through `prompt_embedder`.
     llm_layer: None for the LLM's last states, a number for those after so many
       layers, 'mix' for a mix of all layers.
+    llm_prefix_ids: that the LLM reads in front of each prompt; their own states
+      are left out.
   """
 
   model_type = 'llm_to_slm'
@@ -56,6 +58,7 @@ class LlmToSlmConfig(transformers.PretrainedConfig):
     injection='add',
     shared_vocabulary=True,
     llm_layer=None,
+    llm_prefix_ids=(),
     **kwargs,
   ):
     kwargs.setdefault('is_encoder_decoder', True)
@@ -67,6 +70,7 @@ class LlmToSlmConfig(transformers.PretrainedConfig):
     self.injection = injection
     self.shared_vocabulary = shared_vocabulary
     self.llm_layer = llm_layer
+    self.llm_prefix_ids = list(llm_prefix_ids)
     decoder = self.slm.get_text_config(decoder=True)
     self.vocab_size = decoder.vocab_size
     self.hidden_size = decoder.hidden_size
@@ -124,7 +128,7 @@ def _positions(mask):
   return (mask.cumsum(1) - 1).clamp(min=0)
 
 
-class LayerMix(torch.nn.Module):
+class _LayerMix(torch.nn.Module):
   """A mix of layers' states: softmax weights, one a layer, and a scale."""
 
   def __init__(self, num_layers):
@@ -179,7 +183,7 @@ class LlmToSlmForConditionalGeneration(
     if config.llm_layer == _MIX:
       llm = config.llm.get_text_config(encoder=True)
       llm = getattr(llm, 'encoder', llm)
-      self.layer_mix = LayerMix(llm.num_hidden_layers + 1)
+      self.layer_mix = _LayerMix(llm.num_hidden_layers + 1)
     for model in (self.llm, self.slm):
       if model.config.model_type == 't5gemma':
         _narrow_window(model.get_encoder())
@@ -242,9 +246,19 @@ class LlmToSlmForConditionalGeneration(
 
   def _read(self, input_ids, mask):
     """Returns the LLM's states of prompts."""
+    prefix = input_ids.new_tensor(self.config.llm_prefix_ids)
+    prefix = prefix.expand(input_ids.shape[0], -1)
+    input_ids = torch.cat([prefix, input_ids], dim=1)
+    mask = torch.cat([torch.ones_like(prefix).to(mask), mask], dim=1)
+    order = mask.argsort(dim=1, stable=True)  # Again padding goes to the left.
+    input_ids, mask = (x.gather(1, order) for x in (input_ids, mask))
     inputs = {'input_ids': input_ids, 'attention_mask': mask}
     if not _is_encoder(self.config.llm):
       inputs |= {'position_ids': _positions(mask), 'use_cache': False}
+    return self._states(inputs)[:, prefix.shape[1] :]
+
+  def _states(self, inputs):
+    """Returns the states after the layer that is read, or their mix."""
     layer = self.config.llm_layer
     if layer is None:
       return self.llm(**inputs).last_hidden_state

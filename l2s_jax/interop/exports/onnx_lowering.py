@@ -46,6 +46,9 @@ def convert(
     params: found in the folder.
     inputs: with symbols among their lengths.
     folder: of the safetensors files with the parameters.
+
+  Raises:
+    ValueError: if jax2onnx lacks what the function needs.
   """
   # At import, of each example whose own needs are not installed; later, of
   # each shape that is not known.
@@ -64,11 +67,21 @@ def convert(
   specs = [*params.values(), *inputs.values()]
   traced = greedy_programs.traced(call)
   closed, outputs = jax.make_jaxpr(traced, return_shape=True)(*specs)
-  model = jax2onnx.to_onnx(
-    lambda *args: tuple(_plain(closed.jaxpr, closed.consts, args)),
-    specs,
-    input_names=[*names, *input_names],
-  )
+  try:
+    model = jax2onnx.to_onnx(
+      lambda *args: tuple(_plain(closed.jaxpr, closed.consts, args)),
+      specs,
+      input_names=[*names, *input_names],
+    )
+  except (
+    NotImplementedError,
+    jax.errors.InconclusiveDimensionOperation,
+  ) as error:
+    said = (str(error).splitlines() or [''])[0]
+    raise ValueError(
+      f'--to=onnx: jax2onnx cannot convert this model: {said}. Take '
+      '--to=stablehlo, which has every model.'
+    ) from error
   _name_outputs(model.graph, outputs)
   _make_external(model.graph, set(names), folder)
   _multiply_matrices(model.graph)

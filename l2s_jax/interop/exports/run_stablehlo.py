@@ -17,7 +17,8 @@ import numpy as np
 
 folder = pathlib.Path(__file__).parent
 signature = json.loads((folder / 'signature.json').read_text())
-generate = jax.export.deserialize((folder / 'generate.bin').read_bytes())
+program = bytearray((folder / 'generate.bin').read_bytes())
+generate = jax.export.deserialize(program)
 described = signature['programs']['generate']['inputs']['params']
 params = {}
 for path in folder.glob('*.safetensors'):
@@ -37,6 +38,7 @@ for row, prompt in enumerate(prompts):
   tokens[row, : len(prompt)] = prompt
   segment_ids[row, : len(prompt)] = 1
 answer = np.zeros(int(sys.argv[1]), np.int32)
-firsts = np.asarray(firsts, np.int32)
-found = generate.call(params, tokens, segment_ids, firsts, answer)
+found = generate.call(
+  params, tokens, segment_ids, np.asarray(firsts, np.int32), answer
+)
 print(json.dumps(found['tokens'].tolist()))

@@ -15,7 +15,8 @@ import sys
 
 def answer(request):
   """Returns the reply to a request."""
-  sys.modules['jax'] = sys.modules['l2s_jax'] = None  # Not to be imported.
+  # None: not to be imported.
+  sys.modules.update({'jax': None, 'l2s_jax': None})  # type: ignore[dict-item]
   import tensorflow as tf
   import tensorflow_text
 

@@ -2,4 +2,4 @@
 """How files of others keep tensors: safetensors, T5X, GGUF."""
 
 # The modules that other packages may import.
-__all__ = ('gguf_file', 'huggingface', 't5x', 'tensor_files')
+__all__ = ('gguf_file', 'gguf_tokenizer', 'huggingface', 't5x', 'tensor_files')

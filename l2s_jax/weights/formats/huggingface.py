@@ -6,6 +6,7 @@ Reading goes through a family's table of names (`weights/families/t5_names.py`,
 but in `vocabularies/loading.py`, the files themselves in `tensor_files.py`.
 """
 
+import dataclasses
 import functools
 import pathlib
 import re
@@ -73,9 +74,23 @@ def model_types(config: config_lib.TransformerConfig) -> list[str]:
       again = FAMILIES[model_type].parse(theirs, is_tied)
     except ValueError:
       return False
-    return config.to_json() | unasked == again.to_json() | unasked
+    return effective(config) | unasked == effective(again) | unasked
 
   return [name for name in FAMILIES if fits(name)]
+
+
+def effective(config: config_lib.TransformerConfig) -> dict[str, Any]:
+  """Returns a config as JSON has it, fields that mean nothing as default."""
+  fields = config.to_json()
+  idle = {
+    'scale_logits': not config.logits_via_embedding,
+    'scale_untied_logits': config.logits_via_embedding,
+    'query_pre_attn_scalar': not config.scale_attention,
+    'rope_scaling_type': not config.rope_scaling,
+    'rope_base': config.positions != 'rotary',
+  }
+  defaults = {field.name: field.default for field in dataclasses.fields(config)}
+  return fields | {name: defaults[name] for name in idle if idle[name]}
 
 
 class HuggingFaceWeights:
