@@ -55,6 +55,10 @@ SYSTEMS['mix'] = (
   helpers.llm_to_slm('t5_1_1', 'replace', 'foreign').clone(llm_layer=l2s.MIX),
   {},
 )
+SYSTEMS['prefix'] = (
+  helpers.MODULES['llm_to_t5_1_0-add-shared'].clone(llm_prefix_ids=(5, 9)),
+  {},
+)
 QUICK = ('llm_to_t5_1_0-add-shared', 'llm_to_gpt2-add-foreign')
 
 
