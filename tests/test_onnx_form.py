@@ -56,7 +56,9 @@ SYSTEMS['mix'] = (
   {},
 )
 SYSTEMS['prefix'] = (
-  helpers.MODULES['llm_to_t5_1_0-add-shared'].clone(llm_prefix_ids=(5, 9)),
+  helpers.llm_to_slm(
+    'llama', 'add', 'shared', dataclasses.replace(helpers.LLAMA, emb_dim=24)
+  ).clone(llm_prefix_ids=(5, 9)),
   {},
 )
 QUICK = ('llm_to_t5_1_0-add-shared', 'llm_to_gpt2-add-foreign')
