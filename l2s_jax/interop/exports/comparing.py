@@ -85,7 +85,7 @@ def answers(
 ) -> np.ndarray:
   """Returns our tokens, [prompt, token]."""
   system = dataclasses.replace(
-    system, module=_computed_in_float32(system.module)
+    system, module=computed_in_float32(system.module)
   )
   generator = generate.generator(
     system, num_tokens, decoding=sampling.Decoding(num_beams=num_beams)
@@ -118,7 +118,8 @@ def in_float32(params: PyTree) -> PyTree:
   return jax.tree.map(lambda x: np.asarray(x).astype(np.float32), params)
 
 
-def _computed_in_float32(module: Any) -> Any:
+def computed_in_float32(module: Any) -> Any:
+  """Returns a module whose activations are float32."""
   names = (
     ('llm_config', 'slm_config')
     if isinstance(module, l2s.LlmToSlm)

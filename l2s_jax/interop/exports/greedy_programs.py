@@ -51,10 +51,10 @@ class GreedyPrograms:
       of the prompt is then a first token, and not part of the prompt.
   """
 
-  def __init__(self, bundle: SystemWithParams):
+  def __init__(self, bundle: SystemWithParams, *, unstack_llm: bool = False):
+    """Lays the parameters out; the LLM's layers, which read once, if asked."""
     system = bundle.system
-    # The LLM reads once: its layers stay stacked, which copies nothing.
-    self._module = l2s.for_generation(system.module, unstack_llm=False)
+    self._module = l2s.for_generation(system.module, unstack_llm=unstack_llm)
     params = l2s.params_for_generation(self._module, bundle.params())
     self.params: dict[str, np.ndarray] = {
       name: np.asarray(x)
@@ -125,16 +125,17 @@ class GreedyPrograms:
         values are not read.
     """
     return flatten(
-      self._prefill(params, prompt_tokens, segment_ids, answer.shape[0])
+      self.read_prompts(params, prompt_tokens, segment_ids, answer.shape[0])
     )
 
-  def _prefill(
+  def read_prompts(
     self, params: Flat, tokens: Array, segment_ids: Array, num_slots: Any
   ) -> cache_lib.Cache:
     batch = {
       'encoder_input_tokens': tokens,
       'encoder_segment_ids': segment_ids,
     }
+    """Returns the cache behind prompts, with so many slots for answers."""
     cache: cache_lib.Cache = self._module.apply(
       {'params': traverse_util.unflatten_dict(params, sep='/')},
       batch,
@@ -188,7 +189,7 @@ class GreedyPrograms:
       sums of the tokens' log-probabilities.
     """
     num_steps = answer.shape[0]
-    cache = self._prefill(params, prompt_tokens, segment_ids, num_steps)
+    cache = self.read_prompts(params, prompt_tokens, segment_ids, num_steps)
     has_prompt = (segment_ids > 0).any(1)
     if self.continues:
       has_prompt = first_tokens >= 0

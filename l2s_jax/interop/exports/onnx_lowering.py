@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A function of arrays as an ONNX model, by jax2onnx.
+
+jax2onnx 0.17 takes lengths that are symbols where a primitive has no need of
+them. Here a traced function is first written in such primitives: calls and
+custom derivatives are taken apart, and a split, a pad and the update of one
+slot become slices, concatenations and a choice.
+
+Parameters are no part of the model: they are external data, in safetensors
+files beside it.
+"""
+
+import collections
+import logging
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from l2s_jax.interop.exports import greedy_programs
+from l2s_jax.weights.formats import tensor_files
+
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+
+# Primitives whose results are their operands, where nothing is derived.
+_TRANSPARENT = ('name', 'stop_gradient', 'sharding_constraint')
+_CALLS = ('jit', 'pjit', 'closed_call', 'custom_jvp_call', 'custom_vjp_call')
+
+
+def convert(
+  function: Callable[..., dict[str, jax.Array]],
+  params: Shapes,
+  inputs: Shapes,
+  folder: pathlib.Path,
+) -> Any:
+  """Returns the `onnx.ModelProto` of a function.
+
+  Args:
+    function: of the dicts `params` and `inputs`; its results have names that
+      no input has.
+    params: found in the folder.
+    inputs: with symbols among their lengths.
+    folder: of the safetensors files with the parameters.
+
+  Raises:
+    ValueError: if jax2onnx lacks what the function needs.
+  """
+  # At import, of each example whose own needs are not installed; later, of
+  # each shape that is not known.
+  for name in ('jax2onnx', 'onnx_ir'):
+    logging.getLogger(name).setLevel(logging.ERROR)
+  import jax2onnx
+
+  names, input_names = list(params), list(inputs)
+
+  def call(*args: jax.Array) -> dict[str, jax.Array]:
+    return function(
+      dict(zip(names, args, strict=False)),
+      dict(zip(input_names, args[len(names) :], strict=True)),
+    )
+
+  specs = [*params.values(), *inputs.values()]
+  traced = greedy_programs.traced(call)
+  closed, outputs = jax.make_jaxpr(traced, return_shape=True)(*specs)
+  try:
+    model = jax2onnx.to_onnx(
+      lambda *args: tuple(_plain(closed.jaxpr, closed.consts, args)),
+      specs,
+      input_names=[*names, *input_names],
+    )
+  except (
+    NotImplementedError,
+    jax.errors.InconclusiveDimensionOperation,
+  ) as error:
+    said = (str(error).splitlines() or [''])[0]
+    raise ValueError(
+      f'--to=onnx: jax2onnx cannot convert this model: {said}. Take '
+      '--to=stablehlo, which has every model.'
+    ) from error
+  _name_outputs(model.graph, outputs)
+  _make_external(model.graph, set(names), folder)
+  _multiply_matrices(model.graph)
+  return model
+
+
+def _plain(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+  """Evaluates a jaxpr with primitives that jax2onnx takes with symbols."""
+  values = dict(zip(jaxpr.constvars, consts, strict=True))
+  values |= dict(zip(jaxpr.invars, args, strict=True))
+
+  def read(x: Any) -> Any:
+    if isinstance(x, jax.extend.core.Literal):
+      return np.asarray(x.val, x.aval.dtype)
+    return values[x]
+
+  for equation in jaxpr.eqns:
+    name, params = equation.primitive.name, equation.params
+    operands = [read(x) for x in equation.invars]
+    if name in _CALLS:
+      inner = params.get('jaxpr') or params['call_jaxpr']
+      results = _plain(inner.jaxpr, inner.consts, operands)
+    elif name in _TRANSPARENT:
+      results = operands
+    elif name in _RULES:
+      results = _RULES[name](*operands, **params)
+    else:
+      results = equation.primitive.bind(*operands, **params)
+      if not equation.primitive.multiple_results:
+        results = [results]
+    values |= dict(zip(equation.outvars, results, strict=True))
+  return [read(x) for x in jaxpr.outvars]
+
+
+def _split(x: Any, *, sizes: Sequence[Any], axis: int) -> list[Any]:
+  found, start = [], 0
+  for size in sizes:
+    found.append(lax.slice_in_dim(x, start, start + size, axis=axis))
+    start = start + size
+  return found
+
+
+def _pad(x: Any, value: Any, *, padding_config: Any) -> list[Any]:
+  for axis, (low, high, interior) in enumerate(padding_config):
+    assert interior == 0, 'no model pads between its elements'
+
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    end = x.shape[axis] + min(high, 0)
+    parts = [
+      lax.broadcast(value, (*before, max(low, 0), *after)),
+      lax.slice_in_dim(x, max(-low, 0), end, axis=axis),
+      lax.broadcast(value, (*before, max(high, 0), *after)),
+    ]
+    x = lax.concatenate([p for p in parts if p.shape[axis] != 0], axis)
+  return [x]
+
+
+def _update(buffer: Any, x: Any, *starts: Any) -> list[Any]:
+  """Writes one slot, or all, as a choice between old and new."""
+  axes = [i for i in range(x.ndim) if x.shape[i] != buffer.shape[i]]
+  if not axes:
+    return [x]
+  (axis,) = axes
+  assert x.shape[axis] == 1, 'a step writes one token'
+  slots = lax.broadcasted_iota(jnp.int32, buffer.shape, axis)
+  new = lax.broadcast_in_dim(x, buffer.shape, tuple(range(x.ndim)))
+  is_new = lax.eq(slots, lax.broadcast(starts[axis], buffer.shape))
+  return _select(is_new, buffer, new)
+
+
+def _select(which: Any, *cases: Any) -> list[Any]:
+  if which.dtype != bool or cases[0].dtype != bool:
+    return [lax.select_n(which, *cases)]
+  # ONNX Runtime has no choice between truths.
+  no, yes = cases
+  no = lax.bitwise_and(lax.bitwise_not(which), no)
+  return [lax.bitwise_or(lax.bitwise_and(which, yes), no)]
+
+
+_RULES: dict[str, Callable[..., list[Any]]] = {
+  'split': _split,
+  'pad': _pad,
+  'dynamic_update_slice': _update,
+  'select_n': _select,
+}
+
+
+def _name_outputs(graph: Any, outputs: Shapes) -> None:
+  """Gives results their names, and shapes as JAX has them."""
+  import onnx
+
+  found = [x.name for x in graph.output]
+  # Those that were inferred say `prompt` of `prompt + answer`.
+  del graph.output[:], graph.value_info[:]
+  # A tree's leaves stand in the order of the names of a dict.
+  for source, name in zip(found, sorted(outputs), strict=True):
+    shape = outputs[name]
+    graph.node.append(onnx.helper.make_node('Identity', [source], [name]))
+    graph.output.append(
+      onnx.helper.make_tensor_value_info(
+        name,
+        onnx.helper.np_dtype_to_tensor_dtype(np.dtype(shape.dtype)),
+        [n if isinstance(n, int) else str(n) for n in shape.shape],
+      )
+    )
+
+
+def _make_external(graph: Any, names: set[str], folder: pathlib.Path) -> None:
+  """Makes of inputs that are parameters data in the files beside the model."""
+  import onnx
+
+  tensors = tensor_files.open_folder(folder)
+  read = {name for node in graph.node for name in node.input}
+  kept = [x for x in graph.input if x.name not in names]
+  for value in [x for x in graph.input if x.name in names & read]:
+    array = tensors[value.name].read()
+    mapped: Any = array.base  # of a view of the file
+    tensor = onnx.TensorProto(
+      name=value.name,
+      data_type=value.type.tensor_type.elem_type,
+      dims=array.shape,
+      data_location=onnx.TensorProto.EXTERNAL,
+    )
+    for key, text in (
+      ('location', pathlib.Path(mapped.filename).name),
+      ('offset', str(mapped.offset)),
+      ('length', str(array.nbytes)),
+    ):
+      tensor.external_data.add(key=key, value=text)
+    graph.initializer.append(tensor)
+  del graph.input[:]
+  graph.input.extend(kept)
+
+
+def _multiply_matrices(graph: Any) -> None:
+  """Says products with kernels as the quantizer of ONNX Runtime knows them.
+
+  An `Einsum` is not quantized, and is slower; nor is a kernel that is reshaped
+  first.
+  """
+  import onnx
+
+  shapes = {
+    tensor.name: onnx.numpy_helper.to_array(tensor)
+    for tensor in graph.initializer
+    if not tensor.external_data
+  }
+  tensors = {x.name: x for x in graph.initializer if x.external_data}
+  num_uses = collections.Counter(x for node in graph.node for x in node.input)
+  reshaped: dict[str, str] = {}
+  nodes = []
+  for node in graph.node:
+    tensor = tensors.get(node.input[0]) if node.input else None
+    if (
+      node.op_type == 'Reshape'
+      and tensor is not None
+      and num_uses[tensor.name] == 1
+      and node.input[1] in shapes
+      and (shapes[node.input[1]] > 0).all()
+    ):
+      # The same bytes in the file.
+      tensor.dims[:] = shapes[node.input[1]].tolist()
+      reshaped[node.output[0]] = tensor.name
+      continue
+    node.input[:] = [reshaped.get(name, name) for name in node.input]
+    if node.op_type == 'Einsum' and (
+      node.attribute[0].s in (b'abc,cd->abd', b'ab,bc->ac')
+    ):
+      node.op_type = 'MatMul'
+      del node.attribute[:]
+    nodes.append(node)
+  del graph.node[:]
+  graph.node.extend(nodes)
