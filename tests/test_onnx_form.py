@@ -49,7 +49,9 @@ NAMES = (
   'gemma3',
   't5_1_1',
 )
-SYSTEMS = {name: (helpers.MODULES[name], {}) for name in NAMES}
+SYSTEMS: dict[str, tuple[Any, dict[str, Any]]] = {
+  name: (helpers.MODULES[name], {}) for name in NAMES
+}
 SYSTEMS['continuing gpt2'] = (helpers.MODULES['gpt2'], {'continues': True})
 SYSTEMS['mix'] = (
   helpers.llm_to_slm('t5_1_1', 'replace', 'foreign').clone(llm_layer=l2s.MIX),

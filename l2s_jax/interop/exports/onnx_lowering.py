@@ -95,7 +95,8 @@ def _plain(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
 
   def read(x: Any) -> Any:
     if isinstance(x, jax.extend.core.Literal):
-      return np.asarray(x.val, x.aval.dtype)
+      aval: Any = x.aval  # Of an array.
+      return np.asarray(x.val, aval.dtype)
     return values[x]
 
   for equation in jaxpr.eqns:
