@@ -129,7 +129,7 @@ VERBS: Mapping[str, Verb] = {
     'train',
     'trains LLM-to-SLM, or an LLM or SLM baseline; resumes by itself',
     '--gin_file=gin_configs/experiments/multi30k.gin '
-    '--gin.DATA_DIR=data/multi30k --gin.SLM_VOCABULARY=spiece.model '
+    '--gin.DATA_DIR=data/multi30k --gin.SLM_VOCABULARY=vocabulary.model '
     '--gin.LLM_PATH=runs/multi30k_llm --gin.MODEL_DIR=runs/multi30k',
     joins=True,
   ),
@@ -137,7 +137,7 @@ VERBS: Mapping[str, Verb] = {
     'l2s_jax.evaluation.evaluate',
     'evaluate',
     'scores checkpoints of a run; writes metrics and predictions',
-    '--gin_file=gin_configs/tasks/multi30k.gin '
+    '--gin_file=gin_configs/tasks/multi30k_bare.gin '
     '--gin_file=gin_configs/runs/evaluate.gin '
     '--gin.DATA_DIR=data/multi30k --gin.CHECKPOINT_PATH=runs/multi30k',
     joins=True,
@@ -159,7 +159,7 @@ VERBS: Mapping[str, Verb] = {
     'l2s_jax.inference.distill',
     'distill',
     "answers a task's training prompts with a teacher; restartable",
-    '--gin_file=gin_configs/tasks/multi30k.gin '
+    '--gin_file=gin_configs/tasks/multi30k_bare.gin '
     '--gin_file=gin_configs/runs/distill.gin --gin.DATA_DIR=data/multi30k '
     '--gin.CHECKPOINT_PATH=runs/multi30k_llm '
     '--gin.DISTILL_DIR=distilled/multi30k --shard=0 --num_shards=4',
@@ -174,7 +174,7 @@ VERBS: Mapping[str, Verb] = {
     'cache',
     'tokenizes a task into files that train and evaluate read; restartable',
     '--gin_file=gin_configs/experiments/multi30k.gin '
-    '--gin.DATA_DIR=data/multi30k --gin.SLM_VOCABULARY=spiece.model '
+    '--gin.DATA_DIR=data/multi30k --gin.SLM_VOCABULARY=vocabulary.model '
     '--gin.LLM_PATH=runs/multi30k_llm --gin.CACHE_DIR=caches/multi30k',
     (
       Flag('shard', int, 'which part of the work to do, from 0'),
