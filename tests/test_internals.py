@@ -44,6 +44,11 @@ SEEN = {
     '2.6.0',
     ('_compute_score_from_stats', '_extract_corpus_statistics'),
   ),
+  'modeling_llm_to_slm.py': (
+    'transformers',
+    '5.23.0',
+    ('_tied_weights_keys',),
+  ),
   # Seen in torch 2.13.0, too; `test_peers.py` runs what uses them.
   'peers.py': (
     'transformers',

@@ -31,8 +31,15 @@ NEEDS_TENSORFLOW = {
   'l2s_jax.data.features',
   'l2s_jax.evaluation.seqio_evaluator',
 }
+# What exported folders carry along: for JAX, ONNX Runtime, transformers alone.
+PROGRAMS = {
+  f'l2s_jax.interop.exports.{name}'
+  for name in (
+      'hf_answers', 'modeling_llm_to_slm', 'run_onnx', 'run_stablehlo')
+}
+LEFT_OUT = NEEDS_TENSORFLOW | PROGRAMS | {'l2s_jax.__main__'}
 for module in pkgutil.walk_packages(l2s_jax.__path__, 'l2s_jax.'):
-  if module.name not in NEEDS_TENSORFLOW | {'l2s_jax.__main__'}:
+  if module.name not in LEFT_OUT:
     importlib.import_module(module.name)
 
 folder = pathlib.Path(sys.argv[1])

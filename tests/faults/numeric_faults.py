@@ -116,8 +116,8 @@ FAULTS = (
   ),
   Fault(
     'queries-scaled-by-width',
-    '(config.query_pre_attn_scalar or config.head_dim) ** -0.5',
-    'config.head_dim**-0.5',
+    'query *= (config.query_pre_attn_scalar or config.head_dim) ** -0.5',
+    'query *= config.head_dim**-0.5',
     ('test_parity.py',),
     'gemma',
   ),
