@@ -69,7 +69,7 @@ FORMS: Mapping[str, Form] = {
   ),
   'onnx': Form(
     'onnx_form',
-    {'jax2onnx': 'jax2onnx', 'onnxruntime': 'onnxruntime'},
+    {},  # Its `check` says how they are installed beside each other.
     "echo '[[37, 12, 1]]' | python THIS_FOLDER/run.py 32",
   ),
   'gguf': Form(
