@@ -68,12 +68,15 @@ def byte_pairs() -> base.Vocabulary:
     return loading.load(str(folder))
 
 
-def make(module, folder, **options):
+def of(module, **options):
   """Returns a bundle of random parameters, none of which is quiet."""
   params = jax.tree.map(np.asarray, helpers.random_params(module))
-  system = helpers.system(module)
+  system = dataclasses.replace(helpers.system(module), **options)
+  return Bundle(system, params)
+
+
+def make(module, folder, **options):
+  """Returns the same; foreign prompts have a vocabulary of their own."""
   if isinstance(module, l2s.LlmToSlm) and not module.shared_vocabulary:
-    system = dataclasses.replace(
-      system, prompt_vocabulary=prompt_vocabulary(folder)
-    )
-  return Bundle(dataclasses.replace(system, **options), params)
+    options = {'prompt_vocabulary': prompt_vocabulary(folder)} | options
+  return of(module, **options)

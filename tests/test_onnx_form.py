@@ -6,6 +6,7 @@ import importlib.util
 import pathlib
 from typing import Any
 
+import bundles
 import helpers
 import jax
 import jax.numpy as jnp
@@ -14,31 +15,12 @@ import pytest
 
 from l2s_jax.interop.exports import export_command, onnx_form
 from l2s_jax.models import l2s
-from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import manifest
 from l2s_jax.weights.formats import tensor_files
 
 PACKAGES = ('jax2onnx', 'onnxruntime')
 REASON = 'the form onnx needs packages of its own: see docs/export_onnx.md'
 PROMPTS = ['a', 'The cat', 'on']
-
-
-@dataclasses.dataclass
-class Bundle:
-  """What a form reads of an opened bundle."""
-
-  system: system_lib.System
-  arrays: dict[str, Any]
-
-  def params(self):
-    return self.arrays
-
-
-def make(module, **options):
-  """Returns a bundle of random parameters, none of which is quiet."""
-  params = jax.tree.map(np.asarray, helpers.random_params(module))
-  system = dataclasses.replace(helpers.system(module), **options)
-  return Bundle(system, params)
 
 
 # One of each kind: of writer, injection and vocabulary; an LLM's mix of layers.
@@ -78,7 +60,7 @@ def written(request, tmp_path_factory):
   for package in PACKAGES:
     pytest.importorskip(package, reason=REASON)
   module, options = SYSTEMS[request.param]
-  bundle = make(module, **options)
+  bundle = bundles.of(module, **options)
   folder = tmp_path_factory.mktemp('onnx')
   onnx_form.check(bundle)
   onnx_form.write(bundle, folder)
@@ -152,7 +134,7 @@ def test_other_tokens_are_refused(written):
 def test_a_model_in_bfloat16_computes_in_float32(tmp_path):
   for package in PACKAGES:
     pytest.importorskip(package, reason=REASON)
-  bundle = make(
+  bundle = bundles.of(
     l2s.build(dataclasses.replace(helpers.SLMS['gpt2'], dtype='bfloat16'))
   )
   bundle.arrays = jax.tree.map(
@@ -165,7 +147,7 @@ def test_a_model_in_bfloat16_computes_in_float32(tmp_path):
 def test_packages_that_are_missing_are_named(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(ValueError, match='jax2onnx, onnx, onnxruntime, not inst'):
-    onnx_form.check(make(helpers.MODULES['gpt2']))
+    onnx_form.check(bundles.of(helpers.MODULES['gpt2']))
 
 
 @pytest.mark.long

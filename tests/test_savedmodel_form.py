@@ -1,47 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the form `savedmodel` writes is run by TensorFlow alone, as text."""
 
-import dataclasses
 import json
 from typing import Any
 
+import bundles
 import helpers
 import jax
-import numpy as np
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from l2s_jax.interop.exports import greedy_programs, savedmodel_form
-from l2s_jax.systems import system as system_lib
 
 PROMPTS = ['a b c', 'The cat sat', '', 'x ' * 40]
 LENGTHS: Any = {'max_prompt_len': 18, 'max_decode_len': 6}
 
 
-@dataclasses.dataclass
-class Bundle:
-  """What a form reads of an opened bundle."""
-
-  system: system_lib.System
-  arrays: dict[str, Any]
-
-  def params(self):
-    return self.arrays
-
-
-def make(name, **options):
-  """Returns a bundle of random parameters, none of which is quiet."""
-  module = helpers.MODULES[name]
-  params = jax.tree.map(np.asarray, helpers.random_params(module))
-  system = dataclasses.replace(helpers.system(module), **options)
-  return Bundle(system, params)
-
-
 @pytest.fixture(scope='module')
 def written(vocabulary, tmp_path_factory):
   """Returns a bundle whose tokenizers TensorFlow has, and its folder."""
-  bundle = make(
-    'llm_to_t5_1_1-add-foreign',
+  bundle = bundles.of(
+    helpers.MODULES['llm_to_t5_1_1-add-foreign'],
     prompt_vocabulary=vocabulary,
     answer_vocabulary=vocabulary,
   )
@@ -122,14 +101,16 @@ def test_a_server_warms_up_with_each_shape(written):
 @pytest.mark.long
 def test_other_weights_are_refused(written):
   bundle, folder = written
-  other = Bundle(bundle.system, jax.tree.map(lambda x: -x, bundle.arrays))
+  other = bundles.Bundle(
+    bundle.system, jax.tree.map(lambda x: -x, bundle.arrays)
+  )
   with pytest.raises(ValueError, match='writes other tokens from .*the run'):
     savedmodel_form.compare(other, folder, PROMPTS[:1])
 
 
 def test_a_tokenizer_that_tensorflow_lacks_leaves_token_ids(tmp_path):
   """And an answer may go on where its prompt ends."""
-  bundle = make('gpt2', continues=True)
+  bundle = bundles.of(helpers.MODULES['gpt2'], continues=True)
   savedmodel_form.write(bundle, tmp_path, **LENGTHS)
   found = savedmodel_form.compare(bundle, tmp_path, ['a', 'The cat'])
   assert 'same token ids to 2 prompts' in found

@@ -1,39 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the form `stablehlo` writes is run by JAX alone, token for token."""
 
-import dataclasses
 import json
 from typing import Any
 
+import bundles
 import helpers
 import jax
 import jax.export
-import numpy as np
 import pytest
 
 from l2s_jax.interop.exports import greedy_programs, stablehlo_form
 from l2s_jax.models import l2s
-from l2s_jax.systems import system as system_lib
 
 PROMPTS = ['a', 'The cat', 'on']
-
-
-@dataclasses.dataclass
-class Bundle:
-  """What a form reads of an opened bundle."""
-
-  system: system_lib.System
-  arrays: dict[str, Any]
-
-  def params(self):
-    return self.arrays
-
-
-def make(module, **options):
-  """Returns a bundle of random parameters, none of which is quiet."""
-  params = jax.tree.map(np.asarray, helpers.random_params(module))
-  system = dataclasses.replace(helpers.system(module), **options)
-  return Bundle(system, params)
 
 
 # One of each kind: of writer, injection and vocabulary; an LLM's mix of layers.
@@ -59,7 +39,7 @@ QUICK = ('llm_to_gpt2-add-foreign', 'continuing gpt2')
 def written(request, tmp_path_factory):
   """Returns a bundle and the folder that was written from it."""
   module, options = SYSTEMS[request.param]
-  bundle = make(module, **options)
+  bundle = bundles.of(module, **options)
   folder = tmp_path_factory.mktemp('stablehlo')
   stablehlo_form.check(bundle)
   stablehlo_form.write(bundle, folder)
@@ -103,7 +83,7 @@ def test_the_signature_says_what_goes_in_and_what_comes_out(written):
 
 def test_other_tokens_are_refused(tmp_path):
   """The weights of the folder are changed behind its back."""
-  bundle = make(helpers.MODULES['gpt2'])
+  bundle = bundles.of(helpers.MODULES['gpt2'])
   stablehlo_form.write(bundle, tmp_path)
   bundle.arrays = jax.tree.map(lambda x: -x, bundle.arrays)
   with pytest.raises(ValueError, match='writes other tokens to .*the run writ'):
@@ -111,7 +91,7 @@ def test_other_tokens_are_refused(tmp_path):
 
 
 def test_a_length_without_positions_is_refused(tmp_path):
-  bundle = make(helpers.MODULES['gpt2'])
+  bundle = bundles.of(helpers.MODULES['gpt2'])
   stablehlo_form.write(bundle, tmp_path)
   programs = greedy_programs.GreedyPrograms(bundle)
   inputs = programs.inputs([[5] * 20], 5)

@@ -12,7 +12,7 @@ import pathlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import gin
@@ -88,14 +88,13 @@ def convert(
   unfinished = folder.with_name(f'.{folder.name}.unfinished')
   shutil.rmtree(unfinished, ignore_errors=True)  # Left by one that was killed.
   check_destination(folder, reading.num_bytes)
-  missing = [path for path in folder.absolute().parents if not path.exists()]
   _check_form(reading, to)
   print(_describe(reading, from_))
   if dry_run:
     with tempfile.TemporaryDirectory() as scratch:
       _write_tokenizer(reading, pathlib.Path(scratch), vocabulary)
     return
-  try:
+  with unfinished_removed(folder, unfinished):
     _write(reading, unfinished, to, vocabulary)
     reading.check_source()
     reading.notes.check(allow_non_finite=allow_non_finite)
@@ -106,6 +105,25 @@ def convert(
         theirs = theirs / to_huggingface.SLM
       checked += '; ' + _compare(theirs, huggingface.HuggingFaceFolder(theirs))
     unfinished.rename(folder)
+  print(f'wrote {folder} ({to}); {checked}')
+
+
+@contextlib.contextmanager
+def unfinished_removed(
+  folder: pathlib.Path, unfinished: pathlib.Path
+) -> Iterator[None]:
+  """Removes what is unfinished; where it fails, nothing is kept.
+
+  Args:
+    folder: the destination, which the block makes, last of all.
+    unfinished: the folder beside it that the block writes to.
+
+  Raises:
+    ValueError: if the disk refuses something, with what it says.
+  """
+  missing = [path for path in folder.absolute().parents if not path.exists()]
+  try:
+    yield
   except OSError as error:
     if error.errno is None:  # In words already.
       raise
@@ -118,7 +136,6 @@ def convert(
       for parent in missing:
         with contextlib.suppress(OSError):  # It was not made, or is in use.
           parent.rmdir()
-  print(f'wrote {folder} ({to}); {checked}')
 
 
 def _open(

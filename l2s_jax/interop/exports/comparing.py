@@ -145,7 +145,7 @@ def check_equal(
   """Refuses tokens that differ before an answer's end."""
   ends = system.answer_vocabulary.eos_ids
   for prompt, a, b in zip(prompts, ours.tolist(), theirs, strict=True):
-    found, expected = _until_end(b, ends), _until_end(a, ends)
+    found, expected = until_end(b, ends), until_end(a, ends)
     if found != expected:
       raise ValueError(
         f'{who} writes other tokens from {folder} ({way}) to {prompt!r}:'
@@ -154,7 +154,7 @@ def check_equal(
       )
 
 
-def _until_end(tokens: Sequence[int], ends: Sequence[int]) -> list[int]:
+def until_end(tokens: Sequence[int], ends: Sequence[int]) -> list[int]:
   """Returns the tokens up to the first that ends an answer, it included."""
   end = next((i for i, t in enumerate(tokens) if t in ends), len(tokens))
   return list(tokens[: end + 1])

@@ -7,13 +7,12 @@ written is loaded back and compared with the source on prompts. DESTINATION
 appears when all of this is done, and not at all where it fails.
 """
 
-import contextlib
 import dataclasses
 import importlib.util
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gin
@@ -132,34 +131,31 @@ def export(
   form = None if to == manifest.BUNDLE else _form(to)
   scratch = folder.with_name(f'.{folder.name}.unfinished')
   shutil.rmtree(scratch, ignore_errors=True)  # Left by one that was killed.
-  with contextlib.ExitStack() as stack:
-    if bundle.is_bundle(source):
-      given = {'step': step, 'dtype': dtype}
-      given |= {'llm_path': llm_path, 'vocabulary': vocabulary}
-      _check_further(source, to, given)
-      opened = bundle.open_bundle(source)
-      size = sum(entry['bytes'] for entry in opened.content['files'].values())
-      convert.check_destination(folder, size)
-      print(f'{source}: a bundle of {size / 1e9:,.3f} GB')
-    else:
-      parts = bundling.open_parts(
-        source, _step(step), dtype, llm_path=llm_path, vocabulary=vocabulary
-      )
-      size = parts.num_bytes
-      convert.check_destination(folder, size * (1 if form is None else 2))
-      print(
-        f'{source}: {", ".join(parts.towers)}, {size / 1e9:,.3f} GB of tensors'
-      )
-    if dry_run:
-      return
-    stack.enter_context(_cleaning(folder, scratch))
-    if not bundle.is_bundle(source):
+  parts = opened = None
+  if bundle.is_bundle(source):
+    given = {'step': step, 'dtype': dtype}
+    given |= {'llm_path': llm_path, 'vocabulary': vocabulary}
+    _check_further(source, to, given)
+    opened = bundle.open_bundle(source)
+    size = sum(entry['bytes'] for entry in opened.content['files'].values())
+    convert.check_destination(folder, size)
+    print(f'{source}: a bundle of {size / 1e9:,.3f} GB')
+  else:
+    parts = bundling.open_parts(
+      source, _step(step), dtype, llm_path=llm_path, vocabulary=vocabulary
+    )
+    size = parts.num_bytes
+    convert.check_destination(folder, size * (1 if form is None else 2))
+    print(
+      f'{source}: {", ".join(parts.towers)}, {size / 1e9:,.3f} GB of tensors'
+    )
+  if dry_run:
+    return
+  with convert.unfinished_removed(folder, scratch):
+    if opened is None:
+      assert parts is not None
       path = scratch / manifest.BUNDLE
-      path.mkdir(parents=True)
-      facts: dict[str, Any] = {'license': license, 'how_to_run': _HOW_TO_RUN}
-      facts['results'] = model_card.measured(pathlib.Path(source))
-      bundling.write(parts, path, dtype, **facts)
-      opened = bundle.open_bundle(path)
+      opened = _bundle(parts, path, source, dtype, license)
       said = _compare(source, step, llm_path, vocabulary, opened, texts, dtype)
       print(f'bundle: {said}')
     if form is None:
@@ -182,6 +178,26 @@ def export(
     made.rename(folder)
   secs = time.perf_counter() - start_secs
   print(f'wrote {folder} ({to}): {size / 1e9:,.3f} GB in {secs:.1f} s')
+
+
+def _bundle(
+  parts: bundling.Parts,
+  path: pathlib.Path,
+  source: str,
+  dtype: str | None,
+  license: str | None,
+) -> bundle.Bundle:
+  """Writes a bundle, with what its source has measured, and opens it."""
+  path.mkdir(parents=True)
+  bundling.write(
+    parts,
+    path,
+    dtype,
+    license=license,
+    how_to_run=_HOW_TO_RUN,
+    results=model_card.measured(pathlib.Path(source)),
+  )
+  return bundle.open_bundle(path)
 
 
 def _form(to: str) -> Any:
@@ -234,26 +250,6 @@ def _check_further(source: str, to: str, given: Mapping[str, Any]) -> None:
         f'--{name}={value}: {source} is a bundle, which has one model in one '
         'dtype, with its LLM and tokenizers. Leave it out, or export the run.'
       )
-
-
-@contextlib.contextmanager
-def _cleaning(folder: pathlib.Path, scratch: pathlib.Path) -> Iterator[None]:
-  """Removes what is unfinished; of a failed export nothing is kept."""
-  missing = [path for path in folder.absolute().parents if not path.exists()]
-  try:
-    yield
-  except OSError as error:
-    if error.errno is None:  # In words already.
-      raise
-    raise ValueError(
-      f'{folder} could not be written: {error}. Nothing of it is kept.'
-    ) from error
-  finally:
-    shutil.rmtree(scratch, ignore_errors=True)
-    if not folder.exists():
-      for parent in missing:
-        with contextlib.suppress(OSError):  # It was not made, or is in use.
-          parent.rmdir()
 
 
 def _prompts(source: str, path: str | None) -> list[str]:

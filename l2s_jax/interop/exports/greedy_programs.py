@@ -7,6 +7,11 @@ constants of a program.
 """
 
 import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,6 +25,7 @@ from jaxtyping import Array, Float, Int
 from l2s_jax.data import batching
 from l2s_jax.inference import generate as generate_lib
 from l2s_jax.inference import sampling, strategies
+from l2s_jax.interop.exports import comparing
 from l2s_jax.models import cache as cache_lib
 from l2s_jax.models import l2s
 from l2s_jax.systems import system as system_lib
@@ -131,11 +137,11 @@ class GreedyPrograms:
   def read_prompts(
     self, params: Flat, tokens: Array, segment_ids: Array, num_slots: Any
   ) -> cache_lib.Cache:
+    """Returns the cache behind prompts, with so many slots for answers."""
     batch = {
       'encoder_input_tokens': tokens,
       'encoder_segment_ids': segment_ids,
     }
-    """Returns the cache behind prompts, with so many slots for answers."""
     cache: cache_lib.Cache = self._module.apply(
       {'params': traverse_util.unflatten_dict(params, sep='/')},
       batch,
@@ -261,11 +267,85 @@ class GreedyPrograms:
       'answer': np.zeros((max_decode_len,), np.int32),
     }
 
+  @property
+  def signature(self) -> dict[str, Any]:
+    """What programs cannot say themselves, as `signature.json` has it."""
+    before, after = self.around
+    answers = self._system.answer_vocabulary
+    return {
+      'lengths': self.constraints,
+      'prompt': {
+        'pad_id': self._system.prompt_vocabulary.pad_id,
+        'before': list(before),
+        'after': list(after),
+      },
+      'answer': {
+        # None: the last token of the prompt, which is then not part of it.
+        'first_token': None if self.continues else answers.start_id,
+        'eos_ids': list(answers.eos_ids),
+        'pad_id': answers.pad_id,
+      },
+    }
+
   def until_end(self, tokens: Sequence[int]) -> list[int]:
     """Returns the tokens up to the first that ends an answer, it included."""
-    ends = self._system.answer_vocabulary.eos_ids
-    end = next((i for i, t in enumerate(tokens) if t in ends), len(tokens))
-    return list(tokens[: end + 1])
+    return comparing.until_end(tokens, self._system.answer_vocabulary.eos_ids)
+
+  def check_equal(
+    self,
+    prompts: Sequence[str],
+    expected: Sequence[Sequence[int]],
+    found: Sequence[Sequence[int]],
+    who: str,
+  ) -> None:
+    """Refuses tokens that differ from the run's before an answer's end.
+
+    Args:
+      prompts: for the message.
+      expected: from `expected_tokens`.
+      found: the same prompts' tokens, with what is behind an end.
+      who: has written them, and from where.
+
+    Raises:
+      ValueError: with the first prompt whose tokens differ.
+    """
+    for prompt, ours, tokens in zip(prompts, expected, found, strict=True):
+      theirs = self.until_end(tokens)
+      if ours != theirs:
+        raise ValueError(
+          f'{who} to {prompt!r}: {theirs}; the run writes {ours}. Nothing is '
+          'kept; please report this.'
+        )
+
+
+def run_program(
+  folder: pathlib.Path, rows: Sequence[Sequence[int]], num_tokens: int
+) -> list[list[int]]:
+  """Returns what `run.py` prints, in a fresh process without this package.
+
+  Args:
+    folder: the export, which has `run.py`.
+    rows: ids of prompts.
+    num_tokens: tokens of an answer.
+
+  Raises:
+    ValueError: if it does not run, with its words.
+  """
+  done = subprocess.run(
+    [sys.executable, '-P', 'run.py', str(num_tokens)],
+    input=json.dumps(rows),
+    capture_output=True,
+    text=True,
+    cwd=folder,
+    env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'},
+  )
+  if done.returncode:
+    raise ValueError(
+      f'{folder / "run.py"} does not run; nothing is kept. Its words:\n'
+      f'{done.stderr[-2000:]}'
+    )
+  found: list[list[int]] = json.loads(done.stdout)
+  return found
 
 
 def expected_tokens(

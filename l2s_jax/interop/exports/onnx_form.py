@@ -14,12 +14,8 @@ any number of prompts and any lengths.
 import dataclasses
 import functools
 import importlib.util
-import json
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,7 +91,7 @@ def write(
     with files.whole(folder / f'{name}.onnx', 'wb') as file:
       file.write(model.SerializeToString())
     onnx.checker.check_model(folder / f'{name}.onnx')
-  files.write_json(folder / SIGNATURE, _signature(system, programs))
+  files.write_json(folder / SIGNATURE, programs.signature)
   shutil.copyfile(pathlib.Path(__file__).with_name(_RUN), folder / 'run.py')
 
 
@@ -193,28 +189,6 @@ def _of_a_step(cache: Mapping[str, Shape]) -> dict[str, Shape]:
   return found
 
 
-def _signature(
-  system: system_lib.System, programs: greedy_programs.GreedyPrograms
-) -> dict[str, Any]:
-  """Returns what the models cannot say themselves."""
-  before, after = programs.around
-  answers = system.answer_vocabulary
-  return {
-    'lengths': programs.constraints,
-    'prompt': {
-      'pad_id': system.prompt_vocabulary.pad_id,
-      'before': list(before),
-      'after': list(after),
-    },
-    'answer': {
-      # None: the last token of the prompt, which is then not part of it.
-      'first_token': None if programs.continues else answers.start_id,
-      'eos_ids': list(answers.eos_ids),
-      'pad_id': answers.pad_id,
-    },
-  }
-
-
 def compare(
   bundle: greedy_programs.SystemWithParams,
   folder: pathlib.Path,
@@ -240,35 +214,13 @@ def compare(
   expected = greedy_programs.expected_tokens(
     _InFloat32(bundle), programs, programs.inputs(rows, num_tokens)
   )
-  found = [programs.until_end(x) for x in _run(folder, rows, num_tokens)]
-  for prompt, ours, theirs in zip(prompts, expected, found, strict=True):
-    if ours != theirs:
-      raise ValueError(
-        f'ONNX Runtime writes other tokens from {folder} to {prompt!r}: '
-        f'{theirs}; the run writes {ours}. Nothing is kept; please report this.'
-      )
+  programs.check_equal(
+    prompts,
+    expected,
+    greedy_programs.run_program(folder, rows, num_tokens),
+    f'ONNX Runtime writes other tokens from {folder}',
+  )
   return (
     f'ONNX Runtime writes the same tokens to {len(prompts)} prompts as the run '
     f'does (greedy, up to {num_tokens} tokens)'
   )
-
-
-def _run(
-  folder: pathlib.Path, rows: Sequence[Sequence[int]], num_tokens: int
-) -> list[list[int]]:
-  """Returns what `run.py` prints, in a fresh process without this package."""
-  done = subprocess.run(
-    [sys.executable, '-P', 'run.py', str(num_tokens)],
-    input=json.dumps(rows),
-    capture_output=True,
-    text=True,
-    cwd=folder,
-    env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'},
-  )
-  if done.returncode:
-    raise ValueError(
-      f'{folder / "run.py"} does not run; nothing is kept. Its words:\n'
-      f'{done.stderr[-2000:]}'
-    )
-  found: list[list[int]] = json.loads(done.stdout)
-  return found

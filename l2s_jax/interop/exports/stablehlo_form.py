@@ -10,12 +10,8 @@ The programs are for CPU, CUDA and TPU, and for any number of prompts and any
 lengths of prompts and answers. No weight is in them.
 """
 
-import json
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,7 +48,7 @@ def write(
   for name, program in exported.items():
     with files.whole(folder / f'{name}.bin', 'wb') as file:
       file.write(program.serialize())
-  files.write_json(folder / SIGNATURE, _signature(bundle, programs, exported))
+  files.write_json(folder / SIGNATURE, _signature(programs, exported))
   shutil.copyfile(pathlib.Path(__file__).with_name(_RUN), folder / 'run.py')
 
 
@@ -113,14 +109,10 @@ def _shape(x: np.ndarray) -> jax.ShapeDtypeStruct:
 
 
 def _signature(
-  bundle: greedy_programs.SystemWithParams,
   programs: greedy_programs.GreedyPrograms,
   exported: Mapping[str, jax.export.Exported],
 ) -> dict[str, Any]:
   """Returns what `signature.json` holds."""
-  prompts = bundle.system.prompt_vocabulary
-  answers = bundle.system.answer_vocabulary
-  before, after = programs.around
   arguments = {
     'prefill': ('params', 'prompt_tokens', 'segment_ids', 'answer'),
     'decode_step': ('params', 'token', 'cache'),
@@ -147,18 +139,7 @@ def _signature(
     'calling_convention_version': (
       exported['generate'].calling_convention_version
     ),
-    'lengths': programs.constraints,
-    'prompt': {
-      'pad_id': prompts.pad_id,
-      'before': list(before),
-      'after': list(after),
-    },
-    'answer': {
-      # None: the last token of the prompt, which is then not part of it.
-      'first_token': None if programs.continues else answers.start_id,
-      'eos_ids': list(answers.eos_ids),
-      'pad_id': answers.pad_id,
-    },
+    **programs.signature,
   }
 
 
@@ -201,42 +182,17 @@ def compare(
   )
   inputs = programs.inputs(rows, num_tokens)
   expected = greedy_programs.expected_tokens(bundle, programs, inputs)
+  whole = greedy_programs.run_program(folder, rows, num_tokens)
   for name, found in (
-    ('generate.bin', _run(folder, rows, num_tokens)),
+    ('generate.bin', whole),
     ('decode_step.bin', _step_by_step(folder, programs, inputs)),
   ):
-    found = [programs.until_end(row) for row in found]
-    for prompt, ours, theirs in zip(prompts, expected, found, strict=True):
-      if ours != theirs:
-        raise ValueError(
-          f'{folder / name} writes other tokens to {prompt!r}: {theirs}; the '
-          f'run writes {ours}. Nothing is kept; please report this.'
-        )
+    who = f'{folder / name} writes other tokens'
+    programs.check_equal(prompts, expected, found, who)
   return (
     f'JAX alone writes the same tokens to {len(prompts)} prompts as the run '
     f'does, as a whole and step by step (greedy, up to {num_tokens} tokens)'
   )
-
-
-def _run(
-  folder: pathlib.Path, rows: Sequence[Sequence[int]], num_tokens: int
-) -> list[list[int]]:
-  """Returns what `run.py` prints, in a fresh process without this package."""
-  done = subprocess.run(
-    [sys.executable, '-P', 'run.py', str(num_tokens)],
-    input=json.dumps(rows),
-    capture_output=True,
-    text=True,
-    cwd=folder,
-    env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'},
-  )
-  if done.returncode:
-    raise ValueError(
-      f'{folder / "run.py"} does not run; nothing is kept. Its words:\n'
-      f'{done.stderr[-2000:]}'
-    )
-  found: list[list[int]] = json.loads(done.stdout)
-  return found
 
 
 def _step_by_step(
