@@ -139,7 +139,7 @@ def _collect(
 
 
 def _by_head(x: Float[Array, 'batch a b kv']) -> Float[Array, 'batch b a kv']:
-  """Swaps the axes of length and heads; free for one token a row."""
+  """Swaps the axes of length and heads; free for one token per row."""
   return x.swapaxes(1, 2)
 
 

@@ -41,8 +41,8 @@ def example_batch(
 
   Args:
     batch_size: rows.
-    prompt_length: tokens a prompt, padding included.
-    answer_length: tokens an answer, padding included.
+    prompt_length: tokens per prompt, padding included.
+    answer_length: tokens per answer, padding included.
     sharding: of every array; None leaves it unspecified.
   """
   lengths = {'inputs': prompt_length, 'targets': answer_length}

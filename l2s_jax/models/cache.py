@@ -28,9 +28,9 @@ class Cache(struct.PyTreeNode):
   """The KV cache, an argument and a result of every decode step.
 
   Attributes:
-    kv: keys and values of self-attention, one pair a layer, written in place.
+    kv: keys and values of self-attention, one pair per layer, written in place.
     valid: true for slots with real tokens.
-    slot: the next slot to write: a scalar for all rows, or one a row.
+    slot: the next slot to write: a scalar for all rows, or one per row.
     cross_kv: keys and values of the encoded prompt, projected once; None in a
       decoder-only model. Its batch size may be the number of prompts: the
       beams of a prompt are consecutive rows and share its keys and values.
@@ -87,7 +87,7 @@ def append(
 
   Args:
     cache: the cache that the call read.
-    new: keys and values, one pair a layer.
+    new: keys and values, one pair per layer.
     valid: true for real tokens.
     after: the last hidden states of the call. The write is made to depend on
       them, so that it happens after every layer has read the buffers;

@@ -24,8 +24,8 @@ class Costs:
 
   Attributes:
     num_params: number of parameters of all models in the system.
-    flops_per_prompt: FLOPs of prefill, one prompt.
-    flops_per_token: FLOPs of one decode step, one row. None for speculative
+    flops_per_prompt: FLOPs of prefill per prompt.
+    flops_per_token: FLOPs of one decode step per row. None for speculative
       decoding, where it depends on the acceptance rate.
     bytes_per_step: bytes that one decode step reads, all rows: the weights once
       and the KV cache of each row. None for speculative decoding.
@@ -51,8 +51,8 @@ def count(
   Args:
     module: LLM-to-SLM or a language model.
     batch_size: rows decoded together.
-    prompt_length: tokens a prompt, without padding.
-    num_tokens: tokens an answer.
+    prompt_length: tokens per prompt, without padding.
+    num_tokens: tokens per answer.
     weight_bytes: bytes per weight.
     cache_bytes: bytes per element of the KV cache.
   """
@@ -91,7 +91,7 @@ def mean_token_flops(
 
 
 def _mean_keys(num_tokens: int) -> float:
-  """Returns the mean number of answer tokens a decode step attends to."""
+  """Returns the mean number of answer tokens that a decode step attends to."""
   # Token i attends to i answer tokens, itself included.
   return (num_tokens + 1) / 2
 

@@ -131,7 +131,7 @@ def rotation(
 def frequencies(config: config_lib.TransformerConfig) -> np.ndarray:
   """Returns the angular frequency of each feature pair in global layers.
 
-  In radians a token, after context extension.
+  In radians per token, after context extension.
   """
   return _stretched(config, _frequencies(config, config.rope_base))
 

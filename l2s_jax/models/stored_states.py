@@ -30,7 +30,7 @@ def shapes(
 
   Args:
     batch_size: rows.
-    prompt_length: tokens a prompt, padding included.
+    prompt_length: tokens per prompt, padding included.
     width: of the LLM's states.
     dtype: one of `DTYPES`.
     sharding: of every array; None leaves it unspecified.
