@@ -60,7 +60,7 @@ class Answering:
 
   @property
   def lengths(self) -> dict[str, int]:
-    """Largest numbers of tokens of 'inputs' (prompt) and 'targets' (answer)."""
+    """Maximum numbers of tokens of 'inputs' (prompt) and 'targets' (answer)."""
     return {'inputs': self.prompt_length, 'targets': self.max_decode_len}
 
   def load_system(self) -> system_lib.System:

@@ -15,7 +15,10 @@ from l2s_jax.models import cache as cache_lib
 
 
 class EncoderDecoder(language_model.LanguageModel):
-  """An encoder-decoder; LLM-to-SLM uses the encoder alone of such an LLM."""
+  """A T5-style language model.
+
+  LLM-to-SLM uses the encoder alone of such an LLM, except to verify drafts.
+  """
 
   def setup(self):
     config = self.config

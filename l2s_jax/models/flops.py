@@ -97,7 +97,7 @@ def _mean_keys(num_tokens: int) -> float:
 
 
 def num_params(module: Module) -> int:
-  """Returns the number of parameters."""
+  """Returns the number of parameters of a system."""
   return sum(shape.size for shape in shapes_lib.of_module(module).values())
 
 
@@ -229,7 +229,7 @@ def _between(module: l2s.LlmToSlm) -> int:
 def reading_flops(
   config: config_lib.TransformerConfig, length: Number
 ) -> Number:
-  """Returns the FLOPs of encoding a prompt of `length` tokens, one stack."""
+  """Returns the FLOPs of encoding a prompt of `length` tokens."""
   stack, num_layers = 'encoder', config.num_encoder_layers
   if not config.is_encoder_decoder:
     stack, num_layers = 'decoder', config.num_decoder_layers

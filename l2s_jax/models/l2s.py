@@ -93,7 +93,7 @@ def fuse(
   valid: Bool[Array, 'batch length'],
   prompt_embeddings: Float[Array, 'batch length embed'] | None,
 ) -> Float[Array, 'batch length embed']:
-  """Puts the projected LLM states in place of the SLM's prompt embeddings.
+  """Injects projected LLM states into the SLM's prompt embeddings.
 
   Args:
     projected: Z, the projector's output.

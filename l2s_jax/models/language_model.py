@@ -34,7 +34,7 @@ class LanguageModel(nn.Module):
   config: config_lib.TransformerConfig
 
   def check_lengths(self, prompt_length: int, answer_length: int) -> None:
-    """Checks that the model has positions for lengths in tokens.
+    """Checks that the model has positions for prompt and answer, in tokens.
 
     Raises:
       ValueError: with both lengths and the size of the position table.
@@ -71,7 +71,7 @@ class LanguageModel(nn.Module):
   ) -> tuple[
     transformer.Stack, Float[Array, 'batch length embed'], transformer.Context
   ]:
-    """Returns the stack of layers for prompts, and its two arguments."""
+    """Returns the stack that encodes prompts, its embeddings and context."""
     raise NotImplementedError
 
   def logits(

@@ -35,7 +35,7 @@ _ACTIVATIONS = {
 
 
 class Dense(nn.Module):
-  """A linear layer over the last axes, with logical names of kernel axes.
+  """A linear layer over the last axes; its kernel axes have logical names.
 
   Attributes:
     inputs: sizes of the contracted axes, the last axes of the input.
@@ -321,7 +321,7 @@ class Head(nn.Module):
 
 
 class Mlp(nn.Module):
-  """The MLP: one or several activated projections, their product, and 'wo'."""
+  """The MLP, plain or gated: activated projections, their product, 'wo'."""
 
   config: config_lib.TransformerConfig
 

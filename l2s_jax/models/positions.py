@@ -21,7 +21,7 @@ from l2s_jax.models import config as config_lib
 def count_tokens(
   valid: Bool[Array, 'batch slots'],
 ) -> Int[Array, 'batch slots']:
-  """Returns positions that count real tokens from 0.
+  """Returns the position of each token among the real tokens, from 0.
 
   A padded slot repeats the position before it (0 at the start of a row).
   """

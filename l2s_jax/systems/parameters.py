@@ -161,8 +161,8 @@ def _load_beside_states(
 ) -> tuple[system_lib.System, PyTree]:
   """Loads the LLM's parameters that are needed beside its cached states.
 
-  A new run takes its fingerprint from the weights at LLM_PATH. If these have no
-  digests, they are read once for it, without being held in memory.
+  A system without a fingerprint takes that of the weights at LLM_PATH. Weights
+  without digests are read once for it, and not held in memory.
   """
   states = system.cached_states
   assert states is not None

@@ -68,8 +68,8 @@ def start(
     load: returns the system; called after the mesh was validated.
     mesh: None puts all devices along `data`.
     lengths: maximum tokens of 'inputs' and 'targets'.
-    batch_sizes: by setting; each must be divisible by the number of shards, and
-      the first one also by `num_microbatches`. None skips a setting.
+    batch_sizes: by setting; each must be a multiple of the number of shards,
+      the first one of that number times `num_microbatches`. None skips one.
     num_microbatches: sequential parts of a batch.
 
   Raises:

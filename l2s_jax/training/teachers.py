@@ -46,7 +46,7 @@ class Teacher:
     rules: logical axis rules, those of an LLM.
     shapes: shapes and dtypes of the parameters that are loaded for it.
     shardings: of the same parameters.
-    is_llm: whether it is the student's frozen LLM, which shares its own
+    is_llm: whether it is the student's frozen LLM; it then uses the LLM's
       parameters.
     reads_states: whether its decoder reads the LLM's last states, so that a
       prompt is encoded once for both.
