@@ -213,7 +213,7 @@ class Progress:
 
 
 def _rows_of(part: batching.Part) -> str:
-  """Returns the start of a message: which rows this host has saved."""
+  """Returns the start of a message about the rows saved by this host."""
   num_rows = len(part.rows)
   if num_rows == part.num_rows:
     return 'Its batch is'
