@@ -177,11 +177,11 @@ def _sacrebleu_rows(
   references: corpus.References,
   predictions: Sequence[str],
 ) -> Float[np.ndarray, 'example statistic']:
+  """Returns sacreBLEU's statistics of each example."""
   # This is sacreBLEU's interface between its metrics and its significance
   # tests. The public bootstrap returns half the interval's width only and
   # allocates [sample, example, statistic]; chrF's statistics are not public. A
   # test verifies that the scores equal those of the public functions exactly.
-  # that these give the scores of the public functions to the last bit.
   rows = metric._extract_corpus_statistics(predictions, _streams(references))
   return np.array(rows, np.float64)
 

@@ -130,7 +130,7 @@ class Writer(timing.Contender):
 
   @property
   def reference(self) -> str:
-    """Name of the contender whose tokens should be equal in float32."""
+    """Name of the contender to compare tokens with: ours in float32."""
     # Speculative decoding writes the LLM's answers.
     is_llms = self.system in (SPECULATIVE, SPECULATIVE_TO_EOS)
     system = llm_of(self.system) if is_llms else self.system
@@ -624,13 +624,13 @@ def load_peers(
   scratch: pathlib.Path,
   load: Callable[[str, pathlib.Path, TimedModel], Loaded],
 ) -> Iterator[tuple[str, peers.Peer, Loaded]]:
-  """Yields role, peer and loaded model; prints what is left out, and why.
+  """Yields role, peer and loaded model; prints omissions with reasons.
 
   Args:
     models: models by role.
     entries: peers by name.
     scratch: folder for the models in Hugging Face format.
-    load: function that loads a model: (name of the peer, folder, model).
+    load: function (name of the peer, folder, model) that loads the model.
   """
   present = []
   for name, peer in entries.items():
@@ -662,7 +662,7 @@ def of_peers(
   names: Sequence[str],
   scratch: pathlib.Path,
 ) -> list[Writer]:
-  """Returns contenders of other engines; prints what is left out, and why."""
+  """Returns contenders of other engines; prints omissions with reasons."""
   entries = {name: peers.PEERS[name] for name in names}
 
   def load(name: str, folder: pathlib.Path, model: TimedModel) -> timing.Start:

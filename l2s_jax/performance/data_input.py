@@ -75,7 +75,7 @@ class DataInput:
 
 @dataclasses.dataclass(frozen=True)
 class OpenedInput:
-  """A task whose data exist.
+  """An opened task, and the number of examples to time.
 
   Attributes:
     given: the settings.

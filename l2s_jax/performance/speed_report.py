@@ -81,7 +81,7 @@ compiles, and one run of each.
 
 
 def machine() -> dict[str, Any]:
-  """Returns facts that affect timings: processor, devices and versions."""
+  """Returns the hardware and software versions of the timings."""
   packages = ('jax', 'jaxlib', 'flax')
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   description: dict[str, Any] = {

@@ -168,10 +168,10 @@ def _owner(path: pathlib.Path) -> str | None:
 
 
 def _birth(pid: int) -> str:
-  """Returns an id that distinguishes a process from later ones with its pid.
+  """Returns a string unique to a process, even if its pid is reused later.
 
-  The id is '' if there is no such process, and 'unknown' for a running process
-  on systems that do not tell its start time.
+  The string is '' if there is no such process, and 'unknown' for a running
+  process on systems without a known start time.
   """
   proc = pathlib.Path('/proc')
   try:

@@ -185,7 +185,7 @@ class Hooks:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-  """Returns whether a log record says more than our own sentence."""
+  """Returns whether a log record is unrelated to operating-system errors."""
   error = record.exc_info[1] if record.exc_info else None
   if record.levelno < logging.ERROR and error is None:
     return True

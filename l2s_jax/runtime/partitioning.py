@@ -226,7 +226,7 @@ def axes_that_divide(
   mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
   rules: Rules | None = None,
 ) -> tuple[str | None, ...]:
-  """Returns logical axes with None for those that cannot be sharded evenly.
+  """Returns logical axes, with None for optional ones that do not divide.
 
   Only axes of `MAY_STAY_WHOLE` are replaced; each device then holds the whole
   axis.

@@ -35,7 +35,7 @@ class Profiler:
   """
 
   def __init__(self, run_dir: pathlib.Path, steps: Sequence[int] | None):
-    """Creates a profiler that has not started.
+    """Creates a profiler without starting a trace.
 
     Args:
       run_dir: the run's folder.

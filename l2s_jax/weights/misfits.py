@@ -84,7 +84,7 @@ def unknown(
   found: Mapping[str, Stored],
   also: Mapping[str, str],
 ) -> list[str]:
-  """Returns a line for each stored tensor that the model does not have.
+  """Returns a line for each stored tensor unknown to the model.
 
   Args:
     names: names of the unknown tensors.
@@ -143,7 +143,7 @@ def layers(
   names: Iterable[str],
   keys: Mapping[str, str],
 ) -> list[str]:
-  """Returns a line for each stack with another depth than its config says.
+  """Returns a line for each layer stack whose depth contradicts the config.
 
   Args:
     table: the name table of the model family.
@@ -194,10 +194,10 @@ def widths(
   shapes: Mapping[str, Sequence[int]],
   keys: Mapping[str, str],
 ) -> list[str]:
-  """Returns a line for each size on which config and most tensors disagree.
+  """Returns a line for each size in the config that most tensors contradict.
 
   Args:
-    table: the rows of the tensors that the model has.
+    table: the rows of the model's tensors.
     config: the parsed model config.
     shapes: shapes of all stored tensors, by their names in the table.
     keys: names of sizes in the config file, as `name_table.Family.sizes`.

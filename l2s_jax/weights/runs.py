@@ -39,7 +39,7 @@ _KEYS = {
     'vocabularies',
   },
 }
-# Fields added later, with the value that stands for their absence.
+# Fields added in later versions, with their defaults.
 _LATER: dict[str, dict[str, Any]] = {
   'language_model': {},
   'llm_to_slm': {

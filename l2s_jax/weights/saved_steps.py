@@ -318,7 +318,7 @@ def reading(folder: pathlib.Path) -> Iterator[None]:
 
 
 def saved_nsecs(params: pathlib.Path) -> int:
-  """Returns the time at which a checkpoint was saved, in ns since the epoch.
+  """Returns the save time of a checkpoint, in ns since the epoch.
 
   The time is stored in the checkpoint, so copies keep it.
 

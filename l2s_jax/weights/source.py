@@ -261,7 +261,7 @@ def check_digests(
 def layers(
   path: shapes_lib.Path, shape: tuple[int, ...]
 ) -> Iterable[int | None]:
-  """Returns the values of `layer` that read a tensor layer by layer.
+  """Returns the `layer` arguments of `Source.read` for layer-by-layer reading.
 
   These are the layer indices of a stacked tensor, and (None,) for others.
   """

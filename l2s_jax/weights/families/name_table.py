@@ -36,7 +36,7 @@ _ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One of our tensors, and the foreign tensor that stores it.
+  """A pair of names: one of our tensors, and the foreign tensor that stores it.
 
   Attributes:
     ours: canonical name.

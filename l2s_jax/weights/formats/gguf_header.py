@@ -69,7 +69,11 @@ class _Cursor:
     return None
 
   def count(self, count: int, num_bytes: int) -> int:
-    """Returns `count` if that many entries of `num_bytes` fit in the file."""
+    """Returns `count` after checking it against the rest of the file.
+
+    Raises:
+      ValueError: if `count` entries of `num_bytes` do not fit.
+    """
     if count > (len(self._content) - self.at) // num_bytes:
       raise ValueError(
         f'byte {self.at} begins {count} entries, and the file has '
