@@ -132,9 +132,10 @@ class Slice:
   ) -> float:
     """Returns a lower bound on the time of a collective.
 
-    All links along the axes that the group spans are used at once: one per axis
-    for a chip at an open end, else two. Between slices, each chip sends its
-    share over the network.
+    All axes that the group spans transfer at once. An axis contributes two
+    links if it wraps around and the group spans all of it, else one, since a
+    chip at an open end has one link. Between slices, each chip sends its share
+    over the network.
 
     Args:
       num_bytes: bytes that each chip receives from the others.

@@ -18,7 +18,7 @@ import numpy as np
 from l2s_jax.performance.pods import hlo
 
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
-# Instructions that move no data.
+# Instructions without HBM traffic of their own.
 _FREE = frozenset({
   'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while',
   'conditional', 'call', 'after-all', 'partition-id', 'replica-id',
