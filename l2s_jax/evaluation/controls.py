@@ -58,9 +58,10 @@ class ControlStates:
     }
 
   def reader(self, params: PyTree, control: str) -> ReadStates | None:
-    """Returns a function from a batch on device to its batch keys of states.
+    """Returns a function that computes the LLM states for a control.
 
-    Returns None for a control without states of its own.
+    It maps a batch on device to the batch keys of the states. Returns None for
+    a control without states of its own.
 
     Args:
       params: all parameters of the system.

@@ -240,7 +240,7 @@ def _as_json(decoding: sampling.Decoding) -> dict[str, Any]:
 
 
 class _Scores(NamedTuple):
-  """Output of the metrics of one task, split and set of settings.
+  """Writes the metrics of one task and split, for fixed settings.
 
   Attributes:
     folder: the folder with `eval/`.

@@ -203,10 +203,10 @@ def describe_controls(by_control: Mapping[str, Numbers]) -> str:
   """Describes the result of the controls, a sentence for each task.
 
   The main score of each task decides. A control is worse if its score lies
-  below the confidence interval of the right prompt or, without intervals, below
-  the score by more than noise. If both controls are worse, the SLM uses the
-  LLM's states. If only another prompt is worse, the SLM reads the states but
-  does not gain from them.
+  beyond the worse end of the right prompt's confidence interval or, without
+  intervals, is worse by more than noise. If both controls are worse, the SLM
+  uses the LLM's states. If only another prompt is worse, the SLM reads the
+  states but does not gain from them.
 
   Args:
     by_control: numbers by control: 'none', with the LLM's states of the right

@@ -38,6 +38,7 @@ class _System:
 
   @property
   def label(self) -> str:
+    """Name in tables."""
     if self.control == 'none':
       return self.record.label
     return f'{self.record.label}, {report.CONTROLS[self.control]}'

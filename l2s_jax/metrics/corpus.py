@@ -213,9 +213,11 @@ class Sums:
   score_of_sum: Callable[[Float[np.ndarray, ' statistic']], dict[str, float]]
 
   def score(self, rows: Float[np.ndarray, 'example statistic']) -> dict:
+    """Returns the scores of a sample of rows, by name."""
     return self.score_of_sum(rows.sum(axis=0))
 
   def of_corpus(self) -> dict[str, float]:
+    """Returns the scores of the whole corpus, by name."""
     return self.score(self.rows)
 
 

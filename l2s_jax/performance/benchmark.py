@@ -389,7 +389,7 @@ def _scores(
 
 
 class _Prompts:
-  """Provides prompts of one length, equal for all equal vocabulary sizes."""
+  """Prompts of one length, the same for equal vocabulary sizes."""
 
   def __init__(self, seed: int, path: str | None, checkpoint_path: str | None):
     """Reads the file of prompts, if there is one.

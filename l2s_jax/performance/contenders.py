@@ -126,6 +126,7 @@ class Writer(timing.Contender):
 
   @property
   def name(self) -> str:
+    """Name that identifies the contender."""
     return f'{self.system}, {self.engine} {self.dtype}'
 
   @property

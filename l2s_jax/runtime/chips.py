@@ -110,6 +110,7 @@ class Slice:
 
   @property
   def num_chips(self) -> int:
+    """Number of chips in all slices."""
     return math.prod(self.shape) * self.num_slices
 
   @property

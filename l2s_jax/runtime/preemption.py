@@ -40,7 +40,7 @@ _HANDLED = 128
 
 
 class Preempted(Exception):
-  """Raised to leave interruptible work, such as an evaluation."""
+  """Raised by `Watcher.check` after a signal, to leave interruptible work."""
 
 
 class Watcher:

@@ -39,7 +39,7 @@ class Expected(NamedTuple):
   shapes: Sequence[tuple[int, ...]]
 
 
-@runtime_checkable  # for the tests' type checker
+@runtime_checkable  # for jaxtyping's runtime checks in tests
 class Stored(Protocol):
   """Shape and dtype of a stored tensor, before it is read."""
 
@@ -123,7 +123,7 @@ def refusal(
 def asks_for_too_much(
   config: config_lib.TransformerConfig, num_tensors: int
 ) -> bool:
-  """Returns whether a config has more layers than there are tensors."""
+  """Returns whether a config has implausibly many layers for its tensors."""
   most = max(config.num_encoder_layers, config.num_decoder_layers)
   return most > max(num_tensors, 100)
 

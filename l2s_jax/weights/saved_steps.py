@@ -195,7 +195,7 @@ def problem(
 
 
 def _state_of_files(folder: pathlib.Path) -> tuple[Any, ...]:
-  """Returns path, size, time and inode of each file: the key of a cache."""
+  """Returns path, size, mtime and inode of each file, as a cache key."""
   stats = ((path, path.stat()) for path in sorted(folder.rglob('*')))
   return tuple(
     (str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)

@@ -150,7 +150,7 @@ def read_fingerprint(source: Source, shapes: PyTree) -> str:
 def demanded(
   config: config_lib.TransformerConfig, found: Collection[shapes_lib.Path]
 ) -> Mapping[shapes_lib.Path, jax.ShapeDtypeStruct]:
-  """Returns the tensors required of weights, with their shapes.
+  """Returns the required tensors of a model config, with their shapes.
 
   Encoder-only weights of an encoder-decoder config are accepted, since an LLM
   needs its encoder only.

@@ -51,10 +51,12 @@ class Instruction:
 
   @property
   def num_bytes(self) -> float:
+    """Bytes of the result."""
     return sum((array.num_bytes for array in self.arrays), 0.0)
 
   @property
   def hbm_bytes(self) -> float:
+    """Bytes of the result in HBM."""
     return sum((x.num_bytes for x in self.arrays if x.in_hbm), 0.0)
 
   @property

@@ -60,6 +60,7 @@ class Collective:
 
   @property
   def total_bytes(self) -> float:
+    """Bytes a device receives in all executions."""
     return self.num_bytes * self.count
 
 
@@ -101,6 +102,7 @@ class HloCosts:
 
   @property
   def collective_bytes(self) -> float:
+    """Bytes a device receives in all collectives."""
     return sum((x.total_bytes for x in self.collectives), 0.0)
 
 

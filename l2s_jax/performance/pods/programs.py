@@ -164,7 +164,13 @@ class Programs:
     batch_size: int,
     num_microbatches: int = 1,
   ) -> Program:
-    """Returns the train step, with donated state."""
+    """Lowers the train step, with donated state.
+
+    Args:
+      optimizer: the optimizer.
+      batch_size: global batch size.
+      num_microbatches: microbatches per batch.
+    """
     module = self.system.module
     frozen, transform, state = self._train_state(optimizer)
     batch = self._batch(batch_size)
@@ -193,7 +199,7 @@ class Programs:
   def generation(
     self, batch_size: int, dtype: str
   ) -> tuple[Program, 'DecodeLoop']:
-    """Returns prefill, and the decode loop to lower after its compilation.
+    """Lowers prefill; returns it with the decode loop, which is lowered later.
 
     The KV cache has all slots of the longest answer from the start.
 

@@ -57,7 +57,7 @@ _GPT2 = (
 )
 
 
-# PyTorch's Linear keeps [out, in].
+# PyTorch's Linear stores kernels as [out, in].
 _OPT = (
   Row('token_embedder/embedding', 'decoder.embed_tokens.weight', 'v d -> v d'),
   Row(

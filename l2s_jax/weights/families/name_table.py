@@ -54,10 +54,12 @@ class Row:
 
   @property
   def path(self) -> tuple[str, ...]:
+    """Canonical name as a path in the parameter tree."""
     return tuple(self.ours.split('/'))
 
   @property
   def is_stacked(self) -> bool:
+    """Whether each layer has its own tensor in the file."""
     return '{layer}' in self.theirs
 
   def names(self, config: config_lib.TransformerConfig) -> list[str]:
@@ -164,6 +166,7 @@ def may_be_tied(config: Mapping[str, Any]) -> bool:
 
 
 def leave_nothing_out(config: Mapping[str, Any]) -> str:
+  """Returns '', for families whose models are read completely."""
   del config
   return ''
 

@@ -38,11 +38,13 @@ class _Cursor:
     return start
 
   def number(self, letter: str) -> int:
+    """Reads a number, given its `struct` format letter."""
     layout = self._order + letter
     start = self.skip(struct.calcsize(layout))
     return struct.unpack_from(layout, self._content, start)[0]
 
   def text(self) -> bytes:
+    """Reads a string with its length."""
     length = self.number('Q')
     start = self.skip(length)
     return self._content[start : start + length]
