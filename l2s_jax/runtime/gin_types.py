@@ -117,7 +117,7 @@ class _Value:
     return ''
 
   def fits(self, expected: Any) -> bool:
-    """Returns whether the value can have an annotated type."""
+    """Returns whether the value matches an annotated type."""
     value = self._entry.value
     if isinstance(expected, str | typing.TypeVar) or expected is Any:
       return True
@@ -172,7 +172,7 @@ def _macro_name(value: Any) -> str | None:
 
 
 def _reference_fits(reference: Any, expected: Any) -> bool:
-  """Returns whether `@name` or `@name()` can have an annotated type."""
+  """Returns whether `@name` or `@name()` matches an annotated type."""
   if _macro_name(reference) is not None:
     return True  # An unbound macro; reported elsewhere.
   kind = typing.get_origin(expected) or expected
