@@ -51,7 +51,7 @@ class Part:
 
 
 def whole(batch: Batch) -> Part:
-  """Wraps a batch whose rows were all made by this process as a `Part`."""
+  """Wraps a batch as a `Part` with all of its rows."""
   num_rows = len(batch['encoder_segment_ids'])
   return Part(
     batch,
@@ -97,11 +97,11 @@ def prompt_batch(
 def continuing(
   batch: Batch, prefix_ids: Sequence[int], eos_ids: Collection[int]
 ) -> Batch:
-  """Returns a batch whose answers continue the prompts without an EOS between.
+  """Returns a batch with the answers as direct continuations of the prompts.
 
-  This is the input of a decoder-only model that was not trained on pairs of
-  prompt and answer: its tokenizer's prefix, then the prompt without EOS. The
-  last of these tokens is taken out of the prompt and returned in
+  No EOS stands between them. A decoder-only model that was not trained on pairs
+  of prompt and answer reads its tokenizer's prefix, then the prompt without
+  EOS. The last of these tokens is taken out of the prompt and returned in
   `first_tokens`, the input of the first decode step (-1 for rows without a
   prompt). In batches with a loss it replaces the start token.
 

@@ -82,7 +82,7 @@ class BoundTask(Protocol):
     """
 
   def task_in_order(self, label: str) -> 'seqio.Task':
-    """Returns the single SeqIO task whose examples are in source order.
+    """Returns the single SeqIO task, with examples in source order.
 
     Args:
       label: the setting that names the task, for error messages.

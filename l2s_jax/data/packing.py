@@ -44,7 +44,7 @@ def first_fit(
   rows = np.zeros(len(sizes), np.int64)
   num_rows = 0
   for example, size in enumerate(sizes):
-    # One row more than there are: an empty one.
+    # Includes one more row, an empty one.
     row = int((free[: num_rows + 1] >= size).all(axis=1).argmax())
     free[row] -= size
     rows[example] = row
@@ -76,7 +76,7 @@ def first_fit_of_windows(
   num_rows = 0
   for example, size in enumerate(sizes):
     has_room = np.ones((num_windows, num_rows + 1), bool)
-    # One row more than there are: an empty one.
+    # Includes one more row, an empty one.
     for feature, length in zip(free, size, strict=True):
       has_room &= feature[:, : num_rows + 1] >= length
     row = has_room.argmax(axis=1)

@@ -120,7 +120,7 @@ HALF_CHARACTER = 'has half a character: one \\uD800-\\uDFFF without the other'
 
 
 def has_half_characters(value: Any) -> bool:
-  """Returns whether a JSON value has unpaired surrogates, which UTF-8 lacks."""
+  """Returns whether a JSON value has unpaired surrogates (invalid in UTF-8)."""
   try:
     json.dumps(value, ensure_ascii=False).encode()
   except UnicodeEncodeError:

@@ -2,7 +2,8 @@
 """Accessors for undocumented SeqIO attributes.
 
 They cover task caching, mixtures and TFDS loaders. No other module uses SeqIO
-internals; a test pins the SeqIO version. SeqIO is imported inside functions.
+internals; `tests/test_internals.py` names the SeqIO version that has them.
+SeqIO is imported inside functions.
 """
 
 from typing import TYPE_CHECKING, Any
