@@ -41,7 +41,7 @@ def describe(
   vocabularies: Mapping[str, base.Vocabulary],
   task_feature_lengths: Mapping[str, int],
 ) -> dict[str, Any]:
-  """Returns the key.
+  """Returns the cache key of a task or mixture.
 
   Args:
     name: name of the task or mixture, as for `tasks.bind`.

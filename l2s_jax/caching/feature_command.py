@@ -17,7 +17,9 @@ from l2s_jax.systems import system as system_lib
 
 
 def check(model: Any, lengths: Mapping[str, int], dtype: str) -> None:
-  """Refuses systems and settings without constant LLM states.
+  """Validates the system and the settings of `cache --features`.
+
+  The LLM states must be constant in training.
 
   Args:
     model: the system.

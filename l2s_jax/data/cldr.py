@@ -125,7 +125,7 @@ def examples(
 
 
 def split_of(content: Content) -> str:
-  """Returns the split of a content: 90 % are in 'train', 5 % in each other."""
+  """Assigns a content to a split by hash: 90 % 'train', 5 % each held out."""
   if content[0] == 'name':
     return 'train'
   text = ' '.join(map(str, content))
@@ -186,7 +186,7 @@ def _draw_minute(rng: random.Random) -> tuple[datetime.time, Content]:
 
 
 def _unambiguous(style: DateStyle, day: datetime.date) -> DateStyle:
-  """Returns a date style whose English rendering has a unique translation.
+  """Returns the style, or 'long' where 'medium' is ambiguous in English.
 
   May has no abbreviation: 'May 9, 2013' is both the medium and the long style,
   '09.05.2013' and '9. Mai 2013' in German. A prompt must have one answer.

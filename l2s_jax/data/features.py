@@ -147,7 +147,10 @@ class SeqioVocabulary(seqio.Vocabulary):
 
 
 class SeqioSentencePiece(SeqioVocabulary):
-  """Encodes with TensorFlow Text's op: no Python in the input pipeline."""
+  """A SentencePiece vocabulary with TensorFlow Text's op as its encoder.
+
+  No Python code runs in the input pipeline.
+  """
 
   @functools.cached_property
   def model(self) -> bytes:
@@ -222,9 +225,13 @@ def output_features(
 
 
 def encodes_alike(vocabulary: seqio.Vocabulary, bound: SeqioVocabulary) -> bool:
-  """Returns whether a task's own vocabulary gives the ids of a bound one.
+  """Returns whether two vocabularies encode every text to the same ids.
 
-  Returns False if the two cannot be compared.
+  Returns False if this is unknown.
+
+  Args:
+    vocabulary: a task's own vocabulary.
+    bound: one of our vocabularies.
   """
   if isinstance(vocabulary, SeqioVocabulary):
     return vocabulary.vocabulary == bound.vocabulary

@@ -152,7 +152,7 @@ def lay_out(
 ) -> dict[
   str, Int32[np.ndarray, 'rows length'] | Float32[np.ndarray, 'rows length']
 ]:
-  """Returns the batch keys of examples with known rows.
+  """Builds a batch from examples and their rows.
 
   Args:
     prompts: token ids with EOS, none longer than its row.

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Record files that are not line-based: JSON lists, Parquet, TFRecord.
 
-Each reader yields pairs: the number of a record, from 1, and its columns or
-its defect. Values become JSON values: UTF-8 bytes a string, other bytes
-`{'base64': ...}`, times ISO 8601. No TensorFlow is needed: TFRecord files of
-`tf.train.Example` are parsed and checked in Python, at a few MB per second.
+Each reader yields pairs: the number of a record, from 1, and its columns, or
+the reason it is unusable. Values become JSON values: UTF-8 bytes a string,
+other bytes `{'base64': ...}`, times ISO 8601. No TensorFlow is needed: TFRecord
+files of `tf.train.Example` are parsed and checked in Python, at a few MB per
+second.
 """
 
 import base64

@@ -343,7 +343,7 @@ def _read_table(
 
 
 def _wrong_type(row: Fields, columns: Columns) -> str | None:
-  """Returns the defect of optional and reference columns, or None."""
+  """Returns the reason an optional or reference column is invalid, or None."""
   for name in columns.optional:
     if not isinstance(text_files.value(row, name), str | None):
       return f'has something else than text in column {name!r}'

@@ -199,11 +199,11 @@ def distilled_task(
   """Makes a task from a teacher's answers, the output of `distill`.
 
   `bind('distilled', ...)` calls it with its gin bindings, and
-  `bind('NAME/distilled')` with those of the gin scope NAME. The split 'train'
-  pairs the gold task's prompts with the teacher's answers, and is read into
-  memory. The other splits, the metrics and the postprocessing are the gold
-  task's. The folder's manifest names the gold task; its settings must equal
-  those at distillation.
+  `bind('NAME/distilled')` with those of the gin scope NAME. The gold task is
+  the distilled task with its original answers; the folder's manifest names it.
+  Its settings must equal those at distillation. The split 'train' pairs its
+  prompts with the teacher's answers, and is read into memory. The other splits,
+  the metrics and the postprocessing are the gold task's.
 
   Args:
     distill_dir: folder of distilled answers.

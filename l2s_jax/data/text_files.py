@@ -73,7 +73,7 @@ def read_rows(
       is a row.
     column_names: column names of TSV and CSV files without a header line, or
       one name for the lines of plain text and the texts of a JSON list.
-    problem: returns further defects of a row, as `BadLine.reason`, or None.
+    problem: further check of a row; returns a `BadLine.reason` or None.
 
   Raises:
     FileNotFoundError: at the first row, if there is no such file.
@@ -128,7 +128,9 @@ def has_byte_order_mark(path: epath.Path) -> bool:
 
 
 def decode_line(line: bytes, number: int) -> tuple[str, str]:
-  r"""Returns the text of a line and '', or '' and the defect of the line.
+  r"""Decodes a line; returns its text, and the reason if it is unusable.
+
+  The text of an unusable line, and the reason of a usable one, are ''.
 
   The definition of a line for all sources: it ends at \n. One \r before that
   belongs to the line end; any other \r, form feed or separator belongs to the
@@ -150,7 +152,7 @@ def decode_line(line: bytes, number: int) -> tuple[str, str]:
 
 
 def value(row: Fields, column: str, default: Any = None) -> Any:
-  """Returns a row's value in a column, which may be nested.
+  """Returns a row's value in a column or a nested column.
 
   `translation.en` is the column of this very name, if there is one, else `en`
   of the object in `translation`. A number is a list index from 0, as in
@@ -186,7 +188,7 @@ def _lines(path: epath.Path) -> Iterator[bytes]:
 
 
 def _lacking_text(row: Fields, required: Sequence[str]) -> str | None:
-  """Returns the defect of columns that must have text, or None."""
+  """Returns the reason a required column has no text, or None."""
   for column in required:
     found = value(row, column, _MISSING)
     if isinstance(found, str) and found.strip():
@@ -219,7 +221,7 @@ def _objects(path: epath.Path) -> Iterator[tuple[int, Fields | str]]:
 
 
 def _parse_object(text: str) -> Fields | str:
-  """Returns a line's JSON object, or its defect."""
+  """Parses a line's JSON object, or returns the reason it is invalid."""
   if not text.strip():
     return 'is empty'
   try:

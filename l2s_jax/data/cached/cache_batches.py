@@ -181,7 +181,7 @@ class CachedBatches(Iterator[batching.Part]):
 
 
 class _Maker:
-  """Reads and lays out the rows of a process."""
+  """Maker of a process's rows: reads records and lays them out."""
 
   def __init__(
     self,

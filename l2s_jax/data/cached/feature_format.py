@@ -106,7 +106,7 @@ def lay_out(
   *,
   like: 'Features | FeatureCache',
 ) -> dict[str, np.ndarray]:
-  """Returns the batch keys of `models/stored_states.py`.
+  """Builds the batch arrays of LLM states (`models/stored_states.py`).
 
   Args:
     states: states of each example, one row per prompt token.
@@ -239,9 +239,10 @@ class FeatureCache:
     )
 
   def check_length(self, task: str, split: str, prompt_length: int) -> None:
-    """Refuses a prompt length that cuts prompts elsewhere than the LLM's input.
+    """Refuses a maximum prompt length other than that of the cached states.
 
-    The states of a prompt depend on the place of the cut.
+    The states of a prompt depend on the place of the cut. Another length is
+    accepted if neither length cuts a prompt of the split.
 
     Args:
       task: name of the task.

@@ -222,7 +222,7 @@ def by_length(
 def _waiting(
   look: Look, buckets: Sequence[tuple[int, int]], position: Position | None
 ) -> list[Stretch]:
-  """Returns the examples of each bucket in no batch yet.
+  """Returns each bucket's examples that are not in a batch yet.
 
   They are the last ones of their buckets before the position. The lookup goes
   backwards from there, further for rare buckets.
