@@ -10,7 +10,7 @@ content. `feature_command` runs the frozen LLM once over the prompts;
 The package `data.cached` reads caches.
 """
 
-# Public modules: other packages import only these.
+# Modules that other packages may import.
 __all__ = (
   'cache_command',
   'cache_encoding',

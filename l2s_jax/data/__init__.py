@@ -7,7 +7,7 @@ batches from ids in memory. All arrays are on the host. Only `features` imports
 TensorFlow and SeqIO; other modules import `features` inside functions.
 """
 
-# Public modules: other packages import only these.
+# Modules that other packages may import.
 __all__ = (
   'batching',
   'bound_tasks',

@@ -6,7 +6,7 @@ and returns a `base.Vocabulary`. The package `data` appends EOS, cuts and
 batches.
 """
 
-# Public modules: other packages import only these.
+# Modules that other packages may import.
 __all__ = (
   'base',
   'byte',

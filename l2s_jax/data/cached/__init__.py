@@ -8,7 +8,7 @@ examples to rows, `cache_batches` reads the rows of one process, and
 caches.
 """
 
-# Public modules: other packages import only these.
+# Modules that other packages may import.
 __all__ = (
   'cache_batches',
   'cache_format',
