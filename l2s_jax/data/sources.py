@@ -160,6 +160,21 @@ def local_source(
   return _make_source(read, splits=tuple(files))
 
 
+def memory_source(
+  splits: Mapping[str, Mapping[str, Sequence[str]]],
+) -> 'seqio.DataSource':
+  """Returns the source of examples in memory, by split and column."""
+  from l2s_jax.data.features import tf
+
+  @functools.cache
+  def read(split: str) -> 'tf.data.Dataset':
+    return tf.data.Dataset.from_tensor_slices(
+      {name: tf.constant(texts) for name, texts in splits[split].items()}
+    )
+
+  return _make_source(read, splits=tuple(splits))
+
+
 def distilled_source(
   examples: Callable[[], Mapping[str, Sequence[str]]],
   read_gold: Callable[[str], 'tf.data.Dataset'],

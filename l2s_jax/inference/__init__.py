@@ -9,11 +9,14 @@ those of a training set, to train on.
 
 # The modules that other packages may import.
 __all__ = (
+  'answer_settings',
   'answerer',
   'distill',
   'generate',
   'infer',
   'length_buckets',
+  'pipeline',
+  'predictions',
   'sampling',
   'speculative',
   'strategies',

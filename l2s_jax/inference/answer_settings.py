@@ -14,17 +14,14 @@ from l2s_jax.systems import as_it_came, parameters
 from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
 
+PyTree = Any
 
-@dataclasses.dataclass(frozen=True)
-class Answering:
-  """What answers, and how: a model, its batches, its decoding.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswerSettings:
+  """The lengths and batches of prompts, and the decoding of answers.
 
   Attributes:
-    checkpoint_path: a run, or a model as it came.
-    step: of a run; None takes the newest, 'best' that of BEST_METRIC.
-    llm_path: where the LLM's weights are, if not where the run says.
-    vocabulary: tokenizer of a model as it came that brings none.
-    extra_ids: sentinels that T5 adds behind its SentencePiece model.
     prompt_length: tokens a prompt at most.
     max_decode_len: tokens an answer at most.
     batch_size: prompts a batch, of `prompt_length`.
@@ -33,11 +30,6 @@ class Answering:
       `PromptAnswerer`.
   """
 
-  checkpoint_path: str
-  step: int | Literal['best'] | None
-  llm_path: str | None
-  vocabulary: str | None
-  extra_ids: int
   prompt_length: int
   max_decode_len: int
   batch_size: int
@@ -56,12 +48,68 @@ class Answering:
       BATCH_SIZE=self.batch_size,
     )
     generate.check(self.decoding, self.max_decode_len)
-    as_it_came.check_path(self.checkpoint_path)
 
   @property
   def lengths(self) -> dict[str, int]:
     """Tokens of 'inputs' (prompt) and 'targets' (answer), at most."""
     return {'inputs': self.prompt_length, 'targets': self.max_decode_len}
+
+  def answerer(
+    self,
+    session: session_lib.Session,
+    params: PyTree,
+    batch_size: int | None = None,
+    *,
+    are_prepared: bool = False,
+  ) -> answerer.PromptAnswerer:
+    """Returns what answers, with all parameters of a system.
+
+    Args:
+      session: the system on its mesh.
+      params: taken apart, unless they are prepared.
+      batch_size: prompts a batch; None: as the settings say.
+      are_prepared: whether `params` are `PromptAnswerer.params` of another.
+    """
+    return answerer.PromptAnswerer(
+      session.system,
+      params,
+      session.mesh,
+      prompt_length=self.prompt_length,
+      max_decode_len=self.max_decode_len,
+      batch_size=batch_size or self.batch_size,
+      decoding=self.decoding,
+      says_ends=self.says_ends,
+      consume=not are_prepared,
+      are_prepared=are_prepared,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Answering(AnswerSettings):
+  """What answers, and how: a model, its batches, its decoding.
+
+  Attributes:
+    checkpoint_path: a run, or a model as it came.
+    step: of a run; None takes the newest, 'best' that of BEST_METRIC.
+    llm_path: where the LLM's weights are, if not where the run says.
+    vocabulary: tokenizer of a model as it came that brings none.
+    extra_ids: sentinels that T5 adds behind its SentencePiece model.
+  """
+
+  checkpoint_path: str
+  step: int | Literal['best'] | None
+  llm_path: str | None
+  vocabulary: str | None
+  extra_ids: int
+
+  def __post_init__(self):
+    """Checks what needs no model.
+
+    Raises:
+      ValueError: names the setting.
+    """
+    super().__post_init__()
+    as_it_came.check_path(self.checkpoint_path)
 
   def load_system(self) -> system_lib.System:
     """Returns the system, without its weights."""
@@ -98,17 +146,7 @@ class Answering:
     params = parameters.load_params(
       session.system, session.layout, self.checkpoint_path, step
     )
-    return answerer.PromptAnswerer(
-      session.system,
-      params,
-      session.mesh,
-      prompt_length=self.prompt_length,
-      max_decode_len=self.max_decode_len,
-      batch_size=batch_size or self.batch_size,
-      decoding=self.decoding,
-      says_ends=self.says_ends,
-      consume=True,
-    )
+    return self.answerer(session, params, batch_size)
 
   def settings(self, step: int) -> dict[str, Any]:
     """Returns what answers depend on beside their prompts, as JSON has it."""

@@ -6,7 +6,7 @@ that end an answer (`Decoding.stop`) are found here, since no token stands for
 them; so is what of an answer can be shown while it is being written.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -69,6 +69,7 @@ class PromptAnswerer:
 
   Attributes:
     generator: what writes them.
+    params: all parameters, in the form generation reads.
     batch_size: prompts of the greatest length a batch.
     num_tokens: of all prompts started so far.
     num_slots: likewise, with padding.
@@ -86,6 +87,7 @@ class PromptAnswerer:
     decoding: sampling.Decoding | None = None,
     says_ends: bool = False,
     consume: bool = False,
+    are_prepared: bool = False,
   ):
     """Prepares inference; compiles at the first call.
 
@@ -99,13 +101,19 @@ class PromptAnswerer:
       decoding: how answers are written; None is greedy.
       says_ends: whether details have `ended`.
       consume: whether `params` may be taken apart, not to be used again.
+      are_prepared: whether `params` are those of another answerer of the same
+        system, with the same quantization.
     """
     self.generator = generate.generator(
       system, max_decode_len, decoding=decoding
     )
     self.batch_size = batch_size
     self.num_tokens = self.num_slots = 0
-    self._params = self.generator.prepare(params, consume=consume)
+    self.params = (
+      params
+      if are_prepared
+      else self.generator.prepare(params, consume=consume)
+    )
     self._prompt_vocabulary = system.prompt_vocabulary
     self._vocabulary = system.answer_vocabulary
     # None: not of a system whose answers go on where its prompts end.
@@ -198,7 +206,7 @@ class PromptAnswerer:
       arrays.pop('max_decode_lens'),
     )
     generation = self.generator.start(
-      self._params, arrays, row_ids, max_decode_lens
+      self.params, arrays, row_ids, max_decode_lens
     )
     if num_tokens is None and self._looks_for_stops:
       num_tokens = _STOP_PERIOD
@@ -221,17 +229,29 @@ class PromptAnswerer:
 
     Args:
       prompt: to be answered.
-      write: gets pieces of text, which together are that of the answer.
+      write: gets the pieces.
+    """
+    pieces = self.pieces(prompt)
+    while True:
+      try:
+        write(next(pieces))
+      except StopIteration as end:
+        return end.value
+
+  def pieces(self, prompt: Prompt) -> Generator[str, None, Answer]:
+    """Yields pieces of an answer's text as its tokens come; returns the answer.
+
+    The pieces, joined, are the text of the answer.
     """
     writing = self.start([prompt], num_tokens=1)
     shown = ''
     for (text,) in self._settled(writing, 1):
       if len(text) > len(shown):
-        write(text[len(shown) :])
+        yield text[len(shown) :]
         shown = text
     (answer,) = self.finish(writing)
     if len(answer.text) > len(shown):
-      write(answer.text[len(shown) :])
+      yield answer.text[len(shown) :]
     return answer
 
   @property

@@ -13,13 +13,14 @@ one of them is handed to JAX as SIGTERM.
 """
 
 import contextlib
+import contextvars
 import os
 import signal
 import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # "Try again", EX_TEMPFAIL of sysexits.h. Tells a launcher that the run has more
@@ -35,6 +36,8 @@ _REACTION = 0.25
 _LAST_MOMENT = 0.9
 # Seconds that standard output and error have to take the last words.
 _LAST_WORDS = 1.0
+# Whether the process belongs to another program, such as a notebook's kernel.
+_is_guest = contextvars.ContextVar('is_guest', default=False)
 # Told from a signal's number, which the C code writes: the handler has run.
 _HANDLED = 128
 
@@ -56,8 +59,8 @@ class Watcher:
   As long as there is nothing to save, either ends the process at once. A
   further SIGTERM changes nothing, a second SIGINT ends the process at once.
   Only the main thread may handle signals: entered in another, it leaves them as
-  they are; and so it does with `agree`, and with a SIGINT that is ignored, as
-  shells have it for what runs in the background.
+  they are; and so it does with `agree`, within `signals_left_alone`, and with a
+  SIGINT that is ignored, as shells have it for what runs in the background.
 
   Attributes:
     save: saves the last finished step and returns when that is on disk; None
@@ -123,6 +126,7 @@ class Watcher:
       threading.current_thread() is threading.main_thread()
       # A handler of ours would displace the one that tells all processes.
       and self._agree is None
+      and not _is_guest.get()
     )
     if self._agree is not None:
       _agreeing = self
@@ -214,6 +218,20 @@ class Watcher:
       traceback.print_exc()
       _end(1)
     _end(self.exit_code)
+
+
+@contextlib.contextmanager
+def signals_left_alone() -> Iterator[None]:
+  """Lets signals do within what they do without this package.
+
+  For a process of another program. Ctrl-C then raises KeyboardInterrupt, and a
+  run goes on from its newest checkpoint.
+  """
+  token = _is_guest.set(True)
+  try:
+    yield
+  finally:
+    _is_guest.reset(token)
 
 
 # The one that is entered and agrees with other processes.

@@ -15,6 +15,7 @@ __all__ = (
   'hooks',
   'optim',
   'progress',
+  'resuming',
   'state',
   'train',
   'train_step',

@@ -32,6 +32,8 @@ from l2s_jax.training import hooks as hooks_lib
 from l2s_jax.training import progress as progress_lib
 from l2s_jax.training import state as state_lib
 
+PyTree = Any
+
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
@@ -242,11 +244,27 @@ def restore_or_create(
   restored = checkpointer.restore(shapes, shardings)
   if restored is not None:
     return restored
+  create = jax.jit(
+    lambda trainable: state_lib.create(trainable, optimizer, seed),
+    out_shardings=shardings,
+  )
+  return create(first_params(system, layout, seed))
+
+
+def first_params(
+  system: system_lib.System, layout: parameters.Layout, seed: int
+) -> PyTree:
+  """Returns the trainable parameters at step 0.
+
+  Args:
+    system: the system.
+    layout: of its parameters.
+    seed: of those that no weights have.
+  """
   params = parameters.load_pretrained(system, layout)
   known = traverse_util.flatten_dict(params, sep='/')
-  fresh, _ = parameters.split_by_path(
-    shardings.trainable, lambda path: path not in known
-  )
+  _, shardings = parameters.split(layout.shardings, system.frozen)
+  fresh, _ = parameters.split_by_path(shardings, lambda path: path not in known)
   if fresh:
     init = functools.partial(
       parameters.init,
@@ -254,11 +272,7 @@ def restore_or_create(
       only=traverse_util.flatten_dict(fresh, sep='/').__contains__,
     )
     params = parameters.merge(params, state_lib.init_params(init, seed, fresh))
-  create = jax.jit(
-    lambda trainable: state_lib.create(trainable, optimizer, seed),
-    out_shardings=shardings,
-  )
-  return create(params)
+  return params
 
 
 def _state_shapes(

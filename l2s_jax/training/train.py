@@ -57,7 +57,7 @@ def train(
   z_loss: float = 0.0,
   distillation: distillation_lib.Distillation | None = None,
   eval_period: int | None = None,
-  eval_split: str = 'validation',
+  eval_split: str | None = 'validation',
   num_eval_examples: int | None = None,
   eval_batch_size: int | None = None,
   checkpoint_period: int = 1000,
@@ -96,7 +96,7 @@ def train(
     z_loss: weight of the squared log of the softmax's denominator.
     distillation: from whom the model learns beside the gold answers.
     eval_period: steps between evaluations; None evaluates at the end.
-    eval_split: of the task.
+    eval_split: of the task; None evaluates nothing but `evaluations`.
     num_eval_examples: the first so many of the split; None takes all.
     eval_batch_size: examples a decoding batch; None takes `batch_size`.
     checkpoint_period: steps between saves.
@@ -141,7 +141,7 @@ def train(
     evaluations,
     eval_plan.Planned(
       mixture_or_task_name,
-      eval_split,
+      eval_split or '',
       num_eval_examples,
       eval_period,
       task_feature_lengths,
