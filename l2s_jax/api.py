@@ -196,7 +196,7 @@ class Model:
     batch_size: int | None,
   ) -> answer_settings.AnswerSettings:
     """Returns the settings of `load` with those of one call; checks them."""
-    given = {
+    given: dict[str, Any] = {
       'decoding': decoding,
       'prompt_length': prompt_length,
       'max_decode_len': max_decode_len,

@@ -31,6 +31,7 @@ from l2s_jax.training import checkpoint, teachers
 from l2s_jax.training import hooks as hooks_lib
 from l2s_jax.training import progress as progress_lib
 from l2s_jax.training import state as state_lib
+from l2s_jax.training import trackers as trackers_lib
 
 PyTree = Any
 
@@ -48,6 +49,7 @@ class RunSettings:
     preemption_grace_secs: between SIGTERM and the end of the process.
     profile_steps: the first and the last step to trace; None traces nothing.
     hooks: what users do beside.
+    trackers: names, see `trackers.py`.
     began: seconds since the epoch, of this start.
   """
 
@@ -59,6 +61,7 @@ class RunSettings:
   preemption_grace_secs: int
   profile_steps: Sequence[int] | None
   hooks: Sequence[Any]
+  trackers: Sequence[str] = (trackers_lib.TENSORBOARD,)
   began: float = dataclasses.field(default_factory=time.time)
 
   def __post_init__(self):
@@ -77,13 +80,17 @@ class RunSettings:
     )
     profiling.check(self.profile_steps)
     hooks_lib.check(self.hooks)
+    trackers_lib.check(self.trackers)
 
   def metric_writer(self, step: int) -> metric_writer.MetricWriter:
     """Returns what writes the numbers of a run that goes on behind a step."""
     # The end of a run that goes on now was no end of a period.
     is_off = step % self.log_period and step < self.train_steps
     return metric_writer.MetricWriter(
-      self.run_dir, first_step=step, drop=('train/',) if is_off else ()
+      self.run_dir,
+      first_step=step,
+      drop=('train/',) if is_off else (),
+      tensorboard=trackers_lib.TENSORBOARD in self.trackers,
     )
 
   def all_hooks(
@@ -106,7 +113,7 @@ class RunSettings:
         hooks_lib.Log(self.log_period, schedule, constants),
       ],
       ours=[hooks_lib.SaveCheckpoint(self.checkpoint_period), *evaluates],
-      users=self.hooks,
+      users=[*trackers_lib.hooks(self.trackers, self.run_dir), *self.hooks],
     )
 
 

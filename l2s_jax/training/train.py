@@ -69,6 +69,7 @@ def train(
   profile_steps: Sequence[int] | None = None,
   evaluations: Sequence[eval_plan.Evaluation] = (),
   hooks: Sequence[Any] = (),
+  trackers: Sequence[str] = ('tensorboard',),
   *,
   dry_run: bool = False,
 ) -> dict[str, float]:
@@ -112,6 +113,8 @@ def train(
       that the settings above describe is made only if it is listed. Scores are
       then logged, and named by `best_metric`, as 'TASK-SPLIT/SCORE'.
     hooks: what else to do every so many steps; see `hooks.Hook`.
+    trackers: of the numbers beside `metrics.jsonl`: any of 'tensorboard',
+      'wandb' and 'trackio'; see `training/trackers.py`.
     dry_run: prints sizes and shardings, and stops.
 
   Returns:
@@ -131,6 +134,7 @@ def train(
     preemption_grace_secs=preemption_grace_secs,
     profile_steps=profile_steps,
     hooks=hooks,
+    trackers=trackers,
   )
   data = train_data.TrainData(
     task_feature_lengths, batch_size, seed, pack, length_buckets
