@@ -4,7 +4,7 @@
 `import l2s_jax` gives these names and imports this module at first use. The API
 runs the code of the verbs `infer`, `train` and `evaluate`. An argument has the
 name and the meaning of their setting; messages name it as gin files do, in
-capitals. `docs/api.md` has examples.
+capitals. `docs/python_api.md` has examples.
 """
 
 import contextlib

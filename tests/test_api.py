@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from typing import Any
 
 import gin
 import helpers
@@ -22,7 +23,11 @@ from l2s_jax.models import l2s
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROMPTS = ['a red box', 'x', 'ab' * 9, 'the cat']
-LENGTHS = {'prompt_length': 10, 'max_decode_len': 6, 'batch_size': 16}
+LENGTHS: dict[str, Any] = {
+  'prompt_length': 10,
+  'max_decode_len': 6,
+  'batch_size': 16,
+}
 EXAMPLES = [(f'number {n}', f'{n} cats') for n in range(40)]
 VALIDATION = [(f'number {n}', f'{n} dogs') for n in range(40, 46)]
 TASK_FEATURE_LENGTHS = {'inputs': 12, 'targets': 10}
@@ -105,18 +110,17 @@ def test_streamed_pieces_are_the_answer(model):
     model.stream(PROMPTS[0], decoding=l2s_jax.Decoding(num_beams=2))
 
 
-def train(system, run, **settings):
+def train(system, run, *, train_steps, examples=EXAMPLES, validation=None):
   return l2s_jax.train(
     system,
-    EXAMPLES,
+    examples,
     run,
-    **{
-      'batch_size': 8,
-      'task_feature_lengths': TASK_FEATURE_LENGTHS,
-      'learning_rate': 0.01,
-      'seed': 3,
-    }
-    | settings,
+    train_steps=train_steps,
+    validation=validation,
+    batch_size=8,
+    task_feature_lengths=TASK_FEATURE_LENGTHS,
+    learning_rate=0.01,
+    seed=3,
   )
 
 
@@ -183,15 +187,7 @@ def test_training_and_scores_are_those_of_the_verbs(folder, tmp_path):
   )
   assert again == scores
   with pytest.raises(ValueError, match='was trained otherwise so far'):
-    l2s_jax.train(
-      system,
-      EXAMPLES[1:],
-      run,
-      train_steps=4,
-      batch_size=8,
-      task_feature_lengths=TASK_FEATURE_LENGTHS,
-      seed=3,
-    )
+    train(system, run, train_steps=4, examples=EXAMPLES[1:])
 
 
 FRESH = """
@@ -274,7 +270,7 @@ def test_a_fresh_process_imports_little_and_refuses_in_a_sentence(
 
 
 def test_the_examples_of_the_page_run(folder, tmp_path, monkeypatch):
-  page = (ROOT / 'docs/api.md').read_text(encoding='utf-8')
+  page = (ROOT / 'docs/python_api.md').read_text(encoding='utf-8')
   blocks = re.findall(r'```python\n(.*?)```', page, flags=re.DOTALL)
   assert len(blocks) > 5
   for name in ('runs', 'weights'):

@@ -107,7 +107,7 @@ def test_a_number_arrives_once_whatever_was_stopped(name, tmp_path, database):
   writer.close()
   train(tmp_path, name, [4, 5], first_step=4)
   rows, runs = READ[name](tmp_path)
-  found = {}
+  found: dict[str, list[tuple[int, float]]] = {}
   for row in rows:
     for metric in row.keys() - {'step'}:
       found.setdefault(metric, []).append((row['step'], row[metric]))
@@ -136,7 +136,9 @@ def test_trackers_that_cannot_be_are_refused_by_name():
 
 def test_a_broken_record_of_what_was_sent_is_refused(tmp_path):
   path = tmp_path / trackers.FILE
-  for content in ({'wandb': []}, {'wandb': {'id': 'a', 'sent': {'x': 'y'}}}):
+  of_text = {'wandb': {'id': 'a', 'sent': {'x': 'y'}}}
+  contents: list[dict[str, object]] = [{'wandb': []}, {**of_text}]
+  for content in contents:
     files.write_json(path, content)
     with pytest.raises(ValueError) as error:
       trackers.Tracker('wandb', tmp_path)

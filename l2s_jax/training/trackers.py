@@ -33,13 +33,14 @@ def _start_wandb(run_dir: pathlib.Path, run_id: str) -> Any:
   """Returns a run of Weights & Biases, offline unless WANDB_MODE says other."""
   import wandb
 
+  mode: Any = os.environ.get('WANDB_MODE', 'offline')
   run = wandb.init(
     project=os.environ.get('WANDB_PROJECT', PROJECT),
     name=run_dir.name,
     id=run_id,
     resume='allow',
     dir=str(run_dir),
-    mode=os.environ.get('WANDB_MODE', 'offline'),  # type: ignore[arg-type]
+    mode=mode,
     settings=wandb.Settings(
       console='off', silent=True, disable_git=True, disable_code=True
     ),
@@ -89,7 +90,7 @@ def check(names: Sequence[str]) -> None:
       )
 
 
-def hooks(names: Sequence[str], run_dir: pathlib.Path) -> list[hooks_lib.Hook]:
+def hooks(names: Sequence[str], run_dir: pathlib.Path) -> list['Tracker']:
   """Returns a hook for each tracker but TensorBoard, of the first process.
 
   Args:
