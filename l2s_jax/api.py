@@ -209,7 +209,8 @@ class Model:
     for name in ('draft_len', 'quantization', 'llm_quantization'):
       now, before = getattr(settings.decoding, name), getattr(loaded, name)
       # Drafts of any length have one verifier.
-      if (now and before) != now:
+      are_drafts = name == 'draft_len' and now and before
+      if now != before and not are_drafts:
         raise ValueError(
           f'Decoding.{name}={now!r}: this model was loaded with {before!r}. '
           'Load it again with this decoding.'
@@ -431,7 +432,10 @@ def train(
   from l2s_jax.training import train as train_lib
 
   if optimizer is None:
-    optimizer = inspect.unwrap(optim.adamw)(learning_rate, b2=0.99)
+    schedule = inspect.unwrap(optim.learning_rate_schedule)
+    optimizer = inspect.unwrap(optim.adamw)(
+      schedule(learning_rate, 'constant'), b2=0.99
+    )
   if not isinstance(model, System):
     raise ValueError(
       f'model={str(model)!r}: expected a system of llm_to_slm or '
