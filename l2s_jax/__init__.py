@@ -8,7 +8,8 @@ The Python API, whose names are imported at first use:
 
 The packages, lowest first: `runtime`, `models`, `metrics`, `vocabularies`,
 `weights`, `data`, `systems`, `inference`, `evaluation`, `training`, `interop`,
-`performance`. `docs/python_api.md` explains the API, `docs/design.md` the packages.
+`performance`. `docs/python_api.md` explains the API, `docs/design.md` the
+packages.
 """
 
 import importlib
