@@ -23,7 +23,7 @@ SEEN = {
   'gin_internals.py': (
     'gin-config',
     '0.5.0',
-    ('_REGISTRY',),
+    ('_OPERATIVE_CONFIG', '_REGISTRY'),
   ),
   'seqio_internals.py': (
     'seqio',

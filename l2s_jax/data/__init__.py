@@ -15,6 +15,7 @@ __all__ = (
   'distilled',
   'features',
   'input_files',
+  'memory',
   'packing',
   'seqio_internals',
   'sources',

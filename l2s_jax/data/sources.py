@@ -18,7 +18,6 @@ import numpy as np
 from etils import epath
 
 from l2s_jax.data import (
-  cldr,
   distilled,
   input_files,
   seqio_internals,
@@ -35,6 +34,8 @@ if TYPE_CHECKING:
 # corpus sorted. Text takes less memory and time: about 50 MB here.
 _SHUFFLE_BUFFER_SIZE = 200_000
 _NUM_NAMED_LINES = 3  # bad lines in the summary
+# Here, too: importing `cldr` needs Babel, which the other tasks do not.
+_CLDR_SPLITS = ('train', 'validation', 'test')
 
 # A pair of parallel text files, a file of records, or a list of either.
 DataFiles = str | tuple[str, str] | list[str | tuple[str, str]]
@@ -58,11 +59,12 @@ class Columns(NamedTuple):
 
 def cldr_source() -> 'seqio.DataSource':
   """Returns the source of the task `cldr`, columns `prompt` and `answer`."""
-  return _make_source(_read_cldr, splits=tuple(cldr.SIZES))
+  return _make_source(_read_cldr, splits=_CLDR_SPLITS)
 
 
 @functools.cache
 def _read_cldr(split: str) -> 'tf.data.Dataset':
+  from l2s_jax.data import cldr
   from l2s_jax.data.features import tf
 
   examples = list(cldr.examples(split))
@@ -155,6 +157,21 @@ def local_source(
     return functools.reduce(lambda one, two: one.concatenate(two), datasets)
 
   return _make_source(read, splits=tuple(files))
+
+
+def memory_source(
+  splits: Mapping[str, Mapping[str, Sequence[str]]],
+) -> 'seqio.DataSource':
+  """Returns the source of examples in memory, by split and column."""
+  from l2s_jax.data.features import tf
+
+  @functools.cache
+  def read(split: str) -> 'tf.data.Dataset':
+    return tf.data.Dataset.from_tensor_slices(
+      {name: tf.constant(texts) for name, texts in splits[split].items()}
+    )
+
+  return _make_source(read, splits=tuple(splits))
 
 
 def distilled_source(

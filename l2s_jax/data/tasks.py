@@ -21,7 +21,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gin
 
-from l2s_jax.data import distilled, seqio_internals, sources, templates
+from l2s_jax.data import (
+  distilled,
+  memory,
+  seqio_internals,
+  sources,
+  templates,
+)
 from l2s_jax.metrics import bleu, scores
 from l2s_jax.metrics import metric_fns as metric_fns_lib
 from l2s_jax.vocabularies import base
@@ -479,6 +485,8 @@ def data_settings(name: str) -> dict[str, Any]:
     settings = {name: bound}
   elif kind == 'distilled':
     settings = {name: distilled_settings(name)}
+  elif (in_memory := memory.find(name)) is not None:
+    settings = {name: {'examples': in_memory.digest}}
   else:
     settings = {name: {'template': tfds_config(name).template}}
   settings['cached'] = CacheConfig().use
@@ -638,6 +646,13 @@ def _find(name: str, label: str | None = None) -> 'seqio.Task | seqio.Mixture':
   registered = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
   if name in registered:
     return seqio.get_mixture_or_task(name)
+  if (in_memory := memory.find(name)) is not None:
+    return _make_task(
+      name,
+      sources.memory_source(in_memory.splits),
+      [],
+      scores.Scores().named(in_memory.metrics, 'metrics'),
+    )
   # These are made from the config and not registered.
   made = {
     'local': local_task,

@@ -29,6 +29,7 @@ class MetricWriter:
     *,
     first_step: int = 0,
     drop: tuple[str, ...] = (),
+    tensorboard: bool = True,
   ):
     """Opens the logs.
 
@@ -37,8 +38,10 @@ class MetricWriter:
       first_step: the restored step; later records are dropped.
       drop: name prefixes; records of the restored step with such names are
         dropped, too.
+      tensorboard: whether to write TensorBoard's files.
     """
     self._jsonl = None
+    self._tensorboard: EventFile | None = None
     if not distributed.is_first():
       return
     path = pathlib.Path(run_dir) / FILE
@@ -55,6 +58,8 @@ class MetricWriter:
       file.writelines(json.dumps(record) + '\n' for record in kept)
     self._jsonl = path.open('a', encoding='utf-8')
 
+    if not tensorboard:
+      return
     self._tensorboard = EventFile(pathlib.Path(run_dir) / 'tensorboard')
     for record in kept:
       self._add(record)
@@ -76,14 +81,16 @@ class MetricWriter:
     self._add(record)
 
   def _add(self, record: Mapping[str, Any]) -> None:
-    for name, value in record.items():
-      if name not in _NOT_SCALARS:
-        self._tensorboard.add(name, value, record['step'], record['time'])
+    if self._tensorboard is None:
+      return
+    for name, value in scalars(record).items():
+      self._tensorboard.add(name, value, record['step'], record['time'])
     self._tensorboard.flush()
 
   def close(self) -> None:
     if self._jsonl is not None:
       self._jsonl.close()
+    if self._tensorboard is not None:
       self._tensorboard.close()
 
 
@@ -160,6 +167,13 @@ def read(
         )
         del record[name]
   return records
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+  """Returns the numbers of a record by name, without its step and time."""
+  return {
+    name: value for name, value in record.items() if name not in _NOT_SCALARS
+  }
 
 
 def by_step(

@@ -10,11 +10,14 @@ distillation.
 
 # Modules that other packages may import.
 __all__ = (
+  'answer_settings',
   'answerer',
   'distill',
   'generate',
   'infer',
   'length_buckets',
+  'pipeline',
+  'predictions',
   'sampling',
   'speculative',
   'strategies',

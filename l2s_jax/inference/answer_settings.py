@@ -14,18 +14,14 @@ from l2s_jax.systems import as_it_came, parameters
 from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
 
+PyTree = Any
 
-@dataclasses.dataclass(frozen=True)
-class Answering:
-  """Settings of a model, its batches and its decoding.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswerSettings:
+  """Settings of prompt batches and of decoding.
 
   Attributes:
-    checkpoint_path: a run, or a pretrained model.
-    step: checkpoint step of a run; None means the newest, 'best' the best by
-      BEST_METRIC.
-    llm_path: location of the LLM's weights, if not the one saved in the run.
-    vocabulary: tokenizer of a pretrained model without one.
-    extra_ids: T5's sentinel ids behind its SentencePiece model.
     prompt_length: maximum number of prompt tokens.
     max_decode_len: maximum number of answer tokens.
     batch_size: prompts of `prompt_length` tokens per batch.
@@ -33,11 +29,6 @@ class Answering:
     says_ends: whether records have `ended`; see `PromptAnswerer`.
   """
 
-  checkpoint_path: str
-  step: int | Literal['best'] | None
-  llm_path: str | None
-  vocabulary: str | None
-  extra_ids: int
   prompt_length: int
   max_decode_len: int
   batch_size: int
@@ -56,12 +47,69 @@ class Answering:
       BATCH_SIZE=self.batch_size,
     )
     generate.check(self.decoding, self.max_decode_len)
-    as_it_came.check_path(self.checkpoint_path)
 
   @property
   def lengths(self) -> dict[str, int]:
     """Maximum numbers of tokens of 'inputs' (prompt) and 'targets' (answer)."""
     return {'inputs': self.prompt_length, 'targets': self.max_decode_len}
+
+  def answerer(
+    self,
+    session: session_lib.Session,
+    params: PyTree,
+    batch_size: int | None = None,
+    *,
+    are_prepared: bool = False,
+  ) -> answerer.PromptAnswerer:
+    """Returns a `PromptAnswerer` of a system with all its parameters.
+
+    Args:
+      session: the system on its mesh.
+      params: consumed, unless they are prepared.
+      batch_size: prompts per batch; None means that of the settings.
+      are_prepared: whether `params` are the `params` of another answerer.
+    """
+    return answerer.PromptAnswerer(
+      session.system,
+      params,
+      session.mesh,
+      prompt_length=self.prompt_length,
+      max_decode_len=self.max_decode_len,
+      batch_size=batch_size or self.batch_size,
+      decoding=self.decoding,
+      says_ends=self.says_ends,
+      consume=not are_prepared,
+      are_prepared=are_prepared,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Answering(AnswerSettings):
+  """Settings of a model, its batches and its decoding.
+
+  Attributes:
+    checkpoint_path: a run, or a pretrained model.
+    step: checkpoint step of a run; None means the newest, 'best' the best by
+      BEST_METRIC.
+    llm_path: location of the LLM's weights, if not the one saved in the run.
+    vocabulary: tokenizer of a pretrained model without one.
+    extra_ids: T5's sentinel ids behind its SentencePiece model.
+  """
+
+  checkpoint_path: str
+  step: int | Literal['best'] | None
+  llm_path: str | None
+  vocabulary: str | None
+  extra_ids: int
+
+  def __post_init__(self):
+    """Checks what needs no model.
+
+    Raises:
+      ValueError: names the setting.
+    """
+    super().__post_init__()
+    as_it_came.check_path(self.checkpoint_path)
 
   def load_system(self) -> system_lib.System:
     """Returns the system, without its weights."""
@@ -98,17 +146,7 @@ class Answering:
     params = parameters.load_params(
       session.system, session.layout, self.checkpoint_path, step
     )
-    return answerer.PromptAnswerer(
-      session.system,
-      params,
-      session.mesh,
-      prompt_length=self.prompt_length,
-      max_decode_len=self.max_decode_len,
-      batch_size=batch_size or self.batch_size,
-      decoding=self.decoding,
-      says_ends=self.says_ends,
-      consume=True,
-    )
+    return self.answerer(session, params, batch_size)
 
   def settings(self, step: int) -> dict[str, Any]:
     """Returns JSON-serialisable settings that affect the answers.

@@ -6,7 +6,7 @@ Tokenizes, packs batches, runs generation and detokenizes. Stop texts
 For streaming, this module also finds the part of a text that is final.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -68,6 +68,7 @@ class PromptAnswerer:
   """Answers prompts with a system and its parameters.
 
   Attributes:
+    params: all parameters, in the form for generation.
     generator: the compiled generation.
     batch_size: full-length prompts per batch.
     num_tokens: number of tokens of all prompts started so far.
@@ -86,6 +87,7 @@ class PromptAnswerer:
     decoding: sampling.Decoding | None = None,
     says_ends: bool = False,
     consume: bool = False,
+    are_prepared: bool = False,
   ):
     """Prepares inference; the first call compiles.
 
@@ -100,13 +102,19 @@ class PromptAnswerer:
       decoding: decoding settings; None means greedy.
       says_ends: whether answers have `ended` in their details.
       consume: whether `params` may be deleted while they are converted.
+      are_prepared: whether `params` are those of another answerer of the same
+        system, with the same quantization.
     """
     self.generator = generate.generator(
       system, max_decode_len, decoding=decoding
     )
     self.batch_size = batch_size
     self.num_tokens = self.num_slots = 0
-    self._params = self.generator.prepare(params, consume=consume)
+    self.params = (
+      params
+      if are_prepared
+      else self.generator.prepare(params, consume=consume)
+    )
     self._prompt_vocabulary = system.prompt_vocabulary
     self._vocabulary = system.answer_vocabulary
     # None unless the answers continue their prompts.
@@ -200,7 +208,7 @@ class PromptAnswerer:
       arrays.pop('max_decode_lens'),
     )
     generation = self.generator.start(
-      self._params, arrays, row_ids, max_decode_lens
+      self.params, arrays, row_ids, max_decode_lens
     )
     if num_tokens is None and self._looks_for_stops:
       num_tokens = _STOP_PERIOD
@@ -225,15 +233,30 @@ class PromptAnswerer:
       prompt: the prompt.
       write: receives pieces of text; they concatenate to the answer's text.
     """
+    pieces = self.pieces(prompt)
+    while True:
+      try:
+        write(next(pieces))
+      except StopIteration as end:
+        return end.value
+
+  def pieces(self, prompt: Prompt) -> Generator[str, None, Answer]:
+    """Yields pieces of an answer's text as its tokens come; returns the answer.
+
+    The pieces concatenate to the answer's text.
+
+    Args:
+      prompt: the prompt.
+    """
     writing = self.start([prompt], num_tokens=1)
     shown = ''
     for (text,) in self._settled(writing, 1):
       if len(text) > len(shown):
-        write(text[len(shown) :])
+        yield text[len(shown) :]
         shown = text
     (answer,) = self.finish(writing)
     if len(answer.text) > len(shown):
-      write(answer.text[len(shown) :])
+      yield answer.text[len(shown) :]
     return answer
 
   @property

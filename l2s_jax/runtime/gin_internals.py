@@ -6,7 +6,7 @@ file could name neither its line nor the intended configurable. Only this module
 uses them, and a test pins the gin version they were verified with.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import gin
@@ -41,3 +41,14 @@ def configurable(name: str) -> Callable[..., Any]:
 def minimal_name(name: str) -> str:
   """Returns the shortest unambiguous name of a configurable."""
   return gin.config._REGISTRY.minimal_selector(name)
+
+
+def record(name: str, arguments: Mapping[str, Any]) -> None:
+  """Puts a call's arguments into the operative config; drops earlier ones.
+
+  Args:
+    name: full name of the configurable, which was not called by gin.
+    arguments: by parameter. The text of the config leaves out those that gin
+      cannot write.
+  """
+  gin.config._OPERATIVE_CONFIG[('', name)] = dict(arguments)

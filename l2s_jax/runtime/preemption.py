@@ -13,13 +13,14 @@ process is passed to JAX as SIGTERM.
 """
 
 import contextlib
+import contextvars
 import os
 import signal
 import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # EX_TEMPFAIL ("try again") of sysexits.h. It tells a launcher to restart the
@@ -35,6 +36,8 @@ _REACTION = 0.25
 _LAST_MOMENT = 0.9
 # Seconds allowed for flushing standard output and error.
 _LAST_WORDS = 1.0
+# Whether the process belongs to another program, such as a notebook's kernel.
+_is_guest = contextvars.ContextVar('is_guest', default=False)
 # Marks bytes sent by the Python handler; C code sends the bare number.
 _HANDLED = 128
 
@@ -55,8 +58,9 @@ class Watcher:
 
   While `save` is None, a signal ends the process at once. A further SIGTERM
   changes nothing; a second SIGINT ends the process at once. Signal handlers are
-  installed in the main thread only, not with `agree`, and not for a SIGINT that
-  is ignored, as shells do for background jobs.
+  installed in the main thread only, not with `agree`, not within
+  `signals_left_alone`, and not for a SIGINT that is ignored, as shells do for
+  background jobs.
 
   Attributes:
     save: saves the last finished step and returns when it is on disk; None if
@@ -125,6 +129,7 @@ class Watcher:
       threading.current_thread() is threading.main_thread()
       # Our handler would replace JAX's, which notifies all processes.
       and self._agree is None
+      and not _is_guest.get()
     )
     if self._agree is not None:
       _agreeing = self
@@ -216,6 +221,20 @@ class Watcher:
       traceback.print_exc()
       _end(1)
     _end(self.exit_code)
+
+
+@contextlib.contextmanager
+def signals_left_alone() -> Iterator[None]:
+  """Installs no signal handlers in this context.
+
+  For a process of another program: Ctrl-C then raises KeyboardInterrupt, and a
+  run resumes from its newest checkpoint.
+  """
+  token = _is_guest.set(True)
+  try:
+    yield
+  finally:
+    _is_guest.reset(token)
 
 
 # The entered watcher with `agree`, if any.

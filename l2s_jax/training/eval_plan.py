@@ -56,6 +56,7 @@ class Planned:
   """A complete evaluation of a training run; see `Evaluation`.
 
   `num_examples` None means all, `period` None only the end of the run.
+  With an empty `split` the run evaluates only EVALUATIONS.
   """
 
   task: str
@@ -198,6 +199,11 @@ def make(
   by_prefix = _by_prefix(evaluations, run)
   if best_metric is None:
     return Plan(by_prefix, None, batch_size)
+  if not by_prefix:
+    raise ValueError(
+      f'BEST_METRIC={best_metric!r} with train.eval_split=None: nothing is '
+      'evaluated. Set the split, or leave BEST_METRIC unset.'
+    )
   prefix, score = _of_score('BEST_METRIC', best_metric, by_prefix)
   split = by_prefix[prefix].split
   if 'test' in split:
@@ -216,7 +222,7 @@ def _by_prefix(
 ) -> dict[str, Planned]:
   """Returns the evaluations by the prefix of their score names."""
   if not evaluations:
-    return {'': run}
+    return {'': run} if run.split else {}
   found: dict[str, Planned] = {}
   for number, evaluation in enumerate(evaluations):
     if not isinstance(evaluation, Evaluation):
@@ -225,6 +231,11 @@ def _by_prefix(
         'as @NAME/Evaluation() with NAME/Evaluation.task bound beside it.'
       )
     planned = evaluation.planned(run)
+    if not planned.split:
+      raise ValueError(
+        f'EVALUATIONS[{number}] has no split, and train.eval_split is None. '
+        'Set one of the two.'
+      )
     gin_config.check_positive(
       **{
         f'EVALUATIONS[{number}].num_examples': planned.num_examples,

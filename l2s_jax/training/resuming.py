@@ -31,6 +31,9 @@ from l2s_jax.training import checkpoint, teachers
 from l2s_jax.training import hooks as hooks_lib
 from l2s_jax.training import progress as progress_lib
 from l2s_jax.training import state as state_lib
+from l2s_jax.training import trackers as trackers_lib
+
+PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,7 @@ class RunSettings:
     preemption_grace_secs: between SIGTERM and the end of the process.
     profile_steps: the first and the last step to trace; None traces nothing.
     hooks: what users do beside.
+    trackers: names, see `trackers.py`.
     began: seconds since the epoch, of this start.
   """
 
@@ -57,6 +61,7 @@ class RunSettings:
   preemption_grace_secs: int
   profile_steps: Sequence[int] | None
   hooks: Sequence[Any]
+  trackers: Sequence[str] = (trackers_lib.TENSORBOARD,)
   began: float = dataclasses.field(default_factory=time.time)
 
   def __post_init__(self):
@@ -75,13 +80,17 @@ class RunSettings:
     )
     profiling.check(self.profile_steps)
     hooks_lib.check(self.hooks)
+    trackers_lib.check(self.trackers)
 
   def metric_writer(self, step: int) -> metric_writer.MetricWriter:
     """Returns what writes the numbers of a run that goes on behind a step."""
     # The end of a run that goes on now was no end of a period.
     is_off = step % self.log_period and step < self.train_steps
     return metric_writer.MetricWriter(
-      self.run_dir, first_step=step, drop=('train/',) if is_off else ()
+      self.run_dir,
+      first_step=step,
+      drop=('train/',) if is_off else (),
+      tensorboard=trackers_lib.TENSORBOARD in self.trackers,
     )
 
   def all_hooks(
@@ -104,7 +113,7 @@ class RunSettings:
         hooks_lib.Log(self.log_period, schedule, constants),
       ],
       ours=[hooks_lib.SaveCheckpoint(self.checkpoint_period), *evaluates],
-      users=self.hooks,
+      users=[*trackers_lib.hooks(self.trackers, self.run_dir), *self.hooks],
     )
 
 
@@ -242,11 +251,27 @@ def restore_or_create(
   restored = checkpointer.restore(shapes, shardings)
   if restored is not None:
     return restored
+  create = jax.jit(
+    lambda trainable: state_lib.create(trainable, optimizer, seed),
+    out_shardings=shardings,
+  )
+  return create(first_params(system, layout, seed))
+
+
+def first_params(
+  system: system_lib.System, layout: parameters.Layout, seed: int
+) -> PyTree:
+  """Returns the trainable parameters at step 0.
+
+  Args:
+    system: the system.
+    layout: of its parameters.
+    seed: of those that no weights have.
+  """
   params = parameters.load_pretrained(system, layout)
   known = traverse_util.flatten_dict(params, sep='/')
-  fresh, _ = parameters.split_by_path(
-    shardings.trainable, lambda path: path not in known
-  )
+  _, shardings = parameters.split(layout.shardings, system.frozen)
+  fresh, _ = parameters.split_by_path(shardings, lambda path: path not in known)
   if fresh:
     init = functools.partial(
       parameters.init,
@@ -254,11 +279,7 @@ def restore_or_create(
       only=traverse_util.flatten_dict(fresh, sep='/').__contains__,
     )
     params = parameters.merge(params, state_lib.init_params(init, seed, fresh))
-  create = jax.jit(
-    lambda trainable: state_lib.create(trainable, optimizer, seed),
-    out_shardings=shardings,
-  )
-  return create(params)
+  return params
 
 
 def _state_shapes(

@@ -57,7 +57,7 @@ def train(
   z_loss: float = 0.0,
   distillation: distillation_lib.Distillation | None = None,
   eval_period: int | None = None,
-  eval_split: str = 'validation',
+  eval_split: str | None = 'validation',
   num_eval_examples: int | None = None,
   eval_batch_size: int | None = None,
   checkpoint_period: int = 1000,
@@ -69,6 +69,7 @@ def train(
   profile_steps: Sequence[int] | None = None,
   evaluations: Sequence[eval_plan.Evaluation] = (),
   hooks: Sequence[Any] = (),
+  trackers: Sequence[str] = ('tensorboard',),
   *,
   dry_run: bool = False,
 ) -> dict[str, float]:
@@ -96,7 +97,7 @@ def train(
     z_loss: weight of the squared log of the softmax's denominator.
     distillation: a teacher's loss beside that of the gold answers.
     eval_period: steps between evaluations; None evaluates at the end.
-    eval_split: split to evaluate on.
+    eval_split: split to evaluate on; None evaluates only `evaluations`.
     num_eval_examples: number of examples, from the start of the split; None
       means all.
     eval_batch_size: examples per decoding batch; None means `batch_size`.
@@ -113,6 +114,8 @@ def train(
       evaluation of the settings above runs only if it is listed. Scores are
       then logged, and named in `best_metric`, as 'TASK-SPLIT/SCORE'.
     hooks: further hooks to call between steps; see `hooks.Hook`.
+    trackers: destinations of the numbers beside `metrics.jsonl`: any of
+      'tensorboard', 'wandb' and 'trackio'; see `training/trackers.py`.
     dry_run: print sizes and shardings, then stop.
 
   Returns:
@@ -132,6 +135,7 @@ def train(
     preemption_grace_secs=preemption_grace_secs,
     profile_steps=profile_steps,
     hooks=hooks,
+    trackers=trackers,
   )
   data = train_data.TrainData(
     task_feature_lengths, batch_size, seed, pack, length_buckets
@@ -142,7 +146,7 @@ def train(
     evaluations,
     eval_plan.Planned(
       mixture_or_task_name,
-      eval_split,
+      eval_split or '',
       num_eval_examples,
       eval_period,
       task_feature_lengths,
