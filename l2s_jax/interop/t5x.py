@@ -11,6 +11,7 @@ one to the other. Only with T5X installed can this module be imported.
 import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from flax.linen import partitioning as flax_partitioning
 from t5x import adafactor as t5x_adafactor
 from t5x import decoding, losses, models, optimizers
 
-from l2s_jax.data import features, tasks
+from l2s_jax.data import features, seqio_internals, tasks
 from l2s_jax.data.features import seqio, tf
 from l2s_jax.models import batch_keys, l2s
 from l2s_jax.models import cache as cache_lib
@@ -423,13 +424,23 @@ def bound_task(run_dir: str, name: str) -> str:
 
 @functools.cache
 def _register(run_dir: str, name: str) -> str:
-  prompt, answer = _vocabularies(run_dir)
-  task = tasks.bind(name, prompt.vocabulary, answer.vocabulary)
-  label = f'l2s_{name}_{len(seqio.TaskRegistry.names())}'.replace('/', '_')
-  is_mixture = isinstance(task, seqio.Mixture)
-  registry = seqio.MixtureRegistry if is_mixture else seqio.TaskRegistry
-  registry.add_provider(label, task)
-  return label
+  prompt, answer = (wrapped.vocabulary for wrapped in _vocabularies(run_dir))
+  suffix = f'_{prompt.fingerprint()[:6]}_{answer.fingerprint()[:6]}'
+
+  def add(provider: 'seqio.Task | seqio.Mixture') -> str:
+    label = re.sub(r'[^\w.]', '_', provider.name) + suffix
+    if isinstance(provider, seqio.Mixture):
+      rates = [
+        (add(part), provider.rate_per_task_name[part.name])
+        for part in seqio_internals.parts_of_mixture(provider)
+      ]
+      seqio.MixtureRegistry.add(label, rates)
+    elif label not in seqio.TaskRegistry.names():
+      # T5X looks up a task by the name that it has.
+      seqio.TaskRegistry.add_provider(label, provider.replace(name=label))
+    return label
+
+  return add(tasks.bind(name, prompt, answer))
 
 
 def logical_factor_rules() -> flax.core.FrozenDict:
