@@ -251,7 +251,9 @@ VERBS: Mapping[str, Verb] = {
         ('hf', 't5x', 'gguf', 'l2s'),
         required=True,
       ),
-      Flag('to', str, 'the form of DESTINATION', ('l2s', 'hf', 't5x'), True),
+      Flag(
+        'to', str, 'the form of DESTINATION', ('l2s', 'hf', 't5x', 'run'), True
+      ),
       Flag('SOURCE', str, 'a folder, a file, or a name on the Hub'),
       Flag('DESTINATION', str, 'a folder that is not there yet'),
       Flag(
@@ -269,6 +271,7 @@ VERBS: Mapping[str, Verb] = {
       Flag('vocabulary', str, 'the tokenizer, where SOURCE has none'),
       Flag('verify', bool, 'compare logits with those of transformers'),
       Flag('allow_non_finite', bool, 'keep NaN and infinity in the weights'),
+      Flag('run', str, "for --to=run, the run that T5X's model was made of"),
     ),
   ),
   'export': Verb(
@@ -277,7 +280,7 @@ VERBS: Mapping[str, Verb] = {
     'a run as one folder that stands alone; compared with the run',
     'runs/multi30k exports/multi30k --to=bundle --step=best',
     (
-      Flag('to', str, 'the form of DESTINATION', ('bundle',), True),
+      Flag('to', str, 'the form of DESTINATION', ('bundle', 't5x'), True),
       Flag('SOURCE', str, 'a run, a bundle, or a model as it came'),
       Flag('DESTINATION', str, 'a folder that is not there yet'),
       Flag('step', str, 'of a run: a number, or best; the newest if not given'),

@@ -14,7 +14,7 @@ MODULES = sorted(
   path for path in PACKAGE.rglob('*.py') if path.parent != PACKAGE
 )
 
-MAY_IMPORT_LINEN = ('models/', 'runtime/partitioning.py')
+MAY_IMPORT_LINEN = ('models/', 'runtime/partitioning.py', 'interop/t5x.py')
 TENSORFLOW = ('tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'seqio')
 # These import TensorFlow; the rest imports them inside functions.
 WITH_TENSORFLOW = ('data/features.py', 'evaluation/seqio_evaluator.py')

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from l2s_jax.interop import parity, to_huggingface, to_t5x
+from l2s_jax.interop import parity, t5x_state, to_huggingface, to_t5x
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import shapes as shapes_lib
 from l2s_jax.runtime import files, gin_config, integrity
@@ -53,6 +53,7 @@ def convert(
   vocabulary: str | None = None,
   verify: bool = False,
   allow_non_finite: bool = False,
+  run: str | None = None,
   dry_run: bool = False,
 ) -> None:
   """Converts weights and says what was checked.
@@ -69,6 +70,9 @@ def convert(
       cannot be said in the form asked for, do not fit on the disk, or come
       out other than they went in.
   """
+  if run is not None or to == 'run':
+    _begin_run(source, destination, from_, to, step, run, dry_run)
+    return
   if verify and (not parity.is_available() or 'hf' not in (from_, to)):
     raise ValueError(
       '--verify compares with transformers: it needs the packages torch and '
@@ -119,6 +123,35 @@ def convert(
         with contextlib.suppress(OSError):  # It was not made, or is in use.
           parent.rmdir()
   print(f'wrote {folder} ({to}); {checked}')
+
+
+def _begin_run(
+  source: str,
+  destination: str,
+  from_: str,
+  to: str,
+  step: int | None,
+  run: str | None,
+  dry_run: bool,
+) -> None:
+  """Makes a run of ours from a checkpoint of T5X, with its optimizer state.
+
+  Raises:
+    ValueError: if it is not asked for as it must be.
+  """
+  if run is None or from_ != 't5x' or to != 'run':
+    raise ValueError(
+      f'--from={from_} --to={to} --run={run}: a run is made by --from=t5x '
+      "--to=run --run=RUN, where RUN is the run that T5X's model was made of."
+    )
+  folder = pathlib.Path(destination)
+  check_destination(folder, 0)
+  if dry_run:
+    found = t5x.open_part(pathlib.Path(source), step, ('target',))[0]
+    print(f'{source}: {len(found)} parameters')
+    return
+  step = t5x_state.read(source, run, folder, step=step)
+  print(f'wrote {folder}: step {step}, with the state of Adafactor.')
 
 
 def _open(

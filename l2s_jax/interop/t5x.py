@@ -181,7 +181,7 @@ class LlmToSlmModel(models.BaseTransformerModel):
     run_dir: str,
     optimizer_def: optimizers.OptimizerDef,
     logical_axis_rules: partitioning.Rules,
-    decode_fn: models.DecodeFnCallable = decoding.beam_search,
+    decode_fn: Callable[..., Any] = decoding.beam_search,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     loss_normalizing_factor: float

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +20,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 from jax.sharding import PartitionSpec
 
-from l2s_jax.interop import to_t5x
-from l2s_jax.runtime import files, partitioning
+from l2s_jax.runtime import partitioning
 from l2s_jax.systems import parameters, run_folder
 from l2s_jax.systems import system as system_lib
 from l2s_jax.training import adafactor, checkpoint, optim
@@ -145,24 +143,18 @@ def write(
   path = folder.resolve() / f'checkpoint_{step}'
   if path.exists():
     raise FileExistsError(f'{path} is there; name another folder.')
-  scratch = path.with_name(f'.{path.name}.unfinished')
-  shutil.rmtree(scratch, ignore_errors=True)
-  scratch.mkdir(parents=True)
-  try:
-    state: dict[str, Any] = {'step': np.int32(step)}
-    if states is not None:
-      state['param_states'] = _write_tree(
-        scratch, 'state.param_states', traverse_util.flatten_dict(states)
-      )
-    target = _write_tree(scratch, 'target', traverse_util.flatten_dict(params))
-    (scratch / t5x.FILE).write_bytes(
-      flax.serialization.msgpack_serialize(
-        {'version': 3, 'optimizer': {'state': state, 'target': target}}
-      )
+  state: dict[str, Any] = {'step': jnp.int32(step)}
+  if states is not None:
+    state['param_states'] = states
+  # Orbax's layout, as T5X writes: its reader of the older one fails on JAX
+  # 0.10, where an array has no axes. What is there is whole, by a rename.
+  with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as saver:
+    saver.save(
+      path,
+      ocp.args.Composite(
+        state=ocp.args.PyTreeSave({'target': params, 'state': state})
+      ),
     )
-    scratch.rename(path)
-  finally:
-    shutil.rmtree(scratch, ignore_errors=True)
   if states is None:
     return f'{path}: parameters alone, for eval, infer and export.'
   return f"{path}: parameters and Adafactor's state."
@@ -213,6 +205,7 @@ def read(
   optimizer = optim.adafactor()
   axes = parameters.split(layout.axes, system.frozen)[1]
   slots = _read_slots(state, trained, axes, str(location))
+  trained, slots = jax.device_put((trained, slots))
   template = state_lib.create(trained, optimizer.make(axes), seed)
   train_state = template.replace(
     step=jnp.int32(step),
@@ -272,9 +265,9 @@ def _read_states(
   """
   axes = parameters.split(layout.axes, system.frozen)[1]
   shapes = parameters.split(layout.shapes, system.frozen)[1]
-  found = saved_steps.read_data(
-    run_dir / saved_steps.FOLDER / str(step)
-  )['optimizer']
+  found = saved_steps.read_data(run_dir / saved_steps.FOLDER / str(step))[
+    'optimizer'
+  ]
   settings = {k: v for k, v in found.items() if k != 'name'}
   if step == 0:
     settings = {}
@@ -299,9 +292,7 @@ def _read_states(
   else:
     slots = _adafactor(_restore(run_dir, step, of_state, places)).slots
   flat = traverse_util.flatten_dict(jax.device_get(slots), sep='/')
-  factors = _factors(
-    shapes, axes, settings.get('min_dim_size_to_factor', 128)
-  )
+  factors = _factors(shapes, axes, settings.get('min_dim_size_to_factor', 128))
   converted = {
     path: to_slots(
       {
@@ -370,21 +361,6 @@ def _factors(
   }
 
 
-def _write_tree(
-  folder: pathlib.Path, prefix: str, arrays: Mapping[tuple[str, ...], Any]
-) -> dict[str, Any]:
-  """Writes arrays beside the msgpack; returns what that says of them."""
-  said: dict[str, Any] = {}
-  for path, array in arrays.items():
-    host = np.asarray(array)
-    spec, store = to_t5x.create(
-      folder, '/'.join(path), host.shape, host.shape, host.dtype, prefix
-    )
-    store.write(host).result()
-    to_t5x.insert(said, '/'.join(path), spec)
-  return said
-
-
 def _read_params(
   target: Mapping[str, Any], shapes: PyTree, location: str
 ) -> dict[str, PyTree]:
@@ -450,7 +426,7 @@ def _read_slots(
     missing = [name for name in names.values() if name not in state]
     if missing:
       raise ValueError(
-        f'{location} has no {missing[0]}: expected the state of T5X\'s '
+        f"{location} has no {missing[0]}: expected the state of T5X's "
         'Adafactor. Take a checkpoint of t5x.train with it.'
       )
     theirs = {name: state[full].read() for name, full in names.items()}

@@ -54,20 +54,20 @@ def save(source: source_lib.Source, folder: pathlib.Path) -> None:
       for layer in source_lib.layers(row.path, shapes[row.path].shape)
     )
     if row.is_stacked and is_scanned:
-      spec, store = create(
+      spec, store = _create(
         path,
         t5x.scanned(row.theirs),
         (shape[0], count, *shape[1:]),
         (shape[0], 1, *shape[1:]),  # A layer can be written alone.
         dtype,
       )
-      insert(target, t5x.scanned(row.theirs), spec)
+      _insert(target, t5x.scanned(row.theirs), spec)
       for layer, array in enumerate(arrays):
         store[:, layer].write(array.reshape(shape)).result()
       continue
     for name, array in zip(row.names(config), arrays, strict=True):
-      spec, store = create(path, name, shape, shape, dtype)
-      insert(target, name, spec)
+      spec, store = _create(path, name, shape, shape, dtype)
+      _insert(target, name, spec)
       store.write(array.reshape(shape)).result()
   state = {'step': np.int32(step)}  # As of T5X's InferenceState.
   (path / t5x.FILE).write_bytes(
@@ -121,16 +121,15 @@ def check(source: source_lib.Source) -> None:
     )
 
 
-def create(
+def _create(
   folder: pathlib.Path,
   name: str,
   shape: tuple[int, ...],
   chunks: tuple[int, ...],
   dtype: Any,
-  prefix: str = 'target',
 ) -> tuple[dict[str, Any], tensorstore.TensorStore]:
   """Returns what the msgpack says of an array, and the array to be filled."""
-  place = f'{prefix}.{name.replace("/", ".")}/'
+  place = 'target.' + name.replace('/', '.') + '/'
   spec = {
     'driver': 'zarr',
     'dtype': jnp.dtype(dtype).name,
@@ -145,8 +144,7 @@ def create(
   return spec, tensorstore.open(there, create=True).result()
 
 
-def insert(tree: dict[str, Any], name: str, value: Any) -> None:
-  """Puts a value into nested dicts, at a name with '/' between its keys."""
+def _insert(tree: dict[str, Any], name: str, value: Any) -> None:
   *parents, last = name.split('/')
   for parent in parents:
     tree = tree.setdefault(parent, {})

@@ -13,20 +13,21 @@ import json
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
 
 from l2s_jax.inference import answerer
-from l2s_jax.interop import convert
+from l2s_jax.interop import convert, t5x_state
 from l2s_jax.interop.exports import bundling
 from l2s_jax.models import l2s
 from l2s_jax.systems import as_it_came, bundle, parameters
 from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
-from l2s_jax.weights import manifest
+from l2s_jax.weights import manifest, saved_steps
 
+T5X = 't5x'
 # Forms beside the bundle, and the modules that write them.
 FORMS: dict[str, str] = {}
 # What models are compared on where there are no predictions of the run.
@@ -58,7 +59,7 @@ def export(
   Args:
     source: a run, a bundle, or a model as it came: see CHECKPOINT_PATH.
     destination: a folder that is not there yet.
-    to: 'bundle', or one of `FORMS`.
+    to: 'bundle', 't5x' or one of `FORMS`.
     step: of a run: a number, or 'best'; None is the newest.
     dtype: to store tensors in; None: as they are.
     prompts: a text file, a prompt a line, to compare answers on; None: those
@@ -76,6 +77,10 @@ def export(
   start_secs = time.perf_counter()
   folder = pathlib.Path(destination)
   convert.check_destination(folder, 0)
+  if to == T5X:
+    left_out = {'dtype': dtype, 'prompts': prompts, 'license': license}
+    _export_state(source, folder, step, llm_path, left_out, dry_run)
+    return
   texts = _prompts(source, prompts)
   form = None if to == manifest.BUNDLE else _form(to)
   scratch = folder.with_name(f'.{folder.name}.unfinished')
@@ -119,6 +124,34 @@ def export(
     made.rename(folder)
   secs = time.perf_counter() - start_secs
   print(f'wrote {folder} ({to}): {size / 1e9:,.3f} GB in {secs:.1f} s')
+
+
+def _export_state(
+  source: str,
+  folder: pathlib.Path,
+  step: str | None,
+  llm_path: str | None,
+  left_out: Mapping[str, str | None],
+  dry_run: bool,
+) -> None:
+  """Writes a run's training state for T5X, which a bundle has not.
+
+  Raises:
+    ValueError: if something is asked for that it does not take.
+  """
+  for name, value in left_out.items():
+    if value is not None:
+      raise ValueError(
+        f'--{name}={value}: --to=t5x writes the state of a run as it is. '
+        'Leave it out.'
+      )
+  found = _step(step)
+  if found == 'best':
+    found = saved_steps.params_folder(source, 'best')[1]
+  if dry_run:
+    print(f'{source}: step {saved_steps.params_folder(source, found)[1]}')
+    return
+  print(f'wrote {t5x_state.write(source, folder, found, llm_path)}')
 
 
 def _form(to: str) -> Any:
