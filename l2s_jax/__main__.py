@@ -28,7 +28,13 @@ from typing import Any, NamedTuple
 
 import gin
 
-from l2s_jax.runtime import compilation, gin_config, os_errors, preemption
+from l2s_jax.runtime import (
+  compilation,
+  gin_config,
+  os_errors,
+  preemption,
+  t5x_names,
+)
 
 
 class Flag(NamedTuple):
@@ -499,7 +505,9 @@ def _parse_args(
         f'--gin.{name.lstrip("-")}=VALUE.'
       )
     known = [f'--{flag.rstrip("_")}' for flag in vars(args)]
-    parser.error(f'what is {arg}?{gin_config.near_misses(name, known)[:-1]}')
+    theirs = t5x_names.answer(name.lstrip('-'), t5x_names.FLAGS)
+    near = gin_config.near_misses(name, known)[:-1]
+    parser.error(f'what is {arg}?{theirs or near}')
   return args, bindings
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import flax.core
@@ -180,7 +180,7 @@ class LlmToSlmModel(models.BaseTransformerModel):
     self,
     run_dir: str,
     optimizer_def: optimizers.OptimizerDef,
-    logical_axis_rules: partitioning.Rules,
+    logical_axis_rules: Sequence[tuple[str, Any]],
     decode_fn: Callable[..., Any] = decoding.beam_search,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -330,7 +330,7 @@ class LlmToSlmModel(models.BaseTransformerModel):
 
 
 def _system(
-  run_dir: str, dropout_rate: float | None, rules: partitioning.Rules
+  run_dir: str, dropout_rate: float | None, rules: Sequence[tuple[str, Any]]
 ) -> system_lib.System:
   """Returns a run's system, as T5X's mesh and dropout have it."""
   system = run_folder.load(run_dir)
