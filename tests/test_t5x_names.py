@@ -16,7 +16,9 @@ TRAIN = ('train', '--gin_file=gin_configs/runs/train.gin')
 OF_OTHERS = ('DECODE_FN', 'USE_CACHED_TASKS')  # Read by other files.
 
 
-@pytest.mark.parametrize('name', sorted(t5x_names.MACROS.keys() - set(OF_OTHERS)))
+@pytest.mark.parametrize(
+  'name', sorted(t5x_names.MACROS.keys() - set(OF_OTHERS))
+)
 def test_a_macro_of_t5x_is_answered_by_ours(name, capsys):
   assert command_line.main([*TRAIN, f'--gin.{name}=1']) == 2
   gin.clear_config()

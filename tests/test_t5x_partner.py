@@ -57,15 +57,19 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def partitioner():
-  return partitioning.PjitPartitioner(
+  found = partitioning.PjitPartitioner(
     num_partitions=2, logical_axis_rules=l2s_t5x.logical_axis_rules()
   )
+  # On CPU T5X puts all devices of a process along `model`.
+  devices = np.asarray(jax.devices()).reshape(4, 2)
+  found.mesh = jax.sharding.Mesh(devices, ('data', 'model'))
+  return found
 
 
 @pytest.fixture(scope='module')
 def batch():
   return helpers.random_batch(
-    256, 256, prompt_lengths=(5, 3, 7, 2) * 2, answer_lengths=(6, 2, 4, 1) * 2
+    120, 120, prompt_lengths=(5, 3, 7, 2) * 2, answer_lengths=(6, 2, 4, 1) * 2
   )
 
 
@@ -81,7 +85,7 @@ def make_model(folder, decode_fn=decoding.beam_search):
 
 
 @pytest.fixture(scope='module')
-def restored(run, partitioner, batch):
+def restored(run, partitioner, batch, tmp_path_factory):
   """Returns T5X's model, its state as T5X reads it, and how it is laid out."""
   model = make_model(run[0])
   initializer = utils.TrainStateInitializer(
@@ -94,7 +98,15 @@ def restored(run, partitioner, batch):
   config = utils.RestoreCheckpointConfig(
     str(path), mode='specific', dtype='float32'
   )
-  (state,) = initializer.from_checkpoints([config])
+  state, _ = utils.create_checkpoint_manager_and_restore(
+    initializer,
+    partitioner,
+    config,
+    str(path),
+    jax.random.PRNGKey(0),
+    model_dir=str(tmp_path_factory.mktemp('model_dir')),
+    use_orbax=True,
+  )
   return model, state, initializer.train_state_axes
 
 
@@ -253,7 +265,9 @@ def test_a_beam_has_the_score_of_its_answer(run, whole, batch):
       'decoder_segment_ids': (~ended).astype(np.int32),
       'decoder_loss_weights': (~ended).astype(np.float32),
     }
-    scores = model.score_batch(params, {**batch, **answers})
+    scores = model.score_batch(
+      params, {**batch, **jax.tree.map(jnp.asarray, answers)}
+    )
     np.testing.assert_allclose(aux['scores'][:, beam], scores, 1e-3, 1e-3)
 
 

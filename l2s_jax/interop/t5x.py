@@ -36,6 +36,7 @@ Batch = Mapping[str, jax.Array]
 
 # Axes that T5X has no rules for, and the part each plays in its Adafactor.
 OWN_AXIS_RULES = (('kv_heads', None), ('llm_embed', None))
+_KEY_VALUES = ('kv', 'cross_kv')
 OWN_FACTOR_RULES = {
   'kv_heads': t5x_adafactor.FactorDim.COLUMN,
   'llm_embed': t5x_adafactor.FactorDim.ROW,
@@ -372,12 +373,23 @@ def _to_mapping(cache: cache_lib.Cache) -> dict[str, Any]:
 
   They give each beam rows of its own, of all but `cache_index`.
   """
-  rows = {
-    name: getattr(cache, name)
-    for name in ('kv', 'valid', 'cross_kv', 'cross_valid')
-    if getattr(cache, name) is not None
-  }
+  rows: dict[str, Any] = {'valid': cache.valid}
+  if cache.cross_valid is not None:
+    rows['cross_valid'] = cache.cross_valid
+  for name in _KEY_VALUES:
+    layers = getattr(cache, name)
+    if layers is not None:
+      rows[name] = tuple((layer.key, layer.value) for layer in layers)
   return {'rows': rows, 'cache_index': cache.slot}
+
+
+def _from_mapping(mapping: Mapping[str, Any]) -> cache_lib.Cache:
+  """Returns the cache that `_to_mapping` took apart."""
+  rows = dict(mapping['rows'])
+  for name in _KEY_VALUES:
+    if name in rows:
+      rows[name] = tuple(cache_lib.KeyValues(*pair) for pair in rows[name])
+  return cache_lib.Cache(slot=mapping['cache_index'], **rows)
 
 
 def _next_logits(
@@ -387,11 +399,8 @@ def _next_logits(
   is_first = jnp.reshape(jnp.equal(state.cur_index, 0), (-1, 1))
   # T5X begins with id 0.
   token = jnp.where(is_first, start_id, state.cur_token)
-  cache = cache_lib.Cache(
-    slot=state.cache['cache_index'], **state.cache['rows']
-  )
   logits, cache = writer.apply(
-    {'params': params}, token, cache, method='extend'
+    {'params': params}, token, _from_mapping(state.cache), method='extend'
   )
   return logits[:, 0], _to_mapping(cache)
 
