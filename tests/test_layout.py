@@ -17,7 +17,11 @@ MODULES = sorted(
 MAY_IMPORT_LINEN = ('models/', 'runtime/partitioning.py', 'interop/t5x.py')
 TENSORFLOW = ('tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'seqio')
 # These import TensorFlow; the rest imports them inside functions.
-WITH_TENSORFLOW = ('data/features.py', 'evaluation/seqio_evaluator.py')
+WITH_TENSORFLOW = (
+  'data/features.py',
+  'evaluation/seqio_evaluator.py',
+  'interop/t5x.py',
+)
 
 
 def place(path):

@@ -198,6 +198,7 @@ def test_we_go_on_from_what_t5x_saves(run, stepped, partitioner, tmp_path):
     str(tmp_path / 'saved'), stepped, partitioner
   )
   manager.save(stepped)
+  manager.wait_until_finished()
   manager.close()
   step = t5x_state.read(tmp_path / 'saved', run[0] / 'run', tmp_path / 'ours')
   assert step == t5x_runs.STEP + 1
