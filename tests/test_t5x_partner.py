@@ -195,7 +195,7 @@ def test_a_step_of_t5x_is_a_step_of_ours(run, stepped, whole, batch):
 
 def test_we_go_on_from_what_t5x_saves(run, stepped, partitioner, tmp_path):
   manager = checkpoints.OrbaxCheckpointManagerInterface(
-    str(tmp_path / 'saved'), stepped, partitioner
+    str(tmp_path / 'saved' / 'checkpoint'), stepped, partitioner
   )
   manager.save(stepped)
   manager.wait_until_finished()

@@ -138,8 +138,8 @@ SHAPES = {
 
 @pytest.mark.parametrize('name', SHAPES)
 def test_slots_come_back(name):
-  shape, axes = SHAPES[name]
-  axes = jax.sharding.PartitionSpec(*axes)
+  shape, names = SHAPES[name]
+  axes = jax.sharding.PartitionSpec(*names)
   factors = adafactor.factoring(name, shape, axes, 128)
   params, specs = {'x': jnp.zeros(shape)}, {'x': axes}
   transform = adafactor.scale_by_adafactor(specs)
@@ -162,8 +162,8 @@ def test_slots_come_back(name):
   ],
 )
 def test_slots_of_another_kind_are_refused(changed, message):
-  shape, axes = SHAPES['wide']
-  axes = jax.sharding.PartitionSpec(*axes)
+  shape, names = SHAPES['wide']
+  axes = jax.sharding.PartitionSpec(*names)
   factors = adafactor.factoring('wide', shape, axes, 128)
   ours = {'v_row': np.zeros((130, 1)), 'v_col': np.zeros((1, 200))}
   theirs = t5x_state.to_slots(ours, factors) | changed

@@ -31,7 +31,7 @@ from l2s_jax.systems import parameters, run_folder
 from l2s_jax.systems import system as system_lib
 
 PyTree = Any
-Params = Mapping[str, Any]
+Params = dict[str, Any] | flax.core.FrozenDict
 Batch = Mapping[str, jax.Array]
 
 # Axes that T5X has no rules for, and the part each plays in its Adafactor.

@@ -33,7 +33,8 @@ FLAGS = {
   'coordinator_address': 'the variable L2S_COORDINATOR_ADDRESS',
   'gin_bindings': '--gin.NAME=VALUE',
   'initialization_timeout': 'nothing: the processes wait for each other',
-  'multiprocess_gpu': 'the variable L2S_COORDINATOR_ADDRESS, or L2S_DISTRIBUTED=auto',
+  'multiprocess_gpu': 'the variable L2S_COORDINATOR_ADDRESS, or '
+  'L2S_DISTRIBUTED=auto',
   'process_count': 'the variable L2S_NUM_PROCESSES',
   'process_index': 'the variable L2S_PROCESS_ID',
   'seqio_additional_cache_dirs': '--gin.TASK_CACHE_DIRS',

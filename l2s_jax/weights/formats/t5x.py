@@ -387,7 +387,7 @@ def _open(
   tree = functools.reduce(lambda tree, key: tree.get(key, {}), part, content)
   for name, leaf in _leaves(tree):
     if isinstance(leaf, np.ndarray | np.generic):
-      arrays[name] = _Array(leaf.shape, leaf.dtype, leaf.copy)
+      arrays[name] = _Array(leaf.shape, leaf.dtype, np.asarray(leaf).copy)
     else:
       kvstore = {'driver': 'file', 'path': _place(path, name, leaf)}
       arrays[name] = _open_array(name, path, 'zarr', kvstore)
