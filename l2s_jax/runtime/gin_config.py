@@ -32,7 +32,7 @@ from typing import Any, TextIO
 
 import gin
 
-from l2s_jax.runtime import gin_internals, gin_types
+from l2s_jax.runtime import gin_internals, gin_types, t5x_names
 
 REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -488,7 +488,8 @@ def _check_macros(bound: dict[_Key, gin_types.Bound]) -> dict[str, str]:
   ]
   unread = {name: macros[name].source for name in macros if name not in read}
   problems += [
-    f'{source}: nothing reads {name}{near_misses(name, read)} '
+    f'{source}: nothing reads {name}{near_misses(name, read)}'
+    f'{t5x_names.answer(name, t5x_names.MACROS)} '
     f'These macros are read: {", ".join(sorted(read)) or "none"}.'
     for name, source in unread.items()
     if source.startswith('--gin.')

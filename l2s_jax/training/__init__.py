@@ -11,6 +11,7 @@ a teacher, whom `teachers` finds. What is evaluated, and how, is in
 
 # The modules that other packages may import.
 __all__ = (
+  'adafactor',
   'checkpoint',
   'hooks',
   'optim',

@@ -212,6 +212,8 @@ def check_position(
   """
   if position is None:
     return {'num_rows': 0, 'sums': {}, 'clock': None}
+  if 'begun_elsewhere' in position:  # In another program's order of examples.
+    kind = {'optimizer': kind['optimizer']}
   differences = files.differences(
     {name: position.get(name) for name in kind}, kind
   )

@@ -1,0 +1,475 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLM-to-SLM as a model of T5X, for T5X's own train, eval, infer and export.
+
+A run of ours names the system: its `model.json` and its vocabularies. T5X
+makes the state, the checkpoints, the data and the loop; the module, the batch
+keys and the parameters are ours. `gin_configs/t5x/` binds what is here, and
+`docs/t5x.md` tells how the two go together. `t5x_state` carries a state from
+one to the other. Only with T5X installed can this module be imported.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import re
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import flax.core
+import jax
+import jax.numpy as jnp
+from flax.linen import partitioning as flax_partitioning
+from t5x import adafactor as t5x_adafactor
+from t5x import decoding, losses, models, optimizers
+
+from l2s_jax.data import features, seqio_internals, tasks
+from l2s_jax.data.features import seqio, tf
+from l2s_jax.models import batch_keys, l2s
+from l2s_jax.models import cache as cache_lib
+from l2s_jax.runtime import partitioning
+from l2s_jax.systems import parameters, run_folder
+from l2s_jax.systems import system as system_lib
+
+PyTree = Any
+Params = dict[str, Any] | flax.core.FrozenDict
+Batch = Mapping[str, jax.Array]
+
+# Axes that T5X has no rules for, and the part each plays in its Adafactor.
+OWN_AXIS_RULES = (('kv_heads', None), ('llm_embed', None))
+_KEY_VALUES = ('kv', 'cross_kv')
+OWN_FACTOR_RULES = {
+  'kv_heads': t5x_adafactor.FactorDim.COLUMN,
+  'llm_embed': t5x_adafactor.FactorDim.ROW,
+  'abspos_buckets': t5x_adafactor.FactorDim.NONE,
+}
+
+
+class FeatureConverter(features.L2SFeatureConverter):
+  """The batches of `L2SFeatureConverter`, of any task with token ids.
+
+  Lengths that a task does not note are those of its ids.
+  """
+
+  MODEL_FEATURES = {
+    key: features.L2SFeatureConverter.MODEL_FEATURES[key]
+    for key in batch_keys.KEYS
+  }
+
+  def __init__(
+    self,
+    *,
+    prompt_vocabulary: features.SeqioVocabulary,
+    answer_vocabulary: features.SeqioVocabulary,
+    pack: bool = False,
+    **unused: Any,
+  ):
+    """Takes the vocabularies and the settings of T5X's DatasetConfig.
+
+    Args:
+      prompt_vocabulary: of `inputs`.
+      answer_vocabulary: of `targets`.
+      pack: whether rows hold several examples.
+      **unused: of T5X's other converters, such as `use_custom_packing_ops`.
+    """
+    super().__init__(prompt_vocabulary, answer_vocabulary, pack=pack)
+
+  def _convert_features(
+    self, ds: 'tf.data.Dataset', task_feature_lengths: Mapping[str, int]
+  ) -> 'tf.data.Dataset':
+    def measure(example: dict[str, Any]) -> dict[str, Any]:
+      lengths = {
+        f'{key}_length': tf.size(example[key]) for key in self.TASK_FEATURES
+      }
+      return {**lengths, **example}
+
+    return super()._convert_features(
+      ds.map(measure, num_parallel_calls=tf.data.AUTOTUNE), task_feature_lengths
+    )
+
+
+class TrainedAlone(optimizers.OptimizerDef):
+  """An optimizer of the trained parameters; the others have no state.
+
+  The states of checkpoints hold the paths of trained parameters alone.
+  """
+
+  def __init__(
+    self,
+    optimizer_def: optimizers.OptimizerDef,
+    is_trained: Callable[[str], bool],
+  ):
+    """Takes the optimizer, and what it trains.
+
+    Args:
+      optimizer_def: of T5X.
+      is_trained: by a parameter's path, with '/' between its keys.
+    """
+    self._inner = optimizer_def
+    self._is_trained = is_trained
+
+  @property
+  def hyper_params(self) -> Any:
+    return self._inner.hyper_params
+
+  def _trained(self, tree: Params) -> PyTree:
+    return flax.core.freeze(self._split(tree)[0])
+
+  def _split(self, tree: Params) -> tuple[dict[str, Any], dict[str, Any]]:
+    return parameters.split_by_path(flax.core.unfreeze(tree), self._is_trained)
+
+  def init_state(self, params: Params) -> optimizers.OptimizerState:
+    return self._inner.init_state(self._trained(params))
+
+  def apply_gradient(
+    self,
+    hyper_params: Any,
+    params: Params,
+    state: optimizers.OptimizerState,
+    grads: Params,
+  ) -> tuple[Params, optimizers.OptimizerState]:
+    trained, held = self._split(params)
+    new, state = self._inner.apply_gradient(
+      hyper_params, flax.core.freeze(trained), state, self._trained(grads)
+    )
+    merged = parameters.merge(flax.core.unfreeze(new), held)
+    return flax.core.freeze(merged), state
+
+  def update_hyper_params(self, **overrides: Any) -> Any:
+    return self._inner.update_hyper_params(**overrides)
+
+  def set_param_axes(self, param_logical_axes: Params) -> None:
+    if hasattr(self._inner, 'set_param_axes'):
+      self._inner.set_param_axes(self._trained(param_logical_axes))
+
+  def derive_logical_axes(
+    self, optimizer: optimizers.Optimizer, param_logical_axes: Params
+  ) -> optimizers.Optimizer:
+    axes = self._trained(param_logical_axes)
+    inner = optimizers.Optimizer(
+      self._inner, optimizer.state, self._trained(optimizer.target)
+    )
+    derived = self._inner.derive_logical_axes(inner, axes)
+    return optimizers.Optimizer(self, derived.state, param_logical_axes)
+
+  def state_dict(
+    self, target: Params, state: optimizers.OptimizerState
+  ) -> dict[str, Any]:
+    found = self._inner.state_dict(self._trained(target), state)
+    whole = flax.serialization.to_state_dict(target)
+    return {**found, 'target': whole}
+
+  def restore_state(
+    self,
+    opt_target: Params,
+    opt_state: optimizers.OptimizerState,
+    state_dict: Mapping[str, Any],
+  ) -> tuple[Params, optimizers.OptimizerState]:
+    target = flax.serialization.from_state_dict(
+      opt_target, state_dict['target']
+    )
+    trained = self._split(state_dict['target'])[0]
+    _, state = self._inner.restore_state(
+      self._trained(opt_target), opt_state, {**state_dict, 'target': trained}
+    )
+    return target, state
+
+
+class LlmToSlmModel(models.BaseTransformerModel):
+  """A system of ours as T5X trains, scores and decodes it."""
+
+  def __init__(
+    self,
+    run_dir: str,
+    optimizer_def: optimizers.OptimizerDef,
+    logical_axis_rules: Sequence[tuple[str, Any]],
+    decode_fn: Callable[..., Any] = decoding.beam_search,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    loss_normalizing_factor: float
+    | str
+    | losses.SpecialLossNormalizingFactor
+    | None = None,
+    dropout_rate: float | None = None,
+    default_decoder_params: models.DecoderParams | None = None,
+  ):
+    """Takes a system from the folder of a run.
+
+    Args:
+      run_dir: MODEL_DIR of a run of ours, of TRAIN_STEPS = 0 or more. Its
+        system and vocabularies are read, and nothing is written.
+      optimizer_def: of the trained parameters.
+      logical_axis_rules: those of the partitioner, for activations.
+      decode_fn: T5X's `decoding.beam_search` or `temperature_sample`.
+      label_smoothing: as in T5X.
+      z_loss: as in T5X.
+      loss_normalizing_factor: as in T5X. 'NUM_REAL_TARGET_TOKENS' is the mean
+        over target tokens, as our own training has it.
+      dropout_rate: of the model that writes; None: that of the run.
+      default_decoder_params: as in T5X.
+
+    Raises:
+      FileNotFoundError: if `run_dir` is no run.
+    """
+    self.system = _system(run_dir, dropout_rate, logical_axis_rules)
+    self._decoder_params = default_decoder_params or models.DecoderParams()
+    prompt, answer = _vocabularies(run_dir)
+    super().__init__(
+      module=self.system.module,
+      input_vocabulary=prompt,
+      output_vocabulary=answer,
+      optimizer_def=TrainedAlone(optimizer_def, is_trained(self.system)),
+      decode_fn=decode_fn,
+      label_smoothing=label_smoothing,
+      z_loss=z_loss,
+      loss_normalizing_factor=loss_normalizing_factor,
+    )
+    self.FEATURE_CONVERTER_CLS = functools.partial(
+      FeatureConverter, prompt_vocabulary=prompt, answer_vocabulary=answer
+    )
+
+  def get_initial_variables(
+    self,
+    rng: jax.Array,
+    input_shapes: Mapping[str, Any],
+    input_types: Mapping[str, Any] | None = None,
+  ) -> flax.core.FrozenDict:
+    """Returns fresh parameters with their logical axes, the LLM's too.
+
+    Weights come from a checkpoint that `t5x_state` has written of the run.
+    """
+    del input_shapes, input_types  # Parameters have the same for all.
+    boxed = parameters.init(self.system, rng)
+    _, axes = partitioning.abstract_params(
+      functools.partial(parameters.init, self.system), rng
+    )
+    return flax.core.freeze(
+      {**partitioning.unbox(boxed), 'params_axes': _axis_metadata(axes)}
+    )
+
+  def _compute_logits(
+    self,
+    params: Params,
+    batch: Batch,
+    dropout_rng: jax.Array | None = None,
+  ) -> jax.Array:
+    return self.module.apply(
+      {'params': flax.core.unfreeze(params)},
+      {key: batch[key] for key in batch_keys.KEYS},
+      deterministic=dropout_rng is None,
+      rngs=None if dropout_rng is None else {'dropout': dropout_rng},
+    )
+
+  def score_batch(
+    self, params: Params, batch: Batch, return_intermediates: bool = False
+  ) -> jax.Array:
+    """Returns the log probability of each answer, in nats."""
+    if return_intermediates:
+      raise ValueError(
+        'LlmToSlmModel has no intermediates. Set '
+        'score_batch.return_intermediates to False.'
+      )
+    log_probs = jax.nn.log_softmax(self._compute_logits(params, batch))
+    of_targets = jnp.take_along_axis(
+      log_probs, batch['decoder_target_tokens'][..., None], axis=-1
+    )[..., 0]
+    return (of_targets * batch['decoder_loss_weights']).sum(-1)
+
+  def predict_batch_with_aux(
+    self,
+    params: Params,
+    batch: Batch,
+    rng: jax.Array | None = None,
+    decoder_params: MutableMapping[str, Any] | None = None,
+    return_all_decodes: bool | None = None,
+    num_decodes: int | None = None,
+    prompt_with_targets: bool = False,
+  ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+    """Returns answers and their scores, by T5X's `decode_fn`.
+
+    The LLM reads each prompt once, and the SLM's cache goes through the loop.
+    Arguments and results are those of T5X's `EncoderDecoderModel`.
+    """
+    if prompt_with_targets:
+      raise ValueError(
+        'LlmToSlmModel begins each answer itself. Set '
+        'predict_batch_with_aux.prompt_with_targets to False.'
+      )
+    defaults = self._decoder_params
+    if return_all_decodes is None:
+      return_all_decodes = defaults.return_all_decodes
+    num_decodes = num_decodes or defaults.num_decodes
+    decoder_params = dict(decoder_params or {})
+    decoder_params.setdefault('eos_id', self.output_vocabulary.eos_id)
+    if rng is not None:
+      decoder_params['decode_rng'] = rng
+    first = jnp.zeros_like(batch['decoder_input_tokens'])
+    module = l2s.for_generation(self.module, unstack_llm=False)
+    prepared = l2s.params_for_generation(module, flax.core.unfreeze(params))
+    cache = module.apply(
+      {'params': prepared},
+      {key: batch[key] for key in batch_keys.KEYS if key.startswith('encoder')},
+      num_slots=first.shape[1] + 1,
+      method='prefill',
+    )
+    writer, name = l2s.writer(module)
+    decodes, scores = self.decode_fn(
+      inputs=first,
+      cache=_to_mapping(cache),
+      tokens_to_logits=functools.partial(
+        _next_logits,
+        writer,
+        l2s.writer_params(prepared, name),
+        self.output_vocabulary.start_id,
+      ),
+      num_decodes=num_decodes,
+      cache_offset=0,
+      **decoder_params,
+    )
+    if return_all_decodes:
+      return decodes, {'scores': scores}
+    return decodes[:, -1, :], {'scores': scores[:, -1]}
+
+
+def _system(
+  run_dir: str, dropout_rate: float | None, rules: Sequence[tuple[str, Any]]
+) -> system_lib.System:
+  """Returns a run's system, as T5X's mesh and dropout have it."""
+  system = run_folder.load(run_dir)
+  module = system.module
+  if isinstance(module, l2s.LlmToSlm):
+    module = module.clone(llm_rules=tuple(rules))
+  if dropout_rate is not None:
+    field = 'slm_config' if isinstance(module, l2s.LlmToSlm) else 'config'
+    config = dataclasses.replace(
+      getattr(module, field), dropout_rate=dropout_rate
+    )
+    module = module.clone(**{field: config})
+  return dataclasses.replace(system, module=module)
+
+
+def is_trained(system: system_lib.System) -> Callable[[str], bool]:
+  """Returns by a parameter's path whether a system trains it."""
+
+  def check(path: str) -> bool:
+    return path.split('/')[0] not in system.frozen and system.is_trained(path)
+
+  return check
+
+
+def _axis_metadata(axes: PyTree) -> dict[str, Any]:
+  """Returns logical axes as T5X's collection `params_axes` holds them."""
+  return {
+    name if isinstance(value, Mapping) else f'{name}_axes': _axis_metadata(
+      value
+    )
+    if isinstance(value, Mapping)
+    else flax_partitioning.AxisMetadata(names=tuple(value))
+    for name, value in axes.items()
+  }
+
+
+def _to_mapping(cache: cache_lib.Cache) -> dict[str, Any]:
+  """Returns a cache in the form that T5X's decoding loops carry.
+
+  They give each beam rows of its own, of all but `cache_index`.
+  """
+  rows: dict[str, Any] = {'valid': cache.valid}
+  if cache.cross_valid is not None:
+    rows['cross_valid'] = cache.cross_valid
+  for name in _KEY_VALUES:
+    layers = getattr(cache, name)
+    if layers is not None:
+      rows[name] = tuple((layer.key, layer.value) for layer in layers)
+  return {'rows': rows, 'cache_index': cache.slot}
+
+
+def _from_mapping(mapping: Mapping[str, Any]) -> cache_lib.Cache:
+  """Returns the cache that `_to_mapping` took apart."""
+  rows = dict(mapping['rows'])
+  for name in _KEY_VALUES:
+    if name in rows:
+      rows[name] = tuple(cache_lib.KeyValues(*pair) for pair in rows[name])
+  return cache_lib.Cache(slot=mapping['cache_index'], **rows)
+
+
+def _next_logits(
+  writer: Any, params: Params, start_id: int, state: decoding.DecodingState
+) -> tuple[jax.Array, dict[str, Any]]:
+  """Reads a token a row; returns the logits of the next, and the cache."""
+  is_first = jnp.reshape(jnp.equal(state.cur_index, 0), (-1, 1))
+  # T5X begins with id 0.
+  token = jnp.where(is_first, start_id, state.cur_token)
+  logits, cache = writer.apply(
+    {'params': params}, token, _from_mapping(state.cache), method='extend'
+  )
+  return logits[:, 0], _to_mapping(cache)
+
+
+@functools.cache
+def _vocabularies(
+  run_dir: str,
+) -> tuple[features.SeqioVocabulary, features.SeqioVocabulary]:
+  """Returns a run's vocabularies as SeqIO has them."""
+  system = run_folder.load(run_dir)
+  prompt, answer = system.prompt_vocabulary, system.answer_vocabulary
+  wrapped = features.wrap_vocabulary(prompt)
+  if prompt == answer:
+    return wrapped, wrapped
+  return wrapped, features.wrap_vocabulary(answer)
+
+
+def bound_task(run_dir: str, name: str) -> str:
+  """Registers a task with a run's vocabularies; returns its name for T5X.
+
+  Args:
+    run_dir: of the run.
+    name: as our MIXTURE_OR_TASK_NAME.
+
+  Raises:
+    ValueError: if there is no such task.
+  """
+  return _register(str(pathlib.Path(run_dir).resolve()), name)
+
+
+@functools.cache
+def _register(run_dir: str, name: str) -> str:
+  prompt, answer = (wrapped.vocabulary for wrapped in _vocabularies(run_dir))
+  suffix = f'_{prompt.fingerprint()[:6]}_{answer.fingerprint()[:6]}'
+
+  def add(provider: 'seqio.Task | seqio.Mixture') -> str:
+    label = re.sub(r'[^\w.]', '_', provider.name) + suffix
+    if isinstance(provider, seqio.Mixture):
+      rates = [
+        (add(part), provider.rate_per_task_name[part.name])
+        for part in seqio_internals.parts_of_mixture(provider)
+      ]
+      seqio.MixtureRegistry.add(label, rates)
+    elif label not in seqio.TaskRegistry.names():
+      # T5X looks up a task by the name that it has.
+      seqio.TaskRegistry.add_provider(label, provider.replace(name=label))
+    return label
+
+  return add(tasks.bind(name, prompt, answer))
+
+
+def logical_factor_rules() -> flax.core.FrozenDict:
+  """Returns T5X's factor rules for its Adafactor, and those of our axes."""
+  return flax.core.freeze(
+    {**t5x_adafactor.standard_logical_factor_rules(), **OWN_FACTOR_RULES}
+  )
+
+
+def logical_axis_rules(
+  activation_partitioning_dims: int = 1, parameter_partitioning_dims: int = 1
+) -> list[tuple[str, str | None]]:
+  """Returns T5X's standard axis rules, and those of our axes.
+
+  Args:
+    activation_partitioning_dims: as in T5X.
+    parameter_partitioning_dims: as in T5X.
+  """
+  from t5x import partitioning as t5x_partitioning
+
+  return t5x_partitioning.standard_logical_axis_rules(
+    activation_partitioning_dims, parameter_partitioning_dims, OWN_AXIS_RULES
+  )
