@@ -338,6 +338,7 @@ _GIN_USAGE = (
   '--gin_file=FILE [--gin_file=FILE ...]',
   '[--gin.NAME=VALUE ...]',
   '[--gin_search_paths=DIRS]',
+  '[--tfds_data_dir=DIR]',
 )
 _GIN_HELP = (
   '\n\n--gin.NAME=VALUE binds a macro (--gin.TRAIN_STEPS=10) or a parameter,\n'
@@ -432,7 +433,8 @@ def _run(
       print(f'# {macro}={value} was taken as a string')
     print(gin_config.config())
     for macro, source in parsed.unread_macros.items():
-      print(f'# {source}: nothing reads {macro}')
+      ours = t5x_names.answer(macro, t5x_names.MACROS)
+      print(f'# {source}: nothing reads {macro}.{ours}')
   fn(dry_run=args.dry_run, **given)
 
 
@@ -462,6 +464,11 @@ def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
     type=lambda dirs: dirs.split(','),
     default=[],
     help='folders to look for gin files in, separated by commas',
+  )
+  parser.add_argument(
+    '--tfds_data_dir',
+    metavar='DIR',
+    help='the folder with TFDS data sets of every task, over DATA_DIR',
   )
   for flag in verb.flags:
     flag.add_to(parser)
@@ -514,6 +521,8 @@ def _parse_args(
     theirs = t5x_names.answer(name.lstrip('-'), t5x_names.FLAGS)
     near = gin_config.near_misses(name, known)[:-1]
     parser.error(f'what is {arg}?{theirs or near}')
+  if args.tfds_data_dir is not None:
+    bindings.append(f'tfds.data_dir={args.tfds_data_dir!r}')
   return args, bindings
 
 

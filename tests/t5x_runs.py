@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs for T5X, never trained: all numbers of their states are random."""
 
+import dataclasses
 import pathlib
 
 import helpers
@@ -13,19 +14,23 @@ from l2s_jax.systems import system as system_lib
 from l2s_jax.training import checkpoint
 from l2s_jax.training import state as state_lib
 
-LLM = pathlib.Path(__file__).parent / 'kept_runs' / '1' / 'llm'
+KEPT = pathlib.Path(__file__).parent / 'kept_runs' / '1'
+LLM = KEPT / 'llm'
 STEP = 7
 
+SLM = system_lib.Tower(
+  config=helpers.T5_1_1,
+  vocabulary=str(LLM / 'vocabularies' / 'answer' / 'spiece.model'),
+)
+# With another vocabulary than the LLM's.
+DECODER_ONLY = system_lib.Tower(
+  config=dataclasses.replace(helpers.GPT2, vocab_size=320),
+  vocabulary=str(KEPT / 'data' / 'bpe'),
+)
 
-def build(**options):
-  return builders.llm_to_slm_system(
-    system_lib.Tower(str(LLM)),
-    system_lib.Tower(
-      config=helpers.T5_1_1,
-      vocabulary=str(LLM / 'vocabularies' / 'answer' / 'spiece.model'),
-    ),
-    **options,
-  )
+
+def build(slm=SLM, **options):
+  return builders.llm_to_slm_system(system_lib.Tower(str(LLM)), slm, **options)
 
 
 def random_state(system, optimizer, step, seed):

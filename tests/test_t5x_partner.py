@@ -33,12 +33,11 @@ from t5x import (  # noqa: E402
   checkpoints,
   decoding,
   partitioning,
+  train_state,
   trainer,
   utils,
 )
 
-from l2s_jax.data import features  # noqa: E402
-from l2s_jax.data.features import tf  # noqa: E402
 from l2s_jax.interop import t5x as l2s_t5x  # noqa: E402
 
 RATE = 1e-2
@@ -58,7 +57,10 @@ def run(tmp_path_factory):
 @pytest.fixture(scope='module')
 def partitioner():
   found = partitioning.PjitPartitioner(
-    num_partitions=2, logical_axis_rules=l2s_t5x.logical_axis_rules()
+    num_partitions=2,
+    logical_axis_rules=partitioning.standard_logical_axis_rules(
+      additional_rules=[('kv_heads', None), ('llm_embed', None)]
+    ),
   )
   # On CPU T5X puts all devices of a process along `model`.
   devices = np.asarray(jax.devices()).reshape(4, 2)
@@ -77,7 +79,6 @@ def make_model(folder, decode_fn=decoding.beam_search):
   return l2s_t5x.LlmToSlmModel(
     str(folder / 'run'),
     adafactor.Adafactor(logical_factor_rules=l2s_t5x.logical_factor_rules()),
-    l2s_t5x.logical_axis_rules(),
     decode_fn=decode_fn,
     loss_normalizing_factor='NUM_REAL_TARGET_TOKENS',
     dropout_rate=0.0,
@@ -247,6 +248,47 @@ def test_the_likeliest_tokens_are_those_of_our_generator(run, whole, batch):
   assert not found[:, width:].any()
 
 
+def test_a_decoder_only_slm_with_its_own_vocabulary(tmp_path):
+  system = t5x_runs.build(t5x_runs.DECODER_ONLY, dropout_rate=0.0)
+  layout, state = t5x_runs.save(tmp_path / 'run', system, optim.adafactor())
+  t5x_state.write(tmp_path / 'run', tmp_path / 't5x', t5x_runs.STEP)
+  greedy = functools.partial(decoding.temperature_sample, topk=1)
+  model = make_model(tmp_path, greedy)
+  assert model.input_vocabulary != model.output_vocabulary
+
+  def create(key):
+    variables = model.get_initial_variables(key, {})
+    return train_state.FlaxOptimTrainState.create(
+      model.optimizer_def, variables
+    )
+
+  wanted = jax.eval_shape(create, jax.random.key(0)).state_dict()
+  for part in ('target', 'state'):
+    written, _ = t5x_state.t5x.open_part(tmp_path / 't5x', None, (part,))
+    assert {name: x.shape for name, x in written.items()} == {
+      name: x.shape
+      for name, x in traverse_util.flatten_dict(wanted[part], sep='/').items()
+    }
+  params = {**parameters.load_frozen(system, layout)[1], **state.trainable}
+  batch = helpers.random_batch(120, 300)
+  found = jax.jit(model.predict_batch)(params, batch)
+  expected = helpers.generate(
+    model.module,
+    params,
+    batch,
+    max_decode_len=found.shape[1],
+    start_id=model.output_vocabulary.start_id,
+    eos_id=model.output_vocabulary.eos_id,
+    pad_id=0,
+  )
+  width = expected.shape[1]
+  np.testing.assert_array_equal(found[:, :width], expected)
+  loss, _ = model.loss_fn(params, batch, None)
+  frozen = {'llm': params['llm']}
+  ours = loss_of(model.module, frozen, state.trainable, batch)
+  np.testing.assert_allclose(loss, ours, 1e-5)
+
+
 def test_a_beam_has_the_score_of_its_answer(run, whole, batch):
   model = make_model(run[0], functools.partial(decoding.beam_search, alpha=0.0))
   params = {**whole[0], **whole[1]}
@@ -270,29 +312,6 @@ def test_a_beam_has_the_score_of_its_answer(run, whole, batch):
       params, {**batch, **jax.tree.map(jnp.asarray, answers)}
     )
     np.testing.assert_allclose(aux['scores'][:, beam], scores, 1e-3, 1e-3)
-
-
-def test_lengths_that_a_task_does_not_note_are_measured(run):
-  model = make_model(run[0])
-  examples = [([5, 0, 1], [0, 6, 1]), ([7, 1], [0, 0, 9, 9, 1])]
-  dataset = tf.data.Dataset.from_generator(
-    lambda: ({'inputs': i, 'targets': t} for i, t in examples),
-    output_signature={
-      key: tf.TensorSpec([None], tf.int32) for key in ('inputs', 'targets')
-    },
-  )
-  lengths = {'inputs': 4, 'targets': 4}
-  converter = model.FEATURE_CONVERTER_CLS(
-    pack=False, use_custom_packing_ops=False
-  )
-  found = list(converter(dataset, lengths).as_numpy_iterator())
-  assert set(found[0]) == set(features.batch_keys.KEYS)
-  first, second = found
-  assert first['decoder_target_tokens'].tolist()[:3] == [0, 6, 1]
-  assert first['decoder_loss_weights'].tolist() == [1, 1, 1, 0]
-  assert first['encoder_segment_ids'].tolist() == [1, 1, 1, 0]
-  assert second['decoder_target_tokens'].tolist() == [0, 0, 9, 9]
-  assert second['decoder_loss_weights'].tolist() == [1, 1, 1, 1]
 
 
 def test_a_prompt_for_the_answer_is_refused(run, whole, batch):

@@ -55,7 +55,8 @@ def evaluate(
 ) -> dict[int, dict[str, dict[str, float]]]:
   """Evaluates one checkpoint of a run, or several, or a model as it came.
 
-  Each evaluation is added to `eval/metrics-<task>-<split>.json` as it is done.
+  Each evaluation is added to `eval/metrics-<task>-<split>.json` as it is done;
+  `eval/config-<task>-<split>.gin` has what gin has given the last of them.
   From all that are there come a table, `eval/curves-<task>-<split>.png`, and
   TensorBoard's logs in `eval/tensorboard`.
 
@@ -275,6 +276,9 @@ class _Scores(NamedTuple):
         control,
         {**scores, 'settings': self.settings, 'signatures': signatures}
         | ({'by_length': by_length} if by_length else {}),
+      )
+      gin_config.save_operative_config(
+        self.folder / 'eval' / f'config-{self.name}.gin'
       )
 
 

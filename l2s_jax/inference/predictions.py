@@ -7,6 +7,7 @@
     predictions-00001-of-00004.jsonl   a shard, likewise; in order they make up
                                        predictions.jsonl
     scores.json                        likewise scores-00001-of-00004.json
+    config.gin                         what gin has given; likewise by shard
     .predictions.jsonl.digests         of the lines as they were written
 
 A line with the prediction null stands for a line that could not be answered.

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import flax.core
@@ -23,32 +23,23 @@ from t5x import adafactor as t5x_adafactor
 from t5x import decoding, losses, models, optimizers
 
 from l2s_jax.data import features, seqio_internals, tasks
-from l2s_jax.data.features import seqio, tf
+from l2s_jax.data.features import seqio
 from l2s_jax.models import batch_keys, l2s
 from l2s_jax.models import cache as cache_lib
 from l2s_jax.runtime import partitioning
 from l2s_jax.systems import parameters, run_folder
 from l2s_jax.systems import system as system_lib
+from l2s_jax.training import adafactor
 
 PyTree = Any
 Params = dict[str, Any] | flax.core.FrozenDict
 Batch = Mapping[str, jax.Array]
 
-# Axes that T5X has no rules for, and the part each plays in its Adafactor.
-OWN_AXIS_RULES = (('kv_heads', None), ('llm_embed', None))
 _KEY_VALUES = ('kv', 'cross_kv')
-OWN_FACTOR_RULES = {
-  'kv_heads': t5x_adafactor.FactorDim.COLUMN,
-  'llm_embed': t5x_adafactor.FactorDim.ROW,
-  'abspos_buckets': t5x_adafactor.FactorDim.NONE,
-}
 
 
 class FeatureConverter(features.L2SFeatureConverter):
-  """The batches of `L2SFeatureConverter`, of any task with token ids.
-
-  Lengths that a task does not note are those of its ids.
-  """
+  """The batches of `L2SFeatureConverter`, of what a model reads alone."""
 
   MODEL_FEATURES = {
     key: features.L2SFeatureConverter.MODEL_FEATURES[key]
@@ -72,19 +63,6 @@ class FeatureConverter(features.L2SFeatureConverter):
       **unused: of T5X's other converters, such as `use_custom_packing_ops`.
     """
     super().__init__(prompt_vocabulary, answer_vocabulary, pack=pack)
-
-  def _convert_features(
-    self, ds: 'tf.data.Dataset', task_feature_lengths: Mapping[str, int]
-  ) -> 'tf.data.Dataset':
-    def measure(example: dict[str, Any]) -> dict[str, Any]:
-      lengths = {
-        f'{key}_length': tf.size(example[key]) for key in self.TASK_FEATURES
-      }
-      return {**lengths, **example}
-
-    return super()._convert_features(
-      ds.map(measure, num_parallel_calls=tf.data.AUTOTUNE), task_feature_lengths
-    )
 
 
 class TrainedAlone(optimizers.OptimizerDef):
@@ -181,7 +159,6 @@ class LlmToSlmModel(models.BaseTransformerModel):
     self,
     run_dir: str,
     optimizer_def: optimizers.OptimizerDef,
-    logical_axis_rules: Sequence[tuple[str, Any]],
     decode_fn: Callable[..., Any] = decoding.beam_search,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -198,7 +175,6 @@ class LlmToSlmModel(models.BaseTransformerModel):
       run_dir: MODEL_DIR of a run of ours, of TRAIN_STEPS = 0 or more. Its
         system and vocabularies are read, and nothing is written.
       optimizer_def: of the trained parameters.
-      logical_axis_rules: those of the partitioner, for activations.
       decode_fn: T5X's `decoding.beam_search` or `temperature_sample`.
       label_smoothing: as in T5X.
       z_loss: as in T5X.
@@ -210,7 +186,7 @@ class LlmToSlmModel(models.BaseTransformerModel):
     Raises:
       FileNotFoundError: if `run_dir` is no run.
     """
-    self.system = _system(run_dir, dropout_rate, logical_axis_rules)
+    self.system = _system(run_dir, dropout_rate)
     self._decoder_params = default_decoder_params or models.DecoderParams()
     prompt, answer = _vocabularies(run_dir)
     super().__init__(
@@ -246,13 +222,20 @@ class LlmToSlmModel(models.BaseTransformerModel):
       {**partitioning.unbox(boxed), 'params_axes': _axis_metadata(axes)}
     )
 
+  def _placed(self) -> Any:
+    """Returns the module whose LLM keeps to the axis rules of T5X."""
+    if not isinstance(self.module, l2s.LlmToSlm):
+      return self.module
+    rules = tuple(flax_partitioning.get_axis_rules())
+    return self.module.clone(llm_rules=rules)
+
   def _compute_logits(
     self,
     params: Params,
     batch: Batch,
     dropout_rng: jax.Array | None = None,
   ) -> jax.Array:
-    return self.module.apply(
+    return self._placed().apply(
       {'params': flax.core.unfreeze(params)},
       {key: batch[key] for key in batch_keys.KEYS},
       deterministic=dropout_rng is None,
@@ -303,7 +286,7 @@ class LlmToSlmModel(models.BaseTransformerModel):
     if rng is not None:
       decoder_params['decode_rng'] = rng
     first = jnp.zeros_like(batch['decoder_input_tokens'])
-    module = l2s.for_generation(self.module, unstack_llm=False)
+    module = l2s.for_generation(self._placed(), unstack_llm=False)
     prepared = l2s.params_for_generation(module, flax.core.unfreeze(params))
     cache = module.apply(
       {'params': prepared},
@@ -330,21 +313,17 @@ class LlmToSlmModel(models.BaseTransformerModel):
     return decodes[:, -1, :], {'scores': scores[:, -1]}
 
 
-def _system(
-  run_dir: str, dropout_rate: float | None, rules: Sequence[tuple[str, Any]]
-) -> system_lib.System:
-  """Returns a run's system, as T5X's mesh and dropout have it."""
+def _system(run_dir: str, dropout_rate: float | None) -> system_lib.System:
+  """Returns a run's system with another dropout, unless that is None."""
   system = run_folder.load(run_dir)
+  if dropout_rate is None:
+    return system
   module = system.module
-  if isinstance(module, l2s.LlmToSlm):
-    module = module.clone(llm_rules=tuple(rules))
-  if dropout_rate is not None:
-    field = 'slm_config' if isinstance(module, l2s.LlmToSlm) else 'config'
-    config = dataclasses.replace(
-      getattr(module, field), dropout_rate=dropout_rate
-    )
-    module = module.clone(**{field: config})
-  return dataclasses.replace(system, module=module)
+  field = 'slm_config' if isinstance(module, l2s.LlmToSlm) else 'config'
+  config = dataclasses.replace(
+    getattr(module, field), dropout_rate=dropout_rate
+  )
+  return dataclasses.replace(system, module=module.clone(**{field: config}))
 
 
 def is_trained(system: system_lib.System) -> Callable[[str], bool]:
@@ -453,23 +432,14 @@ def _register(run_dir: str, name: str) -> str:
 
 
 def logical_factor_rules() -> flax.core.FrozenDict:
-  """Returns T5X's factor rules for its Adafactor, and those of our axes."""
-  return flax.core.freeze(
-    {**t5x_adafactor.standard_logical_factor_rules(), **OWN_FACTOR_RULES}
-  )
-
-
-def logical_axis_rules(
-  activation_partitioning_dims: int = 1, parameter_partitioning_dims: int = 1
-) -> list[tuple[str, str | None]]:
-  """Returns T5X's standard axis rules, and those of our axes.
-
-  Args:
-    activation_partitioning_dims: as in T5X.
-    parameter_partitioning_dims: as in T5X.
-  """
-  from t5x import partitioning as t5x_partitioning
-
-  return t5x_partitioning.standard_logical_axis_rules(
-    activation_partitioning_dims, parameter_partitioning_dims, OWN_AXIS_RULES
-  )
+  """Returns for T5X's Adafactor the parts that axes play in ours."""
+  dims = t5x_adafactor.FactorDim
+  rules: dict[str | None, Any] = {None: dims.NONE}
+  for names, dim in (
+    (adafactor.STACK_AXES, dims.BATCH),
+    (adafactor.ROW_AXES, dims.ROW),
+    (adafactor.COLUMN_AXES, dims.COLUMN),
+    (adafactor.OTHER_AXES, dims.NONE),
+  ):
+    rules |= dict.fromkeys(names, dim)
+  return flax.core.freeze(rules)

@@ -32,6 +32,7 @@ from typing import Any, TextIO
 
 import gin
 
+from l2s_jax.runtime import files as files_lib
 from l2s_jax.runtime import gin_internals, gin_types, t5x_names
 
 REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -264,6 +265,12 @@ def operative_config() -> str:
   write down (arrays, functions without a gin name) are left out.
   """
   return gin.operative_config_str()
+
+
+def save_operative_config(path: pathlib.Path) -> None:
+  """Writes `operative_config` beside what those calls have made."""
+  with files_lib.whole(path) as file:
+    file.write(operative_config())
 
 
 def near_misses(name: str, known: Iterable[str]) -> str:

@@ -39,7 +39,6 @@ FLAGS = {
   'process_index': 'the variable L2S_PROCESS_ID',
   'seqio_additional_cache_dirs': '--gin.TASK_CACHE_DIRS',
   'shard_id': '--shard',
-  'tfds_data_dir': '--gin.DATA_DIR',
 }
 
 

@@ -150,8 +150,7 @@ def begin(
   watcher.exit_if_requested()
   step = int(state.step)
   if distributed.is_first():
-    with files.whole(run_dir / 'config.gin') as file:
-      file.write(gin_config.operative_config())
+    gin_config.save_operative_config(run_dir / 'config.gin')
   log = settings.metric_writer(step)
   progress = progress_lib.Progress(
     run_dir,
