@@ -12,7 +12,9 @@ import pytest
 import t5x_runs
 from flax import traverse_util
 
-from l2s_jax.interop import t5x_state
+from l2s_jax.interop import convert, t5x_state
+from l2s_jax.interop.exports import export_command
+from l2s_jax.systems import builders
 from l2s_jax.training import adafactor, optim, resuming
 from l2s_jax.weights import saved_steps
 from l2s_jax.weights.formats import t5x
@@ -63,6 +65,72 @@ def test_training_goes_on_with_any_data_and_no_other_optimizer(folder):
   kind['optimizer'] = optim.adamw().description
   with pytest.raises(ValueError, match='adamw'):
     resuming.check_position(position, kind, folder)
+
+
+def test_the_verbs_carry_a_run_there_and_back(folder, tmp_path, capsys):
+  run = str(folder / 'run')
+  export_command.export(run, str(tmp_path / 't5x'), to='t5x')
+  convert.convert(
+    str(tmp_path / 't5x'),
+    str(tmp_path / 'back'),
+    from_='t5x',
+    to='run',
+    run=run,
+  )
+  said = capsys.readouterr().out
+  assert f'wrote {tmp_path / "t5x"} (t5x): checkpoint_7, parameters and' in said
+  assert f'wrote {tmp_path / "back"} (run): step 7' in said
+  assert contents(tmp_path / 'back') | {'begun_elsewhere': ''} == (
+    contents(folder / 'back') | {'begun_elsewhere': ''}
+  )
+  assert {path.name for path in tmp_path.iterdir()} == {'t5x', 'back'}
+
+
+@pytest.mark.parametrize(
+  ('source', 'given', 'message'),
+  [
+    ('run', {'dtype': 'bfloat16'}, '--dtype=bfloat16: --to=t5x writes the'),
+    ('run', {'vocabulary': 'x'}, '--vocabulary=x: --to=t5x writes the'),
+    ('run', {'step': '5'}, 'does not hold the checkpoint 5; it has steps .7'),
+    ('t5x', {}, 't5x is no run. --to=t5x writes the training state of a run'),
+  ],
+)
+def test_what_export_does_not_take(source, given, message, folder, tmp_path):
+  with pytest.raises((ValueError, FileNotFoundError), match=message):
+    export_command.export(
+      str(folder / source), str(tmp_path / 'new'), to='t5x', **given
+    )
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ('given', 'message'),
+  [
+    ({'to': 'run'}, '--from=t5x --to=run: a run is made by .* --run=RUN'),
+    ({'to': 'l2s', 'run': 'x'}, '--to=l2s --run=x: a run is made by'),
+    ({'to': 'run', 'run': 'x', 'verify': True}, '--verify=True: a run is'),
+  ],
+)
+def test_what_convert_does_not_take(given, message, folder, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    convert.convert(
+      str(folder / 't5x'), str(tmp_path / 'new'), from_='t5x', **given
+    )
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_language_model_comes_back_too(tmp_path):
+  system = builders.language_model_system(t5x_runs.SLM)
+  t5x_runs.save(tmp_path / 'run', system, optim.adafactor())
+  t5x_state.write(tmp_path / 'run', tmp_path / 't5x', t5x_runs.STEP)
+  t5x_state.read(tmp_path / 't5x', tmp_path / 'run', tmp_path / 'back')
+  before, after = contents(tmp_path / 'run'), contents(tmp_path / 'back')
+  assert before['digests'] == after['digests']
+
+
+def test_it_is_no_t5_to_those_who_read_one(folder):
+  with pytest.raises(ValueError, match='--from=t5x --to=run --run=RUN'):
+    t5x.Checkpoint(folder / 't5x')
 
 
 def test_another_llm_is_refused(folder, tmp_path):

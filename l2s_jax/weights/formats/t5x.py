@@ -161,6 +161,12 @@ class Checkpoint:
     self.special_ids: dict[str, Any] = {}
     path, self._step = _find(location, step)
     self._arrays = _open(path)
+    if any(name.startswith('projector/') for name in self._arrays):
+      raise ValueError(
+        f'{self.location} is LLM-to-SLM, which T5X has trained from a run of '
+        'ours, and not a T5. Make a run of it: convert --from=t5x --to=run '
+        '--run=RUN, where RUN is that run.'
+      )
     self._is_scanned = any(
       name.startswith('encoder/encoder/') for name in self._arrays
     )
