@@ -80,6 +80,7 @@ _HOW_TO_RUN = (
   '--gin.CHECKPOINT_PATH=THIS_FOLDER --gin.INPUT=prompts.txt '
   '--gin.INFER_OUTPUT_DIR=answers'
 )
+T5X = 't5x'  # Of a run's training state, not of a bundle.
 # What models are compared on where there are no predictions of the run.
 PROMPTS = (
   'translate English to German: Two dogs are running through the snow.',
