@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job from nothing, in minutes: `launch/quickstart.sh`.
+"""The whole method in minutes, from scratch: `launch/quickstart.sh`.
 
-Trains an LLM, an SLM and LLM-to-SLM on a translation task made from CLDR,
-compares the three, and leaves a report in `runs/quickstart`. Training and
-evaluation are the commands that it prints, run in one process because
-TensorFlow takes long to import. A quickstart that was broken off goes on
-where it was.
+It trains an LLM, an SLM and LLM-to-SLM on a translation task made from CLDR,
+compares the three, and writes a report to `runs/quickstart`. It prints the
+commands of training and evaluation and runs them in one process, since
+TensorFlow takes long to import. An interrupted quickstart resumes.
 """
 
 import os
 import signal
 
 if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-  # The imports take a while; until then Ctrl-C has nothing to leave behind.
+  # The imports take a while; until they are done, Ctrl-C exits at once.
   signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
@@ -38,7 +37,7 @@ from l2s_jax.systems import parameters, run_folder
 from l2s_jax.systems import system as system_lib
 from l2s_jax.vocabularies import sentencepiece
 
-PROMPT_LENGTH, ANSWER_LENGTH = 30, 20  # as in gin_configs/experiments
+PROMPT_LENGTH, ANSWER_LENGTH = 30, 20  # As in gin_configs/experiments.
 VOCAB_SIZES = {'llm': 1200, 'slm': 800}
 NAMES = {
   'llm': 'LLM baseline',
@@ -70,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   args = _parse_args(argv)
   start_secs = time.perf_counter()
   output_dir = _output_dir(args)
-  # Training, evaluation and the phrases compile the same functions.
+  # Training, evaluation and translation compile the same functions.
   jax.config.update('jax_compilation_cache_dir', str(output_dir / 'compiled'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
@@ -125,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+  """Returns the command line's flags."""
   parser = argparse.ArgumentParser(
     'launch/quickstart.sh',
     description='Trains and compares an LLM, an SLM and LLM-to-SLM.',
@@ -152,7 +152,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _output_dir(args: argparse.Namespace) -> pathlib.Path:
-  """Returns the folder of this kind of quickstart, which goes on there."""
+  """Returns the output folder for these flags, made if absent."""
   output_dir = args.output_dir
   if args.slm == 'decoder':
     output_dir = output_dir.with_name(output_dir.name + '_decoder')
@@ -164,11 +164,12 @@ def _output_dir(args: argparse.Namespace) -> pathlib.Path:
 
 
 def _say(text: str) -> None:
+  """Prints the title of a stage."""
   print(f'\n== {text}', flush=True)
 
 
 def _vocabulary(output_dir: pathlib.Path, name: str) -> pathlib.Path:
-  """Returns a SentencePiece model of the train split, made if absent."""
+  """Returns a SentencePiece model of the train split, trained if absent."""
   path = output_dir / f'{name}_vocabulary.model'
   if not path.is_file():
     texts = (
@@ -176,7 +177,7 @@ def _vocabulary(output_dir: pathlib.Path, name: str) -> pathlib.Path:
       for example in cldr.examples('train')
       for text in (example['prompt'], example['answer'])
     )
-    # Digits apart: a number that was never seen is then copied, not guessed.
+    # Digits as single pieces: unseen numbers can then be copied.
     sentencepiece.train(
       texts,
       path,
@@ -189,7 +190,7 @@ def _vocabulary(output_dir: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def _run(verb: str, gin_files: list[str], bindings: list[str]) -> None:
-  """Prints a command and does what it does, in this process."""
+  """Prints a command and runs it in this process."""
   arguments = [
     verb,
     *(f'--gin_file={file}' for file in gin_files),
@@ -204,7 +205,7 @@ def _run(verb: str, gin_files: list[str], bindings: list[str]) -> None:
 def _evaluate(
   name: str, label: str, run_dir: pathlib.Path
 ) -> dict[str, TableRow]:
-  """Returns the run's row of the table, and those of its controls."""
+  """Evaluates a run; returns its table row and those of its controls."""
   labels = {'none': label} | (CONTROLS if name == 'llm_to_slm' else {})
   _run(
     'evaluate',
@@ -230,6 +231,7 @@ def _evaluate(
 
 
 def _load(run_dir: pathlib.Path, mesh: jax.sharding.Mesh) -> Loaded:
+  """Returns the system of a run and its parameters."""
   system = run_folder.load(run_dir)
   layout = parameters.layout(system, mesh, partitioning.MeshConfig())
   return system, parameters.load_params(system, layout, run_dir)
@@ -266,7 +268,7 @@ def _time(rows: dict[str, TableRow], loaded: Mapping[str, Loaded]) -> None:
 def _translate(
   loaded: Mapping[str, Loaded], mesh: jax.sharding.Mesh
 ) -> list[dict[str, str]]:
-  """Shows what each system makes of five phrases of the test split."""
+  """Prints and returns each system's translations of five test phrases."""
   kinds = ('date', 'cardinal', 'relative', 'currency', 'countries')
   candidates = list(cldr.examples('test'))
   chosen = [

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes caches: a task's examples as ids in files, and the LLM's states.
+"""Writes token caches, and the frozen LLM's states of their prompts.
 
-`cache_command` is the verb. `token_command` takes the texts of a task
-(`cache_texts`), has them tokenized in several processes (`cache_encoding`) or
-by Apache Beam (`cache_beam`), and written to shards that survive any kill
-(`cache_writer`). `cache_key` describes all that the content depends on.
-`feature_command` has the frozen LLM read the prompts once, `feature_writer`
-keeps its states in the files that `feature_files` asks for.
-Reading a cache is in `data.cached`.
+`cache_command` is the verb. `token_command` reads the texts of a task
+(`cache_texts`), tokenizes them in several processes (`cache_encoding`) or with
+Apache Beam (`cache_beam`), and writes them to shards that survive a kill at any
+time (`cache_writer`). `cache_key` describes everything that determines the
+content. `feature_command` runs the frozen LLM once over the prompts;
+`feature_writer` writes its states to the files listed by `feature_files`.
+The package `data.cached` reads caches.
 """
 
-# The modules that other packages may import.
+# Modules that other packages may import.
 __all__ = (
   'cache_command',
   'cache_encoding',

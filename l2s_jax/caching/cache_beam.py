@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a cache's shards by an Apache Beam pipeline, on any of its runners.
+"""Writes a cache's shards in an Apache Beam pipeline, on any Beam runner.
 
-A shard is an element. A worker binds the task as this process did, tokenizes
-the shard's examples and writes them as the local writer does; it needs this
-package, the data and the cache's folder under the same names. A runner may give
-a shard to several workers, or to one several times: each writes under a name
-of its own, and the last that is done renames the same bytes.
+A pipeline element is a shard. A worker binds the task like the launching
+process, tokenizes the shard's examples and writes them like the local writer.
+It needs this package, and the data and the cache folder at the same paths. A
+runner may process a shard on several workers, or several times: each attempt
+writes under a name of its own, and the last one renames identical bytes.
 
-A worker checks a split's local files once, and reaches a shard by passing over
-the examples before it.
+A worker checks a split's local files once, and skips to a shard by reading the
+examples before it.
 """
 
 import contextlib
@@ -35,14 +35,14 @@ _binding = threading.Lock()
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What a worker needs to know; can be pickled.
+  """Picklable job description for workers.
 
   Attributes:
-    folder: of the cache.
-    encoder: of the model's vocabularies.
-    mixture_or_task_name: what is cached.
-    task_feature_lengths: `inputs` and `targets`, in tokens.
-    config: what gin binds, as text.
+    folder: folder of the cache.
+    encoder: encoder with the model's vocabularies.
+    mixture_or_task_name: name of the task or mixture to cache.
+    task_feature_lengths: lengths of `inputs` and `targets`, in tokens.
+    config: gin bindings, as text.
   """
 
   folder: pathlib.Path
@@ -53,14 +53,17 @@ class Job:
 
 
 def check(pipeline_options: str) -> list[str]:
-  """Returns the options of a pipeline, one by one.
+  """Parses and validates pipeline options.
 
   Args:
-    pipeline_options: with commas between them, such as
+    pipeline_options: comma-separated options, such as
       '--runner=DataflowRunner,--project=mine'.
 
+  Returns:
+    The list of options.
+
   Raises:
-    ValueError: if one is no option, or Beam is not installed.
+    ValueError: if an option is malformed, or Beam is not installed.
   """
   options = [option.strip() for option in pipeline_options.split(',')]
   if not all(option.startswith('--') for option in options):
@@ -82,24 +85,25 @@ def check(pipeline_options: str) -> list[str]:
 def write(
   job: Job, shards: Sequence[cache_writer.CacheShard], options: Sequence[str]
 ) -> None:
-  """Writes those of the shards that are not whole yet.
+  """Writes the shards that are not complete yet.
 
   Args:
-    job: what is cached, and where.
-    shards: of it.
-    options: of the pipeline.
+    job: description of the cache.
+    shards: shards of the cache.
+    options: options of the pipeline.
 
   Raises:
-    ValueError: as `cache_writer.write`; for options that Beam does not take.
+    ValueError: as `cache_writer.write`; for options that Beam refuses.
   """
   import apache_beam as beam
   from apache_beam.options import pipeline_options
 
   with cache_writer.held(job.folder):
     missing = [shard for shard in shards if not shard.is_whole(job.folder)]
-    for left in job.folder.glob(f'{_JOB}*'):  # By a start that was killed.
+    for left in job.folder.glob(f'{_JOB}*'):  # Left by a killed run.
       left.unlink()
-    # In a file: a vocabulary is larger than some runners let a pipeline be.
+    # A file, because vocabularies exceed the pipeline size limit of some
+    # runners.
     path = job.folder / f'{_JOB}{uuid.uuid4().hex}'
     path.write_bytes(pickle.dumps(job))
     try:
@@ -120,11 +124,11 @@ def write(
 
 
 def write_shard(shard: Sequence[Any], job_path: str) -> None:
-  """Writes a shard; what a worker does.
+  """Writes a shard; runs on a worker.
 
   Args:
     shard: a `cache_writer.CacheShard`, as a tuple.
-    job_path: of a pickled `Job`.
+    job_path: path of a pickled `Job`.
   """
   job, own = _read_job(job_path), cache_writer.CacheShard(*shard)
   cache_writer.write_shard(
@@ -139,12 +143,12 @@ def _read_job(path: str) -> Job:
 
 @functools.cache
 def _texts(job_path: str, task: str, split: str) -> cache_texts.Texts:
-  """Opens a split once in a process, whose threads share it."""
+  """Opens a split once per process; its threads share the result."""
   from l2s_jax.data.features import seqio
 
   job = _read_job(job_path)
   with _binding:
-    if gin.config_str() != job.config:  # Unless this is the one that began.
+    if gin.config_str() != job.config:  # Skipped in the launching process.
       with gin.unlock_config():
         gin.parse_config(job.config, skip_unknown=True)
     bound = tasks.bind(job.mixture_or_task_name, *job.encoder.vocabularies)
@@ -154,7 +158,7 @@ def _texts(job_path: str, task: str, split: str) -> cache_texts.Texts:
 
 @contextlib.contextmanager
 def _plain_errors() -> Iterator[None]:
-  """Raises an error of a worker by itself, without Beam's words and traces."""
+  """Re-raises a worker's error without Beam's text and tracebacks."""
   try:
     yield
   except Exception as error:

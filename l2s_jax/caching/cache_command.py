@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `cache`: tokenizes a task once, so that training reads ids.
+"""The verb `cache`: tokenizes a task once, so that training reads token ids.
 
-Tokens come first (`token_command.py`). On request the frozen LLM reads the
-prompts once, too (`feature_command.py`).
+Tokens are written first (`token_command.py`). With `--features`, the frozen
+LLM's states of the prompts follow (`feature_command.py`).
 """
 
 import sys
@@ -39,55 +39,56 @@ def cache(
   *,
   dry_run: bool = False,
 ) -> None:
-  """Tokenizes a task or mixture into files; goes on where it was stopped.
+  """Tokenizes a task or mixture into files; resumes an interrupted run.
 
-  Training and evaluation read them with gin_configs/tasks/cached.gin in the
-  place of the task's file. All tasks and splits are cached, uncut, with their
-  texts. What TASK_FEATURE_LENGTHS, PACK and LENGTH_BUCKETS say is up to whoever
-  reads. Random preprocessors are drawn once.
+  Training and evaluation read the cache with gin_configs/tasks/cached.gin
+  instead of the task's file. All tasks and splits are cached with their texts,
+  uncut: TASK_FEATURE_LENGTHS, PACK and LENGTH_BUCKETS apply when the cache is
+  read. Random preprocessors draw once, at caching.
 
-  To divide the work over hosts that share the folder, start it once for each
-  part with --shard=0 --num_shards=4 and so on; which one ends last does not
-  matter. Processes that run it together, as they train, divide a part further.
+  To divide the work over hosts with a shared folder, start one job per part
+  with --shard=0 --num_shards=4 and so on, in any order. The processes of a
+  multi-host launch divide a part further.
 
   With `features` the frozen LLM then reads all prompts, and its last states are
-  kept beside the tokens. Training from them (USE_FEATURES) has no LLM in memory
-  and does not wait for it. They are of one LLM, and of prompts that are cut to
+  stored beside the tokens. Training from them (USE_FEATURES) neither loads nor
+  runs the LLM. They are valid for one LLM, and for prompts cut to
   TASK_FEATURE_LENGTHS.
 
   Args:
-    cache_dir: the folder.
-    model: the system whose tokenizers are used, and whose LLM reads.
-    mixture_or_task_name: what to cache; of tokens that are there, None or
-      'cached' adds features without the task.
-    task_feature_lengths: tokens of 'inputs' and 'targets', for preprocessors
-      that ask for them, and for `features`.
-    splits: to cache; None: all.
-    shard: which of `num_shards` parts of the work to do, from 0.
-    num_shards: how many there are.
-    num_workers: processes that tokenize; None: one for each core.
-    examples_per_shard: of a file, at most; None: 16,384, or more for more than
-      16 million examples.
-    show: prints the first so many examples of each split of a cache that is
-      complete; nothing else is done, and no model or task is needed.
-    features: whether to keep the LLM's last states, too.
-    features_dtype: of these: 'bfloat16', each off by 1/256 of itself at most;
-      or 'int8', half of the disk, each off by 1/254 of the largest of its
-      token.
-    features_batch_size: prompts of the greatest length that the LLM reads at
-      once, over all devices; of shorter ones it reads more.
+    cache_dir: the folder of the cache.
+    model: the system with the tokenizers and the LLM.
+    mixture_or_task_name: the task or mixture to cache. For an existing cache,
+      None or 'cached' adds features without the task.
+    task_feature_lengths: lengths of 'inputs' and 'targets' in tokens, for
+      preprocessors that take them, and for `features`.
+    splits: splits to cache; None: all.
+    shard: the part of the work to do, from 0 to num_shards - 1.
+    num_shards: number of parts.
+    num_workers: number of tokenizer processes; None: one per core.
+    examples_per_shard: maximum number of examples per file; None: 16,384, or
+      more for more than 16 million examples.
+    show: prints this many examples of each split of a complete cache and exits;
+      needs no model or task.
+    features: whether to store the LLM's last states.
+    features_dtype: dtype of the states: 'bfloat16', with a relative error of at
+      most 1/256; or 'int8', half the size, with an error of at most 1/254 of
+      the largest value of the token.
+    features_batch_size: number of prompts of maximum length per LLM batch, over
+      all devices; batches of shorter prompts are larger.
     mesh: device mesh and axis rules, for `features`; None puts all devices
       along `data`.
-    beam_pipeline_options: of Apache Beam, with commas between them, such as
-      --runner=DataflowRunner,--project=mine. Its workers then do the work,
-      shard by shard; they need this package, and data and `cache_dir` under
-      the same names, so in folders that all of them share. None: this host.
-    dry_run: prints the examples and the disk they need, and stops.
+    beam_pipeline_options: comma-separated options of Apache Beam, such as
+      --runner=DataflowRunner,--project=mine. Beam's workers then do the work,
+      shard by shard; they need this package, and the data and `cache_dir` at
+      the same paths, in shared folders. None: this host does the work.
+    dry_run: prints the number of examples and the required disk space, and
+      exits.
 
   Raises:
     FileNotFoundError: if data are missing, or there is no cache to show.
-    ValueError: if the folder holds a cache of something else, with the
-      difference; for input that cannot be used, as in streaming.
+    ValueError: if the folder holds another cache, with the differences; for
+      invalid input, as in streaming.
   """
   folder = files.local_folder(cache_dir, 'CACHE_DIR')
   gin_config.check_positive(
@@ -125,7 +126,7 @@ def cache(
       distributed.wait_for_all('cache')
   if not features:
     return
-  # The others may have completed it since.
+  # Other jobs may have completed it in the meantime.
   if not (folder / cache_format.FILE).exists() and has_task:
     _say('Features come when the tokens of all parts are there: start again.')
     return

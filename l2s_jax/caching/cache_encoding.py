@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts into records of a cache, in processes of their own.
+"""Encodes texts into cache records, in several processes.
 
-A process imports tokenizers and no TensorFlow, and ends with the one that
-started it, however that ends.
+A worker process imports tokenizers but no TensorFlow, and exits with its
+parent, even if that is killed.
 """
 
 import collections
@@ -22,7 +22,7 @@ import numpy as np
 from l2s_jax.data.cached import cache_format
 from l2s_jax.vocabularies import base
 
-# Chunks that wait for each process, so that none waits for its next.
+# Number of queued chunks per process; keeps all processes busy.
 _AHEAD = 3
 
 
@@ -30,9 +30,9 @@ class Work(NamedTuple):
   """Consecutive examples to encode.
 
   Attributes:
-    label: of their task and split, for messages.
-    first: number of the first.
-    columns: their values, `inputs` and `targets` among them.
+    label: task and split, for messages.
+    first: number of the first example.
+    columns: column values, with `inputs` and `targets`.
   """
 
   label: str
@@ -41,11 +41,11 @@ class Work(NamedTuple):
 
 
 class Encoded(NamedTuple):
-  """The same examples, encoded.
+  """The encoded examples of a `Work`.
 
   Attributes:
-    records: one each.
-    entries: [n, 3] uint32, those of the index.
+    records: one record per example.
+    entries: [n, 3] uint32 index entries.
   """
 
   records: list[bytes]
@@ -53,11 +53,11 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-  """Makes records; can be pickled.
+  """Picklable function from `Work` to `Encoded`.
 
   Attributes:
-    vocabularies: of prompt and answer.
-    dtype: of ids.
+    vocabularies: prompt and answer vocabulary.
+    dtype: dtype of the ids.
   """
 
   def __init__(
@@ -88,7 +88,7 @@ class Encoder:
         texts[f'{key}_pretokenized'] = values
         values = vocabulary.encode_batch(values)
       ids[key] = values
-      # As `features.batch_of_ids`: what ends already gets no other.
+      # As `features.batch_of_ids`: appends EOS only if it is missing.
       end = vocabulary.eos_id
       for row in values:
         if not row or row[-1] != end:
@@ -104,14 +104,14 @@ class Encoder:
     return Encoded(records, np.array(entries, np.uint32).T.copy())
 
   def _texts(self, work: Work, name: str, values: list[Any]) -> list[Any]:
-    """Returns a column with text in the place of bytes."""
+    """Decodes the bytes of a column."""
     if values and isinstance(values[0], bytes):
-      with contextlib.suppress(UnicodeDecodeError):  # It is named below.
+      with contextlib.suppress(UnicodeDecodeError):  # Named below.
         return [value.decode() for value in values]
     return [self._text(work, name, n, value) for n, value in enumerate(values)]
 
   def _text(self, work: Work, name: str, place: int, value: Any) -> Any:
-    """Returns a value with text in the place of bytes."""
+    """Decodes the bytes of a value."""
     if isinstance(value, list):
       return [self._text(work, name, place, part) for part in value]
     if not isinstance(value, bytes):
@@ -130,11 +130,11 @@ class Encoder:
 def encoding(
   encoder: Encoder, num_workers: int
 ) -> Iterator[Callable[[Iterable[Work]], Iterator[Encoded]]]:
-  """Yields a function that encodes in order, reading little ahead.
+  """Yields a function that encodes in order, with a short read-ahead.
 
   Args:
-    encoder: what each process does.
-    num_workers: processes; 1: this one alone.
+    encoder: the function each process runs.
+    num_workers: number of processes; 1: this process alone.
   """
   if num_workers == 1:
     yield lambda works: map(encoder, works)
@@ -180,7 +180,7 @@ _encoder: Encoder | None = None
 
 
 def _begin(encoder: Encoder) -> None:
-  """Prepares a process: one core, and an end with the one that started it."""
+  """Sets up a worker process: one tokenizer thread, exit with its parent."""
   global _encoder
   _encoder = encoder
   os.environ['TOKENIZERS_PARALLELISM'] = 'false'

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The key of a cache: all that its content depends on, as JSON has it.
+"""The cache key: a JSON description of everything that determines the content.
 
-Where code decides, as in a user's own preprocessors, the key has the source of
-the code and a hash of the first examples, so that a change is seen in either.
+Code, such as user-defined preprocessors, enters the key by its source and by a
+hash of the first examples. A change of either is detected.
 """
 
 import functools
@@ -23,12 +23,12 @@ from l2s_jax.vocabularies import base
 if TYPE_CHECKING:
   import seqio
 
-# Whose releases may tokenize, parse or render otherwise.
+# Packages whose versions may change tokens, parsing or rendering.
 _PACKAGES = ('tokenizers', 'sentencepiece', 'tensorflow_datasets', 'seqio')
 _CLDR_PACKAGES = ('babel', 'num2words')
 NUM_SAMPLED = 256  # examples
 
-# Of tasks and splits, by name.
+# By task name, then split.
 TextsBySplit = Mapping[str, Mapping[str, cache_texts.Texts]]
 
 
@@ -41,16 +41,16 @@ def describe(
   vocabularies: Mapping[str, base.Vocabulary],
   task_feature_lengths: Mapping[str, int],
 ) -> dict[str, Any]:
-  """Returns the key.
+  """Returns the cache key of a task or mixture.
 
   Args:
-    name: of the task or mixture, as `tasks.bind` takes it.
+    name: name of the task or mixture, as for `tasks.bind`.
     bound: its tasks, from `tasks.bind`.
-    texts: the splits that are cached.
-    rates: of the tasks.
-    vocabularies: 'prompt' and 'answer'.
-    task_feature_lengths: `inputs` and `targets`; part of the key where a
-      preprocessor is told them. What is cached is not cut.
+    texts: texts of the cached splits.
+    rates: mixture rates by task name.
+    vocabularies: vocabularies under 'prompt' and 'answer'.
+    task_feature_lengths: lengths of `inputs` and `targets`, in tokens. They are
+      part of the key if a preprocessor takes them. Cached examples are not cut.
   """
   local = dict(filter(None, map(_local_settings, _leaves(name))))
   described = {}
@@ -88,7 +88,7 @@ def describe(
 def check(
   found: Mapping[str, Any], wanted: Mapping[str, Any], folder: str
 ) -> None:
-  """Refuses a cache of something else.
+  """Refuses a cache with another key.
 
   Raises:
     ValueError: with a line for each difference.
@@ -105,7 +105,10 @@ def check(
 
 
 def _leaves(name: str) -> list[str]:
-  """Returns the names in a mixture of gin's; of another, its own."""
+  """Returns the task names in a gin-configured mixture, recursively.
+
+  Any other name is returned as it is.
+  """
   scope, _, kind = name.rpartition('/')
   if kind != 'mixture':
     return [name]
@@ -115,9 +118,10 @@ def _leaves(name: str) -> list[str]:
 
 
 def _local_settings(name: str) -> tuple[str, dict[str, Any]] | None:
-  """Returns name and settings of a local or distilled task, defaults included.
+  """Returns name and settings, with defaults, of a local or distilled task.
 
-  Of a distilled one these are `tasks.distilled_settings`.
+  The settings of a distilled task are `tasks.distilled_settings`. Returns None
+  for any other task.
   """
   scope, _, kind = name.rpartition('/')
   if kind == 'local':
@@ -136,7 +140,7 @@ def _settings(
 ) -> dict[str, Any]:
   if local is None:
     return {'template': tasks.tfds_config(task.name).template}
-  # Files stand in the key with a hash of their contents.
+  # The key represents files by a hash of their contents.
   return {
     key: value
     for key, value in local.items()
@@ -147,7 +151,7 @@ def _settings(
 def _source(
   task: 'seqio.Task', split: str, local: dict[str, Any] | None
 ) -> Any:
-  """Returns what tells the data of a split from others."""
+  """Returns an identifier of a split's data."""
   from l2s_jax.data.features import seqio
 
   if local is not None and 'distilled' in local:
@@ -172,7 +176,7 @@ def _source(
 
 
 def _gold_source(task: 'seqio.Task', split: str, gold_task: str) -> Any:
-  """Returns the source of a distilled task's split that is not distilled."""
+  """Returns an identifier of the data of a distilled task's gold split."""
   named = _local_settings(gold_task)
   if named is not None:
     return _source(task, split, named[1])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples of a bound task as text, in the task's own order, for a cache.
+"""Texts of a bound task, in its own order, for caching.
 
-The source and the preprocessors run as they do in streaming, but for the
-tokenizer, which is the caller's affair: it is faster in one call for many
-texts. Of a task that tokenizes amid its other steps, ids come out.
+Source and preprocessors run as in streaming, without the tokenizer: the caller
+tokenizes, because one call for many texts is faster. A task that tokenizes amid
+its other steps gives ids.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
   import tensorflow as tf
 
 CHUNK = 512  # examples
-# Of preprocessors that draw at random, as in training with this seed.
+# Seed of random preprocessors, with the draws of training with this seed.
 _SEED = 0
 _KINDS = ('string', 'int', 'uint', 'float', 'bool')
 
-# Column by column, the values of consecutive examples.
+# Values of consecutive examples, by column.
 Chunk = dict[str, list[Any]]
 
 
@@ -32,8 +32,9 @@ class Texts:
   """The examples of a split.
 
   Attributes:
-    columns: dtype and rank of each column, `inputs` and `targets` included.
-    uses_lengths: whether a preprocessor is told TASK_FEATURE_LENGTHS.
+    label: task and split, for messages.
+    columns: dtype and rank of each column, with `inputs` and `targets`.
+    uses_lengths: whether a preprocessor takes TASK_FEATURE_LENGTHS.
   """
 
   def __init__(
@@ -42,16 +43,16 @@ class Texts:
     split: str,
     task_feature_lengths: Mapping[str, int],
   ):
-    """Opens the split; local files are read and checked to their end.
+    """Opens the split; local files are read and validated completely.
 
     Args:
-      task: from `tasks.bind`.
-      split: one of its.
-      task_feature_lengths: `inputs` and `targets`, in tokens.
+      task: task from `tasks.bind`.
+      split: name of its split.
+      task_feature_lengths: lengths of `inputs` and `targets`, in tokens.
 
     Raises:
       FileNotFoundError: if data are missing.
-      ValueError: for a split that is not there, or what is no text or ids.
+      ValueError: for an unknown split, or features other than text or ids.
     """
     tasks.check_data(task, split)
     if split not in task.splits:
@@ -81,7 +82,11 @@ class Texts:
 
   @functools.cached_property
   def num_examples(self) -> int:
-    """Their number; counted if no source knows it."""
+    """Number of examples, by counting if the source does not know it.
+
+    Raises:
+      ValueError: for an infinite split.
+    """
     number = int(self._dataset.cardinality())
     if number >= 0:
       return number
@@ -96,11 +101,11 @@ class Texts:
       )
 
   def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[Chunk]:
-    """Yields the examples from one number to another, `CHUNK` at a time.
+    """Yields the examples of a range, `CHUNK` at a time.
 
     Args:
-      start: number of the first, from 0.
-      stop: one more than that of the last; None: to the end.
+      start: first example, from 0.
+      stop: end of the range, exclusive; None: the end of the split.
     """
     from l2s_jax.data import features
 
@@ -118,7 +123,7 @@ class Texts:
       yield {name: _to_list(values) for name, values in chunk.items()}
 
   def sample(self, num_examples: int) -> Chunk:
-    """Returns the first examples."""
+    """Returns the first `num_examples` examples."""
     parts = list(self.chunks(0, num_examples))
     return {
       name: list(itertools.chain.from_iterable(part[name] for part in parts))
@@ -127,14 +132,14 @@ class Texts:
 
 
 def _to_list(values: Any) -> list[Any]:
-  """Returns the values of a tensor, ragged or not."""
+  """Returns the values of a dense or ragged tensor as lists."""
   if hasattr(values, 'to_list'):
     return values.to_list()
   return values.numpy().tolist()
 
 
 def _takes_lengths(step: Callable[..., Any]) -> bool:
-  """Returns whether SeqIO tells a preprocessor the lengths."""
+  """Returns whether a preprocessor takes SeqIO's `sequence_length`."""
   if dataclasses.is_dataclass(step):
     names = {field.name for field in dataclasses.fields(step)}
   else:
@@ -150,18 +155,18 @@ def _text_dataset(
   task_feature_lengths: Mapping[str, int],
   start: int,
 ) -> 'tf.data.Dataset':
-  """Returns what a task gives before its tokenizer, not shuffled.
+  """Returns a task's unshuffled examples before its tokenizer.
 
   Args:
-    task: from `tasks.bind`.
-    split: one of its.
-    task_feature_lengths: `inputs` and `targets`, in tokens.
-    start: how many examples to pass over.
+    task: task from `tasks.bind`.
+    split: name of its split.
+    task_feature_lengths: lengths of `inputs` and `targets`, in tokens.
+    start: number of examples to skip.
   """
   from l2s_jax.data import features
   from l2s_jax.data.features import seqio
 
-  # What is left out adds to the text what `cache_encoding` adds.
+  # `cache_encoding` does the work of the dropped steps.
   steps = features.steps_before_ids(task)
   task = task.replace(preprocessors=steps)
   dataset = task.source.get_dataset(split=split, shuffle=False, seed=_SEED)
@@ -169,7 +174,7 @@ def _text_dataset(
     isinstance(step, seqio.CacheDatasetPlaceholder)
     or getattr(step, 'gives_one_for_one', False)
     for step in steps
-  ):  # Then what is passed over need only be read.
+  ):  # Skipped examples are not preprocessed.
     dataset, start = dataset.skip(start), 0
   dataset = task.preprocess_precache(dataset, seed=_SEED)
   return task.preprocess_postcache(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a cache: shard by shard, in any number of jobs, killed at any moment.
+"""Writes a cache shard by shard, in any number of jobs, safe against kills.
 
-`plan.json` comes first: what will be cached, of what, in which shards. A shard
-is written under another name and renamed when it is whole and on disk, its
-index last. Whoever finds all shards whole writes `cache.json`.
+`plan.json` is written first: content, sources and shards. A shard is written
+under a temporary name, synced and renamed when it is complete, its index last.
+The job that finds all shards complete writes `cache.json`.
 """
 
 import collections
@@ -29,12 +29,12 @@ from l2s_jax.runtime import files, integrity, locks
 from l2s_jax.weights import run_format
 
 PLAN = 'plan.json'
-# A job writes a shard anew that it was killed in: seconds to minutes of work.
+# A killed job rewrites its unfinished shard: seconds to minutes of work.
 _SMALLEST_SHARD = 16_384  # examples
-# All of a split's are open in training.
+# Training opens all shards of a split.
 _MOST_SHARDS = 1000
-# Records of 160 to 5,000 bytes took, with their index, up to 5 % less than this
-# of what zlib makes of them, in files of many.
+# Disk bytes per byte of zlib output: measured for records of 160 to 5,000 bytes
+# with their index, in files of many records, up to 5 % below this factor.
 _OF_ZLIB = 1.1
 _FRAME_BYTES = 80
 PART = '.part-'
@@ -42,15 +42,15 @@ _REMEDY = 'remove the folder, and cache again.'
 
 
 class CacheShard(NamedTuple):
-  """A part of a split.
+  """A shard: a range of a split's examples.
 
   Attributes:
-    task: its name.
-    split: its name.
-    number: from 0.
-    num_shards: of the split.
+    task: name of the task.
+    split: name of the split.
+    number: number of the shard, from 0.
+    num_shards: number of shards of the split.
     start: number of its first example.
-    stop: one more than that of its last.
+    stop: end of its range, exclusive.
   """
 
   task: str
@@ -61,7 +61,7 @@ class CacheShard(NamedTuple):
   stop: int
 
   def path(self, folder: pathlib.Path, ending: str) -> pathlib.Path:
-    """Returns where one of its files is."""
+    """Returns the path of one of its files."""
     split = (
       folder
       / cache_format.folder_name(self.task)
@@ -71,15 +71,15 @@ class CacheShard(NamedTuple):
     return pathlib.Path(path + ending)
 
   def is_whole(self, folder: pathlib.Path, kind: str = '') -> bool:
-    """Returns whether both of its files are there, as they are renamed."""
+    """Returns whether both of the shard's files have their final names."""
     return all(path.exists() for path in self.files(folder, kind))
 
   def files(self, folder: pathlib.Path, kind: str = '') -> list[pathlib.Path]:
-    """Returns where its records and their index are.
+    """Returns the paths of its records and of their index.
 
     Args:
-      folder: of the cache.
-      kind: before the endings: nothing, of tokens.
+      folder: folder of the cache.
+      kind: infix before the file ending; empty for tokens.
     """
     return [
       self.path(folder, kind + ending)
@@ -94,15 +94,15 @@ def make_plan(
   metrics: Mapping[str, Sequence[str]],
   examples_per_shard: int | None = None,
 ) -> dict[str, Any]:
-  """Returns what `cache.json` will hold but for what the shards say.
+  """Returns the content of `cache.json`, without the digests of the shards.
 
   Args:
-    texts: of all tasks and splits.
-    key: from `cache_key.describe`.
-    dtype: of ids.
-    metrics: names of those of each task.
-    examples_per_shard: at most; None: as many as keep the number of shards
-      and the work lost to a kill small.
+    texts: texts of all tasks and splits.
+    key: key from `cache_key.describe`.
+    dtype: dtype of the ids.
+    metrics: metric names of each task.
+    examples_per_shard: maximum; None: a default that limits both the number of
+      shards and the work lost to a kill.
   """
 
   def split_plan(split: cache_texts.Texts) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def make_plan(
 
 
 def _text_columns(texts: cache_texts.Texts) -> dict[str, Any]:
-  """Returns dtype and rank of what a record keeps beside its ids."""
+  """Returns dtype and rank of a record's text columns."""
   columns = dict(texts.columns)
   for name in ('inputs', 'targets'):
     column = columns.pop(name)
@@ -143,10 +143,10 @@ def _text_columns(texts: cache_texts.Texts) -> dict[str, Any]:
 def settle_plan(
   folder: pathlib.Path, plan: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Returns the plan of a folder: the one begun there, or else this.
+  """Returns the existing plan of a folder, or writes this one.
 
   Raises:
-    ValueError: if the one there is of something else, with the difference, or
+    ValueError: if the existing plan has another key, with the differences, or
       is damaged.
   """
   path = folder / PLAN
@@ -160,7 +160,7 @@ def settle_plan(
         f'{PLAN}: it is no cache. Name another folder, or an empty one.'
       )
     files.write_json(path, integrity.seal(plan))
-  # Read back by whoever wrote it, too: all jobs have its order.
+  # Read back even by the writer, so all jobs have the same order of tasks.
   kept = cache_format.read_description(path, _REMEDY)
   cache_key.check(kept['key'], plan['key'], str(folder))
   return kept
@@ -180,7 +180,7 @@ def shards_of(plan: Mapping[str, Any]) -> list[CacheShard]:
 def share(
   shards: Sequence[CacheShard], job: int, num_jobs: int
 ) -> list[CacheShard]:
-  """Returns the shards of one of several jobs, which follow each other."""
+  """Returns the consecutive shards of one of several jobs."""
   total = len(shards)
   return list(shards[total * job // num_jobs : total * (job + 1) // num_jobs])
 
@@ -188,10 +188,10 @@ def share(
 def bytes_per_example(
   texts: cache_texts.Texts, encoder: cache_encoding.Encoder
 ) -> float:
-  """Returns about what an example takes on disk, by the first of a split."""
+  """Estimates the disk bytes of an example from the first ones of a split."""
   sample = texts.sample(cache_key.NUM_SAMPLED)
   records = encoder(cache_encoding.Work(texts.label, 0, sample)).records
-  # Not by a file, which a dry run has no place for.
+  # In memory: a dry run writes no file.
   size = sum(len(zlib.compress(record, 1)) for record in records)
   return _FRAME_BYTES + _OF_ZLIB * size / max(1, len(records))
 
@@ -206,21 +206,21 @@ def write(
   job: int = 0,
   num_jobs: int = 1,
 ) -> None:
-  """Writes those of the shards that are not whole yet.
+  """Writes the shards that are not complete yet.
 
   Args:
-    folder: of the cache.
-    shards: of this job.
-    texts: of all tasks and splits.
-    encoder: of the model's vocabularies.
-    num_workers: processes that tokenize.
-    job: which of `num_jobs` this is.
-    num_jobs: which write the cache together.
+    folder: folder of the cache.
+    shards: shards of this job.
+    texts: texts of all tasks and splits.
+    encoder: encoder with the model's vocabularies.
+    num_workers: number of tokenizer processes.
+    job: number of this job, from 0.
+    num_jobs: number of jobs that write the cache.
 
   Raises:
-    ValueError: if another process is this job, a split has not the examples
-      that it had, or a text cannot be encoded.
-    OSError, RuntimeError: in the system's words, if a disk is full.
+    ValueError: if another process runs the same job, the number of examples of
+      a split has changed, or a text cannot be encoded.
+    OSError, RuntimeError: with the system's message, if a disk is full.
   """
   with held(folder, job, num_jobs) as mark:
     missing = [shard for shard in shards if not shard.is_whole(folder)]
@@ -233,7 +233,7 @@ def write(
         desc='caching',
         unit=' examples',
         file=sys.stderr,
-        disable=None,  # Where nobody looks on.
+        disable=None,  # No bar without a terminal.
       ) as bar,
       cache_encoding.encoding(encoder, num_workers) as encode,
     ):
@@ -247,10 +247,10 @@ def write(
 def held(
   folder: pathlib.Path, job: int = 0, num_jobs: int = 1
 ) -> Iterator[str]:
-  """Holds a cache's folder, or a job's part of it, against other writers.
+  """Locks a cache's folder, or a job's part of it, against other writers.
 
-  Yields what ends the names of files that are not whole; those of an earlier
-  start are removed, and at the end those of this one.
+  Yields the suffix of temporary file names. Temporary files of an earlier run
+  are removed at the start, those of this run at the end.
   """
   mark = f'{PART}{job}-of-{num_jobs}'
   with locks.held(folder, 'CACHE_DIR', f'.lock-{job}-of-{num_jobs}'):
@@ -262,7 +262,7 @@ def held(
 
 
 def _remove_parts(folder: pathlib.Path, mark: str, num_jobs: int) -> None:
-  # A job that is alone has ended those of any other.
+  # A single job also removes the files of other divisions.
   for path in folder.rglob(f'.*{PART if num_jobs == 1 else mark}*'):
     path.unlink(missing_ok=True)
 
@@ -273,9 +273,9 @@ def write_shard(
   texts: cache_texts.Texts,
   encoder: cache_encoding.Encoder,
 ) -> None:
-  """Writes a shard in this process alone, whoever else writes the same one.
+  """Writes a shard in this process; concurrent writers of the shard are safe.
 
-  The folder is held by whoever has asked for it.
+  The caller must hold the folder's lock.
   """
   with cache_encoding.encoding(encoder, num_workers=1) as encode:
     mark = f'{PART}{uuid.uuid4().hex}'
@@ -284,7 +284,7 @@ def write_shard(
 
 
 def _runs(shards: Iterable[CacheShard]) -> Iterator[list[CacheShard]]:
-  """Yields shards that follow each other in one split, which is read once."""
+  """Yields runs of adjacent shards of one split, for a single read of each."""
   run: list[CacheShard] = []
   for shard in shards:
     if run and (run[-1].task, run[-1].split, run[-1].stop) != (
@@ -306,7 +306,7 @@ def _write_run(
   encode: Any,
   mark: str,
 ) -> Iterator[int]:
-  """Writes shards that follow each other; yields counts of examples."""
+  """Writes a run of adjacent shards; yields numbers of written examples."""
   ends: collections.deque[CacheShard] = collections.deque()
   file: ShardFile | None = None
 
@@ -329,13 +329,13 @@ def _write_run(
 def _cut(
   source: cache_texts.Texts, run: Sequence[CacheShard]
 ) -> Iterator[tuple[CacheShard, int, cache_texts.Chunk]]:
-  """Yields chunks, none with examples of two shards.
+  """Yields chunks that do not cross shard boundaries, with shard and position.
 
   Raises:
-    ValueError: if there are fewer or more examples than there were.
+    ValueError: if the number of examples has changed.
   """
   first, last = run[0].start, run[-1].stop
-  # Of the last shard more is asked for than it has: there must be none.
+  # After the last shard of a split, the source must be exhausted.
   is_last = run[-1].number + 1 == run[-1].num_shards
   place, shards = first, collections.deque(run)
   for chunk in source.chunks(first, None if is_last else last):
@@ -363,7 +363,7 @@ def _cut(
 
 
 class ShardFile:
-  """A shard while it is written, under another name."""
+  """A shard under construction, under temporary names."""
 
   def __init__(
     self,
@@ -373,14 +373,14 @@ class ShardFile:
     kind: str = '',
     options: str = cache_format.WRITER_OPTIONS,
   ):
-    """Opens it.
+    """Opens the temporary file.
 
     Args:
-      folder: of the cache.
-      shard: whose examples it has.
-      mark: in the names of the files until they are whole.
-      kind: before their endings.
-      options: of the records.
+      folder: folder of the cache.
+      shard: shard to write.
+      mark: suffix of the temporary file names.
+      kind: infix before the file ending.
+      options: ArrayRecord writer options.
     """
     self._targets = shard.files(folder, kind)
     self._parts = [
@@ -396,18 +396,18 @@ class ShardFile:
 
   @property
   def is_full(self) -> bool:
-    """Whether it has all its examples."""
+    """Whether all examples of the shard are written."""
     return self._num_examples == self._size
 
   def add(self, records: Sequence[bytes], entries: np.ndarray) -> None:
-    """Writes examples, and what the index has of each."""
+    """Writes records and their index entries."""
     for record in records:
       self._writer.write(record)
     self._indexes.append(entries)
     self._num_examples += len(records)
 
   def finish(self) -> None:
-    """Puts both files on disk, then gives them their names, the index last."""
+    """Syncs both files to disk, then renames them, the index last."""
     self._writer.close()
     content = io.BytesIO()
     np.save(content, np.concatenate(self._indexes))
@@ -429,15 +429,15 @@ def _sync(path: pathlib.Path) -> None:
 
 
 def num_missing(folder: pathlib.Path, plan: Mapping[str, Any]) -> int:
-  """Returns how many shards are not whole yet, of any job."""
+  """Returns the number of incomplete shards, over all jobs."""
   return sum(not shard.is_whole(folder) for shard in shards_of(plan))
 
 
 def finish(folder: pathlib.Path, plan: Mapping[str, Any]) -> None:
-  """Writes `cache.json` over a folder whose shards are all whole.
+  """Validates all shards of a complete cache and writes `cache.json`.
 
   Raises:
-    ValueError: naming a shard that is not as the plan has it.
+    ValueError: naming a shard that does not match the plan.
   """
   digests: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
   for shard in shards_of(plan):
@@ -452,7 +452,7 @@ def finish(folder: pathlib.Path, plan: Mapping[str, Any]) -> None:
       )
     reader.close()
     digests[shard.task, shard.split].append(cache_format.index_digest(index))
-  # The plan may be of an older version.
+  # An older version may have written the plan.
   content = dict(plan) | run_format.stamp()
   content |= {
     'tasks': {
@@ -470,10 +470,10 @@ def finish(folder: pathlib.Path, plan: Mapping[str, Any]) -> None:
 
 
 def check_room(folder: pathlib.Path, num_bytes: float) -> None:
-  """Refuses to begin what would fill the disk.
+  """Refuses to start without enough free disk space.
 
   Raises:
-    ValueError: with what is free and what is needed.
+    ValueError: with the free and the required space.
   """
   free = shutil.disk_usage(files.nearest_existing(folder)).free
   if free < num_bytes:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`cache --features`: the frozen LLM reads the prompts of a cache once.
+"""`cache --features`: runs the frozen LLM once over the prompts of a cache.
 
-What the files are is in `feature_format.py`, how they come to be in
-`feature_writer.py`.
+`feature_format.py` defines the files; `feature_writer.py` writes them.
 """
 
 from collections.abc import Mapping
@@ -18,15 +17,17 @@ from l2s_jax.systems import system as system_lib
 
 
 def check(model: Any, lengths: Mapping[str, int], dtype: str) -> None:
-  """Refuses what no features can be made of, before anything is done.
+  """Validates the system and the settings of `cache --features`.
+
+  The LLM states must be constant in training.
 
   Args:
     model: the system.
-    lengths: tokens of 'inputs' and 'targets'.
-    dtype: of the states.
+    lengths: lengths of 'inputs' and 'targets', in tokens.
+    dtype: dtype of the states.
 
   Raises:
-    ValueError: if the system has no frozen LLM, or a setting is off.
+    ValueError: if the system has no frozen LLM, or a setting is invalid.
   """
   if dtype not in stored_states.DTYPES:
     raise ValueError(
@@ -63,22 +64,23 @@ def cache_features(
   num_jobs: int,
   dry_run: bool,
 ) -> None:
-  """Writes the features of a cache, or those of a part of it.
+  """Writes the features of a cache, or one job's part of them.
 
   Args:
-    cache: of tokens.
-    model: the system whose LLM reads.
-    mesh: the device mesh; None puts all devices along `data`.
-    lengths: tokens of 'inputs', to which prompts are cut, and 'targets'.
-    dtype: of the states, one of `stored_states.DTYPES`.
-    batch_size: prompts of the greatest length that are read at once.
-    job: which of `num_jobs` this is.
-    num_jobs: which write the features together.
-    dry_run: whether to stop before the LLM is loaded.
+    cache: token cache.
+    model: system with the LLM.
+    mesh: device mesh; None puts all devices along `data`.
+    lengths: lengths of 'inputs' and 'targets', in tokens. Prompts are cut to
+      the former.
+    dtype: dtype of the states, one of `stored_states.DTYPES`.
+    batch_size: number of prompts of maximum length per batch.
+    job: number of this job, from 0.
+    num_jobs: number of jobs that write the features.
+    dry_run: whether to stop before loading the LLM.
 
   Raises:
-    ValueError: for a cache of other tokenizers, features of something else, or
-      too little room.
+    ValueError: for a cache of other tokenizers, existing features of another
+      LLM or layer, or insufficient disk space.
   """
   vocabulary = model.prompt_vocabulary
   if cache.key.get('vocabularies', {}).get('prompt') != (

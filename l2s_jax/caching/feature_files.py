@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What features are to be there, which of them are, and what names them all.
+"""Plan, progress and description of a cache's features.
 
-`features_plan.json` comes first: of which LLM and tokens they are. Shards are
-written by `feature_writer.py`, and `features.json` when all are whole.
+`features_plan.json` is written first, with the LLM's fingerprint and the
+tokens' digest. `feature_writer.py` writes the shards; `features.json` is
+written when all are complete.
 """
 
 import collections
@@ -33,18 +34,18 @@ def make_plan(
   dtype: str,
   prompt_length: int,
 ) -> dict[str, Any]:
-  """Returns what `features.json` will hold but for what the shards say.
+  """Returns the content of `features.json`, without the entries of the shards.
 
   Args:
-    cache: of tokens.
-    system: with the fingerprint of its LLM.
-    dtype: of the states, one of `stored_states.DTYPES`.
-    prompt_length: tokens to which prompts are cut.
+    cache: token cache.
+    system: system with the fingerprint of its LLM.
+    dtype: dtype of the states, one of `stored_states.DTYPES`.
+    prompt_length: maximum prompt length, in tokens; longer prompts are cut.
   """
   assert isinstance(system.module, l2s.LlmToSlm)
   module = system.module
   layer = module.llm_layer
-  # Of decoder-only LLMs; a key without them is that of an encoder's states.
+  # For decoder-only LLMs only; the key of an encoder's states lacks these.
   reading: dict[str, Any] = {}
   if module.llm_prefix_ids:
     reading['prefix_ids'] = list(module.llm_prefix_ids)
@@ -66,11 +67,11 @@ def make_plan(
 
 
 def settle_plan(folder: pathlib.Path, plan: Mapping[str, Any]) -> None:
-  """Begins the plan of a folder, or goes on with the same.
+  """Writes the plan of a folder, or verifies the existing one.
 
   Raises:
-    ValueError: if the one there is of something else, with the difference, or
-      is damaged.
+    ValueError: if the existing plan differs, with the differences, or is
+      damaged.
   """
   path = folder / PLAN
   if not path.exists() and distributed.is_first():
@@ -96,12 +97,12 @@ def settle_plan(folder: pathlib.Path, plan: Mapping[str, Any]) -> None:
 def missing_of(
   cache: cache_format.TokenCache, job: int = 0, num_jobs: int = 1
 ) -> list[cache_writer.CacheShard]:
-  """Returns the shards of a job that have no features yet, for all processes.
+  """Returns a job's shards without features, the same in all processes.
 
   Args:
-    cache: of tokens.
-    job: which of `num_jobs` this is.
-    num_jobs: which write the features together.
+    cache: token cache.
+    job: number of this job, from 0.
+    num_jobs: number of jobs that write the features.
   """
   shards = cache_writer.share(
     cache_writer.shards_of(cache.content), job, num_jobs
@@ -119,7 +120,7 @@ def num_bytes(
   shards: Sequence[cache_writer.CacheShard],
   plan: Mapping[str, Any],
 ) -> float:
-  """Returns what disk the features of shards take."""
+  """Returns the disk space of the features of shards, in bytes."""
   token_bytes = feature_format.token_bytes(plan['dtype'], plan['width'])
   total = 0.0
   for shard in shards:
@@ -139,17 +140,17 @@ def prompt_lengths(
   shard: cache_writer.CacheShard,
   prompt_length: int,
 ) -> np.ndarray:
-  """Returns the tokens of the prompts of a shard, cut."""
+  """Returns the lengths of a shard's prompts after cutting, in tokens."""
   split = cache.split(shard.task, shard.split)
   lengths = split.lengths_of(range(shard.start, shard.stop))[:, 0]
   return np.minimum(lengths.astype(np.int64), prompt_length)
 
 
 def finish(cache: cache_format.TokenCache, plan: Mapping[str, Any]) -> None:
-  """Writes `features.json` over a cache whose shards all have features.
+  """Validates all feature shards of a cache and writes `features.json`.
 
   Raises:
-    ValueError: naming a shard that is not as it must be.
+    ValueError: naming a damaged shard, or one of other prompts.
   """
   digests: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
   for shard in cache_writer.shards_of(cache.content):
@@ -188,7 +189,7 @@ def finish(cache: cache_format.TokenCache, plan: Mapping[str, Any]) -> None:
 def _longest_prompt(
   cache: cache_format.TokenCache, task: str, split: str
 ) -> int:
-  """Returns its tokens, before cutting."""
+  """Returns the maximum prompt length of a split before cutting, in tokens."""
   examples = cache.split(task, split)
   return max(
     (

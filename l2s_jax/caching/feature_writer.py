@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes features: what the frozen LLM makes of the prompts of a token cache.
+"""Writes features: the frozen LLM's states of the prompts of a token cache.
 
-A shard is written as those of tokens are. The devices of all processes read
-each batch together, as the mesh has it; the rows that a process holds are of
-shards of its own, which it writes.
+Shards are written like those of tokens. The devices of all processes compute
+each batch together, sharded over the mesh. A process owns shards of its own;
+their prompts fill the batch rows on its devices, and it writes their states.
 """
 
 import collections
@@ -29,20 +29,20 @@ from l2s_jax.systems import session as session_lib
 
 PyTree = Any
 
-# Prompts that are sorted by length among one another, in full batches.
+# Size of the window in which prompts are sorted by length, in full batches.
 _WINDOW_BATCHES = 8
 
 
 @dataclasses.dataclass
 class FeatureTimes:
-  """What the features that were written now, by all processes, have cost.
+  """Cost of the features written in this run, over all processes.
 
   Attributes:
-    num_examples: of them.
-    num_bytes: of their records.
-    secs: in all, compilation left out.
-    encoding_secs: of these, for the LLM to read the prompts.
-    reading_secs: for an example to be read back, all processes reading.
+    num_examples: number of examples.
+    num_bytes: size of their records.
+    secs: total time, without compilation.
+    encoding_secs: LLM time in `secs`.
+    reading_secs: time to read one example back, with all processes reading.
   """
 
   num_examples: int = 0
@@ -52,7 +52,7 @@ class FeatureTimes:
   reading_secs: float = 0.0
 
   def describe(self) -> str:
-    """Returns a sentence for people: what an example takes, when it pays."""
+    """Returns a summary: cost per example, and the break-even in epochs."""
     secs, encoding = (
       total / self.num_examples for total in (self.secs, self.encoding_secs)
     )
@@ -81,18 +81,21 @@ def write(
   """Writes the features of shards. All processes must call it.
 
   Args:
-    session: has the mesh, and the system.
-    frozen: the LLM's parameters.
-    cache: of tokens.
-    shards: from `missing_of`.
-    plan: from `make_plan`.
-    batch_size: prompts of the greatest length that are read at once, over all
-      devices; of shorter ones, as many as have no more tokens.
-    job: which of `num_jobs` this is.
-    num_jobs: which write the features together.
+    session: session with the mesh and the system.
+    frozen: parameters of the LLM.
+    cache: token cache.
+    shards: shards from `missing_of`.
+    plan: plan from `make_plan`.
+    batch_size: number of prompts of maximum length per batch, over all devices.
+      A batch of shorter prompts has at most as many tokens.
+    job: number of this job, from 0.
+    num_jobs: number of jobs that write the features.
+
+  Returns:
+    The cost of the features.
 
   Raises:
-    ValueError: if another process is this job, or tokens are damaged.
+    ValueError: if another process runs the same job, or tokens are damaged.
   """
   mark = f'{cache_writer.PART}features-{job}-of-{num_jobs}'
   times = FeatureTimes()
@@ -116,7 +119,7 @@ def write(
     'CACHE_DIR',
     f'.lock-features-{job}-of-{num_jobs}-{jax.process_index()}',
   ):
-    if distributed.is_first():  # Of an earlier start.
+    if distributed.is_first():  # Left by an earlier run.
       kept = '' if num_jobs == 1 else f'features-{job}-of-{num_jobs}'
       kind = feature_format.KIND
       for path in cache.folder.rglob(f'.*{kind}.*{cache_writer.PART}{kept}*'):
@@ -132,7 +135,7 @@ def write(
     ) as bar:
       _write_all(reader, streams, bar, times)
     times.secs -= reader.compile_secs
-    # On a busy machine what was timed apart may have taken longer.
+    # Separately timed batches may have been slower on a busy machine.
     times.encoding_secs = min(reader.encoding_secs, times.secs)
     _read_back(cache, own, plan, times)
   distributed.wait_for_all('features')
@@ -147,7 +150,7 @@ def _write_all(
   bar: tqdm.tqdm,
   times: FeatureTimes,
 ) -> None:
-  """Lets the LLM read while what it has made is written."""
+  """Overlaps the LLM's computation of a batch with writing the previous one."""
   start_secs = time.perf_counter()
   before: Any = None
   for taken, states in reader.read_all(streams):
@@ -166,9 +169,9 @@ def _keep(
   bar: tqdm.tqdm,
   times: FeatureTimes,
 ) -> None:
-  """Writes the states of a batch, those of this process's shards."""
+  """Writes the states of a batch that belong to this process's shards."""
   num_rows = states['llm_states'].shape[0]
-  held = {key: _held_here(value) for key, value in states.items()}  # Waits.
+  held = {key: _held_here(value) for key, value in states.items()}  # Blocks.
   held_rows, values = held['llm_states']
   _, scales = held.get('llm_state_scales', (None, None))
   for stream, window, places in taken:
@@ -188,7 +191,7 @@ def _keep(
 
 
 def _held_here(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-  """Returns which rows of an array this process's devices hold, and these."""
+  """Returns the row indices on this process's devices, and their values."""
   blocks = {
     shard.index[0].indices(array.shape[0])[:2]: shard.data
     for shard in array.addressable_shards
@@ -201,14 +204,14 @@ def _held_here(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass
 class _Window:
-  """Prompts that follow each other in a shard, while the LLM reads them.
+  """Consecutive prompts of a shard, while their states are computed.
 
   Attributes:
-    shard: their shard.
-    start: the place of the first there.
-    lengths: of each, in tokens.
-    waiting: places of those that were not read, the longest last.
-    records: of each, when it is there.
+    shard: shard of the prompts.
+    start: position of the first prompt in the shard.
+    lengths: length of each prompt, in tokens.
+    waiting: positions of the prompts not yet taken, the longest last.
+    records: record of each prompt; None until it is computed.
   """
 
   shard: cache_writer.CacheShard
@@ -219,10 +222,11 @@ class _Window:
 
 
 class _Stream:
-  """Shards whose prompts take the same rows of each batch.
+  """Shards whose prompts occupy the same rows of each batch.
 
   Attributes:
-    shards: one after another.
+    rows: function from the number of rows of a batch to this stream's rows.
+    shards: shards in order.
     is_held: whether this process's devices hold the rows.
     is_mine: whether this process writes the shards.
   """
@@ -238,16 +242,16 @@ class _Stream:
     mark: str,
     window_tokens: int,
   ):
-    """Begins with the first shard.
+    """Starts with the first shard.
 
     Args:
-      rows: gives the rows, from how many a batch has.
-      processes: whose devices hold the rows; the first one writes.
-      shards: to be written.
-      cache: of tokens.
-      prompt_length: tokens to which prompts are cut.
-      mark: in the names of files until they are whole.
-      window_tokens: of a window, about.
+      rows: function from the number of rows of a batch to this stream's rows.
+      processes: processes whose devices hold the rows; the first one writes.
+      shards: shards to write.
+      cache: token cache.
+      prompt_length: maximum prompt length, in tokens; longer prompts are cut.
+      mark: suffix of temporary file names.
+      window_tokens: approximate size of a window, in tokens.
     """
     self.rows = rows
     self.shards = shards
@@ -279,25 +283,25 @@ class _Stream:
 
   @functools.cached_property
   def window(self) -> _Window | None:
-    """The one that is read now; None at the end."""
+    """Current window; None at the end."""
     window = next(self._windows, None)
     if window is not None:
       self._unwritten.append(window)
     return window
 
   def take(self, num_rows: int) -> tuple['_Window', list[int]] | None:
-    """Takes the longest prompts that were not read, of one window."""
+    """Takes the longest remaining prompts of the current window."""
     window = self.window
     if window is None:
       return None
     places = window.waiting[-num_rows:][::-1]
     del window.waiting[-num_rows:]
     if not window.waiting:
-      del self.window  # The next.
+      del self.window  # Advances to the next window.
     return window, places
 
   def prompts(self, window: _Window, places: Sequence[int]) -> list[np.ndarray]:
-    """Returns the ids of prompts, cut."""
+    """Returns the cut token ids of prompts."""
     split = self._cache.split(window.shard.task, window.shard.split)
     first = window.shard.start + window.start
     return [
@@ -308,7 +312,7 @@ class _Stream:
   def add(
     self, window: _Window, places: Sequence[int], records: Sequence[bytes]
   ) -> None:
-    """Takes records of a window; writes windows that are whole, in order."""
+    """Stores records of a window; writes complete windows in order."""
     for place, record in zip(places, records, strict=True):
       window.records[place] = record
     while self._unwritten and None not in self._unwritten[0].records:
@@ -333,7 +337,7 @@ class _Stream:
 
 
 class _Groups:
-  """Processes by the rows of a batch that their devices hold together."""
+  """Groups of processes whose devices hold the same rows of a batch."""
 
   def __init__(self, mesh: jax.sharding.Mesh):
     self._sharding = partitioning.batch_sharding(mesh)
@@ -344,7 +348,7 @@ class _Groups:
     return sorted(self._of(num_rows))
 
   def rows(self, group: tuple[int, ...], num_rows: int) -> np.ndarray:
-    """Returns the rows of one of them, growing."""
+    """Returns the rows of a group, ascending."""
     return self._of(num_rows)[group]
 
   def _of(self, num_rows: int) -> dict[tuple[int, ...], np.ndarray]:
@@ -362,13 +366,13 @@ class _Groups:
 
 
 class _Reader:
-  """The LLM, compiled for each length of prompts.
+  """The LLM, compiled for each prompt length.
 
   Attributes:
-    window_tokens: of a window, about.
-    compile_secs: spent before a first batch of each length was read.
-    encoding_secs: for the batches that were read, by a second reading of the
-      first of each length.
+    window_tokens: approximate size of a window, in tokens.
+    compile_secs: time of compilation and of two trial runs for each length.
+    encoding_secs: estimated LLM time of all batches; for each batch, the time
+      of the second trial run of its length.
   """
 
   def __init__(
@@ -401,7 +405,7 @@ class _Reader:
   def read_all(
     self, streams: Sequence[_Stream]
   ) -> Iterator[tuple[Any, dict[str, jax.Array]]]:
-    """Yields what was taken of each stream, and the states of the batch."""
+    """Yields the prompts taken from each stream, and their states, by batch."""
     while windows := [s.window for s in streams if s.window is not None]:
       most = max(int(w.lengths[w.waiting[-1]]) for w in windows)
       length = min(size for size in self._lengths if size >= most)
@@ -414,7 +418,7 @@ class _Reader:
           taken.append((stream, *found))
         if stream.is_held:
           read = [] if found is None else stream.prompts(*found)
-          # Rows without a prompt read one token: attention needs something.
+          # Rows without a prompt have one token, because attention needs a key.
           read += [np.zeros(1, np.int32)] * (len(own) - len(read))
           prompts += read
           rows += own.tolist()
@@ -427,7 +431,7 @@ class _Reader:
     length: int,
     num_rows: int,
   ) -> dict[str, jax.Array]:
-    """Returns the states of prompts, of which this process has some rows."""
+    """Returns the states of a batch, given this process's rows."""
     held = np.sort(rows)
     tokens, segment_ids = packing.fill(
       prompts, np.searchsorted(held, rows), length=length, pad_id=self._pad_id
@@ -456,7 +460,7 @@ def _read_back(
   plan: Mapping[str, Any],
   times: FeatureTimes,
 ) -> None:
-  """Measures how long it takes to read some of the features."""
+  """Measures the time to read some features back."""
   shards = [shard for stream in own for shard in stream.shards]
   if not shards:
     return
@@ -472,7 +476,7 @@ def _read_back(
     record = reader.read()
     cache_format.checksum(record)
     rows = feature_format.decode(record, plan['dtype'], plan['width']).rows
-    np.array(rows)  # As it is laid out in a batch.
+    np.array(rows)  # Copies, like the layout of a batch.
   secs = time.perf_counter() - start_secs
   times.reading_secs = secs / size / jax.process_count()
   reader.close()

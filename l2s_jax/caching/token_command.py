@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokens of a cache: a task's examples to ids, by whoever takes part.
+"""Writes the tokens of a cache, divided over processes, hosts or Beam workers.
 
-The plan of the shards comes first (`cache_writer.py`). Processes of this host,
-other hosts or the workers of Apache Beam then write them.
+The plan of the shards comes first (`cache_writer.py`).
 """
 
 import dataclasses
@@ -28,14 +27,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Division:
-  """Who does the work: this process a part of it, or Apache Beam all.
+  """Division of the work: this process does a part of it, or Beam does all.
 
   Attributes:
-    shard: which of `num_shards` parts is done here, from 0.
-    num_shards: how many there are.
-    num_workers: processes that tokenize; None: one for each core.
-    beam_pipeline_options: of Apache Beam, with commas between them; None: the
-      work is done here.
+    shard: number of this part, from 0.
+    num_shards: number of parts.
+    num_workers: number of tokenizer processes; None: one per core.
+    beam_pipeline_options: comma-separated options of Apache Beam; None: this
+      host does the work.
+
+  Raises:
+    ValueError: for settings that contradict each other.
   """
 
   shard: int
@@ -44,7 +46,7 @@ class Division:
   beam_pipeline_options: str | None
 
   def __post_init__(self):
-    """Refuses settings that do not fit each other."""
+    """Validates the settings."""
     gin_config.check_positive(
       num_shards=self.num_shards, num_workers=self.num_workers
     )
@@ -65,26 +67,27 @@ class Division:
 
   @property
   def job(self) -> int:
-    """The number of this process's part."""
+    """Number of this process's job."""
     index, num_processes = distributed.place()
     return self.shard * num_processes + index
 
   @property
   def num_jobs(self) -> int:
-    """How many parts there are: processes that run together divide a part."""
+    """Number of jobs; the processes of a multi-host launch divide a part."""
     return self.num_shards * distributed.place()[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskToCache:
-  """What is to be cached.
+  """A task to be cached.
 
   Attributes:
-    name: of the task or mixture.
-    vocabularies: 'prompt' and 'answer'.
-    lengths: TASK_FEATURE_LENGTHS, for preprocessors that ask for them.
-    splits: None: all.
-    examples_per_shard: of a file, at most; None: chosen by their number.
+    name: name of the task or mixture.
+    vocabularies: vocabularies under 'prompt' and 'answer'.
+    lengths: TASK_FEATURE_LENGTHS, for preprocessors that take them.
+    splits: splits to cache; None: all.
+    examples_per_shard: maximum number of examples per file; None: a default by
+      the number of examples.
   """
 
   name: str
@@ -101,18 +104,17 @@ def cache_tokens(
   *,
   dry_run: bool,
 ) -> None:
-  """Tokenizes a task into a cache, unless that was done.
+  """Tokenizes a task into a cache, unless the cache is complete.
 
   Args:
-    folder: of the cache.
-    task: what is to be cached.
-    division: who does the work.
-    dry_run: says how much there is, and stops.
+    folder: folder of the cache.
+    task: task to be cached.
+    division: division of the work.
+    dry_run: whether to print the amount of work and stop.
 
   Raises:
     FileNotFoundError: if data are missing.
-    ValueError: if the folder holds a cache of something else, or input cannot
-      be used.
+    ValueError: if the folder holds another cache, or input is invalid.
   """
   encoder = cache_encoding.Encoder(*task.vocabularies.values())
   parts, rates = _parts(tasks.bind(task.name, *task.vocabularies.values()))
@@ -165,7 +167,7 @@ def _write(
   texts: cache_key.TextsBySplit,
   encoder: cache_encoding.Encoder,
 ) -> None:
-  """Writes the shards that are not there yet."""
+  """Writes the missing shards, here or with Beam."""
   if division.beam_pipeline_options is None:
     cache_writer.write(
       folder,
@@ -187,7 +189,7 @@ def _write(
 def _parts(
   bound: 'seqio.Task | seqio.Mixture',
 ) -> tuple[list['seqio.Task'], dict[str, float]]:
-  """Returns the tasks, and the rate of each."""
+  """Returns the tasks, and their rates by name."""
   from l2s_jax.data.features import seqio
 
   parts = list(seqio.get_subtasks(bound))
@@ -201,7 +203,7 @@ def _open_texts(
   splits: Sequence[str] | None,
   task_feature_lengths: Mapping[str, int],
 ) -> dict[str, dict[str, cache_texts.Texts]]:
-  """Returns the examples of each task and split."""
+  """Opens the texts of each task and split."""
   sources.check_sequence('cache.splits', splits)
   known = {split for part in parts for split in part.splits}
   for split in splits or ():
@@ -226,7 +228,7 @@ def _check_room(
   texts: cache_key.TextsBySplit,
   encoder: cache_encoding.Encoder,
 ) -> None:
-  """Says what disk is needed, and refuses where it is not there."""
+  """Prints the required disk space; refuses if it is not free."""
   counts: dict[tuple[str, str], int] = {}
   for shard in shards:
     if not shard.is_whole(folder):

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From files and SeqIO tasks to batches of token ids, on the host.
+"""Data pipeline: from files and SeqIO tasks to batches of token ids.
 
-`bound_tasks` is what a verb asks of its data: a task of `tasks`, whose batches
-`streams` makes, or a token cache, which the package `cached` reads. `batching`
-makes a batch of ids that are there already. TensorFlow and SeqIO are imported
-by `features` alone, which others import inside functions.
+`bound_tasks` is the interface of all verbs: a task of `tasks`, batched by
+`streams`, or a token cache, read by the package `cached`. `batching` makes
+batches from ids in memory. All arrays are on the host. Only `features` imports
+TensorFlow and SeqIO; other modules import `features` inside functions.
 """
 
-# The modules that other packages may import.
+# Modules that other packages may import.
 __all__ = (
   'batching',
   'bound_tasks',

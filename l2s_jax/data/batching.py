@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches: dicts of numpy arrays on the host, keyed as the models read them.
+"""Batches: dicts of NumPy arrays on the host, under the model's batch keys.
 
-`encoder_input_tokens` and `encoder_segment_ids` are [batch, prompt length],
+`encoder_input_tokens` and `encoder_segment_ids` are [batch, prompt length];
 `decoder_input_tokens`, `decoder_target_tokens`, `decoder_segment_ids` and
-`decoder_loss_weights` (float32, the others int32) [batch, answer length]. A
-segment id of 0 is padding; where a row holds several examples (`packing.py`),
-they are numbered from 1. A short batch is filled up with copies of its last
-row at weight 0, never with empty rows: attention would have nothing to attend
-to, and a decode loop would wait for rows that never write an EOS.
+`decoder_loss_weights` are [batch, answer length]. The loss weights are float32,
+all other arrays int32. Segment id 0 is padding; the examples of a packed row
+(`packing.py`) are numbered from 1. A short batch is padded with copies of its
+last row at loss weight 0. Empty rows would leave attention without a key, and
+would keep the decode loop running because they never generate an EOS.
 
-Needs no TensorFlow. Putting batches on devices is not done here.
+This module needs no TensorFlow and places nothing on devices.
 """
 
 import dataclasses
@@ -23,22 +23,23 @@ from jaxtyping import Float32, Int32, Int64
 from l2s_jax.data import packing
 
 Batch = dict[str, Int32[np.ndarray, '...'] | Float32[np.ndarray, '...']]
-# Lengths of prompt and answer, in tokens, as gin has them.
+# Pairs of prompt and answer lengths, in tokens, as bound by gin.
 LengthBuckets = Sequence[Sequence[int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """The rows of a batch that a process has made, and what the whole batch is.
+  """One process's rows of a batch, with the metadata of the whole batch.
 
   Attributes:
-    batch: these rows.
-    rows: their places in the whole batch, growing.
-    num_rows: of the whole batch.
-    num_examples: of the whole batch.
-    num_prompt_tokens: of the whole batch, padding excluded.
-    position: where the data go on behind it, as JSON has it; None: after as
-      many rows as there were.
+    batch: the rows of this process.
+    rows: indices of these rows in the whole batch, ascending.
+    num_rows: number of rows of the whole batch.
+    num_examples: number of examples of the whole batch.
+    num_prompt_tokens: number of prompt tokens of the whole batch, without
+      padding.
+    position: JSON-serializable data position after the batch, for checkpoints.
+      None: the position is the number of rows.
   """
 
   batch: Batch
@@ -50,7 +51,7 @@ class Part:
 
 
 def whole(batch: Batch) -> Part:
-  """Returns a batch of which a process has made all rows."""
+  """Wraps a batch as a `Part` with all of its rows."""
   num_rows = len(batch['encoder_segment_ids'])
   return Part(
     batch,
@@ -68,18 +69,18 @@ def prompt_batch(
   pad_id: int,
   batch_size: int | None = None,
 ) -> Batch:
-  """Returns the encoder's half of a batch.
+  """Returns the encoder arrays of a batch.
 
   Args:
-    prompt_ids: EOS included; beyond `length` they are cut, which the caller
-      counts if it matters.
-    length: of every row, in tokens.
-    pad_id: of the prompts' vocabulary.
-    batch_size: rows to fill up to; None: as many as there are prompts.
+    prompt_ids: token ids of each prompt with EOS. Prompts longer than `length`
+      are cut; the caller counts the cuts.
+    length: length of each row, in tokens.
+    pad_id: pad id of the prompt vocabulary.
+    batch_size: number of rows after padding. None: the number of prompts.
 
   Raises:
     ValueError: if there are no prompts, more than `batch_size`, or an empty
-      one.
+      prompt.
   """
   tokens, segment_ids = packing.fill(
     _cut(prompt_ids, length),
@@ -96,21 +97,21 @@ def prompt_batch(
 def continuing(
   batch: Batch, prefix_ids: Sequence[int], eos_ids: Collection[int]
 ) -> Batch:
-  """Returns a batch whose answers go on where the prompts end.
+  """Returns a batch with the answers as direct continuations of the prompts.
 
-  So a decoder-only model writes that nobody has trained on prompts and answers:
-  what it reads is the prompt as its tokenizer gives it, without an EOS. The
-  last token of each is not in the prefix but is the first that is read
-  afterwards, `first_tokens` (-1 for rows without a prompt); in a batch for the
-  loss it stands in the place of the start token.
+  No EOS stands between them. A decoder-only model that was not trained on pairs
+  of prompt and answer reads its tokenizer's prefix, then the prompt without
+  EOS. The last of these tokens is taken out of the prompt and returned in
+  `first_tokens`, the input of the first decode step (-1 for rows without a
+  prompt). In batches with a loss it replaces the start token.
 
       encoder_input_tokens  [[7, 8, 1, 0]]  prefix_ids (2,), eos_ids (1,)
       -> [[2, 7, 0, 0]], first_tokens [8]
 
   Args:
-    batch: not packed.
-    prefix_ids: that the tokenizer puts in front of a text: BOS, or nothing.
-    eos_ids: of which one ends a prompt that was not cut.
+    batch: batch with one example per row.
+    prefix_ids: tokens the tokenizer prepends to a text: BOS, or none.
+    eos_ids: EOS ids. A prompt that was not cut ends with one of them.
   """
   tokens = batch['encoder_input_tokens']
   num_rows, length = tokens.shape
@@ -139,10 +140,12 @@ def continuing(
 
 
 def pad_rows(batch: Batch, batch_size: int | None) -> Batch:
-  """Fills a batch up to `batch_size` with its last row, at loss weight 0.
+  """Pads a batch to `batch_size` rows with copies of its last row.
+
+  The copies have loss weight 0.
 
   Raises:
-    ValueError: if it has no rows, or more than `batch_size`.
+    ValueError: if the batch has no rows, or more than `batch_size`.
   """
   num_rows = len(next(iter(batch.values())))
   if num_rows == batch_size or batch_size is None:
@@ -162,7 +165,7 @@ def pad_rows(batch: Batch, batch_size: int | None) -> Batch:
 def _cut(
   sequences: Sequence[Sequence[int]], length: int
 ) -> list[Sequence[int]]:
-  """Returns the first `length` tokens of each, which must have some."""
+  """Cuts sequences to `length` tokens; refuses empty ones."""
   if not len(sequences):
     raise ValueError('no sequences to make a batch of.')
   for row, ids in enumerate(sequences):
@@ -174,15 +177,16 @@ def _cut(
 
 
 def control_partners(prompts: Sequence[Sequence[int]]) -> list[int]:
-  """Returns for each prompt the index of another whose tokens differ.
+  """Returns for each prompt the index of a different prompt.
 
-  Prompts are sorted by length, then index; each takes the next that differs,
-  and the last ones wrap around. For prompts `[[5, 1], [7, 8, 1], [6, 1],
-  [5, 1]]` the order is 0, 2, 3, 1 and the partners are `[2, 0, 3, 1]`. Computed
-  over a whole split, so that batch size and number of hosts change nothing.
+  Prompts are sorted by length, then index. The partner of a prompt is the next
+  one with other tokens, cyclically. For prompts `[[5, 1], [7, 8, 1], [6, 1],
+  [5, 1]]` the order is 0, 2, 3, 1 and the partners are `[2, 0, 3, 1]`. Partners
+  are computed over a whole split, so they do not depend on batch size or number
+  of hosts.
 
   Raises:
-    ValueError: if no two prompts differ.
+    ValueError: if all prompts are equal.
   """
   texts = [tuple(map(int, prompt)) for prompt in prompts]
   if len(set(texts)) < 2:
@@ -192,8 +196,8 @@ def control_partners(prompts: Sequence[Sequence[int]]) -> list[int]:
     )
   order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
   partners = [-1] * len(texts)
-  # Backwards, and around twice: whoever comes after an equal prompt has
-  # already found the partner of both.
+  # Backwards, twice around: the successor of an equal prompt already has the
+  # partner of both.
   following = order[0]
   for index in itertools.chain(reversed(order), reversed(order)):
     same = texts[following] == texts[index]
@@ -203,7 +207,7 @@ def control_partners(prompts: Sequence[Sequence[int]]) -> list[int]:
 
 
 def lengths(batch: Batch) -> tuple[int, int]:
-  """Returns the lengths of a batch's prompts and answers, with padding."""
+  """Returns the padded lengths of a batch's prompts and answers."""
   prompts, answers = (
     batch[f'{half}_input_tokens'].shape[1] for half in ('encoder', 'decoder')
   )
@@ -213,15 +217,17 @@ def lengths(batch: Batch) -> tuple[int, int]:
 def bucket_lengths(
   task_feature_lengths: Mapping[str, int], length_buckets: LengthBuckets
 ) -> list[tuple[int, int]]:
-  """Returns the lengths, of prompt and answer, that batches may have.
+  """Returns the (prompt, answer) lengths of all buckets, in ascending order.
 
   Args:
-    task_feature_lengths: `inputs` and `targets`, in tokens: the last bucket.
-    length_buckets: the others, such as `((16, 24), (32, 40))`. An example goes
-      to the first that has room for both its prompt and its answer.
+    task_feature_lengths: lengths of `inputs` and `targets`, in tokens: the last
+      bucket.
+    length_buckets: the shorter buckets, such as `((16, 24), (32, 40))`. An
+      example belongs to the first bucket with room for both its prompt and its
+      answer.
 
   Raises:
-    ValueError: if they do not grow.
+    ValueError: if the lengths are not positive or do not increase.
   """
   last = task_feature_lengths['inputs'], task_feature_lengths['targets']
   buckets = [*length_buckets, last]
@@ -243,10 +249,11 @@ def bucket_lengths(
 
 
 def check_lengths(task_feature_lengths: Mapping[str, int]) -> None:
-  """Refuses lengths that are off.
+  """Validates TASK_FEATURE_LENGTHS.
 
   Raises:
-    ValueError: saying what TASK_FEATURE_LENGTHS should have.
+    ValueError: if the keys are not `inputs` and `targets`, or a length is not a
+      positive number of tokens.
   """
   if set(task_feature_lengths) != {'inputs', 'targets'}:
     raise ValueError(

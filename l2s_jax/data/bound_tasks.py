@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Binds a task to a system's vocabularies: what every verb asks of its data.
+"""Bound tasks: a task with a system's vocabularies, the data API of all verbs.
 
 A task is streamed from a SeqIO task or mixture (`streams.py`) or read from a
-cache (`cached/`). Who trains or evaluates sees `BoundTask` and does not ask
-which. Nothing here imports TensorFlow; a streamed task does when it is bound, a
-cache when it is scored.
+token cache (`cached/`). Training and evaluation use the protocol `BoundTask`
+for both. This module does not import TensorFlow; binding a streamed task does,
+and so does scoring a cache.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class TrainBatches(Protocol):
-  """Shuffled batches, and what was cut in making those returned so far."""
+  """Shuffled batches, with counts over the batches returned so far."""
 
   num_examples: int
   num_truncated_prompts: int
@@ -31,7 +31,7 @@ class TrainBatches(Protocol):
 
   @property
   def close(self) -> Callable[[], Any]:
-    """Ends the threads behind the batches, and these."""
+    """Function that stops the background threads and ends the iteration."""
 
   def parts(self) -> Iterator[batching.Part]:
     """Yields this process's part of each batch."""
@@ -43,50 +43,52 @@ class BoundTask(Protocol):
 
   @property
   def name(self) -> str:
-    """Of the task or mixture."""
+    """Name of the task or mixture."""
 
   def check_data(
     self, split: str, task_feature_lengths: Mapping[str, int]
   ) -> None:
-    """Refuses what could not be read, before anything is computed.
+    """Validates split, lengths and data before any computation.
 
     Raises:
-      FileNotFoundError: if data are not there.
-      ValueError: for a missing split, lengths that are off, or data that
-        cannot be used.
+      FileNotFoundError: if data are missing.
+      ValueError: for a missing split, invalid lengths, or unusable data.
     """
 
   def check_evaluable(
     self, split: str, task_feature_lengths: Mapping[str, int]
   ) -> None:
-    """Refuses what could not be read or scored, before anything is computed.
+    """Validates split, lengths, data and metrics before any computation.
 
     Raises:
       FileNotFoundError: as `check_data`.
-      ValueError: as `check_data`, and if no task has the split and metrics, or
-        metrics are of something else than predictions.
+      ValueError: as `check_data`; if no task has both the split and metrics; or
+        if a metric does not take predictions.
     """
 
   def metrics_of(self, split: str) -> dict[str, Sequence[Any]]:
-    """Returns the metrics of each task that has any and the split, by name."""
+    """Returns the metrics of each task with the split, by task name.
+
+    Tasks without metrics are left out.
+    """
 
   def scored_tasks(self, split: str) -> Sequence['seqio.Task']:
     """Returns the SeqIO tasks that are scored on a split.
 
-    Their examples have ids, lengths before cutting, and columns of text.
+    Their examples have ids, lengths before cutting, and text columns.
 
     Raises:
       ValueError: if there are none.
     """
 
   def task_in_order(self, label: str) -> 'seqio.Task':
-    """Returns the SeqIO task whose examples are lines of a source, in order.
+    """Returns the single SeqIO task, with examples in source order.
 
     Args:
-      label: the setting that names the task, for messages.
+      label: the setting that names the task, for error messages.
 
     Raises:
-      ValueError: if there is no such one.
+      ValueError: for a mixture, which has no source order.
     """
 
   def llm_states(
@@ -96,23 +98,23 @@ class BoundTask(Protocol):
     numbers: Int64[np.ndarray, ' rows'],
     segment_ids: Int32[np.ndarray, 'rows length'],
   ) -> dict[str, np.ndarray]:
-    """Returns the LLM's states of prompts where they are cached, or nothing.
+    """Returns the cached LLM states of prompts, or an empty dict.
 
     Args:
-      name: of one of the tasks that are scored.
-      split: of it.
-      numbers: of its examples, one a row.
+      name: name of a scored task.
+      split: split of this task.
+      numbers: index of each row's example in the split.
       segment_ids: 1 for the tokens of each prompt, 0 for padding.
 
     Returns:
-      The batch keys that `models/stored_states.py` defines.
+      The batch keys of `models/stored_states.py`.
     """
 
   def data_settings(self) -> dict[str, Any]:
-    """Returns what the order of training examples depends on, as JSON has it.
+    """Returns the settings that determine the order of training examples.
 
-    Two runs with the same, and with the same seed and lengths, see the same
-    examples in the same order.
+    The result is JSON-serializable. Two runs with equal settings, seed and
+    lengths see the same examples in the same order.
     """
 
   def train_batches(
@@ -127,21 +129,22 @@ class BoundTask(Protocol):
     position: Mapping[str, Any] | None,
     rows: Int64[np.ndarray, ' rows'],
   ) -> TrainBatches:
-    """Returns shuffled batches, the same for the same arguments.
+    """Returns shuffled batches; equal arguments give equal batches.
 
     Args:
-      task_feature_lengths: `inputs` and `targets`, in tokens; longer is cut.
-      batch_size: rows, over all devices.
-      seed: of the order.
-      pack: whether a row holds several examples, for encoder-decoders.
-      length_buckets: as `batching.bucket_lengths` takes them.
-      start_row: how many rows an earlier start has trained on.
-      position: that of the last part trained on; None: it has none, or this is
-        the beginning.
-      rows: of each batch, those that this process's devices hold.
+      task_feature_lengths: lengths of `inputs` and `targets`, in tokens. Longer
+        sequences are cut.
+      batch_size: number of rows over all devices.
+      seed: seed of the shuffle order.
+      pack: whether a row holds several examples; for encoder-decoders.
+      length_buckets: see `batching.bucket_lengths`.
+      start_row: number of rows that the run has already trained on.
+      position: `position` of the last trained part. None: the run has none, or
+        starts from the beginning.
+      rows: indices of this process's rows in each batch.
 
     Raises:
-      ValueError: for settings that do not fit each other.
+      ValueError: for settings that contradict each other.
     """
 
 
@@ -152,39 +155,40 @@ def bind(
   *,
   label: str | None = None,
 ) -> BoundTask:
-  """Returns a task, a mixture or a cache with the vocabularies of a system.
+  """Binds a task, a mixture or a cache to the vocabularies of a system.
 
   Args:
-    name: as `tasks.bind` takes it, or `cached`, with or without a gin scope
-      before it, such as `news/cached`.
-    prompt_vocabulary: of the prompts; those of a cache have its ids already.
+    name: name for `tasks.bind`, or `cached`, optionally with a gin scope, such
+      as `news/cached`.
+    prompt_vocabulary: vocabulary of the prompts. A cache must hold its ids.
     answer_vocabulary: the same for the answers.
-    label: the setting that has the name, for messages; None:
+    label: the setting that holds the name, for error messages. None:
       MIXTURE_OR_TASK_NAME.
 
   Raises:
-    FileNotFoundError: if there is no whole cache.
-    ValueError: if there is no such task, or a cache is of other tokenizers.
+    FileNotFoundError: if the cache is missing or incomplete.
+    ValueError: if there is no such task, or the cache has other tokenizers.
   """
   if is_cached(name):
     return cache_task.bind(name, prompt_vocabulary, answer_vocabulary)
-  # Imports TensorFlow where it is called; the core does without.
+  # This call imports TensorFlow; the module does not.
   return streams.bind(name, prompt_vocabulary, answer_vocabulary, label=label)
 
 
 def is_cached(name: str) -> bool:
-  """Returns whether a task's name stands for a cache."""
+  """Returns whether a task name refers to a cache."""
   return name.rpartition('/')[2] == 'cached'
 
 
 def features_of(name: str) -> feature_format.FeatureCache | None:
-  """Returns the features that gin asks for of a task; None: of none.
+  """Returns the LLM features that gin requests for a task, or None.
 
   Args:
     name: as for `bind`.
 
   Raises:
-    FileNotFoundError: if there is no whole cache, or there are no features.
-    ValueError: if something of them is damaged.
+    FileNotFoundError: if the cache is incomplete or missing, or has no
+      features.
+    ValueError: if the cache or its features are damaged.
   """
   return cache_task.features_of(name) if is_cached(name) else None

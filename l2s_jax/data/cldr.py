@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Translation examples made at run time from CLDR, for the quickstart.
+"""Translation examples generated from the Unicode CLDR, for the quickstart.
 
-English into German, French and Romanian, without a download: one content (a
-date, an amount, a list of countries) is drawn, and Babel (the Unicode CLDR) or
-num2words renders it in both languages. Short, exact and learnable in minutes
-on a CPU; it shows that training works and says nothing of real translation.
+The task translates English into German, French and Romanian and needs no
+download. A generator draws a content (a date, an amount, a list of countries);
+Babel (the CLDR library) or num2words renders it in both languages. Examples are
+short, exact and learnable in minutes on a CPU. Scores show that training works;
+they do not measure real translation.
 
-A *content* is what a rendering says: a day, a month, a time of day, a number,
-`('amount', 'EUR', 2150)`. Styles and languages are not part of it. A hash of
-the content alone, never of the seed, decides its split, so a content of `test`
-is in `train` in no style and no language. The rules behind it:
+A *content* is the language-independent value of an example: a day, a month, a
+time of day, a number, `('amount', 'EUR', 2150)`. A hash of the content alone
+decides the split; style, language and seed do not. A `test` content is thus in
+`train` in no style and no language. Rules:
 
-- A rendering that loses information is keyed by what is left: 'July 9' by
-  month and day, '3 days' and '3 days ago' by (3, day), a time with seconds by
-  its hour and minute.
+- A rendering that loses information is keyed by the remaining information:
+  'July 9' by month and day, '3 days' and '3 days ago' by (3, day), a time with
+  seconds by hour and minute.
 - A date with a time belongs to a split only if both its parts do.
-- A list or a two-part duration is a content of its own, in whatever order, and
-  its parts may be known from `train`. Names are a closed set: alone they are
-  in `train` only, while `validation` and `test` hold unseen combinations.
+- A list or a two-part duration is a content of its own, independent of order;
+  its parts may occur in `train`. Single names are in `train` only, because
+  names are a closed set; `validation` and `test` hold unseen combinations.
 """
 
 import datetime
@@ -38,7 +39,7 @@ LANGUAGES = {'de': 'German', 'fr': 'French', 'ro': 'Romanian'}
 SIZES = {'train': 24_000, 'validation': 1_000, 'test': 1_000}
 
 Content = tuple[str | int, ...]
-# The contents of one example, all of one split, and their text in a locale.
+# The contents of an example, all of one split, and their renderer by locale.
 Drawing = tuple[list[Content], Callable[[str], str]]
 DateStyle = Literal['short', 'medium', 'long', 'full']
 TimeUnit = Literal['year', 'month', 'week', 'day', 'hour', 'minute', 'second']
@@ -46,7 +47,7 @@ TimeUnit = Literal['year', 'month', 'week', 'day', 'hour', 'minute', 'second']
 _NUM_BUCKETS = 20
 _HELD_OUT_BUCKETS = {0: 'validation', 1: 'test'}
 
-# A hundred years, so that the two-digit year of a short date is unambiguous.
+# 100 years: the two-digit year of a short date is unambiguous.
 _FIRST_DAY = datetime.date(1950, 1, 1)
 _NUM_DAYS = (datetime.date(2050, 1, 1) - _FIRST_DAY).days
 _SECONDS: dict[TimeUnit, int] = {
@@ -66,8 +67,8 @@ _COMPOUNDS: tuple[tuple[TimeUnit, TimeUnit, int], ...] = (
   ('minute', 'second', 60),
 )
 _CURRENCIES = 'USD EUR GBP JPY CHF RON CAD PLN SEK CZK'.split()
-# Units whose long and short forms Babel has in all four languages; it lacks,
-# say, a Romanian 'kWh' in words and French cups.
+# Units with long and short forms in all four languages. Babel lacks, for
+# example, a Romanian 'kWh' in words and French cups.
 _UNITS = (
   'length-kilometer length-centimeter length-millimeter length-mile '
   'length-foot length-inch length-yard mass-kilogram mass-ounce mass-pound '
@@ -92,19 +93,19 @@ _LANGUAGES = (
 def examples(
   split: str, *, seed: int = 0, num_examples: int | None = None
 ) -> Iterator[dict[str, str]]:
-  """Returns an iterator over the examples of a split, made as it is read.
+  """Returns a lazy iterator over the examples of a split.
 
   Each is `{'prompt': 'translate English to German: 3 days', 'answer': '3 Tage',
-  'source': '3 days', 'language': 'de', 'kind': 'duration'}`. No prompt comes
-  twice, and every run of `len(KINDS) * len(LANGUAGES)` examples from the start
-  holds each kind in each language once, so that any prefix is a fair sample.
-  The same on every machine with the same versions of Babel and num2words.
+  'source': '3 days', 'language': 'de', 'kind': 'duration'}`. All prompts
+  differ. Each run of `len(KINDS) * len(LANGUAGES)` examples holds each kind in
+  each language once, so any prefix is a balanced sample. Examples depend only
+  on the arguments and on the versions of Babel and num2words.
 
   Args:
     split: 'train', 'validation' or 'test'.
-    seed: draws other examples; which split a content belongs to stays, so that
-      the splits of different seeds are disjoint as well.
-    num_examples: how many to make, at most and by default `SIZES[split]`.
+    seed: seed of the generator. The split of a content does not depend on it,
+      so splits of different seeds are disjoint as well.
+    num_examples: number of examples. None: `SIZES[split]`, also the maximum.
 
   Raises:
     ValueError: if there is no such split or it is smaller than `num_examples`.
@@ -124,7 +125,7 @@ def examples(
 
 
 def split_of(content: Content) -> str:
-  """Returns the split a content belongs to, by its hash: 90, 5 and 5 %."""
+  """Assigns a content to a split by hash: 90 % 'train', 5 % each held out."""
   if content[0] == 'name':
     return 'train'
   text = ' '.join(map(str, content))
@@ -138,7 +139,7 @@ def _generate(split: str, seed: int) -> Iterator[dict[str, str]]:
   cells = list(itertools.product(KINDS, LANGUAGES))
   seen: set[str] = set()
   while True:
-    # Shuffled, lest every third example be German, to one of three readers.
+    # A fixed order would give each of three hosts examples of one language.
     rng.shuffle(cells)
     for kind, language in cells:
       example = _draw_example(rng, split, kind, language)
@@ -166,10 +167,10 @@ def _draw_example(
 
 
 def _plain(text: str) -> str:
-  """Turns CLDR's no-break and narrow spaces into plain ones.
+  """Replaces CLDR's no-break and narrow spaces by plain spaces.
 
-  They are typography, and SentencePiece's normalisation makes them plain
-  anyway: a decoded answer could never equal one that has them.
+  SentencePiece normalizes them to plain spaces, so a decoded answer could never
+  equal a reference with special spaces.
   """
   return ' '.join(text.split())
 
@@ -185,10 +186,10 @@ def _draw_minute(rng: random.Random) -> tuple[datetime.time, Content]:
 
 
 def _unambiguous(style: DateStyle, day: datetime.date) -> DateStyle:
-  """Returns a date style of which English tells the long and medium apart.
+  """Returns the style, or 'long' where 'medium' is ambiguous in English.
 
-  May has no abbreviation: 'May 9, 2013' is both, in German '9. Mai 2013' and
-  '09.05.2013'. One prompt must have one answer.
+  May has no abbreviation: 'May 9, 2013' is both the medium and the long style,
+  '09.05.2013' and '9. Mai 2013' in German. A prompt must have one answer.
   """
   return 'long' if style == 'medium' and day.month == 5 else style
 
@@ -223,7 +224,7 @@ def _draw_datetime(rng: random.Random) -> Drawing:
   style = _unambiguous(rng.choice(('short', 'medium', 'long')), day)
 
   def render(locale: str) -> str:
-    # Not `format_datetime`: its long time names the time zone.
+    # `format_datetime` would add the time zone to a long time.
     return str(dates.get_datetime_format(style, locale)).format(
       dates.format_time(time, 'short', locale=locale),
       dates.format_date(day, style, locale),
@@ -240,7 +241,7 @@ def _format_duration(
   style: Literal['long', 'short'] = 'long',
   add_direction: bool = False,
 ) -> str:
-  # The infinite threshold keeps the unit: 90 seconds, not 2 minutes.
+  # An infinite threshold keeps the unit: 90 seconds, not 2 minutes.
   return dates.format_timedelta(
     datetime.timedelta(seconds=count * _SECONDS[unit]),
     granularity=unit,
@@ -265,7 +266,7 @@ def _draw_duration(rng: random.Random) -> Drawing:
       locale=locale,
     )
   count, unit = rng.randrange(1, 100), rng.choice(list(_SECONDS))
-  # English has one form for a day, '3 days', where the others have two.
+  # English has one style for days, '3 days'; the other languages have two.
   style: Literal['long', 'short'] = (
     'long' if unit == 'day' else rng.choice(('long', 'short'))
   )
@@ -295,8 +296,8 @@ def _draw_cardinal(rng: random.Random) -> Drawing:
 
 def _draw_ordinal(rng: random.Random) -> Drawing:
   number = _draw_number(rng)
-  # num2words writes 'deux centsième', 'quatre-vingtsième' and 'al optlea', and
-  # has no sensible zeroth.
+  # num2words renders some ordinals wrongly ('deux centsième',
+  # 'quatre-vingtsième', 'al optlea') and has no sensible zeroth.
   while number % 100 in (0, 80) or (number % 10 == 8 and number % 100 != 18):
     number = _draw_number(rng)
   return [('number', number)], lambda locale: num2words.num2words(
@@ -309,8 +310,8 @@ def _draw_currency(rng: random.Random) -> Drawing:
   style: Literal['standard', 'name'] = rng.choice(('standard', 'name'))
   has_cents = currency != 'JPY' and rng.random() < 0.5
   limit = rng.choice((100, 1_000, 10_000))
-  # Decimals keep the zeros of 21.00, on which the plural depends: Romanian
-  # says '21 de lei' and '21,00 lei'.
+  # Decimal keeps the zeros of 21.00. The plural depends on them: Romanian has
+  # '21 de lei' and '21,00 lei'.
   if has_cents:
     cents = rng.randrange(1, 100 * limit)
     amount = decimal.Decimal(cents).scaleb(-2)
@@ -329,8 +330,8 @@ def _draw_currency(rng: random.Random) -> Drawing:
 def _draw_unit(rng: random.Random) -> Drawing:
   unit = rng.choice(_UNITS)
   length: Literal['long', 'short'] = rng.choice(('long', 'short'))
-  # Never 1: Babel abbreviates '1 Meile' to '1 Meilen'. Never 21.0: CLDR writes
-  # it '21' and yet, in Romanian, puts it in another plural than 21.
+  # Excludes 1: Babel abbreviates '1 Meile' to '1 Meilen'. Excludes 21.0: CLDR
+  # writes it '21', but with another Romanian plural than 21.
   if rng.random() < 0.5:
     tenths = 10 * rng.randrange(2, 1_000)
     value = decimal.Decimal(tenths // 10)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distilled answers: what a teacher wrote to the prompts of a training set.
+"""Distilled answers: a teacher's answers to the prompts of a training set.
 
-The verb `distill` writes a folder of them:
+The verb `distill` writes a folder:
 
-    predictions*.jsonl   a line for each prompt, in order; see `inference`
-    distilled.json       says that all lines are there, and from which task,
-                         teacher and decoding they come; written last
+    predictions*.jsonl   one line per prompt, in order; see `inference`
+    distilled.json       manifest: task, teacher, decoding and file digests;
+                         written last, so it marks a complete folder
 
-Here such a folder is opened and its lines become training examples. No
-TensorFlow.
+This module opens such a folder and turns its lines into training examples. It
+needs no TensorFlow.
 """
 
 import collections
@@ -28,7 +28,7 @@ from l2s_jax.weights import run_format
 FILE = run_format.DISTILLED
 ANSWERS = ('best', 'each', 'drawn')
 UNENDED = ('drop', 'keep')
-SPLIT = 'train'  # The one that is distilled.
+SPLIT = 'train'  # The distilled split.
 
 _KEYS = {
   'mixture_or_task': str,
@@ -48,8 +48,8 @@ class Folder:
   """A complete folder of distilled answers.
 
   Attributes:
-    path: of it.
-    manifest: what `distilled.json` says.
+    path: path of the folder.
+    manifest: content of `distilled.json`.
   """
 
   path: pathlib.Path
@@ -57,20 +57,20 @@ class Folder:
 
   @property
   def task(self) -> str:
-    """The name of the task whose prompts were answered."""
+    """Name of the task with the answered prompts."""
     return self.manifest['mixture_or_task']
 
   @property
   def digest(self) -> str:
-    """A hash of all answers, in their order."""
+    """Hash of all answers, in their order."""
     digests = [file['sha256'] for file in self.manifest['files']]
     return hashlib.sha256(' '.join(digests).encode()).hexdigest()
 
   def check_task(self, task_settings: Mapping[str, Any]) -> None:
-    """Refuses answers to the prompts of another task, or of older data.
+    """Refuses answers to the prompts of another task or of older data.
 
     Args:
-      task_settings: of the task as it is now, from `tasks.data_settings`.
+      task_settings: current settings of the task, from `tasks.data_settings`.
 
     Raises:
       ValueError: with a line for each difference.
@@ -91,11 +91,11 @@ class Folder:
       )
 
   def records(self) -> Iterator[dict[str, Any]]:
-    """Yields the lines.
+    """Yields the records of all files in order, one per prompt.
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: if a file is not as it was written.
+      ValueError: if the digest of a file differs from the manifest's.
     """
     for file in self.manifest['files']:
       path = self.path / file['name']
@@ -121,8 +121,8 @@ def open_folder(path: str) -> Folder:
     path: DISTILL_DIR.
 
   Raises:
-    FileNotFoundError: if there is none, or it is not complete.
-    ValueError: if its manifest is broken, or of a newer version.
+    FileNotFoundError: if the folder is missing or incomplete.
+    ValueError: if its manifest is broken or from a newer version.
   """
   folder = files.local_folder(path, 'DISTILL_DIR')
   manifest = folder / FILE
@@ -145,25 +145,26 @@ def open_folder(path: str) -> Folder:
 
 
 def settings_text(task_settings: Mapping[str, Any]) -> str:
-  """Returns a task's settings as a manifest has them.
+  """Serializes a task's settings for the manifest.
 
-  Whether SeqIO reads the task from a cache changes no prompt.
+  The setting `cached` is dropped: reading a task from a SeqIO cache changes no
+  prompt.
   """
   kept = {key: task_settings[key] for key in task_settings if key != 'cached'}
   return json.dumps(kept, sort_keys=True)
 
 
 def sha256(path: pathlib.Path) -> str:
-  """Returns the hash of a file, in hex."""
+  """Returns the SHA-256 of a file, in hex."""
   with path.open('rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def count(records: Iterator[Mapping[str, Any]]) -> dict[str, int]:
-  """Returns how many prompts and answers there are, and of which kinds.
+  """Returns the numbers of prompts and answers, in total and by kind.
 
-  `prompts`, of which `bad` have no text and `truncated` were cut; `answers`, of
-  which `unended` did not come to their end.
+  Keys: `prompts`, of which `bad` have no text and `truncated` were cut;
+  `answers`, of which `unended` were cut by the token limit.
   """
   counts = dict.fromkeys(
     ('prompts', 'bad', 'truncated', 'answers', 'unended'), 0
@@ -182,22 +183,22 @@ def count(records: Iterator[Mapping[str, Any]]) -> dict[str, int]:
 def examples(
   folder: Folder, *, answers: str, unended: str, name: str
 ) -> dict[str, list[str]]:
-  """Returns the training examples: 'inputs' and 'targets', as many of each.
+  """Returns the training examples: equally many 'inputs' and 'targets'.
 
-  What is left out is counted on standard error. Blank answers always are.
+  Blank answers are always dropped. Dropped prompts and answers are counted on
+  standard error.
 
   Args:
-    folder: of the answers.
-    answers: one of `ANSWERS`. Of those to a prompt that are not left out,
-      'best' takes the first; 'each' makes an example of each that differs;
-      'drawn' takes one at random, with the probabilities softmax(scores), the
-      same one in every run. A length penalty of 0 makes these the teacher's own
-      probabilities.
+    folder: the folder of answers.
+    answers: one of `ANSWERS`, the selection among a prompt's remaining answers.
+      'best' takes the first. 'each' takes every distinct one. 'drawn' samples
+      one with the probabilities softmax(scores), the same one in every run;
+      with a length penalty of 0 these are the teacher's own probabilities.
     unended: 'drop' or 'keep' answers that the token limit has cut.
-    name: of the task, for messages.
+    name: name of the task, for messages.
 
   Raises:
-    ValueError: for a setting that is off, or if nothing is left.
+    ValueError: for an invalid setting, or if no example is left.
   """
   for setting, value, expected in (
     ('ANSWERS', answers, ANSWERS),
@@ -247,7 +248,7 @@ def examples(
 def _choose(
   kept: Sequence[tuple[str, float]], answers: str, number: int
 ) -> list[str]:
-  """Returns which of a prompt's answers, the best first, to train on."""
+  """Selects the training targets among a prompt's answers (best first)."""
   texts = [text for text, _ in kept]
   if answers == 'each':
     return list(dict.fromkeys(texts))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What SeqIO needs to know of us: our vocabularies and our batch keys.
+"""SeqIO adapters: our vocabularies and the feature converter of our batch keys.
 
-The one place that imports TensorFlow and SeqIO: quietly, and leaving every GPU
-to JAX. Whoever else needs them takes them from here, so that neither is ever
-imported otherwise: `from l2s_jax.features import seqio, tf`. Which texts become
-prompts and answers is in `tasks.py`; batching, shuffling and the same batches
-without TensorFlow are in `batching.py`.
+This is the only module that imports TensorFlow and SeqIO: silently, and with
+all GPUs left to JAX. Other modules take both from here,
+`from l2s_jax.data.features import seqio, tf`, so that no other import skips
+this setup. Tasks are in `tasks.py`; batches without TensorFlow are in
+`batching.py`.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ from l2s_jax.vocabularies import base, sentencepiece
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-  """Sends file descriptor 2 to nowhere.
+  """Redirects file descriptor 2 to /dev/null inside the block.
 
-  TensorFlow's C++ half greets on it before it reads any log level. A failing
-  import still raises, and Python prints that after the descriptor is back.
+  TensorFlow's C++ runtime prints to it before it reads any log level. A failing
+  import still raises: Python prints the traceback after the block.
   """
   saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
   os.dup2(nowhere, 2)
@@ -42,7 +42,7 @@ def _silence() -> Iterator[None]:
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:
-  """Drops advice of SeqIO and TFDS that does not apply to how we use them."""
+  """Filters out SeqIO and TFDS warnings that do not apply to our usage."""
   return record.levelno >= logging.ERROR or not any(
     f'{os.sep}{package}{os.sep}' in record.pathname
     for package in ('seqio', 'tensorflow_datasets')
@@ -72,7 +72,7 @@ TOKENIZE_STEPS = (
 
 
 class SeqioVocabulary(seqio.Vocabulary):
-  """One of our vocabularies in SeqIO's clothes; ours does all the work."""
+  """Adapter from one of our vocabularies to the `seqio.Vocabulary` API."""
 
   def __init__(self, vocabulary: base.Vocabulary):
     super().__init__()
@@ -114,14 +114,14 @@ class SeqioVocabulary(seqio.Vocabulary):
     return self.vocabulary.encode(s)
 
   def decode(self, ids: Any) -> str:
-    # Overrides more than `_decode`: SeqIO keeps the EOS, ours cuts before it.
+    # Overrides `decode` as well: SeqIO's keeps the EOS, ours cuts before it.
     return self.vocabulary.decode(np.asarray(ids).tolist())
 
   def _decode(self, ids: Any) -> str:
     return self.decode(ids)
 
   def _encode_tf(self, s: tf.Tensor) -> tf.Tensor | tf.RaggedTensor:
-    """Returns the ids of a text, or of each of several."""
+    """Returns the ids of a scalar text, or ragged ids of a vector of texts."""
     texts = tf.reshape(s, [-1])
 
     def encode(texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -155,11 +155,14 @@ class SeqioVocabulary(seqio.Vocabulary):
 
 
 class SeqioSentencePiece(SeqioVocabulary):
-  """Encodes in TensorFlow's own op: no Python in the input pipeline."""
+  """A SentencePiece vocabulary with TensorFlow Text's op as its encoder.
+
+  No Python code runs in the input pipeline.
+  """
 
   @functools.cached_property
   def model(self) -> bytes:
-    """The model, with the extra ids, unlike the file at `vocabulary.path`."""
+    """Serialized model with the extra ids, which `vocabulary.path` lacks."""
     vocabulary = self.vocabulary
     assert isinstance(vocabulary, sentencepiece.SentencePieceVocabulary)
     return vocabulary.model
@@ -175,7 +178,7 @@ class SeqioSentencePiece(SeqioVocabulary):
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-  """Raises the ValueError of ours that TensorFlow has wrapped, by itself."""
+  """Unwraps a ValueError of ours from TensorFlow's InvalidArgumentError."""
   try:
     yield
   except tf.errors.InvalidArgumentError as error:
@@ -188,14 +191,15 @@ def plain_errors() -> Iterator[None]:
 def map_batches(
   dataset: tf.data.Dataset, fn: Callable[..., Any]
 ) -> tf.data.Dataset:
-  """Returns what a function makes of examples, of which it gets many at once.
+  """Maps a vectorized function over the examples of a dataset.
 
-  A call for each takes twenty times as long as what most functions do.
+  Examples are mapped in batches: one call per example takes twenty times as
+  long as most functions.
 
   Args:
-    dataset: of examples.
-    fn: from [n, ...] of each column to [n, ...], or to fewer where the number
-      of examples is not known.
+    dataset: dataset of examples.
+    fn: function from batched columns [n, ...] to [n, ...]. It may drop examples
+      if the dataset's cardinality is unknown.
   """
   mapped = dataset.ragged_batch(_MAPPED_AT_ONCE).map(fn).unbatch()
   number = dataset.cardinality()
@@ -205,8 +209,8 @@ def map_batches(
 
 
 def wrap_vocabulary(vocabulary: base.Vocabulary) -> SeqioVocabulary:
-  """Returns a `seqio.Vocabulary` that reads and writes as `vocabulary` does."""
-  # TensorFlow's op would not refuse ids beyond the embedding table.
+  """Returns a `seqio.Vocabulary` with the ids of `vocabulary`."""
+  # TensorFlow's op does not refuse ids beyond the embedding table.
   is_model = isinstance(vocabulary, sentencepiece.SentencePieceVocabulary)
   if is_model and vocabulary.has_rows_for_all:
     return SeqioSentencePiece(vocabulary)
@@ -216,7 +220,7 @@ def wrap_vocabulary(vocabulary: base.Vocabulary) -> SeqioVocabulary:
 def output_features(
   prompt_vocabulary: base.Vocabulary, answer_vocabulary: base.Vocabulary
 ) -> dict[str, seqio.Feature]:
-  """Returns what a task gives whose ids are of these, EOS included."""
+  """Returns SeqIO output features, with EOS, for the given vocabularies."""
   return {
     key: seqio.Feature(
       vocabulary=wrap_vocabulary(vocabulary), add_eos=True, dtype=tf.int32
@@ -229,9 +233,13 @@ def output_features(
 
 
 def encodes_alike(vocabulary: seqio.Vocabulary, bound: SeqioVocabulary) -> bool:
-  """Returns whether ids of a task's own vocabulary are those of a bound one.
+  """Returns whether two vocabularies encode every text to the same ids.
 
-  False also where it cannot be known.
+  Returns False if this is unknown.
+
+  Args:
+    vocabulary: a task's own vocabulary.
+    bound: one of our vocabularies.
   """
   if isinstance(vocabulary, SeqioVocabulary):
     return vocabulary.vocabulary == bound.vocabulary
@@ -250,11 +258,11 @@ def encodes_alike(vocabulary: seqio.Vocabulary, bound: SeqioVocabulary) -> bool:
 def tokenize_and_measure(
   dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]
 ) -> tf.data.Dataset:
-  """Turns text into ids with EOS and notes their lengths, before any trimming.
+  """Tokenizes text, appends EOS, and records lengths before any trimming.
 
-  A SeqIO preprocessor, the last one of every bound task. Text that an earlier
-  one has tokenized already only gets its EOS, if it has none, and its length:
-  `inputs_length` and `targets_length`, scalars, in tokens, EOS included.
+  A SeqIO preprocessor, the last one of every bound task. Features that are
+  already tokenized get an EOS if they lack one. The added scalar features
+  `inputs_length` and `targets_length` are in tokens, EOS included.
   """
   if dataset.element_spec['inputs'].dtype == tf.string:
     dataset = seqio.preprocessors.tokenize(dataset, output_features)
@@ -273,10 +281,10 @@ def tokenize_and_measure(
 
 
 def steps_before_ids(task: seqio.Task) -> list[Callable[..., Any]]:
-  """Returns the preprocessors of a bound task that make its text.
+  """Returns the text preprocessors of a bound task.
 
-  `batch_of_ids` does what the others do, to many texts at once. Of a task that
-  tokenizes amid its other steps, ids come out.
+  `batch_of_ids` replaces the remaining preprocessors, for many texts at once. A
+  task with a tokenizer amid its other steps gives ids.
   """
   *steps, last = task.preprocessors
   assert last is tokenize_and_measure
@@ -284,7 +292,7 @@ def steps_before_ids(task: seqio.Task) -> list[Callable[..., Any]]:
 
 
 def text_steps(steps: Sequence[Callable[..., Any]]) -> list[Callable[..., Any]]:
-  """Returns preprocessors without EOS, and without a tokenizer as the last."""
+  """Drops EOS steps, and a tokenizer in last place, from preprocessors."""
   kept = [step for step in steps if step not in EOS_STEPS]
   if kept and kept[-1] in TOKENIZE_STEPS:
     kept.pop()
@@ -296,14 +304,14 @@ def batch_of_ids(
   output_features: Mapping[str, seqio.Feature],
   task_feature_lengths: Mapping[str, int],
 ) -> dict[str, tf.Tensor]:
-  """Returns the ids of several examples, as `L2SFeatureConverter.convert` has.
+  """Tokenizes several examples, for `L2SFeatureConverter.convert`.
 
-  They are what `tokenize_and_measure` makes of each.
+  Equals `tokenize_and_measure` of each example.
 
   Args:
     batch: `inputs` and `targets`: [n] texts, or [n, None] ids.
-    output_features: of a bound task.
-    task_feature_lengths: `inputs` and `targets`, in tokens.
+    output_features: output features of a bound task.
+    task_feature_lengths: lengths of `inputs` and `targets`, in tokens.
   """
   made: dict[str, tf.Tensor] = {}
   for key, length in task_feature_lengths.items():
@@ -323,20 +331,21 @@ def batch_of_ids(
 
 
 class CachedSource(seqio.DataSource):
-  """What `seqio_cache_tasks` has written of a task, found at first use.
+  """SeqIO source of a `seqio_cache_tasks` cache, located at first use.
 
-  A cache is a folder, named after the task, with a file COMPLETED, and for
-  each split `info.SPLIT.json`, `stats.SPLIT.json` and TFRecord files.
+  A cache is a folder named after the task. It holds a file COMPLETED and, for
+  each split, `info.SPLIT.json`, `stats.SPLIT.json` and TFRecord files.
   """
 
   supports_arbitrary_sharding = False
 
   def __init__(self, task: seqio.Task, cache_dirs: Sequence[str]):
-    """Keeps where to look.
+    """Stores the search path.
 
     Args:
-      task: whose output before its CacheDatasetPlaceholder is cached.
-      cache_dirs: folders that may hold the task's; the first that does is
+      task: the cached task. The cache holds its output at its
+        CacheDatasetPlaceholder.
+      cache_dirs: folders of caches. The first one with a cache of the task is
         read.
     """
     super().__init__(splits=())
@@ -348,7 +357,7 @@ class CachedSource(seqio.DataSource):
 
   @functools.cached_property
   def folder(self) -> str:
-    """Where the cache is.
+    """Folder of the cache.
 
     Raises:
       FileNotFoundError: if there is none, with the command that makes it.
@@ -399,22 +408,21 @@ class CachedSource(seqio.DataSource):
 
 
 def translate_cached_ids(task: seqio.Task) -> Callable[..., tf.data.Dataset]:
-  """Returns a preprocessor that makes a cache fit the bound vocabularies.
+  """Returns a preprocessor that re-encodes cached ids for bound vocabularies.
 
-  It is the first after the cache. Cached text stays as it is, and so do ids of
-  a vocabulary that encodes as the bound one does; other ids are replaced by
-  those of the text they were made from, which SeqIO's `tokenize` keeps in the
-  cache as `*_pretokenized`.
+  It is the first step after the cache. Cached text is unchanged, and so are ids
+  of a vocabulary that encodes like the bound one. Other ids are replaced: their
+  text, cached by SeqIO's `tokenize` as `*_pretokenized`, is tokenized again.
 
   Args:
-    task: as it was when cached, with its own vocabularies.
+    task: the task before binding, with its own vocabularies.
   """
   steps = [
     step.func if isinstance(step, functools.partial) else step
     for step in seqio_internals.preprocessors_around_cache(task)[0]
   ]
   tokenizers = [n for n, step in enumerate(steps) if step in TOKENIZE_STEPS]
-  # Ids that a later step has changed are no longer those of the text.
+  # Ids changed by a later step no longer match the text.
   are_of_text = bool(tokenizers) and all(
     step in EOS_STEPS for step in steps[tokenizers[0] + 1 :]
   )
@@ -465,10 +473,10 @@ def translate_cached_ids(task: seqio.Task) -> Callable[..., tf.data.Dataset]:
 
 
 class L2SFeatureConverter(seqio.FeatureConverter):
-  """Makes the batch keys out of a bound task, with two vocabularies.
+  """Converts a bound task's features to batch keys, with two vocabularies.
 
-  With lengths 5 and 4, EOS 1, pad 0 in the prompt's vocabulary, and EOS 9,
-  start 8, pad 7 in the answer's:
+  With lengths 5 and 4, EOS 1 and pad 0 in the prompt vocabulary, and EOS 9,
+  start 8 and pad 7 in the answer vocabulary:
 
       {'inputs': [3, 4, 1], 'targets': [0, 5, 9],
        'inputs_length': 3, 'targets_length': 3}
@@ -483,15 +491,15 @@ class L2SFeatureConverter(seqio.FeatureConverter):
       decoder_loss_weights:  [1., 1., 1., 0.]
       encoder_truncated: 0, decoder_truncated: 0
 
-  Masks come from lengths, so that an answer may hold id 0. `*_truncated` counts
-  the row's sequences that were longer than their length.
+  Masks come from lengths, so an answer may hold id 0. `*_truncated` is the
+  number of truncated sequences in the row.
 
-  With `pack`, a row holds as many examples as fit. The one above and
+  With `pack`, a row holds as many examples as fit. The example above and
 
       {'inputs': [6, 1], 'targets': [9],
        'inputs_length': 2, 'targets_length': 1}
 
-  share one, in which each keeps its start token and its number:
+  share a row. Each keeps its start token and its segment id:
 
       encoder_input_tokens:  [3, 4, 1, 6, 1]
       encoder_segment_ids:   [1, 1, 1, 2, 2]
@@ -500,8 +508,7 @@ class L2SFeatureConverter(seqio.FeatureConverter):
       decoder_segment_ids:   [1, 1, 1, 2]
       decoder_loss_weights:  [1., 1., 1., 1.]
 
-  Each example goes to the first row that has room for it, of those that are
-  filled from the same `packing.WINDOW` examples.
+  Packing is first-fit within windows of `packing.WINDOW` examples.
   """
 
   TASK_FEATURES = {
@@ -527,8 +534,8 @@ class L2SFeatureConverter(seqio.FeatureConverter):
     *,
     pack: bool = False,
   ):
-    """Keeps the ids that pad and start, and whether rows hold several."""
-    # SeqIO's own packing takes id 0 for padding, and cuts what has one.
+    """Stores the pad and start ids, and whether to pack."""
+    # SeqIO's packing treats id 0 as padding and cuts sequences there.
     super().__init__(
       pack=False, apply_length_check=False, bos_id=answer_vocabulary.start_id
     )
@@ -558,13 +565,13 @@ class L2SFeatureConverter(seqio.FeatureConverter):
     batch: Mapping[str, tf.Tensor],
     task_feature_lengths: Mapping[str, int],
   ) -> dict[str, tf.Tensor]:
-    """Returns the rows of several examples: one each, or fewer with `pack`.
+    """Returns the rows of a batch of examples: n rows, or fewer with `pack`.
 
     Args:
-      batch: `inputs` and `targets`, [n, length] ids, of which those beyond
-        `inputs_length` and `targets_length`, [n], mean nothing. An example that
-        was longer is cut.
-      task_feature_lengths: `inputs` and `targets`, in tokens.
+      batch: `inputs` and `targets` as [n, length] ids; `inputs_length` and
+        `targets_length` as [n] sizes before cutting. Ids beyond the size are
+        ignored; longer examples are cut.
+      task_feature_lengths: lengths of `inputs` and `targets`, in tokens.
     """
     convert = self._pack_rows if self._shares_rows else self._pad_rows
     rows = convert(
@@ -668,14 +675,14 @@ class L2SFeatureConverter(seqio.FeatureConverter):
 def make_converter(
   task: seqio.Task | seqio.Mixture, *, pack: bool = False
 ) -> L2SFeatureConverter:
-  """Returns the converter for the vocabularies bound to a task.
+  """Returns the feature converter for a task's bound vocabularies.
 
   Args:
-    task: from `tasks.bind`.
+    task: task from `tasks.bind`.
     pack: whether rows hold several examples.
 
   Raises:
-    ValueError: if none of ours are.
+    ValueError: if the task was not bound.
   """
   bound = [
     feature.vocabulary

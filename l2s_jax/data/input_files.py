@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Users' files of text and records: their kinds, opened, and what is neither.
+"""User files of text and records: kinds, opening, and refusal of other formats.
 
-The kind follows the name, in small letters or capitals, less `.gz`. What a
-file's first bytes say against its name is refused, never read as text.
+The kind follows from the name's ending, case-insensitively and without `.gz`.
+A file whose first bytes contradict its name is refused, never read as text.
 """
 
 import contextlib
@@ -14,11 +14,11 @@ from collections.abc import Iterator
 
 from etils import epath
 
-# Beside 'text', which is all else that is not refused.
+# All other endings that are not refused have the kind 'text'.
 KINDS = ('jsonl', 'json', 'tsv', 'csv', 'parquet', 'tfrecord')
 ENDINGS = '.jsonl, .ndjson, .json, .tsv, .csv, .parquet or .tfrecord'
 _OTHER_ENDINGS = {'ndjson': 'jsonl', 'pq': 'parquet', 'tfrecords': 'tfrecord'}
-# As TFDS and SeqIO name the pieces of one file.
+# Shard suffix of TFDS and SeqIO.
 _SHARD = re.compile(r'-\d+-of-\d+$')
 _NO_TEXT = frozenset(
   '7z arrow array_record arrayrecord avro bin bz2 ckpt db doc docx exe feather '
@@ -46,12 +46,12 @@ _MAGIC = {
   b'\x89PNG': 'an image',
   b'\xff\xd8\xff': 'an image',
 }
-# Those that a text may begin with, too; a NUL then tells.
+# Text may begin with these; then a NUL byte decides.
 _AMBIGUOUS = (b'BZh', b'ORC', b'ARROW1', b'PAR1', b'Obj\x01')
 
 
 def kind(name: str) -> str:
-  """Returns one of `KINDS` or 'text', as the name says."""
+  """Returns the kind of a file by its name: one of `KINDS`, or 'text'."""
   name = _SHARD.sub('', _without_gz(name))
   ending = name.rpartition('.')[2]
   ending = _OTHER_ENDINGS.get(ending, ending)
@@ -59,18 +59,18 @@ def kind(name: str) -> str:
 
 
 def is_gzip(name: str) -> bool:
-  """Returns whether a name says that a file is compressed."""
+  """Returns whether a file name ends in .gz."""
   return name.lower().endswith('.gz')
 
 
 @contextlib.contextmanager
 def open_bytes(path: epath.Path) -> Iterator[io.BufferedIOBase]:
-  """Opens a file to be read, through gzip if its name says so.
+  """Opens a file for reading, through gzip if its name ends in .gz.
 
   Raises:
     FileNotFoundError: if there is no such file.
     ValueError: naming the file, if its ending or its first bytes are not those
-      of its kind; and from inside the block, if it is not whole gzip.
+      of its kind; inside the block, if the gzip stream is damaged.
   """
   check_ending(path.name, str(path))
   try:
@@ -88,10 +88,10 @@ def open_bytes(path: epath.Path) -> Iterator[io.BufferedIOBase]:
 
 
 def check_ending(name: str, path: str) -> None:
-  """Refuses the name of a file that cannot be text or records.
+  """Refuses a file name with the ending of another format.
 
   Raises:
-    ValueError: says what is read.
+    ValueError: with the supported endings.
   """
   ending = _without_gz(name).rpartition('.')[2]
   if ending in _NO_TEXT:
@@ -113,7 +113,7 @@ def _unpacked(path: epath.Path) -> Iterator[io.BufferedIOBase]:
 
 def _check_start(path: epath.Path, start: bytes) -> None:
   if kind(path.name) in ('parquet', 'tfrecord'):
-    return  # They have checks of their own.
+    return  # Their readers check them.
   place = start.find(b'\0')
   for magic, what in _MAGIC.items():
     if start.startswith(magic) and (magic not in _AMBIGUOUS or place >= 0):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which examples share a row, and the rows that come of it.
+"""Packing: assigns examples to rows and lays out packed rows.
 
-For training alone: evaluation and generation have one prompt a row. A model
-keeps the examples of a row apart by their segment ids.
+Packing is for training alone; evaluation and generation have one prompt per
+row. The model separates the examples of a row by their segment ids.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,29 +10,29 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float32, Int, Int32, Integer
 
-TokenIds = Sequence[int] | Integer[np.ndarray, '_']  # of any length
+TokenIds = Sequence[int] | Integer[np.ndarray, '_']  # any length
 Rows = Sequence[int] | Int[np.ndarray, ' examples']
 
-# Examples that are packed together. Of Multi30K's captions in rows of 64 + 64
-# tokens, 84 % of the slots are filled from windows of 64 examples, 87 % from
-# 1024, and no more from 4096.
+# Number of examples packed together. Multi30K captions in rows of 64 + 64
+# tokens fill 84 % of the slots with windows of 64 examples, 87 % with 1024, and
+# no more with 4096.
 WINDOW = 1024
 
 
 def first_fit(
   sizes: Int[np.ndarray, 'examples features'], room: Sequence[int]
 ) -> Int[np.ndarray, ' examples']:
-  """Returns for each example the first row that still has room for it.
+  """Assigns each example to the first row with room for it.
 
   With rows of (5, 6) tokens, examples of [3, 2], [3, 4], [2, 1] and [1, 1] go
   to rows [0, 1, 0, 1].
 
   Args:
     sizes: tokens of each example's features, such as prompt and answer.
-    room: of a row, in tokens of each feature.
+    room: row length of each feature, in tokens.
 
   Raises:
-    ValueError: for an example that no row has room for.
+    ValueError: for an example longer than a row.
   """
   too_long = sizes[(sizes > room).any(axis=1)]
   if len(too_long):
@@ -44,7 +44,7 @@ def first_fit(
   rows = np.zeros(len(sizes), np.int64)
   num_rows = 0
   for example, size in enumerate(sizes):
-    # One row more than there are: an empty one.
+    # Includes one more row, an empty one.
     row = int((free[: num_rows + 1] >= size).all(axis=1).argmax())
     free[row] -= size
     rows[example] = row
@@ -55,15 +55,16 @@ def first_fit(
 def first_fit_of_windows(
   sizes: Int[np.ndarray, 'windows examples features'], room: Sequence[int]
 ) -> Int[np.ndarray, 'windows examples']:
-  """Returns what `first_fit` does for each of several windows.
+  """Computes `first_fit` for each of several windows.
 
-  They are filled side by side, as a step of NumPy takes little longer for many
-  than for one: of captions in rows of 64 + 64, a core plans 95,000 examples a
-  second one window after another, and 1,000,000 with 64 at a time.
+  All windows are filled in parallel, because a NumPy step takes little longer
+  for many windows than for one: for captions in rows of 64 + 64, a core plans
+  95,000 examples per second one window at a time, and 1,000,000 with 64
+  windows.
 
   Args:
-    sizes: none larger than the room.
-    room: of a row, in tokens of each feature.
+    sizes: tokens of each example's features, none larger than `room`.
+    room: row length of each feature, in tokens.
   """
   num_windows, num_examples, _ = sizes.shape
   sizes = np.ascontiguousarray(sizes.transpose(1, 2, 0), np.int32)[..., None]
@@ -75,7 +76,7 @@ def first_fit_of_windows(
   num_rows = 0
   for example, size in enumerate(sizes):
     has_room = np.ones((num_windows, num_rows + 1), bool)
-    # One row more than there are: an empty one.
+    # Includes one more row, an empty one.
     for feature, length in zip(free, size, strict=True):
       has_room &= feature[:, : num_rows + 1] >= length
     row = has_room.argmax(axis=1)
@@ -93,7 +94,7 @@ def fill(
   length: int,
   pad_id: int,
 ) -> tuple[Int32[np.ndarray, 'rows length'], Int32[np.ndarray, 'rows length']]:
-  """Returns tokens, and segment ids that number the examples of a row from 1.
+  """Returns packed tokens, and segment ids that number a row's examples from 1.
 
   Sequences [5, 1], [6, 7, 1] and [8, 1] in rows 0, 1 and 0 of 5 tokens, with
   pad 0, make
@@ -103,16 +104,16 @@ def fill(
 
   Args:
     sequences: token ids of each example.
-    rows: where each goes, as `first_fit` has it.
-    length: of a row, in tokens.
-    pad_id: of their vocabulary.
+    rows: row of each example, as from `first_fit`.
+    length: row length, in tokens.
+    pad_id: pad id of the vocabulary.
 
   Raises:
-    ValueError: if a row has no room for its examples.
+    ValueError: if the examples of a row exceed its length.
   """
   places = np.asarray(rows, np.int64)
   sizes = np.fromiter(map(len, sequences), np.int64, len(places))
-  # Those of a row one after another: where each begins, and its number.
+  # Sorts examples by row; computes each one's offset and number in its row.
   order = np.argsort(places, kind='stable')
   places, sizes = places[order], sizes[order]
   ends = np.cumsum(sizes)
@@ -151,16 +152,16 @@ def lay_out(
 ) -> dict[
   str, Int32[np.ndarray, 'rows length'] | Float32[np.ndarray, 'rows length']
 ]:
-  """Returns the batch keys of examples whose rows are known.
+  """Builds a batch from examples and their rows.
 
   Args:
-    prompts: token ids, EOS included, none longer than its row.
-    answers: likewise, one for each prompt.
-    rows: of each example.
-    task_feature_lengths: of a row: `inputs` and `targets`, in tokens.
-    prompt_pad_id: of the prompts' vocabulary.
-    answer_pad_id: of the answers' vocabulary.
-    start_id: stands before each answer.
+    prompts: token ids with EOS, none longer than its row.
+    answers: the same for the answers, one per prompt.
+    rows: row of each example.
+    task_feature_lengths: row lengths of `inputs` and `targets`, in tokens.
+    prompt_pad_id: pad id of the prompt vocabulary.
+    answer_pad_id: pad id of the answer vocabulary.
+    start_id: start token of each answer.
   """
   prompt_tokens, prompt_segment_ids = fill(
     prompts,
@@ -174,7 +175,7 @@ def lay_out(
     length=task_feature_lengths['targets'],
     pad_id=answer_pad_id,
   )
-  # One place to the right, within each example.
+  # Shifts right by one within each example.
   tokens_before, ids_before = (
     np.pad(x[:, :-1], ((0, 0), (1, 0))) for x in (answer_tokens, segment_ids)
   )

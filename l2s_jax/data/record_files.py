@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of files that are not lines: a JSON list, Parquet, TFRecord.
+"""Record files that are not line-based: JSON lists, Parquet, TFRecord.
 
-Each function yields the number of a record, from 1, with its columns or what is
-wrong with it. Values become what JSON can hold: bytes that are UTF-8 text,
-others `{'base64': ...}`, times ISO 8601. No TensorFlow: TFRecord files of
-`tf.train.Example` are framed and checked here, in Python, at a few MB a second.
+Each reader yields pairs: the number of a record, from 1, and its columns, or
+the reason it is unusable. Values become JSON values: UTF-8 bytes a string,
+other bytes `{'base64': ...}`, times ISO 8601. No TensorFlow is needed: TFRecord
+files of `tf.train.Example` are parsed and checked in Python, at a few MB per
+second.
 """
 
 import base64
@@ -34,7 +35,7 @@ _ROWS_AT_ONCE = 1024
 _MOST_SHOWN = 80  # characters
 _CASTAGNOLI = 0x82F63B78
 _MASK_DELTA = 0xA282EAD8
-# Of tf.train.Example: TensorFlow's own classes would bring TensorFlow.
+# Schema of tf.train.Example; TensorFlow's classes would import TensorFlow.
 _EXAMPLE_SCHEMA = """
 name: "l2s_jax/example.proto" package: "l2s_jax" syntax: "proto3"
 message_type { name: "Texts"
@@ -66,14 +67,14 @@ message_type { name: "Example"
 def json_list(
   path: epath.Path, name: str
 ) -> Iterator[tuple[int, Fields | str]]:
-  """Yields the elements of a list: objects, or texts, which become a column.
+  """Yields the elements of a JSON list: objects, or texts as one column.
 
   Args:
-    path: of a file that is one JSON list; read into memory.
-    name: of the column of texts.
+    path: path of a JSON file with one list; read into memory.
+    name: column name of texts.
 
   Raises:
-    ValueError: naming file and place, if the file is no JSON list.
+    ValueError: naming file and place, if the file is not a JSON list.
   """
   with input_files.open_bytes(path) as file:
     content = file.read()
@@ -120,7 +121,7 @@ HALF_CHARACTER = 'has half a character: one \\uD800-\\uDFFF without the other'
 
 
 def has_half_characters(value: Any) -> bool:
-  """Returns whether a JSON value has text that is not Unicode."""
+  """Returns whether a JSON value has unpaired surrogates (invalid in UTF-8)."""
   try:
     json.dumps(value, ensure_ascii=False).encode()
   except UnicodeEncodeError:
@@ -129,10 +130,10 @@ def has_half_characters(value: Any) -> bool:
 
 
 def parquet(path: epath.Path) -> Iterator[tuple[int, Fields | str]]:
-  """Yields the rows of a Parquet file, columns within columns as dicts.
+  """Yields the rows of a Parquet file; nested columns become dicts.
 
   Raises:
-    ValueError: naming the file, if it is not whole, or pyarrow is not there.
+    ValueError: naming the file, if it is damaged or pyarrow is not installed.
   """
   try:
     import pyarrow
@@ -145,7 +146,7 @@ def parquet(path: epath.Path) -> Iterator[tuple[int, Fields | str]]:
   number = 0
   try:
     with input_files.open_bytes(path) as raw:
-      # Its reader goes back and forth, as gzip cannot.
+      # Parquet's reader seeks; gzip streams cannot.
       is_gzip = input_files.is_gzip(path.name)
       file = io.BytesIO(raw.read()) if is_gzip else raw
       table = reader.ParquetFile(file, page_checksum_verification=True)
@@ -178,9 +179,9 @@ def _rows(batch: Any) -> Iterator[Fields | str]:
 
 
 def tfrecord(path: epath.Path) -> Iterator[tuple[int, Fields | str]]:
-  """Yields the features of each `tf.train.Example` of a TFRecord file.
+  """Yields the features of each `tf.train.Example` in a TFRecord file.
 
-  A feature with one value is that value, one with several a list.
+  A feature with one value is a scalar, one with several a list.
 
   Raises:
     ValueError: naming the record, if the file is damaged.
@@ -199,7 +200,7 @@ def tfrecord(path: epath.Path) -> Iterator[tuple[int, Fields | str]]:
 
 
 def _records(file: io.BufferedIOBase, path: epath.Path) -> Iterator[bytes]:
-  """Yields what stands between lengths and checksums."""
+  """Yields the record payloads, with lengths and checksums verified."""
   start = number = 0
 
   def read(size: int, what: str) -> bytes:
@@ -240,7 +241,7 @@ def _crc_table() -> list[int]:
 
 
 def _masked_crc32c(content: bytes) -> int:
-  """Returns a checksum as TFRecord files have it.
+  """Returns the masked CRC-32C of TFRecord files.
 
   Source: tensorflow/core/lib/hash/crc32c.h, `Mask`.
   """
@@ -273,7 +274,7 @@ def _feature(feature: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-  """Returns a value as JSON can hold it."""
+  """Converts a value to a JSON-serializable one."""
   match value:
     case bytes():
       try:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this package uses of SeqIO that SeqIO does not document.
+"""Accessors for undocumented SeqIO attributes.
 
-How tasks are cached, how mixtures are made, and what TFDS is asked for. Nothing
-else uses it, and a test says in which version it was seen. SeqIO is imported
-when it is used.
+They cover task caching, mixtures and TFDS loaders. No other module uses SeqIO
+internals; `tests/test_internals.py` names the SeqIO version that has them.
+SeqIO is imported inside functions.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def cached_source(
   folder: str, split: str, file_shuffle_buffer_size: int | None
 ) -> 'seqio.DataSource':
-  """Returns the source of a split that `seqio_cache_tasks` has written."""
+  """Returns the source of a split in a `seqio_cache_tasks` cache."""
   import seqio
 
   return seqio.dataset_providers._CachedDataSource(
@@ -24,14 +24,14 @@ def cached_source(
 
 
 def cache_placeholder(task: 'seqio.Task') -> Any:
-  """Returns the preprocessor that stands where a task is cached."""
+  """Returns a task's CacheDatasetPlaceholder."""
   return task._cache_dataset_placerholder
 
 
 def preprocessors_around_cache(
   task: 'seqio.Task',
 ) -> tuple[list[Any], list[Any]]:
-  """Returns what a cached task does before its cache, and after it."""
+  """Returns the preprocessors before a task's cache, and those after it."""
   steps, index = task.preprocessors, task._cache_step_idx
   return [*steps[:index]], [*steps[index + 1 :]]
 
@@ -39,20 +39,23 @@ def preprocessors_around_cache(
 def parts_of_mixture(
   mixture: 'seqio.Mixture',
 ) -> list['seqio.Task | seqio.Mixture']:
-  """Returns the tasks and mixtures that a mixture was made of."""
+  """Returns the tasks and mixtures that form a mixture."""
   return [*mixture._tasks, *mixture._sub_mixtures]
 
 
 def sample_fn(mixture: 'seqio.Mixture') -> Any:
-  """Returns what draws a mixture's examples."""
+  """Returns the sampling function of a mixture."""
   return mixture._sample_fn
 
 
 def has_builder_kwargs(loader: Any) -> bool:
-  """Returns whether TFDS is given more than a name: no folder says of what."""
+  """Returns whether a TFDS loader has builder arguments beside the name.
+
+  The prepared folder of such a data set is unknown.
+  """
   return bool(loader._builder_kwargs)
 
 
 def tfds_split(loader: Any, split: str) -> str:
-  """Returns what TFDS calls a split of a task."""
+  """Returns the TFDS split name of a task's split."""
   return loader._map_split(split)

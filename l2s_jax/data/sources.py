@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sources: the columns of text that tasks are made of, before any template.
+"""Data sources: the text columns of a task, before any template.
 
-Reads the user's own files (parallel text, records) into `tf.data`, and looks
-for the data sets of TFDS. What becomes of the columns is in `tasks.py`, how a
-line is read in `text_files.py`. Importing this module does not import
-TensorFlow.
+Reads local files (parallel text, records) into `tf.data`, and locates TFDS data
+sets. Templates are applied in `tasks.py`; line parsing is in `text_files.py`.
+Importing this module does not import TensorFlow.
 """
 
 import collections
@@ -32,23 +31,23 @@ if TYPE_CHECKING:
   import seqio
   import tensorflow as tf
 
-# Lines. SeqIO shuffles tokenized examples, 1,000 at a time, which leaves a
-# sorted corpus sorted; text takes less memory and time, about 50 MB here.
+# In lines. SeqIO's own buffer of 1,000 tokenized examples leaves a sorted
+# corpus sorted. Text takes less memory and time: about 50 MB here.
 _SHUFFLE_BUFFER_SIZE = 200_000
-_NUM_NAMED_LINES = 3  # of those left out
+_NUM_NAMED_LINES = 3  # bad lines in the summary
 
 # A pair of parallel text files, a file of records, or a list of either.
 DataFiles = str | tuple[str, str] | list[str | tuple[str, str]]
 
 
 class Columns(NamedTuple):
-  """What is read of each line.
+  """Columns to read from each line.
 
   Attributes:
-    required: columns with text that is not blank.
-    optional: columns whose text may be blank or missing.
-    references: columns with text or a list of texts, or missing.
-    names: of TSV and CSV files whose first line does not name them.
+    required: columns that must have non-blank text.
+    optional: columns with text that may be blank or missing.
+    references: columns with a text or a list of texts, or missing.
+    names: column names of TSV and CSV files without a header line.
   """
 
   required: Sequence[str]
@@ -78,7 +77,7 @@ def _read_cldr(split: str) -> 'tf.data.Dataset':
 def _make_source(
   read: Callable[[str], 'tf.data.Dataset'], splits: Sequence[str]
 ) -> 'seqio.DataSource':
-  """Returns a source of a split's columns of text, shuffled when training."""
+  """Returns a SeqIO source of text columns, shuffled only for training."""
   from l2s_jax.data.features import seqio
 
   def dataset_fn(
@@ -101,22 +100,22 @@ def local_source(
   bad_lines: str,
   name: str,
 ) -> 'seqio.DataSource':
-  """Returns the source of a task's local files, each read when first used.
+  """Returns the source of a task's local files; a split is read at first use.
 
-  Its examples have the columns as strings, and, where there are columns of
-  references, all their texts as `references`, a vector of strings.
+  Examples have the columns as strings. With reference columns, `references` is
+  a string vector of all reference texts.
 
   Args:
     data_files: see `tasks.local_task`; so are `data_dir` and `bad_lines`.
-    columns: what to read.
-    pair: the names of the two columns of parallel text.
+    columns: columns to read.
+    pair: names of the two columns of parallel text.
     bad_lines: 'refuse' or 'skip'.
-    name: of the task, for messages.
+    name: name of the task, for messages.
 
   Raises:
     FileNotFoundError: if files are missing.
-    ValueError: if a setting is not understood; later, from the source, if what
-      a file holds is not.
+    ValueError: for an invalid setting; later, from the source, for invalid file
+      content.
   """
   if bad_lines not in ('refuse', 'skip'):
     raise ValueError(f"BAD_LINES={bad_lines!r}: expected 'refuse' or 'skip'.")
@@ -163,12 +162,12 @@ def distilled_source(
   read_gold: Callable[[str], 'tf.data.Dataset'],
   gold_splits: Sequence[str],
 ) -> 'seqio.DataSource':
-  """Returns a source of `inputs` and `targets`, read split by split.
+  """Returns a source of `inputs` and `targets`; a split is read at first use.
 
   Args:
-    examples: returns those of the distilled split.
-    read_gold: returns those of another split.
-    gold_splits: the names of the other splits.
+    examples: returns the examples of the distilled split.
+    read_gold: returns the dataset of another split.
+    gold_splits: names of the other splits.
   """
   from l2s_jax.data.features import tf
 
@@ -186,14 +185,16 @@ def distilled_source(
 
 
 def check_sequence(name: str, value: Any) -> None:
-  """Refuses a text where several are meant; it would be taken by letters.
+  """Refuses a string as the value of a sequence setting.
+
+  A string would be iterated letter by letter.
 
   Args:
-    name: of the setting.
-    value: what it is.
+    name: name of the setting.
+    value: value of the setting.
 
   Raises:
-    ValueError: with how to write it.
+    ValueError: with the correct form.
   """
   if isinstance(value, str):
     raise ValueError(
@@ -209,8 +210,8 @@ def fingerprint(
 
   Args:
     data_files: see `tasks.local_task`.
-    data_dir: where relative names start.
-    split: for messages.
+    data_dir: base folder of relative names.
+    split: name of the split, for messages.
   """
   digest = hashlib.sha256()
   for paths in _resolve_files(split, data_files, data_dir):
@@ -223,7 +224,7 @@ def fingerprint(
 
 
 class _Lines:
-  """Passes a split's good lines on, and refuses or counts the bad ones."""
+  """Filter of a split's lines: refuses bad lines, or counts and drops them."""
 
   def __init__(self, bad_lines: str, label: str, columns: Columns):
     self._bad_lines = bad_lines
@@ -235,10 +236,10 @@ class _Lines:
     self.num_with: collections.Counter[str] = collections.Counter()
 
   def add(self, row: Fields | BadLine) -> Fields | None:
-    """Counts a line; returns it if it is good.
+    """Counts a line; returns a good one, and None for a bad one.
 
     Raises:
-      ValueError: if it is bad, and bad lines are refused.
+      ValueError: if the line is bad and bad lines are refused.
     """
     self._num_lines += 1
     if not isinstance(row, BadLine):
@@ -249,17 +250,17 @@ class _Lines:
         f'counts them. Text is needed in {", ".join(self._columns.required)}, '
         'by local_task.template, source_column and target_column.'
       )
-    # What differs from line to line comes after the colon or semicolon.
+    # The part after a colon or semicolon differs from line to line.
     self._reasons[row.reason.partition(':')[0].partition(';')[0]] += 1
     if len(self._bad) < _NUM_NAMED_LINES:
       self._bad.append(row)
     return None
 
   def report(self, *, is_scored: bool) -> None:
-    """Says on standard error what was left out, if anything.
+    """Prints a summary of bad lines and of missing texts to standard error.
 
     Raises:
-      ValueError: if that is all.
+      ValueError: if all lines are bad.
     """
     num_bad = self._reasons.total()
     if num_bad:
@@ -293,10 +294,10 @@ def _say(text: str) -> None:
 def _read_table(
   path: epath.Path, columns: Columns, lines: _Lines
 ) -> 'tf.data.Dataset':
-  """Reads the columns of a file of records into memory.
+  """Reads the columns of a record file into memory.
 
-  In memory because parsing it inside the pipeline would need Python there, and
-  such an iterator can be neither saved nor relied on to let the process exit.
+  Parsing inside the tf.data pipeline would need Python there. Such an iterator
+  cannot be saved, and may keep the process from exiting.
   """
   from l2s_jax.data.features import tf
 
@@ -311,7 +312,8 @@ def _read_table(
   }
   references: list[list[str]] = []
   for number, row in enumerate(rows, start=1):
-    # TSV and CSV, where a row may be several lines, hold nothing but text.
+    # `number` is the line number: only CSV and TSV rows may span lines, and
+    # their values are all text.
     if isinstance(row, dict) and (reason := _wrong_type(row, columns)):
       row = BadLine(str(path), number, reason)
     good = lines.add(row)
@@ -319,7 +321,7 @@ def _read_table(
       continue
     for name, column in texts.items():
       text = text_files.value(good, name) or ''
-      # Blank is what Python calls so; TensorFlow knows ASCII alone.
+      # Python's definition of blank; TensorFlow's covers ASCII only.
       column.append(text if text.strip() else '')
     references.append(
       [text for name in columns.references for text in _texts(good, name)]
@@ -341,7 +343,7 @@ def _read_table(
 
 
 def _wrong_type(row: Fields, columns: Columns) -> str | None:
-  """Returns what is wrong with columns that may be missing, if anything."""
+  """Returns the reason an optional or reference column is invalid, or None."""
   for name in columns.optional:
     if not isinstance(text_files.value(row, name), str | None):
       return f'has something else than text in column {name!r}'
@@ -354,7 +356,7 @@ def _wrong_type(row: Fields, columns: Columns) -> str | None:
 
 
 def _texts(row: Fields, name: str) -> list[str]:
-  """Returns the texts of a column, those that are blank left out."""
+  """Returns the non-blank texts of a column."""
   value = text_files.value(row, name)
   values = value if isinstance(value, list) else [value]
   return [text for text in values if text and text.strip()]
@@ -363,18 +365,18 @@ def _texts(row: Fields, name: str) -> list[str]:
 def _check_parallel_text(
   paths: Sequence[epath.Path], lines: _Lines
 ) -> tuple[list[bool], list[dict[int, str]]]:
-  """Reads two files from end to end.
+  """Reads two parallel files from end to end.
 
   Args:
-    paths: of prompts and of answers.
-    lines: counts the bad ones, or refuses them.
+    paths: path of the prompts, path of the answers.
+    lines: filter that refuses or counts bad lines.
 
   Returns:
-    Whether each pair of lines is used; for each file the lines, by number from
-    0, that TensorFlow would read otherwise.
+    Whether each pair of lines is used; for each file a dict from line numbers,
+    from 0, to the lines that TensorFlow would read differently.
 
   Raises:
-    ValueError: if one file has more lines than the other.
+    ValueError: if the files differ in their number of lines.
   """
   has_mark = [text_files.has_byte_order_mark(path) for path in paths]
   is_good: list[bool] = []
@@ -384,7 +386,7 @@ def _check_parallel_text(
     *(text_files.read_rows(path, columns=('source',)) for path in paths)
   ):
     for side, row in enumerate(rows):
-      # TensorFlow drops every carriage return, and keeps a byte order mark.
+      # TensorFlow drops all carriage returns and keeps a byte order mark.
       if isinstance(row, dict) and (
         '\r' in row['source'] or (has_mark[side] and not num_lines[side])
       ):
@@ -407,7 +409,7 @@ def _read_parallel_text(
   pair: tuple[str, str],
   lines: _Lines,
 ) -> 'tf.data.Dataset':
-  """Streams the columns of two files, checked from end to end first."""
+  """Streams the columns of two parallel files, after a full check of both."""
   from l2s_jax.data import features
   from l2s_jax.data.features import tf
 
@@ -456,7 +458,7 @@ def _resolve_files(
 
   Raises:
     FileNotFoundError: naming the gin key and every missing path.
-    ValueError: if the value is of another form.
+    ValueError: if the value is malformed.
   """
   folder = epath.Path(data_dir or '')
   resolved = []
@@ -486,15 +488,15 @@ def _resolve_files(
 def check_tfds(
   source: 'seqio.TfdsDataSource', split: str, task_name: str
 ) -> None:
-  """Refuses a data set that TFDS has not prepared, without any network.
+  """Refuses a data set that TFDS has not prepared; uses no network.
 
-  Data sets that cannot be told from their files alone (of a community, or
-  with arguments to their builder) are left to TFDS.
+  Data sets that cannot be identified by their files alone (community data sets,
+  builders with arguments) are left to TFDS.
 
   Args:
-    source: of a task; its data directory is where to look.
-    split: whose files must be there.
-    task_name: for the message.
+    source: source of a task, with its data directory.
+    split: split whose files must exist.
+    task_name: name of the task, for the message.
 
   Raises:
     FileNotFoundError: naming the data set, the folder and the command that

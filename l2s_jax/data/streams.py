@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams batches from a SeqIO task or mixture that is bound to a system."""
+"""Streams batches from a bound SeqIO task or mixture."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
   import seqio
   import tensorflow as tf
 
-# Examples, where batches do not say.
+# Number of examples, where it does not follow from the batch size.
 _TOKENIZED_AT_ONCE = 256
 
 
@@ -28,8 +28,8 @@ class StreamedTask:
   """A SeqIO task or mixture as a `bound_tasks.BoundTask`.
 
   Attributes:
-    provider: from `tasks.bind`.
-    bound_as: the name that it was bound by.
+    provider: task or mixture from `tasks.bind`.
+    bound_as: name passed to `tasks.bind`.
   """
 
   provider: 'seqio.Task | seqio.Mixture'
@@ -37,18 +37,18 @@ class StreamedTask:
 
   @property
   def name(self) -> str:
-    """Of the task or mixture."""
+    """Name of the task or mixture."""
     return self.provider.name
 
   def check_data(
     self, split: str, task_feature_lengths: Mapping[str, int]
   ) -> None:
-    """Opens the split's files; reads and checks local ones to their end.
+    """Opens the split's files; reads and validates local ones completely.
 
     Raises:
-      FileNotFoundError: if a data set, a cache or a file is not there.
-      ValueError: for a split that the task does not have, lengths that are off,
-        or what a source or a preprocessor refuses.
+      FileNotFoundError: if a data set, a cache or a file is missing.
+      ValueError: for an unknown split, invalid lengths, or an error of a source
+        or a preprocessor.
     """
     from l2s_jax.data.features import seqio
 
@@ -60,22 +60,24 @@ class StreamedTask:
   def check_evaluable(
     self, split: str, task_feature_lengths: Mapping[str, int]
   ) -> None:
-    """Refuses a split that cannot be read or scored."""
+    """Refuses a split without readable data or without metrics."""
     self.check_data(split, task_feature_lengths)
     self.scored_tasks(split)
 
   def metrics_of(self, split: str) -> dict[str, Sequence[Any]]:
-    """Returns the metrics of each task that has any and the split, by name."""
+    """Returns the metrics of each task with the split, by task name.
+
+    Tasks without metrics are left out.
+    """
     return {
       part.name: part.predict_metric_fns for part in self._with_metrics(split)
     }
 
   def scored_tasks(self, split: str) -> 'list[seqio.Task]':
-    """Returns the tasks that have the split and metrics.
+    """Returns the tasks with both the split and metrics.
 
     Raises:
-      ValueError: if none has, or metrics are of something else than
-        predictions.
+      ValueError: if there are none, or a metric does not take predictions.
     """
     from l2s_jax.data.features import seqio
 
@@ -99,13 +101,13 @@ class StreamedTask:
     return scored
 
   def task_in_order(self, label: str) -> 'seqio.Task':
-    """Returns the task; of a mixture, examples have no order of lines.
+    """Returns the task; refuses a mixture, whose examples have no line order.
 
     Args:
-      label: the setting that names the task, for messages.
+      label: the setting that names the task, for error messages.
 
     Raises:
-      ValueError: if it is a mixture.
+      ValueError: for a mixture.
     """
     parts = getattr(self.provider, 'tasks', None)
     if parts is not None:
@@ -124,12 +126,12 @@ class StreamedTask:
     numbers: Int64[np.ndarray, ' rows'],
     segment_ids: Int32[np.ndarray, 'rows length'],
   ) -> dict[str, np.ndarray]:
-    """Returns nothing: the LLM reads what is streamed."""
+    """Returns an empty dict: the LLM reads streamed prompts itself."""
     del name, split, numbers, segment_ids
     return {}
 
   def data_settings(self) -> dict[str, Any]:
-    """Returns what the training examples depend on, as JSON has it."""
+    """Returns the settings that determine the training examples, for JSON."""
     return tasks.data_settings(self.bound_as)
 
   def train_batches(
@@ -144,7 +146,7 @@ class StreamedTask:
     position: Mapping[str, Any] | None,
     rows: Int64[np.ndarray, ' rows'],
   ) -> 'TaskBatches':
-    """Returns whole batches, which every process makes; see `train_batches`."""
+    """Returns whole batches, made by every process; see `train_batches`."""
     del position, rows
     if jax.process_count() > 1:
       distributed.say_once(
@@ -180,28 +182,29 @@ def bind(
   *,
   label: str | None = None,
 ) -> StreamedTask:
-  """Returns what `tasks.bind` makes of a name, to be streamed."""
+  """Binds a task by name with `tasks.bind`, for streaming."""
   return StreamedTask(
     tasks.bind(name, prompt_vocabulary, answer_vocabulary, label=label), name
   )
 
 
 class TaskBatches(Iterator[batching.Batch]):
-  """Batches of a task, and what was cut in making them.
+  """Iterator over a task's batches, with counts of truncated sequences.
 
-  TensorFlow makes batches ahead; the counts are of those returned so far, from
-  `start_row` on.
+  TensorFlow prefetches batches; the counts cover the batches returned so far,
+  from `start_row` on.
 
   Attributes:
-    num_examples: examples seen, copies that fill up a batch excluded.
-    num_truncated_prompts: of these, how many had a longer prompt.
-    num_truncated_answers: likewise for the answer.
-    close: a function that ends the threads behind the batches, and these.
+    num_examples: number of examples, without the copies that pad a batch.
+    num_truncated_prompts: number of these with a truncated prompt.
+    num_truncated_answers: number of these with a truncated answer.
+    close: function that stops the background threads and ends the iteration.
   """
 
   def __init__(self, batches: Iterator[batching.Batch], batch_size: int):
-    # With a Hugging Face tokenizer TensorFlow's threads run Python, and most
-    # often hang the process if the interpreter ends first; so end them before.
+    # With a Hugging Face tokenizer TensorFlow's threads run Python. They
+    # usually hang the process if the interpreter ends first, so `close` ends
+    # them before.
     self._iterator = [batches]
     self.close = weakref.finalize(self, self._iterator.clear)
     self._batch_size = batch_size
@@ -224,7 +227,7 @@ class TaskBatches(Iterator[batching.Batch]):
     return batching.pad_rows(batch, self._batch_size)
 
   def parts(self) -> Iterator[batching.Part]:
-    """Yields them as parts, with all rows in each."""
+    """Yields the batches as parts with all rows."""
     return map(batching.whole, self)
 
 
@@ -240,36 +243,36 @@ def train_batches(
   start_row: int = 0,
   num_epochs: int | None = None,
 ) -> TaskBatches:
-  """Returns shuffled batches, the same for the same arguments.
+  """Returns shuffled batches; equal arguments give equal batches.
 
-  Each epoch is a fresh order of the whole split (within the task's shuffle
-  buffer); a mixture samples from its tasks instead. Batches cross the ends of
-  epochs, and an incomplete last one is dropped. Randomness in the task's own
-  preprocessors is the same in every epoch, unless it is in a mixture.
+  Each epoch is a new order of the whole split (within the task's shuffle
+  buffer); a mixture samples from its tasks instead. Batches cross epoch
+  boundaries; an incomplete last batch is dropped. Random preprocessors of a
+  task repeat their draws in every epoch, except in a mixture.
 
-  Padding costs as much as what is trained on. There is less of it with `pack`,
-  where a row holds as many examples as fit, or with `length_buckets`, where the
-  examples of a batch are of like length; one that is rare waits until its batch
+  Padding costs as much compute as tokens. Two options reduce it. With `pack`, a
+  row holds as many examples as fit. With `length_buckets`, the examples of a
+  batch have similar lengths; examples of a rare length wait until their batch
   is full.
 
   Args:
-    task: from `tasks.bind`.
-    task_feature_lengths: `inputs` and `targets`, in tokens; longer is cut.
-    batch_size: rows, over all devices.
-    seed: of the order.
-    split: `train`, or another.
-    pack: whether a row holds several examples, for encoder-decoders.
-    length_buckets: as `batching.bucket_lengths` takes them.
-    start_row: how many rows to pass over: those that follow in an uninterrupted
-      run come first, whatever the source and the tokenizer. The first batch
-      waits until all of them have been read and shuffled again, 100,000 short
-      sentences a second on a busy core, and with `pack` or `length_buckets`
-      until they have been tokenized, too.
-    num_epochs: None: without end.
+    task: task or mixture from `tasks.bind`.
+    task_feature_lengths: lengths of `inputs` and `targets`, in tokens. Longer
+      sequences are cut.
+    batch_size: number of rows over all devices.
+    seed: seed of the shuffle order.
+    split: name of the split.
+    pack: whether a row holds several examples; for encoder-decoders.
+    length_buckets: see `batching.bucket_lengths`.
+    start_row: number of rows to skip. The iterator continues exactly as in an
+      uninterrupted run, for any source and tokenizer. Skipped rows are read and
+      shuffled again before the first batch, 100,000 short sentences per second
+      on a busy core; `pack` and `length_buckets` also tokenize them again.
+    num_epochs: number of epochs. None: unlimited.
 
   Raises:
     ValueError: if the split or a length is missing, or the task is not bound;
-      for buckets that are none, or with a `start_row` within a batch.
+      for invalid buckets, or buckets with a `start_row` within a batch.
   """
   from l2s_jax.data import features
   from l2s_jax.data.features import tf
@@ -284,7 +287,7 @@ def train_batches(
     )
 
   def rows(texts: 'tf.data.Dataset', size: int) -> 'tf.data.Dataset':
-    """Returns the rows of examples, of which so many are tokenized at once."""
+    """Returns the rows of examples, tokenized `size` examples at a time."""
 
     def convert(batch: dict[str, Any]) -> dict[str, 'tf.Tensor']:
       batch = features.batch_of_ids(
@@ -292,7 +295,7 @@ def train_batches(
       )
       return converter.convert(batch, task_feature_lengths)
 
-    # Where rows are examples these are the batches: the last one is whole, too.
+    # With one example per row these are the final batches, all of full size.
     are_batches = not (pack or length_buckets)
     return texts.ragged_batch(size, drop_remainder=are_batches).map(
       convert, num_parallel_calls=tf.data.AUTOTUNE
@@ -306,7 +309,7 @@ def train_batches(
   elif pack:
     dataset = rows(texts, packing.WINDOW).unbatch().skip(start_row)
     dataset = dataset.batch(batch_size, drop_remainder=True)
-  else:  # What is passed over is not tokenized.
+  else:  # Skipped examples are not tokenized.
     dataset = rows(texts.skip(start_row), batch_size)
   return TaskBatches(
     dataset.prefetch(tf.data.AUTOTUNE).as_numpy_iterator(), batch_size
@@ -320,11 +323,11 @@ def _shuffled_texts(
   seed: int,
   num_epochs: int | None,
 ) -> 'tf.data.Dataset':
-  """Returns `inputs` and `targets` in the order of training, not yet as ids.
+  """Returns `inputs` and `targets` in training order, before tokenization.
 
-  The order is that of SeqIO's `get_dataset`, whose shuffling does not look at
-  what it shuffles. Where only some tasks of a mixture tokenize amid their other
-  steps, all of them give ids.
+  The order equals that of SeqIO's `get_dataset`, whose shuffling is independent
+  of the content. If only some tasks of a mixture tokenize amid their other
+  steps, all tasks give ids.
   """
   from l2s_jax.data import features
   from l2s_jax.data.features import seqio
@@ -336,7 +339,7 @@ def _shuffled_texts(
     seed=seed,
   )
   if not isinstance(task, seqio.Mixture):
-    # SeqIO's num_epochs repeats before it shuffles, which mixes epochs.
+    # SeqIO's num_epochs repeats before shuffling, which mixes epochs.
     steps = features.steps_before_ids(task)
     return read(task, steps, num_epochs=1).repeat(num_epochs)
   parts = [part for part in task.tasks if split in part.splits]
@@ -361,7 +364,7 @@ def _shuffled(
   seed: int,
   num_epochs: int | None,
 ) -> 'tf.data.Dataset':
-  """Returns what some preprocessors make of a task's examples, shuffled."""
+  """Returns a task's shuffled examples after the given preprocessors."""
   task = task.replace(preprocessors=steps)
   dataset = task.source.get_dataset(split=split, shuffle=True, seed=seed)
   dataset = task.preprocess_precache(dataset, seed=seed).repeat(num_epochs)
@@ -381,7 +384,7 @@ def _shuffled(
 def _batch_by_length(
   rows: 'tf.data.Dataset', buckets: Sequence[tuple[int, int]], batch_size: int
 ) -> 'tf.data.Dataset':
-  """Returns batches of rows that fit the same lengths, cut to these."""
+  """Returns batches of rows from one length bucket, cut to its lengths."""
   from l2s_jax.data.features import tf
 
   def bucket_of(row):
@@ -390,7 +393,7 @@ def _batch_by_length(
       for half in ('encoder', 'decoder')
     ]
     has_room = tf.reduce_all(tf.constant(buckets) >= size, axis=1)
-    return tf.argmax(tf.cast(has_room, tf.int32))  # The first that has.
+    return tf.argmax(tf.cast(has_room, tf.int32))  # The first bucket with room.
 
   def make_batch(bucket, rows):
     lengths = dict(
@@ -419,7 +422,7 @@ def _check_settings(
   split: str,
   task_feature_lengths: Mapping[str, int],
 ) -> None:
-  """Refuses missing data, a missing split, and lengths that are off."""
+  """Refuses missing data, an unknown split, and invalid lengths."""
   from l2s_jax.data.features import seqio
 
   for part in seqio.get_subtasks(task):

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks: what the prompt is, what the answer is, and how answers are scored.
+"""Tasks: definition, registration and binding of SeqIO tasks and mixtures.
 
-A task is text to text and knows no vocabulary. `bind` gives any registered
-SeqIO task or mixture, a user's own included, the two vocabularies of a model:
-(LLM, SLM) for LLM-to-SLM, (LLM, LLM) and (SLM, SLM) for the baselines. Where
-the columns of text come from is in `sources.py`; lengths, padding and batches
-are in `features.py` and `streams.py`. Importing this module, as reading a gin
-file does, does not import TensorFlow.
+A task maps a text prompt to a text answer, with metrics, and has no vocabulary.
+`bind` gives any registered SeqIO task or mixture, including user-defined ones,
+two vocabularies: (LLM, SLM) for LLM-to-SLM, (LLM, LLM) and (SLM, SLM) for the
+baselines. The text columns come from `sources.py`; lengths, padding and batches
+are in `features.py` and `streams.py`. Importing this module, which reading a
+gin file does, does not import TensorFlow.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ _TRANSLATION_METRICS = ('bleu', 'chrf', 'exact_match')
 
 
 class _TfdsTask(NamedTuple):
-  """A task from TFDS, with T5's prefix in its template."""
+  """A TFDS task, with T5's prefix in its template."""
 
   tfds_name: str
   template: str
@@ -46,7 +46,7 @@ class _TfdsTask(NamedTuple):
 def _translation(
   tfds_name: str, language: str, code: str, tokenizer: str = '13a'
 ) -> _TfdsTask:
-  """Returns a task from English to another language, BLEU of its tokens."""
+  """Returns a task of translation from English, with its metrics."""
   template = f'translate English to {language}: {{source}}'
   scored = [
     bleu.Bleu('bleu', tokenizer),
@@ -77,8 +77,8 @@ _TFDS_TASKS = {
 def register() -> None:
   """Adds `cldr`, the WMT tasks and `cnn_dailymail` to SeqIO's registry, once.
 
-  What `seqio_cache_tasks` caches of them is their columns of text, so that one
-  cache serves any template and any vocabulary.
+  `seqio_cache_tasks` caches their text columns, so one cache serves all
+  templates and vocabularies.
   """
   from l2s_jax.data.features import seqio
 
@@ -111,7 +111,7 @@ def register() -> None:
 
 @gin.configurable(module='l2s_jax')
 def local_task(
-  data_files: Any,  # `sources` says what is wrong with it, by its splits.
+  data_files: Any,  # Validated by `sources`.
   *,
   data_dir: str | None = None,
   template: str = '{source}',
@@ -124,44 +124,43 @@ def local_task(
   metrics: Sequence[str] = _TRANSLATION_METRICS,
   name: str = 'local',
 ) -> 'seqio.Task':
-  """Makes a task out of the user's own files.
+  """Makes a task from local files.
 
-  `bind('local', ...)` calls it with what gin binds, and `bind('NAME/local')`
-  with what gin binds in the scope NAME: `NAME/local_task.data_files = ...`.
+  `bind('local', ...)` calls it with its gin bindings, and `bind('NAME/local')`
+  with those of the gin scope NAME: `NAME/local_task.data_files = ...`.
 
-  Parallel text is streamed, after one pass that checks it when its split is
-  first used; files of records are read into memory. File names that end in
-  `.gz` are gzip.
+  Parallel text is streamed, after one full check when its split is first used;
+  record files are read into memory. File names with the ending .gz are gzip.
 
   Args:
-    data_files: for each split its files. A tuple of two is a pair of parallel
-      text files, prompts then answers, line by line; a string is a file
-      `*.jsonl`, `*.ndjson`, `*.json`, `*.tsv`, `*.csv`, `*.parquet` or
-      `*.tfrecord`, as `text_files.py` reads it; a list holds several of either.
-    data_dir: where relative paths start; None: the working directory.
-    template: the prompt. `{source}` stands for the column `source_column`, any
-      other name in braces for the column of that name; braces meant literally
-      are doubled.
-    fallback_template: the prompt of rows that lack text in a column which
-      `template` alone names, as Alpaca's instructions without input do; None:
-      such rows are bad lines.
-    source_column: column of the prompt's text; one within another is written
+    data_files: files of each split. A tuple of two is a pair of parallel text
+      files, prompts then answers, line by line. A string is a file `*.jsonl`,
+      `*.ndjson`, `*.json`, `*.tsv`, `*.csv`, `*.parquet` or `*.tfrecord`; see
+      `text_files.py`. A list holds several of either.
+    data_dir: base folder of relative paths; None: the working directory.
+    template: prompt template. `{source}` stands for the column `source_column`,
+      any other name in braces for the column of that name; literal braces are
+      doubled.
+    fallback_template: template for rows without text in a column of `template`
+      that the fallback lacks, such as Alpaca's instructions without input.
+      None: such rows are bad lines.
+    source_column: column of the prompt's text. A nested column is written
       `translation.en`.
     target_column: column of the answer.
-    reference_columns: columns with a text or a list of texts, if any, that are
-      as good as the answer when one is scored.
-    column_names: of TSV and CSV files whose first line does not name them.
-    bad_lines: 'refuse' them, or 'skip' them, with one line that counts them on
-      standard error. Bad is what is not UTF-8 or not of the file's kind, or
-      has no text where the task needs it.
+    reference_columns: columns with a text or a list of texts, if any: further
+      references for scoring, equal to the answer.
+    column_names: column names of TSV and CSV files without a header line.
+    bad_lines: 'refuse' raises at a bad line; 'skip' drops bad lines and prints
+      their number to standard error. A line is bad if it is not UTF-8, is not
+      of the file's kind, or has no text in a required column.
     metrics: names of metrics in `metrics/metric_fns.py` or of
-      `scores.functions`; their settings are those of `scores`.
-    name: of the task.
+      `scores.functions`; `scores` has their settings.
+    name: name of the task.
 
   Raises:
     FileNotFoundError: if files are missing.
-    ValueError: if a file's kind, the template or a metric is not understood;
-      later, from the dataset, if what a file holds is not.
+    ValueError: for an unknown file kind or metric, or an invalid template;
+      later, from the dataset, for invalid file content.
   """
   prompt = templates.Template(template, source_column)
   fallback = templates.Template(fallback_template or template, source_column)
@@ -197,29 +196,28 @@ def distilled_task(
   gold_splits: bool = True,
   name: str = 'distilled',
 ) -> 'seqio.Task':
-  """Makes a task out of the answers that a teacher wrote (`distill`).
+  """Makes a task from a teacher's answers, the output of `distill`.
 
-  `bind('distilled', ...)` calls it with what gin binds, and
-  `bind('NAME/distilled')` with what gin binds in the scope NAME. The split
-  'train' has the teacher's answers to the prompts of the gold task, and is read
-  into memory; all other splits, how answers are scored and postprocessed are
-  the gold task's own. Which task that is, the folder says; its settings must be
-  those that it had when it was distilled.
+  `bind('distilled', ...)` calls it with its gin bindings, and
+  `bind('NAME/distilled')` with those of the gin scope NAME. The gold task is
+  the distilled task with its original answers; the folder's manifest names it.
+  Its settings must equal those at distillation. The split 'train' pairs its
+  prompts with the teacher's answers, and is read into memory. The other splits,
+  the metrics and the postprocessing are the gold task's.
 
   Args:
-    distill_dir: the folder.
-    answers: 'best', 'each' or 'drawn': which of several answers to a prompt
-      become examples; see `distilled.examples`.
-    unended: 'drop' answers that did not end within the teacher's token limit,
-      or 'keep' them.
-    gold_splits: whether the task has the gold task's other splits; False beside
-      the gold task in a mixture, which would be scored twice.
-    name: of the task.
+    distill_dir: folder of distilled answers.
+    answers: 'best', 'each' or 'drawn': selection among several answers to a
+      prompt; see `distilled.examples`.
+    unended: 'drop' or 'keep' answers cut by the teacher's token limit.
+    gold_splits: whether the task has the gold task's other splits. False for a
+      mixture with the gold task, whose splits would be scored twice.
+    name: name of the task.
 
   Raises:
-    FileNotFoundError: if there is no complete folder.
-    ValueError: if it has answers to other prompts than the gold task's, or a
-      setting is off.
+    FileNotFoundError: if the folder is missing or incomplete.
+    ValueError: if it has answers to prompts other than the gold task's, or a
+      setting is invalid.
   """
   folder = distilled.open_folder(distill_dir)
   folder.check_task(data_settings(folder.task))
@@ -240,13 +238,13 @@ def distilled_task(
 
 
 def distilled_settings(name: str) -> dict[str, Any]:
-  """Returns what the training examples of distilled answers depend on.
+  """Returns the settings that determine distilled training examples.
 
   Args:
-    name: 'distilled', or that with a gin scope before it.
+    name: 'distilled', optionally with a gin scope before it.
 
   Raises:
-    FileNotFoundError: if there is no complete folder.
+    FileNotFoundError: if the folder is missing or incomplete.
   """
   bound = bound_settings(distilled_task, name)
   folder = distilled.open_folder(bound['distill_dir'])
@@ -262,19 +260,20 @@ def distilled_settings(name: str) -> dict[str, Any]:
 def mixture(
   tasks: Mapping[str, float | str], name: str = 'mixture'
 ) -> 'seqio.Mixture':
-  """Makes a mixture out of tasks by name.
+  """Makes a mixture of tasks by name.
 
-  `bind('mixture', ...)` calls it with what gin binds. Each example is drawn
-  from a task with the probability of its rate in the sum of all rates.
+  `bind('mixture', ...)` calls it with its gin bindings. Each example is sampled
+  from a task with probability rate / (sum of all rates).
 
   Args:
-    tasks: the rate of each task: a number, or 'proportional' for its number of
-      training examples. The names are those that `bind` takes: SeqIO's tasks
-      and mixtures, `local`, `distilled`, and these with a gin scope.
-    name: of the mixture.
+    tasks: rate of each task: a number, or 'proportional' for its number of
+      training examples. The names are those of `bind`: SeqIO tasks and
+      mixtures, `local`, `distilled`, and these with a gin scope.
+    name: name of the mixture.
 
   Raises:
-    ValueError: if there are no tasks, two of one name, or a rate is neither.
+    ValueError: if there are no tasks, two have the same name, or a rate is
+      invalid.
   """
   from l2s_jax.data.features import seqio
 
@@ -306,14 +305,14 @@ def mixture(
 @gin.configurable('tfds', module='l2s_jax')
 @dataclasses.dataclass(frozen=True)
 class TfdsConfig:
-  """How tasks from TFDS are read; in a gin scope, the task of that name.
+  """Configuration of TFDS tasks; in a gin scope, of the task with its name.
 
   Attributes:
-    data_dir: the folder with TFDS data sets; None: TFDS's own default.
-    template: the prompt of this module's TFDS tasks, with `{source}` or the
-      data set's columns in braces; None: each one's own, with T5's prefix.
-    download: whether a data set that is not there is downloaded and prepared,
-      which takes from minutes to days; otherwise it is refused.
+    data_dir: folder of TFDS data sets; None: TFDS's default.
+    template: prompt template of this module's TFDS tasks, with `{source}` or
+      the data set's columns in braces; None: the task's own, with T5's prefix.
+    download: whether to download and prepare a missing data set, which takes
+      minutes to days. False refuses it.
   """
 
   data_dir: str | None = None
@@ -324,11 +323,12 @@ class TfdsConfig:
 @gin.configurable('cached_tasks', module='l2s_jax')
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
-  """Whether tasks are read from what `seqio_cache_tasks` wrote of them.
+  """Configuration of reading tasks from `seqio_cache_tasks` caches.
 
   Attributes:
-    use: reads every task that has a CacheDatasetPlaceholder from its cache.
-    cache_dirs: folders that hold caches, searched before those registered by
+    use: whether to read every task with a CacheDatasetPlaceholder from its
+      cache.
+    cache_dirs: folders of caches, searched before those registered by
       `seqio.add_global_cache_dirs`.
   """
 
@@ -343,27 +343,27 @@ def bind(
   *,
   label: str | None = None,
 ) -> 'seqio.Task | seqio.Mixture':
-  """Returns a task or mixture that speaks the given vocabularies.
+  """Binds a task or mixture to the given vocabularies.
 
   Source, preprocessors, postprocessing and metrics are the registered task's;
-  of a cached task, source and preprocessors are those after the cache. The
-  result has its name and is not registered. EOS is appended before trimming,
-  whatever the task did, so that a truncated sequence has none and can be
-  counted; the raw answer stays beside the ids as `targets_pretokenized`.
+  for a cached task, source and preprocessors are those after the cache. The
+  result has the task's name and is not registered. EOS is appended before
+  trimming, whatever the task did, so a truncated sequence has none and can be
+  counted; the raw answer is kept as `targets_pretokenized`.
 
-  No data are read yet; `StreamedTask.check_data` looks for them.
+  No data are read; `StreamedTask.check_data` checks for them.
 
   Args:
-    name: of a SeqIO task or mixture, `local`, `distilled`, `mixture`, or one of
+    name: a SeqIO task or mixture, `local`, `distilled`, `mixture`, or one of
       these with a gin scope before it, such as `news/local`.
-    prompt_vocabulary: for `inputs`.
-    answer_vocabulary: for `targets`.
-    label: the setting that has the name, for messages; None:
+    prompt_vocabulary: vocabulary of `inputs`.
+    answer_vocabulary: vocabulary of `targets`.
+    label: the setting that holds the name, for error messages. None:
       MIXTURE_OR_TASK_NAME.
 
   Raises:
-    ValueError: if there is no such name, a task has no `inputs` or no
-      `targets`, or must be cached and is not to be read from a cache.
+    ValueError: if the name is unknown, a task lacks `inputs` or `targets`, or a
+      task requires a cache that is not enabled.
   """
   from l2s_jax.data import features
   from l2s_jax.data.features import seqio
@@ -372,7 +372,7 @@ def bind(
     prompt_vocabulary, answer_vocabulary
   )
 
-  @functools.cache  # Two mixtures may share a task, which must stay one task.
+  @functools.cache  # Mixtures may share a task, which must stay one object.
   def bind_provider(
     provider: 'seqio.Task | seqio.Mixture',
   ) -> 'seqio.Task | seqio.Mixture':
@@ -394,7 +394,7 @@ def bind(
 def _bind_task(
   task: 'seqio.Task', output_features: Mapping[str, 'seqio.Feature']
 ) -> 'seqio.Task':
-  """Returns a task that ends with the ids of the given vocabularies."""
+  """Returns the task with ids of the given vocabularies as its last step."""
   from l2s_jax.data import features
 
   missing = output_features.keys() - task.output_features.keys()
@@ -415,21 +415,21 @@ def _bind_task(
 
 
 def _with_settings(task: 'seqio.Task') -> 'seqio.Task':
-  """Returns a task whose metrics have the settings that gin has for it."""
+  """Returns the task with gin's settings for its metrics."""
   from l2s_jax.data.features import seqio
 
   if task.name not in seqio.TaskRegistry.names():
-    return task  # It was just made, with these.
+    return task  # Made by this config, with its settings.
   settings = score_settings(task.name)
   return task.replace(metric_fns=settings.of_task(task.metric_fns))
 
 
 def _read_texts(task: 'seqio.Task', split: str) -> 'tf.data.Dataset':
-  """Returns a split of a task that is not bound, in order, as text.
+  """Returns a split of an unbound task as text, in source order.
 
   Raises:
-    FileNotFoundError: if its data are not there.
-    ValueError: if it has ids of another tokenizer.
+    FileNotFoundError: if its data are missing.
+    ValueError: if the task gives ids, not text.
   """
   from l2s_jax.data import features
   from l2s_jax.data.features import tf
@@ -451,11 +451,11 @@ def _read_texts(task: 'seqio.Task', split: str) -> 'tf.data.Dataset':
 
 
 def data_settings(name: str) -> dict[str, Any]:
-  """Returns what a task's training examples depend on, as JSON has it.
+  """Returns the settings that determine a task's training examples, for JSON.
 
-  Local files stand here with a hash of their contents, not with their names.
-  How answers are scored is left out. Two runs with the same, and with the same
-  seed and lengths, see the same examples in the same order.
+  Local files are represented by a hash of their contents, not by name. Scoring
+  settings are left out. Two runs with equal settings, seed and lengths see the
+  same examples in the same order.
 
   Args:
     name: as for `bind`.
@@ -486,10 +486,11 @@ def data_settings(name: str) -> dict[str, Any]:
 
 
 def check_data(task: 'seqio.Task', split: str) -> None:
-  """Refuses a TFDS task whose data are not there, without any network.
+  """Refuses a TFDS task with missing data; uses no network.
 
   Raises:
-    FileNotFoundError: saying what was looked for where, and how to get it.
+    FileNotFoundError: naming the data set, the folder and the command that
+      prepares it.
   """
   from l2s_jax.data.features import seqio
 
@@ -499,10 +500,10 @@ def check_data(task: 'seqio.Task', split: str) -> None:
 
 
 def score_settings(name: str) -> scores.Scores:
-  """Returns how gin wants a task to be scored.
+  """Returns gin's scoring settings for a task.
 
   Args:
-    name: of the task, which is a scope of gin where it can be one.
+    name: name of the task, used as a gin scope where it is a valid one.
   """
   scope = name.replace('/', '_').replace('.', '_').isidentifier()
   with gin.config_scope(name if scope else None):
@@ -510,7 +511,7 @@ def score_settings(name: str) -> scores.Scores:
 
 
 def metric_names(task: 'seqio.Task') -> list[str]:
-  """Returns the names of a task's metrics, those that have any."""
+  """Returns the names of a task's metrics, for metrics with a name."""
   return [
     function.name
     for function in task.metric_fns
@@ -521,14 +522,14 @@ def metric_names(task: 'seqio.Task') -> list[str]:
 def metrics_of_cached(
   name: str, names: Sequence[str]
 ) -> list[metric_fns_lib.MetricFn]:
-  """Returns the metrics of a task that was cached, with gin's settings.
+  """Returns the metrics of a cached task, with gin's settings.
 
-  Those of a registered task are its own. A user's is registered by a module
-  that has imported SeqIO, which is not imported to look for it.
+  A registered task has its own metrics. User-defined tasks are registered by
+  modules that import SeqIO; the registry is searched only if SeqIO is imported.
 
   Args:
-    name: of the task.
-    names: of the metrics that it was cached with.
+    name: name of the task.
+    names: metric names stored in the cache.
   """
   settings = score_settings(name)
   if name in _TFDS_TASKS:
@@ -546,11 +547,11 @@ def metrics_of_cached(
 def bound_settings(
   configurable: Callable[..., Any], name: str
 ) -> dict[str, Any]:
-  """Returns the arguments of what makes a task, defaults included.
+  """Returns the arguments of a task's constructor, defaults included.
 
   Args:
-    configurable: such as `local_task`.
-    name: of the task, such as 'news/local'.
+    configurable: constructor such as `local_task`.
+    name: name of the task, such as 'news/local'.
   """
   with gin.config_scope(name.rpartition('/')[0] or None):
     bound = gin.get_bindings(configurable)
@@ -559,12 +560,13 @@ def bound_settings(
 
 
 def tfds_config(task_name: str) -> TfdsConfig:
+  """Returns the TFDS configuration of a task."""
   with gin.config_scope(task_name):
     return TfdsConfig()
 
 
 def _set_up_tfds(task: 'seqio.Task') -> 'seqio.Task':
-  """Returns a task with the data folder and template that gin has for it."""
+  """Returns the task with gin's data folder and template for it."""
   from l2s_jax.data.features import seqio
 
   if not isinstance(task.source, seqio.TfdsDataSource):
@@ -582,10 +584,10 @@ def _set_up_tfds(task: 'seqio.Task') -> 'seqio.Task':
 
 
 def _read_from_cache(task: 'seqio.Task', config: CacheConfig) -> 'seqio.Task':
-  """Returns a task that begins at its cache, if it is to be read from one.
+  """Returns the task with its cache as source, if caches are enabled.
 
   Raises:
-    ValueError: if it is not, and must be.
+    ValueError: if caches are disabled and the task requires one.
   """
   from l2s_jax.data import features
   from l2s_jax.data.features import seqio
@@ -616,7 +618,7 @@ def _read_from_cache(task: 'seqio.Task', config: CacheConfig) -> 'seqio.Task':
 
 
 def _num_train_examples(task: 'seqio.Task') -> float:
-  """Returns the rate of a task that is mixed in proportion to its size."""
+  """Returns the number of training examples, a proportional mixture rate."""
   check_data(task, 'train')
   number = task.num_input_examples('train')
   if number is None:
@@ -636,7 +638,7 @@ def _find(name: str, label: str | None = None) -> 'seqio.Task | seqio.Mixture':
   registered = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
   if name in registered:
     return seqio.get_mixture_or_task(name)
-  # Not registered: what they are comes with the config.
+  # These are made from the config and not registered.
   made = {
     'local': local_task,
     'distilled': distilled_task,
@@ -670,7 +672,7 @@ def _make_task(
   *,
   postprocess_fn: Callable[..., Any] | None = None,
 ) -> 'seqio.Task':
-  """Returns a task that stops at text; `bind` adds the tokens."""
+  """Returns a text-to-text task; `bind` adds tokenization."""
   from l2s_jax.data.features import seqio, tf
 
   text = seqio.Feature(
@@ -692,7 +694,7 @@ def _tfds_preprocessors(
   from l2s_jax.data.features import seqio
 
   prompt = templates.Template(template, task.source_column)
-  # The template comes after the cache, which then serves any.
+  # The template comes after the cache, so one cache serves all templates.
   return [
     seqio.CacheDatasetPlaceholder(),
     templates.text_to_text(prompt, prompt, task.target_column),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Templates: the prompt as text with columns in braces, and its answers.
+"""Prompt templates: text with columns in braces.
 
 Importing this module does not import TensorFlow.
 """
@@ -16,7 +16,7 @@ class Template:
   """A prompt with columns in braces, such as 'summarize: {source}'.
 
   Attributes:
-    columns: those that it names, in order.
+    columns: names of its columns, in order.
   """
 
   def __init__(
@@ -26,18 +26,18 @@ class Template:
     *,
     placeholder: str = 'source',
   ):
-    """Parses it.
+    """Parses the template.
 
     Args:
       text: `{source}` stands for the source column, any other name in braces
         for the column of that name; a literal brace is doubled.
-      source_column: the column that `{source}` stands for.
-      placeholder: another name than `source` for it.
+      source_column: name of the column for `{source}`.
+      placeholder: name in braces for the source column, instead of `source`.
 
     Raises:
-      ValueError: if it names no column, or something else is in braces.
+      ValueError: if it names no column, or anything but a name is in braces.
     """
-    # Literal text, and the column that follows it, if any.
+    # Pairs of literal text and the column after it, or None.
     self._parts: list[tuple[str, str | None]] = []
     try:
       for literal, name, spec, conversion in string.Formatter().parse(text):
@@ -55,14 +55,14 @@ class Template:
       ) from error
 
   def fill_text(self, row: Mapping[str, str]) -> str:
-    """Returns the prompt of a row that has text in all `columns`."""
+    """Returns the prompt of a row with text in all `columns`."""
     return ''.join(
       literal + (row[column] if column else '')
       for literal, column in self._parts
     )
 
   def fill(self, example: Mapping[str, 'tf.Tensor']) -> 'tf.Tensor':
-    """Returns the prompt of an example, or of several, in `tf.data`."""
+    """Returns the prompt of one or several examples, in `tf.data`."""
     from l2s_jax.data.features import tf
 
     return tf.strings.join(
@@ -79,14 +79,14 @@ def text_to_text(
 ) -> Callable[..., Any]:
   """Returns a SeqIO preprocessor from columns to `inputs` and `targets`.
 
-  A column `references` is passed on. Many examples are filled at a time: a call
-  for each takes twenty times as long. The attribute `gives_one_for_one` says
-  that the n-th example is made of the n-th row alone.
+  A column `references` is kept. Examples are mapped in batches: one call per
+  example takes twenty times as long. The attribute `gives_one_for_one` marks
+  that output n depends on input n alone.
 
   Args:
-    template: of the prompt.
-    fallback: for rows that lack text in a column which `template` alone names;
-      the same template where there is no such column.
+    template: template of the prompt.
+    fallback: template for rows without text in a column of `template` that
+      `fallback` lacks; the same template if there is no such column.
     target_column: column of the answer.
   """
   optional = sorted(set(template.columns) - set(fallback.columns))
@@ -132,7 +132,7 @@ def with_references(
   example: Mapping[str, Any] | None = None,
   is_target: bool = False,
 ) -> str | list[str]:
-  """Returns a target with the references beside it; a prediction as it is.
+  """Returns a target together with its references; a prediction unchanged.
 
   A SeqIO `postprocess_fn`.
   """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads rows of users' files: text, JSONL, TSV, CSV, and `record_files.py`'s.
+"""Reads rows of user files: text, JSONL, TSV, CSV, and `record_files.py` kinds.
 
-A line that cannot be used is named and handed on, for the caller to refuse or
-to count; the lines after it are read. What breaks a whole file raises. No
-TensorFlow, and memory for one record (but a .json file is held whole).
+An unusable line is yielded as a `BadLine`, which the caller refuses or counts;
+reading continues after it. Defects of the whole file raise. No TensorFlow is
+needed, and memory for one record at a time (.json files are read whole).
 """
 
 import csv
@@ -20,18 +20,19 @@ from l2s_jax.data.record_files import Fields
 
 kind = input_files.kind
 _BYTE_ORDER_MARK = b'\xef\xbb\xbf'
-# What a byte that is not UTF-8 becomes under errors='surrogateescape'.
+# Longer names in a first line suggest data instead of a header.
 _LONGEST_COLUMN_NAME = 30
+# Bytes that are not UTF-8, decoded with errors='surrogateescape'.
 _ESCAPED_BYTE = re.compile('[\udc80-\udcff]')
 
 
 class BadLine(NamedTuple):
-  """A line that cannot be used.
+  """An unusable line.
 
   Attributes:
-    path: of the file.
-    number: of the line, from 1; of a record of several lines, the first.
-    reason: a predicate, such as 'is empty'; holds no text of the line.
+    path: path of the file.
+    number: line number, from 1; the first line of a multi-line record.
+    reason: predicate such as 'is empty', without text from the line.
   """
 
   path: str
@@ -49,35 +50,35 @@ def read_rows(
   column_names: Sequence[str] | None = None,
   problem: Callable[[Fields], str | None] = lambda row: None,
 ) -> Iterator[Fields | BadLine]:
-  r"""Yields what each line holds, in order; a blank line is a bad one.
+  """Yields the row of each line, in order; a blank line is a `BadLine`.
 
-  The kind of file follows its name, in small letters or capitals, less `.gz`:
+  The kind of file follows from its ending, case-insensitively and without .gz:
 
-      *.jsonl, *.ndjson  an object a line, with text in each of `columns`
+      *.jsonl, *.ndjson  one object per line, with text in each of `columns`
       *.json             a list of objects, or of texts: the column `source`
-      *.tsv              fields between tabs, no quotes; the first line names
-                         them
-      *.csv              RFC 4180, where a quoted field may span lines; likewise
+      *.tsv              tab-separated fields without quotes, after a header
+                         line
+      *.csv              RFC 4180, after a header line; quoted fields may span
+                         lines
       *.parquet          rows
-      *.tfrecord         examples, of which features are the columns
-      others             the line, as the one column `source`
+      *.tfrecord         `tf.train.Example` records; features are the columns
+      others             plain text: each line is the column `source`
 
-  What a line is, `decode_line` says; a column may be within another, as
-  `value` says.
+  See `decode_line` for line ends, and `value` for nested columns.
 
   Args:
-    path: `*.gz` is gzip.
-    columns: must be there and hold text that is not blank; all others are kept
-      as they are. None asks for nothing; a blank line of plain text is then
-      a row.
-    column_names: of TSV and CSV without a line that names them, or one name for
-      the lines of plain text and the texts of a JSON list.
-    problem: says what else is wrong with a row, as a `BadLine` does.
+    path: path of the file; `*.gz` is gzip.
+    columns: columns that must have non-blank text; all other columns are kept
+      as they are. None: no column is required, and a blank line of plain text
+      is a row.
+    column_names: column names of TSV and CSV files without a header line, or
+      one name for the lines of plain text and the texts of a JSON list.
+    problem: further check of a row; returns a `BadLine.reason` or None.
 
   Raises:
     FileNotFoundError: at the first row, if there is no such file.
-    ValueError: naming the file, if it is not of its kind, not whole, has no
-      column names or not those of `columns`, or ends inside a quoted field.
+    ValueError: naming the file, if it is not of its kind, is damaged, has no
+      header, lacks one of `columns`, or ends inside a quoted field.
   """
   required = tuple(columns or ())
   rows: Iterator[tuple[int, Fields | str]]
@@ -121,22 +122,24 @@ def read_lines(path: epath.Path) -> Iterator[str]:
 
 
 def has_byte_order_mark(path: epath.Path) -> bool:
-  """Returns whether a text file, plain or .gz, begins with one."""
+  """Returns whether a text file, plain or .gz, has a byte order mark."""
   with input_files.open_bytes(path) as file:
     return file.read(len(_BYTE_ORDER_MARK)) == _BYTE_ORDER_MARK
 
 
 def decode_line(line: bytes, number: int) -> tuple[str, str]:
-  r"""Returns the text of a line, and what is wrong with it, if anything.
+  r"""Decodes a line; returns its text, and the reason if it is unusable.
 
-  This is what a line is, wherever it comes from: it ends at \n, one \r before
-  that belongs to its end, and any other \r, form feed or separator to its text;
-  a byte order mark before the first line is dropped, one elsewhere is text. Of
-  a bad line there is no text.
+  The text of an unusable line, and the reason of a usable one, are ''.
+
+  The definition of a line for all sources: it ends at \n. One \r before that
+  belongs to the line end; any other \r, form feed or separator belongs to the
+  text. A byte order mark is dropped at the start of the first line, and is text
+  elsewhere.
 
   Args:
-    line: its bytes, with what ends it.
-    number: from 1.
+    line: bytes of the line, with its line end.
+    number: line number, from 1.
   """
   if number == 1:
     line = line.removeprefix(_BYTE_ORDER_MARK)
@@ -149,11 +152,11 @@ def decode_line(line: bytes, number: int) -> tuple[str, str]:
 
 
 def value(row: Fields, column: str, default: Any = None) -> Any:
-  """Returns what a row has in a column, or in a column within columns.
+  """Returns a row's value in a column or a nested column.
 
-  Of `translation.en` that is the column of this very name, if there is one,
-  else `en` of the object in `translation`; a number is a place in a list, from
-  0, as in `turns.0.text`.
+  `translation.en` is the column of this very name, if there is one, else `en`
+  of the object in `translation`. A number is a list index from 0, as in
+  `turns.0.text`.
   """
   found = _find(row, column)
   return default if found is _MISSING else found
@@ -179,13 +182,13 @@ def _find(node: Any, name: str) -> Any:
 
 
 def _lines(path: epath.Path) -> Iterator[bytes]:
-  """Yields lines with what ends them."""
+  """Yields lines with their line ends."""
   with input_files.open_bytes(path) as lines:
     yield from lines
 
 
 def _lacking_text(row: Fields, required: Sequence[str]) -> str | None:
-  """Returns what is wrong with the columns that must hold text, if anything."""
+  """Returns the reason a required column has no text, or None."""
   for column in required:
     found = value(row, column, _MISSING)
     if isinstance(found, str) and found.strip():
@@ -218,7 +221,7 @@ def _objects(path: epath.Path) -> Iterator[tuple[int, Fields | str]]:
 
 
 def _parse_object(text: str) -> Fields | str:
-  """Returns a line's JSON object, or what is wrong with it."""
+  """Parses a line's JSON object, or returns the reason it is invalid."""
   if not text.strip():
     return 'is empty'
   try:
@@ -243,7 +246,7 @@ def _tsv_records(path: epath.Path) -> Iterator[tuple[int, list[str] | str]]:
 
 
 def _csv_records(path: epath.Path) -> Iterator[tuple[int, list[str] | str]]:
-  # Else a field of more than 128 KiB, a long document, is an error.
+  # The default limit refuses fields above 128 KiB, such as long documents.
   csv.field_size_limit(sys.maxsize)
   has_ended = False
 
@@ -284,7 +287,7 @@ def _table(
   names: Sequence[str] | None,
   required: Sequence[str],
 ) -> Iterator[tuple[int, Fields | str]]:
-  """Yields rows by the column names given or, without, in the first record."""
+  """Yields rows by the given column names, or by those of the first record."""
   if names is None:
     _, names = next(records, (1, 'is empty'))
     if isinstance(names, str):
@@ -319,7 +322,7 @@ def _check_columns(
 ) -> None:
   missing = [column for column in required if column not in names]
   if missing:
-    # A first line that is no header is data, which no message shows.
+    # Long texts are data instead of a header; messages do not show data.
     is_header = all(len(name) <= _LONGEST_COLUMN_NAME for name in names)
     found = ', '.join(names) if is_header else f'{len(names)} long texts'
     raise ValueError(

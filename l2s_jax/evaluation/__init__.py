@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores, loss and controls of the steps of a run.
+"""Evaluation of checkpoints: metrics, loss, controls and reports.
 
-`scoring.Evaluator` evaluates parameters with SeqIO's Evaluator, in training
-and afterwards, `controls` makes what the SLM gets in the place of the LLM's
-states; `evaluate` is the verb. The verb `report` (`report_command`) sets runs
-side by side. `report` has the tables and plots of both, `metric_writer` the
-logs.
+`scoring.Evaluator` evaluates parameters with SeqIO's Evaluator, during and
+after training. `controls` replaces the LLM's states for control experiments.
+The verb `evaluate` evaluates checkpoints; the verb `report` (`report_command`)
+compares runs. `report` makes tables and plots for both; `metric_writer` writes
+metric logs.
 """
 
 # The modules that other packages may import.

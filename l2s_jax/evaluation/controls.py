@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the SLM may get in the place of the LLM's states of its prompt.
+"""Control experiments: replacing the LLM's states of the prompt.
 
     none       Z of the prompt: no control
     zero       Z = 0
     other      Z of another prompt
-    untrained  Z of the states of an encoder of the same shape, its weights
-               random
-    layer_0    Z of the LLM's input embeddings, as its first layer reads them
+    untrained  Z from a randomly initialized encoder of the LLM's shape
+    layer_0    Z from the LLM's input embeddings
 
-The first three are keys that batches have or have not. Of the last two the
-states are made here and stand in the batch as a cache's do
-(`models/stored_states.py`); the prompt embeddings that `add` takes stay those
-of the prompt.
+Z is the projector's output. The first three controls are batch keys. For the
+last two, this module computes the states and adds them to the batch under the
+keys of cached states (`models/stored_states.py`). The prompt embeddings used by
+injection `add` stay those of the prompt.
 """
 
 import functools
@@ -28,18 +27,18 @@ from l2s_jax.systems import system as system_lib
 PyTree = Any
 
 CONTROLS = tuple(report.CONTROLS)
-# Those for which the LLM must be there.
+# Controls that run the LLM.
 READING = ('untrained', 'layer_0')
 
-# No run begins with it by chance: the LLM may be the untrained encoder of its
-# own first step.
+# A seed that no run uses by chance; with a run's own seed, the untrained
+# encoder could be the initial LLM of that run.
 _UNTRAINED_SEED = 240216844
 
 ReadStates = Callable[[Mapping[str, jax.Array]], dict[str, jax.Array]]
 
 
 class ControlStates:
-  """Makes the states of `READING`; a function of each is compiled once."""
+  """Computes the states of the controls `READING`, each compiled once."""
 
   def __init__(self, system: system_lib.System):
     self._system = system
@@ -59,12 +58,13 @@ class ControlStates:
     }
 
   def reader(self, params: PyTree, control: str) -> ReadStates | None:
-    """Returns what makes the keys of states for a batch on the devices.
+    """Returns a function that computes the LLM states for a control.
 
-    None if a control has no states of its own.
+    It maps a batch on device to the batch keys of the states. Returns None for
+    a control without states of its own.
 
     Args:
-      params: all of the system's.
+      params: all parameters of the system.
       control: one of `CONTROLS`.
     """
     if control not in READING:
@@ -81,11 +81,11 @@ def _is_of_llm(path: str) -> bool:
 
 
 def untrained_llm(system: system_lib.System, trained: PyTree) -> PyTree:
-  """Returns random parameters of an LLM, always the same, where its own are.
+  """Returns randomly initialized LLM parameters, from a fixed seed.
 
   Args:
-    system: with an LLM.
-    trained: its parameters, for shapes, types and shardings.
+    system: a system with an LLM.
+    trained: the trained LLM parameters, for shapes, dtypes and shardings.
   """
 
   def make(key: jax.Array) -> PyTree:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `evaluate`: scores of a run's checkpoints on a SeqIO task.
+"""The verb `evaluate`: metrics of a run's checkpoints on a SeqIO task.
 
-Metrics, predictions and curves go to `eval/`; `scoring.py` scores.
+Metrics, predictions and plots are written to `eval/`. `scoring.py` computes the
+metrics.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import run_format, saved_steps
 
-# What a metrics file has beside the numbers of an evaluation.
+# Keys of a metrics file that hold no numbers.
 _NO_NUMBERS = ('settings', 'signatures', 'by_length')
 
 
@@ -53,42 +54,46 @@ def evaluate(
   *,
   dry_run: bool = False,
 ) -> dict[int, dict[str, dict[str, float]]]:
-  """Evaluates one checkpoint of a run, or several, or a model as it came.
+  """Evaluates checkpoints of a run, or a pretrained model.
 
-  Each evaluation is added to `eval/metrics-<task>-<split>.json` as it is done;
-  `eval/config-<task>-<split>.gin` has what gin has given the last of them.
-  From all that are there come a table, `eval/curves-<task>-<split>.png`, and
-  TensorBoard's logs in `eval/tensorboard`.
+  Each result is added to `eval/metrics-<task>-<split>.json`. All results in
+  that file are summarized in a printed table, in
+  `eval/curves-<task>-<split>.png`, and as TensorBoard logs in
+  `eval/tensorboard`. `eval/config-<task>-<split>.gin` is the operative config
+  of the last evaluation.
 
   Args:
-    checkpoint_path: the run's folder (MODEL_DIR of its training); or a Hugging
-      Face or converted folder, a checkpoint of T5X, a GGUF file, or a name on
-      the Hub.
+    checkpoint_path: a run's folder (MODEL_DIR of its training); or a Hugging
+      Face or converted folder, a T5X checkpoint, a GGUF file, or the name of a
+      model on the Hugging Face Hub.
     mixture_or_task_name: SeqIO task or mixture.
-    task_feature_lengths: tokens of 'inputs' and 'targets'.
-    batch_size: examples a batch, over all devices.
-    steps: a checkpoint's step or a tuple of them, 'all', 'best' (the one that
-      training chose by BEST_METRIC), or None for the newest.
-    split: of the task.
-    num_examples: the first so many; None takes all.
+    task_feature_lengths: maximum tokens of 'inputs' and 'targets'.
+    batch_size: global batch size.
+    steps: a checkpoint step, a tuple of steps, 'all', 'best' (chosen in
+      training by BEST_METRIC), or None for the newest.
+    split: split of the task.
+    num_examples: number of examples, from the start of the split; None takes
+      all.
     controls: any of 'none', 'zero', 'other', 'untrained', 'layer_0': Z of the
-      prompt, Z = 0, Z of another prompt, Z of an encoder with random weights,
-      Z of the LLM's input embeddings.
-    length_bins: words of the longest reference in each bin but the last, such
-      as (10, 20, 40), to score answers by length, too; () for none.
-    max_decode_len: tokens an answer at most; None: that of 'targets'.
-    num_bootstrap_samples: for 95 % confidence intervals; 0 for none.
-    output_dir: where predictions and metrics go; None: the run's folder. A
-      model as it came needs one.
-    llm_path: where the LLM's weights are, if not where the run says.
-    vocabulary: tokenizer of a model as it came that brings none.
-    extra_ids: sentinels that T5 adds behind its SentencePiece model.
+      prompt, Z = 0, Z of another prompt, Z from an encoder with random weights,
+      Z from the LLM's input embeddings.
+    length_bins: upper bounds, in words of the reference, of all bins but the
+      last, such as (10, 20, 40), for metrics by reference length; () for none.
+    max_decode_len: maximum tokens of an answer; None takes the length of
+      'targets'.
+    num_bootstrap_samples: bootstrap samples for 95 % confidence intervals; 0
+      for no intervals.
+    output_dir: output folder of predictions and metrics; None takes the run's
+      folder. Required for a pretrained model.
+    llm_path: location of the LLM's weights, if they were moved.
+    vocabulary: tokenizer of a pretrained model that has none.
+    extra_ids: sentinel ids that T5 adds to its SentencePiece model.
     mesh: device mesh and axis rules.
-    decoding: how answers are written; None is greedy.
+    decoding: decoding strategy; None is greedy.
     dry_run: prints sizes and shardings, and stops.
 
   Returns:
-    Scores by step and control.
+    Metrics by step and control.
   """
   gin_config.check_lengths(task_feature_lengths)
   scored = _Scored(
@@ -121,10 +126,10 @@ def evaluate(
     batch_sizes={'BATCH_SIZE': batch_size},
   )
   task = session_lib.bind_task(session.system, mixture_or_task_name)
-  if not dry_run:  # Which needs no data.
+  if not dry_run:  # a dry run needs no data
     task.check_evaluable(split, scored.lengths)
   _check_controls(controls, session.system)
-  # The run may go on, and save, at this moment.
+  # All processes use one choice: a running training may save at this moment.
   chosen = distributed.from_first(_choose_steps(checkpoint_path, steps))
   if dry_run:
     print(session.describe())
@@ -145,17 +150,17 @@ def evaluate(
 
 @dataclasses.dataclass(frozen=True)
 class _Scored:
-  """What is scored, and how.
+  """Settings of an evaluation that do not depend on the model.
 
   Attributes:
-    task_feature_lengths: tokens of 'inputs' and 'targets'.
-    split: of the task.
-    batch_size: examples a batch, over all devices.
-    num_examples: the first so many; None takes all.
-    max_decode_len: tokens an answer at most.
-    decoding: how answers are written.
-    num_bootstrap_samples: for confidence intervals; 0 for none.
-    length_bins: words of the longest reference in each bin but the last.
+    task_feature_lengths: maximum tokens of 'inputs' and 'targets'.
+    split: split of the task.
+    batch_size: global batch size.
+    num_examples: number of examples; None takes all.
+    max_decode_len: maximum tokens of an answer.
+    decoding: decoding strategy.
+    num_bootstrap_samples: bootstrap samples; 0 for no confidence intervals.
+    length_bins: upper bounds of all length bins but the last, in words.
   """
 
   task_feature_lengths: Mapping[str, int]
@@ -168,7 +173,7 @@ class _Scored:
   length_bins: Sequence[int]
 
   def __post_init__(self):
-    """Checks what needs no model.
+    """Validates the settings.
 
     Raises:
       ValueError: names the setting.
@@ -197,14 +202,14 @@ class _Scored:
 
   @property
   def lengths(self) -> dict[str, int]:
-    """The most tokens of 'inputs' and 'targets' that are read or written."""
+    """Maximum tokens of 'inputs', and of references or answers."""
     longest = max(self.max_decode_len, self.task_feature_lengths['targets'])
     return {'inputs': self.task_feature_lengths['inputs'], 'targets': longest}
 
   def settings(self) -> dict[str, Any]:
-    """Returns what scores are compared under: those of the same alone."""
+    """Returns the settings under which metrics are comparable."""
     return {
-      # JSON knows no tuples, and these are compared with what it kept.
+      # As JSON, for comparison with settings read from a file.
       'decoding': _as_json(self.decoding),
       'num_examples': self.num_examples,
       'task_feature_lengths': dict(self.task_feature_lengths),
@@ -214,7 +219,7 @@ class _Scored:
   def evaluator(
     self, session: session_lib.Session, task: bound_tasks.BoundTask
   ) -> scoring.Evaluator:
-    """Returns what evaluates parameters."""
+    """Returns the evaluator of the model's parameters."""
     return scoring.Evaluator(
       session.system,
       session.mesh,
@@ -231,17 +236,17 @@ class _Scored:
 
 
 def _as_json(decoding: sampling.Decoding) -> dict[str, Any]:
-  """Returns what JSON keeps of settings; it knows no tuples."""
+  """Returns decoding settings as JSON keeps them, with lists for tuples."""
   return json.loads(json.dumps(dataclasses.asdict(decoding)))
 
 
 class _Scores(NamedTuple):
-  """Where the scores of one task, split and settings go.
+  """Writes the metrics of one task and split, for fixed settings.
 
   Attributes:
-    folder: has `eval/`.
-    name: of the task and the split.
-    settings: with which they are found.
+    folder: the folder with `eval/`.
+    name: name of task and split.
+    settings: from `_Scored.settings`.
   """
 
   folder: pathlib.Path
@@ -255,13 +260,14 @@ class _Scores(NamedTuple):
     scores: Mapping[str, float],
     scorer: scoring.Evaluator,
   ) -> None:
-    """Prints scores and adds them to the metrics file.
+    """Prints metrics and adds them to the metrics file.
 
     Args:
-      step: of the checkpoint.
+      step: step of the checkpoint.
       control: one of `scoring.CONTROLS`.
-      scores: what `scorer` has just found.
-      scorer: has their signatures, and those by length.
+      scores: the metrics computed by `scorer`.
+      scorer: the evaluator, which has their signatures and the metrics by
+        length.
     """
     signatures, by_length = scorer.signatures, scorer.by_length
     label = '' if control == 'none' else f' (Z: {control})'
@@ -291,7 +297,7 @@ def _score_steps(
   found: _Scores,
   stop: scoring.Stop,
 ) -> dict[int, dict[str, dict[str, float]]]:
-  """Returns the scores of checkpoints by step and control."""
+  """Evaluates checkpoints; returns metrics by step and control."""
   results: dict[int, dict[str, dict[str, float]]] = {}
   _, frozen = parameters.load_frozen(session.system, session.layout)
   stop()
@@ -320,7 +326,7 @@ def _score_steps(
 
 
 def _choose_steps(run_dir: str, steps: Any) -> list[int]:
-  """Returns the steps to evaluate, all of which are there."""
+  """Returns the existing steps to evaluate."""
   if steps == 'all':
     if not as_it_came.is_run(run_dir):
       return [as_it_came.choose_step(run_dir, steps, 'EVAL_STEPS')]  # raises
@@ -329,7 +335,7 @@ def _choose_steps(run_dir: str, steps: Any) -> list[int]:
     for wrong in filter(None, bad.values()):
       distributed.say(f'{wrong}: it is left out.')
     if all(bad.values()):
-      saved_steps.params_folder(run_dir)  # raises: there is no good one
+      saved_steps.params_folder(run_dir)  # raises: all are damaged
     return [step for step in found if not bad[step]]
   wanted = steps if isinstance(steps, tuple | list) else [steps]
   if not all(s is None or s == 'best' or isinstance(s, int) for s in wanted):
@@ -343,7 +349,7 @@ def _choose_steps(run_dir: str, steps: Any) -> list[int]:
 
 
 def _check_controls(controls: Sequence[str], system: system_lib.System) -> None:
-  """Refuses controls that are unknown, or not of this system."""
+  """Refuses unknown controls, and controls the system does not support."""
   allowed = scoring.CONTROLS[
     : None if isinstance(system.module, l2s.LlmToSlm) else 1
   ]
@@ -365,17 +371,17 @@ def _check_controls(controls: Sequence[str], system: system_lib.System) -> None:
 def _record(
   path: pathlib.Path, step: int, control: str, scores: Mapping[str, Any]
 ) -> None:
-  """Adds scores to a metrics file, by step and control."""
+  """Adds metrics to a metrics file, by step and control."""
   found = read_scores(path) if path.is_file() else {}
   found.setdefault(str(step), {})[control] = dict(scores)
   files.write_json(path, found)
 
 
 def read_scores(path: pathlib.Path) -> dict[str, dict[str, dict[str, Any]]]:
-  """Returns what a metrics file holds: scores by step and control.
+  """Reads a metrics file: metrics by step and control.
 
   Raises:
-    ValueError: if it is broken, naming the key.
+    ValueError: if the file is damaged; names the key.
   """
   remedy = 'remove it, and evaluate its steps again.'
   found = files.read_json(path, remedy=remedy, finite=False)
@@ -399,7 +405,7 @@ def read_scores(path: pathlib.Path) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _check_bins(by_bin: Any, place: str, remedy: str) -> None:
-  """Refuses what is not numbers by name by the name of a bin."""
+  """Validates the metrics by length bin: numbers by name, for each bin."""
   if not isinstance(by_bin, dict):
     raise ValueError(f'{place} is {files.kind_of(by_bin)}; {remedy}')
   for name, scores in by_bin.items():
@@ -416,17 +422,16 @@ def _write_curves(
   settings: Mapping[str, Any],
   signatures: Mapping[str, str],
 ) -> None:
-  """Makes a table, a plot and TensorBoard's logs of a metrics file.
+  """Writes a table, a plot and TensorBoard logs of a metrics file.
 
-  Evaluations with other settings, or scores with other signatures, stay in the
-  file alone.
+  Results with other settings or signatures are left out.
   """
   found = read_scores(folder / f'metrics-{name}.json')
   defaults = {'decoding': _as_json(sampling.Decoding())}
   by_control: dict[str, dict[int, dict[str, float]]] = {}
   for step in sorted(found, key=int):
     for control, scores in found[step].items():
-      # Earlier versions kept no signatures, and had these.
+      # Earlier versions stored no signatures, and used these.
       signed = scores.pop('signatures', signatures)
       scores.pop('by_length', None)
       theirs = run_format.with_defaults(scores.pop('settings', {}), defaults)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run's numbers go: `metrics.jsonl`, and from there TensorBoard.
+"""Metric logs of a run: `metrics.jsonl` and TensorBoard event files.
 
-After a restart both hold each step once: what was logged beyond the restored
-checkpoint is dropped, since those steps are done again.
+After a restart both logs hold each step once: records after the restored
+checkpoint are dropped, since their steps are repeated.
 """
 
 import json
@@ -21,7 +21,7 @@ _NOT_SCALARS = ('step', 'time')
 
 
 class MetricWriter:
-  """Writes scalars by step; does nothing in processes other than the first."""
+  """Writes scalars by step, in the first process only."""
 
   def __init__(
     self,
@@ -35,8 +35,8 @@ class MetricWriter:
     Args:
       run_dir: the run's folder.
       first_step: the restored step; later records are dropped.
-      drop: prefixes of names whose records of the restored step are dropped
-        as well.
+      drop: name prefixes; records of the restored step with such names are
+        dropped, too.
     """
     self._jsonl = None
     if not distributed.is_first():
@@ -61,7 +61,12 @@ class MetricWriter:
     self._tensorboard.replace_others()
 
   def write(self, step: int, scalars: Mapping[str, float | int]) -> None:
-    """Logs named numbers; the JSONL line is on disk when this returns."""
+    """Logs scalars; the JSONL line is flushed before it returns.
+
+    Args:
+      step: the training step.
+      scalars: values by name.
+    """
     if self._jsonl is None:
       return
     record = {'step': step, 'time': time.time()}
@@ -83,14 +88,14 @@ class MetricWriter:
 
 
 class EventFile:
-  """A file of TensorBoard's, written by whoever calls.
+  """A TensorBoard event file, written synchronously.
 
-  tensorboardX's own writer has a thread; on a full disk that dies, and whoever
-  writes next waits for it for ever.
+  tensorboardX's own writer uses a thread. If that thread dies on a full disk,
+  later writes block for ever.
   """
 
   def __init__(self, folder: pathlib.Path):
-    """Begins a file in a folder, made if absent."""
+    """Creates an event file in a folder; creates the folder if absent."""
     folder.mkdir(parents=True, exist_ok=True)
     self._old = list(folder.glob('events.out.tfevents.*'))
     self._writer = event_file_writer.EventsWriter(
@@ -100,7 +105,14 @@ class EventFile:
   def add(
     self, name: str, value: int | float, step: int, secs: int | float
   ) -> None:
-    """Adds a number; `secs` since the epoch is when it was found."""
+    """Adds a scalar.
+
+    Args:
+      name: tag of the scalar.
+      value: its value.
+      step: the training step.
+      secs: wall time in seconds since the epoch.
+    """
     self._writer.write_event(
       event_pb2.Event(
         summary=summary.scalar(name, float(value)), step=step, wall_time=secs
@@ -111,7 +123,7 @@ class EventFile:
     self._writer.flush()
 
   def replace_others(self) -> None:
-    """Removes what the folder had before: a file cannot be shortened."""
+    """Removes earlier event files of the folder, which cannot be truncated."""
     self.flush()
     for path in self._old:
       path.unlink()
@@ -123,14 +135,14 @@ class EventFile:
 def read(
   run_dir: str | pathlib.Path, say: Callable[[str], object] = lambda _: None
 ) -> list[dict[str, Any]]:
-  """Returns the records of a run, in order.
+  """Reads the records of a run's `metrics.jsonl`, in order.
 
-  Each has its 'step', and its 'time' in seconds since the epoch. Of a log that
-  was damaged the whole lines are kept.
+  Each record has 'step', and 'time' in seconds since the epoch. Damaged lines
+  are skipped.
 
   Args:
     run_dir: the run.
-    say: gets a sentence for each line that is left out.
+    say: receives a message for each skipped line.
   """
   path = pathlib.Path(run_dir) / FILE
   if not path.is_file():
@@ -140,7 +152,7 @@ def read(
     say(f'{path}: left out the lines of steps below 0.')
     records = [record for record in records if record['step'] >= 0]
   for record in records:
-    for name in [*record]:  # Damaged in a way that JSON allows.
+    for name in [*record]:  # damaged, but valid JSON
       if not isinstance(record[name], int | float):
         say(
           f'{path}, step {record["step"]}: left out {name}, which is '
@@ -153,7 +165,12 @@ def read(
 def by_step(
   run_dir: str | pathlib.Path, *, prefix: str
 ) -> dict[int, dict[str, float]]:
-  """Returns what was logged under a prefix, by step, without the prefix."""
+  """Returns logged scalars with a name prefix, by step.
+
+  Args:
+    run_dir: the run.
+    prefix: the prefix, which is removed from the names.
+  """
   found: dict[int, dict[str, float]] = {}
   for record in read(run_dir):
     scalars = {

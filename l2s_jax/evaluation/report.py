@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables, plots and sentences of what an evaluation found.
+"""Tables, plots and sentences about evaluation results.
 
-A *score* is a number of an evaluation that has a better end; counts of examples
-and the ends of confidence intervals, `<score>_low` and `<score>_high`, are not.
-Scores of a mixture are named `<task>/<score>`.
+A *score* is a metric with a better direction. Counts of examples, and the ends
+of confidence intervals (`<score>_low`, `<score>_high`), are not scores. Scores
+of a mixture are named `<task>/<score>`.
 """
 
 import contextlib
@@ -14,12 +14,12 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-# The numbers of an evaluation, counts among them, by name.
+# All numbers of an evaluation by name: scores, intervals and counts.
 Numbers = Mapping[str, float | int]
-# What a table shows, or a JSON file keeps: values by the column's key.
+# A row of a table or JSON file: values by column key.
 TableRow = dict[str, Any]
 
-# The first of these that a task has is what it is judged by.
+# Heading by score. The main score of a task is the first of these it has.
 MAIN_SCORES = {
   'bleu': 'BLEU',
   'rougeLsum': 'ROUGE-Lsum',
@@ -28,12 +28,12 @@ MAIN_SCORES = {
   'exact_match': 'exact match',
   'loss': 'loss',
 }
-# Where there is no interval: below this difference in points, test sets of a
-# thousand short sentences do not tell two systems apart.
+# The difference, in points, that counts as noise without a confidence interval:
+# typical for test sets of a thousand short sentences.
 _NOISE_POINTS = 1.0
-# The loss, of all answers' tokens and with the same references, wavers less.
+# The same for the loss, which varies less: it averages over all tokens.
 _NOISE_NATS = 0.01
-# What Z the SLM gets (`controls.py`), as tables and plots call it.
+# Labels of the controls (`controls.py`) in tables and plots.
 CONTROLS = {
   'none': 'the right prompt',
   'zero': 'Z = 0',
@@ -42,14 +42,14 @@ CONTROLS = {
   'layer_0': 'layer 0 of the LLM',
 }
 _OF_VERDICT = ('none', 'zero', 'other')
-# Those below 1, of which the third digit tells.
+# Scores below 1, shown with three digits.
 _OF_TOKENS = ('loss', 'token_accuracy')
 _UNITS = {'loss': 'nats per target token', 'token_accuracy': 'share of tokens'}
 _COUNTS = ('num_', 'min_references', 'max_references')
 
 
 def score_names(scores: Numbers) -> list[str]:
-  """Returns which of an evaluation's numbers are scores."""
+  """Returns the names of an evaluation's scores."""
   return [
     name
     for name in scores
@@ -59,7 +59,7 @@ def score_names(scores: Numbers) -> list[str]:
 
 
 def is_interval_end(name: str, scores: Numbers) -> bool:
-  """Returns whether a number is an end of another one's interval."""
+  """Returns whether a number is an end of a score's confidence interval."""
   return any(
     name.endswith(end) and name.removesuffix(end) in scores
     for end in ('_low', '_high')
@@ -67,11 +67,11 @@ def is_interval_end(name: str, scores: Numbers) -> bool:
 
 
 def best_step(by_step: Mapping[int, Numbers], name: str) -> int:
-  """Returns the first step with the best score: the least loss, else the most.
+  """Returns the first step with the best score: lowest loss, or highest value.
 
   Args:
-    by_step: scores by step.
-    name: of a score that at least one step has.
+    by_step: numbers by step.
+    name: name of a score that at least one step has.
   """
   sign = -1 if name.endswith('loss') else 1
   return max(
@@ -83,7 +83,7 @@ def best_step(by_step: Mapping[int, Numbers], name: str) -> int:
 def columns_in(
   rows: Sequence[TableRow], columns: Mapping[str, str]
 ) -> dict[str, str]:
-  """Returns the columns of a table that a row has something in."""
+  """Returns the columns with a value in any row."""
   return {
     key: heading
     for key, heading in columns.items()
@@ -97,9 +97,9 @@ def markdown_table(
   """Returns a Markdown table.
 
   Args:
-    rows: values by key; a missing one leaves its cell empty.
+    rows: values by column key; a missing value leaves its cell empty.
     columns: heading by key, in order. Numbers are right-aligned; floats have
-      one digit behind the point from 10 on, two below.
+      one decimal from 10 on, two below.
   """
   cells = [[_cell(row.get(key)) for key in columns] for row in rows]
   numeric = [
@@ -137,7 +137,7 @@ def _cell(value: Any) -> str:
 
 
 def steps_table(by_step: Mapping[int, Numbers]) -> str:
-  """Returns a Markdown table, steps by scores, the best of each in bold."""
+  """Returns a Markdown table of scores by step, the best ones in bold."""
   names = dict.fromkeys(
     name for scores in by_step.values() for name in score_names(scores)
   )
@@ -155,11 +155,11 @@ def steps_table(by_step: Mapping[int, Numbers]) -> str:
 
 
 def lengths_table(by_bin: Mapping[str, Numbers], task: str) -> str:
-  """Returns a Markdown table, words of the reference by scores.
+  """Returns a Markdown table of scores by reference length.
 
   Args:
     by_bin: from `length_bins.scores`, in any order.
-    task: the heading of its bins.
+    task: name of the task, for the heading.
   """
   names = dict.fromkeys(
     name for scores in by_bin.values() for name in score_names(scores)
@@ -177,7 +177,9 @@ def lengths_table(by_bin: Mapping[str, Numbers], task: str) -> str:
 
 
 def bins_in_order(names: Iterable[str]) -> list[str]:
-  """Returns names of bins, the shortest first; JSON sorts '11+' before '6-10'.
+  """Sorts names of length bins by length.
+
+  JSON's order of keys puts '11+' before '6-10'.
 
   Args:
     names: from `length_bins.names`.
@@ -186,7 +188,7 @@ def bins_in_order(names: Iterable[str]) -> list[str]:
 
 
 def with_interval(scores: Numbers, name: str) -> str | None:
-  """Returns a cell: '23.5 [22.1, 24.8]', the value alone, or None."""
+  """Formats a score: '23.5 [22.1, 24.8]', '23.5', or None if absent."""
   if name not in scores:
     return None
   digits = 3 if name.rpartition('/')[2] in _OF_TOKENS else 1
@@ -198,18 +200,19 @@ def with_interval(scores: Numbers, name: str) -> str | None:
 
 
 def describe_controls(by_control: Mapping[str, Numbers]) -> str:
-  """Returns what the controls allow to say, a sentence for each task.
+  """Describes the result of the controls, a sentence for each task.
 
-  A task is judged by the first of `MAIN_SCORES` that it has. A control is worse
-  if it is so by more than the right prompt's interval or, without intervals,
-  by more than noise. The SLM uses the LLM if both are; if only another prompt's
-  states are worse than the right ones, it does read them, to no gain.
+  The main score of each task decides. A control is worse if its score lies
+  beyond the worse end of the right prompt's confidence interval or, without
+  intervals, is worse by more than noise. If both controls are worse, the SLM
+  uses the LLM's states. If only another prompt is worse, the SLM reads the
+  states but does not gain from them.
 
   Args:
-    by_control: the numbers of an evaluation by control: 'none', with the LLM's
-      states of the right prompt; 'zero', with zeros in their place; 'other',
-      with the states of another prompt; of other controls the figures are
-      given. All have each task's loss.
+    by_control: numbers by control: 'none', with the LLM's states of the right
+      prompt; 'zero', with zeros instead; 'other', with the states of another
+      prompt. For further controls the scores are reported. All have the loss of
+      each task.
   """
   return '\n'.join(
     (f'{task.removesuffix("/")}: ' if task else '')
@@ -253,22 +256,26 @@ def _describe_task(prefix: str, by_control: Mapping[str, Numbers]) -> str:
 
 
 def allows_verdict(by_control: Collection[str]) -> bool:
-  """Returns whether `describe_controls` has what it needs."""
+  """Returns whether the controls required by `describe_controls` exist."""
   return set(_OF_VERDICT) <= set(by_control)
 
 
 def main_score(scores: Collection[str], prefix: str = '') -> str:
-  """Returns what a task is judged by, of its scores; see `MAIN_SCORES`.
+  """Returns the name of a task's main score; see `MAIN_SCORES`.
 
   Args:
-    scores: of an evaluation.
-    prefix: 'task/' of a mixture's task.
+    scores: numbers of an evaluation, or their names.
+    prefix: 'task/' for a task of a mixture.
   """
   return next(name for name in MAIN_SCORES if f'{prefix}{name}' in scores)
 
 
 def task_prefixes(scores: Iterable[str]) -> list[str]:
-  """Returns '', or of a mixture 'task/' of each task: all have a loss."""
+  """Returns [''], or for a mixture the prefix 'task/' of each task.
+
+  Args:
+    scores: names of an evaluation's numbers; every task has a loss.
+  """
   return [
     name.removesuffix('loss')
     for name in scores
@@ -282,13 +289,13 @@ def plot_curves(
   *,
   title: str,
 ) -> None:
-  """Writes a PNG with a panel for each score against the step.
+  """Writes a PNG with a panel for each score, plotted by step.
 
   Args:
-    by_line: the numbers of each step's evaluation by the name of a line; it has
-      its confidence intervals where there are any.
-    path: of the PNG.
-    title: above the panels.
+    by_line: numbers by step, by name of the line; confidence intervals are
+      drawn if present.
+    path: the PNG file.
+    title: title of the figure.
   """
   scores = [
     scores for by_step in by_line.values() for scores in by_step.values()
@@ -309,12 +316,12 @@ def plot_lengths(
   *,
   title: str,
 ) -> None:
-  """Writes a PNG with a panel for each score against the reference's length.
+  """Writes a PNG with a panel for each score, plotted by reference length.
 
   Args:
-    by_line: numbers by bin, see `length_bins.scores`, by the name of a line.
-    path: of the PNG.
-    title: above the panels.
+    by_line: numbers by bin (see `length_bins.scores`), by name of the line.
+    path: the PNG file.
+    title: title of the figure.
   """
   bins = bins_in_order({name for by_bin in by_line.values() for name in by_bin})
   scores = [scores for by_bin in by_line.values() for scores in by_bin.values()]
@@ -330,9 +337,9 @@ def plot_lengths(
 
 
 def _styles() -> Iterator[dict[str, Any]]:
-  """Yields colours and markers without end, told apart by all eyes.
+  """Yields colours and markers, distinguishable with colour blindness.
 
-  The colours are those of Okabe and Ito, without yellow, which is faint.
+  The colours are those of Okabe and Ito without yellow, which is too light.
   """
   colours = (
     '#0072B2',
@@ -343,7 +350,7 @@ def _styles() -> Iterator[dict[str, Any]]:
     '#E69F00',
     '#56B4E9',
   )
-  # Of other periods, so that no two lines of a plot look the same.
+  # Colours and markers have coprime periods, so combinations repeat late.
   for colour, marker in zip(
     itertools.cycle(colours), itertools.cycle('os^Dv'), strict=False
   ):
@@ -366,7 +373,7 @@ def _all_names(evaluations: Iterable[Numbers]) -> list[str]:
 def _figure(
   names: Sequence[str], path: str | pathlib.Path, title: str
 ) -> Iterator[dict[str, Any]]:
-  """Yields a panel for each score, by name, and writes the PNG at the end."""
+  """Yields the panels of a figure by score, and writes the PNG at the end."""
   # Imported here: it takes a second, and only reports need it.
   import matplotlib
 
@@ -406,7 +413,7 @@ def _plot_line(
   label: str,
   style: Mapping[str, str],
 ) -> None:
-  """Draws a score and its intervals."""
+  """Plots a score with its confidence intervals."""
   low, middle, high = (
     [found.get(f'{name}{end}', found[name]) for found in scores]
     for end in ('_low', '', '_high')
@@ -425,7 +432,20 @@ def plot_quality_against_speed(
   speed_label: str,
   title: str,
 ) -> None:
-  """Writes a PNG with one point a system; up and to the left is better."""
+  """Writes a scatter plot, as PNG, of quality by speed of systems.
+
+  Each row is a point; up and left is better.
+
+  Args:
+    rows: a row for each system, with its name under 'system'.
+    path: the PNG file.
+    quality: key of the quality; `<quality>_low` and `<quality>_high`, if
+      present, are its confidence interval.
+    quality_label: label of the vertical axis.
+    speed: key of the time per unit.
+    speed_label: label of the horizontal axis.
+    title: title of the figure.
+  """
   # Imported here: it takes a second, and only reports need it.
   import matplotlib
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `report`: runs side by side, in tables and plots.
+"""The verb `report`: comparison of runs in tables and plots.
 
-It reads what training, `evaluate` and `benchmark` have left in folders, and
-computes from it sizes, FLOPs, and which differences are more than chance. It
-loads no weights and answers nothing.
+It reads the output of training, `evaluate` and `benchmark`, and computes model
+sizes, FLOPs and the significance of differences. It loads no weights and runs
+no model.
 """
 
 import pathlib
@@ -28,7 +28,7 @@ _RUNS = {
   'ms_per_token': 'ms/token',
   'total_ms': 'ms/answer',
 }
-# Columns in other units: of what, and by which factor.
+# Columns in other units: source column and factor.
 _UNITS = {
   'trained_millions': ('trained_params', 1e-6),
   'frozen_millions': ('frozen_params', 1e-6),
@@ -42,7 +42,7 @@ _DIFFERENCES = {
   'shown': 'one - other',
   'verdict': 'by more than chance',
 }
-# Of a benchmark's rows those of systems as they are, by kind of the run.
+# Systems of a benchmark, with the kind of the runs they are shown for.
 _TIMED = {
   'LLM': 'language model',
   'SLM': 'language model',
@@ -63,22 +63,22 @@ def report(
   speed: str | None = None,
   dry_run: bool = False,
 ) -> None:
-  """Writes tables and plots of runs: report.md, report.json, PNGs.
+  """Writes a report on runs: report.md, report.json, and PNGs.
 
-  Of each evaluation the step is shown that training chose by BEST_METRIC, if it
-  was evaluated, else the newest.
+  Of each evaluation, the best step by BEST_METRIC is shown if it was evaluated,
+  else the newest.
 
   Args:
     run: folders of runs, or of evaluations (EVAL_OUTPUT_DIR).
-    output: the folder to write to.
-    speed: benchmark.json of a `benchmark` of these systems. A row is a run's if
-      both are of one kind and hold equally many parameters; of several shapes
-      the first with the smallest batch counts.
-    dry_run: prints what there is to report, and stops.
+    output: the output folder.
+    speed: benchmark.json of a `benchmark` of these systems. A row belongs to a
+      run of the same kind with as many parameters. Of several shapes, the first
+      with the smallest batch is used.
+    dry_run: prints the contents of the report, and stops.
 
   Raises:
-    FileNotFoundError: if a file is missing that should be there.
-    ValueError: if a folder is no run, or a file is broken.
+    FileNotFoundError: if a file is missing.
+    ValueError: if a folder is no run or evaluation, or a file is damaged.
   """
   folder = files.local_folder(output, '--output')
   records = run_records.read_all(run)
@@ -118,7 +118,7 @@ def report(
 def _describe_runs(
   records: Sequence[run_records.ReportedRun], timed: Sequence[TableRow]
 ) -> tuple[list[TableRow], str]:
-  """Returns a row for each run, and what must be said of the columns."""
+  """Returns a table row for each run, and notes on the columns."""
   lengths = [
     evaluation.lengths
     for record in records
@@ -157,7 +157,7 @@ def _report_evaluation(
   speeds: Mapping[str, TableRow],
   folder: pathlib.Path,
 ) -> tuple[dict[str, Any], str]:
-  """Returns one evaluation of several runs, for programs and for people."""
+  """Returns the results of one evaluation as JSON content and Markdown."""
   evaluations = {r.label: r.evaluations[name] for r in records}
   parts = [f'## {name}\n', _scores_table(evaluations), *_notes(evaluations)]
   rows, notes = run_pairs.differences(name, list(records))
@@ -221,7 +221,7 @@ def _scores_table(evaluations: Evaluations) -> str:
 
 
 def _notes(evaluations: Evaluations) -> list[str]:
-  """Returns what makes scores of two runs no fair comparison."""
+  """Returns the differences in settings that make runs incomparable."""
   first, *others = evaluations
   notes = []
   for label in others:
@@ -238,7 +238,7 @@ def _notes(evaluations: Evaluations) -> list[str]:
 def _lengths(
   name: str, evaluations: Evaluations, folder: pathlib.Path
 ) -> list[str]:
-  """Returns tables and plots of scores by length, one a task."""
+  """Returns tables and plots of scores by length, for each task."""
   by_task: dict[str, dict[str, Any]] = {}
   for label, evaluation in evaluations.items():
     for task, by_bin in evaluation.by_length.get('none', {}).items():
@@ -261,7 +261,7 @@ def _quality_against_speed(
   speeds: Mapping[str, TableRow],
   folder: pathlib.Path,
 ) -> list[str]:
-  """Returns a plot a task, of those runs that were timed."""
+  """Plots quality by speed for each task, for runs with measured speed."""
   there = {label: e for label, e in evaluations.items() if label in speeds}
   if not there:
     return []
@@ -296,7 +296,7 @@ def _quality_against_speed(
 
 
 def _read_speeds(path: str) -> list[TableRow]:
-  """Returns the rows of a benchmark at its first shape of the smallest batch.
+  """Reads a benchmark's rows of the first shape with the smallest batch.
 
   Raises:
     FileNotFoundError: if there is no such file.
@@ -328,7 +328,7 @@ def _read_speeds(path: str) -> list[TableRow]:
 
 
 def _speed_of(run: TableRow, timed: Sequence[TableRow]) -> dict[str, float]:
-  """Returns the times of a run, if it was timed."""
+  """Returns the measured times of a run; {} if there are none."""
   for row in timed:
     if (
       _TIMED[row['system']] == run.get('kind')
@@ -339,7 +339,7 @@ def _speed_of(run: TableRow, timed: Sequence[TableRow]) -> dict[str, float]:
 
 
 def _shown(row: TableRow) -> TableRow:
-  """Returns a row with its numbers in the units of the table."""
+  """Returns a row with its values in the units of the table."""
   return row | {
     name: row[source] * factor
     for name, (source, factor) in _UNITS.items()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether one system of a report is better than another, or chance says so.
+"""Significance of score differences between the systems of a report.
 
-Two systems are compared by the paired bootstrap on the predictions that
-`evaluate` has written, by each task's main score; so is each control of a run
-with what the run makes of the right prompt.
+Two systems are compared by the paired bootstrap, on the predictions written by
+`evaluate` and the main score of each task. Each control of a run is compared
+with the right prompt in the same way.
 """
 
 import dataclasses
@@ -17,27 +17,28 @@ from l2s_jax.metrics import bleu, metric_fns
 from l2s_jax.runtime import files
 
 _NUM_SAMPLES = 1000
-# Beside BLEU, which metric has a score. Losses are not in the predictions.
+# Metric by main score, except BLEU. Predictions hold no losses.
 _METRICS: Mapping[str, metric_fns.Metric] = {
   'rougeLsum': metric_fns.rouge,
   'token_f1': metric_fns.token_f1,
   'chrf': metric_fns.chrf,
   'exact_match': metric_fns.exact_match,
 }
-# The references of each example, and the score taken apart over the answers.
+# The references of each example, and the `corpus.Sums` of the score.
 _Scored = tuple[list[list[str]], Any]
 _REMEDY = 'Evaluate its step again.'
 
 
 @dataclasses.dataclass(frozen=True)
 class _System:
-  """What is compared: a run, with the LLM's states or those of a control."""
+  """A compared system: a run, with or without a control."""
 
   record: run_records.ReportedRun
   control: str = 'none'
 
   @property
   def label(self) -> str:
+    """Name in tables."""
     if self.control == 'none':
       return self.record.label
     return f'{self.record.label}, {report.CONTROLS[self.control]}'
@@ -46,14 +47,18 @@ class _System:
 def differences(
   name: str, records: list[run_records.ReportedRun]
 ) -> tuple[list[report.TableRow], list[str]]:
-  """Returns a row for each pair and task, and why pairs are missing.
+  """Compares all pairs of systems; returns rows and notes.
 
   Args:
-    name: of the evaluation: task or mixture, and split.
-    records: that have it.
+    name: name of the evaluation: task or mixture, and split.
+    records: the runs with this evaluation.
+
+  Returns:
+    A row for each pair and task, and notes on the pairs that could not be
+    compared.
 
   Raises:
-    ValueError: if predictions are broken, or fewer than were scored.
+    ValueError: if predictions are damaged or incomplete.
   """
   pairs = [
     (_System(one), _System(other))
@@ -78,21 +83,21 @@ def differences(
 
 
 class _NotComparable(Exception):
-  """Says why there is no paired bootstrap of two systems."""
+  """Two systems cannot be compared; the message gives the reason."""
 
 
 class _Compared:
-  """Compares the systems of one evaluation; reads each file once."""
+  """Compares systems of one evaluation; reads each file once."""
 
   def __init__(self, name: str):
     self._name = name
     self._found: dict[tuple[str, str, str], _Scored] = {}
 
   def row(self, one: _System, other: _System, prefix: str) -> report.TableRow:
-    """Returns the difference of a task's main score.
+    """Returns the row of a pair for a task's main score.
 
     Raises:
-      _NotComparable: if there is none.
+      _NotComparable: if the systems cannot be compared.
     """
     score = report.main_score(self._scores(one), prefix)
     references, sums = self._read(one, prefix, score)
@@ -125,7 +130,7 @@ class _Compared:
     return system.record.evaluations[self._name].by_control[system.control]
 
   def _read_scored(self, system: _System, prefix: str, score: str) -> '_Scored':
-    """Returns the references, and the score taken apart over the answers."""
+    """Reads references and predictions; returns them as `_Scored`."""
     evaluation = system.record.evaluations[self._name]
     own_name, _, split = self._name.rpartition('-')
     task = prefix.removesuffix('/') or own_name
@@ -157,7 +162,7 @@ class _Compared:
       )
     sums = metric.sums(references, answers)
     found = sums.of_corpus()[score]
-    # Of another tokenizer, or of texts that the task has changed.
+    # They differ with another tokenizer, or if the task changes the texts.
     recorded = scores.get(f'{prefix}{score}', found)
     if abs(found - recorded) > 1e-6:
       raise _NotComparable(
@@ -177,7 +182,7 @@ def _lines(path: Any) -> Iterator[dict[str, Any]]:
 
 
 def _metric(score: str, signature: str) -> metric_fns.Metric | None:
-  """Returns what computes a score, with the settings that its signature has."""
+  """Returns the metric of a score, with the settings of its signature."""
   if score == 'bleu':
     tokenizer = re.search(r'tok:([^|]+)', signature)
     return bleu.Bleu('bleu', tokenizer[1] if tokenizer else '13a')

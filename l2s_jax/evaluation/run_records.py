@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `report` reads of a folder: the system, its evaluations, its log.
+"""Reading folders for `report`: the system, its evaluations and its log.
 
-A folder is a run (`model.json`), or what EVAL_OUTPUT_DIR named; of the latter
-the system is not known. Broken files are refused by name.
+A folder is a run (with `model.json`) or an evaluation's output
+(EVAL_OUTPUT_DIR), for which the system is unknown. Damaged files are refused by
+name.
 """
 
 import dataclasses
@@ -25,16 +26,16 @@ _METRICS = 'metrics-'
 
 @dataclasses.dataclass(frozen=True)
 class ShownEvaluation:
-  """What a metrics file holds of the step that a report shows.
+  """The evaluation of the step shown in a report.
 
   Attributes:
-    step: the one that training chose by BEST_METRIC, if it was evaluated; else
-      the newest.
-    by_control: numbers.
-    by_length: numbers by bin, by task, by control; empty where not asked for.
-    settings: those of the right prompt.
-    signatures: the same, by score.
-    by_step: numbers with the right prompt and the same settings.
+    step: the best step by BEST_METRIC, if it was evaluated; else the newest.
+    by_control: numbers by control.
+    by_length: numbers by control, task and length bin; may be empty.
+    settings: settings of the evaluation with the right prompt.
+    signatures: metric signatures of that evaluation, by score.
+    by_step: numbers by step, for evaluations with the right prompt and equal
+      settings and signatures.
   """
 
   step: int
@@ -46,7 +47,7 @@ class ShownEvaluation:
 
   @property
   def lengths(self) -> tuple[int, int] | None:
-    """Tokens of a prompt and of an answer at most, if the file has them."""
+    """Maximum tokens of prompt and answer; None if the file lacks them."""
     lengths = self.settings.get('task_feature_lengths')
     if not isinstance(lengths, dict):
       return None
@@ -57,13 +58,13 @@ class ShownEvaluation:
 
 @dataclasses.dataclass(frozen=True)
 class ReportedRun:
-  """A folder of a report.
+  """A folder in a report.
 
   Attributes:
-    label: what tables call it.
-    folder: where it is.
-    system: None where the folder does not say.
-    evaluations: by task and split, `wmt16_en_de-test`.
+    label: its name in tables.
+    folder: its path.
+    system: the system; None if unknown.
+    evaluations: by task and split, such as `wmt16_en_de-test`.
     log: scalars of the training by step.
   """
 
@@ -74,7 +75,7 @@ class ReportedRun:
   log: Mapping[int, Numbers]
 
   def sizes(self) -> dict[str, Any]:
-    """Returns the kind of the system, and how many numbers it holds."""
+    """Returns the kind of the system and its parameter counts."""
     if self.system is None:
       return {}
     sizes = {True: 0, False: 0}
@@ -91,7 +92,12 @@ class ReportedRun:
   def costs(
     self, prompt_length: int, num_tokens: int
   ) -> dict[str, flops.Number]:
-    """Returns the FLOPs of an answer of so many tokens, by their formulas."""
+    """Returns the FLOPs of prompt, token and answer, by formula.
+
+    Args:
+      prompt_length: tokens of the prompt.
+      num_tokens: tokens of the answer.
+    """
     if self.system is None:
       return {}
     of_prompt = flops.prompt_flops(self.system.module, prompt_length)
@@ -106,10 +112,10 @@ class ReportedRun:
 
 
 def read_all(paths: Sequence[str]) -> list[ReportedRun]:
-  """Returns the folders, named as shortly as tells them apart.
+  """Reads folders and gives them short, unique labels.
 
   Raises:
-    ValueError: if one is there twice, or cannot be read.
+    ValueError: if a folder is given twice or cannot be read.
   """
   folders = [pathlib.Path(path).absolute() for path in paths]
   for folder in folders:
@@ -197,7 +203,7 @@ def _numbers(scores: Mapping[str, Any]) -> Numbers:
 
 
 def _read_log(path: pathlib.Path) -> dict[int, Numbers]:
-  """Returns the losses and main scores of a training by step."""
+  """Returns the losses and main scores of a training log by step."""
   by_step: dict[int, dict[str, float]] = {}
   records = files.read_records(path, keys={'step': int}, say=distributed.say)
   for record in records:

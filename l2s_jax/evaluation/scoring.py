@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluates the parameters of one step, in training and afterwards."""
+"""Evaluation of a system's parameters, during and after training."""
 
 import functools
 import pathlib
@@ -27,10 +27,11 @@ Stop = Callable[[], None]
 
 
 class Evaluator:
-  """Evaluates one system on one split, as often as asked.
+  """Evaluates a system on one split, any number of times.
 
-  Functions are compiled once. Loss is teacher-forced; the decoded metrics are
-  those of the task, by SeqIO's Evaluator, which tokenizes the split once.
+  Programs are compiled once. The loss is teacher-forced. Metrics of decoded
+  answers are those of the task, computed by SeqIO's Evaluator, which tokenizes
+  the split once.
   """
 
   def __init__(
@@ -49,32 +50,35 @@ class Evaluator:
     length_bins: Sequence[int] = (),
     generator: generate.Generator | None = None,
   ):
-    """Prepares the evaluation; nothing compiles and no data are read yet.
+    """Configures the evaluation, without compilation or reading of data.
 
     Args:
-      system: what to evaluate.
+      system: the system to evaluate.
       mesh: the device mesh.
       task: from `session.bind_task`.
-      task_feature_lengths: tokens of 'inputs' and 'targets'.
-      split: of the task.
-      batch_size: examples a batch, over all devices.
-      num_examples: the first so many of each task; None takes all.
-      max_decode_len: tokens an answer at most; None: that of 'targets'.
-      decoding: how answers are written; None is greedy.
-      num_bootstrap_samples: for confidence intervals; 0 for none.
-      length_bins: words of the longest reference in each bin but the last, for
-        scores by length; () for none.
-      generator: of another evaluator of the same system, settings and longest
-        answer, to compile nothing twice; None makes one.
+      task_feature_lengths: maximum tokens of 'inputs' and 'targets'.
+      split: split of the task.
+      batch_size: global batch size.
+      num_examples: number of examples of each task, from the start of the
+        split; None takes all.
+      max_decode_len: maximum tokens of an answer; None takes the length of
+        'targets'.
+      decoding: decoding strategy; None is greedy.
+      num_bootstrap_samples: bootstrap samples for confidence intervals; 0 for
+        none.
+      length_bins: upper bounds, in words of the reference, of all bins but the
+        last, for metrics by length; () for none.
+      generator: generator of another evaluator with the same system, settings
+        and decode length, to share compiled programs; None creates one.
     """
     self.generator = generator or generate.generator(
       system,
       max_decode_len or task_feature_lengths['targets'],
       decoding=decoding,
-      unstack_llm=False,  # It may be large, and training goes on beside this.
+      unstack_llm=False,  # A copy may not fit beside the training state.
     )
     self._mesh = mesh
-    # Of a system whose answers go on where its prompts end.
+    # For systems whose answers continue the prompt.
     self._prompt_vocabulary = (
       system.prompt_vocabulary if system.continues else None
     )
@@ -101,7 +105,7 @@ class Evaluator:
 
   @property
   def signatures(self) -> dict[str, str]:
-    """What gave the last scores, by their names; of ROUGE's, by rougeLsum."""
+    """Signatures of the last metrics, by name; ROUGE's under rougeLsum."""
     by_task = self._by_seqio.signatures
     return {
       name if len(by_task) == 1 else f'{task}/{name}': signature
@@ -111,7 +115,7 @@ class Evaluator:
 
   @property
   def by_length(self) -> dict[str, length_bins_lib.ScoresByBin]:
-    """The last scores of decoded answers, by task and bin of lengths."""
+    """The last metrics of decoded answers, by task and length bin."""
     return self._by_seqio.by_length
 
   @functools.cached_property
@@ -129,18 +133,18 @@ class Evaluator:
     control: str = 'none',
     stop: Stop | None = None,
   ) -> dict[str, float]:
-    """Returns the scores by name; of a mixture by 'task/name'.
+    """Returns metrics by name; for a mixture, by 'task/name'.
 
-    'loss' (nats per target token) and 'token_accuracy', both teacher-forced,
-    are among them. A score of `metrics/metric_fns.py` comes with the ends of
-    its confidence interval, if that was asked for.
+    They include 'loss' (nats per target token) and 'token_accuracy', both
+    teacher-forced. Metrics of `metrics/metric_fns.py` have the ends of their
+    confidence intervals, if requested. All processes must call it.
 
     Args:
-      params: all of the system's parameters.
-      step: of the checkpoint, for the names of files.
-      output_dir: predictions go to `eval/` in it; None writes none.
+      params: all parameters of the system.
+      step: step of the checkpoint, for file names.
+      output_dir: predictions are written to `eval/` in it; None writes none.
       control: one of `CONTROLS`.
-      stop: called before each batch; raises to leave.
+      stop: called before each batch; may raise to stop the evaluation.
     """
     read = self._states.reader(params, control)
 
@@ -202,13 +206,14 @@ class Evaluator:
 
 
 def score_names(task: bound_tasks.BoundTask, split: str) -> list[str] | None:
-  """Returns the scores that an evaluation will have; of a mixture 'task/score'.
+  """Returns the names of the scores of an evaluation.
 
-  None if a task has metrics that are not of `metrics/metric_fns.py`.
+  Names of a mixture are 'task/score'. Returns None if a task has metrics other
+  than those of `metrics/metric_fns.py`, whose names are unknown.
 
   Args:
     task: from `session.bind_task`.
-    split: of it.
+    split: split of the task.
   """
   by_task = task.metrics_of(split)
   names = []
@@ -226,11 +231,11 @@ def score_names(task: bound_tasks.BoundTask, split: str) -> list[str] | None:
 def format_scores(
   scores: Mapping[str, float], signatures: Mapping[str, str]
 ) -> str:
-  """Returns one line; scores with their signatures, for others to repeat them.
+  """Formats metrics in one line, with intervals and signatures.
 
   Args:
-    scores: by name.
-    signatures: by name of a score, see `Evaluator.signatures`.
+    scores: metrics by name.
+    signatures: signatures by name, see `Evaluator.signatures`.
   """
   parts = []
   for name, value in scores.items():

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores a model's answers with SeqIO's Evaluator, against the raw text.
+"""Metrics of a model's answers by SeqIO's Evaluator, on the raw text.
 
-It turns a function from batches to token ids into metrics, a file of
-predictions, and counts of what was cut, and gives the batches to whoever
-measures losses. Which model answers, and how it decodes, is the caller's
-business.
+Given a function from batches to token ids, this module computes metrics, writes
+predictions, counts truncations, and provides the batches for the loss. The
+caller chooses the model and the decoding.
 """
 
 import functools
@@ -25,19 +24,19 @@ from l2s_jax.metrics import length_bins as length_bins_lib
 from l2s_jax.metrics import metric_fns
 from l2s_jax.runtime import distributed, files
 
-# The name under which SeqIO's Evaluator finds a bound task, for a moment.
+# Temporary registry name under which SeqIO's Evaluator finds a bound task.
 _REGISTERED_NAME = 'l2s_jax:bound'
-# Fewer are not worth the shapes that would have to be compiled.
+# Fewer batches do not repay the compilation of several shapes.
 _FEWEST_BATCHES_TO_SORT = 8
 
 Predict = Callable[[batching.Batch], Int[np.ndarray, 'batch steps']]
 
 
 class TaskEvaluator:
-  """Evaluates a task's split as often as wanted; it is tokenized once.
+  """Evaluates a split of a task, tokenized once, any number of times.
 
-  A mixture is evaluated task by task; its tasks without the split or without
-  metrics are left out.
+  The tasks of a mixture are evaluated one by one, without those that lack the
+  split or metrics.
   """
 
   def __init__(
@@ -55,24 +54,26 @@ class TaskEvaluator:
 
     Args:
       task: from `bound_tasks.bind`.
-      task_feature_lengths: `inputs` and `targets`, in tokens. Longer prompts
-        are cut; references are not.
+      task_feature_lengths: maximum tokens of `inputs` and `targets`. Longer
+        prompts are truncated; references are not.
       split: `validation`, `test`, or another.
-      batch_size: of the batches that are predicted.
-      num_examples: the first so many of each task; None: all.
-      num_bootstrap_samples: for a confidence interval beside each score, see
-        `corpus.with_intervals`; 0: none.
-      length_bins: words of the longest reference in each bin but the last, for
-        scores by length; (): none.
+      batch_size: rows of a predicted batch.
+      num_examples: number of examples of each task, from the start of the
+        split; None takes all.
+      num_bootstrap_samples: bootstrap samples for confidence intervals, see
+        `corpus.with_intervals`; 0 for none.
+      length_bins: upper bounds, in words of the reference, of all bins but the
+        last, for metrics by length; () for none.
 
     Raises:
-      ValueError: if the task is not bound, no task has the split and metrics,
-        a task is empty, does not keep its raw answers, or has metrics of
-        something else than predictions.
+      ValueError: if the task is not bound, no task has the split and metrics, a
+        task is empty, drops its raw answers, or has metrics that need more than
+        predictions.
     """
-    # Of the scores of the last evaluation, by task and metric.
+    # Signatures of the last evaluation, by task and metric.
     self.signatures: dict[str, dict[str, str]] = {}
-    # The same by task and bin, of those scores that add up over examples.
+    # Metrics of the last evaluation by task and bin, if they are sums over
+    # examples.
     self.by_length: dict[str, length_bins_lib.ScoresByBin] = {}
     self._length_bins = length_bins
     self._num_bootstrap_samples = num_bootstrap_samples
@@ -115,16 +116,16 @@ class TaskEvaluator:
   def batches(
     self, task: seqio.Task, control: str = 'none'
   ) -> Iterator[batching.Batch]:
-    """Yields the split of one of `tasks` as `evaluate` predicts it.
+    """Yields the batches of a task's split as `evaluate` predicts them.
 
-    Each example is there once; the last batch is filled up. Of many batches,
-    those of like prompts come together, the longest first, and have no more
-    padding than they need.
+    Each example occurs once; the last batch is filled with copies. With many
+    batches, examples are sorted by prompt length, longest first, and padded as
+    little as necessary.
 
     Args:
       task: one of `tasks`.
-      control: `other` adds `llm_input_tokens` and `llm_segment_ids`, another
-        example's prompt; other names change nothing.
+      control: `other` adds `llm_input_tokens` and `llm_segment_ids` of another
+        example; other controls change nothing.
     """
     dataset = self._evaluator.cached_model_datasets[task.name]
     for _, batch in self._batches(task.name, _stack(dataset)[1], control):
@@ -138,25 +139,26 @@ class TaskEvaluator:
     control: str = 'none',
     output_dir: str | os.PathLike[str] | None = None,
   ) -> dict[str, dict[str, float]]:
-    """Returns each task's metrics, and counts of its examples.
+    """Returns the metrics of each task, with counts of its examples.
 
-    The counts: `num_examples`; `num_truncated_prompts` and
-    `num_truncated_targets`, longer than their feature length (a reference is
-    scored whole all the same); `num_without_eos`, answers that did not end.
-    Where the task's `postprocess_fn` gives several references,
-    `min_references` and `max_references` of an example.
+    The counts are `num_examples`; `num_truncated_prompts` and
+    `num_truncated_targets`, which exceed their feature length (references are
+    still scored in full); `num_without_eos`, answers without EOS; and, if
+    `postprocess_fn` returns several references, the `min_references` and
+    `max_references` per example.
 
     Args:
-      predict: from a batch of exactly `batch_size` rows, which has `row_ids`,
-        their places in the split, beside the keys of `batches`, to ids whose
-        first EOS ends the answer. What it raises, such as to leave, ends the
-        evaluation before any file is written.
-      step: of the checkpoint, for the name of the file.
-      control: as `batches` has it, and for the name of the file.
-      output_dir: gets `<task>-<split>-<step>[-<control>].jsonl`, a line for
-        each example with `prompt`, `prediction` and `target` as text, and all
-        `references` where there are several; None: no file, as on every
-        process but one.
+      predict: function from a batch of `batch_size` rows to token ids, [batch,
+        steps]; the first EOS ends an answer. The batch has the keys of
+        `batches`, and `row_ids` with the positions of the examples in the
+        split. An exception of `predict` ends the evaluation before any file is
+        written.
+      step: step of the checkpoint, for the file name.
+      control: see `batches`; also part of the file name.
+      output_dir: output folder of `<task>-<split>-<step>[-<control>].jsonl`,
+        with a line for each example: `prompt`, `prediction` and `target` as
+        text, and all `references` if there are several. None writes no file, as
+        on all processes but one.
 
     Raises:
       ValueError: if `predict` returns another shape than [batch, steps].
@@ -221,7 +223,7 @@ class TaskEvaluator:
     targets: Sequence[Any],
     predictions: Sequence[Int[np.ndarray, ' steps']],
   ) -> length_bins_lib.ScoresByBin:
-    """Returns the scores of answers by the length of their references."""
+    """Returns metrics by reference length."""
     vocabulary = task.output_features['targets'].vocabulary
     answers = [
       task.postprocess_fn(
@@ -240,7 +242,7 @@ class TaskEvaluator:
   def _predict(
     self, predict: Predict, control: str, dataset: tf.data.Dataset
   ) -> list[tuple[int, Int[np.ndarray, ' steps']]]:
-    """Returns index and ids of each example, as SeqIO asks for."""
+    """Returns index and token ids of each example, as SeqIO expects."""
     (name,) = (
       name
       for name, own in self._evaluator.cached_model_datasets.items()
@@ -264,21 +266,21 @@ class TaskEvaluator:
           f'predict returned shape {ids.shape}, expected '
           f'({self._batch_size}, steps).'
         )
-      for row, answer in zip(rows, ids, strict=False):  # Not the copies.
+      for row, answer in zip(rows, ids, strict=False):  # without padding rows
         predictions[row] = answer
     return list(zip(indices.tolist(), predictions, strict=True))
 
   def _batches(
     self, name: str, examples: batching.Batch, control: str
   ) -> Iterator[tuple[Int[np.ndarray, ' rows'], batching.Batch]]:
-    """Yields places in the split, and the batch of these examples.
+    """Yields positions in the split, and the batch of these examples.
 
     Args:
-      name: of the task.
-      examples: all of the split, in its order.
-      control: as `batches` has it.
+      name: name of the task.
+      examples: all examples of the split, in order.
+      control: see `batches`.
     """
-    # Of each example, whose prompt the LLM reads.
+    # For each example, the index of the example whose prompt the LLM reads.
     read = np.arange(len(examples['encoder_segment_ids']))
     if control == 'other':
       read = np.array(_partners(examples))
@@ -340,7 +342,7 @@ def _stack(dataset: tf.data.Dataset) -> tuple[np.ndarray, batching.Batch]:
 
 
 def _partners(examples: batching.Batch) -> list[int]:
-  """Returns for each example another one, with another prompt."""
+  """Returns for each example the index of one with another prompt."""
   return batching.control_partners(
     [
       row[segments > 0].tolist()
@@ -354,14 +356,14 @@ def _partners(examples: batching.Batch) -> list[int]:
 
 
 def _target(task: seqio.Task, example: Mapping[str, Any]) -> Any:
-  """Returns what a task scores an answer against."""
+  """Returns the target of an example, as the task's metrics take it."""
   return task.postprocess_fn(
     example['targets_pretokenized'].decode(), example=example, is_target=True
   )
 
 
 def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
-  """Returns the numbers; texts and images are for SeqIO's own loggers."""
+  """Returns the scalar metrics; texts and images are for SeqIO's loggers."""
   values = {
     name: value.value if isinstance(value, seqio.metrics.Scalar) else value
     for name, value in values.items()
@@ -379,7 +381,7 @@ def _write_predictions(
   predictions: list[str],
   references: list[list[str]],
 ) -> None:
-  """Writes a line for each example."""
+  """Writes predictions as JSONL, a line for each example."""
   with files.whole(path) as file:
     for example, prediction, texts in zip(
       examples, predictions, references, strict=True

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From prompts to answers.
+"""Inference: prompts to answers.
 
-`generate.Generator` prefills and runs a decoding strategy; `answerer` has text
-on both sides; `infer` is the verb, which answers the prompts of a file, a task
-or standard input and can be started again; `distill` is another, which answers
-those of a training set, to train on.
+`generate.Generator` prefills a KV cache and runs a decoding strategy.
+`answerer` adds tokenization, with text on both sides. The verb `infer` answers
+the prompts of a file, a task or standard input, and resumes after a stop. The
+verb `distill` answers the prompts of a training set, for sequence-level
+distillation.
 """
 
-# The modules that other packages may import.
+# Modules that other packages may import.
 __all__ = (
   'answerer',
   'distill',

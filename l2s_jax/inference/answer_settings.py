@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What answers, and how: a model, its batches, its decoding, from settings.
+"""Settings of a model, its batches and its decoding, for verbs that answer.
 
-The verbs that answer prompts share it; which prompts is their own affair.
+Settings of the input are in `prompt_source.py`.
 """
 
 import dataclasses
@@ -17,20 +17,20 @@ from l2s_jax.systems import system as system_lib
 
 @dataclasses.dataclass(frozen=True)
 class Answering:
-  """What answers, and how: a model, its batches, its decoding.
+  """Settings of a model, its batches and its decoding.
 
   Attributes:
-    checkpoint_path: a run, or a model as it came.
-    step: of a run; None takes the newest, 'best' that of BEST_METRIC.
-    llm_path: where the LLM's weights are, if not where the run says.
-    vocabulary: tokenizer of a model as it came that brings none.
-    extra_ids: sentinels that T5 adds behind its SentencePiece model.
-    prompt_length: tokens a prompt at most.
-    max_decode_len: tokens an answer at most.
-    batch_size: prompts a batch, of `prompt_length`.
-    decoding: how answers are written.
-    says_ends: whether records say which answers have ended; see
-      `PromptAnswerer`.
+    checkpoint_path: a run, or a pretrained model.
+    step: checkpoint step of a run; None means the newest, 'best' the best by
+      BEST_METRIC.
+    llm_path: location of the LLM's weights, if not the one saved in the run.
+    vocabulary: tokenizer of a pretrained model without one.
+    extra_ids: T5's sentinel ids behind its SentencePiece model.
+    prompt_length: maximum number of prompt tokens.
+    max_decode_len: maximum number of answer tokens.
+    batch_size: prompts of `prompt_length` tokens per batch.
+    decoding: the decoding settings.
+    says_ends: whether records have `ended`; see `PromptAnswerer`.
   """
 
   checkpoint_path: str
@@ -45,7 +45,7 @@ class Answering:
   says_ends: bool = False
 
   def __post_init__(self):
-    """Checks what needs no model.
+    """Validates the settings before any model is loaded.
 
     Raises:
       ValueError: names the setting.
@@ -60,7 +60,7 @@ class Answering:
 
   @property
   def lengths(self) -> dict[str, int]:
-    """Tokens of 'inputs' (prompt) and 'targets' (answer), at most."""
+    """Maximum numbers of tokens of 'inputs' (prompt) and 'targets' (answer)."""
     return {'inputs': self.prompt_length, 'targets': self.max_decode_len}
 
   def load_system(self) -> system_lib.System:
@@ -74,9 +74,9 @@ class Answering:
     return generate.for_decoding(system, self.decoding)
 
   def choose_step(self) -> int:
-    """Returns the step, the same in every process.
+    """Returns the checkpoint step, the same on every host.
 
-    The run may go on, and save, at this moment.
+    The run may still be training and saving checkpoints.
     """
     return distributed.from_first(
       as_it_came.choose_step(self.checkpoint_path, self.step, 'INFER_STEP')
@@ -88,12 +88,12 @@ class Answering:
     step: int,
     batch_size: int | None = None,
   ) -> answerer.PromptAnswerer:
-    """Returns what answers, with the weights of a checkpoint.
+    """Returns an answerer with the parameters of a checkpoint.
 
     Args:
       session: the system on its mesh.
       step: of the checkpoint.
-      batch_size: prompts a batch; None: as the settings say.
+      batch_size: prompts per batch; None means that of the settings.
     """
     params = parameters.load_params(
       session.system, session.layout, self.checkpoint_path, step
@@ -111,7 +111,10 @@ class Answering:
     )
 
   def settings(self, step: int) -> dict[str, Any]:
-    """Returns what answers depend on beside their prompts, as JSON has it."""
+    """Returns JSON-serialisable settings that affect the answers.
+
+    `PromptSource.settings` adds those of the input.
+    """
     return {
       'checkpoint_path': os.path.abspath(self.checkpoint_path),
       'checkpoint_saved_nsecs': as_it_came.saved_nsecs(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From prompts to answers, as text on both sides.
+"""Answers prompts, with text on both sides.
 
-Tokenizes, packs batches, has them generated, and reads the tokens back. Texts
-that end an answer (`Decoding.stop`) are found here, since no token stands for
-them; so is what of an answer can be shown while it is being written.
+Tokenizes, packs batches, runs generation and detokenizes. Stop texts
+(`Decoding.stop`) are found in the decoded text, as they are not token ids.
+For streaming, this module also finds the part of a text that is final.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,20 +19,20 @@ from l2s_jax.systems import system as system_lib
 
 PyTree = Any
 
-# Tokens between two looks for a stop text.
+# Tokens decoded between two searches for a stop text.
 _STOP_PERIOD = 8
-_NUM_DECIMALS = 5  # Of log-probabilities; more are float32's noise.
-_INCOMPLETE = '\ufffd'  # What bytes that begin a character are decoded to.
+_NUM_DECIMALS = 5  # Of log-probabilities, within float32's precision.
+_INCOMPLETE = '\ufffd'  # Decoded from the first bytes of a cut character.
 
 
 class Prompt(NamedTuple):
-  """A prompt to be answered.
+  """A tokenized prompt.
 
   Attributes:
-    ids: its tokens, EOS included unless it was cut.
-    was_cut: whether it had more tokens.
-    max_decode_len: tokens that its answer may have, EOS included.
-    row_id: its index in the input, from which samples are drawn.
+    ids: its tokens, EOS included unless it was truncated.
+    was_cut: whether it was truncated.
+    max_decode_len: maximum number of answer tokens, EOS included.
+    row_id: index in the input, folded into the PRNG key of samples.
   """
 
   ids: list[int]
@@ -42,15 +42,15 @@ class Prompt(NamedTuple):
 
 
 class Answer(NamedTuple):
-  """What was written to a prompt.
+  """An answer to a prompt.
 
   Attributes:
     text: the best answer.
-    details: what else was asked for: `predictions`, the best first, and
-      `scores`, if more than one answer was; `score`, `token_ids` and
-      `token_log_probs` of the best, EOS included, with `Decoding.log_probs`;
-      `ended`, of each answer whether it came to EOS or a stop text within the
-      tokens it may have, from an answerer that says so.
+    details: requested extras. `predictions`, the best first, and `scores`, with
+      `Decoding.num_answers` > 1; `score`, `token_ids` and `token_log_probs` of
+      the best, EOS included, with `Decoding.log_probs`; `ended`, with
+      `says_ends`: for each answer, whether it reached EOS or a stop text within
+      its token limit.
   """
 
   text: str
@@ -58,20 +58,20 @@ class Answer(NamedTuple):
 
 
 class Writing(NamedTuple):
-  """A batch that is being answered."""
+  """A batch of prompts during generation."""
 
   prompts: Sequence[Prompt]
   generation: generate.Generation
 
 
 class PromptAnswerer:
-  """Writes answers to prompts with a system and its parameters.
+  """Answers prompts with a system and its parameters.
 
   Attributes:
-    generator: what writes them.
-    batch_size: prompts of the greatest length a batch.
-    num_tokens: of all prompts started so far.
-    num_slots: likewise, with padding.
+    generator: the compiled generation.
+    batch_size: full-length prompts per batch.
+    num_tokens: number of tokens of all prompts started so far.
+    num_slots: the same with padding.
   """
 
   def __init__(
@@ -87,18 +87,19 @@ class PromptAnswerer:
     says_ends: bool = False,
     consume: bool = False,
   ):
-    """Prepares inference; compiles at the first call.
+    """Prepares inference; the first call compiles.
 
     Args:
       system: the system.
       params: all of its parameters.
       mesh: the device mesh.
-      prompt_length: tokens a prompt; longer ones are cut.
-      max_decode_len: tokens an answer at most.
-      batch_size: prompts a batch, if they are as long as they may be.
-      decoding: how answers are written; None is greedy.
-      says_ends: whether details have `ended`.
-      consume: whether `params` may be taken apart, not to be used again.
+      prompt_length: maximum number of prompt tokens; longer prompts are
+        truncated.
+      max_decode_len: maximum number of answer tokens.
+      batch_size: full-length prompts per batch.
+      decoding: decoding settings; None means greedy.
+      says_ends: whether answers have `ended` in their details.
+      consume: whether `params` may be deleted while they are converted.
     """
     self.generator = generate.generator(
       system, max_decode_len, decoding=decoding
@@ -108,7 +109,7 @@ class PromptAnswerer:
     self._params = self.generator.prepare(params, consume=consume)
     self._prompt_vocabulary = system.prompt_vocabulary
     self._vocabulary = system.answer_vocabulary
-    # None: not of a system whose answers go on where its prompts end.
+    # None unless the answers continue their prompts.
     self._prefix_ids = (
       system.prompt_vocabulary.prefix_ids if system.continues else None
     )
@@ -125,7 +126,7 @@ class PromptAnswerer:
     )
 
   def __call__(self, texts: Sequence[str]) -> list[str]:
-    """Returns an answer to each text."""
+    """Returns the answer to each text."""
     prompts = [self.encode(text, row_id=row) for row, text in enumerate(texts)]
     answers: dict[int, Answer] = {}
     for batch in self.pack(prompts):
@@ -136,13 +137,13 @@ class PromptAnswerer:
   def encode(
     self, text: str, *, row_id: int, max_decode_len: int | None = None
   ) -> Prompt:
-    """Returns a prompt.
+    """Tokenizes a prompt.
 
     Args:
       text: of the prompt.
-      row_id: its index in the input.
-      max_decode_len: tokens that its answer may have, not more than the
-        answerer's own; None takes those.
+      row_id: index in the input.
+      max_decode_len: maximum number of answer tokens, at most the answerer's;
+        None means the answerer's.
     """
     vocabulary = self._prompt_vocabulary
     ids = vocabulary.encode(text)
@@ -158,17 +159,18 @@ class PromptAnswerer:
     )
 
   def pack(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Returns batches of indices, for `start`."""
+    """Returns batches for `start`, as indices into `prompts`."""
     return self._buckets.pack([(len(p.ids), p.max_decode_len) for p in prompts])
 
   def start(
     self, prompts: Sequence[Prompt], num_tokens: int | None = None
   ) -> Writing:
-    """Starts the answers to a batch of prompts; does not wait for the device.
+    """Starts generation for a batch, without waiting for the device.
 
     Args:
-      prompts: of one batch that `pack` has made.
-      num_tokens: to be written at once; None: all that can be.
+      prompts: one batch of `pack`.
+      num_tokens: number of tokens to decode now; None decodes to the end, or to
+        the first search for a stop text.
     """
     rows, length = self._buckets.shape([len(p.ids) for p in prompts])
     batch = batching.prompt_batch(
@@ -184,7 +186,7 @@ class PromptAnswerer:
       batch
       | {
         'row_ids': _column([p.row_id for p in prompts], num_filling),
-        # Rows that fill up write nothing.
+        # Padded rows decode nothing.
         'max_decode_lens': _column(
           [p.max_decode_len for p in prompts], num_filling
         ),
@@ -206,7 +208,7 @@ class PromptAnswerer:
     return Writing(prompts, generation)
 
   def finish(self, writing: Writing) -> list[Answer]:
-    """Waits for the answers to a batch."""
+    """Waits for the answers to a batch, and returns them."""
     if self._looks_for_stops:
       for _ in self._settled(writing, _STOP_PERIOD):
         pass
@@ -217,11 +219,11 @@ class PromptAnswerer:
     ]
 
   def stream(self, prompt: Prompt, write: Callable[[str], Any]) -> Answer:
-    """Writes an answer piece by piece, as its tokens come, and returns it.
+    """Streams an answer while its tokens are decoded, and returns it.
 
     Args:
-      prompt: to be answered.
-      write: gets pieces of text, which together are that of the answer.
+      prompt: the prompt.
+      write: receives pieces of text; they concatenate to the answer's text.
     """
     writing = self.start([prompt], num_tokens=1)
     shown = ''
@@ -236,18 +238,18 @@ class PromptAnswerer:
 
   @property
   def _looks_for_stops(self) -> bool:
-    # Which beam will be the best is known at the end; its text is cut then.
+    # The best beam is known only at the end; its text is cut then.
     return bool(self._stops) and self._decoding.num_beams == 1
 
   def _settled(self, writing: Writing, period: int) -> Iterator[list[str]]:
-    """Yields what can be said of each answer's text, every `period` tokens.
+    """Yields the final part of each answer's text, every `period` tokens.
 
-    Ends the rows that have come to a stop text.
+    It also ends rows with a stop text.
     """
     generation = writing.generation
     while not generation.is_over():
       answers = generation.answers()
-      generation.advance(period)  # The device goes on while the host reads.
+      generation.advance(period)  # The device continues during detokenization.
       tokens, sizes = distributed.fetch(
         (answers.tokens[:, 0], answers.num_tokens)
       )
@@ -267,7 +269,7 @@ class PromptAnswerer:
   def _answer(
     self, prompt: Prompt, answers: strategies.Answers, row: int
   ) -> Answer:
-    """Returns the answer of one row."""
+    """Detokenizes the answer of one row and collects its details."""
     candidates = answers.tokens[row, :, : prompt.max_decode_len].tolist()
     texts = [
       cut(self._vocabulary.decode(tokens), self._stops) for tokens in candidates
@@ -282,7 +284,7 @@ class PromptAnswerer:
     if answers.log_probs is not None and answers.scores is not None:
       size = self._num_written(candidates[0])
       log_probs = answers.log_probs[row, 0, :size]
-      # A beam's has a length penalty, and is of all of it.
+      # A beam's score has a length penalty and includes the cut tokens.
       is_sum = self._decoding.num_beams == 1
       score = log_probs.sum() if is_sum else answers.scores[row, 0]
       details |= {
@@ -293,13 +295,13 @@ class PromptAnswerer:
     return Answer(texts[0], details)
 
   def _has_ended(self, tokens: list[int]) -> bool:
-    """Returns whether an answer came to EOS or a stop text."""
+    """Returns whether an answer reached EOS or a stop text."""
     if any(token in self._vocabulary.eos_ids for token in tokens):
       return True
     return find_stop(self._vocabulary.decode(tokens), self._stops) is not None
 
   def _num_written(self, tokens: list[int]) -> int:
-    """Returns how many tokens an answer has, with its EOS or its stop text."""
+    """Returns the number of tokens up to EOS or the end of a stop text."""
     eos_ids = self._vocabulary.eos_ids
     ends = (n for n, token in enumerate(tokens, 1) if token in eos_ids)
     most = next(ends, len(tokens))
@@ -314,7 +316,7 @@ class PromptAnswerer:
 
 
 def find_stop(text: str, stops: Sequence[str]) -> int | None:
-  """Returns where the stop text begins that is the first to be complete."""
+  """Returns the start of the stop text that is complete first, or None."""
   ends_and_starts = [
     (start + len(stop), start)
     for stop in stops
@@ -324,15 +326,14 @@ def find_stop(text: str, stops: Sequence[str]) -> int | None:
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-  """Returns the text before the stop text that is the first to be complete."""
+  """Returns the text before the stop text that is complete first."""
   return text[: find_stop(text, stops)]
 
 
 def settled(text: str, stops: Sequence[str]) -> str:
-  """Returns what of an answer's text further tokens cannot change.
+  """Returns the part of a partial answer that further tokens cannot change.
 
-  A character whose bytes are not all there is held back, and so is what may be
-  the beginning of a stop text.
+  Incomplete characters and possible beginnings of a stop text are held back.
   """
   position = find_stop(text, stops)
   if position is not None:
@@ -351,5 +352,5 @@ def _column(values: Sequence[int], num_filling: int) -> np.ndarray:
 
 
 def _rounded(values: Any) -> Any:
-  """Returns floats that JSON can have."""
+  """Returns JSON-serialisable floats with `_NUM_DECIMALS` decimals."""
   return np.round(np.asarray(values, np.float64), _NUM_DECIMALS).tolist()

@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Beam search: several hypotheses a prompt, extended and compared together.
+"""Beam search: several hypotheses per prompt, extended and ranked together.
 
-`length_penalty_form` chooses between two searches, which agree in this: a step
-takes the 2 * num_beams best continuations of all live beams, so that num_beams
-go on even if as many end; a hypothesis that ends with EOS is scored by the sum
-of its tokens' log-probabilities over the penalty of its length, EOS included
-and the prompt not; the num_beams best of those are kept. They differ so:
+`length_penalty_form` selects one of two searches. Both keep the 2 * num_beams
+best continuations of the live beams at each step, so that num_beams stay live
+even if as many end. Both score a hypothesis that ended with EOS by the sum of
+its token log-probabilities, divided by the penalty of its length (EOS included,
+prompt excluded), and keep the num_beams best of these. They differ as follows:
 
-  'power', as transformers has it: what ends counts only if among the num_beams
-    best continuations; at a row's longest length all that live end and are
-    scored; `early_stopping` is one of three.
-  'gnmt', as T5X has it: whatever ends counts; what has not ended at the longest
-    length comes after all that has, scored by its sum alone; the search goes on
-    until no live beam could end better at any length, or, where T5X has no
-    such choice, with early_stopping=True until num_beams have ended.
+  'power', as in transformers: an ended hypothesis counts only if it is among
+    the num_beams best continuations. At a row's `max_decode_len` all live beams
+    end and are scored. `early_stopping` has three values.
+  'gnmt', as in T5X: every ended hypothesis counts. Beams live at
+    `max_decode_len` rank after all ended ones, by their sum without penalty.
+    The search goes on until no live beam could end with a better score at any
+    length. With early_stopping=True, an option that T5X lacks, it stops once
+    num_beams have ended.
 
-Rows are searched as if alone, which is so in both but for T5X's negative
-penalties; T5X adds a decoder-only model's prompt to the length, this does not.
+Each row is searched independently. T5X does the same except with a negative
+length penalty. T5X also counts a decoder-only model's prompt in the length;
+this module does not.
 """
 
 import functools
@@ -35,12 +37,12 @@ PyTree = Any
 
 
 class Hypotheses(struct.PyTreeNode):
-  """Some answers to each prompt, the best first.
+  """Hypotheses for each prompt, the best first.
 
   Attributes:
-    tokens: padding after an answer's end.
-    scores: -inf: there is no such answer.
-    log_probs: of each token under the model; None where nobody asked.
+    tokens: token ids, padded after an answer's end.
+    scores: -inf marks an unused place.
+    log_probs: of each token under the model; None if not requested.
   """
 
   tokens: Int[Array, 'batch answers steps']
@@ -48,21 +50,21 @@ class Hypotheses(struct.PyTreeNode):
   log_probs: Float[Array, 'batch answers steps'] | None
 
   def take(self, index: Int[Array, 'batch taken']) -> 'Hypotheses':
-    """Returns those at these places."""
+    """Returns the hypotheses at the given places."""
     return jax.tree.map(lambda x: _take(x, index), self)
 
 
 class BeamState(struct.PyTreeNode):
-  """Beam search between two tokens.
+  """State of beam search between two steps.
 
   Attributes:
-    step: tokens written so far.
-    live: the beams, which go on; scored by the sum of their log-probabilities.
-    ended: the best that have ended; scored with the length penalty.
-    done: prompts whose answers are found.
+    step: number of tokens decoded so far.
+    live: live beams, scored by the sum of their log-probabilities.
+    ended: best ended hypotheses, scored with the length penalty.
+    done: prompts with final answers.
     prompts: limits of the rows.
-    cache: the writing model's memory, of each prompt's beams in sequence; the
-      encoded prompt is theirs together.
+    cache: KV cache of the decoding model. The beams of a prompt are consecutive
+      rows and share its encoded prompt.
   """
 
   step: Int[Array, '']
@@ -74,7 +76,7 @@ class BeamState(struct.PyTreeNode):
 
 
 class BeamSearch:
-  """The `num_answers` best of `num_beams` hypotheses a prompt."""
+  """Beam search; returns the `num_answers` best of `num_beams` hypotheses."""
 
   num_ahead = 1
 
@@ -105,7 +107,7 @@ class BeamSearch:
     )
     return BeamState(
       step=jnp.zeros((), jnp.int32),
-      # One beam, lest all write the same.
+      # One live beam; equal beams would all decode the same tokens.
       live=nothing.replace(scores=nothing.scores.at[:, 0].set(0.0)),
       ended=nothing,
       done=prompts.have_ended,
@@ -154,7 +156,7 @@ class BeamSearch:
     )
 
   def answers(self, state: BeamState) -> strategies.Answers:
-    """Returns the best that have ended and, if too few have, live beams."""
+    """Returns the best ended hypotheses, then live beams if too few ended."""
     num_ended = (state.ended.scores > -jnp.inf).sum(1, keepdims=True)
     place = jnp.arange(self._decoding.num_answers)
     best = _concatenate(state.ended, state.live).take(
@@ -183,7 +185,15 @@ class BeamSearch:
   def _extend(
     self, state: BeamState, logits: Float[Array, 'rows vocab']
   ) -> tuple[Hypotheses, Int[Array, 'batch candidates']]:
-    """Returns the best continuations, by their sums, and whose they are."""
+    """Returns the best continuations by log-probability, and their parents.
+
+    Args:
+      state: before this step.
+      logits: of the next token; rows are [batch * beams].
+
+    Returns:
+      2 * num_beams hypotheses per prompt, and the index of each one's beam.
+    """
     batch_size, num_beams, num_steps = state.live.tokens.shape
     log_probs = jax.nn.log_softmax(logits)
     penalize = functools.partial(
@@ -220,16 +230,17 @@ class BeamSearch:
     length: Int[Array, ''],
     prompts: strategies.Prompts,
   ) -> Bool[Array, 'batch']:
-    """Returns which prompts' best answers no live beam will change."""
+    """Returns true for prompts whose best answers cannot change any more."""
     decoding = self._decoding
     best_length: Array = length
-    # A penalty that grows favours the longest, one that shrinks the next.
+    # A positive penalty favours the longest answer, a negative one the next
+    # step.
     if decoding.length_penalty > 0 and (
       decoding.early_stopping == 'never'
       or decoding.length_penalty_form == 'gnmt'
     ):
       best_length = prompts.max_decode_lens
-    worst = ended.scores.min(1)  # -inf until num_beams have ended
+    worst = ended.scores.min(1)  # -inf until num_beams have ended.
     best = live.scores[:, 0] / length_penalty(best_length, decoding)
     done = (best <= worst) | (length >= prompts.max_decode_lens)
     if decoding.early_stopping is True:
@@ -240,7 +251,7 @@ class BeamSearch:
 def length_penalty(
   length: Int[Array, '*batch'], decoding: sampling.Decoding
 ) -> Float[Array, '*batch']:
-  """Returns what the score of so many tokens, EOS included, is divided by."""
+  """Returns the divisor of the score for a length, EOS included."""
   base = length.astype(jnp.float32)
   if decoding.length_penalty_form == 'gnmt':
     base = (5 + base) / 6
@@ -250,10 +261,10 @@ def length_penalty(
 def top_k(
   x: Float[Array, 'batch n'], k: int, block_size: int = 128
 ) -> tuple[Float[Array, 'batch k'], Int[Array, 'batch k']]:
-  """Returns the k largest and their places, as `lax.top_k` does.
+  """Returns the k largest values and their indices, as `lax.top_k` does.
 
-  The k largest are in the k blocks with the largest maxima, of equal ones the
-  first; maxima vectorise where XLA:CPU's top_k does not.
+  The k largest are in the k blocks with the largest maxima, the first ones
+  among equals. Maxima vectorise on XLA:CPU; its top_k does not.
   """
   if x.shape[1] < 2 * k * block_size:
     values, places = jax.lax.top_k(x, k)
@@ -283,9 +294,11 @@ def _where(
 
 
 def _take_beams(rows: Array, parents: Int[Array, 'batch beams']) -> Array:
+  """Reorders the rows of each prompt's beams by their parents."""
   beams = rows.reshape(*parents.shape, *rows.shape[1:])
   return _take(beams, parents).reshape(rows.shape)
 
 
 def _take(x: Array, index: Int[Array, 'batch taken']) -> Array:
+  """Returns the elements of each row at the row's own indices."""
   return jax.vmap(lambda row, places: row[places])(x, index)

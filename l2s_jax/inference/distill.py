@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation by sequences: a teacher answers the prompts of a training set.
+"""Sequence-level distillation: a teacher answers a training set's prompts.
 
-The answers are written as those of `infer` are, so that the command goes on
-where it was stopped; a manifest, written last, says that all are there. What a
-task makes of the folder is in `data/distilled.py`.
+Answers are written as by `infer`, so that a stopped command resumes. A
+manifest, written last, marks the folder as complete. `data/distilled.py` makes
+a task of the folder.
 """
 
 import dataclasses
@@ -52,39 +52,40 @@ def distill(
 ) -> None:
   """Writes a teacher's answers to the prompts of a task's training split.
 
-  The folder then is data to train on: gin_configs/tasks/distilled.gin. A line
-  has `prompt`, `target` (the task's own answer), `prediction`, and `ended`: of
-  each answer whether it came to its end within the tokens it may have. With
-  `Decoding.num_answers` there are `predictions`, the best first, and `scores`.
-  Started again, the same command goes on where it was stopped.
+  The folder is training data for gin_configs/tasks/distilled.gin. A line has
+  `prompt`, `target` (the task's own answer), `prediction`, and `ended`: for
+  each answer, whether it reached EOS or a stop text within its token limit.
+  With `Decoding.num_answers` it also has `predictions`, the best first, and
+  `scores`. The same command resumes where it was stopped.
 
   Args:
     checkpoint_path: the teacher: a run of an LLM baseline (its MODEL_DIR); or a
-      Hugging Face or converted folder, a checkpoint of T5X, a GGUF file, or a
-      name on the Hub.
-    mixture_or_task_name: whose prompts are answered; of a mixture, each task by
-      itself, into a folder of its own.
-    distill_dir: the folder.
-    task_feature_lengths: `inputs`, tokens a prompt; longer ones are cut, marked
-      and counted; `targets`, tokens an answer at most. Of the teacher's
-      tokenizer.
-    batch_size: prompts a batch if they are as long as they may be; of shorter
-      ones a batch has as many as take the same memory.
-    step: the checkpoint; None takes the newest, 'best' that of BEST_METRIC.
-    vocabulary: tokenizer of a model as it came that brings none.
-    extra_ids: sentinels that T5 adds behind its SentencePiece model.
+      Hugging Face or converted folder, a T5X checkpoint, a GGUF file, or a name
+      on the Hub.
+    mixture_or_task_name: task with the prompts to answer. Of a mixture, distill
+      each task separately, into a folder of its own.
+    distill_dir: the output folder.
+    task_feature_lengths: `inputs`, maximum number of prompt tokens (longer
+      prompts are truncated, marked and counted); `targets`, largest number of
+      tokens an answer. In tokens of the teacher's tokenizer.
+    batch_size: prompts per batch at the full prompt length; batches of shorter
+      prompts have more rows in the same memory.
+    step: checkpoint step; None means the newest, 'best' the best by
+      BEST_METRIC.
+    vocabulary: tokenizer of a pretrained model without one.
+    extra_ids: T5's sentinel ids behind its SentencePiece model.
     mesh: device mesh and axis rules.
-    decoding: how answers are written; None is greedy. A sample depends on the
-      seed and on which prompt it answers, and on nothing else.
-    shard: which of `num_shards` contiguous parts of the prompts to answer; the
-      one that ends last completes the folder.
-    num_shards: how many there are.
-    dry_run: prints sizes and shardings, and stops.
+    decoding: decoding settings; None means greedy. A sample depends only on the
+      seed and on the index of its prompt.
+    shard: index of the part of the prompts to answer, out of `num_shards`
+      contiguous parts; the shard that finishes last completes the folder.
+    num_shards: number of shards.
+    dry_run: print sizes and shardings, then stop.
 
   Raises:
-    FileNotFoundError: if the teacher or the task's data are not there.
+    FileNotFoundError: if the teacher or the task's data do not exist.
     ValueError: if the folder holds answers of another teacher, decoding or
-      task, or a setting is off.
+      task, or a setting is invalid.
   """
   gin_config.check_lengths(task_feature_lengths)
   answering = answer_settings.Answering(
@@ -147,7 +148,11 @@ def distill(
 
 
 def _check_task(name: str, label: str) -> None:
-  """Refuses a cache, whose answers are those it was made with."""
+  """Refuses a cached task: its cache has fixed answers.
+
+  Raises:
+    ValueError: if `name` is a cached task.
+  """
   if bound_tasks.is_cached(name):
     raise ValueError(
       f'{label}: a cache has the answers that it was made with. Give the task '
@@ -156,7 +161,11 @@ def _check_task(name: str, label: str) -> None:
 
 
 def _load_teacher(answering: answer_settings.Answering) -> system_lib.System:
-  """Returns the teacher's system; refuses one that is not a model alone."""
+  """Returns the teacher's system.
+
+  Raises:
+    ValueError: if the teacher is not a single language model.
+  """
   if answering.decoding.draft_len:
     raise ValueError(
       f'Decoding.draft_len={answering.decoding.draft_len} is of LLM-to-SLM, '
@@ -178,8 +187,8 @@ def _settings(
   mixture_or_task_name: str,
   step: int,
 ) -> dict[str, Any]:
-  """Returns what the answers depend on beside their prompts, as JSON has it."""
-  # By all processes: those that restore a run wait for each other.
+  """Returns JSON-serialisable settings that affect the answers."""
+  # On all hosts: restoring a checkpoint is collective.
   fingerprint = parameters.fingerprint(
     session.layout, answering.checkpoint_path, step
   )
@@ -200,7 +209,7 @@ def _settings(
 def _complete(
   folder: pathlib.Path, part: predictions.Shard, settings: Mapping[str, Any]
 ) -> None:
-  """Writes the manifest if all shards are there; says what there is."""
+  """Writes the manifest once all shards are complete; reports progress."""
   paths = [
     folder / predictions.Shard(index, part.count).name('predictions', '.jsonl')
     for index in range(part.count)

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generation: prefill once, then one step after another.
+"""Generation: prefill once, then decode in a compiled loop.
 
-Prefill reads the prompts with whatever the system has (LLM, projector, SLM
-encoder or prefix) and returns a cache; the loop sees the writing model and that
-cache alone, never the LLM. The cache has as many slots as the answer has needed
-so far, and grows: a budget of 512 tokens does not cost 512 tokens of attention
-at the third.
+Prefill reads the prompts (LLM, projector, SLM encoder or prefix) and returns a
+KV cache. The loop takes the decoding model and that cache alone, never the LLM.
+The cache starts small and grows as answers need it: with a budget of 512
+tokens, the third token does not attend to 512 slots.
 """
 
 import dataclasses
@@ -27,18 +26,17 @@ from l2s_jax.vocabularies import loading
 
 PyTree = Any
 
-# Slots that a cache begins with, and by which factor it grows. Each size is
-# compiled when an answer first needs it.
+# Initial slots of the cache, and its growth factor. Each size compiles when an
+# answer first needs it.
 FIRST_SLOTS = 64
 GROWTH = 2
 
 
 class Generator:
-  """Compiled generation for one system, one strategy and one longest answer.
+  """Compiled generation for one system, one strategy and one `max_decode_len`.
 
-  Prefill compiles once for each prompt shape, the loop once for each cache
-  shape that answers come to need; a second call with the same shapes compiles
-  nothing.
+  Prefill compiles once per prompt shape, the decode loop once per cache shape.
+  A second call with the same shapes does not compile.
   """
 
   def __init__(
@@ -50,14 +48,14 @@ class Generator:
     decoding: sampling.Decoding | None = None,
     unstack_llm: bool = True,
   ):
-    """Prepares generation; nothing compiles yet.
+    """Sets up generation; nothing compiles yet.
 
     Args:
-      module: the system's: LLM-to-SLM, or a language model.
-      max_decode_len: tokens a row at most, EOS included.
-      ids: of the answer's vocabulary.
-      decoding: how tokens are chosen; None is greedy.
-      unstack_llm: see `l2s.for_generation`; int8 does so in any case.
+      module: LLM-to-SLM or a language model.
+      max_decode_len: maximum number of answer tokens, EOS included.
+      ids: special token ids of the answer's vocabulary.
+      decoding: decoding settings; None means greedy.
+      unstack_llm: see `l2s.for_generation`; always on with an int8 LLM.
     """
     self.max_decode_len = max_decode_len
     self.decoding = decoding or sampling.Decoding()
@@ -92,19 +90,19 @@ class Generator:
     self._grow = jax.jit(_grow, static_argnames='num_slots')
 
   def prepare(self, params: PyTree, *, consume: bool = False) -> PyTree:
-    """Returns a system's parameters in the form generation reads.
+    """Returns a system's parameters in the form for generation.
 
-    Done once for many calls. Only what changes is copied.
+    Call it once. Unchanged arrays are not copied.
 
     Args:
-      params: as they were trained.
-      consume: whether to delete each array that has been copied, so that only
-        one of them is in memory twice.
+      params: as they were trained, layers stacked.
+      consume: deletes each array after its copy is made, so that at most one is
+        in memory twice.
     """
     return l2s.params_for_generation(self._module, params, consume=consume)
 
   def writer_params(self, prepared: PyTree) -> PyTree:
-    """Returns those of the model that writes, or of the two that do."""
+    """Returns the parameters that the decode loop needs."""
     if isinstance(self._module, l2s.DraftAndVerify):
       return l2s.decoder_params(prepared)
     return l2s.writer_params(prepared, self._writer_name)
@@ -125,19 +123,19 @@ class Generator:
     row_ids: Int[np.ndarray | Array, 'batch'] | None = None,
     max_decode_lens: Int[np.ndarray | Array, 'batch'] | None = None,
   ) -> 'Generation':
-    """Starts to write the answers to a batch of prompts.
+    """Prefills a batch of prompts and returns its generation.
 
     Args:
-      prepared: what `prepare` returned.
-      batch: the encoder keys; with `first_tokens`, see `batching.continuing`,
-        the answers go on where the prompts end.
-      row_ids: each row's index in the input, from which its samples are
-        drawn; by default its place in the batch.
-      max_decode_lens: tokens that each row may write; by default
+      prepared: parameters from `prepare`.
+      batch: the encoder keys; with `first_tokens` (see `batching.continuing`)
+        the answers continue their prompts.
+      row_ids: index of each row in the input, folded into its PRNG key;
+        defaults to the index in the batch.
+      max_decode_lens: maximum number of answer tokens of each row; defaults to
         `max_decode_len`.
 
     Raises:
-      ValueError: if the model has no positions for prompt and answer.
+      ValueError: if the model lacks positions for prompt and answer.
     """
     batch = dict(batch)
     first_tokens = batch.pop('first_tokens', None)
@@ -164,10 +162,10 @@ class Generator:
     max_decode_lens: Int[Array, 'batch'],
     first_tokens: Int[Array, 'batch'] | None,
   ) -> Any:
-    """Returns the state before the first token. To be called in jit.
+    """Returns the strategy's initial state. Called within jit.
 
-    In one program: each operation outside of one costs as much as a token of a
-    small model.
+    One program for all of it: an operation outside jit costs as much as a
+    decode step of a small model.
     """
     has_prompt = (segment_ids > 0).any(1)
     if first_tokens is None:
@@ -185,7 +183,7 @@ class Generator:
     return self.strategy.begin(cache, prompts, self.max_decode_len)
 
   def _decode(self, params: PyTree, state: Any, limit: Int[Array, '']) -> Any:
-    """Steps until all rows have ended or one has `limit` tokens."""
+    """Runs decode steps until all rows are done or one has `limit` tokens."""
     return jax.lax.while_loop(
       lambda s: (s.step < limit) & ~jnp.all(s.done),
       functools.partial(self.strategy.step, params),
@@ -194,7 +192,7 @@ class Generator:
 
 
 class Generation:
-  """Answers that are being written."""
+  """A running generation of answers to one batch."""
 
   def __init__(
     self, generator: Generator, writer_params: PyTree, state: Any, shape: str
@@ -207,9 +205,9 @@ class Generation:
     self.step = 0
 
   def advance(self, num_tokens: int | None = None) -> None:
-    """Writes more: as many tokens, or all that the cache has room for.
+    """Decodes `num_tokens` more tokens, at most as many as the cache can hold.
 
-    Returns at once; the device goes on.
+    Returns at once; the device runs asynchronously. None fills the cache.
     """
     most = self._generator.max_decode_len
     if self.step >= self._num_slots:
@@ -225,32 +223,32 @@ class Generation:
     self.step = limit
 
   def is_over(self) -> bool:
-    """Waits for what has been started; returns whether there is more."""
+    """Waits for the device; returns whether all rows are done."""
     return self.step >= self._generator.max_decode_len or bool(
       self.state.done.all()
     )
 
   def stop(self, rows: Bool[np.ndarray, 'batch']) -> None:
-    """Ends some rows where they are."""
+    """Marks rows as done."""
     self.state = self.state.replace(done=self.state.done | rows)
 
   def answers(self) -> strategies.Answers:
-    """Returns what has been written so far."""
+    """Returns the answers decoded so far."""
     return self._generator.strategy.answers(self.state)
 
   def finish(self) -> strategies.Answers:
-    """Writes to the end and returns all of it."""
+    """Decodes to the end and returns the answers."""
     while not self.is_over():
       self.advance()
     return self.answers()
 
 
 def check(decoding: sampling.Decoding, max_decode_len: int) -> None:
-  """Refuses settings that no system can follow here.
+  """Validates the decoding settings that do not depend on the system.
 
   Raises:
-    ValueError: if answers are to be longer than they may be, or int8 is asked
-      for without its package.
+    ValueError: if `min_decode_len` exceeds `max_decode_len`, or int8 needs a
+      package that is not installed.
   """
   if decoding.min_decode_len > max_decode_len:
     raise ValueError(
@@ -269,14 +267,14 @@ def check(decoding: sampling.Decoding, max_decode_len: int) -> None:
 def for_decoding(
   system: system_lib.System, decoding: sampling.Decoding
 ) -> system_lib.System:
-  """Returns the system that answers are written with.
+  """Returns the system to decode with.
 
-  It is the same unless LLM-to-SLM is to draft (`Decoding.draft_len`) what the
-  LLM verifies: then the LLM's decoder belongs to it.
+  With `Decoding.draft_len`, it is LLM-to-SLM with the LLM's decoder as
+  verifier; otherwise, `system` itself.
 
   Raises:
-    ValueError: if there is none, it has another vocabulary, or the settings do
-      not go with drafts.
+    ValueError: if the LLM has no decoder, its vocabulary differs, or the
+      settings do not allow drafts.
   """
   if not decoding.draft_len:
     return system
@@ -326,14 +324,14 @@ def generator(
   ends: bool = True,
   unstack_llm: bool = True,
 ) -> Generator:
-  """Returns generation for a system.
+  """Returns the compiled generation of a system.
 
   Args:
     system: the system.
-    max_decode_len: tokens an answer at most.
-    decoding: how tokens are chosen; None is greedy.
+    max_decode_len: maximum number of answer tokens, EOS included.
+    decoding: decoding settings; None means greedy.
     ends: whether EOS ends an answer; if not, all have `max_decode_len` tokens.
-    unstack_llm: see `l2s.params_for_generation`.
+    unstack_llm: see `l2s.for_generation`.
   """
   vocabulary = system.answer_vocabulary
   return Generator(
@@ -352,6 +350,11 @@ def generator(
 def _strategy(
   module: Any, decoding: sampling.Decoding, ids: strategies.Ids
 ) -> strategies.Strategy:
+  """Returns the strategy for the decoding settings.
+
+  Raises:
+    ValueError: if a verifier and `Decoding.draft_len` do not go together.
+  """
   if isinstance(module, l2s.DraftAndVerify) != (decoding.draft_len > 0):
     raise ValueError(
       f'Decoding.draft_len={decoding.draft_len} with {type(module).__name__}: '
@@ -367,6 +370,7 @@ def _strategy(
 
 
 def _grow(state: Any, *, num_slots: int) -> Any:
+  """Returns the state with `num_slots` more slots in every cache."""
   return state.replace(
     cache=jax.tree.map(
       lambda cache: cache_lib.grow(cache, num_slots),

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inference: prompts in, JSON lines out, in the order they came.
+"""Inference: prompts in, JSON lines out, in input order.
 
-One line for one, whatever happens: what cannot be answered leaves a line that
-says why. `prompt_source.py` has what is read, `pipeline.py` and `answerer.py`
-answer, and `predictions.py` writes so that a job that was stopped goes on where
-it was; here is the verb that brings them together.
+Every input line has one output line; a line that cannot be answered gets the
+reason in its place. `prompt_source.py` describes the input, `pipeline.py` and
+`answerer.py` answer it, and `predictions.py` writes so that a stopped job
+resumes. This module has the verb that joins them.
 """
 
 import functools
@@ -58,59 +58,63 @@ def infer(
   *,
   dry_run: bool = False,
 ) -> None:
-  """Writes answers to prompts as JSON lines, in order, one line for one.
+  """Writes answers to prompts as JSON lines, one per input line, in order.
 
-  A line has the columns of its input, `prompt` and `prediction`; that of a line
-  which cannot be answered has `line` (its number), `error`, and `prediction`
-  null. Started again, the same command goes on where it was stopped:
-  `predictions.py` describes the output folder. With `Decoding.num_answers`
-  there are `predictions`, the best first, and their `scores`; with
-  `Decoding.log_probs` the `score`, `token_ids` and `token_log_probs` of the
-  best. These may differ in the last digits from one batch size to another.
+  A line has the columns of its input line, `prompt` and `prediction`. For an
+  input line that cannot be answered, it has `line` (the line number), `error`,
+  and null as `prediction`. With `Decoding.num_answers` it also has
+  `predictions`, the best first, and their `scores`; with `Decoding.log_probs`
+  the `score`, `token_ids` and `token_log_probs` of the best. Scores and
+  log-probabilities may differ in the last digits between batch sizes. The same
+  command resumes where it was stopped; `predictions.py` describes the output
+  folder.
 
   Args:
     checkpoint_path: the run's folder (MODEL_DIR of its training); or a Hugging
-      Face or converted folder, a checkpoint of T5X, a GGUF file, or a name on
-      the Hub.
+      Face or converted folder, a T5X checkpoint, a GGUF file, or a name on the
+      Hub.
     input: a file of text, .jsonl, .ndjson, .json, .tsv, .csv, .parquet or
-      .tfrecord (each may be .gz), `task:NAME` for a SeqIO task, or `-`,
+      .tfrecord (each may be .gz), `task:NAME` for a SeqIO task, or `-` for
       standard input, answered line by line.
     output_dir: the folder of `predictions.jsonl`; None, or input `-`, writes
       to standard output.
-    prompt_length: tokens a prompt; longer ones are cut, marked and counted.
-    max_decode_len: tokens an answer at most.
-    batch_size: prompts a batch if they have `prompt_length` tokens; of shorter
-      ones a batch has as many as take the same memory. Standard input is
-      answered one by one.
-    step: the checkpoint; None takes the newest, 'best' that of BEST_METRIC.
-    prompt_column: which column `{prompt}` in the template stands for; that of
-      a column within a column is written `translation.en`.
+    prompt_length: maximum number of prompt tokens; longer prompts are
+      truncated, marked and counted.
+    max_decode_len: maximum number of answer tokens.
+    batch_size: prompts per batch at the full `prompt_length`; batches of
+      shorter prompts have more rows in the same memory. Standard input is
+      answered one line at a time.
+    step: checkpoint step; None means the newest, 'best' the best by
+      BEST_METRIC.
+    prompt_column: the column for `{prompt}` in the template; a nested column is
+      written `translation.en`.
     template: the prompt, with columns in braces, such as 'translate English to
       German: {prompt}'. A task has its own.
-    fallback_template: of lines that lack text in a column which `template`
-      alone names; None: such a line is bad.
-    column_names: of a TSV or CSV file whose first line does not name them.
-    bad_lines: 'keep' leaves an error in the place of an answer and goes on,
-      'refuse' stops before anything is computed.
-    split: of a task.
+    fallback_template: template for lines without text in one of the columns
+      that only `template` names; None makes such lines bad.
+    column_names: column names of a TSV or CSV file without a header line.
+    bad_lines: 'keep' writes an error in place of the answer and goes on;
+      'refuse' stops before any computation.
+    split: split of a task.
     metrics: names of metrics (`metrics/metric_fns.py` and `scores.functions`)
       to score the answers with; `scores` has their settings.
-    target_column: what to score against: text, or a list of references. A
-      task's is `target`.
-    shard: which of `num_shards` contiguous parts of the input to answer; their
-      files, one after another, make up that of the whole.
-    num_shards: how many there are.
-    llm_path: where the LLM's weights are, if not where the run says.
-    vocabulary: tokenizer of a model as it came that brings none.
-    extra_ids: sentinels that T5 adds behind its SentencePiece model.
+    target_column: the column to score against: text, or a list of references.
+      A task's is `target`.
+    shard: index of the part of the input to answer, out of `num_shards`
+      contiguous parts. The concatenated files of all shards equal the file of
+      an unsharded run.
+    num_shards: number of shards.
+    llm_path: location of the LLM's weights, if not the one saved in the run.
+    vocabulary: tokenizer of a pretrained model without one.
+    extra_ids: T5's sentinel ids behind its SentencePiece model.
     mesh: device mesh and axis rules.
-    decoding: how answers are written; None is greedy. A sample depends on the
-      seed and on which line of the input it answers, and on nothing else.
-    max_decode_len_column: of a file: says how many tokens each line's answer
-      may have, up to `max_decode_len`.
-    stream: of standard input: 'jsonl' writes lines {"delta": TEXT} as tokens
-      come, before the line that has all; 'text' writes the text alone.
-    dry_run: prints sizes and shardings, and stops.
+    decoding: decoding settings; None means greedy. A sample depends only on the
+      seed and on the index of its input line.
+    max_decode_len_column: column of a file with the largest number of answer
+      tokens for each line, at most `max_decode_len`.
+    stream: for standard input: 'jsonl' writes lines {"delta": TEXT} as tokens
+      are decoded, before the full line; 'text' writes only the text.
+    dry_run: print sizes and shardings, then stop.
   """
   answering = answer_settings.Answering(
     checkpoint_path,
@@ -176,7 +180,7 @@ def infer(
 
 
 def _output_folder(output_dir: str | None) -> pathlib.Path | None:
-  """Returns where answers go; None is standard output."""
+  """Returns the output folder; None means standard output."""
   if output_dir:
     return files.local_folder(output_dir, 'INFER_OUTPUT_DIR')
   if jax.process_count() > 1:
@@ -192,7 +196,11 @@ def _check_stream(
   source: prompt_source.PromptSource,
   decoding: sampling.Decoding,
 ) -> None:
-  """Refuses to show answers on the way that cannot be."""
+  """Validates INFER_STREAM.
+
+  Raises:
+    ValueError: if the input or the decoding cannot be streamed.
+  """
   if stream is None:
     return
   if stream not in pipeline.STREAMS:
@@ -218,7 +226,11 @@ def _scored_by(
   source: prompt_source.PromptSource,
   folder: pathlib.Path | None,
 ) -> list[metric_fns.Metric]:
-  """Returns the metrics; refuses scores that could not be given in the end."""
+  """Returns the metrics to score with.
+
+  Raises:
+    ValueError: if the answers could not be scored at the end.
+  """
   metrics = source.score_settings().named(names, 'INFER_METRICS')
   if not metrics:
     return metrics

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which prompts share a batch: those of like length, as many as fit.
+"""Length buckets: batches of prompts with similar lengths.
 
-Few lengths and few numbers of rows, so that few shapes are compiled. Nothing
-of it may change an answer.
+Few padded lengths and few batch sizes keep the number of compiled shapes small.
+Bucketing never changes an answer.
 """
 
 import math
 from collections.abc import Sequence
 
 _SHORTEST = 16
-_ROWS_MULTIPLE = 8  # As matrix units like it.
+_ROWS_MULTIPLE = 8  # Matrix units are efficient at multiples of 8.
 
 
 def lengths(longest: int) -> list[int]:
-  """Returns the lengths that prompts are padded to: 16, 24, 32, 48, 64, ...
+  """Returns the padded lengths of prompts: 16, 24, 32, 48, 64, ...
 
   Args:
-    longest: of all prompts, in tokens; the last length.
+    longest: largest number of tokens of all prompts; the last length.
   """
   found = []
   power = _SHORTEST
@@ -27,10 +27,11 @@ def lengths(longest: int) -> list[int]:
 
 
 class Buckets:
-  """Batches with the memory of `batch_size` prompts of the greatest length.
+  """Packs prompts into batches of a fixed memory budget.
 
-  A slot of memory is a token of a prompt or one that its answer may have; where
-  prompts are shorter, a batch has more of them.
+  The budget is that of `batch_size` prompts of `prompt_length` tokens, counting
+  one slot for each token of a prompt and of its longest answer. Batches of
+  shorter prompts have more rows.
   """
 
   def __init__(
@@ -41,39 +42,39 @@ class Buckets:
     batch_size: int,
     num_shards: int,
   ):
-    """Prepares packing.
+    """Sets the budget.
 
     Args:
-      prompt_length: tokens a prompt at most.
-      answer_length: tokens that are kept of an answer at most, those of all its
-        beams together.
-      batch_size: prompts of `prompt_length` a batch, a multiple of the shards.
-      num_shards: devices over which rows are divided.
+      prompt_length: maximum number of prompt tokens.
+      answer_length: maximum number of answer tokens per prompt, over all beams.
+      batch_size: prompts of `prompt_length` per batch, a multiple of
+        `num_shards`.
+      num_shards: devices that rows are sharded over.
     """
     self._lengths = lengths(prompt_length)
     self._answer_length = answer_length
     self._num_slots = batch_size * (prompt_length + answer_length)
     self._num_shards = num_shards
     self._multiple = math.gcd(batch_size, _ROWS_MULTIPLE * num_shards)
-    self._shapes: set[tuple[int, int]] = set()  # that have been used
+    self._shapes: set[tuple[int, int]] = set()  # Shapes already used.
 
   def length(self, num_tokens: int) -> int:
-    """Returns what a prompt of so many tokens is padded to."""
+    """Returns the padded length of a prompt with `num_tokens` tokens."""
     return next(length for length in self._lengths if num_tokens <= length)
 
   def most_rows(self, length: int) -> int:
-    """Returns the rows of a full batch."""
+    """Returns the number of rows of a full batch, given the padded length."""
     rows = self._num_slots // (length + self._answer_length)
     return rows // self._multiple * self._multiple
 
   def shape(self, num_tokens: Sequence[int]) -> tuple[int, int]:
-    """Returns the rows and the length that prompts are padded to.
+    """Returns the number of rows and the padded length of a batch.
 
-    A shape that was used before, and is compiled, goes over one that fits more
-    closely: rows that fill up cost less than a compilation.
+    A shape already used, and so compiled, is preferred to a smaller new one:
+    padded rows cost less than a compilation.
 
     Args:
-      num_tokens: of each prompt of one batch.
+      num_tokens: tokens of each prompt in the batch.
     """
     length = self.length(max(num_tokens))
     used = [
@@ -91,13 +92,14 @@ class Buckets:
     return shape
 
   def pack(self, sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Returns batches of indices; none but the last has room for more.
+    """Returns batches of indices into `sizes`; all but the last are full.
 
-    The longest come first. Of a like length, those whose answers may be as long
-    as one another share a batch, since it ends with its longest answer.
+    The longest prompts come first. Among prompts of one padded length, those
+    with similar `max_decode_len` share a batch, since the longest answer ends
+    it.
 
     Args:
-      sizes: tokens of each prompt, and tokens that its answer may have.
+      sizes: for each prompt, its number of tokens and its `max_decode_len`.
     """
 
     def size(index: int) -> tuple[int, int, int]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lines in, records out: in order, without the device waiting for the host.
+"""The pipeline of inference: input lines to output records, in order.
 
-Lines are read a window at a time, so that batches are of like lengths and
-memory is bounded. Where lines come from is the affair of `prompts.py`, what
-becomes of records that of `predictions.py`.
+Lines are read in windows, so that batches have similar lengths and memory is
+bounded. The device does not wait for the host. `prompts.py` reads the lines,
+`predictions.py` writes the records.
 """
 
 import dataclasses
@@ -23,18 +23,18 @@ from l2s_jax.inference import predictions, prompts, sampling
 from l2s_jax.inference.answerer import Prompt, PromptAnswerer
 from l2s_jax.runtime import distributed, locks
 
-# Lines that are sorted by length together, in batches of the greatest length;
-# twice as many are in memory.
+# Number of full-length batches in a window, whose lines are sorted by length
+# together. Two windows are in memory.
 WINDOW_BATCHES = 8
 STREAMS = ('jsonl', 'text')
 
 
 class _Window:
-  """Lines that are read together; their batches end in any order.
+  """A window of lines, whose batches may finish in any order.
 
   Attributes:
-    batches: of prompts, by their places in the window; one without a prompt if
-      no line has one.
+    batches: lists of prompts' places in the window; one empty batch if no line
+      has a prompt.
   """
 
   def __init__(
@@ -67,9 +67,10 @@ class _Window:
   def start(
     self, batch: Sequence[int]
   ) -> Callable[[], list[predictions.Record]]:
-    """Starts a batch; returns a function that waits for it.
+    """Starts a batch; returns a function that waits for its answers.
 
-    That returns the records that are next in order and whole.
+    The function returns the next records in input order, up to the first one
+    that is still missing.
     """
     chosen = [self._prompts[place] for place in batch]
     writing = self._answerer.start(chosen) if chosen else None
@@ -99,17 +100,18 @@ def answer(
   lengths: prompts.AnswerLengths | None = None,
   stop: Callable[[], None] = lambda: None,
 ) -> Iterator[list[predictions.Record]]:
-  """Yields records in the order of the items, as many at a time as are whole.
+  """Yields lists of records in the order of the items.
 
-  The device works on a batch while the host decodes the one before, hands it
-  out, and tokenizes what comes after.
+  While the device decodes a batch, the host detokenizes and yields the batch
+  before, and tokenizes the next.
 
   Args:
     answerer: has the batch size.
     items: to be answered.
-    first_line: the first item's index in the input, from 0.
-    lengths: how long each answer may be; None: all as the answerer says.
-    stop: called before each batch; raises to leave.
+    first_line: index of the first item in the input, from 0.
+    lengths: column with the answer length of each line; None means the
+      answerer's `max_decode_len`.
+    stop: called before each batch; raises an exception to stop.
   """
   items = iter(items)
   running: Callable[[], list[predictions.Record]] | None = None
@@ -133,14 +135,14 @@ def answer_each(
   sink: IO[str],
   stream: str | None = None,
 ) -> predictions.Tally:
-  """Answers items one by one as they come; returns their counts.
+  """Answers items one by one as they arrive; returns their counts.
 
   Args:
-    answerer: any.
+    answerer: of any batch size.
     items: to be answered.
-    sink: gets a line of JSON for each.
-    stream: 'jsonl' writes lines {"delta": TEXT} before it, as tokens come;
-      'text' writes the text as it comes and a newline, and no JSON.
+    sink: receives one JSON line per item.
+    stream: 'jsonl' also writes lines {"delta": TEXT} as tokens are decoded;
+      'text' writes only the text as it is decoded, and a newline.
   """
 
   def write_piece(text: str) -> None:
@@ -176,13 +178,13 @@ def answer_all(
   done: int = 0,
   **options: Any,
 ) -> Iterator[list[predictions.Record]]:
-  """Yields the records of `answer`, with a progress bar.
+  """Yields the records of `answer`, with a progress bar and a rate at the end.
 
   Args:
     answerer: has the batch size.
-    items: what is left to do.
-    total: how many there are, those included that are done.
-    done: how many were answered before.
+    items: items left to answer.
+    total: number of items, answered ones included.
+    done: number of items answered by earlier starts.
     **options: of `answer`.
   """
   start = time.perf_counter()
@@ -220,18 +222,19 @@ def answer_lines(
   *,
   named_by: str = 'INFER_OUTPUT_DIR',
 ) -> predictions.Tally:
-  """Answers what is missing of a shard; returns the counts of all of it.
+  """Answers the missing lines of a shard; returns the counts of all its lines.
 
   Args:
-    load: makes the answerer, if there is anything to answer.
-    read: starts reading the input, of which the shard is a part.
-    survey: of the input.
+    load: returns the answerer; not called if no line is missing.
+    read: reader of the whole input.
+    survey: statistics of the whole input.
     part: the shard.
-    folder: of the predictions; None: standard output.
-    settings: what the answers depend on beside the input.
-    lengths: how long each answer may be; None: all as the answerer says.
-    stop: called before each batch; raises to leave.
-    named_by: the setting that has the folder, for messages.
+    folder: output folder; None means standard output.
+    settings: settings that affect the answers.
+    lengths: column with the answer length of each line; None means the
+      answerer's `max_decode_len`.
+    stop: called before each batch; raises an exception to stop.
+    named_by: the setting that names the folder, for messages.
 
   Raises:
     ValueError: if the folder holds answers with other settings.
@@ -270,7 +273,7 @@ def answer_lines(
     tally = predictions.read_whole(path, items())
     distributed.say(f'{path} is whole: nothing to answer.')
     return tally
-  if not distributed.is_first():  # It computes with the first, which writes.
+  if not distributed.is_first():  # The first host writes; all compute.
     done = distributed.from_first(None)
     tally = predictions.Tally()
     for records in answers(done) if done < len(lines) else ():
@@ -299,7 +302,16 @@ def write(
   sink: IO[str],
   dump: Callable[[list[predictions.Record]], str] = predictions.dump,
 ) -> predictions.Tally:
-  """Writes records as they come; ends quietly when nobody reads any more."""
+  """Writes records as they arrive; stops quietly if the reader closes the pipe.
+
+  Args:
+    batches: lists of records.
+    sink: receives the lines and is flushed after each list.
+    dump: formats a list of records.
+
+  Returns:
+    The counts of the written records.
+  """
   tally = predictions.Tally()
   try:
     for records in batches:
@@ -308,6 +320,6 @@ def write(
       for record in records:
         tally.add(record)
   except BrokenPipeError:
-    # What is left in the buffer is flushed at the end, and would fail again.
+    # Python flushes the buffer at exit, which would fail again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sink.fileno())
   return tally

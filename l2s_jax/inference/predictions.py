@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of answers: files that grow by lines, stop anywhere, and go on.
+"""The output folder of `infer` and `distill`, which a stopped job resumes.
 
-    settings.json                      what the answers depend on
-    predictions.jsonl                  whole, a line for each line of the input
-    predictions.jsonl.partial          the same on its way there
-    predictions-00001-of-00004.jsonl   a shard, likewise; in order they make up
+    settings.json                      settings that affect the answers
+    predictions.jsonl                  complete: one line per input line
+    predictions.jsonl.partial          the same, incomplete
+    predictions-00001-of-00004.jsonl   one shard; the concatenated shards equal
                                        predictions.jsonl
-    scores.json                        likewise scores-00001-of-00004.json
-    config.gin                         what gin has given; likewise by shard
-    .predictions.jsonl.digests         of the lines as they were written
+    scores.json                        scores; scores-00001-of-00004.json of a
+                                       shard
+    config.gin                         operative config of `infer`; likewise
+                                       config-00001-of-00004.gin
+    .predictions.jsonl.digests         digests of the written lines
 
-A line with the prediction null stands for a line that could not be answered.
-Which model answers is not known here.
+A null prediction marks an input line that could not be answered. This module
+does not depend on the model.
 """
 
 import dataclasses
@@ -37,7 +39,7 @@ from l2s_jax.weights import run_format
 Record = dict[str, Any]
 
 SETTINGS = run_format.ANSWERS
-# What a record has beside the columns of its line, or in their place.
+# Columns of a record besides its input's columns; they replace equal names.
 OWN_COLUMNS = (
   'prompt',
   'prediction',
@@ -49,7 +51,7 @@ OWN_COLUMNS = (
   'ended',
   'prompt_truncated',
 )
-# Where things are, which may change as long as what they hold does not.
+# Locations may change between starts as long as their content does not.
 _PLACES = ('checkpoint_path', 'input')
 _OF_THE_FILE = ('format_version', 'written_by')
 _NUM_NAMED = 5
@@ -59,16 +61,16 @@ _CHUNK_BYTES = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """One of `count` contiguous parts of the input."""
+  """One of `count` contiguous parts of the input, numbered from 0."""
 
   index: int = 0
   count: int = 1
 
   def check(self) -> None:
-    """Refuses what is no shard.
+    """Validates index and count.
 
     Raises:
-      ValueError: says what may be asked for.
+      ValueError: with the valid values.
     """
     if self.count < 1 or not 0 <= self.index < self.count:
       raise ValueError(
@@ -77,30 +79,30 @@ class Shard:
       )
 
   def lines(self, num_lines: int) -> range:
-    """Returns which lines of the input, from 0, are in the shard."""
+    """Returns the range of the shard's input lines, from 0."""
     return range(
       self.index * num_lines // self.count,
       (self.index + 1) * num_lines // self.count,
     )
 
   def name(self, stem: str, suffix: str) -> str:
-    """Returns the name of the shard's file."""
+    """Returns the file name of the shard."""
     if self.count == 1:
       return stem + suffix
     return f'{stem}-{self.index:05}-of-{self.count:05}{suffix}'
 
 
 class Tally:
-  """Counts records as they are written or read.
+  """Counts of records.
 
   Attributes:
-    num_lines: all of them.
-    num_bad: those without an answer.
-    num_truncated: those whose prompt was cut.
+    num_lines: number of records.
+    num_bad: records without an answer.
+    num_truncated: records with a truncated prompt.
   """
 
   def __init__(self):
-    """Starts at nothing."""
+    """Starts all counts at 0."""
     self.num_lines = self.num_bad = self.num_truncated = 0
     self._named: list[str] = []
 
@@ -114,7 +116,7 @@ class Tally:
         self._named.append(f'  line {record["line"]} {record["error"]}')
 
   def describe(self, prompt_length: int) -> str:
-    """Returns what the user should know of; '' if all went well."""
+    """Returns a report of truncated prompts and bad lines; '' if none."""
     lines = []
     if self.num_truncated:
       lines.append(
@@ -134,26 +136,26 @@ class Tally:
 def answered(
   row: Mapping[str, Any], prediction: str, was_cut: bool, **details: Any
 ) -> Record:
-  """Returns the record of a line that was answered: its columns and more.
+  """Returns the record of an answered line.
 
   Args:
-    row: the columns of its line.
+    row: columns of the input line.
     prediction: the best answer.
-    was_cut: whether the prompt was.
-    **details: what else was asked for of the answer, by the name of its column.
+    was_cut: whether the prompt was truncated.
+    **details: further columns of the answer; see `answerer.Answer`.
   """
   record = {**row, 'prediction': prediction, **details}
-  record.pop('prompt_truncated', None)  # Of an earlier inference.
+  record.pop('prompt_truncated', None)  # From an earlier inference.
   return record | {'prompt_truncated': True} if was_cut else record
 
 
 def unanswered(bad: text_files.BadLine) -> Record:
-  """Returns the record of a line that could not be."""
+  """Returns the record of a bad line."""
   return {'line': bad.number, 'error': bad.reason, 'prediction': None}
 
 
 def dump(records: Iterable[Record]) -> str:
-  """Returns a line of JSON for each record."""
+  """Returns one line of JSON per record."""
   return ''.join(
     json.dumps(record, ensure_ascii=False) + '\n' for record in records
   )
@@ -166,17 +168,17 @@ def settle(
   *,
   named_by: str = 'INFER_OUTPUT_DIR',
 ) -> None:
-  """Says what the folder's answers depend on, or sees that it says the same.
+  """Writes settings.json, or compares the settings with the existing one.
 
   Args:
     folder: made if absent.
-    settings: of the job, the same for all its shards.
-    defaults: of settings within settings, which those that came after the
-      folder was written have; see `run_format.with_defaults`.
-    named_by: the setting that has the folder, for messages.
+    settings: of the job, the same for all shards.
+    defaults: values for fields that an older settings.json lacks; see
+      `run_format.with_defaults`.
+    named_by: the setting that names the folder, for messages.
 
   Raises:
-    ValueError: lists the differences, if the folder holds another job.
+    ValueError: lists the differences if the folder holds another job.
   """
   settings = {**run_format.stamp(), **settings}
   path = folder / SETTINGS
@@ -207,7 +209,7 @@ def settle(
 
 
 class GrowingFile:
-  """JSON lines that stay, once written, and get their name when all are there.
+  """A JSON lines file that survives stops and is renamed once complete.
 
       with GrowingFile(folder / 'predictions.jsonl') as file:
         for records in answers(start=file.tally.num_lines):
@@ -215,18 +217,19 @@ class GrowingFile:
         file.finish()
 
   Attributes:
-    path: of the whole file.
-    tally: of the lines that are there, those of earlier starts included.
+    path: of the complete file.
+    tally: counts of all its lines, those of earlier starts included.
   """
 
   def __init__(
     self, path: pathlib.Path, items: Iterable[prompts.Item] | None = None
   ):
-    """Prepares; nothing is read or written yet.
+    """Sets the path; nothing is read or written yet.
 
     Args:
-      path: of the whole file.
-      items: that its lines are to answer, in order; None: not compared.
+      path: of the complete file.
+      items: the input items, in the order of the lines; None skips the
+        comparison.
     """
     self.path = path
     self.tally = Tally()
@@ -235,11 +238,11 @@ class GrowingFile:
     self._last_sync = time.monotonic()
 
   def __enter__(self) -> 'GrowingFile':
-    """Opens the file, cuts off what is torn or damaged, counts what is left.
+    """Opens the file, truncates torn or damaged lines, and counts the rest.
 
     Raises:
-      ValueError: if another process is writing it, or a line does not answer
-        the input's.
+      ValueError: if another process is writing the file, or a line does not
+        answer its input line.
     """
     self._file: IO[bytes] = self._partial.open('ab+')
     try:
@@ -251,7 +254,7 @@ class GrowingFile:
         'each its own shard.'
       ) from error
     except OSError:
-      pass  # A file system without locks; the user keeps to one writer.
+      pass  # The file system has no locks; the user ensures one writer.
     size = self._file.seek(0, os.SEEK_END)
     self._file.seek(0)
     good, notes = _good_size(self._file, _notes_of(self.path))
@@ -284,20 +287,20 @@ class GrowingFile:
     self._file.close()
 
   def append(self, records: Sequence[Record]) -> None:
-    """Writes records; a process that is killed later does not lose them."""
+    """Writes and flushes records; a killed process does not lose them."""
     content = dump(records).encode()
     self._file.write(content)
     self._file.flush()
     self._hasher.update(content)
     self._note(self._file.tell())
-    # Flushed lines outlive the process; only a crash of the machine needs more.
+    # A crash of the machine could still lose flushed lines; sync now and then.
     if time.monotonic() - self._last_sync > _SYNC_PERIOD_SECS:
       self._sync()
     for record in records:
       self.tally.add(record)
 
   def finish(self) -> None:
-    """Gives the file, which is whole, its name."""
+    """Renames the complete file to its final name."""
     self._sync()
     self._partial.replace(self.path)
 
@@ -312,7 +315,7 @@ class GrowingFile:
 
 
 class _Matching:
-  """Compares records, in order, with the items that they answer."""
+  """Compares records, in order, with their input items."""
 
   def __init__(self, path: pathlib.Path, items: Iterable[prompts.Item] | None):
     self._path = path
@@ -320,7 +323,7 @@ class _Matching:
     self._count = 0
 
   def check(self, record: Record) -> None:
-    """Refuses a record that answers another item than the next.
+    """Checks that a record answers the next item.
 
     Raises:
       ValueError: names file and line.
@@ -340,7 +343,11 @@ class _Matching:
       self._refuse('its prompt is not that of the line of the input')
 
   def check_end(self) -> None:
-    """Refuses a whole file that ends before its input."""
+    """Checks that every input item had a record.
+
+    Raises:
+      ValueError: with both numbers of lines.
+    """
     num_missing = sum(1 for _ in self._items or ())
     if num_missing:
       raise ValueError(
@@ -357,19 +364,22 @@ class _Matching:
 
 
 def _notes_of(path: pathlib.Path) -> pathlib.Path:
+  """Returns the path of the digests of a file's lines."""
   return path.with_name(f'.{path.name}.digests')
 
 
 def _good_size(
   file: IO[bytes], notes: pathlib.Path
 ) -> tuple[int | float, list[tuple[int, bytes]]]:
-  """Returns how much of a file is as it was written, and the notes on that.
+  """Returns the size of a file's undamaged start, and its valid digests.
 
-  Without notes (an earlier version left none) all may be: infinity.
+  The size is infinity without a digests file, which earlier versions did not
+  write.
 
   Args:
-    file: from its start.
-    notes: lines of an offset and the digest of all before it.
+    file: at its start.
+    notes: path of the digests; a line has an offset and the digest of all bytes
+      before it.
   """
   try:
     lines = notes.read_bytes().split(b'\n')[:-1]
@@ -381,7 +391,7 @@ def _good_size(
   for line in lines:
     offset, _, value = line.partition(b' ')
     if not offset.isdigit() or len(offset) > 18 or int(offset) < position:
-      continue  # A damaged note.
+      continue  # The digest line itself is damaged.
     while position < int(offset):
       chunk = file.read(min(_CHUNK_BYTES, int(offset) - position))
       if not chunk:
@@ -395,7 +405,7 @@ def _good_size(
 
 
 def _parse(line: bytes) -> Record | None:
-  """Returns a line's record; None if it is torn."""
+  """Returns a line's record, or None if the line is torn."""
   if not line.endswith(b'\n'):
     return None
   try:
@@ -408,16 +418,16 @@ def _parse(line: bytes) -> Record | None:
 
 
 def _last_offset(notes: pathlib.Path) -> int:
-  """Returns how long the file was when the last note on it was written."""
+  """Returns the size of the file at its last written digest."""
   offset = notes.read_bytes().rpartition(b' ')[0].rpartition(b'\n')[2]
   return int(offset) if offset.isdigit() and len(offset) <= 18 else 0
 
 
 def read(paths: Iterable[pathlib.Path]) -> Iterator[Record]:
-  """Yields the records of whole files.
+  """Yields the records of complete files.
 
   Raises:
-    ValueError: names a file that is not as it was written.
+    ValueError: names a file that changed since it was written.
   """
   for path in paths:
     with path.open('rb') as file:
@@ -440,15 +450,15 @@ def read(paths: Iterable[pathlib.Path]) -> Iterator[Record]:
 
 
 def read_whole(path: pathlib.Path, items: Iterable[prompts.Item]) -> Tally:
-  """Returns the counts of a whole file, which is compared with its input.
+  """Returns the counts of a complete file, after comparing it with its input.
 
   Args:
     path: of the file.
-    items: that its lines answer, in order.
+    items: the input items, in the order of the lines.
 
   Raises:
-    ValueError: if a line is not as it was written or answers another, or lines
-      are missing or too many.
+    ValueError: if a line was changed or answers another item, or the number of
+      lines is wrong.
   """
   matching, tally = _Matching(path, items), Tally()
   for record in read([path]):
@@ -463,7 +473,7 @@ def score(
   scored_by: Sequence[metric_fns.Metric],
   target_column: str,
 ) -> dict[str, Any]:
-  """Returns what a `scores.json` holds: scores, signatures and counts.
+  """Returns the content of `scores.json`: scores, signatures and counts.
 
   Only answered lines with a target are scored.
   """
@@ -497,10 +507,10 @@ def write_scores(
   scored_by: Sequence[metric_fns.Metric],
   target_column: str,
 ) -> dict[pathlib.Path, dict[str, Any]]:
-  """Scores a shard and, if it is the last to be whole, all together.
+  """Scores a shard and, if all shards are complete, the whole input.
 
   Returns:
-    What each file of scores holds, by its path.
+    The content of each scores file, by path.
   """
   scored = {}
   every = [Shard(index, part.count) for index in range(part.count)]
@@ -514,7 +524,7 @@ def write_scores(
 
 
 def describe_scores(results: Mapping[str, Any]) -> str:
-  """Returns on one line what `score` returns."""
+  """Returns a one-line summary of `score`'s result."""
   values = [f'{name} {value:.4g}' for name, value in results['scores'].items()]
   return (
     f'{", ".join(values) or "no scores"}; {results["num_scored"]} of '

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""INPUT and the settings that say how it is read: which prompts are answered.
+"""The input of `infer`: a file, a SeqIO task or standard input.
 
-A file, a SeqIO task or standard input; `prompts.py` reads each.
+This module has the settings and their validation; `prompts.py` reads.
 """
 
 import dataclasses
@@ -27,20 +27,20 @@ TASK = 'task:'
 
 @dataclasses.dataclass(frozen=True)
 class PromptSource:
-  """Where prompts come from.
+  """Settings of the input of `infer`.
 
   Attributes:
     input: a file, `task:NAME` or `-`, standard input.
-    split: of a task.
-    prompt_column: which column `{prompt}` in the template stands for.
+    split: split of a task.
+    prompt_column: the column for `{prompt}` in the template.
     template: the prompt, with columns in braces.
-    fallback_template: of lines that lack text in a column which `template`
-      alone names; None: such a line is bad.
-    column_names: of a TSV or CSV file whose first line does not name them.
+    fallback_template: template for lines without text in one of the columns
+      that only `template` names; None makes such lines bad.
+    column_names: column names of a TSV or CSV file without a header line.
     bad_lines: one of `BAD_LINES`.
-    target_column: what answers are scored against.
-    max_decode_len: tokens an answer at most.
-    max_decode_len_column: says how many each line's answer may have.
+    target_column: the column of references for scoring.
+    max_decode_len: maximum number of answer tokens.
+    max_decode_len_column: column with the `max_decode_len` of each line.
   """
 
   input: str
@@ -55,11 +55,12 @@ class PromptSource:
   max_decode_len_column: str | None
 
   def __post_init__(self):
-    """Refuses what cannot be read, before anything is loaded.
+    """Validates the settings and the file's format, before anything is loaded.
 
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it is no text and no records, or a setting does not fit it.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if the file has neither text nor records, or a setting does
+        not apply to this kind of input.
     """
     if self.bad_lines not in BAD_LINES:
       raise ValueError(
@@ -79,7 +80,7 @@ class PromptSource:
           'standard input.'
         )
       with input_files.open_bytes(epath.Path(self.input)):
-        pass  # Which refuses what is neither text nor records.
+        pass  # Opening raises if the file has neither text nor records.
     if self.max_decode_len_column is not None and not self.has_columns:
       raise ValueError(
         f'MAX_DECODE_LEN_COLUMN={self.max_decode_len_column!r} is of a file of '
@@ -90,23 +91,23 @@ class PromptSource:
 
   @property
   def is_stdin(self) -> bool:
-    """Whether it is standard input, whose end is not known."""
+    """Whether the input is standard input, of unknown length."""
     return self.input == STDIN
 
   @property
   def is_task(self) -> bool:
-    """Whether it is a task, which has a template of its own."""
+    """Whether the input is a task, which has its own prompt template."""
     return self.input.startswith(TASK)
 
   @property
   def has_columns(self) -> bool:
-    """Whether it is a file of records."""
+    """Whether the input is a file of records with columns."""
     is_file = not self.is_stdin and not self.is_task
     return is_file and text_files.kind(self.input) != 'text'
 
   @property
   def answer_lengths(self) -> prompts.AnswerLengths | None:
-    """What says how long each line's answer may be, if a column does."""
+    """The column of per-line answer lengths, or None."""
     if self.max_decode_len_column is None:
       return None
     return prompts.AnswerLengths(
@@ -114,7 +115,7 @@ class PromptSource:
     )
 
   def settings(self) -> dict[str, Any]:
-    """Returns what the prompts and their answers' lengths depend on."""
+    """Returns settings that determine the prompts and the answers' lengths."""
     return {
       'input': self.input,
       'max_decode_len': self.max_decode_len,
@@ -123,7 +124,7 @@ class PromptSource:
     }
 
   def score_settings(self) -> scores.Scores:
-    """Returns how gin wants the answers to be scored."""
+    """Returns the scoring settings that are bound in gin."""
     if self.is_task:
       return tasks.score_settings(self.input.removeprefix(TASK))
     return scores.Scores()
@@ -135,16 +136,16 @@ class PromptSource:
     *,
     has_data: bool = True,
   ) -> prompts.Reader:
-    """Returns what starts reading.
+    """Returns a reader of the input.
 
     Args:
-      system: that answers; a task is bound to it.
-      task_feature_lengths: of it.
-      has_data: whether a task's data must be there.
+      system: the model; a task is bound to its vocabularies.
+      task_feature_lengths: lengths of a task's features, in tokens.
+      has_data: whether a task's data must exist already.
 
     Raises:
-      FileNotFoundError: if a task's data are not there.
-      ValueError: if a task cannot be answered.
+      FileNotFoundError: if a task's data do not exist.
+      ValueError: if the task cannot be used as input.
     """
     read: prompts.Reader
     if self.is_task:
@@ -173,7 +174,11 @@ class PromptSource:
     return prompts.refusing(read) if self.bad_lines == 'refuse' else read
 
   def check_shard(self, part: predictions.Shard) -> None:
-    """Refuses a part of what cannot be divided."""
+    """Validates the shard; standard input cannot be sharded.
+
+    Raises:
+      ValueError: names the setting.
+    """
     part.check()
     if self.is_stdin and part.count > 1:
       raise ValueError(
@@ -182,7 +187,11 @@ class PromptSource:
       )
 
   def check_survey(self, survey: prompts.Survey, *, is_scored: bool) -> None:
-    """Refuses what would give no answer or, if that is asked for, no score."""
+    """Checks that the input has good lines and, for scoring, references.
+
+    Raises:
+      ValueError: with the first bad line, or the missing column.
+    """
     first_bad = survey.first_bad
     if first_bad is not None and survey.num_bad == survey.num_lines:
       if first_bad.reason.startswith('is not UTF-8'):
@@ -191,7 +200,7 @@ class PromptSource:
           f'lines is UTF-8; the first: {first_bad} Text in Latin-1 is made '
           'UTF-8 with `iconv -f LATIN1 -t UTF-8`.'
         )
-      if self.has_columns:  # Then a setting is wrong, not the lines.
+      if self.has_columns:  # The settings are wrong, not the lines.
         raise ValueError(
           f'INPUT={self.input}: none of its {survey.num_lines} lines can be '
           f'answered; the first: {first_bad} PROMPT_COLUMN, TEMPLATE and '
@@ -205,10 +214,10 @@ class PromptSource:
       )
 
   def _templates(self) -> tuple[prompts.Template, prompts.Template]:
-    """Returns the template and the fallback.
+    """Returns the template and the fallback template.
 
     Raises:
-      ValueError: if they name columns of lines that have none.
+      ValueError: if they name columns of an input without columns.
     """
     template, fallback = (
       prompts.parse_template(

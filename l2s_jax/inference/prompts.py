@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts to be answered: where they come from, and which cannot be.
+"""Readers of prompts.
 
-Files (see `data/text_files.py`), a SeqIO task and standard input all become the
-same: for each line, in order, either its columns with the `prompt` made of
-them, or a `BadLine` that says what is wrong with it. What becomes of that is
-the caller's choice. No TensorFlow.
+Files (see `data/text_files.py`), a SeqIO task and standard input give the same
+items: for each line, in order, its columns with the filled-in `prompt`, or a
+`BadLine` with the reason. The caller decides how to handle bad lines. No
+TensorFlow.
 """
 
 import functools
@@ -20,31 +20,31 @@ from l2s_jax.data.templates import Template
 from l2s_jax.data.text_files import BadLine
 
 Item = dict[str, Any] | BadLine
-Reader = Callable[[], Iterator[Item]]  # Starts from the first, at each call.
+Reader = Callable[[], Iterator[Item]]  # Each call starts at the first item.
 
 
 class AnswerLengths(NamedTuple):
-  """A column that says how many tokens each line's answer may have.
+  """A column with the maximum number of answer tokens for each line.
 
   Attributes:
-    column: holds an integer, in JSON or as text.
-    max_decode_len: the largest that it may be.
+    column: its values are integers, in JSON or as text.
+    max_decode_len: upper bound of the values.
   """
 
   column: str
   max_decode_len: int
 
   def __call__(self, row: Mapping[str, Any]) -> int | None:
-    """Returns the number of a row; None if it has none that may be."""
+    """Returns the limit of a row, or None if it is missing or invalid."""
     value = text_files.value(dict(row), self.column)
     if isinstance(value, str) and value.isascii() and value.isdigit():
       value = int(value)
-    # True is an int, and no length.
+    # bool is a subclass of int, but not a length.
     is_length = type(value) is int and 1 <= value <= self.max_decode_len
     return value if is_length else None
 
   def problem(self, row: Mapping[str, Any]) -> str | None:
-    """Returns what is wrong with a row that has none."""
+    """Returns the reason why a row has no valid limit, or None if it has."""
     if self(row) is not None:
       return None
     return (
@@ -54,7 +54,7 @@ class AnswerLengths(NamedTuple):
 
 
 def parse_template(text: str, prompt_column: str = 'prompt') -> Template:
-  """Returns a template in which `{prompt}` stands for the prompt column.
+  """Returns a template with `{prompt}` as a name for the prompt column.
 
   Raises:
     ValueError: as `Template`.
@@ -70,21 +70,21 @@ def read_file(
   column_names: Sequence[str] | None = None,
   lengths: AnswerLengths | None = None,
 ) -> Iterator[Item]:
-  """Yields an item for each line of a file that `text_files` can read.
+  """Yields an item for each line of a file in a format of `text_files`.
 
   Args:
     path: of the file.
-    template: what to make of the columns; of plain text, a line is `prompt`.
-    fallback: what to make of lines without text in a column that `template`
-      alone names; None: such a line is bad.
-    column_names: of a TSV or CSV file whose first line does not name them.
-    lengths: refuses lines that do not say how long their answer may be.
+    template: prompt template; a line of plain text has the column `prompt`.
+    fallback: template for lines without text in one of the columns that only
+      `template` names; None makes such lines bad.
+    column_names: column names of a TSV or CSV file without a header line.
+    lengths: makes lines without a valid answer length bad.
 
   Raises:
     ValueError: as `text_files.read_rows`.
   """
   if text_files.kind(path) in ('text', 'json'):
-    column_names = ('prompt',)  # Of a line, and of a list of texts.
+    column_names = ('prompt',)  # For a text line, and for a JSON list of texts.
   fallback = fallback or template
   rows = text_files.read_rows(
     epath.Path(path),
@@ -114,18 +114,18 @@ def task_reader(
   label: str,
   check_lengths: Mapping[str, int] | None,
 ) -> Reader:
-  """Returns what starts reading a split of a task.
+  """Returns a reader of a task's split.
 
   Args:
-    bound: to the vocabularies of the system that answers.
-    split: of it.
+    bound: the task, bound to the system's vocabularies.
+    split: of the task.
     label: the setting that names the task, for messages.
-    check_lengths: as `BoundTask.check_data` takes them; None: the data need not
-      be there yet.
+    check_lengths: as in `BoundTask.check_data`; None skips all checks of the
+      data.
 
   Raises:
-    FileNotFoundError: if the data are not there.
-    ValueError: if it is a mixture, or has ids of its prompts and no text.
+    FileNotFoundError: if the data do not exist.
+    ValueError: if it is a mixture, or its prompts are token ids without text.
   """
   task = bound.task_in_order(label)
   if check_lengths is not None:
@@ -135,6 +135,11 @@ def task_reader(
 
 
 def _check_has_texts(task: Any, split: str, label: str) -> None:
+  """Checks that the task keeps the text of prompts and answers.
+
+  Raises:
+    ValueError: names the missing features.
+  """
   spec = task.get_dataset(
     None, split=split, shuffle=False, num_epochs=1
   ).element_spec
@@ -153,9 +158,9 @@ def _check_has_texts(task: Any, split: str, label: str) -> None:
 
 
 def read_task(task: Any, split: str) -> Iterator[Item]:
-  """Yields {'prompt': ..., 'target': ...} of a bound SeqIO task's split.
+  """Yields {'prompt': ..., 'target': ...} for a bound SeqIO task's split.
 
-  The target is a list where the task has more than one reference.
+  The target is a list if the task has several references.
   """
   dataset = task.get_dataset(None, split=split, shuffle=False, num_epochs=1)
   for number, example in enumerate(dataset.as_numpy_iterator(), start=1):
@@ -174,7 +179,7 @@ def read_task(task: Any, split: str) -> Iterator[Item]:
 
 
 def read_stream(stream: Iterable[bytes], template: Template) -> Iterator[Item]:
-  """Yields an item for each line of text, as it comes."""
+  """Yields an item for each line of a text stream, as it arrives."""
   for number, line in enumerate(stream, start=1):
     text, reason = text_files.decode_line(line, number)
     if not reason and not text.strip():
@@ -186,14 +191,14 @@ def read_stream(stream: Iterable[bytes], template: Template) -> Iterator[Item]:
 
 
 class Survey(NamedTuple):
-  """What one pass over the items finds, before anything is computed.
+  """Statistics of one pass over the items, before any computation.
 
   Attributes:
-    num_lines: the bad ones included.
-    num_bad: of these.
-    first_bad: names the first of these.
-    num_targets: lines with something to score their answer against.
-    sha256: of all items, in hex: the same if these are the same.
+    num_lines: number of lines, bad ones included.
+    num_bad: number of bad lines.
+    first_bad: the first bad line.
+    num_targets: number of lines with a reference to score against.
+    sha256: hex digest of all items.
   """
 
   num_lines: int
@@ -204,7 +209,7 @@ class Survey(NamedTuple):
 
 
 def survey(items: Iterable[Item], target_column: str) -> Survey:
-  """Reads all items once."""
+  """Reads all items once and returns their statistics."""
   num_lines = num_bad = num_targets = 0
   first_bad = None
   digest = hashlib.sha256()
@@ -235,9 +240,9 @@ def refusing(read: Reader) -> Reader:
 
 
 def reference(row: Mapping[str, Any], column: str) -> str | list[str] | None:
-  """Returns what a row's answer is scored against, if the row has it.
+  """Returns the reference or the list of references of a row, or None.
 
-  A list of texts are several references, each as good as the others.
+  References in a list are alternatives of equal rank.
   """
   value = text_files.value(dict(row), column)
   references = value if isinstance(value, list) else [value]

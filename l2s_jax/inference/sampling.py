@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an answer's tokens are chosen: the settings, and from logits to a token.
+"""Decoding settings, and token choice from logits.
 
-Every function is of one row: a row's choice depends on its own logits, tokens
-and key alone, whatever stands beside it in the batch. What is off is not
-computed. Nothing here sorts a vocabulary: XLA:CPU takes 6 ms for 32,000.
+Functions take one row. The choice depends on the row's own logits, tokens and
+PRNG key, not on the rest of the batch. Disabled options cost nothing. No
+function sorts the vocabulary: XLA:CPU takes 6 ms to sort 32,000 logits.
 """
 
 import dataclasses
@@ -20,47 +20,47 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from l2s_jax.models import config as config_lib
 
-# Tokens that `draw` chooses among in its second step.
+# Block size of the two-stage draw in `draw`.
 BLOCK_SIZE = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-  """How answers are written. The default is greedy.
+  """Decoding settings. The default is greedy.
 
   Attributes:
-    temperature: 0 takes the most likely token, whatever `top_k`, `top_p` and
-      `min_p` are; otherwise tokens are drawn from softmax(logits /
-      temperature).
-    top_k: draw among so many most likely tokens; 0: among all.
-    top_p: draw among the fewest tokens that have this probability together.
-    min_p: draw among tokens at least so probable, as a part of the most
-      probable's probability.
-    seed: of the draws, with each row's index in the input.
-    repetition_penalty: divides positive logits, and multiplies negative ones,
-      of tokens that the answer has (Keskar et al. 2019); 1 is none.
-    no_repeat_ngram_size: no sequence of so many tokens twice; 0: any.
-    min_decode_len: tokens before EOS may come.
-    stop: texts that end an answer and are cut off it, by `infer`.
-    num_beams: hypotheses of beam search; 1 is none.
-    num_answers: of these, how many are returned, the best first.
-    length_penalty: the exponent of the length by which beams' scores are
-      divided; 0 is none.
+    temperature: 0 is greedy, whatever `top_k`, `top_p` and `min_p` are;
+      otherwise samples are drawn from softmax(logits / temperature).
+    top_k: sample among the `top_k` most likely tokens; 0 means all.
+    top_p: sample among the fewest most likely tokens with this total
+      probability.
+    min_p: sample among tokens with at least this fraction of the largest
+      probability.
+    seed: PRNG seed; the index of a row in the input is folded in.
+    repetition_penalty: divides positive logits of tokens already in the answer,
+      and multiplies negative ones (Keskar et al. 2019); 1 means none.
+    no_repeat_ngram_size: no n-gram of this size occurs twice; 0 means no limit.
+    min_decode_len: minimum number of tokens before EOS.
+    stop: stop texts. They end an answer and are removed from it, by `infer`.
+    num_beams: number of beams; 1 means no beam search.
+    num_answers: number of hypotheses to return, the best first.
+    length_penalty: exponent of the length in the divisor of beam scores; 0
+      means none.
     length_penalty_form: 'power', length ** length_penalty (Hugging Face), or
       'gnmt', ((5 + length) / 6) ** length_penalty (Wu et al. 2016; T5X).
-    early_stopping: of beam search, when `num_beams` hypotheses have ended:
-      True ends there, False when no beam of this length would be better,
-      'never' when none of any length can (Hugging Face's three).
-    log_probs: whether answers come with scores and log-probabilities.
-    draft_len: tokens that LLM-to-SLM drafts for the LLM to verify at once
-      (`speculative.py`): answers are then the LLM's; 0: LLM-to-SLM's own.
-    quantization: of the weights of the model that writes: 'none', 'int8' or
+    early_stopping: end of beam search once `num_beams` hypotheses have ended:
+      True stops at once, False when no live beam would be better at its current
+      length, 'never' when none can be better at any length (as in
+      Hugging Face).
+    log_probs: whether to return scores and log-probabilities.
+    draft_len: number of tokens that LLM-to-SLM drafts for the LLM to verify
+      (`speculative.py`), which gives the LLM's answers; 0 means no drafts.
+    quantization: of the decoding model's weights: 'none', 'int8' or
       'int8_dynamic', see `TransformerConfig.quantization`.
-    llm_quantization: of the frozen LLM, likewise.
+    llm_quantization: the same for the frozen LLM.
 
   Raises:
-    ValueError: for a value out of its field's range, and for two that cannot
-      be together.
+    ValueError: for a value out of its range, and for incompatible settings.
   """
 
   temperature: float = 0.0
@@ -83,7 +83,7 @@ class Decoding:
   llm_quantization: str = 'none'
 
   def __post_init__(self):
-    if isinstance(self.stop, list):  # as gin has it, which has no hash
+    if isinstance(self.stop, list):  # From gin; a list is not hashable.
       object.__setattr__(self, 'stop', tuple(self.stop))
     for name, (expected, is_in_range) in _RANGES.items():
       value = getattr(self, name)
@@ -119,9 +119,9 @@ def _is_number(value: Any) -> bool:
   return is_real and math.isfinite(value)
 
 
-# Of each field, what is expected and whether a value is that.
+# For each field, the description and the check of valid values.
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-  # Float32 divides by nothing much smaller.
+  # Float32 cannot divide logits by much less.
   'temperature': (
     'a number, 0 (the most likely token) or at least 1e-6',
     lambda x: _is_number(x) and (x == 0 or x >= 1e-6),
@@ -138,7 +138,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     'a number from 0 (all tokens) to 1',
     lambda x: _is_number(x) and 0 <= x <= 1,
   ),
-  # Of a longer one, JAX's keys take the last 32 bits without a word.
+  # JAX silently truncates longer seeds to 32 bits.
   'seed': (
     'a whole number from 0 to 2**32 - 1',
     lambda x: _is_whole(x) and 0 <= x < 2**32,
@@ -200,15 +200,15 @@ def choose(
   decoding: Decoding,
   eos_id: int | tuple[int, ...],
 ) -> Int[Array, '']:
-  """Returns a row's next token; 0 where all are excluded.
+  """Returns the next token of a row; 0 if all tokens are excluded.
 
   Args:
     logits: of the next token.
-    tokens: what the row has written, the first `step` of them.
-    key: for this row and step.
-    step: how many tokens have been written.
-    decoding: the settings.
-    eos_id: the token that ends an answer, or a tuple of all that do.
+    tokens: buffer of the row's tokens; the first `step` are valid.
+    key: PRNG key of this row and step.
+    step: number of tokens decoded so far.
+    decoding: the decoding settings.
+    eos_id: EOS id, or a tuple of several.
   """
   logits = penalize(logits, tokens, step=step, decoding=decoding, eos_id=eos_id)
   if not decoding.temperature:
@@ -224,20 +224,19 @@ def penalize(
   decoding: Decoding,
   eos_id: int | tuple[int, ...],
 ) -> Float[Array, 'vocab']:
-  """Returns logits, or log-probabilities, with regard to what is written.
+  """Applies repetition penalty, n-gram exclusion and minimum length to logits.
 
-  That is repetition penalty, no repeated n-gram, least length, in the order of
-  transformers; excluded tokens get -inf. Only the answer's tokens count.
-  Transformers counts what its model has been fed: a decoder-only model's prompt
-  too (ours may have another vocabulary), and an encoder-decoder's start token.
+  The order is that of transformers. Excluded tokens get -inf. The penalties
+  count the answer's tokens only. Transformers counts all tokens that its model
+  has read: also the prompt of a decoder-only model (here, it may have another
+  vocabulary), and the start token of an encoder-decoder.
 
   Args:
-    logits: of the next token.
-    tokens: what the row has written, the first `step` of them.
-    step: how many tokens have been written.
-    decoding: the settings.
-    eos_id: the token that ends an answer, or a tuple of all that do; -1:
-      nothing does.
+    logits: of the next token; or log-probabilities.
+    tokens: buffer of the row's tokens; the first `step` are valid.
+    step: number of tokens decoded so far.
+    decoding: the decoding settings.
+    eos_id: EOS id, or a tuple of several; -1 means none.
   """
   if decoding.repetition_penalty != 1:
     logits = _penalize_repetition(
@@ -257,7 +256,7 @@ def penalize(
 def is_eos(
   tokens: Int[Array, '*shape'], eos_id: int | tuple[int, ...]
 ) -> Bool[Array, '*shape']:
-  """Returns which tokens are EOS, or one of several."""
+  """Returns true for tokens equal to EOS, or to one of several EOS ids."""
   ids = eos_id if isinstance(eos_id, tuple) else (eos_id,)
   return functools.reduce(jnp.logical_or, [tokens == number for number in ids])
 
@@ -268,8 +267,8 @@ def _penalize_repetition(
   step: Int[Array, ''],
   penalty: float,
 ) -> Float[Array, 'vocab']:
-  # A scatter, which drops ids beyond the vocabulary; equal ids write equals.
-  # Comparing all ids with all tokens takes ten times as long and more.
+  # A scatter, ten times faster than comparing all ids with all tokens. It drops
+  # ids outside the vocabulary; equal ids write equal values.
   vocab_size = logits.shape[0]
   ids = jnp.where(jnp.arange(tokens.shape[0]) < step, tokens, vocab_size)
   found = logits.at[ids].get(mode='clip')
@@ -283,8 +282,8 @@ def _exclude_ngrams(
   step: Int[Array, ''],
   size: int,
 ) -> Float[Array, 'vocab']:
-  """Returns logits without tokens that would end an n-gram a second time."""
-  # Where an n-gram ends whose other tokens are those written last.
+  """Excludes tokens that would repeat an n-gram of `size` tokens."""
+  # True where an n-gram ends whose first tokens equal the last decoded ones.
   places = jnp.arange(tokens.shape[0])
   is_end = (places >= size - 1) & (places < step)
   for back in range(1, size):
@@ -296,20 +295,20 @@ def _exclude_ngrams(
 def restrict(
   logits: Float[Array, 'vocab'], decoding: Decoding
 ) -> Float[Array, 'vocab']:
-  """Returns the logits of the distribution that is drawn from.
+  """Applies temperature, top-k, top-p and min-p to logits.
 
-  Temperature, top-k, top-p, min-p, each of what the one before has left, as in
-  transformers. Excluded tokens have -inf, the most likely 0. Tokens that are
-  equally likely are kept or excluded together, so that `top_k` and `top_p` may
-  keep more than the fewest, and order says nothing.
+  Each restriction applies to the tokens that the one before has left, as in
+  transformers. Excluded tokens get -inf, and the most likely token 0. Equally
+  likely tokens are kept or excluded together, so that `top_k` and `top_p` may
+  keep more tokens than the minimum, independent of their order.
 
   Args:
     logits: of the next token.
-    decoding: the settings; `temperature` is not 0.
+    decoding: the decoding settings; `temperature` is not 0.
   """
   if 0 < decoding.top_k < logits.shape[0]:
     logits = _keep_top_k(logits, decoding.top_k)
-  # At the lowest temperatures the quotient of the logits would be infinite.
+  # Subtract first: at the lowest temperatures the quotient may be infinite.
   logits = (logits - jnp.max(logits)) / decoding.temperature
   if decoding.top_p < 1:
     logits = _keep_top_p(logits, decoding.top_p)
@@ -334,13 +333,13 @@ def _keep_top_k(
 def _keep_top_p(
   logits: Float[Array, 'vocab'], top_p: float
 ) -> Float[Array, 'vocab']:
-  """Returns logits whose others are -inf; the highest must be 0."""
+  """Excludes tokens outside the top-p set; the largest logit must be 0."""
   weights = jnp.exp(logits)
   threshold = _threshold(
     lambda value: jnp.sum(jnp.where(logits >= value, weights, 0)),
     top_p * jnp.sum(weights),
     jnp.exp,
-    # All below weigh less than 1 - top_p together, the highest alone 1.
+    # All logits below have a total weight below 1 - top_p; the largest has 1.
     low=jnp.float32(math.log((1 - top_p) / logits.shape[0])),
     high=jnp.float32(0),
   )
@@ -355,18 +354,19 @@ def _threshold(
   low: Float[Array, ''],
   high: Float[Array, ''],
 ) -> Float[Array, '']:
-  """Returns a value from which on tokens weigh the target and none is spare.
+  """Returns the largest threshold at which the kept tokens reach the target.
 
-  A bisection, in which each pass over the vocabulary is one sum: about a dozen
-  passes, some 50 at most. The idea is that of t5x/binary_search.py, which
-  takes 32; this one stops once the tokens are known.
+  It bisects the threshold, with one sum over the vocabulary per pass: about a
+  dozen passes, at most about 50. The idea is that of t5x/binary_search.py,
+  which takes 32 passes; this one stops once the kept tokens are known.
 
   Args:
-    weigh_from: from a value to the weight of all tokens from there on.
-    target: what they are to weigh.
-    weigh_one: from a value to the least weight of a token from there on.
-    low: a value that is low enough, or to be taken if none is.
-    high: the highest of all values.
+    weigh_from: returns the total weight of tokens at or above a threshold.
+    target: minimum total weight.
+    weigh_one: returns a lower bound for the weight of one token at or above a
+      threshold.
+    low: a threshold that reaches the target, and the result if no other does.
+    high: the largest logit.
   """
 
   def halve(bounds):
@@ -386,9 +386,9 @@ def _threshold(
 
 
 def _middle(low: Int[Array, ''], high: Int[Array, '']) -> Int[Array, '']:
-  """Returns a number between two of which it is neither; see `_to_int`."""
-  # Halving bits ends after 32 passes, whatever the values, but spends many on
-  # the exponents of numbers near 0. Logits are not there: halve values first.
+  """Returns a number strictly between two numbers; see `_to_int`."""
+  # Bisecting bits ends after 32 passes for any values, but spends many on the
+  # exponents of numbers near 0, where logits are rare. Bisect values first.
   low_value, high_value = _to_float(low), _to_float(high)
   width = high_value - low_value
   by_value = _to_int(low_value + width / 2)
@@ -398,24 +398,25 @@ def _middle(low: Int[Array, ''], high: Int[Array, '']) -> Int[Array, '']:
 
 
 def _to_int(value: Float[Array, '']) -> Int[Array, '']:
-  """Numbers float32 in their order; infinities are the outermost."""
+  """Maps float32 to int32 in the same order; infinities are the extremes."""
   return _flip_negative(jax.lax.bitcast_convert_type(value, jnp.int32))
 
 
 def _to_float(number: Int[Array, '']) -> Float[Array, '']:
+  """Inverts `_to_int`."""
   return jax.lax.bitcast_convert_type(_flip_negative(number), jnp.float32)
 
 
 def _flip_negative(bits: Int[Array, '']) -> Int[Array, '']:
-  # Negative floats are numbered away from 0, int32 towards it.
+  # The bits of negative floats grow away from 0, int32 towards 0.
   return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def draw(logits: Float[Array, 'vocab'], key: PRNGKeyArray) -> Int[Array, '']:
-  """Returns a token drawn from softmax(logits).
+  """Samples a token from softmax(logits).
 
-  First its block, then the token in it, so that a vocabulary of 32,000 takes
-  not as many random numbers but 379: a thirtieth of the time on a CPU.
+  It first samples a block, then a token in the block. A vocabulary of 32,000
+  then needs 379 random numbers, and a thirtieth of the time on a CPU.
   """
   num_blocks = -(-logits.shape[0] // BLOCK_SIZE)
   padding = num_blocks * BLOCK_SIZE - logits.shape[0]
@@ -428,7 +429,7 @@ def draw(logits: Float[Array, 'vocab'], key: PRNGKeyArray) -> Int[Array, '']:
 
 
 def greedy(logits: Float[Array, 'vocab']) -> Int[Array, '']:
-  """Returns the most likely token, the lowest id of several."""
+  """Returns the most likely token, the lowest id among equals."""
   # Two reductions that vectorise; XLA:CPU's argmax does not (10x at 32,000).
   is_highest = logits == jnp.max(logits)
   ids = jnp.arange(logits.shape[0], dtype=jnp.int32)

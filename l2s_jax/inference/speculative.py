@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speculative decoding: LLM-to-SLM drafts, the LLM's own decoder verifies.
 
-A round writes from one to draft_len + 1 tokens to each row: the SLM drafts
-draft_len tokens one after another; the LLM reads the last token and all drafts
-in one pass; the drafts that it agrees with stay, and behind them comes a token
-of its own. The LLM's encoder has read the prompt once, for both.
+A round adds 1 to draft_len + 1 tokens to each row. The SLM drafts draft_len
+tokens one by one. The LLM reads the last token and all drafts in one pass. The
+accepted drafts stay, followed by one token of the LLM's own. The LLM's encoder
+reads the prompt once, for both models.
 
-Nothing is lost. Greedy answers are the LLM's greedy answers. Of samples, a
-draft x stays with probability min(1, p(x) / q(x)), p being the LLM's and q the
-SLM's distribution after temperature, penalties and top-k, top-p and min-p; the
-token in place of the first that does not stay is drawn from max(0, p - q),
-normalized. So each token has the distribution p. Both are up to rounding: of
-two tokens that are equally likely in float32, several tokens read together may
-favour another than one read alone.
+The output distribution is the LLM's. Greedy answers equal the LLM's greedy
+answers. In sampling, a draft x is accepted with probability
+min(1, p(x) / q(x)); p is the LLM's and q the SLM's distribution after
+temperature, penalties and top-k, top-p and min-p. The first rejected draft is
+replaced by a sample from max(0, p - q), normalised, so each token has the
+distribution p. Both hold up to rounding: the pass over several tokens may break
+a tie between float32 logits differently from a single-token step.
 
 Source: Leviathan et al. 2023 (arXiv:2211.17192); Chen et al. 2023
 (arXiv:2302.01318).
@@ -31,27 +31,30 @@ from l2s_jax.models import l2s
 
 PyTree = Any
 
-# What a key is for, at each place of an answer.
+# Roles of PRNG keys at each place of an answer.
 _DRAFT, _ACCEPT, _REPLACE = range(3)
 
 
 class SpeculativeState(struct.PyTreeNode):
-  """Generation between two rounds. Rows are not equally far.
+  """State of speculative decoding between two rounds.
+
+  Rows may have different numbers of tokens.
 
   Attributes:
-    step: tokens of the row that is ahead, among those that go on; 0: none do.
-    num_tokens: what each row has written.
-    tokens: that; padding behind it.
+    step: largest number of tokens among rows that are not done, or 0.
+    num_tokens: number of tokens of each row.
+    tokens: decoded tokens, padded.
     log_probs: of each token under the LLM, before penalties and temperature;
-      None where nobody asked.
-    unread: what the SLM has not read, from the first on; anything fills it up.
-    num_unread: how many tokens that is: the newest, and before it the last
-      draft, which the SLM had no reason to read, where all have stayed.
-    num_rounds: that each row took part in.
-    num_accepted: drafts that have stayed.
-    done: rows that have written EOS or all they may, or never had a prompt.
+      None if not requested.
+    unread: tokens that the SLM has not read yet, in order; the second place may
+      be unused.
+    num_unread: number of unread tokens: the newest one, and, if all drafts were
+      accepted, the last draft before it.
+    num_rounds: number of rounds of each row.
+    num_accepted: number of accepted drafts of each row.
+    done: rows with EOS, at their token limit, or without a prompt.
     prompts: keys and limits of the rows.
-    cache: that of the LLM, which lacks the newest token, and of the SLM.
+    cache: KV caches 'llm' (without the newest token) and 'slm'.
   """
 
   step: Int[Array, '']
@@ -68,13 +71,13 @@ class SpeculativeState(struct.PyTreeNode):
 
 
 class Drafts(NamedTuple):
-  """What the SLM proposes.
+  """Drafts of the SLM for each row.
 
   Attributes:
-    tokens: one after another.
-    logits: which they were drawn from; None: they are the most likely.
-    answer: what the row has written, with the drafts behind it.
-    cache: of the SLM, which has not read the last draft.
+    tokens: the drafted tokens.
+    logits: the logits of their sampling; None if greedy.
+    answer: the row's tokens followed by the drafts.
+    cache: KV cache of the SLM, without the last draft.
   """
 
   tokens: Int[Array, 'batch drafts']
@@ -84,16 +87,16 @@ class Drafts(NamedTuple):
 
 
 def acceptance(state: SpeculativeState, draft_len: int) -> float:
-  """Returns the part of all drafts so far that stayed; waits for them."""
+  """Returns the acceptance rate of all drafts so far; waits for the device."""
   num_rounds = max(int(state.num_rounds.sum()), 1)
   return int(state.num_accepted.sum()) / (num_rounds * draft_len)
 
 
 def check(decoding: sampling.Decoding) -> None:
-  """Refuses settings that drafts do not go with.
+  """Checks that the decoding settings allow drafts.
 
   Raises:
-    ValueError: with the setting's name.
+    ValueError: names the setting.
   """
   if decoding.num_beams > 1:
     raise ValueError(
@@ -104,7 +107,7 @@ def check(decoding: sampling.Decoding) -> None:
 
 
 class Speculative:
-  """Writes the LLM's answers, as many tokens at a time as the SLM guesses."""
+  """Speculative decoding: the LLM's answers, several tokens per round."""
 
   def __init__(
     self,
@@ -112,10 +115,10 @@ class Speculative:
     decoding: sampling.Decoding,
     ids: strategies.Ids,
   ):
-    """Prepares speculative decoding.
+    """Sets up speculative decoding.
 
     Raises:
-      ValueError: if the settings do not go with it.
+      ValueError: if the decoding settings do not allow drafts.
     """
     check(decoding)
     self.num_ahead = decoding.draft_len + 1
@@ -152,7 +155,7 @@ class Speculative:
     )
 
   def step(self, params: PyTree, state: SpeculativeState) -> SpeculativeState:
-    """Drafts, verifies, and keeps what the LLM would have written."""
+    """Runs one round: draft, verify, keep the accepted tokens."""
     drafts = self._draft(params, state)
     newest = _take(state.unread, state.num_unread - 1)
     logits, llm_cache = self._module.apply(
@@ -216,11 +219,11 @@ class Speculative:
     )
 
   def _draft(self, params: PyTree, state: SpeculativeState) -> Drafts:
-    """Lets the SLM read what it has not, and write draft_len tokens."""
+    """Reads the SLM's unread tokens and drafts draft_len tokens."""
     batch_size = state.done.shape[0]
 
     def read(tokens, cache):
-      # The tables of two models of one vocabulary need not be equally large.
+      # The two models may have embedding tables of different sizes.
       return self._module.apply(
         {'params': params},
         jnp.minimum(tokens, self._module.slm_config.vocab_size - 1),
@@ -266,7 +269,7 @@ class Speculative:
     drafts: Drafts,
     logits: Float[Array, 'batch places vocab'],
   ) -> tuple[Int[Array, 'batch'], Int[Array, 'batch']]:
-    """Returns how many drafts stay, and the LLM's token behind them."""
+    """Returns the number of accepted drafts, and the LLM's token after them."""
     places = state.num_tokens[:, None] + jnp.arange(self.num_ahead)
     logits = jax.vmap(self._of_tokens, in_axes=(1, None, 1), out_axes=1)(
       logits, drafts.answer, places
@@ -289,7 +292,7 @@ class Speculative:
     answer: Int[Array, 'batch steps'],
     place: Int[Array, 'batch'],
   ) -> Float[Array, 'batch vocab']:
-    """Returns the logits that tokens are chosen by, at a place of each row."""
+    """Returns penalised, restricted logits at a place of each row."""
 
     def of_row(logits, answer, place):
       logits = sampling.penalize(
@@ -309,11 +312,11 @@ class Speculative:
 def verify_greedy(
   drafts: Int[Array, 'drafts'], logits: Float[Array, 'places vocab']
 ) -> tuple[Int[Array, ''], Int[Array, '']]:
-  """Returns how many drafts of a row are the LLM's choice, and its next one.
+  """Returns the number of accepted drafts of a row, and the LLM's next token.
 
   Args:
     drafts: the SLM's tokens.
-    logits: of the LLM, at the drafts' places and the one behind them.
+    logits: of the LLM, at the drafts' places and the next one.
   """
   own = jax.vmap(sampling.greedy)(logits)
   num_accepted = _num_leading(drafts == own[:-1])
@@ -327,24 +330,24 @@ def verify_sampled(
   accept_keys: Key[Array, 'places'],
   replace_keys: Key[Array, 'places'],
 ) -> tuple[Int[Array, ''], Int[Array, '']]:
-  """Returns how many drafts of a row stay, and the token behind them.
+  """Returns the number of accepted drafts of a row, and the token after them.
 
   Args:
     drafts: the SLM's tokens.
-    draft_logits: which they were drawn from.
-    logits: of the LLM, at the drafts' places and the one behind them.
-    accept_keys: of each place; they decide whether a draft stays.
-    replace_keys: of each place; the token behind is drawn with one.
+    draft_logits: of the SLM, after penalties and restriction.
+    logits: of the LLM, at the drafts' places and the next one.
+    accept_keys: PRNG keys of acceptance, one per place.
+    replace_keys: PRNG keys of the token after the drafts, one per place.
   """
   p = jax.nn.softmax(logits)
-  # No draft stands at the last place: what replaces it is the LLM's own.
+  # The last place has no draft, so q = 0 there and the token is drawn from p.
   q = jnp.pad(jax.nn.softmax(draft_logits), ((0, 1), (0, 0)))
   chance = jax.vmap(jax.random.uniform)(accept_keys)[:-1]
   place = jnp.arange(len(drafts))
   num_accepted = _num_leading(chance * q[place, drafts] < p[place, drafts])
   residual = jnp.maximum(p[num_accepted] - q[num_accepted], 0)
-  # Nothing is left where rounding alone refuses, one distribution being the
-  # other, and NaN where the SLM gave that.
+  # The residual is zero if p = q and rounding rejects a draft, and NaN if the
+  # SLM's logits are NaN. Draw from p then.
   residual = jnp.where(residual.sum() > 0, residual, p[num_accepted])
   token = sampling.draw(jnp.log(residual), replace_keys[num_accepted])
   return num_accepted, token
@@ -357,13 +360,13 @@ def _num_leading(is_true: Bool[Array, 'places']) -> Int[Array, '']:
 def _keys(
   row_keys: Key[Array, 'batch'], place: Int[Array, 'batch'], role: int
 ) -> Key[Array, 'batch']:
-  """Returns a key for each row's place: a draw at one is of no other's."""
+  """Returns a PRNG key per row, unique to its place and role."""
   fold = jax.vmap(jax.random.fold_in)
   return fold(row_keys, 3 * place + role)
 
 
 def _take(x: Array, place: Int[Array, 'batch']) -> Array:
-  """Returns of each row what stands at a place of its own."""
+  """Returns the element of each row at the row's own place."""
   return jax.vmap(lambda row, i: row[i])(x, place)
 
 
@@ -373,7 +376,7 @@ def _write(
   start: Int[Array, 'batch'],
   length: Int[Array, 'batch'],
 ) -> Array:
-  """Returns the buffer with so many values of each row at its own place."""
+  """Writes `length` values of each row into the buffer from its `start`."""
   place = jnp.arange(buffer.shape[1]) - start[:, None]
   spread = jnp.take_along_axis(
     values, jnp.clip(place, 0, values.shape[1] - 1), axis=1
@@ -385,6 +388,7 @@ def _write(
 def _log_probs(
   logits: Float[Array, 'batch places vocab'], tokens: Int[Array, 'batch places']
 ) -> Float[Array, 'batch places']:
+  """Returns the log-probabilities of tokens under unmodified logits."""
   chosen = jnp.take_along_axis(logits, tokens[..., None], axis=2)[..., 0]
   return chosen - jax.nn.logsumexp(logits, axis=2)
 
@@ -392,7 +396,7 @@ def _log_probs(
 def _resize(
   logits: Float[Array, 'batch old'], vocab_size: int
 ) -> Float[Array, 'batch vocab']:
-  """Returns logits of as many tokens, those that are new impossible."""
+  """Returns logits of size `vocab_size`; added ids get -inf."""
   missing = max(vocab_size - logits.shape[1], 0)
   return jnp.pad(
     logits[:, :vocab_size], ((0, 0), (0, missing)), constant_values=-jnp.inf

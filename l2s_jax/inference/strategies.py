@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What writes an answer is a strategy; here is the plain one.
+"""Decoding strategies: the interface, greedy decoding and sampling.
 
-It writes one token to every row at a step, greedily or by sampling. `beam.py`
-and `speculative.py` have others; `generate.py` runs them.
+`OneByOne` decodes one token per row and step. `beam.py` has beam search,
+`speculative.py` speculative decoding; `generate.py` runs a strategy.
 """
 
 import functools
@@ -23,16 +23,15 @@ PyTree = Any
 
 
 class Answers(struct.PyTreeNode):
-  """What was written to each prompt, the best answer first.
+  """Decoded answers to a batch of prompts, the best first.
 
   Attributes:
-    tokens: padding after an answer's end.
-    num_tokens: how far each row has been written, its padding behind an end
-      included.
-    scores: of each answer: the sum of its tokens' log-probabilities, in beam
-      search divided by the length penalty; None where nobody asked.
-    log_probs: of each token under the model, 0 after the end; None where
-      nobody asked.
+    tokens: token ids, padded after each answer's end.
+    num_tokens: tokens decoded for each row, padding after its end included.
+    scores: the sum of each answer's token log-probabilities, divided by the
+      length penalty in beam search; None if not requested.
+    log_probs: of each token under the model, 0 after the end; None if not
+      requested.
   """
 
   tokens: Int[Array, 'batch answers steps']
@@ -42,11 +41,11 @@ class Answers(struct.PyTreeNode):
 
 
 class Ids(struct.PyTreeNode):
-  """The token ids that generation has to know.
+  """Special token ids of the answer's vocabulary.
 
   Attributes:
-    start: the first token read.
-    eos: ends a row, or a tuple of all that do; -1: nothing does.
+    start: the first decoder input token.
+    eos: token id that ends a row, or a tuple of several; -1 means none.
     pad: fills a row after its end.
   """
 
@@ -55,19 +54,19 @@ class Ids(struct.PyTreeNode):
   pad: int = struct.field(pytree_node=False)
 
   def end(self, tokens: Int[Array, '*shape']) -> Bool[Array, '*shape']:
-    """Returns which tokens end a row."""
+    """Returns true for tokens that end a row."""
     return sampling.is_eos(tokens, self.eos)
 
 
 class Prompts(struct.PyTreeNode):
-  """What generation needs of a batch beside the cache.
+  """Per-row inputs of decoding, beside the KV cache.
 
   Attributes:
-    has_prompt: rows without one have ended from the start.
-    row_keys: one PRNG key a row, so that neighbours change nothing.
-    max_decode_lens: tokens that each may write, EOS included.
-    first_tokens: what each row reads before it writes: the start token, or,
-      where a prompt is continued, its last token.
+    has_prompt: false for padded rows, which are done from the start.
+    row_keys: one PRNG key per row, so that samples do not depend on other rows.
+    max_decode_lens: maximum number of tokens of each row, EOS included.
+    first_tokens: the first decoder input of each row: the start token, or the
+      last token of a prompt that the answer continues.
   """
 
   has_prompt: Bool[Array, 'batch']
@@ -77,43 +76,43 @@ class Prompts(struct.PyTreeNode):
 
   @property
   def have_ended(self) -> Bool[Array, 'batch']:
-    """Rows to which nothing is written."""
+    """Rows that are done before the first step."""
     return ~self.has_prompt | (self.max_decode_lens < 1)
 
 
-@runtime_checkable  # which beartype, in tests, has to ask
+@runtime_checkable  # For beartype, in tests.
 class Strategy(Protocol):
-  """A way of writing: one token a row, beams, or drafts that are verified.
+  """A decoding strategy, such as sampling, beam search or speculative decoding.
 
-  States have `step` (tokens written by the row that is ahead), `done`, a bool
-  for each row, and `cache`, one or a dict of several. `num_ahead` is how far
-  one step may go.
+  A state has `step` (largest number of tokens decoded for a row), `done` (bool,
+  one per row) and `cache` (a `Cache`, or a dict of several). `num_ahead` is the
+  largest number of tokens that one step adds to a row.
   """
 
   num_ahead: int
 
   def begin(self, cache: Any, prompts: Prompts, max_decode_len: int) -> Any:
-    """Returns the state before the first token."""
+    """Returns the initial state, given a prefilled cache."""
 
   def step(self, params: PyTree, state: Any) -> Any:
-    """Returns the state after one more step of every row."""
+    """Returns the state after one decode step of every row."""
 
   def answers(self, state: Any) -> Answers:
-    """Returns what has been written."""
+    """Returns the answers decoded so far."""
 
 
 class DecodeState(struct.PyTreeNode):
-  """Generation between two tokens.
+  """State of greedy decoding and sampling between two steps.
 
   Attributes:
-    step: tokens written so far.
-    token: the last token of each row, the next to be read.
-    tokens: what has been written; padding after a row's end.
+    step: number of tokens decoded so far.
+    token: the last token of each row, the next decoder input.
+    tokens: decoded tokens, padded after a row's end.
     log_probs: of each token under the model, before penalties and
-      temperature; None where nobody asked.
-    done: rows that have written EOS or all they may, or never had a prompt.
+      temperature; None if not requested.
+    done: rows with EOS, at their token limit, or without a prompt.
     prompts: keys and limits of the rows.
-    cache: the writing model's memory.
+    cache: KV cache of the decoding model.
   """
 
   step: Int[Array, '']
@@ -133,7 +132,7 @@ def decode_step(
   decoding: sampling.Decoding,
   ids: Ids,
 ) -> DecodeState:
-  """Writes one token to every row."""
+  """Decodes one token of every row."""
   logits, cache = model.apply(
     {'params': params}, state.token[:, None], state.cache, method='extend'
   )
@@ -166,7 +165,7 @@ def write_column(
   column: Shaped[Array, '*rows'],
   step: Int[Array, ''],
 ) -> Shaped[Array, '*rows steps']:
-  """Returns the buffer with a value for each row at one step."""
+  """Writes a value for each row into a buffer, at one step."""
   return jax.lax.dynamic_update_slice_in_dim(
     buffer, column[..., None], step, axis=buffer.ndim - 1
   )
@@ -175,6 +174,7 @@ def write_column(
 def _log_prob(
   logits: Float[Array, 'batch vocab'], token: Int[Array, 'batch']
 ) -> Float[Array, 'batch']:
+  """Returns the log-probability of one token per row."""
   chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
   return chosen - jax.nn.logsumexp(logits, axis=1)
 
@@ -184,7 +184,7 @@ def one_answer(
   num_tokens: Int[Array, 'batch'],
   log_probs: Float[Array, 'batch steps'] | None,
 ) -> Answers:
-  """Returns what was written where each prompt has one answer."""
+  """Returns `Answers` with one answer per prompt."""
   answers = Answers(tokens[:, None], num_tokens)
   if log_probs is None:
     return answers
@@ -194,10 +194,10 @@ def one_answer(
 
 
 def full_of_rows(value: float | int, shape: Sequence[int]) -> Array:
-  """Returns one value everywhere, rows over the mesh as a batch has them.
+  """Returns a constant array with rows sharded like a batch.
 
-  What is made of constants would else be whole on every device, and the loop
-  be compiled again for what it returns.
+  Without the constraint XLA replicates constants on every device, and the
+  decode loop compiles again for the sharding of its outputs.
   """
   axes = ('batch', *[None] * (len(shape) - 1))
   dtype = jnp.int32 if isinstance(value, int) else jnp.float32
@@ -205,7 +205,7 @@ def full_of_rows(value: float | int, shape: Sequence[int]) -> Array:
 
 
 class OneByOne:
-  """Greedy decoding and sampling: one token a row, one answer a prompt."""
+  """Greedy decoding and sampling: one token per row, one answer per prompt."""
 
   num_ahead = 1
 

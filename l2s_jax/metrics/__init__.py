@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of written answers, for any script: BLEU, chrF, ROUGE and others.
+"""Metrics of generated text for any script: BLEU, chrF, ROUGE and others.
 
-`scores` says which of them a task has; `metric_fns` has them in the form that
-SeqIO calls. No tasks and no models are here.
+`scores` configures the metrics of a task; `metric_fns` provides them as SeqIO
+`metric_fn`s. Nothing here depends on tasks or models.
 """
 
 # The modules that other packages may import.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BLEU and chrF as sacreBLEU has them, with the tokenizers of all languages.
+"""BLEU and chrF by sacreBLEU, with tokenizers for all languages.
 
-Where every example has a reference of fewer than four tokens and no answer has
-more, sacreBLEU's BLEU is 0 even of equal texts. Then n-grams are counted up to
-the longest that there are, and the signature says `eff:yes`; every corpus with
-a 4-gram to be found scores the same either way.
+If every example has a reference of fewer than four tokens, and no answer has
+more, sacreBLEU's BLEU is 0 even for equal texts. In this case the maximum
+n-gram order is that of the longest n-grams present, and the signature says
+`eff:yes`. The scores of all other corpora equal sacreBLEU's.
 """
 
 import dataclasses
@@ -37,15 +37,15 @@ _DOWNLOAD_TIMEOUT_SECS = 30.0
 
 @dataclasses.dataclass(frozen=True)
 class Bleu(corpus.Metric):
-  """Corpus BLEU: mixed case, exponential smoothing, n-grams up to four.
+  """Corpus BLEU: case-sensitive, exponential smoothing, up to 4-grams.
 
-  An n-gram is found if any reference has it; the brevity penalty takes the
+  An n-gram matches if any reference has it. The brevity penalty uses the
   reference closest in length.
 
   Attributes:
-    tokenizer: one of `TOKENIZERS`. Only `zh`, the two of MeCab, `char` and
-      the two of FLORES (spBLEU) find words in scripts without spaces.
-    setting: where `tokenizer` comes from, for messages.
+    tokenizer: one of `TOKENIZERS`. Only `zh`, the MeCab tokenizers, `char` and
+      the FLORES tokenizers (spBLEU) segment scripts without spaces.
+    setting: gin name of `tokenizer`, for messages.
   """
 
   tokenizer: str = '13a'
@@ -68,7 +68,7 @@ class Bleu(corpus.Metric):
   def _sacrebleu(
     self, *, effective_order: bool = False
   ) -> sacrebleu.metrics.BLEU:
-    # sacreBLEU may fetch a tokenizer's model, and waits for ever.
+    # sacreBLEU may download a tokenizer model, without a timeout.
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_SECS)
     try:
@@ -89,14 +89,14 @@ class Bleu(corpus.Metric):
       socket.setdefaulttimeout(timeout)
 
   def _lengths(self, references: corpus.References) -> Iterator[list[int]]:
-    """Yields the number of tokens of each reference, example by example."""
+    """Yields the number of tokens of each reference, by example."""
     tokenize = self._sacrebleu().tokenizer
     for own in references:
       texts = corpus.texts_of(own)
       yield [len(tokenize(text.rstrip()).split()) for text in texts]
 
   def _are_short(self, references: corpus.References) -> Iterator[bool]:
-    """Yields whether an example has a reference without any 4-gram."""
+    """Yields for each example whether a reference is too short for a 4-gram."""
     for sizes in self._lengths(references):
       yield min(sizes) < _MAX_ORDER
 
@@ -125,13 +125,13 @@ class Bleu(corpus.Metric):
       self._sacrebleu(effective_order=effective) for effective in (False, True)
     )
     rows = _sacrebleu_rows(plain, references, predictions)
-    # Whether a sample of examples has a 4-gram to be found adds up, too.
+    # The number of examples with 4-grams is another additive statistic.
     is_long = ~np.array(list(self._are_short(references)))
 
     def score(sums: Float[np.ndarray, ' statistic']) -> dict[str, float]:
       *counts, num_long = sums.tolist()
       if not any(counts[:2]):
-        return {self.name: 100.0}  # Nothing was to be said, nor was said.
+        return {self.name: 100.0}  # all references and answers are empty
       metric = plain if num_long else effective
       return {self.name: metric._compute_score_from_stats(counts).score}
 
@@ -140,12 +140,12 @@ class Bleu(corpus.Metric):
 
 @dataclasses.dataclass(frozen=True)
 class Chrf(corpus.Metric):
-  """Corpus chrF2: character 6-grams, beta 2, and perhaps n-grams of words.
+  """Corpus chrF2: character 6-grams, beta 2, optionally word n-grams.
 
-  Each example counts against the reference that scores best.
+  Each example uses its best-scoring reference.
 
   Attributes:
-    word_order: 0 is chrF, 2 is chrF++.
+    word_order: maximum order of word n-grams: 0 for chrF, 2 for chrF++.
   """
 
   word_order: int = 0
@@ -166,7 +166,7 @@ class Chrf(corpus.Metric):
     def score(sums: Float[np.ndarray, ' statistic']) -> dict[str, float]:
       counts = sums.tolist()
       if not any(counts):
-        return {self.name: 100.0}  # Nothing was to be said, nor was said.
+        return {self.name: 100.0}  # all references and answers are empty
       return {self.name: metric._compute_score_from_stats(counts).score}
 
     return corpus.Sums(_sacrebleu_rows(metric, references, predictions), score)
@@ -177,18 +177,19 @@ def _sacrebleu_rows(
   references: corpus.References,
   predictions: Sequence[str],
 ) -> Float[np.ndarray, 'example statistic']:
-  # sacreBLEU's interface between its metrics and its significance tests. Its
-  # public bootstrap gives half a width only, and builds [sample, example,
-  # statistic] in memory; chrF's statistics are not public at all. A test holds
-  # that these give the scores of the public functions to the last bit.
+  """Returns sacreBLEU's statistics of each example."""
+  # This is sacreBLEU's interface between its metrics and its significance
+  # tests. The public bootstrap returns half the interval's width only and
+  # allocates [sample, example, statistic]; chrF's statistics are not public. A
+  # test verifies that the scores equal those of the public functions exactly.
   rows = metric._extract_corpus_statistics(predictions, _streams(references))
   return np.array(rows, np.float64)
 
 
 def _streams(references: corpus.References) -> list[list[Any]]:
-  """Returns sacreBLEU's form: the first of each example, the second, ...
+  """Returns references in sacreBLEU's form: all first ones, all second, ...
 
-  Where an example has no such reference stands None.
+  Missing references are None.
   """
   texts = [corpus.texts_of(own) for own in references]
   return [list(stream) for stream in itertools.zip_longest(*texts)]
@@ -198,8 +199,8 @@ def _signature(
   metric: sacrebleu.metrics.BLEU | sacrebleu.metrics.CHRF,
   references: corpus.References,
 ) -> str:
-  """Returns sacreBLEU's description of a metric of its own."""
-  # A metric learns its number of references from its first score.
+  """Returns sacreBLEU's signature of a metric."""
+  # A metric's signature has the number of references of its first score.
   sizes = {len(corpus.texts_of(own)) for own in references}
   examples = [[''] * size for size in sizes]
   metric.corpus_score([''] * len(examples), _streams(examples))
@@ -207,7 +208,7 @@ def _signature(
 
 
 def _tokenizer_needs(tokenizer: str) -> str:
-  """Returns what is to be done for a tokenizer of sacreBLEU to be there."""
+  """Returns the instruction for installing a sacreBLEU tokenizer."""
   if tokenizer.endswith('-mecab'):
     return (
       f"install its packages with `pip install 'sacrebleu[{tokenizer[:2]}]'`"

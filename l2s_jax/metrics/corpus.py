@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all metrics of a corpus have in common: `metric_fns.py` has the metrics.
+"""Base class, bootstrap and helpers of corpus metrics.
 
-A metric is called with `(targets, predictions)`, by whose names SeqIO knows a
-`metric_fn`; in here the targets are references, of each example one text or a
-list. It has its settings in its attributes. Its score is taken apart into sums
-over examples, of which `with_intervals` draws samples.
+A metric is called as SeqIO calls a `metric_fn`, with `(targets, predictions)`.
+In this module targets are called references: one text, or a list of texts, per
+example. The attributes of a metric are its settings. Its score is a function of
+sums of statistics over examples, so that bootstrap samples are cheap. The
+metrics are in `metric_fns.py`.
 """
 
 import dataclasses
@@ -22,25 +23,26 @@ from l2s_jax.runtime import distributed
 References = Sequence[str | Sequence[str]]
 MetricFn = Callable[[References, Sequence[str]], dict[str, float]]
 
-# Of text without spaces, tokens of more letters than this are no words.
+# A longer mean token length, in letters, means that an unspaced script was not
+# segmented.
 _LONGEST_MEAN_WORD = 6
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """A score of a corpus, with its settings; called as SeqIO calls a metric.
+  """A corpus metric with its settings, callable as a SeqIO `metric_fn`.
 
   Attributes:
-    name: that configs use and, but for ROUGE's, that of the score.
+    name: name in configs and, except for ROUGE, of its score.
   """
 
   name: str
-  # Whether it is made of sums over examples.
+  # Whether the score is a function of sums over examples.
   adds_up: ClassVar[bool] = True
 
   @property
   def score_names(self) -> tuple[str, ...]:
-    """Of the scores that it returns; the last stands for all of them."""
+    """Names of the returned scores; the last one represents the metric."""
     return (self.name,)
 
   @property
@@ -50,38 +52,46 @@ class Metric:
   def __call__(
     self, targets: References, predictions: Sequence[str]
   ) -> dict[str, float]:
-    """Returns scores by name, and warns of settings that do not fit.
+    """Returns scores by name, and warns of unsuitable settings.
+
+    Args:
+      targets: references of each example.
+      predictions: one answer per example.
 
     Raises:
-      ValueError: if there are no pairs, the sizes differ, or an example has no
-        reference.
+      ValueError: if there are no examples, the numbers of targets and
+        predictions differ, or an example has no reference.
     """
     return self.checked_sums(targets, predictions).of_corpus()
 
   def signature(self, references: References) -> str | None:
-    """Returns what others need to repeat the score; None: its name says all.
+    """Returns the settings that reproduce a score; None if the name suffices.
 
     Args:
-      references: that are scored; of predictions it is independent.
+      references: references of each example; a signature may depend on them,
+        but not on predictions.
     """
     return None
 
   def check(self) -> None:
-    """Refuses settings that cannot be computed here.
+    """Validates that the metric can be computed here.
 
     Raises:
-      ValueError: with what is wrong, or what is to be installed.
+      ValueError: names the invalid setting or the package to install.
     """
 
   def sums(self, references: References, predictions: Sequence[str]) -> 'Sums':
+    """Returns the statistics of each example."""
     raise NotImplementedError
 
   def warnings(self, references: References) -> Iterator[str]:
+    """Yields warnings about settings unsuitable for the references."""
     yield from ()
 
   def checked_sums(
     self, references: References, predictions: Sequence[str]
   ) -> 'Sums':
+    """Validates the examples, prints warnings, and returns `sums`."""
     check_pairs(references, predictions)
     for warning in self.warnings(references):
       distributed.say(f'{self.name}: {warning}')
@@ -91,18 +101,17 @@ class Metric:
 def with_intervals(
   metric_fn: MetricFn, *, num_samples: int = 1000, seed: int = 0
 ) -> MetricFn:
-  """Returns the metric with a 95 % confidence interval beside each score.
+  """Wraps a metric to return a 95 % confidence interval for each score.
 
-  `bleu` comes with `bleu_low` and `bleu_high`, the 2.5th and 97.5th
-  percentiles of BLEU over corpora of as many examples, drawn with replacement
-  (Koehn 2004, the bootstrap). The same seed and number of examples give the
-  same draws.
+  `bleu` is accompanied by `bleu_low` and `bleu_high`: the 2.5th and 97.5th
+  percentiles of BLEU over bootstrap samples of the examples (Koehn 2004).
+  Samples depend on the seed and the number of examples only.
 
   Args:
-    metric_fn: one of this module; another comes back as it is, since how its
-      score depends on single examples is not known.
-    num_samples: corpora to draw.
-    seed: of the draws.
+    metric_fn: a `Metric`. Other functions are returned unchanged, since their
+      dependence on single examples is unknown.
+    num_samples: number of bootstrap samples.
+    seed: seed of the samples.
   """
   if not isinstance(metric_fn, Metric) or not metric_fn.adds_up:
     return metric_fn
@@ -120,7 +129,7 @@ def with_intervals(
 def scores_with_intervals(
   sums: 'Sums', num_samples: int, seed: int = 0
 ) -> dict[str, float]:
-  """Returns scores, and the ends of their intervals; see `with_intervals`."""
+  """Returns scores with the ends of their intervals; see `with_intervals`."""
   samples = [
     sums.score(sums.rows[drawn])
     for drawn in _draws(len(sums.rows), num_samples, seed)
@@ -135,17 +144,22 @@ def scores_with_intervals(
 def paired_difference(
   one: 'Sums', other: 'Sums', name: str, num_samples: int, seed: int = 0
 ) -> tuple[float, float, float]:
-  """Returns how much more one system scores than another, and the interval.
+  """Returns the score difference of two systems and its 95 % interval.
 
-  The paired bootstrap: both are scored on the same drawn corpora (Koehn 2004),
-  and the ends are the 2.5th and 97.5th percentiles of the difference.
+  The paired bootstrap (Koehn 2004): both systems are scored on the same
+  bootstrap samples, and the interval ends are the 2.5th and 97.5th percentiles
+  of the difference.
 
   Args:
-    one: of the answers of one system.
-    other: of those of the other to the same examples, in the same order.
-    name: of the score.
-    num_samples: corpora to draw.
-    seed: of the draws.
+    one: statistics of the first system.
+    other: statistics of the second system on the same examples, in the same
+      order.
+    name: name of the score.
+    num_samples: number of bootstrap samples.
+    seed: seed of the samples.
+
+  Returns:
+    (difference, low, high), positive if the first system scores higher.
   """
   differences = [
     one.score(one.rows[drawn])[name] - other.score(other.rows[drawn])[name]
@@ -167,14 +181,14 @@ def _draws(
 def signatures(
   metric_fns: Sequence[MetricFn], references: References
 ) -> dict[str, str]:
-  """Returns the signatures of those of our metrics that have one.
+  """Returns the signatures of metrics that have one.
 
   Args:
-    metric_fns: any functions, such as those of `with_intervals`.
-    references: that they score.
+    metric_fns: any functions, including those of `with_intervals`.
+    references: references of each example.
 
   Returns:
-    By the name of each metric's last score.
+    Signatures by the name of each metric's last score.
   """
   found = [inspect.unwrap(metric_fn) for metric_fn in metric_fns]
   signed = {
@@ -187,25 +201,35 @@ def signatures(
 
 @dataclasses.dataclass(frozen=True)
 class Sums:
-  """A corpus score taken apart into statistics that add up over examples.
+  """Additive statistics of a corpus score.
 
   Attributes:
     rows: a row of statistics for each example.
-    score_of_sum: from the sum of as many rows to scores by name.
+    score_of_sum: function from the sum of rows, as many as `rows` has, to
+      scores by name.
   """
 
   rows: Float[np.ndarray, 'example statistic']
   score_of_sum: Callable[[Float[np.ndarray, ' statistic']], dict[str, float]]
 
   def score(self, rows: Float[np.ndarray, 'example statistic']) -> dict:
+    """Returns the scores of a sample of rows, by name."""
     return self.score_of_sum(rows.sum(axis=0))
 
   def of_corpus(self) -> dict[str, float]:
+    """Returns the scores of the whole corpus, by name."""
     return self.score(self.rows)
 
 
 def mean_sums(scores: Mapping[str, Sequence[float]]) -> Sums:
-  """Takes means apart, of scores between 0 and 1 for each example."""
+  """Returns the statistics of scores that are means over examples.
+
+  Args:
+    scores: values in [0, 1] for each example, by name of the score.
+
+  Returns:
+    Statistics whose scores are percentages.
+  """
   rows = np.array(list(scores.values()), np.float64).T
 
   def percentages(sums: Float[np.ndarray, ' statistic']) -> dict[str, float]:
@@ -215,7 +239,12 @@ def mean_sums(scores: Mapping[str, Sequence[float]]) -> Sums:
 
 
 def finds_no_words(texts: Sequence[str], num_tokens: int) -> bool:
-  """Returns whether texts are of an unspaced script, and tokens too long."""
+  """Returns whether a tokenizer failed to segment an unspaced script.
+
+  Args:
+    texts: the texts.
+    num_tokens: number of tokens found in them.
+  """
   num_letters = words.num_letters(texts)
   return (
     num_letters > _LONGEST_MEAN_WORD * num_tokens
@@ -224,15 +253,21 @@ def finds_no_words(texts: Sequence[str], num_tokens: int) -> bool:
 
 
 def texts_of(reference: str | Sequence[str]) -> Sequence[str]:
-  """Returns the references of one example, of which there may be several."""
+  """Returns the references of one example as a list."""
   return [reference] if isinstance(reference, str) else reference
 
 
 def all_texts(references: References) -> list[str]:
+  """Returns the references of all examples in one list."""
   return [text for own in references for text in texts_of(own)]
 
 
 def check_pairs(references: References, predictions: Sequence[str]) -> None:
+  """Validates the number of targets, predictions and references.
+
+  Raises:
+    ValueError: if the numbers differ or are 0, or an example has no reference.
+  """
   if not len(references) == len(predictions) > 0:
     raise ValueError(
       f'{len(references)} targets and {len(predictions)} predictions: expected '

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores by the length of the reference: where a system loses, it shows.
+"""Metrics by reference length, which show where a system fails.
 
-Lengths are words of any script (`metrics/words.py`), of the first reference of
-an example, so that the bins are the same for systems of all vocabularies.
+Length is counted in words of any script (`metrics/words.py`) of an example's
+first reference, so that bins are the same for all vocabularies.
 """
 
 import inspect
@@ -17,10 +17,10 @@ ScoresByBin = dict[str, dict[str, float | int]]
 
 
 def check(bins: Any) -> None:
-  """Refuses what names no bins.
+  """Validates EVAL_LENGTH_BINS.
 
   Raises:
-    ValueError: if it is no tuple of positive whole numbers that rise.
+    ValueError: if `bins` is not a tuple of ascending positive integers.
   """
   if (
     not isinstance(bins, tuple | list)
@@ -41,18 +41,18 @@ def scores(
   *,
   num_samples: int = 0,
 ) -> ScoresByBin:
-  """Returns `num_examples` and scores by the name of the bin, in order.
+  """Returns metrics and `num_examples` by name of the length bin, in order.
 
-  A bin without examples has its number alone. Metrics that do not add up over
-  examples, such as users' own, are left out; without any other, there are no
-  bins.
+  An empty bin has `num_examples` only. Metrics that are not sums over examples,
+  such as user metrics, are left out; if no other metric remains, the result is
+  empty.
 
   Args:
-    metrics: of a task.
+    metrics: metric functions of a task.
     targets: a reference, or a list of them, for each example.
-    predictions: for each example.
-    bins: words of the longest reference in each bin but the last.
-    num_samples: for confidence intervals; 0 for none.
+    predictions: an answer for each example.
+    bins: upper bounds, in words of the reference, of all bins but the last.
+    num_samples: bootstrap samples for confidence intervals; 0 for none.
   """
   added = [
     metric

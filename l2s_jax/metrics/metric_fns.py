@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Corpus metrics of written answers, in the form of a SeqIO `metric_fn`.
+"""Corpus metrics of generated text, as SeqIO `metric_fn`s.
 
-Each takes `(targets, predictions)`, one prediction per example and as target
-one reference or a list of several, and returns `{name: score}` on a scale of 0
-to 100. Of several references the best counts, as each metric defines it.
-`with_intervals` adds confidence intervals. BLEU and chrF are sacreBLEU's and
-ROUGE is `rouge_score`'s, so that figures compare with published ones; the
-`signature` of a metric says which settings gave them. Which settings a task has
-is in `scores.py`; losses and accuracies of tokens are in `models/losses.py`.
+A metric takes `(targets, predictions)`: one prediction per example, and as
+target one reference or a list of them. It returns `{name: score}` on a scale
+from 0 to 100. With several references the best one counts, as defined by each
+metric. `with_intervals` adds confidence intervals. BLEU and chrF are those of
+sacreBLEU and ROUGE is that of `rouge_score`, for comparison with published
+results; the `signature` of a metric states its settings. `scores.py` configures
+the metrics of a task. Token losses and accuracies are in `models/losses.py`.
 """
 
 import collections
@@ -34,7 +34,7 @@ _NO_PUNCTUATION = str.maketrans('', '', string.punctuation)
 
 @dataclasses.dataclass(frozen=True)
 class ExactMatch(Metric):
-  """The percentage of predictions equal to one of their references."""
+  """The percentage of predictions that equal one of their references."""
 
   def sums(
     self, references: References, predictions: Sequence[str]
@@ -51,11 +51,10 @@ class ExactMatch(Metric):
 
 @dataclasses.dataclass(frozen=True)
 class TokenF1(Metric):
-  """SQuAD's F1 of words: the mean over examples of the best reference.
+  """SQuAD's token F1: the mean over examples, with the best reference.
 
-  Words are what white space separates once letters are lower-cased and ASCII
-  punctuation and the articles a, an, the are gone. As in SQuAD 2.0, two texts
-  without words agree.
+  Texts are lower-cased, stripped of ASCII punctuation and of the articles a,
+  an, the, and split at white space. As in SQuAD 2.0, two empty texts match.
   """
 
   def warnings(self, references: References) -> Iterator[str]:
@@ -85,10 +84,10 @@ class TokenF1(Metric):
 
 @dataclasses.dataclass(frozen=True)
 class UserMetric(Metric):
-  """A user's own score of a corpus.
+  """A user-defined corpus metric.
 
   Attributes:
-    function: takes references (each a text, or a list of references) and
+    function: takes references (a text, or a list of texts, per example) and
       predictions, and returns a number.
   """
 
@@ -125,7 +124,7 @@ token_f1 = TokenF1('token_f1')
 spbleu = bleu_lib.Bleu('spbleu', 'flores200', 'scores.spbleu_tokenizer')
 chrfpp = bleu_lib.Chrf('chrfpp', word_order=2)
 
-# By the names that configs use, each with its default settings.
+# Metrics by their names in configs, with default settings.
 METRICS: Mapping[str, Metric] = {
   metric.name: metric
   for metric in (bleu, chrf, rouge, exact_match, token_f1, spbleu, chrfpp)
@@ -133,19 +132,19 @@ METRICS: Mapping[str, Metric] = {
 
 
 def bleu_signature(num_references: int | None = 1) -> str:
-  """Returns sacreBLEU's description of what `bleu` computes by default.
+  """Returns sacreBLEU's signature of the default `bleu`.
 
   Args:
-    num_references: of each example; None: it varies.
+    num_references: references per example; None if the number varies.
   """
   return bleu.signature(_example_references(num_references))
 
 
 def chrf_signature(num_references: int | None = 1) -> str:
-  """Returns sacreBLEU's description of what `chrf` computes.
+  """Returns sacreBLEU's signature of the default `chrf`.
 
   Args:
-    num_references: of each example; None: it varies.
+    num_references: references per example; None if the number varies.
   """
   return chrf.signature(_example_references(num_references))
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ROUGE as `rouge_score` computes it, of words of any script.
+"""ROUGE by `rouge_score`, for words of any script.
 
-Where every example has a reference of one word, and no answer has more, ROUGE-2
-is 0 even of equal texts. Then two texts without bigrams agree if their words
-do, and the signature says `eff:yes`.
+If every example has a reference of one word, and no answer has more, ROUGE-2 is
+0 even for equal texts. In this case two texts without bigrams match if their
+words do, and the signature says `eff:yes`.
 """
 
 import dataclasses
@@ -18,23 +18,23 @@ _TYPES = ('rouge1', 'rouge2', 'rougeLsum')
 
 @dataclasses.dataclass(frozen=True)
 class Rouge(corpus.Metric):
-  """ROUGE-1, ROUGE-2 and summary-level ROUGE-L, the mean F-measures.
+  """ROUGE-1, ROUGE-2 and summary-level ROUGE-L: mean F-measures.
 
-  Of several references each score takes its best, example by example. For
-  `rougeLsum` a sentence ends at a newline and, since T5's tokenizer loses
-  newlines, at ' . ', as in T5's own metric.
+  Each score uses the best reference of each example. For `rougeLsum`, sentences
+  end at newlines and, since T5's tokenizer drops newlines, at ' . ', as in T5's
+  own metric.
 
-  The default compares with figures of `rouge_score` with stemming, such as
-  those of Hugging Face's summarization examples, which have NLTK end sentences
-  for `rougeLsum`. T5's tasks do not stem: theirs are half a point to one and a
-  half lower on CNN/DailyMail, and are the median of random resamples, not the
-  mean.
+  The defaults are comparable with results of `rouge_score` with stemming, such
+  as those of Hugging Face's summarization examples, which use NLTK's sentence
+  splitter for `rougeLsum`. T5's tasks do not stem: their results are 0.5 to 1.5
+  points lower on CNN/DailyMail, and are the median of random resamples instead
+  of the mean.
 
   Attributes:
-    tokenizer: `latin`, rouge_score's runs of a-z and 0-9, of which no other
-      letter is left; `words` of any script; `characters`; see `words.py`. None:
-      latin, and words where most letters of the references are not a-z.
-    stemmer: whether English words lose their endings (Porter).
+    tokenizer: `latin`, the tokenizer of `rouge_score`, which keeps a-z and 0-9
+      only; `words` of any script; or `characters`; see `words.py`. None selects
+      `latin`, or `words` if most letters of the references are not a-z.
+    stemmer: whether to stem English words (Porter).
   """
 
   tokenizer: str | None = None
@@ -91,9 +91,9 @@ class Rouge(corpus.Metric):
     return tokenize
 
   def _undefined(self, references: corpus.References) -> set[str]:
-    """Returns which scores even equal texts would not have.
+    """Returns the scores that are 0 even for equal texts.
 
-    As of BLEU: each example has a reference too short for an n-gram.
+    Each example has a reference too short for an n-gram of that score.
     """
     tokenize = dataclasses.replace(self, stemmer=False)._tokenize(references)
 
@@ -165,7 +165,7 @@ def _agree(
   prediction: str,
   tokenize: Callable[[str], list[str]],
 ) -> bool:
-  """Returns whether a prediction has the tokens, if any, of a reference."""
+  """Returns whether a prediction has the same tokens as a reference."""
   tokens = tokenize(prediction)
   return any(
     tokens == tokenize(text) and (tokens or text.split() == prediction.split())

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which scores a task has, and with which settings: what gin says of them.
+"""Gin configuration of the metrics of a task.
 
-A language that is written without spaces needs another tokenizer than 13a for
-BLEU, and ROUGE one that knows its script. All settings may be of one task,
-with its name as gin's scope: `wmt16_en_ro/scores.bleu_tokenizer = 'intl'`, and
-`news/scores.rouge_tokenizer = 'words'` of the task `news/local`.
+Languages written without spaces need other tokenizers: for BLEU than the
+default 13a, and for ROUGE one that covers the script. Settings can be limited
+to a task by a gin scope with its name: `wmt16_en_ro/scores.bleu_tokenizer =
+'intl'`, or `news/scores.rouge_tokenizer = 'words'` for the task `news/local`.
 """
 
 import dataclasses
@@ -21,22 +21,23 @@ from l2s_jax.metrics.metric_fns import Metric
 @gin.configurable('scores', module='l2s_jax')
 @dataclasses.dataclass(frozen=True)
 class Scores:
-  """How answers are scored; None leaves a setting to the task.
+  """Settings of the metrics; None keeps the task's own setting.
 
   Attributes:
-    metrics: names, in the place of those of a task from SeqIO's registry, such
-      as `('spbleu', 'chrfpp')`. A local task has `local_task.metrics`, and
-      inference INFER_METRICS.
-    bleu_tokenizer: sacreBLEU's: 13a (of most tasks), intl, zh, ja-mecab,
-      ko-mecab, char, flores101, flores200 or none. It is in BLEU's signature.
-    spbleu_tokenizer: of the metric `spbleu`: flores200 or flores101.
-    rouge_tokenizer: latin (rouge_score's own), words or characters of any
-      script; None: latin, or words where most letters are not a-z.
-    rouge_stemmer: whether English words lose their endings; ours do by default,
-      T5's do not.
-    functions: metrics of the user's by name, such as `{'comet': @comet}`: each
-      takes the references (each a text, or a list of references) and the
-      predictions, and returns one number, the better the higher.
+    metrics: names of metrics that replace those of a registered SeqIO task,
+      such as `('spbleu', 'chrfpp')`. Local tasks have `local_task.metrics`,
+      inference has INFER_METRICS.
+    bleu_tokenizer: sacreBLEU tokenizer: 13a (default of most tasks), intl, zh,
+      ja-mecab, ko-mecab, char, flores101, flores200 or none. It is part of
+      BLEU's signature.
+    spbleu_tokenizer: tokenizer of the metric `spbleu`: flores200 or flores101.
+    rouge_tokenizer: latin (that of `rouge_score`), words, or characters of any
+      script; None selects latin, or words if most letters are not a-z.
+    rouge_stemmer: whether ROUGE stems English words; this package's metric does
+      by default, T5's does not.
+    functions: user-defined metrics by name, such as `{'comet': @comet}`. Each
+      takes references (a text, or a list of texts, per example) and
+      predictions, and returns one number; higher is better.
   """
 
   metrics: Sequence[str] | None = None
@@ -47,14 +48,14 @@ class Scores:
   functions: Any = None
 
   def named(self, names: Sequence[str], setting: str) -> list[Metric]:
-    """Returns the metrics of these names, with these settings.
+    """Returns metrics by name, with these settings.
 
     Args:
-      names: of metrics.
-      setting: where they come from, for messages.
+      names: names of metrics.
+      setting: gin name with the metrics, for messages.
 
     Raises:
-      ValueError: if there is no such metric, or it cannot be computed here.
+      ValueError: if a metric is unknown or cannot be computed here.
     """
     known = self._known()
     if isinstance(names, str) or not set(names) <= known.keys():
@@ -68,6 +69,9 @@ class Scores:
     self, metric_fns: Sequence[metric_fns_lib.MetricFn]
   ) -> list[metric_fns_lib.MetricFn]:
     """Returns a task's metrics with these settings, or those of `metrics`.
+
+    Args:
+      metric_fns: the task's own metrics.
 
     Raises:
       ValueError: as `named`.
@@ -97,7 +101,7 @@ class Scores:
     }
 
   def _checked(self, metric: Metric) -> Metric:
-    """Returns a metric with these settings, which it can be computed with."""
+    """Returns a metric with these settings, after `Metric.check`."""
     changes: dict[str, Any] = {}
     if isinstance(metric, bleu.Bleu):
       is_spbleu = metric.setting == metric_fns_lib.spbleu.setting

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Words and characters of any script, as scores count them.
+"""Words and characters of any script, for metrics.
 
-A script is *unspaced* if its words stand side by side: Chinese, Japanese, Thai,
-Lao, Khmer, Burmese and a few more. There a letter with its marks is the unit,
-as in Unicode's default word boundaries (UAX 29), since true words would take a
-dictionary of each language.
+A script is *unspaced* if it has no spaces between words: Chinese, Japanese,
+Thai, Lao, Khmer, Burmese and others. In such scripts each letter with its marks
+counts as a word, as in Unicode's default word boundaries (UAX 29), since real
+words require a dictionary for each language.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ _UNSPACED = (
   r'\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}'
   r'\p{Tibetan}\p{Javanese}\p{Balinese}\p{New_Tai_Lue}\p{Tai_Tham}\p{Tai_Viet}'
 )
-# The two joiners stand within words of Persian and of India's languages.
+# The two joiners occur inside words of Persian and Indic languages.
 _WORD = regex.compile(
   rf'(?V1)[[{_UNSPACED}]--\p{{M}}]\p{{M}}*'
   rf'|[[\p{{L}}\p{{M}}\p{{N}}\u200c\u200d]--[{_UNSPACED}]]+'
@@ -29,8 +29,8 @@ _ASCII_LETTER = regex.compile(r'[A-Za-z]')
 def words(text: str) -> list[str]:
   """Returns the lower-cased words: runs of letters, marks and digits.
 
-  Of ASCII text these are the words that `rouge_score` counts. A letter of an
-  unspaced script is a word of its own.
+  For ASCII text these are the words of `rouge_score`. Each letter of an
+  unspaced script is a word.
   """
   return _WORD.findall(text.lower())
 
@@ -41,17 +41,17 @@ def characters(text: str) -> list[str]:
 
 
 def num_letters(texts: Iterable[str]) -> int:
-  """Returns how many letters there are, of whatever script."""
+  """Returns the number of letters of any script."""
   return _count(_LETTER, texts)
 
 
 def ascii_share(texts: Iterable[str]) -> float:
-  """Returns the share of A-Z and a-z in all letters; 1 if there are none."""
+  """Returns the share of A-Z and a-z among letters; 1 without letters."""
   return _share(_ASCII_LETTER, list(texts), of_nothing=1.0)
 
 
 def unspaced_share(texts: Iterable[str]) -> float:
-  """Returns the share of unspaced scripts in all letters; 0 without any."""
+  """Returns the share of unspaced scripts among letters; 0 without letters."""
   return _share(_UNSPACED_LETTER, list(texts), of_nothing=0.0)
 
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The method and the language models it joins, in `flax.linen`.
+"""Models in `flax.linen`: LLM-to-SLM and the language models it joins.
 
-`l2s.LlmToSlm` is the frozen LLM, the projector and the SLM as one module;
-`language_model.LanguageModel` is an encoder-decoder or a decoder-only model
-alone, of any family, built from one `config.TransformerConfig`. Losses are here
-too, and what a model costs. Weights, optimizers and decoding loops are not.
+`l2s.LlmToSlm` joins the frozen LLM, the projector and the SLM in one module.
+`language_model.LanguageModel` is a single encoder-decoder or decoder-only
+model of any family, built from one `config.TransformerConfig`. Losses and
+counts of FLOPs and bytes are also here. Weights, optimizers and decoding
+loops are not.
 """
 
-# The modules that other packages may import.
+# Modules that other packages may import.
 __all__ = (
   'batch_keys',
   'cache',

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One attention for self and cross, training and decoding, T5 and GPT-2.
+"""Attention: self and cross, for training and decoding, in all families.
 
-Keys and values come in as an argument: the caller projects them from the same
-inputs, from an encoded prompt, or reads them from a cache. Masks are bool
-until `mask_bias` adds them to the logits.
+Keys and values are an argument. The caller projects them from the same inputs
+or from an encoded prompt, or reads them from a KV cache. Masks are bool until
+`mask_bias` turns them into a bias on the logits.
 """
 
 import jax
@@ -18,7 +18,7 @@ from l2s_jax.runtime import partitioning
 
 
 class Attention(nn.Module):
-  """Multi-head attention over keys and values that the caller provides."""
+  """Multi-head (or grouped-query) attention over given keys and values."""
 
   config: config_lib.TransformerConfig
 
@@ -50,7 +50,7 @@ class Attention(nn.Module):
     inputs: Float[Array, 'batch length embed'],
     rotation: positions.Rotation | None = None,
   ) -> cache_lib.KeyValues:
-    """Returns keys, turned by their positions if these rotate, and values."""
+    """Projects inputs to keys and values; rotary positions rotate the keys."""
     key, value = _by_head(self.key(inputs)), _by_head(self.value(inputs))
     if self.config.qk_norm:
       key = self.key_norm(key)
@@ -71,16 +71,17 @@ class Attention(nn.Module):
     past: cache_lib.KeyValues | None = None,
     deterministic: bool,
   ) -> Float[Array, 'batch query embed']:
-    """Returns what the queries find at keys and values.
+    """Returns the attention output of the queries.
 
     Args:
-      inputs: what queries are projected from.
-      kv: keys and values of this call.
-      bias: added to logits: of those in the cache first.
-      rotation: of the queries.
-      past: keys and values in the cache, which is read as it was before this
-        call: what is read and written in one step, XLA:CPU copies.
-      deterministic: no dropout.
+      inputs: states to project queries from.
+      kv: keys and values of the tokens of this call.
+      bias: added to the logits; keys of `past` come first, those of `kv` after.
+      rotation: rotary angles of the queries.
+      past: keys and values of the KV cache as it was before this call. XLA:CPU
+        copies buffers that one step both reads and writes, so the new keys and
+        values stay apart.
+      deterministic: disables dropout.
     """
     config = self.config
     query = _by_head(self.query(inputs))  # [batch, heads, query, kv]
@@ -96,12 +97,12 @@ class Attention(nn.Module):
 
     shape = query.shape
     query = _beams_to_queries(query, shape[0] // kv.key.shape[0])
-    # The queries of a group, which share keys and values, stand in one row.
-    # Without groups (T5) nothing moves.
+    # Query heads of a group share keys and values: fold the group into the
+    # query axis. Without groups (T5) this reshape changes nothing.
     batch, n, t, h = query.shape
     k = config.kv_heads
     query = query.reshape(batch, k, -1, h)  # [batch, kv_heads, group*query, kv]
-    # Softmax in float32: in bfloat16 a long row of small weights is lost.
+    # Softmax in float32: bfloat16 loses many small weights of a long row.
     logits = _compare(query, kv.key)
     if past is not None:
       logits = jnp.concatenate([_compare(query, past.key), logits], axis=-1)
@@ -123,6 +124,7 @@ def _compare(
   query: Float[Array, 'batch kv_heads query kv'],
   key: Float[Array, 'batch kv_heads key kv'],
 ) -> Float[Array, 'batch kv_heads query key']:
+  """Returns attention logits in float32."""
   return jnp.einsum(
     'bkth,bksh->bkts', query, key, preferred_element_type=jnp.float32
   )
@@ -132,18 +134,19 @@ def _collect(
   weights: Float[Array, 'batch kv_heads query key'],
   value: Float[Array, 'batch kv_heads key kv'],
 ) -> Float[Array, 'batch kv_heads query kv']:
+  """Returns the weighted sums of values."""
   return jnp.einsum('bkts,bksh->bkth', weights, value)
 
 
 def _by_head(x: Float[Array, 'batch a b kv']) -> Float[Array, 'batch b a kv']:
-  """Swaps heads and length; for one token a row it moves nothing."""
+  """Swaps the axes of length and heads; free for one token per row."""
   return x.swapaxes(1, 2)
 
 
 def _beams_to_queries(
   query: Float[Array, 'rows heads query kv'], num_beams: int
 ) -> Float[Array, 'batch heads queries kv']:
-  """Makes the beams of a prompt, which share its keys, so many queries."""
+  """Folds the beams of a prompt, which share its keys, into the query axis."""
   if num_beams == 1:
     return query
   rows, n, t, h = query.shape
@@ -154,6 +157,7 @@ def _beams_to_queries(
 def _queries_to_beams(
   outputs: Float[Array, 'batch heads queries kv'], shape: tuple[int, ...]
 ) -> Float[Array, 'rows heads query kv']:
+  """Inverts `_beams_to_queries`."""
   if outputs.shape == shape:
     return outputs
   rows, n, t, h = shape
@@ -165,19 +169,19 @@ def segment_mask(
   query_segments: Int[Array, 'batch query'],
   key_segments: Int[Array, 'batch key'],
 ) -> Bool[Array, 'batch 1 query key']:
-  """Lets real tokens see real tokens of their own segment."""
+  """Returns the mask between real tokens of the same segment."""
   same = query_segments[:, :, None] == key_segments[:, None, :]
   return (same & (key_segments > 0)[:, None, :])[:, None]
 
 
 def causal_mask(length: int) -> Bool[Array, '1 1 length length']:
-  """Lets each position see itself and those before it."""
+  """Returns the mask of each position's past, itself included."""
   return jnp.tril(jnp.ones((length, length), bool))[None, None]
 
 
 def mask_bias(mask: Bool[Array, '...']) -> Float[Array, '...']:
-  """Returns 0 where attention may look and a large negative elsewhere.
+  """Returns a float32 bias: 0 where the mask is true, -1e10 elsewhere.
 
-  Not -inf: a row of padding sees nothing, and its softmax must stay finite.
+  Not -inf: a row of padding sees no key, and its softmax must stay finite.
   """
   return jnp.where(mask, 0.0, -1e10).astype(jnp.float32)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a batch holds: its keys, and the shapes and types of its arrays.
+"""Keys of a batch, with the shapes and dtypes of its arrays.
 
-A prompt's arrays are [rows, prompt length], an answer's [rows, answer length]:
+Prompt arrays have the shape [batch, prompt length], answer arrays [batch,
+answer length]:
 
     encoder_input_tokens   the prompt, in the LLM's vocabulary
     encoder_segment_ids    from 1; 0 is padding
@@ -10,16 +11,16 @@ A prompt's arrays are [rows, prompt length], an answer's [rows, answer length]:
     decoder_segment_ids    from 1; 0 is padding
     decoder_loss_weights   1.0, and 0.0 for padding
 
-Segment ids number the examples of a row. The keys of controls and of answers
-that go on where a prompt ends are optional and stand where they are made
-(`evaluation/seqio_evaluator.py`, `data.continuing`), those of the LLM's states
-from a cache in `stored_states.py`.
+Segment ids number the packed examples of a row from 1. Optional keys are
+documented with the code that makes them: controls in
+`evaluation/seqio_evaluator.py`, answers that continue their prompt in
+`data.continuing`, cached LLM states in `stored_states.py`.
 """
 
 import jax
 import numpy as np
 
-# By key: which of the task's features gives the length, and the type.
+# For each key, the task feature that gives its length, and its dtype.
 KEYS = {
   'encoder_input_tokens': ('inputs', np.int32),
   'encoder_segment_ids': ('inputs', np.int32),
@@ -36,7 +37,14 @@ def example_batch(
   answer_length: int,
   sharding: jax.sharding.Sharding | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns the shapes of a training batch, and where its rows are."""
+  """Returns the shapes and dtypes of a training batch, for AOT compilation.
+
+  Args:
+    batch_size: rows.
+    prompt_length: tokens per prompt, padding included.
+    answer_length: tokens per answer, padding included.
+    sharding: of every array; None leaves it unspecified.
+  """
   lengths = {'inputs': prompt_length, 'targets': answer_length}
   return {
     key: jax.ShapeDtypeStruct(

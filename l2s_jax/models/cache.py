@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a decoder carries from one step to the next, as plain arrays.
+"""The decoder's KV cache, a pytree of plain arrays.
 
-Slots are places in the buffers, positions count real tokens: a padded prompt
-of a decoder-only model takes slots and no positions. Each layer has buffers of
-its own: XLA writes those in place, where slices of a stacked array are copied.
+A slot is a place in the buffers; a position counts real tokens. A padded
+prompt of a decoder-only model takes slots but no positions. Each layer has its
+own buffers: XLA updates these in place, but copies slices of a stacked array.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,23 +18,23 @@ from l2s_jax.runtime import partitioning
 
 
 class KeyValues(struct.PyTreeNode):
-  """Keys and values of one layer."""
+  """Keys and values of one attention layer."""
 
   key: Float[Array, 'batch kv_heads slots kv']
   value: Float[Array, 'batch kv_heads slots kv']
 
 
 class Cache(struct.PyTreeNode):
-  """The decoder's memory; an argument and a result of every decode step.
+  """The KV cache, an argument and a result of every decode step.
 
   Attributes:
-    kv: keys and values of self-attention, a pair a layer, written in place.
-    valid: the slots that hold real tokens.
-    slot: the next slot to write, one for all rows or one a row.
+    kv: keys and values of self-attention, one pair per layer, written in place.
+    valid: true for slots with real tokens.
+    slot: the next slot to write: a scalar for all rows, or one per row.
     cross_kv: keys and values of the encoded prompt, projected once; None in a
-      decoder-only model. Its batch may be that of prompts, each of which
-      several rows (beams) in sequence share.
-    cross_valid: real tokens of the encoded prompt.
+      decoder-only model. Its batch size may be the number of prompts: the
+      beams of a prompt are consecutive rows and share its keys and values.
+    cross_valid: true for real tokens of the encoded prompt.
   """
 
   kv: tuple[KeyValues, ...]
@@ -48,7 +48,10 @@ class Cache(struct.PyTreeNode):
     return self.valid.shape[1]
 
   def mask(self, num_tokens: int) -> Bool[Array, 'batch 1 tokens key']:
-    """Lets new tokens see what is here and, causally, one another."""
+    """Returns the attention mask of new tokens.
+
+    They see the valid slots of the cache and, causally, one another.
+    """
     shape = (self.valid.shape[0], num_tokens, num_tokens)
     new = jnp.broadcast_to(jnp.tril(jnp.ones(shape[1:], bool)), shape)
     past = jnp.broadcast_to(self.valid[:, None], (*shape[:2], self.num_slots))
@@ -58,9 +61,9 @@ class Cache(struct.PyTreeNode):
 def empty(
   config: config_lib.TransformerConfig, batch_size: int, num_slots: int
 ) -> Cache:
-  """Returns a cache of `num_slots` slots that holds nothing yet."""
+  """Returns an empty cache with `num_slots` slots."""
   shape = (batch_size, config.kv_heads, num_slots, config.head_dim)
-  # Pinned: what is made of constants would be whole on every device.
+  # Constrained: XLA would replicate constants on every device.
   zeros = partitioning.constrain(
     jnp.zeros(shape, config.activation_dtype),
     ('batch', 'kv_heads', 'length', 'kv'),
@@ -80,16 +83,16 @@ def append(
   *,
   after: Float[Array, 'batch length embed'],
 ) -> Cache:
-  """Writes what a call of all layers returned, from `slot` on.
+  """Writes the keys and values of one call of all layers, from `slot` on.
 
   Args:
-    cache: as the call read it.
-    new: keys and values, a pair a layer.
-    valid: which of them are of real tokens.
-    after: what the call made of all layers, waited for. If XLA:CPU could write
-      before every layer has read, it would keep a copy of all buffers, for
-      every token. The comparison, false of all numbers and of NaN, is what it
-      cannot prove to be so.
+    cache: the cache that the call read.
+    new: keys and values, one pair per layer.
+    valid: true for real tokens.
+    after: the last hidden states of the call. The write is made to depend on
+      them, so that it happens after every layer has read the buffers;
+      otherwise XLA:CPU would copy all buffers at every token. The comparison
+      with infinity is always false (for NaN, too), but XLA cannot prove it.
   """
   slot = cache.slot + (after[0, 0, 0] > jnp.inf).astype(jnp.int32)
   return cache.replace(
@@ -102,13 +105,13 @@ def append(
 
 
 def rewind(cache: Cache, slot: Int[Array, 'batch']) -> Cache:
-  """Forgets what each row has from `slot` on, a number of its own."""
+  """Drops the tokens of each row from its own `slot` on."""
   kept = jnp.arange(cache.num_slots) < slot[:, None]
   return cache.replace(valid=cache.valid & kept, slot=slot)
 
 
 def grow(cache: Cache, num_slots: int) -> Cache:
-  """Returns the cache with so many slots more, which hold nothing yet."""
+  """Returns the cache with `num_slots` more slots, all empty."""
 
   def pad(buffer: jax.Array, axis: int) -> jax.Array:
     widths = [(0, num_slots if i == axis else 0) for i in range(buffer.ndim)]
@@ -121,9 +124,9 @@ def grow(cache: Cache, num_slots: int) -> Cache:
 
 
 def map_rows(function: Callable[[jax.Array], jax.Array], cache: Cache) -> Cache:
-  """Applies a function to all that has a row of its own in the batch.
+  """Applies a function to all arrays with a batch axis of decoded rows.
 
-  The encoded prompt is not touched: beams of a prompt share it.
+  The encoded prompt stays as it is: the beams of a prompt share it.
   """
   return cache.replace(
     kv=jax.tree.map(function, cache.kv),

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one configuration that all families share, a field a difference.
+"""The model config that all families share.
 
-`from_json` makes one of what a file holds, which may be anything.
+A difference between families is a field. `from_json` reads and checks a config
+from an untrusted file.
 """
 
 import dataclasses
@@ -15,12 +16,12 @@ from typing import Any
 import gin
 import jax.numpy as jnp
 
-# How many numbers `rope_scaling` has, by what they are.
+# Number of values in `rope_scaling`, by `rope_scaling_type`.
 ROPE_SCALINGS = {'linear': 1, 'llama3': 4, 'yarn': 5}
 QUANTIZATIONS = ('none', 'int8', 'int8_dynamic')
 ACTIVATIONS = ('relu', 'gelu', 'gelu_exact', 'silu', 'linear')
-# Fields that may change between two starts of a run: how it is computed, not
-# what its parameters mean.
+# Fields that may change between two starts of a run: they set how the model is
+# computed, not the meaning of its parameters.
 RUNTIME_FIELDS = (
   'dropout_rate',
   'dtype',
@@ -33,107 +34,110 @@ RUNTIME_FIELDS = (
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-  """Says how a transformer is built. Defaults are those of T5 v1.0.
+  """Config of a transformer. Defaults are those of T5 v1.0.
 
   Attributes:
     vocab_size: rows of the embedding table, at least the tokenizer's size;
       released T5 tables are padded to a multiple of 128.
     emb_dim: width of the residual stream.
     num_heads: attention heads.
-    num_kv_heads: heads of keys and values; None is as many as num_heads. Fewer
-      are shared by groups of query heads: less cache to read for every token
-      (grouped queries, Ainslie et al. 2023; Llama, Qwen, Gemma).
-    head_dim: width of a head; num_heads * head_dim need not be emb_dim.
+    num_kv_heads: heads of keys and values; None means num_heads. Fewer are
+      shared by groups of query heads, for a smaller KV cache (grouped-query
+      attention, Ainslie et al. 2023; Llama, Qwen, Gemma).
+    head_dim: width of a head; num_heads * head_dim may differ from emb_dim.
     mlp_dim: width of the MLP's hidden layer.
     num_decoder_layers: layers of the decoder, or of a decoder-only model; 0
-      means an encoder alone, which reads as an LLM does and writes nothing.
+      means an encoder alone, which can be the LLM of LLM-to-SLM.
     num_encoder_layers: layers of the encoder; 0 means decoder-only.
-    mlp_activations: ('relu',) in T5 v1.0; ('gelu', 'linear') multiplies a
-      gate in (T5 v1.1, Flan, mT5, Gemma), as does ('silu', 'linear') (Llama,
-      Qwen); ('gelu',) in GPT-2. `gelu` is the tanh approximation, which is what
-      all of these were trained with, `gelu_exact` the error function (Pythia).
+    mlp_activations: one activation for each input projection of the MLP, whose
+      outputs are multiplied: ('relu',) in T5 v1.0; ('gelu', 'linear') in T5
+      v1.1, Flan, mT5 and Gemma; ('silu', 'linear') in Llama and Qwen; ('gelu',)
+      in GPT-2. `gelu` is the tanh approximation, with which all of these were
+      trained; `gelu_exact` uses the error function (Pythia).
     norm: 'rms' (T5, Llama: no mean, no bias) or 'layer' (GPT-2, Pythia).
     norm_epsilon: added to the variance.
-    norm_unit_offset: multiply by 1 + scale, so that weight decay pulls to 1
-      and not to 0 (Gemma).
-    post_norm: norm what attention and MLP give, too, before it is added
-      (Gemma: steadier training).
-    parallel_residual: attention and MLP read the same input and are added
-      together: one sum between devices less (Pythia, after GPT-J).
+    norm_unit_offset: multiply by 1 + scale, so that weight decay pulls the
+      factor to 1 and not to 0 (Gemma).
+    post_norm: also norm the output of attention and MLP before the residual
+      sum (Gemma: steadier training).
+    parallel_residual: attention and MLP read the same input, and both outputs
+      are added at once: one all-reduce less (Pythia, after GPT-J).
     use_bias: biases in all projections and the MLP (GPT-2, OPT, Pythia).
-    attention_bias: where use_bias is off: 'none', 'qkv', biases on query, key
-      and value (Qwen2), or 'all', on the output, too.
+    attention_bias: attention biases where use_bias is off: 'none', 'qkv' for
+      query, key and value (Qwen2), or 'all' for the output, too.
     qk_norm: norm each query and key, which bounds attention logits (Qwen3,
       Gemma 3).
     positions: 'relative' (T5: a bias per bucket of offsets, shared by all
       layers of a stack), 'learned' (GPT-2: a table added to embeddings) or
-      'rotary' (queries and keys turned by an angle that grows with the
+      'rotary' (queries and keys rotated by an angle proportional to the
       position, Su et al. 2021).
     relpos_buckets: number of buckets of relative offsets.
     relpos_max_distance: offset in tokens from which all share a bucket.
-    relpos_per_layer: a bias of relative positions for each layer (umT5).
-    max_positions: rows of the learned position table; of a model with rotary
-      positions the longest context it was trained on, which nothing checks.
-    position_offset: rows of the table before that of position 0 (OPT has 2,
-      which its padding used to take).
-    rope_base: of the angles of rotary positions.
-    rope_local_base: the same in layers with a window; None for rope_base.
-      Gemma 3 has a small one there, for the base of the others grew with the
-      context.
-    rope_dim: how many features of each head are turned, None for all. Pythia
-      turns a quarter.
-    rope_scaling: the numbers of what stretched the context after pretraining;
-      empty where nothing did.
-    rope_scaling_type: what they are, by the names of transformers: 'linear'
-      (factor; Gemma 3 from 4B), 'llama3' (factor, low_freq_factor,
-      high_freq_factor, original_max_position_embeddings) or 'yarn' (factor,
-      beta_fast, beta_slow, original_max_position_embeddings, attention_factor;
-      Peng et al. 2023). Layers with a window are not stretched.
-    sliding_window: tokens that a layer sees backwards, itself included (and
-      forwards in an encoder); 0 is all.
-    global_layer_period: every so many layers one sees all (Gemma 2: 2, Gemma
-      3: 6); 0 is none. Without a window all do.
+    relpos_per_layer: relative position bias of its own in each layer (umT5).
+    max_positions: rows of the learned position table. With rotary positions,
+      the longest pretraining context, which is not enforced.
+    position_offset: row of the table for position 0 (2 in OPT, whose padding
+      used to take the first rows).
+    rope_base: base of the rotary angular frequencies.
+    rope_local_base: the same in sliding-window layers; None means rope_base.
+      Gemma 3 keeps a small one there, as its rope_base grew with the context.
+    rope_dim: number of rotated features per head; None means all. Pythia
+      rotates a quarter.
+    rope_scaling: parameters of the context extension after pretraining; empty
+      without one.
+    rope_scaling_type: kind of the extension, named as in transformers, with its
+      parameters: 'linear' (factor; Gemma 3 from 4B), 'llama3' (factor,
+      low_freq_factor, high_freq_factor, original_max_position_embeddings) or
+      'yarn' (factor, beta_fast, beta_slow, original_max_position_embeddings,
+      attention_factor; Peng et al. 2023). Sliding-window layers with a
+      rope_local_base are not extended.
+    sliding_window: tokens that a layer attends to backwards, the query
+      included (and forwards in an encoder); 0 means all.
+    global_layer_period: with a sliding window, each layer whose number (from 1)
+      is a multiple of this is global, that is without the window (Gemma 2: 2,
+      Gemma 3: 6); 0 means no global layers.
     scale_attention: divide attention logits by sqrt(head_dim) (GPT-2, Llama).
       T5 does not: its query initialisation has that factor.
     query_pre_attn_scalar: divide by the square root of this instead (Gemma).
-    attention_softcap: bound attention logits to this by tanh (Gemma 2); 0 is
-      not.
+    attention_softcap: bound of attention logits, by tanh (Gemma 2); 0 means
+      none.
     logits_softcap: the same for the logits of the output head.
     scale_embeddings: multiply embeddings by sqrt(emb_dim) (Gemma).
-    decoder_embedding: the answer has an embedding table of its own (T5Gemma,
-      an encoder and a decoder that were two models).
+    decoder_embedding: the decoder has an embedding table of its own (T5Gemma,
+      whose encoder and decoder come from two models).
     logits_via_embedding: the output head is the (decoder's) embedding table
       (tied).
     scale_logits: divide tied logits by sqrt(emb_dim) (T5 v1.0).
-    scale_untied_logits: the same where the head is not tied: since version 5
-      transformers has such T5s. A field of its own, since scale_logits, true
-      unless told, means nothing there.
-    bidirectional_prefix: decoder-only: prompt tokens see the whole prompt.
-      Off, since released models were pretrained causally.
+    scale_untied_logits: the same for an untied head, as in some T5 of
+      transformers from version 5. A field of its own, since scale_logits is
+      true by default and ignored with an untied head.
+    bidirectional_prefix: prefix-LM: in a decoder-only model prompt tokens
+      attend to the whole prompt. Off by default, since released models were
+      pretrained causally.
     dropout_rate: of embeddings, attention weights, MLP and residual branches.
     kernel_init_stddev: of projection kernels; None scales each by its fan-in,
       as T5 does.
     embedding_init_stddev: of the embedding table.
-    dtype: of activations; norms, softmax and logits are float32 throughout.
-    scan_layers: compile one layer and loop over it; off, unroll the loop
-      (longer to compile, faster to run on CPU). Parameters are stacked along
-      the axis `layers` either way.
-    remat: what of a layer the backward pass computes again, in less memory:
-      'none'; 'minimal', all but its products with kernels: attention, norms,
-      activations and dropout; 'full', the layer. The names are T5X's.
-    lora_rank: of what is learned beside each of some kernels, which stay as
-      they are: two matrices of this rank, whose product is added (LoRA, Hu et
-      al. 2021, arXiv:2106.09685); 0 is none. The second begins as 0.
-    lora_alpha: that product is multiplied by lora_alpha / lora_rank.
-    lora_kernels: the names of the projections that have it: of 'query', 'key',
+    dtype: of activations; norms, softmax and logits are always float32.
+    scan_layers: compile one layer and loop over it. Off unrolls the loop:
+      longer to compile, faster to run on CPU. Parameters are stacked along the
+      axis `layers` either way.
+    remat: rematerialisation in the backward pass, named as in T5X: 'none';
+      'minimal' recomputes attention, norms, activations and dropout, and saves
+      products with kernels; 'full' recomputes the whole layer.
+    lora_rank: rank of the two matrices whose product is added to each of some
+      frozen kernels (LoRA, Hu et al. 2021, arXiv:2106.09685); 0 means no LoRA.
+      The second matrix is initialised to 0.
+    lora_alpha: the product is multiplied by lora_alpha / lora_rank.
+    lora_kernels: names of the projections with LoRA, out of 'query', 'key',
       'value', 'out' (attention, cross-attention too), 'wi', 'wi_0', 'wi_1' and
       'wo' (MLP).
-    for_generation: parameters have the form in which
-      `language_model.params_for_generation` gives them: each layer's apart
-      (`layers_0`, ...), a tied head transposed.
-    quantization: of kernels in that form: 'none', 'int8', weights alone, one
-      scale for each output, or 'int8_dynamic', activations too, each token by
-      its own scale: products of integers, where the device has them.
+    for_generation: parameters have the form of
+      `language_model.params_for_generation`: each layer apart (`layers_0`,
+      ...), a tied head transposed.
+    quantization: of kernels in that form: 'none'; 'int8' for weights alone, one
+      scale per output; 'int8_dynamic' for activations, too, one scale per
+      token, so that products are of integers where the device has them.
   """
 
   vocab_size: int
@@ -189,7 +193,7 @@ class TransformerConfig:
   quantization: str = 'none'
 
   def __post_init__(self):
-    # Gin and JSON give lists; the config is a hashable module field.
+    # Gin and JSON give lists, but a module field must be hashable.
     for field in ('mlp_activations', 'rope_scaling', 'lora_kernels'):
       object.__setattr__(self, field, tuple(getattr(self, field)))
     for activation in self.mlp_activations:
@@ -298,18 +302,18 @@ class TransformerConfig:
 
   @property
   def mlp_inputs(self) -> tuple[str, ...]:
-    """The names of the projections into the MLP's hidden layer."""
+    """Names of the projections into the MLP's hidden layer."""
     count = len(self.mlp_activations)
     return ('wi',) if count == 1 else tuple(f'wi_{i}' for i in range(count))
 
   @property
   def kv_heads(self) -> int:
-    """How many heads keys and values have."""
+    """Number of heads of keys and values."""
     return self.num_kv_heads or self.num_heads
 
   @property
   def rotary_dim(self) -> int:
-    """How many features of a head are turned; 0 without rotary positions."""
+    """Number of rotated features per head; 0 without rotary positions."""
     if self.positions != 'rotary':
       return 0
     return self.head_dim if self.rope_dim is None else self.rope_dim
@@ -327,7 +331,7 @@ class TransformerConfig:
     return jnp.dtype(self.dtype)
 
   def to_json(self) -> dict[str, Any]:
-    """Returns the fields as a dict that JSON can hold."""
+    """Returns the fields as a JSON-serialisable dict."""
     return dataclasses.asdict(self)
 
 
@@ -335,13 +339,13 @@ gin.external_configurable(TransformerConfig, module='l2s_jax')
 
 
 def field_names() -> tuple[str, ...]:
-  """Returns the names of all fields of a TransformerConfig."""
+  """Returns the names of all fields of `TransformerConfig`."""
   return tuple(field.name for field in dataclasses.fields(TransformerConfig))
 
 
-# Of any size or count in a file: beyond it indices of 32 bits end.
+# Largest size or count accepted from a file: indices have 32 bits.
 _MAX_INT = 2**31 - 1
-# Fields of which 0 or less means nothing.
+# Fields that must be greater than 0.
 _POSITIVE = {
   'num_kv_heads',
   'relpos_buckets',
@@ -363,17 +367,17 @@ _WORDS = {
 def from_json(
   content: Any, path: str | pathlib.Path, key: str = 'config'
 ) -> TransformerConfig:
-  """Returns the config in a JSON file, each field checked.
+  """Returns the config in a parsed JSON file, each field checked.
 
-  Fields that came after the file was written have their default.
+  Fields missing from an older file take their defaults.
 
   Args:
-    content: what the file has under `key`.
-    path: of the file, for errors.
-    key: where in the file it is, for errors.
+    content: value under `key` in the file.
+    path: path of the file, for errors.
+    key: location in the file, for errors.
 
   Raises:
-    ValueError: names the file, the field and what it should be.
+    ValueError: names the file, the field and the expected value.
   """
   where = f'{path}, {key}'
   if not isinstance(content, Mapping):
@@ -418,7 +422,7 @@ def from_json(
         f'{where}: {name} is {shorten(repr(value))}; expected '
         f'{"more than 0" if low else "0 or more"}. Copy the file again.'
       )
-  # An int beyond 32 bits is none to JAX.
+  # JAX refuses Python ints beyond 32 bits, so float fields become floats.
   floats = {
     name: float(value)
     for name, value in content.items()
@@ -432,14 +436,14 @@ def from_json(
 
 
 def shorten(value: Any, most: int = 80) -> str:
-  """Returns a value from a file as one line of an error may have it."""
+  """Returns a value from a file as one line of at most `most` characters."""
   text = value if isinstance(value, str) else repr(value)
   text = ' '.join(text[: 2 * most].split())
   return text if len(text) <= most else text[: most - 3] + '...'
 
 
 def is_number(value: Any) -> bool:
-  """Returns whether a value from JSON is a finite number, and no truth."""
+  """Returns whether a JSON value is a finite number (booleans are not)."""
   return (
     isinstance(value, int | float)
     and not isinstance(value, bool)
@@ -448,7 +452,7 @@ def is_number(value: Any) -> bool:
 
 
 def is_count(value: Any) -> bool:
-  """Returns whether a value from JSON is a whole number that may index."""
+  """Returns whether a JSON value is an integer of at most 31 bits."""
   return (
     isinstance(value, int)
     and not isinstance(value, bool)
@@ -457,6 +461,7 @@ def is_count(value: Any) -> bool:
 
 
 def _expected(kind: Any) -> str:
+  """Returns the description of a field's type, for errors."""
   plain = [k for k in typing.get_args(kind) if k is not types.NoneType]
   if typing.get_origin(kind) is Sequence:
     return f'a list, each {_WORDS[plain[0]]}'
@@ -464,7 +469,7 @@ def _expected(kind: Any) -> str:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-  """Returns whether a value from JSON is of a field's kind."""
+  """Returns whether a JSON value matches a field's type."""
   arguments = typing.get_args(kind)
   if typing.get_origin(kind) is Sequence:
     return isinstance(value, list | tuple) and all(

@@ -2,9 +2,10 @@
 """Decoder-only models: the prompt is a prefix, the answer follows.
 
 GPT-2, OPT, Pythia, Llama, Qwen and Gemma are configs of this one module.
-Padding stays between a short prompt and its answer and is masked; positions
-count real tokens, so it moves nothing.
-Source: Radford et al. 2019 (GPT-2), and what the config's fields name.
+Padding stays between a short prompt and its answer and is masked. Positions
+count real tokens, so padding does not shift them.
+Source: Radford et al. 2019 (GPT-2), and the papers that
+`TransformerConfig` cites at its fields.
 """
 
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from l2s_jax.models import language_model, layers, positions, transformer
 
 
 class DecoderOnly(language_model.LanguageModel):
-  """A stack of causal self-attention over prompt and answer."""
+  """A decoder-only language model: causal self-attention, prompt first."""
 
   def setup(self):
     config = self.config
@@ -93,7 +94,13 @@ class DecoderOnly(language_model.LanguageModel):
     valid: Bool[Array, 'batch length'],
     prefix: int,
   ) -> tuple[Float[Array, 'batch length embed'], transformer.Context]:
-    """Returns what layers are given of a whole sequence, without a cache."""
+    """Returns the embeddings and the context of a sequence without a cache.
+
+    Args:
+      embeddings: prompt, then answer if any, without positions.
+      valid: true for real tokens.
+      prefix: length of the prompt, in slots.
+    """
     token_positions = positions.count_tokens(valid)
     context = self.decoder.context(
       self._mask(valid, prefix), token_positions, token_positions
@@ -103,7 +110,10 @@ class DecoderOnly(language_model.LanguageModel):
   def _mask(
     self, valid: Bool[Array, 'batch length'], prefix: int
   ) -> Bool[Array, 'batch 1 length length']:
-    """Hides padding and what comes after each token."""
+    """Returns the causal mask without padding.
+
+    With `bidirectional_prefix`, the first `prefix` slots are visible to all.
+    """
     length = valid.shape[1]
     mask = jnp.tril(jnp.ones((length, length), bool))
     if self.config.bidirectional_prefix:
@@ -117,8 +127,8 @@ class DecoderOnly(language_model.LanguageModel):
   ) -> Float[Array, 'batch length embed']:
     if self.config.positions != 'learned':
       return embeddings
-    # Drafts may run ahead of the table, where what is read means nothing but,
-    # in the cache, must be finite.
+    # Drafts of speculative decoding may run past the table. These rows are
+    # dropped later, but the cache needs finite values in them.
     last = self.config.max_positions - 1
     return embeddings + self.position_embedder(
       jnp.minimum(token_positions, last) + self.config.position_offset

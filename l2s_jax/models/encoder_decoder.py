@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""T5: an encoder that reads the prompt and a decoder that writes.
+"""Encoder-decoder models: T5 and its relatives.
 
-v1.0 and v1.1 (also Flan, mT5, umT5 and ByT5) differ in fields of the config
-alone, and so does T5Gemma, which is Gemma 2 made into an encoder-decoder.
+T5 v1.0 and v1.1 (also Flan, mT5, umT5 and ByT5) differ in config fields alone.
+So does T5Gemma, an encoder-decoder adapted from Gemma 2.
 Source: Raffel et al. 2020 (arXiv:1910.10683); Shazeer 2020 (arXiv:2002.05202)
 for the gated MLP; Zhang et al. 2025 (arXiv:2504.06225) for T5Gemma.
 """
@@ -15,7 +15,10 @@ from l2s_jax.models import cache as cache_lib
 
 
 class EncoderDecoder(language_model.LanguageModel):
-  """A T5. Its encoder alone is what LLM-to-SLM keeps of the LLM."""
+  """A T5-style language model.
+
+  LLM-to-SLM uses the encoder alone of such an LLM, except to verify drafts.
+  """
 
   def setup(self):
     config = self.config
@@ -64,7 +67,14 @@ class EncoderDecoder(language_model.LanguageModel):
     *,
     deterministic: bool,
   ) -> Float[Array, 'batch length vocab']:
-    """Does the same where the prompt has been encoded."""
+    """Returns teacher-forced float32 logits, given the encoded prompt.
+
+    Args:
+      encoded: last hidden states of the encoder.
+      prompt_segment_ids: of the prompt; 0 is padding.
+      batch: its `decoder_*` keys are read.
+      deterministic: disables dropout.
+    """
     tokens = batch['decoder_input_tokens']
     segment_ids = batch['decoder_segment_ids']
     positions = _positions(tokens.shape[1])
@@ -96,7 +106,13 @@ class EncoderDecoder(language_model.LanguageModel):
     *,
     num_slots: int,
   ) -> cache_lib.Cache:
-    """Does the same where the prompt has been encoded."""
+    """Returns an empty cache with cross keys and values of an encoded prompt.
+
+    Args:
+      encoded: last hidden states of the encoder.
+      prompt_segment_ids: of the prompt; 0 is padding.
+      num_slots: room for answer tokens.
+    """
     cache = cache_lib.empty(self.config, encoded.shape[0], num_slots)
     return cache.replace(
       cross_kv=self.decoder.project_cross(encoded),
@@ -104,7 +120,7 @@ class EncoderDecoder(language_model.LanguageModel):
     )
 
   def extend(self, tokens, cache):
-    # All slots before the next are real: they are positions.
+    # The answer has no padding, so slots are positions.
     new = jnp.atleast_1d(cache.slot)[:, None] + _positions(tokens.shape[1])
     slots = jnp.broadcast_to(
       _positions(cache.num_slots), (new.shape[0], cache.num_slots)

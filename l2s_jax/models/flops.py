@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What models must compute and read.
+"""FLOPs, bytes and parameter counts of models.
 
-Formulas from the config, not measurements. FLOPs are those of matrix products
-(a product of [m, k] and [k, n] is 2mkn), of projections, attention and output
-head; norms, softmax and activations are left out. XLA's own count of the same
-functions is a few percent higher.
+These are formulas from the config, not measurements. FLOPs are those of matrix
+products in projections, attention and output head: a product of [m, k] and
+[k, n] has 2mkn. Norms, softmax and activations are left out. XLA's own count of
+the same functions is a few percent higher.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ Module = l2s.LlmToSlm | language_model.LanguageModel
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-  """What one system costs at one shape.
+  """Costs of one system at one shape.
 
   Attributes:
-    num_params: of all that it holds.
-    flops_per_prompt: to read one prompt.
-    flops_per_token: to write one token of one row.
-    bytes_per_step: read to write one token of every row: the weights once, the
-      cache of each row. This and the former are None where drafts are verified:
-      they depend on how many stay.
+    num_params: number of parameters of all models in the system.
+    flops_per_prompt: FLOPs of prefill per prompt.
+    flops_per_token: FLOPs of one decode step per row. None for speculative
+      decoding, where it depends on the acceptance rate.
+    bytes_per_step: bytes that one decode step reads, all rows: the weights once
+      and the KV cache of each row. None for speculative decoding.
   """
 
   num_params: int
@@ -46,15 +46,15 @@ def count(
   weight_bytes: Number,
   cache_bytes: Number,
 ) -> Costs:
-  """Returns the costs of answers of `num_tokens`, the mean over their tokens.
+  """Returns the costs of a system, averaged over the tokens of an answer.
 
   Args:
-    module: the system's.
-    batch_size: rows written at once.
-    prompt_length: of each prompt, without padding.
-    num_tokens: of each answer.
-    weight_bytes: of one number of the weights.
-    cache_bytes: of one number of the cache.
+    module: LLM-to-SLM or a language model.
+    batch_size: rows decoded together.
+    prompt_length: tokens per prompt, without padding.
+    num_tokens: tokens per answer.
+    weight_bytes: bytes per weight.
+    cache_bytes: bytes per element of the KV cache.
   """
   reading = Costs(
     num_params(module), prompt_flops(module, prompt_length), None, None
@@ -79,30 +79,30 @@ def count(
 def mean_token_flops(
   module: Module, prompt_length: Number, num_tokens: int
 ) -> Number:
-  """Returns the FLOPs of a token of one row, the mean over those of an answer.
+  """Returns the FLOPs of one decoded token, averaged over an answer.
 
   Args:
-    module: the system's.
-    prompt_length: keys of the prompt.
-    num_tokens: of the answer.
+    module: LLM-to-SLM or a language model.
+    prompt_length: tokens of the prompt.
+    num_tokens: tokens of the answer.
   """
   config = l2s.writer(module)[0].config
   return token_flops(config, prompt_length, _mean_keys(num_tokens))
 
 
 def _mean_keys(num_tokens: int) -> float:
-  """Returns how many tokens of an answer one of them attends to."""
-  # The first token is written when nothing but itself is there.
+  """Returns the mean number of answer tokens that a decode step attends to."""
+  # Token i attends to i answer tokens, itself included.
   return (num_tokens + 1) / 2
 
 
 def num_params(module: Module) -> int:
-  """Returns the numbers that a system holds."""
+  """Returns the number of parameters of a system."""
   return sum(shape.size for shape in shapes_lib.of_module(module).values())
 
 
 def prompt_flops(module: Module, length: Number) -> Number:
-  """Returns the FLOPs of prefill of one prompt, no logits included."""
+  """Returns the FLOPs of prefill for one prompt, without logits."""
   if not isinstance(module, l2s.LlmToSlm):
     return _start_flops(module.config, length)
   if isinstance(module, l2s.DraftAndVerify):
@@ -125,14 +125,14 @@ def train_flops(
 ) -> Number:
   """Returns the FLOPs of training on one example.
 
-  Backwards costs twice as much as forwards, of what is trained. What
-  rematerialisation computes again is not counted, nor is padding.
+  The backward pass of trained parameters costs twice the forward pass.
+  Rematerialised computation and padding are not counted.
 
   Args:
-    module: the system's.
+    module: LLM-to-SLM or a language model.
     prompt_length: tokens of the prompt.
-    answer_length: those of the answer.
-    llm_reads: whether an LLM does; not where its states come from a cache.
+    answer_length: tokens of the answer.
+    llm_reads: whether the LLM runs; false if its states come from a cache.
   """
   config = l2s.writer(module)[0].config
   forward = prompt_flops(module, prompt_length) + answer_length * token_flops(
@@ -149,12 +149,12 @@ def train_flops(
 def token_flops(
   config: config_lib.TransformerConfig, prompt_length: Number, num_keys: Number
 ) -> Number:
-  """Returns the FLOPs of one token of one row.
+  """Returns the FLOPs of one decode step for one row.
 
   Args:
-    config: of the model that writes.
+    config: of the decoding model.
     prompt_length: keys of the prompt, in cross- or self-attention.
-    num_keys: those of the answer, the token's own included.
+    num_keys: keys of the answer, the token's own included.
   """
   read = _size(config, lambda p: p[-1] == 'kernel' and _is_read_by_a_step(p))
   return 2 * (read + config.vocab_size * config.emb_dim) + _attention_flops(
@@ -171,19 +171,19 @@ def step_bytes(
   weight_bytes: Number,
   cache_bytes: Number,
 ) -> Number:
-  """Returns the bytes that writing one token of every row has to read.
+  """Returns the bytes that one decode step reads, for all rows.
 
-  The decoder without what projects the prompt to keys and values, the output
-  head, and of the embedding tables a row a token; keys and values of all
-  layers.
+  These are the decoder's weights (without cross-attention's key and value
+  kernels), the output head, one row of each embedding table for each token, and
+  the keys and values of all layers.
 
   Args:
-    config: of the model that writes.
+    config: of the decoding model.
     batch_size: rows.
     prompt_length: keys of the prompt.
-    num_keys: those of the answer.
-    weight_bytes: of one number of the weights.
-    cache_bytes: of one number of the cache.
+    num_keys: keys of the answer.
+    weight_bytes: bytes per weight.
+    cache_bytes: bytes per element of the KV cache.
   """
   tables = 2 if config.positions == 'learned' else 1
   read = (
@@ -218,7 +218,7 @@ def _is_read_by_a_step(path: shapes_lib.Path) -> bool:
 
 
 def _between(module: l2s.LlmToSlm) -> int:
-  """Returns the numbers of the kernels between LLM and SLM."""
+  """Returns the number of weights in the kernels between LLM and SLM."""
   return sum(
     shape.size
     for path, shape in shapes_lib.of_module(module).items()
@@ -229,7 +229,7 @@ def _between(module: l2s.LlmToSlm) -> int:
 def reading_flops(
   config: config_lib.TransformerConfig, length: Number
 ) -> Number:
-  """Returns the FLOPs of encoding a prompt, which is all a frozen LLM does."""
+  """Returns the FLOPs of encoding a prompt of `length` tokens."""
   stack, num_layers = 'encoder', config.num_encoder_layers
   if not config.is_encoder_decoder:
     stack, num_layers = 'decoder', config.num_decoder_layers
@@ -238,7 +238,7 @@ def reading_flops(
 
 
 def _llm_flops(module: l2s.LlmToSlm, length: Number) -> Number:
-  """Returns the FLOPs of the layers that an LLM reads a prompt with."""
+  """Returns the FLOPs of the LLM's layers up to `llm_layer`, for one prompt."""
   config, layer = module.llm_config, module.llm_layer
   count = l2s.num_reading_layers(config)
   read = layer if isinstance(layer, int) else count
@@ -248,6 +248,7 @@ def _llm_flops(module: l2s.LlmToSlm, length: Number) -> Number:
 def _start_flops(
   config: config_lib.TransformerConfig, length: Number
 ) -> Number:
+  """Returns the FLOPs of encoding a prompt and projecting cross keys/values."""
   cross_kv = _size(config, lambda p: p[-1] == 'kernel' and _is_of_cross_kv(p))
   return reading_flops(config, length) + 2 * length * cross_kv
 
@@ -255,5 +256,5 @@ def _start_flops(
 def _attention_flops(
   config: config_lib.TransformerConfig, num_layers: int, num_keys: Number
 ) -> Number:
-  """Returns the FLOPs of one query: with each key, and of each value."""
+  """Returns the FLOPs of attention for one query: logits and weighted sum."""
   return 4 * num_layers * config.num_heads * config.head_dim * num_keys

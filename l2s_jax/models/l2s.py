@@ -30,16 +30,16 @@ from l2s_jax.runtime import partitioning
 PyTree = Any
 
 INJECTIONS = ('add', 'replace')
-# As `llm_layer`: a mix of all layers, whose weights are learned.
+# Value of `llm_layer` for a learned mix of all layers.
 MIX = 'mix'
-# What of an encoder-decoder LLM's parameters encodes prompts.
+# The LLM's modules that encode prompts, in an encoder-decoder.
 ENCODER = ('token_embedder', 'encoder')
 
 
 def build(
   config: config_lib.TransformerConfig, name: str | None = None
 ) -> language_model.LanguageModel:
-  """Returns the module of a language model that writes.
+  """Returns the module of a language model with a decoder.
 
   Raises:
     ValueError: if the config is that of an encoder alone.
@@ -66,10 +66,10 @@ def build_reader(
 def check_layer(
   layer: int | str | None, llm_config: config_lib.TransformerConfig
 ) -> None:
-  """Refuses a layer that the LLM does not have.
+  """Checks that `layer` is a valid `llm_layer` of the LLM.
 
   Raises:
-    ValueError: with what may be set.
+    ValueError: with the valid values.
   """
   count = num_reading_layers(llm_config)
   if isinstance(layer, int) and not isinstance(layer, bool):
@@ -84,7 +84,7 @@ def check_layer(
 
 
 def num_reading_layers(config: config_lib.TransformerConfig) -> int:
-  """Returns how many layers of a model read a prompt."""
+  """Returns the number of layers in the stack that reads a prompt."""
   return config.num_encoder_layers or config.num_decoder_layers
 
 
@@ -93,12 +93,13 @@ def fuse(
   valid: Bool[Array, 'batch length'],
   prompt_embeddings: Float[Array, 'batch length embed'] | None,
 ) -> Float[Array, 'batch length embed']:
-  """Puts the projected LLM states where the SLM's prompt embeddings stand.
+  """Injects projected LLM states into the SLM's prompt embeddings.
 
   Args:
     projected: Z, the projector's output.
-    valid: where Z stands for a real token; it counts as zero elsewhere.
-    prompt_embeddings: the SLM's own, to `add` Z to; None to `replace` them.
+    valid: true for real tokens; Z is set to zero elsewhere.
+    prompt_embeddings: the SLM's own, to which Z is added; None if Z replaces
+      them.
   """
   projected = jnp.where(valid[..., None], projected, 0)
   if prompt_embeddings is None:
@@ -109,32 +110,33 @@ def fuse(
 def _pin(
   embeddings: Float[Array, 'batch length embed'],
 ) -> Float[Array, 'batch length embed']:
-  """Pins embeddings before they are added.
+  """Constrains the sharding of embeddings before they are added.
 
-  Left to choose where these two are, XLA (0.10.2) has added rows of different
-  prompts, on a mesh with several devices along each axis and a row in each.
+  Without the constraint, XLA (0.10.2) has added rows of different prompts, on a
+  mesh with several devices along each axis and one row per device.
   """
   return partitioning.constrain(embeddings, ('batch', 'length', 'embed'))
 
 
 class LlmToSlm(nn.Module):
-  """A frozen LLM encoder, a projector, and the SLM that writes.
+  """A frozen LLM encoder, a projector, and an SLM that generates.
 
   Attributes:
-    llm_config: of the LLM; only what encodes has parameters here.
+    llm_config: of the LLM; its decoder, if it has an encoder, has no parameters
+      here.
     slm_config: of the SLM.
     injection: 'add' Z to the SLM's prompt embeddings, or 'replace' them.
-    shared_vocabulary: whether the prompt's token ids are the SLM's own. If
-      not, 'add' takes the LLM's input embeddings through a trained linear
-      layer for the SLM's prompt embeddings.
-    llm_rules: axis rules of the LLM, entered around its call alone.
-    llm_layer: H are the LLM's states after so many of its layers, 0 being its
-      embeddings; None is all of them. 'mix' is a learned mix, see `LayerMix`.
-      The states of every layer go through the LLM's final norm, which the
-      SLM's projector needs: what it norms grows from layer to layer.
-    train_llm: whether the LLM has gradients. It reads without dropout anyway.
-    llm_prefix_ids: tokens that the LLM reads in front of every prompt, as a
-      decoder-only one reads BOS; their own states are left out of H.
+    shared_vocabulary: whether the prompt's token ids are in the SLM's
+      vocabulary, too. If not, 'add' maps the LLM's input embeddings by a
+      trained linear layer to the SLM's prompt embeddings.
+    llm_rules: logical axis rules of the LLM, active around its calls alone.
+    llm_layer: H is the LLM's states after this number of layers, 0 being its
+      embeddings; None means all. 'mix' is a learned mix, see `LayerMix`. The
+      states of every layer go through the LLM's final norm: their norm grows
+      from layer to layer, and the projector needs one scale.
+    train_llm: whether gradients flow into the LLM. It never has dropout.
+    llm_prefix_ids: tokens in front of every prompt for the LLM alone, such as
+      the BOS of a decoder-only one; H leaves their states out.
   """
 
   llm_config: config_lib.TransformerConfig
@@ -166,10 +168,10 @@ class LlmToSlm(nn.Module):
     """Returns the SLM's prompt embeddings and segment ids.
 
     Two optional batch keys are for controls: `llm_input_tokens`, with
-    `llm_segment_ids`, is what the LLM reads in the prompt's place, and
-    `llm_scale`, one number a row, multiplies Z. With `llm_states`, see
-    `stored_states`, the LLM reads nothing and has no parameters but the
-    embeddings that 'add' takes.
+    `llm_segment_ids`, replaces the LLM's prompt, and `llm_scale` [batch]
+    multiplies Z. With the batch key `llm_states` (see `stored_states`) the LLM
+    does not run; its only parameters are then the embeddings that 'add' needs
+    with a foreign vocabulary.
     """
     return self._project(*self.read_prompt(batch), batch)
 
@@ -178,7 +180,7 @@ class LlmToSlm(nn.Module):
   ) -> tuple[
     Float[Array, 'batch llm_prompt llm_embed'], Int[Array, 'batch llm_prompt']
   ]:
-    """Returns H, the LLM's states, and segment ids."""
+    """Returns the LLM's states H, and their segment ids."""
     segment_ids = batch.get('llm_segment_ids', batch['encoder_segment_ids'])
     if 'llm_states' in batch:
       return stored_states.restore(batch), segment_ids
@@ -197,7 +199,7 @@ class LlmToSlm(nn.Module):
   def read_first_states(
     self, batch: language_model.Batch
   ) -> Float[Array, 'batch prompt llm_embed']:
-    """Returns the states that the LLM begins with, those of layer 0."""
+    """Returns the states of layer 0, the input of the LLM's first layer."""
     with partitioning.axis_rules(self.llm_rules):
       return self.llm.first_states(
         self._prefixed(batch['encoder_input_tokens']),
@@ -207,7 +209,7 @@ class LlmToSlm(nn.Module):
   def _prefixed(
     self, tokens: Int[Array, 'batch prompt']
   ) -> Int[Array, 'batch llm_prompt']:
-    """Returns the tokens that the LLM reads of a prompt."""
+    """Returns the tokens of a prompt behind `llm_prefix_ids`."""
     if not self.llm_prefix_ids:
       return tokens
     prefix = jnp.asarray(self.llm_prefix_ids, tokens.dtype)
@@ -217,7 +219,7 @@ class LlmToSlm(nn.Module):
   def _prefixed_ids(
     self, segment_ids: Int[Array, 'batch prompt']
   ) -> Int[Array, 'batch llm_prompt']:
-    """Returns the segment ids of the same; the prefix is of the first."""
+    """Returns segment ids for `_prefixed`; the prefix is in segment 1."""
     if not self.llm_prefix_ids:
       return segment_ids
     count = len(self.llm_prefix_ids)
@@ -228,7 +230,7 @@ class LlmToSlm(nn.Module):
     embeddings: Float[Array, 'batch llm_prompt llm_embed'],
     segment_ids: Int[Array, 'batch llm_prompt'],
   ) -> Float[Array, '*layers batch llm_prompt llm_embed']:
-    """Returns the LLM's states after the chosen layer; to mix, after each."""
+    """Returns the LLM's states after `llm_layer`, or after each for 'mix'."""
     count = num_reading_layers(self.llm_config)
     if self.is_initializing() or self.llm_layer in (None, count):
       states = self.llm.encode(embeddings, segment_ids, deterministic=True)
@@ -242,7 +244,7 @@ class LlmToSlm(nn.Module):
     return stack.states_after(embeddings, context, self.llm_layer)
 
   def _of_llm(self, x: Float[Array, '...']) -> Float[Array, '...']:
-    """Lets a gradient pass to the LLM, or not."""
+    """Stops gradients into the LLM, unless `train_llm`."""
     return x if self.train_llm else jax.lax.stop_gradient(x)
 
   def _project(
@@ -251,6 +253,7 @@ class LlmToSlm(nn.Module):
     llm_segment_ids: Int[Array, 'batch llm_prompt'],
     batch: language_model.Batch,
   ) -> tuple[Float[Array, 'batch prompt embed'], Int[Array, 'batch prompt']]:
+    """Returns prompt embeddings of the SLM and their segment ids, given H."""
     projected = _pin(self.projector(llm_states))
     if 'llm_scale' in batch:
       projected *= batch['llm_scale'][:, None, None].astype(projected.dtype)
@@ -267,6 +270,7 @@ class LlmToSlm(nn.Module):
   def _prompt_embeddings(
     self, tokens: Int[Array, 'batch prompt']
   ) -> Float[Array, 'batch prompt embed']:
+    """Returns the SLM's prompt embeddings before Z is added."""
     if self.shared_vocabulary:
       return self.slm.embed(tokens)
     with partitioning.axis_rules(self.llm_rules):
@@ -285,23 +289,23 @@ class LlmToSlm(nn.Module):
   def prefill(
     self, batch: language_model.Batch, *, num_slots: int
   ) -> cache_lib.Cache | dict[str, cache_lib.Cache]:
-    """Reads the prompts of a batch; from here on the SLM is alone."""
+    """Prefills the SLM's KV cache; decoding then needs the SLM alone."""
     embeddings, segment_ids = self.encode_prompt(batch)
     return self.slm.start(embeddings, segment_ids, num_slots=num_slots)
 
 
 class DraftAndVerify(LlmToSlm):
-  """LLM-to-SLM, which drafts, with the LLM's own decoder, which verifies.
+  """LLM-to-SLM as drafter and the LLM's own decoder as verifier.
 
-  The LLM reads a prompt once, for both. What is written is the LLM's answer
-  (`inference/speculative.py`), and so are the logits.
+  The LLM encodes a prompt once, for both. Answers and logits are the LLM's
+  (`inference/speculative.py`).
   """
 
   def __call__(
     self, batch: language_model.Batch, *, deterministic: bool
   ) -> Float[Array, 'batch length vocab']:
     """Returns teacher-forced float32 logits of the LLM."""
-    # For the SLM's parameters and the lengths that it refuses.
+    # Makes the SLM's parameters at init, and checks its lengths.
     super().__call__(batch, deterministic=deterministic)
     with partitioning.axis_rules(self.llm_rules):
       return self.llm(batch, deterministic=True)
@@ -309,7 +313,7 @@ class DraftAndVerify(LlmToSlm):
   def prefill(
     self, batch: language_model.Batch, *, num_slots: int
   ) -> dict[str, cache_lib.Cache]:
-    """Reads the prompts of a batch once, for both decoders."""
+    """Prefills the KV caches 'llm' and 'slm'; the LLM encodes once."""
     llm_states, llm_segment_ids = self.read_prompt(batch)
     with partitioning.axis_rules(self.llm_rules):
       llm_cache = self.llm.start_answer(
@@ -322,19 +326,19 @@ class DraftAndVerify(LlmToSlm):
   def draft(
     self, tokens: Int[Array, 'batch length'], cache: cache_lib.Cache
   ) -> tuple[Float[Array, 'batch length vocab'], cache_lib.Cache]:
-    """Reads tokens of the answer with the SLM."""
+    """Decodes answer tokens with the SLM; see `LanguageModel.extend`."""
     return self.slm.extend(tokens, cache)
 
   def verify(
     self, tokens: Int[Array, 'batch length'], cache: cache_lib.Cache
   ) -> tuple[Float[Array, 'batch length vocab'], cache_lib.Cache]:
-    """Reads tokens of the answer with the LLM's decoder."""
+    """Decodes answer tokens with the LLM; see `LanguageModel.extend`."""
     with partitioning.axis_rules(self.llm_rules):
       return self.llm.extend(tokens, cache)
 
 
 def with_verifier(module: LlmToSlm) -> DraftAndVerify:
-  """Returns the module that has the LLM's decoder, too."""
+  """Returns the module for speculative decoding with the LLM as verifier."""
   return DraftAndVerify(
     module.llm_config,
     module.slm_config,
@@ -350,7 +354,10 @@ def with_verifier(module: LlmToSlm) -> DraftAndVerify:
 def writer(
   module: LlmToSlm | language_model.LanguageModel,
 ) -> tuple[language_model.LanguageModel, str | None]:
-  """Returns the module that writes, and where its parameters are; None: all."""
+  """Returns the module that decodes, and the key of its parameters.
+
+  The key is None where the module's parameters are the whole tree.
+  """
   if isinstance(module, LlmToSlm):
     return build(module.slm_config), 'slm'
   return module, None
@@ -363,16 +370,16 @@ def for_generation(
   llm_quantization: str = 'none',
   quantization: str = 'none',
 ) -> LlmToSlm | language_model.LanguageModel:
-  """Returns the module that reads what `params_for_generation` returns.
+  """Returns the module for parameters from `params_for_generation`.
 
   Args:
     module: as it was trained.
-    unstack_llm: whether the frozen LLM takes part, as it must to verify. It
-      then reads prompts faster on CPU, and is in memory twice while the first
-      form is held.
-    llm_quantization: of the frozen LLM, if it takes part; see
+    unstack_llm: whether to convert the frozen LLM, too; a verifier always is.
+      It then reads prompts faster on CPU, but takes memory twice while its
+      stacked parameters are kept.
+    llm_quantization: of the frozen LLM, if it is converted; see
       `TransformerConfig.quantization`.
-    quantization: of the model that writes.
+    quantization: of the decoding model.
   """
   if not isinstance(module, LlmToSlm):
     return module.clone(
@@ -394,12 +401,12 @@ def params_for_generation(
   *,
   consume: bool = False,
 ) -> PyTree:
-  """Returns a system's parameters as generation reads them.
+  """Returns a system's parameters in the form for generation.
 
   Args:
     module: from `for_generation`.
-    params: as they were trained.
-    consume: whether to delete each array once it has been copied.
+    params: as they were trained, layers stacked.
+    consume: deletes each array after its copy is made.
   """
   convert = functools.partial(
     language_model.params_for_generation, consume=consume
@@ -413,20 +420,20 @@ def params_for_generation(
 
 
 def writer_params(params: PyTree, name: str | None) -> PyTree:
-  """Returns the parameters of the module that writes; see `writer`."""
+  """Returns the parameters of the module that decodes; see `writer`."""
   return params if name is None else params[name]
 
 
 def decoder_params(params: PyTree) -> PyTree:
-  """Returns the parameters with which `DraftAndVerify` writes."""
+  """Returns the parameters that `DraftAndVerify` decodes with."""
   llm = {name: x for name, x in params['llm'].items() if name != 'encoder'}
   return {'llm': llm, 'slm': params['slm']}
 
 
 class LayerMix(nn.Module):
-  """A mix of layers' states: softmax weights, one a layer, and a scale.
+  """A learned mix of layers' states: softmax weights and one scale.
 
-  It begins as their mean.
+  It is initialised to the mean of the layers.
   Source: Peters et al. 2018 (arXiv:1802.05365), section 3.2.
   """
 
@@ -451,9 +458,9 @@ class LayerMix(nn.Module):
 
 
 class Projector(nn.Module):
-  """Linear, ReLU, Linear with biases: llm_embed -> embed -> embed.
+  """The projector: Linear, ReLU, Linear with biases.
 
-  Source: arXiv 2402.16844, section 3.
+  Widths: llm_embed -> embed -> embed. Source: arXiv 2402.16844, section 3.
   """
 
   llm_emb_dim: int
@@ -494,5 +501,8 @@ def from_llm(
 def _scaled_by_fan_in(
   config: config_lib.TransformerConfig,
 ) -> config_lib.TransformerConfig:
-  """These layers are new: an initial scale made for GPT-2's depth misleads."""
+  """Returns a config that initialises kernels by fan-in, without LoRA.
+
+  These layers are new: GPT-2's initial scale, made for its depth, does not fit.
+  """
   return dataclasses.replace(config, kernel_init_stddev=None, lora_rank=0)

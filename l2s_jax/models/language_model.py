@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What training and decoding ask of a model, whatever its architecture.
+"""The interface of a language model to training and decoding.
 
 A language model reads prompt *embeddings*: its own, or those that LLM-to-SLM
-puts in their place. The batch keys are those of `data/features.py`.
+puts in their place. `batch_keys.py` lists the keys of a batch.
 """
 
 import dataclasses
@@ -24,25 +24,26 @@ PyTree = Any
 
 
 class LanguageModel(nn.Module):
-  """A model that can write an answer to a prompt, alone.
+  """A language model of any architecture.
 
-  Subclasses give `embed`, `encode`, `prompt_stack`, `logits`, `start` and
-  `extend`; the last two take the parameters that `for_generation` makes.
+  Subclasses define `embed`, `encode`, `prompt_stack`, `logits`, `start` and
+  `extend`. Decoding (`start`, `extend`) needs a config from `for_generation`
+  and parameters from `params_for_generation`.
   """
 
   config: config_lib.TransformerConfig
 
   def check_lengths(self, prompt_length: int, answer_length: int) -> None:
-    """Refuses lengths, in tokens, that the model has no positions for.
+    """Checks that the model has positions for prompt and answer, in tokens.
 
     Raises:
-      ValueError: with both lengths and the size of the table.
+      ValueError: with both lengths and the size of the position table.
     """
 
   def embed(
     self, tokens: Int[Array, 'batch length']
   ) -> Float[Array, 'batch length embed']:
-    """Looks tokens up, without positions."""
+    """Returns token embeddings, without positions."""
     raise NotImplementedError
 
   def first_states(
@@ -50,7 +51,7 @@ class LanguageModel(nn.Module):
     tokens: Int[Array, 'batch length'],
     segment_ids: Int[Array, 'batch length'],
   ) -> Float[Array, 'batch length embed']:
-    """Returns the states of layer 0: what the first layer of a prompt reads."""
+    """Returns the input of the first layer for a prompt."""
     return self.embed(tokens)
 
   def encode(
@@ -70,7 +71,7 @@ class LanguageModel(nn.Module):
   ) -> tuple[
     transformer.Stack, Float[Array, 'batch length embed'], transformer.Context
   ]:
-    """Returns the layers that read prompts, and what they are given."""
+    """Returns the stack that encodes prompts, its embeddings and context."""
     raise NotImplementedError
 
   def logits(
@@ -91,19 +92,19 @@ class LanguageModel(nn.Module):
     *,
     num_slots: int,
   ) -> cache_lib.Cache:
-    """Reads the prompt; returns a cache with room for `num_slots` tokens."""
+    """Prefills a KV cache with the prompt and room for `num_slots` tokens."""
     raise NotImplementedError
 
   def extend(
     self, tokens: Int[Array, 'batch length'], cache: cache_lib.Cache
   ) -> tuple[Float[Array, 'batch length vocab'], cache_lib.Cache]:
-    """Reads tokens of the answer; returns the logits after each of them."""
+    """Decodes answer tokens; returns logits after each, and the new cache."""
     raise NotImplementedError
 
   def __call__(
     self, batch: Batch, *, deterministic: bool
   ) -> Float[Array, 'batch length vocab']:
-    """Returns teacher-forced logits, the prompt being this model's own."""
+    """Returns teacher-forced float32 logits with the model's own embeddings."""
     return self.logits(
       self.embed(batch['encoder_input_tokens']),
       batch['encoder_segment_ids'],
@@ -112,7 +113,7 @@ class LanguageModel(nn.Module):
     )
 
   def prefill(self, batch: Batch, *, num_slots: int) -> cache_lib.Cache:
-    """Reads the prompts of a batch; what `extend` starts from."""
+    """Prefills a KV cache with a batch of prompts; `extend` continues it."""
     return self.start(
       self.embed(batch['encoder_input_tokens']),
       batch['encoder_segment_ids'],
@@ -123,7 +124,12 @@ class LanguageModel(nn.Module):
 def for_generation(
   config: config_lib.TransformerConfig, quantization: str = 'none'
 ) -> config_lib.TransformerConfig:
-  """Returns the config of a model that reads `params_for_generation`."""
+  """Returns the model's config for `params_for_generation`.
+
+  Args:
+    config: of the trained model.
+    quantization: as `TransformerConfig.quantization`.
+  """
   return dataclasses.replace(
     config, for_generation=True, quantization=quantization
   )
@@ -135,17 +141,18 @@ def params_for_generation(
   *,
   consume: bool = False,
 ) -> PyTree:
-  """Returns a language model's parameters as generation reads them.
+  """Returns a language model's parameters in the form for generation.
 
-  LoRA is merged. Each layer has arrays of its own, and a tied output head a
-  transposed copy of its embedding table. On CPU, where every token reads all
-  weights, slices of stacked layers would be copied first: 4 GB/s instead of 40.
+  LoRA is merged into the kernels. Each layer gets arrays of its own, a tied
+  output head becomes a transposed copy of its embedding table, and kernels are
+  quantized if the config says so. Every token reads all weights: on CPU, slices
+  of stacked layers are copied first, at 4 GB/s in place of 40.
 
   Args:
     config: from `for_generation`.
-    params: stacked, as training and checkpoints have them. What is not
-      changed is not copied.
-    consume: whether to delete each array once it has been copied.
+    params: layers stacked, as in training and checkpoints. Unchanged arrays are
+      not copied.
+    consume: deletes each array after its copy is made.
   """
   if config.lora_rank:
     params = lora.merge(params, config.lora_alpha)
@@ -160,7 +167,7 @@ def params_for_generation(
     is_stacked = names[1] == 'layers'
     num_contracted = 0
     if config.quantization != 'none' and names[-1] == 'kernel':
-      # Only the output of attention contracts two axes, [heads, kv].
+      # The attention output alone contracts two axes, [heads, kv].
       num_contracted = 2 if names[-2] == 'out' else 1
     if not (is_stacked or num_contracted):
       return x
@@ -177,7 +184,12 @@ def params_for_generation(
 
 
 def _split_layers(stacked: PyTree, module: PyTree) -> PyTree:
-  """Returns a module with a tree a layer for its tree of layers' tuples."""
+  """Returns a module with layers `layers_0`, ... in place of `layers`.
+
+  Args:
+    stacked: the module's parameters before conversion, for the tree structure.
+    module: the same with a tuple of per-layer arrays at each leaf of `layers`.
+  """
   if 'layers' not in module:
     return module
   treedef: Any = jax.tree.structure(stacked['layers'])
@@ -190,7 +202,10 @@ def _split_layers(stacked: PyTree, module: PyTree) -> PyTree:
 
 @functools.partial(jax.jit, static_argnames=('is_stacked', 'num_contracted'))
 def _convert(x: Any, is_stacked: bool, num_contracted: int) -> Any:
-  """Returns a kernel, or a tuple of the layers', in int8 if it contracts."""
+  """Returns an array, or a tuple of per-layer arrays if stacked.
+
+  Kernels with contracted axes are quantized to int8, one scale an output.
+  """
 
   def quantize(x: Any) -> Any:
     if not num_contracted:

@@ -19,10 +19,10 @@ from jaxtyping import Array, Float, Int
 from l2s_jax.models import config as config_lib
 from l2s_jax.runtime import partitioning
 
-# What of a layer may be kept for the backward pass when the rest is not.
+# Checkpoint name of kernel products, which 'minimal' rematerialisation saves.
 PRODUCT = 'product with a kernel'
 
-# The two factors of what LoRA adds to the kernel beside them.
+# Names of the two low-rank factors beside a kernel.
 LORA = ('lora_down', 'lora_up')
 
 _ACTIVATIONS = {
@@ -35,16 +35,15 @@ _ACTIVATIONS = {
 
 
 class Dense(nn.Module):
-  """Contracts the last axes of its input with a kernel whose axes have names.
+  """A linear layer over the last axes; its kernel axes have logical names.
 
   Attributes:
-    inputs: sizes of the axes that are contracted, the last of the input.
-    outputs: sizes of those that take their place.
+    inputs: sizes of the contracted axes, the last axes of the input.
+    outputs: sizes of the axes that replace them.
     axes: logical names of the kernel's axes, inputs first.
-    config: has the initial scale and the dtype.
+    config: gives the initial scale, the dtype and LoRA's rank.
     use_bias: whether to add a bias.
-    fan_in: sets the default initial scale; None is what the axes contracted
-      have in all.
+    fan_in: for the default initial scale; None takes the product of `inputs`.
   """
 
   inputs: tuple[int, ...]
@@ -83,9 +82,9 @@ class Dense(nn.Module):
 
   @property
   def has_lora(self) -> bool:
-    """Whether there is something learned beside the kernel."""
+    """Whether LoRA matrices are learned beside the kernel."""
     config = self.config
-    # Generation reads it merged, see `language_model.params_for_generation`.
+    # In generation LoRA is merged, see `language_model.params_for_generation`.
     return (
       config.lora_rank > 0
       and not config.for_generation
@@ -121,17 +120,17 @@ def contract(
   config: config_lib.TransformerConfig,
   dtype: Any = None,
 ) -> Float[Array, 'batch length ...']:
-  """Returns the product of all but batch and length with as many of a kernel.
+  """Contracts all axes but batch and length with the first of a kernel.
 
   Args:
-    x: in the dtype in which to multiply.
-    kernel: float, or a QArray of Qwix, in int8.
-    config: says whether `x` is to be int8, too.
+    x: in the dtype of the product.
+    kernel: float array, or an int8 QArray of Qwix.
+    config: 'int8_dynamic' as its `quantization` quantizes `x`, too.
     dtype: of the result; None is that of `x`.
   """
   num_contracted = x.ndim - 2
   if isinstance(kernel, jax.Array):
-    # A product of two matrices: of an einsum over heads XLA:CPU makes one that
+    # A product of two matrices: XLA:CPU lowers an einsum over heads to one that
     # copies the kernel first, at every token.
     outputs = kernel.shape[num_contracted:]
     matrix = kernel.reshape(-1, math.prod(outputs)).astype(x.dtype)
@@ -158,17 +157,17 @@ def multiply(
   dtype: Any = None,
   is_transposed: bool = False,
 ) -> Float[Array, 'batch length outputs']:
-  """Returns the product of states and a matrix, or its transpose.
+  """Returns the product of states and a matrix or its transpose.
 
-  The gradient of the matrix is one product in the form that it is stored in.
-  JAX's own rule transposes another, which XLA:CPU does in memory, and then
-  multiplies by a slower routine: a fifth of a training step of T5-Small.
+  Its gradient of the matrix is one product in the matrix's own layout. JAX's
+  rule computes the transposed gradient; XLA:CPU then transposes it in memory
+  and uses a slower matrix product, a fifth of a T5-Small train step.
 
   Args:
     x: states.
     matrix: [inputs, outputs], or if transposed [outputs, inputs].
     dtype: of the result; None is that of `x`.
-    is_transposed: whether it is.
+    is_transposed: whether to multiply by the transpose.
   """
   contracted = ((2,), (1 if is_transposed else 0,))
   return jax.lax.dot_general(
@@ -204,8 +203,8 @@ class Norm(nn.Module):
   """RMS norm (T5) or layer norm with bias (GPT-2), computed in float32.
 
   Attributes:
-    config: says which.
-    axis: logical name of the normed axis.
+    config: its `norm` selects one.
+    axis: logical name of the normalised axis.
   """
 
   config: config_lib.TransformerConfig
@@ -239,13 +238,13 @@ class Norm(nn.Module):
 
 
 class Embed(nn.Module):
-  """A table of embeddings; `attend` is the tied output head.
+  """An embedding table; `attend` is the tied output head.
 
   Attributes:
-    config: has the width, the initial scale and the dtype.
-    num_rows: of the table.
+    config: gives the width, the initial scale and the dtype.
+    num_rows: rows of the table.
     axes: logical names of its axes.
-    multiplier: of what is looked up; `attend` takes the table as it is.
+    multiplier: factor of looked-up embeddings; `attend` does not apply it.
   """
 
   config: config_lib.TransformerConfig
@@ -269,13 +268,13 @@ class Embed(nn.Module):
   def attend(
     self, states: Float[Array, 'batch length embed']
   ) -> Float[Array, 'batch length vocab']:
-    """Returns float32 logits: a dot product with every row of the table."""
+    """Returns float32 logits: the product with the transposed table."""
     table = self.embedding.astype(states.dtype)
     return multiply(states, table, jnp.float32, True)
 
 
 def token_embed(config: config_lib.TransformerConfig) -> Embed:
-  """Returns the embedding table of a vocabulary."""
+  """Returns the token embedding table of a model."""
   return Embed(
     config,
     config.vocab_size,
@@ -284,12 +283,12 @@ def token_embed(config: config_lib.TransformerConfig) -> Embed:
 
 
 def softcap(logits: Float[Array, '...'], bound: float) -> Float[Array, '...']:
-  """Bounds float32 logits smoothly; a bound of 0 is none."""
+  """Bounds logits smoothly by tanh; 0 means no bound."""
   return bound * jnp.tanh(logits / bound) if bound else logits
 
 
 class Head(nn.Module):
-  """From states to float32 logits, by a kernel or by the embedding table."""
+  """The output head: float32 logits from states, tied or with a kernel."""
 
   config: config_lib.TransformerConfig
 
@@ -322,7 +321,7 @@ class Head(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Two projections with an activation, or a product of two, between."""
+  """The MLP, plain or gated: activated projections, their product, 'wo'."""
 
   config: config_lib.TransformerConfig
 
@@ -350,10 +349,10 @@ class Mlp(nn.Module):
 
 
 class Dropout(nn.Module):
-  """Dropout with one mask for all positions of a row, as T5X has it.
+  """Dropout with one mask for all positions of a row, as in T5X.
 
-  Drawing a mask per position costs more than the layer's own elementwise
-  work; T5X broadcasts along the length for the same reason.
+  A mask per position costs more to draw than the layer's own elementwise work;
+  T5X broadcasts along the length for the same reason.
   """
 
   rate: float
@@ -368,6 +367,6 @@ class Dropout(nn.Module):
     is_kept = jax.random.bernoulli(
       self.make_rng('dropout'), 1 - self.rate, shape
     )
-    # A product, not a selection: the backward pass keeps the small mask, where
-    # XLA:CPU would keep one for all positions.
+    # A product, not a `where`: the backward pass then keeps the small mask;
+    # of a `where`, XLA:CPU keeps one with all positions.
     return inputs * (is_kept / (1 - self.rate)).astype(inputs.dtype)

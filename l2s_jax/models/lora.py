@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What LoRA has learned beside kernels, merged into them or told apart."""
+"""LoRA parameters: recognised by name, and merged into their kernels."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,21 +14,21 @@ NAMES = layers.LORA
 
 
 def is_learned(path: str) -> bool:
-  """Returns whether a parameter, its path with '/', is one of LoRA's."""
+  """Returns whether a parameter path, joined by '/', is of a LoRA matrix."""
   return path.split('/')[-1] in NAMES
 
 
 def add(
   kernel: Any, down: Any, up: Any, alpha: float, *, is_stacked: bool
 ) -> Any:
-  """Returns the kernel that does what the three do.
+  """Returns the kernel with its LoRA update added.
 
   Args:
-    kernel: [*inputs, *outputs]; of stacked layers, all have an axis before.
+    kernel: [*inputs, *outputs]; stacked layers add a leading axis to all three.
     down: [*inputs, rank].
     up: [rank, *outputs].
     alpha: as `TransformerConfig.lora_alpha`.
-    is_stacked: whether they are of stacked layers.
+    is_stacked: whether the arrays have the leading axis `layers`.
   """
   layers_axis = kernel.shape[:1] if is_stacked else ()
   rank = down.shape[-1]
@@ -39,10 +39,10 @@ def add(
 
 
 def merge(params: Mapping[str, PyTree], alpha: float) -> dict[str, PyTree]:
-  """Returns a model's parameters without LoRA, whose kernels have it in them.
+  """Returns a model's parameters with LoRA merged into the kernels.
 
   Args:
-    params: layers stacked.
+    params: nested dict of arrays, layers stacked.
     alpha: as `TransformerConfig.lora_alpha`.
   """
 

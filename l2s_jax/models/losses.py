@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses as sums with their weights, so that any split adds up exactly."""
+"""Losses as sums with their weights, exact over microbatches and hosts."""
 
 import math
 
@@ -16,23 +16,23 @@ def token_cross_entropy(
   label_smoothing: float = 0.0,
   z_loss: float = 0.0,
 ) -> tuple[Float[Array, ''], dict[str, Float[Array, '']]]:
-  """Returns the sum to differentiate, in nats, and the sums to report.
+  """Returns the summed loss to differentiate, and sums to report.
 
   Args:
-    logits: float32, of the answer's vocabulary.
-    targets: ids to predict; anything where the weight is 0.
+    logits: float32, over the answer's vocabulary.
+    targets: token ids to predict; ignored where the weight is 0.
     weights: 1 for a target token, 0 for padding.
-    label_smoothing: probability that the target gives up to all other ids in
-      equal parts. The entropy of these soft targets is taken off, so that the
-      least value is 0.
-    z_loss: times the squared log of the softmax's denominator is added; keeps
-      the logits near log-probabilities.
+    label_smoothing: probability mass moved from the target to all other ids, in
+      equal parts. The entropy of these soft targets is subtracted, so that the
+      minimum of the loss is 0.
+    z_loss: factor of the squared log of the softmax's denominator, which is
+      added to the loss; keeps the logits near log-probabilities.
 
   Returns:
-    The sum of cross-entropy, smoothed or not, and z-loss; and 'loss' (the
-    plain cross-entropy, comparable whatever the settings), 'z_loss' (what was
-    added), 'loss_weight' (target tokens) and 'num_correct' (targets that no
-    other token is more likely than).
+    The sum over tokens of (smoothed) cross-entropy and z-loss, in nats; and a
+    dict of sums: 'loss' (cross-entropy without smoothing and z-loss, comparable
+    across settings), 'z_loss' (the term added), 'loss_weight' (number of target
+    tokens) and 'num_correct' (targets with the largest logit, ties included).
 
   Raises:
     ValueError: for a `label_smoothing` outside [0, 1).
@@ -43,13 +43,13 @@ def token_cross_entropy(
     raise ValueError(
       f'label_smoothing={label_smoothing} is not a probability below 1.'
     )
-  # A comparison summed over the vocabulary, not a gather: it stays local
-  # where the vocabulary is sharded, and fuses.
+  # A masked sum over the vocabulary, not a gather: it stays local where the
+  # vocabulary is sharded, and XLA fuses it.
   is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
   target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
   log_z = jax.nn.logsumexp(logits, axis=-1)
   nats = log_z - target_logits
-  # Not an argmax: XLA:CPU takes ten times as long for it as for a maximum.
+  # Not an argmax, which is ten times slower than a maximum on XLA:CPU.
   correct = target_logits >= jnp.max(logits, axis=-1)
   loss = total = jnp.sum(nats * weights)
   if label_smoothing:
@@ -70,12 +70,12 @@ def _smoothed(
   log_z: Float[Array, 'batch length'],
   label_smoothing: float,
 ) -> Float[Array, 'batch length']:
-  """Returns the divergence of soft targets from the softmax, in nats."""
+  """Returns the KL divergence of the softmax from soft targets, in nats."""
   num_others = logits.shape[-1] - 1
   on, off = 1 - label_smoothing, label_smoothing / num_others
   entropy = -on * math.log(on) - num_others * off * math.log(off)
-  # The soft targets sum to 1, so that log_z comes in once; their one-hot
-  # table is never made.
+  # The soft targets sum to 1, so log_z has the factor 1, and their one-hot
+  # table is never materialised.
   expected_logit = (on - off) * target_logits + off * jnp.sum(logits, axis=-1)
   return log_z - expected_logit - entropy
 
@@ -88,29 +88,31 @@ def divergence(
   interpolation: float = 0.0,
   temperature: float = 1.0,
 ) -> Float[Array, '']:
-  """Returns how far a student is from its teacher, summed over tokens, in nats.
+  """Returns the distillation loss of a student, summed over tokens, in nats.
 
   With P the teacher's distribution, Q the student's, b the interpolation and
-  M = b P + (1 - b) Q, it is
+  M = b P + (1 - b) Q, the loss of a token is
 
       KL(P || M) / (1 - b) + KL(Q || M) / b
 
-  which is KL(P || Q) at b = 0 and KL(Q || P) at b = 1. This is the generalised
-  Jensen-Shannon divergence b KL(P || M) + (1 - b) KL(Q || M), divided by
-  b (1 - b): so that it does not vanish towards the ends, and gradients have one
-  size for all b. At b = 1/2 it is four times the Jensen-Shannon divergence.
+  Its limits are KL(P || Q) at b = 0 and KL(Q || P) at b = 1. It is the
+  generalised Jensen-Shannon divergence b KL(P || M) + (1 - b) KL(Q || M),
+  divided by b (1 - b): the loss does not vanish at either end, and gradients
+  keep their scale for all b. At b = 1/2 it is four times the Jensen-Shannon
+  divergence.
 
-  Of two tables of one vocabulary that are not equally large, P and Q are the
-  distributions among the ids that both have. To ids that the teacher lacks it
-  gives nothing: -log of what the student leaves to the others is added, which
-  at b = 0 makes KL(P || Q) that of the student's whole table.
+  The two embedding tables may have different numbers of rows for one
+  vocabulary. P and Q are then renormalised over the shared ids, and -log of the
+  student's probability of the shared ids is added. At b = 0 this equals
+  KL(P || Q) over the student's whole table, with P = 0 for the teacher's
+  missing ids.
 
   Args:
     logits: of the student, float32.
     teacher_logits: of the teacher, float32.
-    weights: 1 for a token of the answer, 0 for padding.
+    weights: 1 for a target token, 0 for padding.
     interpolation: b, from 0 to 1.
-    temperature: both logits are divided by it.
+    temperature: divides the logits of both.
 
   Source: Agarwal et al. 2024 (arXiv:2306.13649), section 3.
   """
@@ -125,8 +127,8 @@ def divergence(
   elif b == 1:
     nats = _kl(log_q, log_p)
   else:
-    # M is divided by P and Q before its log is taken: as a difference of logs
-    # log(M / Q), which is as small as b, would be lost in their rounding.
+    # M is divided by P and by Q before the log: log(M / Q) is as small as b,
+    # and a difference of logs would lose it in rounding.
     log_b, log_1_b = math.log(b), math.log1p(-b)
     log_m_p = jnp.logaddexp(log_b, log_1_b + (log_q - log_p))
     log_m_q = jnp.logaddexp(log_b + (log_p - log_q), log_1_b)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a token stands, as attention is told: buckets, angles, windows.
+"""Positions in attention: relative buckets, rotary angles, sliding windows.
 
-Relative positions (T5) are a learned bias on attention logits, rotary ones
-(Llama, Pythia) turn queries and keys, windows (Gemma) hide what is far away.
-All of them are given positions, which count real tokens; learned tables that
-are added to embeddings are not here but with the models.
+Relative positions (T5) are a learned bias on attention logits. Rotary
+positions (Llama, Pythia) rotate queries and keys. Sliding windows (Gemma) mask
+distant tokens. All of them take positions that count real tokens. Learned
+position tables, added to embeddings, are in the models' modules.
 """
 
 import math
@@ -21,7 +21,10 @@ from l2s_jax.models import config as config_lib
 def count_tokens(
   valid: Bool[Array, 'batch slots'],
 ) -> Int[Array, 'batch slots']:
-  """Numbers real tokens from 0; a padded slot repeats the one before it."""
+  """Returns the position of each token among the real tokens, from 0.
+
+  A padded slot repeats the position before it (0 at the start of a row).
+  """
   return jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
 
 
@@ -49,11 +52,11 @@ def relative_position_bucket(
     offset: key position minus query position, in tokens.
     bidirectional: whether keys after the query get buckets of their own
       (encoder) or all fall into bucket 0 (decoder).
-    num_buckets: of both directions together.
+    num_buckets: buckets of both directions together.
     max_distance: in tokens.
 
   Source: Raffel et al. 2020 (arXiv:1910.10683), section 2.1. A golden test
-  holds encoder and logits to those of T5X.
+  compares encoder states and logits with T5X's.
   """
   buckets = jnp.zeros_like(offset)
   if bidirectional:
@@ -72,7 +75,7 @@ def relative_position_bucket(
 
 
 class RelativePositionBias(nn.Module):
-  """A learned bias on attention logits per head and bucket of offsets."""
+  """T5's learned bias on attention logits, per head and offset bucket."""
 
   config: config_lib.TransformerConfig
 
@@ -93,17 +96,17 @@ class RelativePositionBias(nn.Module):
 
 
 class Rotation(struct.PyTreeNode):
-  """By which angles positions turn queries and keys, as cosine and sine.
+  """Cosine and sine of rotary angles, by position and feature pair.
 
-  `kinds` are layers that see all and, where they have a base of their own,
-  those with a window.
+  The axis `kinds` has length 1, or 2 where sliding-window layers have a base of
+  their own: global layers first, sliding-window layers second.
   """
 
   cos: Float[Array, '*kinds #batch length pairs']
   sin: Float[Array, '*kinds #batch length pairs']
 
   def of_layer(self, is_global: Bool[Array, '']) -> 'Rotation':
-    """Returns the angles of one layer."""
+    """Returns the angles for one layer, without the axis `kinds`."""
     kind = jnp.where(is_global, 0, self.cos.shape[0] - 1)
     return Rotation(self.cos[kind], self.sin[kind])
 
@@ -112,28 +115,31 @@ def rotation(
   config: config_lib.TransformerConfig,
   positions: Int[Array, '#batch length'],
 ) -> Rotation:
-  """Returns the angles of all kinds of layers at some positions."""
+  """Returns the rotary angles at some positions, for all kinds of layers."""
   kinds = [frequencies(config)]
   if config.rope_local_base is not None:
     kinds.append(_frequencies(config, config.rope_local_base))
   angles = positions[None, :, :, None] * np.stack(kinds)[:, None, None]
   cos, sin = jnp.cos(angles), jnp.sin(angles)
   if config.rope_scaling and config.rope_scaling_type == 'yarn':
-    # YaRN makes queries and keys longer as it turns them.
+    # YaRN also scales the length of queries and keys.
     factor = config.rope_scaling[-1]
     cos, sin = cos.at[0].multiply(factor), sin.at[0].multiply(factor)
   return Rotation(cos, sin)
 
 
 def frequencies(config: config_lib.TransformerConfig) -> np.ndarray:
-  """Returns radians a token, of each pair, in layers that see all."""
+  """Returns the angular frequency of each feature pair in global layers.
+
+  In radians per token, after context extension.
+  """
   return _stretched(config, _frequencies(config, config.rope_base))
 
 
 def _frequencies(
   config: config_lib.TransformerConfig, base: float
 ) -> np.ndarray:
-  """Returns the same before anything is stretched."""
+  """Returns angular frequencies before context extension."""
   exponents = np.arange(0, config.rotary_dim, 2, dtype=np.float32)
   return (1.0 / base ** (exponents / config.rotary_dim)).astype(np.float32)
 
@@ -141,11 +147,12 @@ def _frequencies(
 def _stretched(
   config: config_lib.TransformerConfig, frequencies: np.ndarray
 ) -> np.ndarray:
-  """Slows down the pairs that turn slowly, or all of them (linear).
+  """Lowers frequencies to extend the context (`rope_scaling`).
 
-  Waves as long as the context of pretraining become `factor` times longer,
-  short ones stay, those between are mixed: by how often they turn in that
-  context (Llama 3.1), or by their number (YaRN).
+  'linear' divides all frequencies by `factor`. 'llama3' and 'yarn' keep high
+  frequencies, divide low ones by `factor`, and interpolate between: 'llama3' by
+  the number of turns within the pretraining context, 'yarn' by the index of the
+  feature pair.
   """
   if not config.rope_scaling:
     return frequencies
@@ -154,11 +161,11 @@ def _stretched(
     return frequencies / np.float32(factor)
   if config.rope_scaling_type == 'llama3':
     low, high, context = rest
-    turns = context * frequencies / (2 * math.pi)  # in the old context
+    turns = context * frequencies / (2 * math.pi)  # in pretraining context
     keep = np.clip((turns - low) / (high - low), 0, 1)
   else:
     fast, slow, context, _ = rest
-    # Which pair turns so many times in the old context.
+    # The feature pairs with this many turns in the pretraining context.
     first, last = (
       config.rotary_dim
       * math.log(context / (turns * 2 * math.pi))
@@ -175,9 +182,9 @@ def _stretched(
 def rotate(
   x: Float[Array, 'batch heads length kv'], by: Rotation
 ) -> Float[Array, 'batch heads length kv']:
-  """Turns the pairs (i, i + pairs) of features; those beyond stay.
+  """Rotates feature pairs (i, i + pairs); further features stay.
 
-  In float32: bfloat16 would blur the angles of far positions.
+  In float32: bfloat16 is too coarse for the angles of distant positions.
   """
   cos, sin = by.cos[:, None], by.sin[:, None]
   num_pairs = cos.shape[-1]
@@ -191,5 +198,5 @@ def rotate(
 def window_mask(
   offset: Int[Array, '#batch query key'], window: int
 ) -> Bool[Array, '#batch query key']:
-  """Lets a token see those less than `window` away, in both directions."""
+  """Returns the mask of keys less than `window` tokens away, on both sides."""
   return jnp.abs(offset) < window

@@ -18,7 +18,7 @@ from l2s_jax.models import config as config_lib
 from l2s_jax.runtime import partitioning
 
 Path = tuple[str, ...]
-# What a T5 has beside the encoder and the embeddings that it shares.
+# Modules of an encoder-decoder that an encoder alone lacks.
 DECODER = {'decoder', 'logits_dense', 'decoder_token_embedder'}
 
 
@@ -26,7 +26,10 @@ DECODER = {'decoder', 'logits_dense', 'decoder_token_embedder'}
 def of_model(
   config: config_lib.TransformerConfig,
 ) -> Mapping[Path, jax.ShapeDtypeStruct]:
-  """Returns the tensors of a whole model."""
+  """Returns the shapes and dtypes of a language model's parameters, by path.
+
+  The config may be that of an encoder alone.
+  """
   if not config.has_decoder:
     whole = of_model(dataclasses.replace(config, num_decoder_layers=1))
     encoder = {p: s for p, s in whole.items() if p[0] not in DECODER}
@@ -35,6 +38,7 @@ def of_model(
 
 
 def is_encoder_alone(found: Collection[Path]) -> bool:
+  """Returns whether the paths are of an encoder without a decoder."""
   modules = {path[0] for path in found}
   return 'encoder' in modules and not modules & DECODER
 
@@ -43,7 +47,10 @@ def is_encoder_alone(found: Collection[Path]) -> bool:
 def of_module(
   module: nn.Module,
 ) -> Mapping[tuple[str, ...], jax.ShapeDtypeStruct]:
-  """Returns the parameters of a model, by path, as its `init` makes them."""
+  """Returns the shapes and dtypes of a module's parameters, by path.
+
+  They are those of the module's `init`; no array is made.
+  """
   shapes, _ = partitioning.abstract_params(
     functools.partial(module.init, deterministic=True),
     jax.random.key(0),

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The LLM's last states as a cache stores them, in the place of the LLM.
+"""The LLM's last hidden states in the form of a cache on disk.
 
-Two keys of a batch: `llm_states` [rows, prompt length, llm_embed], in bfloat16
-or int8, and, of int8, `llm_state_scales` [rows, prompt length], float32: what
-a token's numbers are multiplied by. A number in bfloat16 is off by 1/256 of
-itself at most, one in int8 by 1/254 of the largest of its token.
+They have two keys in a batch: `llm_states` [batch, prompt length, llm_embed],
+in bfloat16 or int8, and, for int8 alone, `llm_state_scales` [batch, prompt
+length], the float32 scale of each token. The largest rounding error is 1/256
+of the value in bfloat16, and 1/254 of the token's largest value in int8.
 """
 
 from collections.abc import Mapping
@@ -26,14 +26,14 @@ def shapes(
   dtype: str,
   sharding: jax.sharding.Sharding | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns the shapes of the keys.
+  """Returns the shapes and dtypes of the batch keys for stored states.
 
   Args:
     batch_size: rows.
-    prompt_length: tokens of a row.
+    prompt_length: tokens per prompt, padding included.
     width: of the LLM's states.
     dtype: one of `DTYPES`.
-    sharding: where rows are.
+    sharding: of every array; None leaves it unspecified.
   """
 
   def shape(*sizes: int, dtype: Any) -> jax.ShapeDtypeStruct:
@@ -50,15 +50,15 @@ def shapes(
 def store(
   states: Float[Array, 'batch length llm_embed'], dtype: str
 ) -> dict[str, Array]:
-  """Returns states in the form in which a cache has them.
+  """Returns the LLM's states as batch keys, in the dtype of the cache.
 
   Args:
-    states: of the LLM.
-    dtype: one of `DTYPES`.
+    states: the LLM's last hidden states.
+    dtype: one of `DTYPES`; 'int8' quantizes each token by its own scale.
   """
   if dtype == 'bfloat16':
     return {'llm_states': states.astype(jnp.bfloat16)}
-  states = states.astype(jnp.float32)  # A scale in bfloat16 would be too rough.
+  states = states.astype(jnp.float32)  # A bfloat16 scale is too coarse.
   scales = jnp.abs(states).max(axis=-1) / _LARGEST_INT8
   steps = states / jnp.where(scales > 0, scales, 1.0)[..., None]
   return {
@@ -70,7 +70,7 @@ def store(
 def restore(
   batch: Mapping[str, Array],
 ) -> Float[Array, 'batch length llm_embed']:
-  """Returns the states that a batch has, as numbers to compute with."""
+  """Returns the LLM's states from a batch, dequantized if in int8."""
   states = batch['llm_states']
   if 'llm_state_scales' not in batch:
     return states

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks and stacks: what every encoder and decoder here is made of."""
+"""Transformer blocks and stacks of them, for encoders and decoders."""
 
 from typing import Any
 
@@ -13,7 +13,8 @@ from l2s_jax.models import attention, layers, positions
 from l2s_jax.models import cache as cache_lib
 from l2s_jax.models import config as config_lib
 
-# What the backward pass finds of a layer, as T5X names it, beside its input.
+# Saved by the forward pass for the backward pass beside a layer's input, by
+# `TransformerConfig.remat`. The names are T5X's.
 _REMAT_POLICIES = {
   'minimal': jax.checkpoint_policies.save_only_these_names(layers.PRODUCT),
   'full': jax.checkpoint_policies.nothing_saveable,
@@ -21,18 +22,18 @@ _REMAT_POLICIES = {
 
 
 class Context(struct.PyTreeNode):
-  """What all layers of a stack share; `Stack.context` makes it.
+  """Inputs that all layers of a stack share; made by `Stack.context`.
 
-  Keys of self-attention are the slots of the cache, if any, and behind them the
+  Keys of self-attention are the slots of the KV cache, if any, followed by the
   tokens of this call.
 
   Attributes:
-    self_bias: added to the logits of self-attention: mask and positions.
-    cross_bias: the same for cross-attention; None without one.
-    encoded: states to attend to, where cross keys are not projected yet.
-    buckets: of relative positions, where each layer has a bias of its own.
-    offsets: of keys from queries, where some layers have a window.
-    rotation: of this call's queries and keys, where positions are rotary.
+    self_bias: bias on self-attention logits: mask and relative positions.
+    cross_bias: bias on cross-attention logits; None without cross-attention.
+    encoded: encoder states, where cross keys are not projected yet.
+    buckets: relative position buckets, where each layer has its own bias.
+    offsets: key position minus query position, where layers have windows.
+    rotation: rotary angles of this call's tokens, with rotary positions.
   """
 
   self_bias: Float[Array, '#batch #heads query key']
@@ -44,7 +45,7 @@ class Context(struct.PyTreeNode):
 
 
 class Block(nn.Module):
-  """Self-attention, cross-attention if any, MLP; each normed first."""
+  """A pre-norm block: self-attention, optional cross-attention, MLP."""
 
   config: config_lib.TransformerConfig
   has_cross_attention: bool = False
@@ -73,7 +74,21 @@ class Block(nn.Module):
     return self.cross_attention.project_kv(encoded)
 
   def __call__(self, x, layer, past, cross_kv, context, deterministic):
-    """Returns the states; in generation, keys and values of this call, too."""
+    """Applies one layer.
+
+    Args:
+      x: states [batch, query, embed].
+      layer: index of the layer.
+      past: this layer's keys and values in the KV cache, or None.
+      cross_kv: this layer's cross keys and values; None projects them from
+        `context.encoded`.
+      context: shared by all layers.
+      deterministic: disables dropout.
+
+    Returns:
+      The new states, and with `config.for_generation` the keys and values of
+      this call, else None.
+    """
     config, inputs = self.config, x  # [batch, query, embed]
     h = self.pre_self_attention_norm(x)
     self_bias, rotation = self._positions(layer, context)
@@ -105,9 +120,9 @@ class Block(nn.Module):
     return x, kv if config.for_generation else None
 
   def _positions(self, layer, context):
-    """Returns bias and rotation of self-attention, as this layer has them.
+    """Returns the bias and the rotation of this layer's self-attention.
 
-    Layers differ by their index alone, so that they can be scanned.
+    Layers differ only by a traced index, so that they can be scanned.
     """
     config, bias, rotation = self.config, context.self_bias, context.rotation
     if config.relpos_per_layer:
@@ -123,13 +138,14 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-  """Layers with one set of stacked parameters, and the norm behind them.
+  """A stack of blocks and a final norm.
 
   Attributes:
     config: of every layer.
-    num_layers: how many.
-    has_cross_attention: whether layers look at an encoded prompt.
-    bidirectional: whether relative offsets tell before from after (encoder).
+    num_layers: number of layers.
+    has_cross_attention: whether layers attend to an encoded prompt.
+    bidirectional: whether relative buckets distinguish keys before the query
+      from keys after it (encoder).
   """
 
   config: config_lib.TransformerConfig
@@ -151,15 +167,15 @@ class Stack(nn.Module):
     self.dropout = layers.Dropout(config.dropout_rate)
 
   def _scanned_blocks(self) -> nn.Module:
-    """Returns one block that stands for all, its parameters stacked."""
+    """Returns one block with stacked parameters, scanned over layers."""
     config = self.config
     block: type[nn.Module] = Block
     if config.remat != 'none':
       options = dict(
         static_argnums=(5,),
         policy=_REMAT_POLICIES[config.remat],
-        # In a loop the compiler cannot take what is computed again for what
-        # was computed before; unrolled, it would, and save nothing.
+        # A loop keeps XLA from merging the recomputation with the forward pass.
+        # An unrolled stack would be merged, and remat would save no memory.
         prevent_cse=not config.scan_layers,
       )
       block = nn.remat(Block, methods={'__call__': options})
@@ -180,13 +196,13 @@ class Stack(nn.Module):
     key_positions: Int[Array, '#batch key'],
     **fields: Any,
   ) -> Context:
-    """Returns what layers are told of masks and positions.
+    """Returns the context of a call.
 
     Args:
-      mask: which keys each query may see, windows apart.
-      query_positions: of the tokens that are read now.
-      key_positions: of the cache's slots, if any, and of these tokens.
-      **fields: the rest of the context.
+      mask: visible keys of each query; sliding windows are added per layer.
+      query_positions: positions of the tokens of this call.
+      key_positions: positions of the cache's slots, if any, then of the tokens.
+      **fields: other fields of `Context`.
     """
     config = self.config
     bias = attention.mask_bias(mask)
@@ -211,7 +227,7 @@ class Stack(nn.Module):
   def project_cross(
     self, encoded: Float[Array, 'batch kv_length embed']
   ) -> tuple[cache_lib.KeyValues, ...]:
-    """Projects the encoded prompt to every layer's keys and values, once."""
+    """Projects the encoded prompt to each layer's cross keys and values."""
     return tuple(layer.project_cross(encoded) for layer in self.layers)
 
   def __call__(
@@ -221,7 +237,7 @@ class Stack(nn.Module):
     *,
     deterministic: bool,
   ) -> Float[Array, 'batch query embed']:
-    """Returns the normed states of whole sequences."""
+    """Returns the states of whole sequences, after the final norm."""
     if self.config.for_generation:
       return self.extend(embeddings, context, deterministic=deterministic)[0]
     x = self._begin(embeddings, deterministic=deterministic)
@@ -237,7 +253,14 @@ class Stack(nn.Module):
     *,
     deterministic: bool = True,
   ) -> tuple[Float[Array, 'batch query embed'], list[cache_lib.KeyValues]]:
-    """Returns the normed states of new tokens, and their keys and values."""
+    """Returns normed states of new tokens, and their keys and values.
+
+    Args:
+      embeddings: of the new tokens.
+      context: masks and positions, of the cache's slots and the new tokens.
+      cache: KV cache of earlier tokens; None at prefill.
+      deterministic: disables dropout.
+    """
     nothing = (None,) * self.num_layers
     past = nothing if cache is None else cache.kv
     cross_kv = (cache and cache.cross_kv) or nothing
@@ -254,9 +277,9 @@ class Stack(nn.Module):
     context: Context,
     layer: int,
   ) -> Float[Array, 'batch query embed']:
-    """Returns the states after so many layers; the others are not computed.
+    """Returns the states after the first `layer` layers, after the final norm.
 
-    Whatever the layer, they go through the norm behind the last one.
+    Later layers are not computed.
     """
     x = self._begin(embeddings, deterministic=True)
     if layer:
@@ -266,16 +289,16 @@ class Stack(nn.Module):
   def all_states(
     self, embeddings: Float[Array, 'batch query embed'], context: Context
   ) -> Float[Array, 'layers batch query embed']:
-    """Returns the embeddings and the states after each layer.
+    """Returns the embeddings and the states after each layer, all normed.
 
-    All of them go through the norm behind the last one.
+    Every entry goes through the final norm of the stack.
     """
     x = self._begin(embeddings, deterministic=True)
     after = self._first_layers(x, context, self.num_layers)
     return self.final_norm(jnp.concatenate([x[None], after]))
 
   def _first_layers(self, x, context, num_layers):
-    """Returns the states after each of the first layers."""
+    """Returns the states after each of the first layers, without the norm."""
     if self.config.for_generation:
       after = []
       for i, layer in enumerate(self.layers[:num_layers]):
@@ -286,7 +309,7 @@ class Stack(nn.Module):
     stacked = self.layers.variables['params']
 
     def read(x, i):
-      # Looked up where they are: a slice of the stack would be a copy of it.
+      # Indexed inside the loop: slicing the stack first would copy it.
       params = jax.tree.map(
         lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), stacked
       )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast, how large, how far from the best: measured, or compiled for.
+"""Benchmarks, and cost estimates of programs compiled for TPU pods.
 
-`benchmark` times generation, training and data beside other engines; the
-package `pods` compiles for TPUs that are not here.
+`benchmark` times generation, training and data, in comparison with other
+engines. The package `pods` compiles for TPUs that are not attached.
 """
 
 # The modules that other packages may import.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast this machine reads."""
+"""Measurement of the memory bandwidth of this machine."""
 
 import time
 
@@ -12,18 +12,18 @@ _NUM_STREAMS = 16
 
 
 class Bandwidth:
-  """Measures how fast this machine reads.
+  """Measures the read bandwidth of device memory.
 
   Attributes:
-    bytes_per_sec: the best so far.
+    bytes_per_sec: the highest bandwidth so far.
   """
 
   def __init__(self):
-    """Makes the array that will be read."""
+    """Allocates the array and compiles the reductions over it."""
     self.bytes_per_sec = 0.0
     columns = 2**13
     self._array = jnp.ones((BANDWIDTH_BYTES // 4 // columns, columns))
-    # Which is fastest depends on the device, and on who else uses it.
+    # The fastest of these depends on the device and its load.
     self._ways = [
       jax.jit(way)
       for way in (
@@ -36,7 +36,7 @@ class Bandwidth:
       jax.block_until_ready(way(self._array))
 
   def measure(self) -> None:
-    """Reads the array again, in each way."""
+    """Times each reduction once."""
     for way in self._ways:
       start = time.perf_counter()
       jax.block_until_ready(way(self._array))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `benchmark`: how fast the systems write, beside other engines.
+"""The verb `benchmark`: generation speed of systems and other engines.
 
-All contenders are in memory at once and take turns; `timing.py` says what is
-timed. Speed does not depend on what weights hold: without a checkpoint they
-are random.
+All contenders are loaded at once and timed in turn; `timing.py` defines the
+measured times. Speed does not depend on the values of weights: without a
+checkpoint they are random.
 """
 
 import collections
@@ -38,7 +38,8 @@ from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import runs
 
 BYTES = {'float32': 4, 'bfloat16': 2, 'int8': 1, 'int8_dynamic': 1}
-# The threads of some engines go on spinning for so long after their work.
+# Seconds to wait between contenders: threads of some engines keep spinning
+# after their work.
 _PAUSE_SECS = 0.3
 
 
@@ -66,45 +67,48 @@ def benchmark(
   data: bool = False,
   dry_run: bool = False,
 ) -> None:
-  """Times the LLM, the SLM and LLM-to-SLM, and writes what it finds.
+  """Times the LLM, the SLM and LLM-to-SLM, and writes a report.
 
-  Prompts are random tokens, or lines of a file; all have exactly as many tokens
-  as asked for.
+  Prompts are random tokens, or lines of a file. All prompts of a shape have
+  exactly the requested number of tokens.
 
   Args:
-    output_dir: gets benchmark.json, benchmark.md and benchmark.png.
-    llm: the LLM: weights, or a config for random ones; without either, the SLM
+    output_dir: output folder of benchmark.json, benchmark.md and benchmark.png.
+    llm: the LLM: weights, or a config for random ones. Without either, the SLM
       is timed alone.
-    slm: the SLM, likewise.
-    checkpoint_path: an LLM-to-SLM run, which brings its LLM and SLM; any other
-      model, a run or as it came, is timed alone, as the LLM.
-    injection: 'add' or 'replace', where there is no run.
-    draft_len: tokens that LLM-to-SLM drafts for the LLM to verify; 0: no such
-      contender. How many stay depends on what was trained, and on prompts:
-      with `prompts_path` EOS ends its answers, and those of one more LLM.
-    dtype: of our weights and activations, 'float32' or 'bfloat16'.
-    quantizations: of our weights, one or several; see
-      `TransformerConfig.quantization`. Each is a contender.
-    prompts_path: a text file, of which the lines are taken that have as many
-      tokens as asked for, EOS included; None: random tokens.
-    batch_sizes: prompts read at once; one number or several, as are
-    prompt_lengths: tokens of a prompt, and
-    output_lengths: tokens of an answer, at least 2.
-    rounds: that are measured; one more goes first and compiles.
-    seed: of random weights and prompts.
+    slm: the SLM: weights, or a config for random ones.
+    checkpoint_path: an LLM-to-SLM run, with its LLM and SLM. Any other run or
+      pretrained model is timed alone, as the LLM.
+    injection: 'add' or 'replace', without a run.
+    draft_len: tokens that LLM-to-SLM drafts for verification by the LLM; 0
+      leaves speculative decoding out. The acceptance rate depends on the
+      training and the prompts. With `prompts_path`, EOS ends the answers of
+      speculative decoding and of an additional LLM contender.
+    dtype: dtype of weights and activations, 'float32' or 'bfloat16'.
+    quantizations: quantizations of the weights, one or several; each is a
+      contender. See `TransformerConfig.quantization`.
+    prompts_path: a text file; its lines with the requested number of tokens,
+      EOS included, are the prompts. None uses random tokens.
+    batch_sizes: prompts per batch, one number or several.
+    prompt_lengths: tokens of a prompt, one number or several.
+    output_lengths: tokens of an answer, one number or several, at least 2.
+    rounds: measured rounds; one more precedes them and compiles.
+    seed: seed of random weights and prompts.
     quality: a task and its split, such as 'multi30k-test': adds the scores that
-      `evaluate` has left in the runs' folders, of the steps that are timed.
-    peer_names: the engines that --peers means, one or several.
+      `evaluate` has stored in the runs' folders for the timed steps.
+    peer_names: engines that --peers stands for, one or several.
     peers: whether other engines run the LLM and the SLM, too.
-    train: whether training steps are timed instead: AdamW, random tokens, and
-      `output_lengths` are those of the answers trained on. A model alone is
-      compared with peers; of an LLM and an SLM, LLM-to-SLM with its parts.
-    data_input: what --data reads: a task and a model's tokenizers.
-    data: whether tokenizing a task and reading it back is timed instead; beside
-      `output_dir`, `rounds` and `peers` it needs `data_input` alone.
+    train: whether to time training steps instead, with AdamW and random tokens;
+      `output_lengths` are the target lengths. A single model is compared with
+      peers; for an LLM and an SLM, LLM-to-SLM is compared with its parts.
+    data_input: input of --data: a task, and the tokenizers of a model.
+    data: whether to time the tokenization and reading of a task instead. Of the
+      other settings only `output_dir`, `rounds`, `peers` and `data_input`
+      apply.
+    dry_run: prints the models, and stops.
 
   Raises:
-    ValueError: if a setting is not one, before anything is loaded.
+    ValueError: if a setting is invalid, before weights are loaded.
   """
   if data:
     _benchmark_data(output_dir, data_input, rounds, peers, dry_run)
@@ -168,7 +172,7 @@ def _benchmark_data(
   has_peers: bool,
   dry_run: bool,
 ) -> None:
-  """Times data, for which no model is loaded."""
+  """Times the data pipeline, which needs no model."""
   if data_input is None:
     raise ValueError(
       '--data times a task with the tokenizers of a model: add '
@@ -191,7 +195,7 @@ def _as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Settings:
-  """How systems are timed; see `benchmark` for what each means."""
+  """Settings of generation benchmarks; see `benchmark`."""
 
   dtype: str
   injection: str
@@ -203,10 +207,10 @@ class _Settings:
   peer_names: tuple[str, ...]
 
   def __post_init__(self):
-    """Checks them.
+    """Validates the settings.
 
     Raises:
-      ValueError: names the setting, and what it may be.
+      ValueError: names the setting and its valid values.
     """
     for name, values, known in (
       ('DTYPE', (self.dtype,), ('float32', 'bfloat16')),
@@ -220,7 +224,7 @@ class _Settings:
     gin_config.check_positive(BENCHMARK_ROUNDS=self.rounds)
 
   def check_training(self) -> None:
-    """Refuses what means nothing for training steps."""
+    """Refuses settings that do not apply to training steps."""
     if self.quantizations != ('none',) or self.draft_len or self.prompts_path:
       raise ValueError(
         '--train times steps on random tokens: leave out QUANTIZATIONS, '
@@ -232,7 +236,7 @@ class _Settings:
     models: Mapping[str, contenders.TimedModel],
     pair: contenders.Pair | None,
   ) -> list[contenders.Writer]:
-    """Returns our contenders."""
+    """Returns the contenders of this package."""
     return list(
       contenders.ours(
         models,
@@ -245,7 +249,7 @@ class _Settings:
     )
 
   def described(self) -> dict[str, Any]:
-    """Returns what the report says of them."""
+    """Returns the settings as shown in the report."""
     return {
       'dtype': self.dtype,
       'injection': self.injection,
@@ -261,10 +265,10 @@ def _of_peers(
   peer_names: Sequence[str],
   folder: pathlib.Path,
 ) -> list[contenders.Writer]:
-  """Returns other engines with the models loaded, by way of the folder."""
-  # On disk, where the user has room, and not in a /tmp that may be memory.
+  """Returns the contenders of other engines, loaded from a scratch folder."""
+  # In the output folder, since /tmp may be in memory.
   scratch = folder / '.peers'
-  shutil.rmtree(scratch, ignore_errors=True)  # Left by one that was killed.
+  shutil.rmtree(scratch, ignore_errors=True)  # left by a killed process
   try:
     return list(contenders.of_peers(models, peer_names, scratch))
   finally:
@@ -276,7 +280,7 @@ def _complete(
   scores: Mapping[str, dict[str, float]],
   bandwidth: bandwidth_lib.Bandwidth,
 ) -> None:
-  """Adds scores to the rows of our engine, and what part of the bandwidth."""
+  """Adds scores, and the fraction of the bandwidth, to the rows."""
   for row in rows:
     if row['engine'] == contenders.OURS and not row['dtype'].startswith('int'):
       row['scores'] = scores.get(row['system'], {})
@@ -290,7 +294,7 @@ def _shapes(
   prompt_lengths: int | Sequence[int],
   output_lengths: int | Sequence[int],
 ) -> list[timing.Shape]:
-  """Returns all combinations."""
+  """Returns all combinations of batch size, prompt and output length."""
   batch_sizes, prompt_lengths, output_lengths = (
     (value,) if isinstance(value, int) else value
     for value in (batch_sizes, prompt_lengths, output_lengths)
@@ -320,7 +324,7 @@ def _shapes(
 def _check_positions(
   models: Mapping[str, contenders.TimedModel], shapes: Sequence[timing.Shape]
 ) -> None:
-  """Refuses lengths that a model has no positions for."""
+  """Refuses lengths beyond a model's maximum number of positions."""
   for model in models.values():
     module = l2s.build_reader(model.config)
     for _, prompt_length, num_tokens in shapes:
@@ -332,7 +336,7 @@ def _check_drafts(
   pair: contenders.Pair | None,
   draft_len: int,
 ) -> None:
-  """Refuses drafts that no LLM can verify."""
+  """Refuses speculative decoding if the LLM cannot verify drafts."""
   if not draft_len:
     return
   gin_config.check_positive(DRAFT_LEN=draft_len)
@@ -353,16 +357,16 @@ def _scores(
   pair: contenders.Pair | None,
   name: str,
 ) -> dict[str, dict[str, float]]:
-  """Returns the main scores of each system that was evaluated as it is timed.
+  """Returns the main scores of each system, evaluated at the timed step.
 
   Raises:
-    ValueError: if none was.
+    ValueError: if no system was evaluated.
   """
   sources = {role: model.source for role, model in models.items()}
   if pair is not None:
     sources[contenders.LLM_TO_SLM] = pair.slm.source
     if pair.slm is models[contenders.SLM]:
-      del sources[contenders.SLM]  # Its scores are those of LLM-to-SLM.
+      del sources[contenders.SLM]  # the run's scores are LLM-to-SLM's
   found = {}
   for system, source in sources.items():
     path = pathlib.Path(source.location) / 'eval' / f'metrics-{name}.json'
@@ -377,7 +381,7 @@ def _scores(
       f'its step: eval/metrics-{name}.json is missing, or has other steps. '
       'Run `evaluate` first.'
     )
-  if contenders.LLM in found:  # What speculative decoding writes is the LLM's.
+  if contenders.LLM in found:  # Speculative decoding writes the LLM's answers.
     found[contenders.SPECULATIVE] = found[contenders.LLM]
     found[contenders.SPECULATIVE_TO_EOS] = found[contenders.LLM]
     found[contenders.LLM_TO_EOS] = found[contenders.LLM]
@@ -385,13 +389,13 @@ def _scores(
 
 
 class _Prompts:
-  """Gives prompts of one length, the same to all that have as many ids."""
+  """Prompts of one length, the same for equal vocabulary sizes."""
 
   def __init__(self, seed: int, path: str | None, checkpoint_path: str | None):
-    """Reads the file.
+    """Reads the file of prompts, if there is one.
 
     Raises:
-      ValueError: if there is no run whose tokenizer the file needs.
+      ValueError: if the file needs the tokenizer of a run and none is given.
     """
     self._seed = seed
     self._path = path
@@ -417,7 +421,7 @@ class _Prompts:
     ]
 
   def check(self, batch_size: int, length: int) -> None:
-    """Refuses a shape that the file has not lines enough for."""
+    """Refuses a shape for which the file has too few lines."""
     counts = collections.Counter(map(len, self._rows))
     if self._path is not None and counts[length] < batch_size:
       common = sorted(length for length, _ in counts.most_common(8))
@@ -459,7 +463,7 @@ def _time(
   prompts: _Prompts,
   bandwidth: bandwidth_lib.Bandwidth,
 ) -> list[TableRow]:
-  """Returns a row for each contender at one shape."""
+  """Times all contenders at one shape; returns a row for each."""
   batch_size, prompt_length, num_tokens = shape
   print(
     f'batch {batch_size}, {prompt_length} tokens in, {num_tokens} out: '
@@ -498,7 +502,7 @@ def _time(
 def _equal(
   times: timing.Times, reference: timing.Times, eos: int | tuple[int, ...]
 ) -> float:
-  """Returns the part of tokens that are equal; what both lack is not one."""
+  """Returns the fraction of equal tokens, up to the longer answer's end."""
   length = np.maximum(times.lengths(eos), reference.lengths(eos))
   is_token = np.arange(times.tokens.shape[1]) < length[:, None]
   return float(np.mean((times.tokens == reference.tokens)[is_token]))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What takes part in a benchmark: models, systems of them, engines.
+"""Contenders of a benchmark: models, systems of models, and engines.
 
-Our systems share their arrays: LLM-to-SLM has those of the LLM's encoder and of
-the SLM. Weights are read from their source twice where other engines take part,
-for us and to be written for them; nobody holds a copy that is not run.
+Our systems share arrays: LLM-to-SLM uses those of the LLM's encoder and of the
+SLM. If other engines take part, weights are read from their source twice: for
+our systems, and for conversion. No unused copy stays in memory.
 """
 
 import dataclasses
@@ -41,31 +41,31 @@ LLM, SLM, LLM_TO_SLM = 'LLM', 'SLM', 'LLM-to-SLM'
 SPECULATIVE = 'speculative'
 LLM_TO_EOS, SPECULATIVE_TO_EOS = 'LLM, to EOS', 'speculative, to EOS'
 
-# What of a config says neither how a model is built nor what it computes.
+# Config fields without effect on the architecture or its outputs.
 _UNASKED = (
   *config_lib.RUNTIME_FIELDS,
   'kernel_init_stddev',
   'embedding_init_stddev',
 )
-# Of weights that came without a tokenizer.
+# Token ids for weights without a tokenizer.
 _IDS = strategies.Ids(start=peers.START_ID, eos=-1, pad=0)
 
 
 def llm_of(system: str) -> str:
-  """Returns the system of the LLM alone whose answers end alike."""
+  """Returns the LLM-only system whose answers end in the same way."""
   ends = system in (LLM_TO_EOS, SPECULATIVE_TO_EOS)
   return LLM_TO_EOS if ends else LLM
 
 
 @dataclasses.dataclass(frozen=True)
 class TimedModel:
-  """A language model that takes part.
+  """A language model in the benchmark.
 
   Attributes:
-    name: as tables have it.
+    name: name in tables.
     source: its weights.
-    config: how it is computed.
-    ids: of what it writes.
+    config: its config, in the dtype of the benchmark.
+    ids: start, EOS and padding ids of its answers.
   """
 
   name: str
@@ -75,27 +75,27 @@ class TimedModel:
 
   @property
   def writes(self) -> bool:
-    """Whether it is more than an encoder, which serves LLM-to-SLM alone."""
+    """Whether it has a decoder. An encoder serves as LLM of LLM-to-SLM only."""
     shapes = self.source.shapes()
     return self.config.has_decoder and not shapes_lib.is_encoder_alone(shapes)
 
   @property
   def num_params(self) -> int:
-    """How many numbers its weights have."""
+    """Number of its parameters."""
     shapes = source_lib.demanded(self.config, self.source.shapes())
     return sum(shape.size for shape in shapes.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-  """LLM-to-SLM: two models and what is between them.
+  """LLM-to-SLM: two models and the parameters between them.
 
   Attributes:
-    name: as tables have it.
-    module: of the three.
-    slm: may have other weights than the SLM that is timed alone.
-    read: returns a parameter between them.
-    llm_fingerprint: of the LLM that it was trained with, where it is known.
+    name: name in tables.
+    module: the module of LLM-to-SLM.
+    slm: its SLM; may have other weights than the SLM timed alone.
+    read: function that reads a parameter outside LLM and SLM by path.
+    llm_fingerprint: fingerprint of the LLM it was trained with, if known.
   """
 
   name: str
@@ -107,16 +107,16 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Writer(timing.Contender):
-  """A system that writes, and the engine that runs it.
+  """A generating system, and the engine that runs it.
 
   Attributes:
-    system: also 'speculative', or 'LLM, to EOS' or 'speculative, to EOS', whose
-      answers end.
-    dtype: of the weights.
-    cache_dtype: of the cache.
-    module: ours, that says what has to be computed.
-    start: takes prompts and the longest answer, returns what writes.
-    eos: ends an answer, or a tuple of all that do; -1: nothing does.
+    system: as in `timing.Contender`; also 'speculative', or 'LLM, to EOS' and
+      'speculative, to EOS', whose answers end with EOS.
+    dtype: dtype of the weights.
+    cache_dtype: dtype of the KV cache.
+    module: our module of the system, for FLOPs.
+    start: function from prompts and the longest answer to a `timing.Write`.
+    eos: id, or tuple of ids, that ends an answer; -1 if none does.
   """
 
   cache_dtype: str
@@ -126,19 +126,20 @@ class Writer(timing.Contender):
 
   @property
   def name(self) -> str:
+    """Name that identifies the contender."""
     return f'{self.system}, {self.engine} {self.dtype}'
 
   @property
   def reference(self) -> str:
-    """The name of the contender whose tokens should be equal, in float32."""
-    # What speculative decoding writes is the LLM's.
+    """Name of the contender to compare tokens with: ours in float32."""
+    # Speculative decoding writes the LLM's answers.
     is_llms = self.system in (SPECULATIVE, SPECULATIVE_TO_EOS)
     system = llm_of(self.system) if is_llms else self.system
     return f'{system}, {OURS} float32'
 
   @property
   def vocab_size(self) -> int:
-    """How many ids prompts have."""
+    """Size of the prompt vocabulary."""
     if isinstance(self.module, l2s.LlmToSlm):
       return self.module.llm_config.vocab_size
     return self.module.config.vocab_size
@@ -152,11 +153,20 @@ def find_models(
   dtype: str,
   seed: int,
 ) -> tuple[dict[str, TimedModel], Pair | None]:
-  """Returns the models by role, and what is between LLM and SLM, if both.
+  """Returns the models by role, and the pair if there are two.
+
+  Args:
+    llm: weights or config of the LLM, if any.
+    slm: weights or config of the SLM, if any.
+    checkpoint_path: a run or a pretrained model, if any.
+    injection: 'add' or 'replace', without a run.
+    dtype: dtype of weights and activations.
+    seed: seed of random weights.
 
   Raises:
-    ValueError: if there are none, one cannot write, or one is not the run's.
-    FileNotFoundError: if there is none where it should be.
+    ValueError: if there is no model, an encoder would have to write, or a model
+      is not the run's.
+    FileNotFoundError: if weights are missing.
   """
   given = {LLM: llm or system_lib.Tower(), SLM: slm or system_lib.Tower()}
   models, pair = _find_models(given, checkpoint_path, injection, dtype, seed)
@@ -223,10 +233,10 @@ def _ids_of(vocabulary: base.Vocabulary) -> strategies.Ids:
 
 
 def _preset(macro: str) -> str | None:
-  """Returns the name of what gin bound to a macro, if it has one."""
+  """Returns the name of the preset bound to a gin macro; None without one."""
   try:
     value = repr(gin.query_parameter(f'{macro}/gin.macro.value'))
-  except ValueError:  # Nothing is bound.
+  except ValueError:  # The macro is unbound.
     return None
   return value.removeprefix('%') if value.startswith('%') else None
 
@@ -237,9 +247,10 @@ def _of_run(
   dtype: str,
   seed: int,
 ) -> tuple[dict[str, TimedModel], Pair | None]:
-  """Returns the models of an LLM-to-SLM run; an SLM that is named is alone.
+  """Returns the models of an LLM-to-SLM run, and their pair.
 
-  Any other CHECKPOINT_PATH is a model that is timed alone, in the LLM's place.
+  An SLM given beside the run is the one timed alone. If CHECKPOINT_PATH is
+  another model, it is timed alone, in the role of the LLM.
   """
   run = _open_pair(folder)
   if run is None:
@@ -288,14 +299,14 @@ def _of_run(
 
 
 class _OpenedPair(NamedTuple):
-  """LLM-to-SLM without its LLM: of a run, or of a bundle.
+  """LLM-to-SLM without its LLM, from a run or a bundle.
 
   Attributes:
     location: CHECKPOINT_PATH.
-    description: as `model.json` has it.
-    slm: the SLM.
-    others: the tensors beside it, by path.
-    has_encoder_alone: whether its LLM, which it brings, cannot write.
+    description: the content of `model.json`.
+    slm: weights of the SLM.
+    others: the tensors outside LLM and SLM, by path.
+    has_encoder_alone: whether it includes the LLM's encoder only, as a bundle.
   """
 
   location: str
@@ -306,7 +317,7 @@ class _OpenedPair(NamedTuple):
 
 
 def _open_pair(folder: str) -> _OpenedPair | None:
-  """Opens a run or a bundle of LLM-to-SLM; of other models returns None."""
+  """Opens an LLM-to-SLM run or bundle; returns None for other models."""
   if bundle.is_bundle(folder):
     opened = bundle.open_bundle(folder)
     if 'slm' not in opened.towers:
@@ -326,7 +337,7 @@ def _open_pair(folder: str) -> _OpenedPair | None:
 
 
 def _open_llm(run: _OpenedPair, tower: system_lib.Tower) -> source_lib.Source:
-  """Opens the LLM of a run, where it was or where it is said to be now."""
+  """Opens the LLM of a run, at its stored or its given location."""
   description = run.description
   path = tower.path or description['llm_path']
   if run.has_encoder_alone and tower.path is None:
@@ -346,7 +357,7 @@ def _open_llm(run: _OpenedPair, tower: system_lib.Tower) -> source_lib.Source:
       'LLM_PATH to where it is now.'
     )
   source = opening.open_source(path, description['llm_step'])
-  # Through a config: a run does not name the fields that came after it.
+  # Parsing fills in config fields that are newer than the run.
   config = config_lib.from_json(description['llm'], run.location, 'llm')
   differences = files.differences(
     config.to_json(), source.config.to_json(), ignored=_UNASKED
@@ -377,16 +388,16 @@ def ours(
   draft_len: int,
   to_eos: bool = False,
 ) -> Iterator[Writer]:
-  """Yields our systems; LLM-to-SLM shares its arrays with its parts.
+  """Yields the contenders of this package; parameters are shared.
 
   Args:
-    models: by role.
-    pair: what is between them.
-    dtype: of weights and activations.
-    quantizations: each of which is a contender.
-    draft_len: of speculative decoding; 0: there is none.
-    to_eos: whether EOS ends the answers of speculative decoding and of one
-      more LLM, which it is compared with.
+    models: models by role.
+    pair: the pair, if there is one.
+    dtype: dtype of weights and activations.
+    quantizations: quantizations; each is a contender.
+    draft_len: draft length of speculative decoding; 0 for none.
+    to_eos: whether EOS ends the answers of speculative decoding, and of an
+      additional LLM contender for comparison.
 
   Raises:
     ValueError: if the LLM is not the one that the run was trained with.
@@ -432,7 +443,7 @@ def _with_pair(
   draft_len: int,
   to_eos: bool,
 ) -> Iterator[Writer]:
-  """Yields LLM-to-SLM and speculative decoding, in each quantization."""
+  """Yields LLM-to-SLM and speculative decoding for each quantization."""
   shapes = shapes_lib.of_module(pair.module)
   between = traverse_util.unflatten_dict(
     {
@@ -471,7 +482,7 @@ def _with_pair(
 
 
 def _of_llm(pair: Pair) -> set[str]:
-  """Returns the names of the LLM's parts that LLM-to-SLM has."""
+  """Returns the names of the LLM's modules that LLM-to-SLM uses."""
   shapes = shapes_lib.of_module(pair.module)
   return {path[1] for path in shapes if path[0] == 'llm'}
 
@@ -482,16 +493,16 @@ def _prepare(
   quantizations: Sequence[str],
   pair: Pair | None = None,
 ) -> dict[str, PyTree]:
-  """Returns the parameters as generation reads them, by quantization.
+  """Returns parameters in generation layout, by quantization.
 
   Args:
-    model: which.
-    dtype: of the parameters.
-    quantizations: of them.
-    pair: whose LLM this has to be; None: any model will do.
+    model: the model.
+    dtype: dtype of the parameters.
+    quantizations: the quantizations.
+    pair: the pair whose LLM this must be; None accepts any model.
 
   Raises:
-    ValueError: if it is not.
+    ValueError: if the model is not the pair's LLM.
   """
   shapes = source_lib.demanded(model.config, model.source.shapes())
   of_pair = _of_llm(pair) if pair is not None else set()
@@ -504,7 +515,7 @@ def _prepare(
       f'{fingerprint[:16]}, the run has {pair.llm_fingerprint[:16]}. Set '
       'LLM_PATH to the right weights.'
     )
-  # Apart: the fingerprint of a run is that of what encodes.
+  # Read separately: a run's fingerprint covers the encoder only.
   params |= _load(model.source, shapes.keys() - encodes, shapes, dtype)[0]
   return {
     quantization: jax.block_until_ready(
@@ -522,7 +533,7 @@ def _load(
   shapes: Mapping[shapes_lib.Path, jax.ShapeDtypeStruct],
   dtype: str,
 ) -> tuple[dict[str, PyTree], str]:
-  """Reads some tensors; returns them and their fingerprint."""
+  """Reads tensors; returns them and their fingerprint."""
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   wanted = {
     path: jax.ShapeDtypeStruct(shapes[path].shape, dtype) for path in paths
@@ -535,7 +546,7 @@ def _load(
 
 
 def load_params(model: TimedModel) -> PyTree:
-  """Returns the float32 parameters of a model, as it is trained."""
+  """Returns the float32 parameters of a model in training layout."""
   shapes = source_lib.demanded(model.config, model.source.shapes())
   return _load(model.source, shapes, shapes, 'float32')[0]
 
@@ -581,17 +592,17 @@ def _our_contender(
 def check_disk(
   models: Mapping[str, TimedModel], names: Sequence[str], folder: pathlib.Path
 ) -> None:
-  """Refuses a disk without room for the weights that peers will read.
+  """Validates that the disk has room for the weights of other engines.
 
   Raises:
-    ValueError: with what is free and what is needed.
+    ValueError: names the free and the required space.
   """
   engines = {
     peers.PEERS[name].engine
     for name in names
     if peers.why_missing(peers.PEERS[name]) is None
   }
-  # CTranslate2 has a copy of its own.
+  # CTranslate2 needs a converted copy.
   num_copies = 1 + ('ctranslate2' in engines) if engines else 0
   num_bytes = num_copies * sum(
     shape.size * shape.dtype.itemsize
@@ -614,13 +625,13 @@ def load_peers(
   scratch: pathlib.Path,
   load: Callable[[str, pathlib.Path, TimedModel], Loaded],
 ) -> Iterator[tuple[str, peers.Peer, Loaded]]:
-  """Yields a role, a peer and its model; says which are left out and why.
+  """Yields role, peer and loaded model; prints omissions with reasons.
 
   Args:
-    models: by role.
-    entries: the peers by name.
-    scratch: where the models are written, in Hugging Face's form.
-    load: loads the model of the peer of that name from its folder.
+    models: models by role.
+    entries: peers by name.
+    scratch: folder for the models in Hugging Face format.
+    load: function (name of the peer, folder, model) that loads the model.
   """
   present = []
   for name, peer in entries.items():
@@ -652,7 +663,7 @@ def of_peers(
   names: Sequence[str],
   scratch: pathlib.Path,
 ) -> list[Writer]:
-  """Returns other engines with our models; says which are left out and why."""
+  """Returns contenders of other engines; prints omissions with reasons."""
   entries = {name: peers.PEERS[name] for name in names}
 
   def load(name: str, folder: pathlib.Path, model: TimedModel) -> timing.Start:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`benchmark --data`: how fast examples are tokenized, cached and read back.
+"""`benchmark --data`: speed of tokenization, caching and reading.
 
-The first examples of a task are tokenized: in memory, into files, into batches.
-Caches of fixed lengths, made of the task's own tokens, are read back, whole and
-in the parts of several processes. Nothing is computed with them.
+The first examples of a task are tokenized: in memory, into files, and into
+batches. Caches with fixed lengths, made of the task's own tokens, are read:
+whole batches, and the shares of several processes. No model is run.
 
-A contender that starts processes or compiles a pipeline is called for few
-examples and for all; its speed is that of those between:
+Contenders that start processes or build pipelines are called for few examples
+and for all, and their speed is that of the examples in between:
 
     examples/s = (all - few) / (time of all - time of few)
 """
@@ -35,7 +35,7 @@ from l2s_jax.runtime import files
 
 _JSON, _MARKDOWN = 'data.json', 'data.md'
 IMPORTING = 'importing'
-# What a training from a cache imports, and what one without has more.
+# Modules imported by training from a cache, and in addition without one.
 IMPORTS = ('jax', 'l2s_jax.data.cached.cache_batches', 'l2s_jax.data.features')
 _PACKAGES = (
   'array_record', 'tokenizers', 'sentencepiece', 'seqio', 'tensorflow'
@@ -96,20 +96,20 @@ def run(
   has_peers: bool,
   dry_run: bool = False,
 ) -> None:
-  """Times all of it and writes data.json and data.md.
+  """Runs all timings; writes data.json and data.md.
 
   Args:
-    folder: where to; and for the caches, while they are read.
-    given: what to read.
-    rounds: that are measured; one more goes first.
+    folder: output folder; also holds temporary caches.
+    given: the input.
+    rounds: measured rounds; one more precedes them.
     has_peers: whether SeqIO, Hugging Face `datasets` and Grain take part.
-    dry_run: prints what would be timed, and stops.
+    dry_run: prints the input, and stops.
 
   Raises:
-    ValueError: if a setting is not one, or it is no single task of text.
+    ValueError: if a setting is invalid, or the task is no single text task.
   """
   given.check()
-  # One process is one core: the library has threads of its own.
+  # Limits a process to one core: the library has threads of its own.
   os.environ['TOKENIZERS_PARALLELISM'] = 'false'
   opened = data_input.open_input(given)
   num_examples = opened.size.all
@@ -121,7 +121,7 @@ def run(
   if dry_run:
     return
   scratch = folder / '.data'
-  shutil.rmtree(scratch, ignore_errors=True)  # Left by one that was killed.
+  shutil.rmtree(scratch, ignore_errors=True)  # left by a killed process
   scratch.mkdir(parents=True)
   present = _present_peers() if has_peers else []
   has_grain = 'grain' in present
@@ -134,7 +134,7 @@ def run(
   finally:
     shutil.rmtree(scratch, ignore_errors=True)
   rows += _time_imports(rounds, has_grain)
-  # EOS included.
+  # Mean lengths with EOS.
   means = [1 + float(np.mean(list(map(len, side)))) for side in opened.ids]
   _write(
     folder,
@@ -153,7 +153,7 @@ def run(
 
 
 def _present_peers() -> list[str]:
-  """Returns the peers that are installed; says which are left out and why."""
+  """Returns the installed peers; prints the missing ones and the reasons."""
   present = []
   for name, peer in data_peers.PEERS.items():
     reason = peers.why_missing(peer)
@@ -165,7 +165,7 @@ def _present_peers() -> list[str]:
 
 
 def _time_imports(rounds: int, has_grain: bool) -> list[TableRow]:
-  """Returns what imports take of the CPU, each in a process of its own."""
+  """Times imports, in CPU seconds, each in a process of its own."""
   modules = [*IMPORTS, *['grain'] * has_grain]
   secs: dict[str, list[float]] = {module: [] for module in modules}
   for _ in range(rounds):
@@ -189,7 +189,7 @@ def _time_imports(rounds: int, has_grain: bool) -> list[TableRow]:
 
 
 def _shown(row: TableRow) -> TableRow:
-  """Returns a row with its median, and quartiles."""
+  """Returns a row with median and quartiles."""
   ((quantity, values),) = row['rounds'].items()
   low, middle, high = np.percentile(values, [25, 50, 75])
   digits = 0 if middle >= 100 else 2

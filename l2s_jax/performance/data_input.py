@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `benchmark --data` reads: a task's first examples, by gin."""
+"""Input of `benchmark --data`: the first examples of a task, set by gin."""
 
 import dataclasses
 import functools
@@ -18,26 +18,26 @@ from l2s_jax.vocabularies import base
 if TYPE_CHECKING:
   import seqio
 
-# Of all batches, one of so many is few.
+# The fraction 1 / _FEW of all batches counts as few.
 _FEW = 8
 
 
 @gin.configurable('DataInput', module='l2s_jax')
 @dataclasses.dataclass(frozen=True)
 class DataInput:
-  """What `benchmark --data` reads.
+  """Input of `benchmark --data`.
 
   Attributes:
     model: the system whose tokenizers are used.
-    mixture_or_task_name: a task; of a mixture, one of its tasks.
-    task_feature_lengths: tokens of 'inputs' and 'targets', of batches that are
+    mixture_or_task_name: a task; for a mixture, one of its tasks.
+    task_feature_lengths: maximum tokens of 'inputs' and 'targets' for batches
       made without a cache.
-    split: of the task.
-    num_examples: that are tokenized, or all if there are fewer; so many are
-      read back, too.
-    batch_size: rows, over all processes.
-    lengths: tokens of prompt and answer of what is read back.
-    process_counts: of processes that share a batch.
+    split: split of the task.
+    num_examples: number of tokenized examples, or all if there are fewer. As
+      many are read from the caches.
+    batch_size: global batch size.
+    lengths: prompt and answer length, in tokens, of each cache to read.
+    process_counts: numbers of processes that share a batch.
   """
 
   model: system_lib.System
@@ -50,10 +50,10 @@ class DataInput:
   process_counts: Sequence[int] = (1, 2, 4)
 
   def check(self) -> None:
-    """Refuses settings that mean nothing.
+    """Validates the settings.
 
     Raises:
-      ValueError: naming the setting.
+      ValueError: names the setting.
     """
     gin_config.check_positive(
       DATA_EXAMPLES=self.num_examples, BATCH_SIZE=self.batch_size
@@ -75,14 +75,14 @@ class DataInput:
 
 @dataclasses.dataclass(frozen=True)
 class OpenedInput:
-  """A task whose data are there.
+  """An opened task, and the number of examples to time.
 
   Attributes:
     given: the settings.
-    task: bound to the vocabularies.
+    task: the task, bound to the vocabularies.
     texts: its examples.
-    vocabularies: of prompts and answers.
-    size: how many examples are timed, whole batches.
+    vocabularies: vocabularies of prompts and answers.
+    size: number of timed examples, in whole batches.
   """
 
   given: DataInput
@@ -93,12 +93,12 @@ class OpenedInput:
 
   @functools.cached_property
   def sample(self) -> cache_texts.Chunk:
-    """The examples that are timed, as the task gives them."""
+    """The timed examples, as the task yields them."""
     return self.texts.sample(self.size.all)
 
   @functools.cached_property
   def decoded(self) -> dict[str, list[str]]:
-    """Prompts and answers of these, by 'inputs' and 'targets'."""
+    """Their texts, by 'inputs' and 'targets'."""
     return {
       key: [text.decode() for text in self.sample[key]]
       for key in ('inputs', 'targets')
@@ -106,7 +106,7 @@ class OpenedInput:
 
   @functools.cached_property
   def ids(self) -> list[list[list[int]]]:
-    """The same as ids, without EOS: of prompts, and of answers."""
+    """Their token ids without EOS: of prompts, and of answers."""
     return [
       vocabulary.encode_batch(texts)
       for vocabulary, texts in zip(
@@ -116,12 +116,12 @@ class OpenedInput:
 
 
 def open_input(given: DataInput) -> OpenedInput:
-  """Opens the task; reads nothing yet.
+  """Opens the task without reading examples.
 
   Raises:
     FileNotFoundError: if its data are missing.
-    ValueError: if it is a mixture, a cache, or tokenized by its own steps, or
-      has not two batches.
+    ValueError: if it is a mixture or a cache, has preprocessors that tokenize,
+      or has fewer than two batches.
   """
   from l2s_jax.data.features import seqio
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other engines' ways with data: for `benchmark --data --peers`.
+"""Data pipelines of other engines, for `benchmark --data --peers`.
 
-SeqIO into TFRecord files, as `seqio_cache_tasks` writes them; Hugging Face
-`datasets` from JSONL to Arrow files; Grain over our own ArrayRecord files.
-`datasets` and `grain` are optional. Nothing here imports TensorFlow before it
-is called: processes of `datasets` import this module.
+SeqIO writes TFRecord files, as `seqio_cache_tasks` does; Hugging Face
+`datasets` maps JSONL to Arrow files; Grain reads our ArrayRecord files.
+`datasets` and `grain` are optional. TensorFlow is imported inside functions
+only, since the processes of `datasets` import this module.
 """
 
 import pathlib
@@ -25,14 +25,14 @@ PEERS = {
   'datasets': peers.Peer('datasets', '', ('datasets',)),
   'grain': peers.Peer('grain', '', ('grain',)),
 }
-# On two cores Grain is fastest so; its own default is 16.
+# The fastest setting on two cores; Grain's default is 16.
 _GRAIN_THREADS = 1
 
 Vocabularies = tuple[base.Vocabulary, base.Vocabulary]
 
 
 def library(vocabulary: base.Vocabulary) -> str:
-  """Returns whose tokenizer a vocabulary is."""
+  """Returns the name of the library that implements a tokenizer."""
   if isinstance(vocabulary, sentencepiece.SentencePieceVocabulary):
     return 'sentencepiece'
   is_ours = isinstance(vocabulary, byte.ByteVocabulary)
@@ -42,7 +42,14 @@ def library(vocabulary: base.Vocabulary) -> str:
 def write_seqio(
   task: 'seqio.Task', split: str, path: pathlib.Path, num_examples: int
 ) -> None:
-  """Writes the first examples of a bound task into a TFRecord file."""
+  """Writes the first examples of a bound task to a TFRecord file.
+
+  Args:
+    task: the task.
+    split: its split.
+    path: the file.
+    num_examples: number of examples.
+  """
   from l2s_jax.data.features import seqio, tf
 
   dataset = task.get_dataset(None, split=split, shuffle=False)
@@ -57,15 +64,18 @@ def map_datasets(
   num_examples: int,
   num_processes: int,
 ) -> int:
-  """Maps the first lines of a JSONL file to Arrow files; returns their tokens.
+  """Tokenizes the first lines of a JSONL file into Arrow files.
 
-  To be called in a process of its own: it forks others.
+  Call it in a process of its own, since it forks.
 
   Args:
-    path: of lines with `inputs` and `targets`.
-    vocabularies: of the two.
-    num_examples: lines.
-    num_processes: that tokenize; 1: this one.
+    path: file of lines with `inputs` and `targets`.
+    vocabularies: vocabularies of the two.
+    num_examples: number of lines.
+    num_processes: tokenizing processes; 1 is this process.
+
+  Returns:
+    The number of tokens.
   """
   import datasets
 
@@ -85,7 +95,7 @@ def map_datasets(
 
 
 class _Tokenize:
-  """Gives ids for texts, EOS behind each, and how many an example has."""
+  """Maps texts to token ids with EOS, and counts tokens per example."""
 
   def __init__(self, vocabularies: Vocabularies):
     self._vocabularies = vocabularies
@@ -107,12 +117,15 @@ class _Tokenize:
 def grain_reader(
   task: cache_task.CachedTask, lengths: tuple[int, int], batch_size: int
 ) -> Callable[[int], None]:
-  """Returns what reads so many examples by Grain, shuffled, in our batches.
+  """Returns a function that reads shuffled examples in batches by Grain.
 
   Args:
-    task: of one task, split 'train'.
-    lengths: of rows, prompt and answer.
-    batch_size: rows.
+    task: a cache of one task, with split 'train'.
+    lengths: prompt and answer length of rows.
+    batch_size: rows of a batch.
+
+  Returns:
+    A function of the number of examples.
   """
   import grain
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Caches read back, for `benchmark --data`: whole, in parts, and by Grain."""
+"""Reading of caches for `benchmark --data`: whole, shared, and by Grain."""
 
 import functools
 import itertools
@@ -29,14 +29,15 @@ def make_cache(
   lengths: tuple[int, int],
   num_examples: int,
 ) -> cache_task.CachedTask:
-  """Writes a cache of examples of one length; returns it bound.
+  """Writes a cache of examples of one length; returns it as a bound task.
 
   Args:
-    folder: of the cache.
-    vocabularies: of prompts and answers.
-    streams_of_ids: what prompts and answers are cut from, repeated as needed.
-    lengths: of each prompt and each answer, EOS included.
-    num_examples: in the cache.
+    folder: folder of the cache.
+    vocabularies: vocabularies of prompts and answers.
+    streams_of_ids: token ids from which prompts and answers are cut, repeated
+      as necessary.
+    lengths: length of each prompt and each answer, EOS included.
+    num_examples: number of examples.
   """
   from l2s_jax.data import features
   from l2s_jax.data.features import seqio, tf
@@ -58,7 +59,7 @@ def make_cache(
   def read(
     split: str, shuffle_files: bool = False, seed: int | None = None
   ) -> 'tf.data.Dataset':
-    del split, shuffle_files, seed  # There is but one.
+    del split, shuffle_files, seed  # the only split
     return tf.data.Dataset.from_tensor_slices(columns)
 
   task = seqio.Task(
@@ -87,7 +88,15 @@ def read(
   rows: np.ndarray,
   number: int,
 ) -> None:
-  """Reads rows of the batches of the last so many examples of an epoch."""
+  """Reads rows of the batches of an epoch's last examples.
+
+  Args:
+    task: the cache.
+    lengths: prompt and answer length.
+    batch_size: global batch size.
+    rows: rows of each batch to read.
+    number: number of examples in the batches.
+  """
   batches = task.train_batches(
     task_feature_lengths=dict(zip(('inputs', 'targets'), lengths, strict=True)),
     batch_size=batch_size,
@@ -107,14 +116,17 @@ def time_reading(
   rounds: int,
   has_grain: bool,
 ) -> list[TableRow]:
-  """Returns the rows of those that read a cache, whole and in parts.
+  """Times reading of a cache, in whole batches and in shares of processes.
 
   Args:
-    opened: whose tokens the cache has.
-    lengths: of its prompts and answers.
-    scratch: a folder for the cache.
-    rounds: that are measured; one more goes first.
+    opened: the input; its tokens fill the cache.
+    lengths: prompt and answer length.
+    scratch: folder for the cache.
+    rounds: measured rounds; one more precedes them.
     has_grain: whether Grain takes part.
+
+  Returns:
+    Table rows.
   """
   given, size = opened.given, opened.size
   task = make_cache(

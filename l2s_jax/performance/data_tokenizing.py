@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tokenizes, for `benchmark --data`: this package, and its peers.
+"""Tokenization contenders of `benchmark --data`: this package and peers.
 
-In memory, into the files of a cache, and into batches as training without a
-cache has them.
+Tokenization in memory, into the files of a cache, and into training batches
+without a cache.
 """
 
 import concurrent.futures
@@ -27,14 +27,14 @@ PART = 'tokenizing'
 
 
 class TokenizingJob(NamedTuple):
-  """Something that tokenizes.
+  """A tokenization contender.
 
   Attributes:
-    from_to: what it makes of what.
-    engine: whose.
-    processes: that it has, beside threads.
-    run: does so many examples.
-    is_alone: whether it is one thread, whose CPU time is taken.
+    from_to: its input and output, for tables.
+    engine: name of the engine.
+    processes: number of its processes.
+    run: tokenizes the given number of examples.
+    is_alone: whether it runs in one thread, so that CPU time is measured.
   """
 
   from_to: str
@@ -50,13 +50,13 @@ def time_tokenizing(
   present: Sequence[str],
   rounds: int,
 ) -> list[TableRow]:
-  """Returns a row for each contender; they take turns.
+  """Times all contenders in turn; returns a row for each.
 
   Args:
-    opened: what is tokenized.
-    scratch: a folder for what is written.
-    present: the peers that take part.
-    rounds: that are measured; one more goes first.
+    opened: the input.
+    scratch: folder for output files.
+    present: names of the peers that take part.
+    rounds: measured rounds; one more precedes them.
   """
   size = opened.size
   with _jobs(opened, scratch, present) as jobs:
@@ -88,8 +88,8 @@ def time_tokenizing(
 def _jobs(
   opened: data_input.OpenedInput, scratch: pathlib.Path, present: Sequence[str]
 ) -> Iterator[list[TokenizingJob]]:
-  """Yields all that tokenizes."""
-  # One process, and one for each core.
+  """Yields all contenders."""
+  # One process, and one per core.
   counts = sorted({1, distributed.num_cores()})
   with contextlib.ExitStack() as stack:
     jobs = _our_jobs(stack, opened, scratch, counts)
@@ -112,7 +112,7 @@ def _our_jobs(
   scratch: pathlib.Path,
   counts: Sequence[int],
 ) -> list[TokenizingJob]:
-  """Returns the tokenizers' libraries, and what this package makes of them."""
+  """Returns the tokenizer libraries, and this package's uses of them."""
   given, task, texts = opened.given, opened.task, opened.texts
   vocabularies = opened.vocabularies
   encoder = cache_encoding.Encoder(*vocabularies)
@@ -130,7 +130,7 @@ def _our_jobs(
       encoder(cache_encoding.Work(texts.label, start, columns))
 
   def to_cache(num_workers: int, number: int) -> None:
-    # Not the last shard of a split, so that no more is looked for.
+    # Shard 0 of 2: the writer of a split's last shard looks for more examples.
     shard = cache_writer.CacheShard(task.name, given.split, 0, 2, 0, number)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
       cache_writer.write(
@@ -151,7 +151,7 @@ def _our_jobs(
   stack.callback(batches.close)
 
   def to_batches(number: int) -> None:
-    # Goes on where it was: filling the shuffle buffer is starting, too.
+    # Continues the same stream, since filling the shuffle buffer is startup.
     for _ in range(0, number, given.batch_size):
       next(batches)
 
@@ -175,8 +175,8 @@ def _datasets_jobs(
   scratch: pathlib.Path,
   counts: Sequence[int],
 ) -> list[TokenizingJob]:
-  """Returns Hugging Face `datasets.map` of the same texts."""
-  # Its processes are forked, which one with threads should not be.
+  """Returns Hugging Face `datasets.map` on the same texts."""
+  # `datasets` forks, which is unsafe in a process with threads.
   pool = stack.enter_context(
     concurrent.futures.ProcessPoolExecutor(
       1, multiprocessing.get_context('spawn')

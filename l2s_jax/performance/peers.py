@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other engines, given the same weights and prompts: for `benchmark --peers`.
+"""Other engines with the same weights and prompts: `benchmark --peers`.
 
-All are optional: their packages are imported when a peer is loaded. Weights
-come from a Hugging Face folder. Each writes greedily, exactly as many tokens
-as asked for, on all cores. EOS is a token like others for transformers, as for
-us; CTranslate2, told to write so many, never chooses it, and answers differ
-from there on. On a GPU torch may compute float32 products in TF32, as JAX does.
+All engines are optional; their packages are imported on loading. Weights come
+from a Hugging Face folder. Each engine decodes greedily, exactly the requested
+number of tokens, on all cores. For transformers, as for this package, EOS is a
+token like any other. CTranslate2 with a minimum length never selects EOS, so
+its answers differ after that point.
 """
 
 import importlib.metadata
@@ -23,10 +23,10 @@ from l2s_jax.models import config as config_lib
 from l2s_jax.performance import timing
 from l2s_jax.runtime import distributed, files
 
-# Where no run says which: no model's pad token, which T5Gemma would mask.
+# Default start id. Not the pad id of a model, which T5Gemma would mask.
 START_ID = 2
 
-# What engines raise for a model that they do not know.
+# Exceptions of engines for unsupported models.
 _REFUSALS = (
   ValueError,
   NotImplementedError,
@@ -38,13 +38,13 @@ _REFUSALS = (
 
 
 class Peer(NamedTuple):
-  """An engine as it is timed.
+  """An engine in a benchmark.
 
   Attributes:
-    engine: its name in tables.
-    dtype: of its weights; in training of activations alone.
-    packages: that must be installed.
-    is_compiled: by torch.compile, with a cache of fixed size.
+    engine: name in tables.
+    dtype: dtype of its weights; in training, of activations only.
+    packages: required packages.
+    is_compiled: whether it uses torch.compile with a static KV cache.
   """
 
   engine: str
@@ -65,16 +65,16 @@ PEERS = {
   ),
   'ctranslate2 int8': Peer('ctranslate2', 'int8', ('ctranslate2', *TORCH)),
 }
-# Without torch.compile, which takes minutes for a large model.
+# Without torch.compile, which compiles a large model for minutes.
 DEFAULT = tuple(name for name, peer in PEERS.items() if not peer.is_compiled)
 
 
 class UnsupportedError(Exception):
-  """An engine does not know a model, or refuses it."""
+  """An engine does not support a model."""
 
 
 def versions() -> dict[str, str]:
-  """Returns those of the packages that are installed."""
+  """Returns the versions of the installed packages of all peers."""
   packages = dict.fromkeys(name for p in PEERS.values() for name in p.packages)
   return {
     name: importlib.metadata.version(name)
@@ -84,7 +84,7 @@ def versions() -> dict[str, str]:
 
 
 def why_missing(peer: Peer) -> str | None:
-  """Returns what a peer lacks on this machine; None: nothing."""
+  """Returns the reason why a peer cannot run here; None if it can."""
   for package in peer.packages:
     if importlib.util.find_spec(package) is None:
       return f'the package {package} is not installed'
@@ -99,19 +99,23 @@ def load(
   config: config_lib.TransformerConfig,
   start_id: int = START_ID,
 ) -> timing.Start:
-  """Loads a model; returns what takes prompts and returns what writes.
+  """Loads a model into an engine.
 
   Args:
-    name: of the peer, one that lacks nothing.
-    folder: of Hugging Face; a converted copy is kept in it.
-    config: of the model.
-    start_id: the token after which an answer begins.
+    name: name of an available peer.
+    folder: the model in Hugging Face format; may receive a converted copy.
+    config: config of the model.
+    start_id: decoder start token.
+
+  Returns:
+    A function from prompts and the longest answer to a `timing.Write`.
 
   Raises:
-    UnsupportedError: if the engine does not know the model, or refuses it.
+    UnsupportedError: if the engine does not support the model.
   """
   peer = PEERS[name]
-  # All need transformers, and it needs this; raised for an odd config.json.
+  # transformers, which all peers need, depends on huggingface_hub, which raises
+  # this error for an invalid config.json.
   from huggingface_hub import errors
 
   is_ctranslate2 = peer.engine == 'ctranslate2'
@@ -137,11 +141,11 @@ def _load_transformers(
   model, device = torch_model(folder, config, peer.dtype)
   model = model.eval()
   if device == 'cuda':
-    torch.set_float32_matmul_precision('high')  # TF32, JAX's default.
+    torch.set_float32_matmul_precision('high')  # TF32, as JAX's default
   options: dict[str, Any] = {}
   if peer.is_compiled:
     model.forward = torch.compile(model.forward, dynamic=False)
-    # Else torch goes on uncompiled, and says nothing.
+    # Otherwise torch silently continues uncompiled.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     options['cache_implementation'] = 'static'
   model.generation_config = transformers.GenerationConfig(
@@ -154,10 +158,10 @@ def _load_transformers(
   )
 
   def start(prompts: np.ndarray, longest: int) -> timing.Write:
-    del longest  # It is said with each call.
+    del longest  # each call has its length
     if peer.is_compiled:
-      # Compiled functions count against a limit, and a cache stays as long as
-      # the longest yet.
+      # Compiled functions count against a limit, and a static cache keeps its
+      # largest size.
       torch._dynamo.reset()
       model._previous_max_cache_length = -1
     if not config.is_encoder_decoder:
@@ -183,12 +187,15 @@ def _load_transformers(
 def torch_model(
   folder: pathlib.Path, config: config_lib.TransformerConfig, dtype: str
 ) -> tuple[Any, str]:
-  """Returns transformers' model in torch, where JAX computes, and the device.
+  """Loads a model of transformers on the device kind that JAX uses.
 
   Args:
-    folder: of Hugging Face.
-    config: of the model.
-    dtype: of its weights.
+    folder: the model in Hugging Face format.
+    config: config of the model.
+    dtype: dtype of its weights.
+
+  Returns:
+    The model and its torch device, 'cuda' or 'cpu'.
   """
   import torch
   import transformers
@@ -253,7 +260,7 @@ def _load_ctranslate2(
       return [result.sequences[0] for result in results]
 
   def start(prompts: np.ndarray, longest: int) -> timing.Write:
-    del longest  # It is said with each call.
+    del longest  # each call has its length
     if not config.is_encoder_decoder:
       prompts = _with_start(prompts, start_id)
     texts = [[str(token) for token in row] for row in prompts]
@@ -267,7 +274,7 @@ def _load_ctranslate2(
 def _convert(
   folder: pathlib.Path, converted: pathlib.Path, vocab_size: int, start_id: int
 ) -> None:
-  """Converts as CTranslate2 does, with ids as text for a tokenizer."""
+  """Converts a model for CTranslate2, with decimal ids as its vocabulary."""
   import ctranslate2
 
   class Converter(ctranslate2.converters.TransformersConverter):
@@ -275,7 +282,7 @@ def _convert(
       return _Ids(vocab_size)
 
   Converter(str(folder)).convert(str(converted))
-  # Families find it in different places.
+  # Model families read the start token from different places.
   path = converted / 'config.json'
   description = json.loads(path.read_text())
   if 'decoder_start_token' in description:
@@ -284,7 +291,7 @@ def _convert(
 
 
 class _Ids:
-  """The tokenizer whose pieces are the ids in digits."""
+  """A tokenizer whose pieces are token ids in decimal."""
 
   bos_token = pad_token = '0'
   eos_token = '1'
@@ -301,6 +308,6 @@ class _Ids:
 
 
 def _with_start(prompts: np.ndarray, start_id: int) -> np.ndarray:
-  """Appends the token after which an answer begins."""
+  """Appends the decoder start token to prompts."""
   column = np.full((len(prompts), 1), start_id, prompts.dtype)
   return np.concatenate([prompts, column], axis=1)

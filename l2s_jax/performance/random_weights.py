@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that nobody trained, drawn as they are read.
+"""Random weights of any size, generated as they are read.
 
-For benchmarks: of any size, never in memory whole, and the same numbers
-whoever reads them and in which order.
+For benchmarks: the model is never in memory as a whole, and values do not
+depend on the order of reading.
 """
 
 import math
@@ -15,15 +15,15 @@ import numpy as np
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import shapes as shapes_lib
 
-# Found by trying: a tied head else repeats the token that it has read.
+# Found by experiment: otherwise a model with tied head repeats its input.
 _MLP_GAIN, _EMBEDDING_STDDEV = 8, 0.3
 
 
 class RandomWeights:
-  """A source of random float32 weights for a config.
+  """Random float32 weights for a config, as a `source.Source`.
 
-  The MLPs speak louder than the embeddings that they answer to, so that what is
-  written changes from token to token: equal answers then say something.
+  MLPs dominate over embeddings, so that output tokens vary and equality of
+  answers is significant.
   """
 
   model_type: str | None = None
@@ -62,7 +62,15 @@ def draw(
   seed: int,
   layer: int = 0,
 ) -> np.ndarray:
-  """Returns one tensor, or one layer of it; one seed gives the same always."""
+  """Returns one tensor, or one layer of it, as a function of the seed.
+
+  Args:
+    config: config of the model.
+    path: canonical name.
+    shape: shape of the tensor or layer.
+    seed: seed of the weights.
+    layer: index of the layer.
+  """
   kind = path[-1]
   if kind == 'bias':
     return np.zeros(shape, np.float32)
@@ -71,7 +79,7 @@ def draw(
   if kind == 'kernel':
     num_inputs = math.prod(shape[:-1]) if path[-2] == 'out' else shape[0]
     if path[-2] == 'query' and not config.scale_attention:
-      num_inputs *= config.head_dim  # T5's logits have no such divisor.
+      num_inputs *= config.head_dim  # T5 does not scale attention logits.
     stddev = num_inputs**-0.5 * (_MLP_GAIN if path[-2] == 'wo' else 1)
   else:
     stddev = _EMBEDDING_STDDEV if kind == 'embedding' else 1.0

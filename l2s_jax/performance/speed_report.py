@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `benchmark` found, for people and programs: Markdown, PNG, JSON."""
+"""Reports of `benchmark`: JSON, Markdown and PNG."""
 
 import importlib.metadata
 import pathlib
@@ -47,7 +47,7 @@ _COSTS = {
   'mflops_per_token': 'MFLOP/token',
   'mb_per_step': 'MB read/step',
 }
-# Columns in other units: of what, and by which factor.
+# Columns in other units: source column and factor.
 _UNITS = {
   'bandwidth_percent': ('bandwidth_fraction', 100),
   'acceptance_percent': ('acceptance', 100),
@@ -81,7 +81,7 @@ compiles, and one run of each.
 
 
 def machine() -> dict[str, Any]:
-  """Returns what figures depend on: processor, devices, versions."""
+  """Returns the hardware and software versions of the timings."""
   packages = ('jax', 'jaxlib', 'flax')
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   description: dict[str, Any] = {
@@ -91,7 +91,7 @@ def machine() -> dict[str, Any]:
     'python': platform.python_version(),
     **{name: importlib.metadata.version(name) for name in packages},
     **peers.versions(),
-    # Kilobytes, but on macOS bytes.
+    # In kilobytes, except on macOS: bytes.
     'process_peak_mb': peak / (1e6 if sys.platform == 'darwin' else 1e3),
   }
   stats = jax.devices()[0].memory_stats()
@@ -115,13 +115,13 @@ def write(
   machine: Mapping[str, Any],
   settings: Mapping[str, Any],
 ) -> None:
-  """Writes benchmark.json, benchmark.md and benchmark.png; prints the tables.
+  """Writes benchmark.json, benchmark.md and benchmark.png; prints tables.
 
   Args:
-    folder: where to.
-    rows: a contender at a shape each.
+    folder: output folder.
+    rows: a row for each contender at each shape.
     machine: from `machine`.
-    settings: what was asked for.
+    settings: settings of the benchmark.
   """
   content = {
     'rows': rows,
@@ -141,7 +141,7 @@ def markdown(
   machine: Mapping[str, Any],
   settings: Mapping[str, Any],
 ) -> str:
-  """Returns the tables, a pair of them for each shape."""
+  """Returns two Markdown tables, times and costs, for each shape."""
   parts = ['# Benchmark\n']
   for shape, group in by_shape(rows).items():
     llms = {row['system']: row for row in group if _is_llm(row)}
@@ -160,7 +160,7 @@ def markdown(
 
 
 def by_shape(rows: Sequence[TableRow]) -> dict[tuple[int, ...], list[TableRow]]:
-  """Returns the rows of each batch size, prompt and output length."""
+  """Groups rows by batch size, prompt length and output length."""
   groups: dict[tuple[int, ...], list[TableRow]] = {}
   for row in rows:
     groups.setdefault(tuple(row[key] for key in _SHAPE), []).append(row)
@@ -176,7 +176,7 @@ def _is_llm(row: TableRow) -> bool:
 
 
 def _shown(row: TableRow, llms: Mapping[str, TableRow]) -> dict[str, Any]:
-  """Returns a row with its numbers in the units of the tables."""
+  """Returns a row with its values in the units of the tables."""
   shown = {**row, **row.get('scores', {})}
   for name, (source, factor) in _UNITS.items():
     if row.get(source) is not None:
@@ -196,7 +196,10 @@ def _fact(value: Any) -> str:
 
 
 def plot(rows: Sequence[TableRow], path: pathlib.Path) -> None:
-  """Writes a PNG: a panel a shape, a bar a contender, prefill and tokens."""
+  """Writes a PNG with a panel for each shape and a bar for each contender.
+
+  A bar consists of prefill and decoding.
+  """
   # Imported here: it takes a second, and only reports need it.
   import matplotlib
 
@@ -216,7 +219,7 @@ def plot(rows: Sequence[TableRow], path: pathlib.Path) -> None:
       f'{row["system"]}, {row["model"]}\n{row["engine"]} {row["dtype"]}'
       for row in group
     ]
-    # Of answers to EOS all is shown as one.
+    # Answers that end with EOS have a single bar.
     prefill = [row.get('prefill_ms', 0) for row in group]
     tokens = [
       row['total_ms'] - of_prompt

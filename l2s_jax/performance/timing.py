@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times generation: systems in turn, compilation apart.
+"""Timing of generation: contenders in turn, compilation excluded.
 
-A contender writes one token to a batch of prompts, then n tokens; both times
-include reading the prompts. From them, in each round:
+A contender generates one token for a batch of prompts, then n tokens. Both
+times include prefill. For each round:
 
     ms per token = (time of n tokens - time of one) / (n - 1)
     prefill      = time of one token - ms per token
 
-which can be said of any engine, and of all in the same way. Answers have n
-tokens: EOS ends none. Where it does, and where drafts are verified, one call
-may write more or fewer tokens than it is asked for: then ms per token is all of
-the time over the tokens that were written to a row.
+These figures are defined equally for all engines. Answers have n tokens; EOS
+does not end them. If EOS ends answers, or drafts are verified, a call may
+generate more or fewer tokens than requested; then ms per token is the total
+time divided by the number of tokens per row.
 """
 
 import dataclasses
@@ -31,23 +31,24 @@ from l2s_jax.inference import generate, speculative
 from l2s_jax.systems import system as system_lib
 
 PyTree = Any
-# What has its prompts: from a number of tokens to tokens [batch, number].
+# A contender with its prompts: from the number of tokens to generated tokens,
+# [batch, number].
 Write = Callable[[int], np.ndarray]
-# From prompts [batch, length] without padding, and the longest answer.
+# From unpadded prompts, [batch, length], and the longest answer.
 Start = Callable[[np.ndarray, int], Write]
-Shape = tuple[int, int, int]  # rows, tokens of a prompt, of an answer
+Shape = tuple[int, int, int]  # batch size, prompt length, answer length
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-  """Something that is timed.
+  """A timed system.
 
   Attributes:
-    system: 'LLM', 'SLM', 'LLM-to-SLM', or another of them that `contenders.py`
-      or `train_benchmark.py` names.
-    model: the name of its model, or of its pair.
-    engine: 'l2s_jax' or a peer's.
-    dtype: of what it computes with.
+    system: 'LLM', 'SLM', 'LLM-to-SLM', or another name defined in
+      `contenders.py` or `train_benchmark.py`.
+    model: name of the model or pair.
+    engine: 'l2s_jax' or a peer's name.
+    dtype: dtype of the computation.
   """
 
   system: str
@@ -56,7 +57,7 @@ class Contender:
   dtype: str
 
   def row(self, shape: Shape) -> TableRow:
-    """Returns what tables say of it at one shape, before its times."""
+    """Returns the table row for a shape, without times."""
     return {
       'system': self.system,
       'model': self.model,
@@ -70,13 +71,13 @@ class Contender:
 
 @dataclasses.dataclass
 class Times:
-  """What one contender took, in seconds, a number a round.
+  """Times of one contender, in seconds, by round.
 
   Attributes:
-    first_call: the first calls, which compile.
-    one: reading the prompts and writing one token.
-    all: reading the prompts and writing all tokens.
-    tokens: what was written.
+    first_call: time of the first calls, with compilation.
+    one: time of prefill and one token, by round.
+    all: time of prefill and all tokens, by round.
+    tokens: the generated tokens, [batch, number].
   """
 
   first_call: float
@@ -85,13 +86,20 @@ class Times:
   tokens: np.ndarray
 
   def lengths(self, eos: int | tuple[int, ...]) -> np.ndarray:
-    """Returns the tokens of each row, EOS included; -1: nothing ends one."""
+    """Returns the length of each answer with its EOS.
+
+    Args:
+      eos: id, or tuple of ids, that ends an answer; -1 if none does.
+
+    Returns:
+      [batch] integers.
+    """
     is_eos = np.isin(self.tokens, eos)
     length = self.tokens.shape[1]
     return np.where(is_eos.any(1), is_eos.argmax(1) + 1, length)
 
   def rounds_to_eos(self, eos: int | tuple[int, ...]) -> dict[str, list[float]]:
-    """Returns what `rounds` does of answers that end, but for prefill."""
+    """Returns the figures of `rounds`, except prefill, for answers with EOS."""
     total = [1e3 * whole for whole in self.all]
     length = float(self.lengths(eos).mean())
     return {
@@ -101,7 +109,7 @@ class Times:
     }
 
   def rounds(self) -> dict[str, list[float]]:
-    """Returns what follows from them, in ms, a number a round."""
+    """Returns the figures of each round in ms, by name."""
     num_tokens = self.tokens.shape[1]
     step = [
       1e3 * (whole - one) / (num_tokens - 1)
@@ -125,10 +133,10 @@ class OurRun:
     prepared: PyTree,
     batch: Mapping[str, np.ndarray],
   ):
-    """Compiles nothing yet.
+    """Transfers the prompts; compiles nothing.
 
     Args:
-      generator: for the longest answer that will be asked for.
+      generator: a generator for the longest answer.
       prepared: its parameters.
       batch: the prompts.
     """
@@ -145,14 +153,16 @@ class OurRun:
     else:
       answers = generation.finish()
     self._generation = generation
-    # Cut here: on the device it would take as long as a small model's token.
+    # Cut on the host: on device this would take as long as a token of a small
+    # model.
     return np.asarray(answers.tokens)[:, 0, :num_tokens]
 
   def memory_bytes(self) -> int | None:
-    """Returns what the last call held at most: weights, cache and scratch.
+    """Returns the peak device memory of the last call, in bytes.
 
-    As XLA planned it, for the prefill or the loop, whichever needs more; None
-    on a device for which it does not say.
+    The sum of parameters, KV cache and temporaries as planned by XLA, for
+    prefill or decoding, whichever needs more. None if the device does not
+    report it.
     """
     assert self._generation is not None
     generator, state = self._generator, self._generation.state
@@ -172,7 +182,7 @@ class OurRun:
     )
 
   def acceptance(self) -> float | None:
-    """Returns the part of all drafts that stayed; None: there are none."""
+    """Returns the fraction of accepted draft tokens; None without drafts."""
     assert self._generation is not None
     draft_len = self._generator.decoding.draft_len
     if not draft_len:
@@ -188,14 +198,17 @@ def measure(
   pause_secs: float = 0.0,
   each_round: Callable[[], None] | None = None,
 ) -> dict[str, Times]:
-  """Returns what each took, in turn, round by round.
+  """Times all contenders in turn, round by round.
 
   Args:
-    contenders: by name.
-    num_tokens: to write to each row, at least 2.
-    rounds: that are measured; one more goes first and compiles.
+    contenders: contenders by name.
+    num_tokens: tokens per row, at least 2.
+    rounds: measured rounds; one more precedes them and compiles.
     pause_secs: see `in_turns`.
     each_round: see `in_turns`.
+
+  Returns:
+    Times by name.
   """
   times = {}
   for name, write in contenders.items():
@@ -225,21 +238,20 @@ def in_turns(
   each_round: Callable[[], None] | None = None,
   clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[list[float]]]:
-  """Returns the seconds that calls take, round by round.
+  """Times calls round by round, taking turns.
 
-  Taking turns lets a machine whose speed drifts slow all alike. The first call
-  of a turn is made once more before it, and not timed: caches hold what another
-  has left.
+  With turns, a change of the machine's speed affects all contenders alike. The
+  first call of a turn is repeated once before it, untimed, to warm caches.
 
   Args:
-    turns: the calls of each contender, which have compiled.
-    rounds: that are measured.
-    pause_secs: before each turn.
-    each_round: called after each round; not timed.
-    clock: tells seconds, such as `time.process_time` those of the CPU.
+    turns: the calls of each contender, already compiled.
+    rounds: number of rounds.
+    pause_secs: seconds to wait before each turn.
+    each_round: called after each round, untimed.
+    clock: returns seconds; `time.process_time` measures CPU time.
 
   Returns:
-    By turn, then by call, a number a round.
+    Seconds by turn, call and round.
   """
   secs: list[list[list[float]]] = [[[] for _ in turn] for turn in turns]
   for _ in tqdm.trange(rounds, desc='rounds', file=sys.stderr, leave=False):
@@ -256,11 +268,11 @@ def in_turns(
 
 
 class Size(NamedTuple):
-  """How many examples a contender is called for.
+  """Numbers of examples for which a contender is called.
 
   Attributes:
-    few: whose time is that of starting, and of these.
-    all: how many there are.
+    few: number of examples of the call that measures startup.
+    all: number of examples of the full call.
   """
 
   few: int
@@ -268,7 +280,7 @@ class Size(NamedTuple):
 
   @property
   def between(self) -> int:
-    """How many are timed."""
+    """Number of timed examples."""
     return self.all - self.few
 
 
@@ -278,13 +290,13 @@ def seconds_between(
   rounds: int,
   clock: Callable[[], float],
 ) -> list[list[float]]:
-  """Returns the seconds that each takes, a number a round, from few to all.
+  """Returns the seconds for the examples between few and all, by round.
 
-  Where few took longer than all, as on a busy machine happens, the seconds are
-  those of all: nothing is made faster by it.
+  If few examples took longer than all, as may happen on a busy machine, the
+  time of all is used: an upper bound.
 
   Args:
-    calls: of a number of examples.
+    calls: contenders, as functions of a number of examples.
     size: the two numbers.
     rounds: see `in_turns`.
     clock: see `in_turns`.
@@ -307,18 +319,18 @@ def seconds_between(
 
 
 def rates(size: Size, secs: Sequence[float]) -> TableRow:
-  """Returns examples per second, a number a round."""
+  """Returns examples per second by round."""
   return {'rounds': {'examples_per_sec': [size.between / x for x in secs]}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-  """Medians over rounds of one system at one shape.
+  """Median times of one system at one shape.
 
   Attributes:
-    prefill_ms: reading the prompts, with the LLM where there is one.
-    ms_per_token: of the decoding loop.
-    total_ms: prefill and all tokens.
+    prefill_ms: time of prefill, including the LLM.
+    ms_per_token: time of one step of the decoding loop.
+    total_ms: time of prefill and all tokens.
   """
 
   prefill_ms: float
@@ -334,14 +346,17 @@ def time_generation(
   num_tokens: int,
   rounds: int = 7,
 ) -> dict[str, Timing]:
-  """Returns the timing of each system with prompts in words.
+  """Times systems on text prompts.
 
   Args:
     cases: system and parameters by name.
-    prompts: read at once, each system with its own tokenizer.
-    prompt_length: tokens they are padded or cut to.
-    num_tokens: to write to each row.
+    prompts: one batch of prompts, encoded by each system's tokenizer.
+    prompt_length: length, in tokens, to which prompts are padded or cut.
+    num_tokens: tokens per row.
     rounds: see `measure`.
+
+  Returns:
+    Times by name.
   """
   contenders = {}
   for name, (system, params) in cases.items():

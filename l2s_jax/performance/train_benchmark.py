@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`benchmark --train`: how fast a training step is, beside other engines'.
+"""`benchmark --train`: speed of training steps, compared with peers.
 
-One model alone takes its own fine-tuning step and is compared with peers. Of
-an LLM and an SLM there are four contenders: LLM-to-SLM's step, the same from
-cached states, the SLM's, and reading the prompts with the LLM; the first should
-cost little more than the last two together, the second little more than the
-third. Rows of a batch are full: a token is a token, none is padding.
+A single model is timed with its own fine-tuning step, and compared with peers.
+For an LLM and an SLM there are four contenders: the step of LLM-to-SLM, the
+same with cached LLM states, the step of the SLM, and the LLM's encoding of the
+prompts. The first should cost little more than the last two together, the
+second little more than the third. Rows have no padding, so that every token
+counts.
 """
 
 import dataclasses
@@ -63,15 +64,15 @@ Memory is what XLA plans: arguments and scratch.
 
 @dataclasses.dataclass(frozen=True)
 class Trainer(timing.Contender):
-  """Something that does a step.
+  """A timed training step.
 
   Attributes:
-    system: also 'LLM reads'.
-    dtype: of activations.
-    flops: of a step, without padding or what is computed again.
-    num_trained: parameters.
-    step: does one, waits for it, and returns its loss, if it has one.
-    memory_bytes: tells what the compiled step needs; None: nobody does.
+    system: as in `timing.Contender`; also 'LLM reads'.
+    dtype: dtype of activations.
+    flops: FLOPs of a step, without padding or recomputation.
+    num_trained: number of trained parameters.
+    step: runs a step, blocks until it is done, and returns its loss, if any.
+    memory_bytes: returns the memory of the compiled step; None if unknown.
   """
 
   flops: flops_lib.Number
@@ -90,16 +91,16 @@ def run(
   seed: int,
   has_peers: bool,
 ) -> None:
-  """Times the steps and writes train.json and train.md.
+  """Times training steps; writes train.json and train.md.
 
   Args:
-    folder: where to.
-    models: by role.
-    pair: what is between LLM and SLM, if both are there.
-    shapes: of batches.
-    rounds: that are measured; one more goes first and compiles.
-    seed: of weights and tokens.
-    has_peers: whether other engines take part, with models alone.
+    folder: output folder.
+    models: models by role.
+    pair: the pair, if there are LLM and SLM.
+    shapes: shapes of batches.
+    rounds: measured rounds; one more precedes them and compiles.
+    seed: seed of weights and tokens.
+    has_peers: whether other engines take part; they train single models.
   """
   rows: list[TableRow] = []
   for shape in shapes:
@@ -121,11 +122,11 @@ def _ours(
   shape: timing.Shape,
   seed: int,
 ) -> Iterator[Trainer]:
-  """Yields our steps."""
+  """Yields the steps of this package."""
   if pair is None:
     for role, model in models.items():
       module = l2s.build(model.config)
-      params = contenders.load_params(model)  # Those that peers have.
+      params = contenders.load_params(model)  # the same weights as the peers'
       yield _our_step(role, model.name, module, shape, seed, params)
     return
   yield _our_step(contenders.LLM_TO_SLM, pair.name, pair.module, shape, seed)
@@ -147,16 +148,16 @@ def _our_step(
   *,
   has_states: bool = False,
 ) -> Trainer:
-  """Returns the training step of a system, as `train` has it.
+  """Returns the training step of a system, as in `train`.
 
   Args:
-    system: its role.
-    model: its name.
-    module: what is trained.
-    shape: of batches.
-    seed: of weights and tokens.
-    params: the weights; None: random ones.
-    has_states: whether the batch has the LLM's states, as from a cache.
+    system: role of the system.
+    model: name of the model.
+    module: the module.
+    shape: shape of batches.
+    seed: seed of weights and tokens.
+    params: initial parameters; None for random ones.
+    has_states: whether the batch holds the LLM's states, as from a cache.
   """
   frozen_names = ('llm',) if isinstance(module, l2s.LlmToSlm) else ()
   batch = jax.device_put(_batch(module, shape, seed))
@@ -209,7 +210,7 @@ def _our_step(
 def _our_reading(
   model: str, module: l2s.LlmToSlm, shape: timing.Shape, seed: int
 ) -> Trainer:
-  """Returns the frozen LLM alone, which reads the prompts."""
+  """Returns the encoding of prompts by the frozen LLM."""
   llm = l2s.build_reader(module.llm_config)
   batch = jax.device_put(_batch(module, shape, seed))
 
@@ -251,7 +252,7 @@ def _of_peers(
   seed: int,
   scratch: pathlib.Path,
 ) -> Iterator[Trainer]:
-  """Yields the peers that are there; says which are left out and why."""
+  """Yields the available peers; prints the missing ones and the reasons."""
   modules = {role: l2s.build(model.config) for role, model in models.items()}
 
   def load(
@@ -318,7 +319,7 @@ def _memory_bytes(compiled: jax.stages.Compiled) -> int | None:
 def _measure(
   entered: Sequence[Trainer], shape: timing.Shape, rounds: int
 ) -> list[TableRow]:
-  """Returns a row for each contender; they take turns."""
+  """Times contenders in turn; returns a row for each."""
   losses: list[list[float | None]] = []
   first: list[float] = []
   for contender in entered:
@@ -343,7 +344,7 @@ def _measure(
 
 
 def _with_sum(rows: list[TableRow]) -> list[TableRow]:
-  """Adds the sum of the SLM's step and of the LLM's reading, if both are."""
+  """Adds a row with the sum of SLM step and LLM encoding, if both exist."""
   parts = {
     row['system']: row for row in rows if row['engine'] == contenders.OURS
   }
@@ -366,7 +367,7 @@ def _with_sum(rows: list[TableRow]) -> list[TableRow]:
 
 
 def _shown(row: TableRow) -> TableRow:
-  """Returns a row with its numbers in the units of the table."""
+  """Returns a row with its values in the units of the table."""
   low, middle, high = np.percentile(row['rounds']['ms_per_step'], [25, 50, 75])
   num_tokens = row['batch_size'] * (row['prompt_length'] + row['num_tokens'])
   flops_per_sec = 1e3 * row['flops'] / middle

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other engines' training steps, on the same shapes: for `benchmark --train`.
+"""Training steps of other engines on the same shapes: `benchmark --train`.
 
-AdamW with a learning rate that changes nothing worth seeing, dropout as the
-config has it, random weights. Both peers are optional: transformers with torch,
-and T5X, which is on no package index and takes part where it can be imported.
+Steps use AdamW with a small learning rate, and the dropout of the config. Both
+peers are optional: transformers with torch; and T5X, which is not on PyPI and
+takes part if it can be imported.
 """
 
 import pathlib
@@ -19,14 +19,15 @@ from l2s_jax.models import batch_keys
 from l2s_jax.models import config as config_lib
 from l2s_jax.performance import peers
 
-# Does one step, waits for it, and returns its loss in nats a target token.
+# Runs one step, blocks until it is done, and returns its loss in nats per
+# target token.
 Step = Callable[[], float]
 
 LEARNING_RATE = 1e-4
 _START_ID = 0
 
 
-# Weights and the optimizer's slots are float32.
+# Weights and optimizer state are float32.
 PEERS = {
   'transformers float32': peers.Peer('transformers', 'float32', peers.TORCH),
   'transformers bfloat16': peers.Peer('transformers', 'bfloat16', peers.TORCH),
@@ -40,16 +41,16 @@ def load(
   config: config_lib.TransformerConfig,
   batch: batching.Batch,
 ) -> Step:
-  """Loads a model; returns what trains it on one batch, again and again.
+  """Loads a model; returns its training step on a fixed batch.
 
   Args:
-    name: of the peer, one that lacks nothing.
-    folder: the model's in Hugging Face's form.
-    config: of the model, an encoder-decoder or a decoder alone.
-    batch: of full rows, without padding.
+    name: name of an available peer.
+    folder: the model in Hugging Face format.
+    config: config of the model: encoder-decoder or decoder-only.
+    batch: a batch without padding.
 
   Raises:
-    peers.UnsupportedError: if T5X has no such model.
+    peers.UnsupportedError: if T5X does not support the model.
   """
   peer = PEERS[name]
   if peer.engine == 't5x':
@@ -101,7 +102,7 @@ def _load_t5x(
 ) -> Step:
   import optax
 
-  with gin.unlock_config():  # It brings configurables.
+  with gin.unlock_config():  # T5X registers configurables.
     import seqio
     from t5x import models, optimizers, train_state, trainer
     from t5x.examples.t5 import network
@@ -128,7 +129,7 @@ def _load_t5x(
     learning_rate=LEARNING_RATE, weight_decay=0.0
   )
   model = models.EncoderDecoderModel(module, vocabulary, vocabulary, definition)
-  # T5X tells padding by its id.
+  # T5X recognizes padding by its id.
   keys = [key for key in batch_keys.KEYS if not key.endswith('_segment_ids')]
   arrays = jax.device_put({key: batch[key] for key in keys})
   variables = model.get_initial_variables(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every program needs of the machine and of its processes.
+"""Services for all programs: files, processes, the device mesh, gin configs.
 
-Files that are whole or not there, locks, digests; processes that start, agree
-and stop together; the device mesh and its axis rules; gin configs, read and
-checked. Nothing here knows what a model or a task is.
+Atomic file writes, locks and digests; initialization, coordination and shutdown
+of several processes; the device mesh and the axis rules; validation of gin
+configs. Nothing here depends on models or tasks.
 """
 
 # The modules that other packages may import.

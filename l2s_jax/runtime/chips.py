@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What accelerators can do at best, by their makers' figures; slices of TPUs.
+"""Peak rates of accelerators by vendor specifications, and TPU slices.
 
-For bounds on time: nothing runs faster than this. Bytes are bytes, GB is 10^9
-and GiB 2^30, all rates are of one chip and per second.
+The rates give lower bounds on run time. Units: GB is 10^9 bytes, GiB 2^30
+bytes; all rates are per chip and per second.
 """
 
 import dataclasses
@@ -15,21 +15,21 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One accelerator.
+  """Specifications of one accelerator.
 
   Attributes:
-    name: as users know it.
-    flops_per_sec: dense bfloat16.
-    hbm_bytes: that a program can have.
-    hbm_bytes_per_sec: read or written.
-    link_bytes_per_sec: of one link to a neighbour, one way; of a GPU, all that
-      its switch gives it.
-    network_bytes_per_sec: its share of its host's network, one way.
-    num_axes: of the torus that links make; 0 for a switch.
-    torus_size: chips along an axis from which its ends are linked, too.
-    type_name: Google's, of an accelerator type, before its number; None: not
-      a TPU.
-    source: of the figures.
+    name: the usual name, such as 'v5e'.
+    flops_per_sec: dense bfloat16 FLOP/s.
+    hbm_bytes: HBM available to a program.
+    hbm_bytes_per_sec: HBM bandwidth, reads and writes together.
+    link_bytes_per_sec: one-way bandwidth of one link to a neighbour; of a GPU,
+      the one-way bandwidth to its switch.
+    network_bytes_per_sec: one-way share of its host's network.
+    num_axes: dimensions of the torus; 0 for a switch.
+    torus_size: an axis wraps around if its size is a multiple of this number of
+      chips.
+    type_name: prefix of Google's accelerator type; None for GPUs.
+    source: URL of the specification.
   """
 
   name: str
@@ -44,10 +44,11 @@ class Chip:
   source: str
 
 
-# TPUs: a chip's ICI bandwidth in both directions, divided by two and by its
-# ports (4, or 6 of v5p); the pod's network divided by its chips. HBM is what
-# the compiler grants (libtpu 0.0.42); the rest is the runtime's. GPUs: the SXM
-# modules; half of NVLink's two directions, the network as a DGX has it.
+# TPUs: ICI bandwidth of a chip in both directions, divided by two and by its
+# ports (4, or 6 of v5p); the pod's network bandwidth divided by its chips. HBM
+# is the limit of the compiler (libtpu 0.0.42); the runtime uses the rest. GPUs:
+# SXM modules; half of NVLink's bidirectional bandwidth, and the network of a
+# DGX.
 CHIPS = {
   chip.name: chip
   for chip in (
@@ -81,12 +82,12 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """TPU chips with links between them, one or several slices alike.
+  """One or several equal TPU slices.
 
   Attributes:
-    chip: what each of them is.
-    shape: chips along each axis of links.
-    num_slices: which the network joins.
+    chip: the type of chip.
+    shape: chips along each axis of the torus.
+    num_slices: number of slices, joined by the data-center network.
   """
 
   chip: Chip
@@ -95,28 +96,29 @@ class Slice:
 
   @property
   def name(self) -> str:
-    """As the compiler has it, such as 'v5e:16x16'."""
+    """The compiler's name of the topology, such as 'v5e:16x16'."""
     return f'{self.chip.name}:{"x".join(map(str, self.shape))}'
 
   @property
   def accelerator_type(self) -> str:
-    """As Google sells a slice, such as 'v5litepod-256'.
+    """Google Cloud's name of the slice, such as 'v5litepod-256'.
 
-    Of v5p it counts the cores, two a chip.
+    The number counts cores on v5p, two per chip.
     """
     cores = 2 if self.chip.num_axes == 3 else 1
     return f'{self.chip.type_name}-{cores * math.prod(self.shape)}'
 
   @property
   def num_chips(self) -> int:
+    """Number of chips in all slices."""
     return math.prod(self.shape) * self.num_slices
 
   @property
   def wraps(self) -> tuple[bool, ...]:
-    """Whether the ends of each axis are linked.
+    """Whether each axis wraps around.
 
-    On v5e and v6e along an axis of a whole pod, 16 chips; on v5p in slices of
-    whole cubes of 4 x 4 x 4.
+    On v5e and v6e an axis of a whole pod (16 chips) wraps around; on v5p all
+    axes of a slice made of 4 x 4 x 4 cubes do.
     """
     size = self.chip.torus_size
     wraps = tuple(n % size == 0 for n in self.shape)
@@ -129,16 +131,18 @@ class Slice:
     *,
     is_permute: bool = False,
   ) -> float:
-    """Returns the least time in which each of some chips gets so many bytes.
+    """Returns a lower bound on the time of a collective.
 
-    All links of the axes that the chips spread over bring data at once; a chip
-    at an open end of an axis has one there, others have two. Between slices
-    each chip carries its share over the network.
+    All axes that the group spans transfer at once. An axis contributes two
+    links if it wraps around and the group spans all of it, else one, since a
+    chip at an open end has one link. Between slices, each chip sends its share
+    over the network.
 
     Args:
-      num_bytes: that a chip gets from the others.
-      coords: of the chips: slice, then the place on each axis.
-      is_permute: whether a chip gets all from one other.
+      num_bytes: bytes that each chip receives from the others.
+      coords: coordinates of the chips in the group: slice, then position along
+        each axis.
+      is_permute: whether each chip receives from one other chip only.
     """
     slices = {coord[0] for coord in coords}
     links = 0
@@ -154,7 +158,7 @@ class Slice:
     if len(slices) > 1:
       share = 1.0
       if not is_permute:
-        # What comes from other slices comes once into a slice, to be shared.
+        # Data from other slices enters a slice once and is shared inside it.
         n, s = len(coords), len(slices)
         share = (s - 1) / s * n / (n - 1) / (n / s)
       times.append(share * num_bytes / self.chip.network_bytes_per_sec)
@@ -162,10 +166,14 @@ class Slice:
 
 
 def find(topology: str, num_slices: int = 1) -> Slice:
-  """Returns the slice that a topology names, such as 'v5e:16x16'.
+  """Returns the slice of a topology name, such as 'v5e:16x16'.
+
+  Args:
+    topology: TPU type and chips along each axis.
+    num_slices: number of such slices.
 
   Raises:
-    ValueError: if it names none.
+    ValueError: if there is no such topology.
   """
   match = re.fullmatch(r'(v\w+):(\d+(?:x\d+)*)', topology)
   tpus = {name: chip for name, chip in CHIPS.items() if chip.num_axes}
@@ -185,7 +193,7 @@ def find(topology: str, num_slices: int = 1) -> Slice:
   return Slice(chip, shape, num_slices)
 
 
-# What the runtime calls a device, by a part of it; the first that fits.
+# Our chip name by a part of JAX's `device_kind`; the first match counts.
 _DEVICE_KINDS = (
   ('v5 lite', 'v5e'),
   ('v5e', 'v5e'),
@@ -199,7 +207,7 @@ _DEVICE_KINDS = (
 
 
 def of_device(kind: str) -> Chip | None:
-  """Returns the chip behind JAX's `device_kind`; None if it is not known."""
+  """Returns the chip for JAX's `device_kind`; None if unknown."""
   for part, name in _DEVICE_KINDS:
     if part in kind:
       return CHIPS[name]
@@ -207,5 +215,5 @@ def of_device(kind: str) -> Chip | None:
 
 
 def gib(num_bytes: int | float) -> str:
-  """Returns bytes as people read them."""
+  """Formats a number of bytes in GiB."""
   return f'{num_bytes / GIB:.2f} GiB'

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compilation: what is being compiled is said, and what was is kept on disk.
+"""Compilation progress messages and the persistent compilation cache.
 
-Nothing here imports JAX, which reads where its cache is as it is imported.
+This module must not import JAX, since JAX reads the cache location from the
+environment at import.
 """
 
 import contextlib
@@ -19,31 +20,32 @@ _LEAST_SECS = 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'
 
 
 def use_cache() -> None:
-  """Keeps compiled programs in the user's cache folder, for later processes.
+  """Enables JAX's persistent compilation cache in the user's cache folder.
 
-  What the environment says of JAX's persistent cache goes over this;
-  JAX_ENABLE_COMPILATION_CACHE=false switches it off.
+  Environment variables of JAX take precedence;
+  `JAX_ENABLE_COMPILATION_CACHE=false` disables the cache.
   """
   caches = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-  if caches.startswith('~'):  # A user whom the machine does not know.
+  if caches.startswith('~'):  # The home directory is unknown.
     return
   folder = pathlib.Path(caches) / 'l2s_jax' / 'compiled'
   os.environ.setdefault(_CACHE_DIR, str(folder))
-  os.environ.setdefault(_LEAST_SECS, '0.2')  # JAX's 1 leaves small models out.
+  os.environ.setdefault(_LEAST_SECS, '0.2')  # JAX's default is 1 s.
 
 
 class Announcer:
-  """Says on standard error what is being compiled, and how long it took.
+  """Prints each compilation and its duration to standard error.
 
   Attributes:
-    total_secs: of all programs so far, with the time to start their first run.
+    total_secs: duration of all compilations so far, including the dispatch of
+      the first run of each program.
   """
 
   def __init__(self, *, is_silent: bool = False):
-    """Knows of no program yet.
+    """Creates an announcer without known programs.
 
     Args:
-      is_silent: whether to measure alone, as in all processes but one.
+      is_silent: whether to measure only, as in all processes but one.
     """
     self._is_silent = is_silent
     self.total_secs = 0.0
@@ -51,10 +53,10 @@ class Announcer:
 
   @contextlib.contextmanager
   def __call__(self, program: str) -> Iterator[None]:
-    """Announces a call that compiles, if it is the first of this program.
+    """Announces a compiling call, unless the program is already known.
 
     Args:
-      program: what it does, with all shapes that it is compiled for.
+      program: description of the program with all shapes it is compiled for.
     """
     if program in self._known:
       yield

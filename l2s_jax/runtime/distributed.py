@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes that run one program: joining, agreeing, one that writes.
+"""Multi-process execution: initialization, communication and output.
 
-Each process reads the same input and makes the same decisions; devices are
-shared through the mesh. Files, standard output and progress bars are the first
-process's.
+All processes run the same program, read the same input and make the same
+decisions; devices are shared through the mesh. Only the first process writes
+files, standard output and progress bars.
 """
 
 import contextlib
@@ -23,41 +23,44 @@ from l2s_jax.runtime import preemption
 
 PyTree = Any
 
-# Seconds after which a process that gives no sign of life is taken for dead,
-# and the others end. JAX's own 100 are long for chips that wait.
+# Seconds without a heartbeat after which a process counts as dead and the
+# others end. JAX's default of 100 s leaves chips idle for long.
 HEARTBEAT_SECS = 60
-# Seconds that a process which has finished waits for the others.
+# Seconds for which a finished process waits for the others.
 SHUTDOWN_SECS = 60
-# Seconds that one may take for what it does alone, such as to score answers.
+# Seconds for which the others wait for work of one process, such as scoring.
 _LONGEST_WAIT_SECS = 3600
 
 _OURS = ('L2S_COORDINATOR_ADDRESS', 'L2S_NUM_PROCESSES', 'L2S_PROCESS_ID')
-# Variables that say how many processes a cluster's launcher has started, where
-# JAX finds the rest by itself: Slurm (of srun; a batch script alone has
-# SLURM_NTASKS too) and Open MPI.
+# Variables with the number of processes started by a cluster launcher; JAX
+# detects the rest. Slurm's `srun` (SLURM_NTASKS is set in a batch script, too)
+# and Open MPI.
 _COUNTS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
-# Variables that hold something only where several TPU hosts or slices belong
-# together: a list of hosts, or the slices' meeting point.
+# Variables of TPU pods, set to a list of hosts or to the coordinator of several
+# slices if there is more than one host or slice.
 _TPU_HOSTS = 'TPU_WORKER_HOSTNAMES'
 _TPU_SLICES = 'MEGASCALE_COORDINATOR_ADDRESS'
 
 
 def initialize(environment: Mapping[str, str] = os.environ) -> None:
-  """Joins the other processes, if the environment says that there are any.
+  """Initializes JAX's distributed runtime, if there are several processes.
 
-  L2S_COORDINATOR_ADDRESS (HOST:PORT of process 0), L2S_NUM_PROCESSES and
-  L2S_PROCESS_ID, all three, come first; `launch/local.sh` sets them. Then
-  Slurm, Open MPI, TPU pods and several TPU slices are known by their own
-  variables, or L2S_DISTRIBUTED=auto leaves it to JAX. Without any of these the
-  process is alone. To be called before JAX is used.
+  The environment decides, in this order: L2S_COORDINATOR_ADDRESS (HOST:PORT of
+  process 0), L2S_NUM_PROCESSES and L2S_PROCESS_ID, all three, as set by
+  `launch/local.sh`; the variables of Slurm, Open MPI, TPU pods and multislice
+  TPUs, or L2S_DISTRIBUTED=auto, both of which use JAX's own detection.
+  Otherwise the process is alone. Call it before any use of JAX.
+
+  Args:
+    environment: environment variables.
 
   Raises:
-    ValueError: if a variable of ours is missing or wrong.
+    ValueError: if an L2S_* variable is missing or invalid.
   """
   arguments = _arguments(environment)
   if arguments is None:
     return
-  # The others end with an error, not after a wait, when one has died.
+  # A dead process ends the others with an error, not after a long wait.
   heartbeat_secs = environment.get('L2S_HEARTBEAT_SECS') or str(HEARTBEAT_SECS)
   if not heartbeat_secs.isdigit() or not int(heartbeat_secs):
     raise ValueError(
@@ -74,7 +77,7 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def _arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
-  """Returns what to call `jax.distributed.initialize` with; None: do not."""
+  """Returns arguments of `jax.distributed.initialize`; None for one process."""
   given = {name: environment[name] for name in _OURS if name in environment}
   if given:
     if len(given) < len(_OURS):
@@ -109,10 +112,10 @@ def _arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """Ends this process at once where a computation fails that others share.
+  """Ends this process at once if a computation shared by processes fails.
 
-  They would wait for it, and it for them: mostly one of them has died, which
-  the others notice in the middle of a collective.
+  Otherwise the processes would wait for one another. The usual cause is the
+  death of one process, which the others see as a failed collective.
   """
   try:
     yield
@@ -133,9 +136,9 @@ def together() -> Iterator[None]:
 
 
 def place() -> tuple[int, int]:
-  """Returns which process this is, and of how many.
+  """Returns the index of this process and the number of processes.
 
-  Where it is alone no device is asked, or taken: for what needs none.
+  A single process initializes no device for this.
   """
   if not jax.distributed.is_initialized():
     return 0, 1
@@ -143,14 +146,17 @@ def place() -> tuple[int, int]:
 
 
 def is_first() -> bool:
-  """Whether this process writes files and speaks for all."""
+  """Returns whether this process writes files and messages."""
   return jax.process_index() == 0
 
 
 def fetch(tree: PyTree) -> PyTree:
-  """Returns global arrays whole, as NumPy arrays, in every process.
+  """Returns global arrays as NumPy arrays in every process.
 
-  All processes must call it, with the same arrays.
+  All processes must call it with the same arrays.
+
+  Args:
+    tree: pytree of arrays; other leaves are returned unchanged.
   """
 
   def one(x: Any) -> Any:
@@ -164,12 +170,13 @@ def fetch(tree: PyTree) -> PyTree:
 
 
 def from_first(value: Any) -> Any:
-  """Returns what the first process has found, in every process.
+  """Broadcasts a value of the first process to all processes.
 
-  For what is read from files that the first process changes at the same time.
+  Use it for values read from files that the first process may be changing. All
+  processes must call it.
 
   Args:
-    value: that JSON can hold; what the others give does not count.
+    value: JSON-serializable value; only that of the first process counts.
   """
   if jax.process_count() == 1:
     return value
@@ -182,10 +189,12 @@ def from_first(value: Any) -> Any:
 
 
 def gather(values: list[Any]) -> list[Any]:
-  """Returns the lists of all processes, one after another, in every process.
+  """Returns the concatenated lists of all processes, in every process.
+
+  All processes must call it.
 
   Args:
-    values: that JSON can hold.
+    values: JSON-serializable list of this process.
   """
   if jax.process_count() == 1:
     return values
@@ -202,10 +211,10 @@ def gather(values: list[Any]) -> list[Any]:
 
 
 def watch_preemption(grace_secs: int | float) -> preemption.Watcher:
-  """Returns what watches for signals, to this process or to any of several.
+  """Returns a watcher of SIGTERM and SIGINT to any of the processes.
 
   Args:
-    grace_secs: between SIGTERM and the end that the platform puts to it.
+    grace_secs: seconds between SIGTERM and SIGKILL by the platform.
   """
   if jax.process_count() == 1:
     return preemption.Watcher(grace_secs)
@@ -216,42 +225,45 @@ def watch_preemption(grace_secs: int | float) -> preemption.Watcher:
 
 @contextlib.contextmanager
 def preemptible(grace_secs: int = 60) -> Iterator[Callable[[], None]]:
-  """Yields what to call where the program may end, having nothing to save.
+  """Yields a function that ends the program after a signal.
+
+  For programs that have nothing to save. Call the function wherever the program
+  may end, in all processes at the same places.
 
   Args:
-    grace_secs: between SIGTERM and the end that the platform puts to it.
+    grace_secs: seconds between SIGTERM and SIGKILL by the platform.
 
   Raises:
-    SystemExit: after SIGTERM, with the status that means to start again, or
-      after SIGINT.
+    SystemExit: after SIGTERM, with the status that requests a restart; or after
+      SIGINT.
   """
   with watch_preemption(grace_secs) as watcher:
     yield watcher.exit_if_requested
 
 
 def num_cores() -> int:
-  """Returns the cores that this process may use."""
+  """Returns the number of CPU cores available to this process."""
   if hasattr(os, 'sched_getaffinity'):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
 
 
 def say(text: str) -> None:
-  """Prints to standard error, once for all processes."""
+  """Prints a message to standard error, in the first process only."""
   if is_first():
     print(text, file=sys.stderr)
 
 
 @functools.cache
 def say_once(text: str) -> None:
-  """Says what is true as long as this process runs."""
+  """Prints a message as `say` does, once in the life of this process."""
   say(text)
 
 
 def wait_for_all(name: str) -> None:
-  """Returns once every process has come to the place of this name.
+  """Blocks until all processes have reached the barrier `name`.
 
-  Through the coordinator, which waits longer than a collective on CPU does.
+  The barrier uses the coordinator, which waits longer than a CPU collective.
   """
   if jax.process_count() > 1:
     from orbax.checkpoint import multihost

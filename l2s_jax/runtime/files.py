@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are there whole or not at all, and JSON that is what it should be.
+"""Atomic file writes and validated reading of JSON.
 
-All JSON files that the package reads, its own and others', are read here, so
-that a broken one is one sentence with the file, the key and what to do.
+All JSON files that the package reads are parsed here, so that a damaged file
+gives an error of one sentence with the file, the key and the remedy.
 """
 
 import collections
@@ -15,9 +15,9 @@ import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import IO, Any, NoReturn
 
-# More than any file has a reason for, and far less than Python's stack holds.
+# Maximum nesting, far below the depth of Python's stack.
 _MOST_LEVELS = 200
-# tokenizer_config.json has 10^30 where it means that there is no limit.
+# tokenizer_config.json uses 10^30 for "no limit".
 _MOST_DIGITS = 300
 
 Keys = Mapping[str, type | tuple[type, ...]]
@@ -25,13 +25,14 @@ Keys = Mapping[str, type | tuple[type, ...]]
 
 @contextlib.contextmanager
 def whole(path: str | os.PathLike[str], mode: str = 'w') -> Iterator[IO[Any]]:
-  """Opens a file for writing that appears when the block ends well.
+  """Opens a file for atomic writing.
 
-  Until then it is written under another name beside its own; an exception
-  leaves what stood there before.
+  The data are written to a temporary file beside `path`, which replaces `path`
+  when the block ends without an exception. After an exception, `path` keeps its
+  earlier content.
 
   Args:
-    path: its folder is made if absent.
+    path: the file; its folder is created if absent.
     mode: 'w' for UTF-8 text, 'wb' for bytes.
   """
   path = pathlib.Path(path)
@@ -48,7 +49,7 @@ def whole(path: str | os.PathLike[str], mode: str = 'w') -> Iterator[IO[Any]]:
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-  """Writes a JSON file, its keys sorted."""
+  """Writes a JSON file atomically, with sorted keys."""
   with whole(path) as file:
     file.write(json.dumps(content, indent=2, sort_keys=True) + '\n')
 
@@ -60,20 +61,20 @@ def read_json(
   remedy: str,
   finite: bool = True,
 ) -> dict[str, Any]:
-  """Returns the object in a JSON file.
+  """Reads a JSON object from a file and validates it.
 
   Args:
-    keys: that it must have, and the types of their values. A key whose value
-      may be None may be missing; a whole number is a float, too, and True is
-      no number.
-    remedy: what the user can do, for errors: 'download it again'.
-    finite: whether NaN and Infinity are refused, which JSON does not have but
-      Python writes: scores can be that.
+    path: the file.
+    keys: required keys with the types of their values. A key whose types
+      include None may be absent; an integer counts as float; a bool does not
+      count as a number.
+    remedy: instruction for the user, for errors, such as 'download it again'.
+    finite: whether to refuse NaN and Infinity, which Python writes though they
+      are not JSON. Files with scores may hold them.
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: one sentence with the file, what is wrong with it, and the
-      remedy.
+    ValueError: in one sentence, with the file, the problem and the remedy.
   """
   try:
     content = pathlib.Path(path).read_bytes()
@@ -92,13 +93,21 @@ def parse_json(
   remedy: str,
   finite: bool = True,
 ) -> dict[str, Any]:
-  """Returns the object in the content of a JSON file; see `read_json`."""
+  """Parses and validates a JSON object; see `read_json`.
+
+  Args:
+    content: the content of the file.
+    path: the file, for errors.
+    keys: see `read_json`.
+    remedy: see `read_json`.
+    finite: see `read_json`.
+  """
   if not content.strip():
     raise ValueError(f'{path} is empty, expected JSON; {remedy}')
   try:
     text = content if isinstance(content, str) else content.decode('utf-8')
     value = (_DECODER if finite else _LENIENT_DECODER).decode(text)
-    if '\\u' in text:  # Half of a surrogate pair is no text.
+    if '\\u' in text:  # refuses lone surrogates
       json.dumps(value, ensure_ascii=False).encode('utf-8')
   except json.JSONDecodeError as error:
     raise ValueError(f'{path} is not JSON ({error}); {remedy}') from error
@@ -115,7 +124,7 @@ def parse_json(
       f'{path} is not JSON as we read it (too many levels of brackets); '
       f'{remedy}'
     ) from error
-  except ValueError as error:  # Of the functions below.
+  except ValueError as error:  # raised by the parsing functions below
     raise ValueError(
       f'{path} is not JSON as we read it ({error}); {remedy}'
     ) from error
@@ -133,13 +142,16 @@ def read_records(
   keys: Keys = types.MappingProxyType({}),
   say: Callable[[str], object] = lambda _: None,
 ) -> list[dict[str, Any]]:
-  """Returns the objects of a log, a line each; broken lines are left out.
+  """Reads a JSONL log, without its damaged lines.
 
   Args:
-    path: of the log.
-    keys: that each record must have; see `read_json`.
-    say: gets a sentence for each line that is left out: the last one, which a
-      kill may have torn, or one that was damaged.
+    path: the log.
+    keys: required keys of each record; see `read_json`.
+    say: receives a message for each skipped line: a last line without newline,
+      as a killed process leaves it, or a damaged line.
+
+  Returns:
+    The records in order.
   """
   records = []
   lines = pathlib.Path(path).read_bytes().splitlines(keepends=True)
@@ -166,12 +178,16 @@ def check_keys(
   keys: Keys,
   remedy: str,
 ) -> None:
-  """Checks an object within a JSON file as `read_json` checks the whole.
+  """Validates the keys of an object within a JSON file.
 
   Args:
-    place: the file, and where in it the object is.
+    value: the object.
+    place: the file and the position of the object, for errors.
     keys: see `read_json`.
     remedy: see `read_json`.
+
+  Raises:
+    ValueError: names the place, the key, and the expected type.
   """
   for key, expected in keys.items():
     expected = expected if isinstance(expected, tuple) else (expected,)
@@ -190,7 +206,7 @@ def check_keys(
 
 
 def kind_of(value: Any) -> str:
-  """Returns what a JSON value is, for errors: its value if that is short."""
+  """Returns type and, if short, value of a JSON value, for errors."""
   if value is None:
     return 'null'
   name = type(value).__name__
@@ -223,7 +239,7 @@ def _integer(text: str) -> int:
 
 def _float(text: str) -> float:
   value = float(text)
-  if value - value:  # Infinity less infinity is not a number.
+  if value - value:  # inf - inf is NaN.
     raise ValueError(f'{text[:40]} is beyond what a number can be')
   return value
 
@@ -233,7 +249,7 @@ def _constant(text: str) -> NoReturn:
 
 
 class _Decoder(json.JSONDecoder):
-  """Takes what the standard has and nothing else; no key twice."""
+  """A strict JSON decoder: no extensions, no duplicate keys."""
 
   def __init__(self, constant: Callable[[str], float] = _constant) -> None:
     super().__init__(
@@ -273,15 +289,15 @@ def differences(
   have: str = 'the run has',
   want: str = 'the config says',
 ) -> list[str]:
-  """Returns a line for each value that the run and the config have not alike.
+  """Returns a line for each leaf in which two nested descriptions differ.
 
   Args:
-    found: what JSON has kept of a description: nested dicts and lists.
-    wanted: the description now; a tuple equals the list of its items.
+    found: a stored description: nested dicts and lists, as read from JSON.
+    wanted: the current description; a tuple equals a list of the same items.
     ignored: keys, at any depth, that may differ.
-    name: of the whole, in front of its keys.
-    have: says where `found` is from.
-    want: says where `wanted` is from.
+    name: prefix of the key names.
+    have: introduces the value of `found` in a line.
+    want: introduces the value of `wanted` in a line.
   """
   if isinstance(found, dict) and isinstance(wanted, dict):
     return [
@@ -307,20 +323,20 @@ def differences(
 
 
 def nearest_existing(folder: pathlib.Path) -> pathlib.Path:
-  """Returns a folder, or the nearest of those above it that is there."""
+  """Returns a folder, or its nearest existing ancestor."""
   folder = folder.absolute()
   return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def local_folder(path: str, name: str) -> pathlib.Path:
-  """Returns a folder that the user named, which need not exist yet.
+  """Validates a folder given by the user; it need not exist.
 
   Args:
-    path: as given.
-    name: of the setting it came from, for the error.
+    path: the folder.
+    name: name of the setting, for errors.
 
   Raises:
-    ValueError: if it is empty, a bucket's address or a file.
+    ValueError: if `path` is empty, a bucket URL, or a file.
   """
   if not str(path):
     raise ValueError(f'{name} is empty; give a folder.')

@@ -268,7 +268,7 @@ def operative_config() -> str:
 
 
 def save_operative_config(path: pathlib.Path) -> None:
-  """Writes `operative_config` beside what those calls have made."""
+  """Writes the operative config to a file, atomically."""
   with files_lib.whole(path) as file:
     file.write(operative_config())
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether what gin binds has the types that this package's functions take.
+"""Type checks of gin bindings against the annotations of configurables.
 
-Gin binds anything to anything, and the wrong type is met in the middle of a
-run. The annotations of our configurables say what they take; a binding that
-cannot be that is refused while the config is read. What an annotation leaves
-open is accepted, and so is whatever is bound of other packages.
+Gin binds values without checking types, so a wrong type would fail in the
+middle of a run. Here a binding is compared with the annotation of its parameter
+while the config is read. Values for unannotated parameters and for
+configurables of other packages are accepted.
 """
 
 import collections.abc
@@ -31,12 +31,12 @@ _SIMPLE = {
 
 
 class Bound(NamedTuple):
-  """A value that gin binds.
+  """A gin binding.
 
   Attributes:
-    name: of the macro, or of the configurable and its parameter.
-    value: may hold gin's references, to macros and to configurables.
-    source: `FILE:LINE` or the flag.
+    name: name of the macro, or of the configurable and its parameter.
+    value: the bound value; may hold gin references to macros and configurables.
+    source: `FILE:LINE`, or the flag.
   """
 
   name: str
@@ -45,11 +45,12 @@ class Bound(NamedTuple):
 
 
 def problems(bound: Mapping[tuple[str, str, str], Bound]) -> list[str]:
-  """Returns a sentence for each value that its parameter cannot take.
+  """Returns a sentence for each binding of a wrong type.
 
   Args:
-    bound: by scope, full name of the configurable, and parameter; macros are
-      scopes of gin's own configurable.
+    bound: bindings by scope, full name of the configurable, and parameter. The
+      bindings of macros have gin's configurable `macro`, with the macro's name
+      as scope.
   """
   macros = {
     scope: entry
@@ -66,7 +67,7 @@ def problems(bound: Mapping[tuple[str, str, str], Bound]) -> list[str]:
 
 
 def _annotation(selector: str, parameter: str) -> Any:
-  """Returns what a parameter is said to take; empty where nothing is said."""
+  """Returns the annotation of a parameter; `Parameter.empty` if none."""
   empty = inspect.Parameter.empty
   fn = gin_internals.configurable(selector)
   if not fn.__module__.startswith(_PACKAGE):
@@ -76,12 +77,12 @@ def _annotation(selector: str, parameter: str) -> Any:
 
 
 class _Value:
-  """A bound value with macros in the place of their names."""
+  """A bound value with macros resolved."""
 
   def __init__(self, entry: Bound, macros: Mapping[str, Bound]):
     self._entry = entry
     self._macros = macros
-    for _ in macros:  # Of macros that go in a circle an end is not found.
+    for _ in macros:  # This loop bounds the resolution of circular macros.
       name = _macro_name(self._entry.value)
       if name is None or name not in macros:
         break
@@ -116,7 +117,7 @@ class _Value:
     return ''
 
   def fits(self, expected: Any) -> bool:
-    """Whether the value can be what an annotation says."""
+    """Returns whether the value matches an annotated type."""
     value = self._entry.value
     if isinstance(expected, str | typing.TypeVar) or expected is Any:
       return True
@@ -171,9 +172,9 @@ def _macro_name(value: Any) -> str | None:
 
 
 def _reference_fits(reference: Any, expected: Any) -> bool:
-  """Whether `@name` or `@name()` can be what an annotation says."""
+  """Returns whether `@name` or `@name()` matches an annotated type."""
   if _macro_name(reference) is not None:
-    return True  # Of a name that is bound nowhere; said elsewhere.
+    return True  # An unbound macro; reported elsewhere.
   kind = typing.get_origin(expected) or expected
   if not isinstance(kind, type):
     return True
@@ -185,7 +186,7 @@ def _reference_fits(reference: Any, expected: Any) -> bool:
 
 
 def _made_by(fn: Callable[..., Any]) -> type | None:
-  """Returns the type of what a configurable returns; None: it does not say."""
+  """Returns the type a configurable returns; None if it is not annotated."""
   if isinstance(fn, type):
     return fn
   made = inspect.signature(fn).return_annotation
@@ -196,7 +197,7 @@ def _made_by(fn: Callable[..., Any]) -> type | None:
 
 
 def describe(expected: Any) -> str:
-  """Returns in words what an annotation says."""
+  """Describes an annotated type in words."""
   origin, args = typing.get_origin(expected), typing.get_args(expected)
   if expected in _SIMPLE:
     return _SIMPLE[expected]
@@ -230,7 +231,7 @@ def describe(expected: Any) -> str:
 
 
 def _example(expected: Any) -> Any:
-  """Returns a value that an annotation allows."""
+  """Returns an example value of an annotated type."""
   origin, args = typing.get_origin(expected), typing.get_args(expected)
   if origin in _UNIONS:
     return _example(args[0])

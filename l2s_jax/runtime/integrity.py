@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Digests of arrays: taken as they are saved, compared where they are read.
+"""Digests of saved arrays and JSON, and their verification.
 
-An array is digested in the blocks in which the processes hold it, each block by
-the process that saves it; a block is named by its place, such as `0:4,128:256`.
-Whoever reads the array later, on any mesh, compares these blocks. A digest is
-XXH3 (128 bits) of dtype, shape and bytes: it finds damage, not malice, at the
-speed of memory. The digests of converted weights are in `weights/`.
+Each process digests the blocks (shards) of an array that it saves. A block is
+identified by its index range, such as `0:4,128:256`, so that the array can be
+verified later on any mesh. A digest is XXH3 (128 bits) over dtype, shape and
+bytes: it detects damage, not tampering, at memory speed. Digests of converted
+weights are in `weights/`.
 """
 
 import concurrent.futures
@@ -23,39 +23,39 @@ import xxhash
 from l2s_jax.runtime import distributed
 
 PyTree = Any
-# Digests of the blocks of an array, by their places.
+# Digests of the blocks of an array, by index range.
 Blocks = dict[str, str]
-# Those of the arrays of a tree, by their names.
+# Digests of the arrays of a pytree, by name.
 Digests = dict[str, Blocks]
 
-# The key of its own digest in a sealed mapping.
+# Key under which a sealed mapping keeps its own digest.
 DIGEST = 'digest'
 
 
 @gin.configurable(module='l2s_jax')
 def verification(enabled: bool = True) -> bool:
-  """Returns whether what is read is compared with its digests (VERIFY)."""
+  """Returns whether data are verified against digests when read (VERIFY)."""
   return enabled
 
 
 def name(path: Sequence[Any]) -> str:
-  """Returns an array's name from its path in a tree, such as `slm/bias`."""
+  """Returns the name of an array in a pytree, such as `slm/bias`."""
   return jax.tree_util.keystr(tuple(path), simple=True, separator='/')
 
 
 def digest(array: np.ndarray) -> str:
-  """Returns the digest of an array, in hex."""
+  """Returns the digest of an array as hexadecimal text."""
   hasher = xxhash.xxh3_128(f'{array.dtype}{array.shape}'.encode())
-  # Bytes, since NumPy exports no buffer of bfloat16.
+  # As bytes, since NumPy exports no buffer of bfloat16.
   hasher.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
   return hasher.hexdigest()
 
 
 def digests(tree: PyTree) -> Digests:
-  """Returns the digests of a tree of arrays, in every process.
+  """Returns the digests of a pytree of arrays, in every process.
 
-  All processes must call it, with the same arrays; each digests the blocks that
-  it holds and no other has digested.
+  All processes must call it with the same arrays. Each process digests its own
+  blocks; a replicated block is digested once.
   """
   blocks = []
   for path, array in jax.tree_util.tree_leaves_with_path(tree):
@@ -77,12 +77,12 @@ def digests(tree: PyTree) -> Digests:
 def damaged(
   kept: Mapping[str, Blocks], read: Callable[[str], Any]
 ) -> list[str]:
-  """Returns the names of arrays that are not as they were saved.
+  """Returns the names of arrays that do not match their digests.
 
   Args:
-    kept: the digests of the arrays; one without any must be readable.
-    read: returns an array by its name, which is indexed with slices: a NumPy
-      array, or one that stays in its file. Called from several threads.
+    kept: digests by array name. An array without digests must only be readable.
+    read: opens an array by name: a NumPy array, or an array indexed lazily with
+      slices. It is called from several threads.
   """
 
   def is_good(array_name: str) -> bool:
@@ -95,7 +95,7 @@ def damaged(
         for place, value in kept[array_name].items()
       )
     except (ValueError, IndexError, TypeError, OSError):
-      return False  # It cannot be read, or has another shape.
+      return False  # unreadable, or of another shape
 
   names = sorted(kept)
   found = _in_threads(is_good, names)
@@ -103,7 +103,7 @@ def damaged(
 
 
 def _in_threads(fn: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-  """Returns the values of a function that leaves Python's lock alone."""
+  """Maps a function that releases the GIL over items, in threads."""
   num_threads = min(8, os.cpu_count() or 1, len(items))
   if num_threads < 2:
     return [fn(item) for item in items]
@@ -124,19 +124,23 @@ def _slices(place: str) -> tuple[slice, ...]:
 
 
 def seal(content: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns what JSON keeps of a mapping, with its own digest in it."""
+  """Returns a mapping as JSON keeps it, with its own digest added."""
   kept = json.loads(json.dumps(content))
   return kept | {DIGEST: _of_json(kept)}
 
 
 def unseal(content: Mapping[str, Any]) -> dict[str, Any] | None:
-  """Returns a mapping without the digest in it; None if it has changed."""
+  """Verifies and removes the digest of a sealed mapping.
+
+  Returns:
+    The mapping without its digest; None if the digest does not match.
+  """
   rest = {key: value for key, value in content.items() if key != DIGEST}
   return rest if content.get(DIGEST) == _of_json(rest) else None
 
 
 def is_sealed(content: Mapping[str, Any]) -> bool:
-  """Returns whether a mapping has a digest in it."""
+  """Returns whether a mapping carries its own digest."""
   return DIGEST in content
 
 

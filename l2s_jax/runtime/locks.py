@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One writer for a folder: a file that says who, renewed while he lives.
+"""A lock file that allows one writer per folder, renewed while its owner runs.
 
-On one host the process that is named tells whether it lives. From another, over
-a shared disk, all that is seen is whether the file is renewed: one that is not
-for LEASE_SECS is of a process that has died, and is taken over. What is
-compared is the content, not the time, since clocks differ.
+On the owner's host, the recorded process tells whether the owner still runs. On
+other hosts, over a shared disk, only renewals are visible: a lock that is not
+renewed for LEASE_SECS belongs to a dead process and is taken over. The contents
+of the file are compared, not its times, since clocks differ.
 """
 
 import contextlib
@@ -31,16 +31,17 @@ _KEYS = {'host': str, 'pid': int, 'start': str, 'birth': str, 'beat': int}
 def held(
   folder: pathlib.Path, setting: str, name: str = NAME
 ) -> Iterator[None]:
-  """Holds a folder against other writers until the block ends.
+  """Holds the lock of a folder until the block ends.
 
   Args:
-    folder: made if absent.
-    setting: that named it, for errors.
-    name: of the file, where several may write different parts.
+    folder: the folder; created if absent.
+    setting: name of the setting with the folder, for errors.
+    name: name of the lock file; processes that write different parts of a
+      folder use different names.
 
   Raises:
-    ValueError: if another process writes there; names its host, process and
-      start.
+    ValueError: if another process holds the lock; names its host, process id
+      and start time.
   """
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / name
@@ -67,12 +68,12 @@ def held(
 
 
 def _take(path: pathlib.Path, mine: dict[str, Any], setting: str) -> None:
-  """Makes the file, which is atomic, or takes over one of the dead."""
+  """Creates the lock file atomically, or takes over that of a dead process."""
   while not _make(path, mine):
     try:
       content = path.read_bytes()
     except FileNotFoundError:
-      continue  # He has just ended.
+      continue  # The owner has just ended.
     who = _parse(content, path)
     if who is None:
       gone = 'it cannot be read'
@@ -96,7 +97,7 @@ def _take(path: pathlib.Path, mine: dict[str, Any], setting: str) -> None:
 
 
 def _make(path: pathlib.Path, mine: dict[str, Any]) -> bool:
-  """Makes the file, whole, if there is none; returns whether it did."""
+  """Creates the complete lock file if there is none; returns whether it did."""
   temporary = path.with_name(f'{path.name}.{mine["owner"]}')
   try:
     temporary.write_text(json.dumps({**mine, 'beat': 0}))
@@ -109,7 +110,7 @@ def _make(path: pathlib.Path, mine: dict[str, Any]) -> bool:
 
 
 def _remove(path: pathlib.Path, content: bytes) -> bool:
-  """Removes a file of the dead; False if it is another's by now."""
+  """Removes the lock of a dead process; False if another process took it."""
   aside = path.with_name(f'{path.name}.{uuid.uuid4().hex}')
   try:
     path.rename(aside)
@@ -119,7 +120,7 @@ def _remove(path: pathlib.Path, content: bytes) -> bool:
     if aside.read_bytes() == content:
       return True
     with contextlib.suppress(FileExistsError):
-      os.link(aside, path)  # It belongs to one who was faster.
+      os.link(aside, path)  # another process was faster
     return False
   finally:
     aside.unlink()
@@ -131,7 +132,7 @@ def _renew(
   beat = 0
   while not stopped.wait(RENEWAL_SECS):
     beat += 1
-    # A disk that is full or away for a while ends no training.
+    # Training goes on while the disk is full or unreachable.
     with contextlib.suppress(OSError):
       if _owner(path) == mine['owner']:
         with files.whole(path) as file:
@@ -139,7 +140,7 @@ def _renew(
 
 
 def _changes(path: pathlib.Path, content: bytes) -> bool:
-  """Returns whether a file changes, or goes, within the lease."""
+  """Returns whether a lock file changes within the lease."""
   deadline = time.monotonic() + LEASE_SECS
   while time.monotonic() < deadline:
     time.sleep(min(1.0, LEASE_SECS / 10))
@@ -167,10 +168,10 @@ def _owner(path: pathlib.Path) -> str | None:
 
 
 def _birth(pid: int) -> str:
-  """Returns what tells a process from a later one of the same number.
+  """Returns a string unique to a process, even if its pid is reused later.
 
-  '' if there is no such process; where the system does not say when it began,
-  whether there is one.
+  The string is '' if there is no such process, and 'unknown' for a running
+  process on systems without a known start time.
   """
   proc = pathlib.Path('/proc')
   try:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the operating system refused, in one sentence.
+"""Operating-system errors as one-sentence messages.
 
-An error of the system reaches us in many forms: as an OSError; as a library's
-own exception whose text repeats the system's words; as the cause of either; on
-a library's thread, which prints it and goes on or dies. All become one sentence
-with the path, the system's words, and what to do.
+Such an error can arrive as an OSError, as a library's exception that quotes the
+system's message, as the cause of either, or on a library thread that prints it
+and continues or dies. All become one sentence with the path, the system's
+message and the remedy.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from typing import Any
 _SPACE = 'make room there, or choose a folder with room'
 _RIGHTS = 'choose a folder that you may write to, or change its permissions'
 _PATH = 'correct the path'
-# What to do about each, and with it what counts as the user's affair.
+# Remedies. Only errors listed here count as caused by the environment.
 _REMEDIES = {
   errno.ENOSPC: _SPACE,
   errno.EDQUOT: _SPACE,
@@ -49,20 +49,20 @@ _REMEDIES = {
 }
 _GOES_ON = 'What was saved before is whole; the same command goes on from it.'
 _WORDS = {os.strerror(number): number for number in _REMEDIES}
-# As tensorstore and absl write it: [OS error 28: ENOSPC No space left ...].
+# Formats of tensorstore and absl: [OS error 28: ENOSPC No space left ...].
 _NUMBER = re.compile(r'\[OS error (\d+)|\[Errno (\d+)\]')
-# Which repeat the errors of their threads.
+# Loggers that repeat the errors of library threads.
 _LOGS = ('absl', 'asyncio', 'concurrent.futures')
-# The first path in a library's words, quoted or not.
+# Patterns of the first path in a message, quoted or bare.
 _QUOTED = re.compile(r"""["'](/[^"'\n]+)["']""")
 _BARE = re.compile(r'(/[^\s"\';:,\[\]()]+)')
 
 
 def describe(error: BaseException) -> str | None:
-  """Returns the sentence for an error of the system; None: it is no such one.
+  """Returns a sentence for an operating-system error; None for other errors.
 
   Args:
-    error: any exception; what it was raised from counts, too.
+    error: any exception; its causes are searched, too.
   """
   found = _find(error)
   if found is None:
@@ -78,7 +78,7 @@ def describe(error: BaseException) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-  """Returns what a library's error says first, to stand in a sentence."""
+  """Returns the first line of an exception's message, without a full stop."""
   lines = str(error).strip().splitlines() or [type(error).__name__]
   return lines[0][:300].rstrip('.')
 
@@ -86,9 +86,9 @@ def first_line(error: BaseException) -> str:
 def _find(
   error: BaseException,
 ) -> tuple[int | None, str, str | None] | None:
-  """Returns number, the system's words, and path of the first that is known."""
+  """Returns error number, message and path of the first known error."""
   chain: list[BaseException] = [error]
-  for item in chain:  # Grows.
+  for item in chain:  # grows in the loop
     nested = [*getattr(item, 'exceptions', ()), item.__cause__]
     if not item.__suppress_context__:
       nested.append(item.__context__)
@@ -102,7 +102,7 @@ def _read(
   error: BaseException,
 ) -> tuple[int | None, str, str | None] | None:
   if isinstance(error, OSError) and error.errno is not None:
-    # Two of them in a rename: what cannot be made is the second.
+    # A rename has two names; the second is the one that fails.
     names = [
       os.fsdecode(name) if isinstance(name, bytes) else str(name)
       for name in (error.filename2, error.filename)
@@ -119,7 +119,7 @@ def _read(
   for words, number in _WORDS.items():
     if words in text:
       return number, words, _path(text)
-  if isinstance(error, OSError):  # Of a network, say: in a library's words.
+  if isinstance(error, OSError):  # such as network errors of a library
     lines = text.strip().splitlines()
     return None, lines[0] if lines else type(error).__name__, None
   return None
@@ -131,21 +131,21 @@ def _path(text: str) -> str | None:
 
 
 class Hooks:
-  """Prints one sentence where Python and libraries print tracebacks.
+  """Exception hooks that print one sentence instead of tracebacks.
 
-  A library's thread that meets a full disk prints a traceback, and so do the
-  log of the library, the thread that waits for it, and Python at the end.
+  When a library thread meets a full disk, a traceback is printed by the thread,
+  by the library's logger, by the waiting thread, and by Python at exit.
 
   Attributes:
-    of_thread: the sentence of the first thread that ended so; None while none
-      has. The program may not have heard of it.
+    of_thread: the sentence of the first thread ended by such an error, which
+      the main program may not have noticed; None if there is none.
   """
 
   def __init__(self) -> None:
     self.of_thread: str | None = None
 
   def install(self) -> None:
-    """Takes the place of what prints tracebacks, for good."""
+    """Replaces Python's hooks for uncaught exceptions, permanently."""
     print_error = sys.excepthook
     print_thread = threading.excepthook
     print_unraisable = sys.unraisablehook
@@ -160,7 +160,7 @@ class Hooks:
         print_error(kind, error, trace)
         return
       print(f'l2s_jax: error: {sentence}', file=sys.stderr)
-      # At once: what libraries have underway would print much while it breaks.
+      # Exits at once, since the teardown of libraries prints more errors.
       for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
           stream.flush()
@@ -185,7 +185,7 @@ class Hooks:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-  """Whether a library's log says something else than the sentence will."""
+  """Returns whether a log record is unrelated to operating-system errors."""
   error = record.exc_info[1] if record.exc_info else None
   if record.levelno < logging.ERROR and error is None:
     return True

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device mesh, the tables from logical axes to mesh axes, and shardings.
+"""The device mesh, logical axis rules, and shardings.
 
-Modules name the axes of their parameters and activations (`batch`, `embed`,
-`heads`, ...); the rules here say onto which mesh axes (`data`, `fsdp`,
-`tensor`) they go. The LLM and the SLM use the same names and may have rules
-of their own: the SLM's are entered around everything, the LLM's around its own
-call. This module is also the only place where Flax's metadata boxes are taken
-off parameters.
+Modules name the logical axes of their parameters and activations (`batch`,
+`embed`, `heads`, ...). The rules map them to mesh axes (`data`, `fsdp`,
+`tensor`). The LLM and the SLM use the same logical axes and may have different
+rules: the SLM's rules apply everywhere except inside the LLM's call. This is
+the only module that unboxes Flax's partitioning metadata.
 """
 
 import contextlib
@@ -29,8 +28,8 @@ PyTree = Any
 
 MESH_AXES = ('data', 'fsdp', 'tensor')
 
-# Earlier rules take a mesh axis first: an activation [batch, length, embed]
-# spends `fsdp` on its batch, and its `embed` stays whole.
+# Earlier rules take precedence: an activation [batch, length, embed] uses
+# `fsdp` for its batch, so its `embed` axis stays unsharded.
 DEFAULT_RULES: Rules = (
   ('batch', ('data', 'fsdp')),
   ('vocab', 'tensor'),
@@ -45,25 +44,26 @@ DEFAULT_RULES: Rules = (
   ('relpos_buckets', None),
   ('abspos_buckets', None),
 )
-# These stay whole where they do not divide: with grouped queries a model has
-# few heads of keys and values, and vocabularies have any size (GPT-2: 50257).
+# Logical axes that stay unsharded if their size does not divide: grouped-query
+# attention has few key/value heads, and vocabularies have any size (GPT-2:
+# 50257).
 MAY_STAY_WHOLE = ('kv_heads', 'vocab')
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """How many devices stand along each mesh axis, and each tower's rules.
+  """Sizes of the mesh axes, and the axis rules of both models.
 
   Attributes:
-    data: replicas of the parameters; -1 takes all devices that are left.
-      Slices of TPUs and nodes of GPUs are told apart along it first.
-    fsdp: shards of the parameters along `embed`; the batch is split over it
-      too.
-    tensor: shards along `heads` and `mlp`, and along `kv_heads` and `vocab`
-      where these divide.
-    llm_rules: logical axis to mesh axis, several or None, for the LLM, where
-      it is not that of `DEFAULT_RULES`: {'embed': None} shards nothing of it
-      over `fsdp`.
+    data: replicas of the parameters; -1 takes the remaining devices. TPU slices
+      and GPU nodes are laid out along this axis first.
+    fsdp: shards of the parameters along `embed`; the batch is sharded over this
+      axis, too.
+    tensor: shards along `heads` and `mlp`, and along `kv_heads` and `vocab` if
+      these divide.
+    llm_rules: overrides of `DEFAULT_RULES` for the LLM, from logical axis to a
+      mesh axis, several ones, or None. {'embed': None} replicates the LLM over
+      `fsdp`.
     slm_rules: the same for the SLM, the projector and everything else.
   """
 
@@ -95,7 +95,7 @@ class MeshConfig:
             )
 
   def rules(self, tower: str) -> Rules:
-    """Returns the rules of the LLM ('llm') or of everything else, in order."""
+    """Returns the axis rules of the LLM ('llm') or of the rest ('slm')."""
     changed = self.llm_rules if tower == 'llm' else self.slm_rules
     return tuple(
       (name, tuple(axes) if isinstance(axes, list) else axes)
@@ -107,18 +107,22 @@ gin.external_configurable(MeshConfig, module='l2s_jax')
 
 
 def _names(axes: MeshAxes) -> tuple[str, ...]:
-  """Returns the mesh axes of one dimension."""
+  """Returns the mesh axes of one array dimension."""
   return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def make_mesh(
   config: MeshConfig, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-  """Makes the mesh ('data', 'fsdp', 'tensor') over all devices.
+  """Creates the mesh ('data', 'fsdp', 'tensor') over all devices.
+
+  Args:
+    config: the axis sizes.
+    devices: the devices; None takes all of `jax.devices()`.
 
   Raises:
-    ValueError: if the axis sizes do not multiply to the number of devices;
-      says which would.
+    ValueError: if the product of the axis sizes is not the number of devices;
+      suggests the nearest sizes.
   """
   devices = jax.devices() if devices is None else list(devices)
   return jax.sharding.Mesh(
@@ -129,7 +133,7 @@ def make_mesh(
 
 
 def fit(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
-  """Returns the shape of the mesh over so many devices.
+  """Returns the mesh shape for a number of devices, with -1 resolved.
 
   Raises:
     ValueError: as `make_mesh` does.
@@ -157,10 +161,10 @@ def _axes_text(shape: Sequence[int]) -> str:
 def _nearest_shape(
   asked: tuple[int, ...], num_devices: int
 ) -> tuple[int, int, int]:
-  """Returns the mesh over so many devices that is nearest to what was asked.
+  """Returns the mesh shape for `num_devices` nearest to the requested one.
 
-  That is one that changes fewest axes, and those by the least factors. A -1
-  stands for any size.
+  The nearest shape changes the fewest axes, by the smallest factors. -1 stands
+  for any size.
   """
 
   def distance(shape):
@@ -181,16 +185,19 @@ def _nearest_shape(
 
 
 def arrange(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
-  """Returns the devices in the shape of the mesh, as their networks have it.
+  """Arranges devices in the shape of the mesh by network proximity.
 
-  Neighbours along `tensor` are the nearest, then those along `fsdp`. Several
-  slices (of TPUs, or nodes of GPUs), which a slower network connects, split
-  the outermost axis that they can: over `data`, what goes between them is the
-  sum of gradients, once a step.
+  Neighbours along `tensor` are nearest, then those along `fsdp`. Several TPU
+  slices or GPU nodes, which are joined by a slower network, are laid out along
+  the outermost axes that they divide. Over `data`, only the sum of gradients
+  crosses that network, once per step.
 
   Args:
-    shape: of the mesh.
-    devices: as many, or what a topology has in their place.
+    shape: mesh shape.
+    devices: devices, or the device descriptions of a topology.
+
+  Returns:
+    [data, fsdp, tensor] array of devices.
   """
   num_slices = len({getattr(device, 'slice_index', 0) for device in devices})
   if num_slices == 1:
@@ -209,7 +216,7 @@ def arrange(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
 
 
 def axis_rules(rules: Rules) -> contextlib.AbstractContextManager[None]:
-  """Enters the rules that logical constraints inside read."""
+  """Returns a context manager that sets the rules of logical constraints."""
   return nn.logical_axis_rules(rules)
 
 
@@ -219,15 +226,16 @@ def axes_that_divide(
   mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
   rules: Rules | None = None,
 ) -> tuple[str | None, ...]:
-  """Returns the axes, without those `MAY_STAY_WHOLE` that do not divide.
+  """Returns logical axes, with None for optional ones that do not divide.
 
-  Each device then holds all of them.
+  Only axes of `MAY_STAY_WHOLE` are replaced; each device then holds the whole
+  axis.
 
   Args:
-    axes: logical names.
-    shape: of the array that has them.
-    mesh: None takes the one in use.
-    rules: None takes those in use.
+    axes: logical axes of an array.
+    shape: its shape.
+    mesh: the mesh; None takes the current one.
+    rules: the axis rules; None takes the current ones.
   """
   mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
   mesh_axes = nn.logical_to_mesh_axes(tuple(axes), rules)
@@ -242,7 +250,7 @@ def axes_that_divide(
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-  """Pins an array, in jit, to how its axes are sharded where they divide."""
+  """Constrains the sharding of an array in jit, along axes that divide."""
   return nn.with_logical_constraint(x, axes_that_divide(axes, x.shape))
 
 
@@ -251,16 +259,17 @@ def look_up(
   ids: jax.Array | np.ndarray,
   table_axes: Sequence[str],
 ) -> jax.Array:
-  """Returns rows of a table, laid out as the batch is.
+  """Looks up table rows and returns them with the sharding of the batch.
 
-  Under FSDP features and rows are split over the same devices. Left alone, the
-  partitioner gathers the table, or makes the whole batch's embeddings on every
-  device. Here each device looks up its features, for the rows of all that it
-  shares a replica with, and gives them their rows for its own.
+  Under FSDP, the table's features and the batch are sharded over the same
+  devices. Without constraints the partitioner gathers the table, or computes
+  the embeddings of the global batch on every device. Here each device looks up
+  its features for the rows of its whole FSDP group, and the features are then
+  exchanged for the rows of each device.
 
   Args:
     table: [rows, features].
-    ids: [batch, ...] rows of the table.
+    ids: [batch, ...] indices of table rows.
     table_axes: logical axes of the table.
 
   Returns:
@@ -284,19 +293,19 @@ def look_up(
 
 @contextlib.contextmanager
 def use_mesh(mesh: jax.sharding.Mesh) -> Iterator[None]:
-  """Makes `mesh` the one that logical constraints inside refer to."""
+  """Sets the current mesh, which logical constraints refer to."""
   with jax.set_mesh(mesh):
     yield
 
 
 def unbox(tree: PyTree) -> PyTree:
-  """Takes the axis names off freshly made parameters."""
+  """Removes the partitioning metadata of newly initialized parameters."""
 
   def is_box(x):
     return isinstance(x, nn.LogicallyPartitioned)
 
-  # Where parameters live is said once, by the shardings of the jit that makes
-  # them; a constraint here would also fail on mere shapes.
+  # The shardings of the initializing jit place the parameters. A constraint
+  # here would also fail for abstract shapes.
   return jax.tree.map(
     lambda x: x.unbox(apply_constraint=False) if is_box(x) else x,
     tree,
@@ -307,14 +316,14 @@ def unbox(tree: PyTree) -> PyTree:
 def abstract_params(
   init: Callable[..., PyTree], *args: Any
 ) -> tuple[PyTree, PyTree]:
-  """Returns shapes and logical axes of the parameters that `init` makes.
+  """Returns shapes and logical axes of the parameters created by `init`.
 
   Args:
-    init: a module's `init`, or a function like it, returning {'params': ...}.
+    init: a module's `init`, or a similar function that returns {'params': ...}.
     *args: its arguments; arrays or shapes.
 
   Returns:
-    A tree of `jax.ShapeDtypeStruct` and a tree of `PartitionSpec` that hold
+    A pytree of `jax.ShapeDtypeStruct`, and a pytree of `PartitionSpec` with
     logical axis names.
   """
   boxed = jax.eval_shape(init, *args)['params']
@@ -322,7 +331,7 @@ def abstract_params(
 
 
 def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:
-  """Returns a tree of shapes with the shardings of another."""
+  """Returns a pytree of shapes with the shardings of another pytree."""
   return jax.tree.map(
     lambda shape, sharding: jax.ShapeDtypeStruct(
       shape.shape, shape.dtype, sharding=sharding
@@ -338,14 +347,14 @@ def param_shardings(
   mesh: jax.sharding.Mesh,
   config: MeshConfig,
 ) -> dict[str, PyTree]:
-  """Returns the sharding of each parameter, each tower by its own rules.
+  """Returns the sharding of each parameter by the rules of its model.
 
   Args:
-    shapes: of the parameters.
-    logical_axes: tree of logical `PartitionSpec`; the subtree `llm` follows
+    shapes: pytree of parameter shapes.
+    logical_axes: pytree of logical `PartitionSpec`. The subtree `llm` follows
       the LLM's rules, everything else the SLM's.
-    mesh: the mesh they refer to.
-    config: has the rules.
+    mesh: the device mesh.
+    config: the axis rules.
   """
 
   def place(tower):
@@ -367,9 +376,10 @@ def slot_sharding(
   param_shape: tuple[int, ...],
   param_sharding: NamedSharding,
 ) -> NamedSharding:
-  """Returns the sharding of an optimizer's slot, given its parameter's.
+  """Returns the sharding of an optimizer slot from that of its parameter.
 
-  Axes along which the slot has another size, such as means, are not split.
+  Axes on which slot and parameter differ in size, as in factored statistics,
+  are not sharded.
   """
   if shape == param_shape:
     return param_sharding
@@ -381,14 +391,18 @@ def slot_sharding(
 
 
 def check_divisible(shapes: PyTree, shardings: PyTree) -> None:
-  """Refuses shapes that do not divide over the mesh, all at once.
+  """Validates that all parameter shapes divide evenly over the mesh.
+
+  Args:
+    shapes: pytree of shapes.
+    shardings: pytree of shardings of the same structure.
 
   Raises:
-    ValueError: lists path, shape and the mesh axis that does not divide, and
-      says how large that axis may be.
+    ValueError: lists path, shape and mesh axis of each misfit, and the largest
+      size of the axis that would divide.
   """
   problems = []
-  sizes: dict[tuple[str, ...], list[int]] = {}  # by the mesh axes they divide
+  sizes: dict[tuple[str, ...], list[int]] = {}  # by mesh axes
   refused = {}  # mesh axes to the mesh
 
   def check(path, shape, sharding):
@@ -406,7 +420,7 @@ def check_divisible(shapes: PyTree, shardings: PyTree) -> None:
 
   jax.tree_util.tree_map_with_path(check, shapes, shardings)
   if problems:
-    # Of the sizes in use, these and their divisors divide all.
+    # These sizes, and their divisors, divide all dimensions.
     largest = ', '.join(
       f'{" x ".join(names)}={math.gcd(mesh.size, *sizes[names])}'
       for names, mesh in refused.items()
@@ -420,12 +434,12 @@ def check_divisible(shapes: PyTree, shardings: PyTree) -> None:
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Returns the sharding of a value that every device holds whole."""
+  """Returns the sharding of a fully replicated array."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Returns the sharding of batches: rows over `data` and `fsdp`."""
+  """Returns the sharding of a batch: rows over `data` and `fsdp`."""
   return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
 
 
@@ -435,10 +449,16 @@ def check_batch_size(
   name: str = 'BATCH_SIZE',
   num_microbatches: int = 1,
 ) -> None:
-  """Refuses a batch of which some part does not divide over the mesh.
+  """Validates that a batch and its microbatches divide over the mesh.
+
+  Args:
+    batch_size: global batch size.
+    mesh: the device mesh.
+    name: name of the setting, for errors.
+    num_microbatches: microbatches per batch.
 
   Raises:
-    ValueError: with the batch size, the number of shards, and what would do.
+    ValueError: names the batch size, the number of shards and valid sizes.
   """
   shards = mesh.shape['data'] * mesh.shape['fsdp']
   unit = shards * num_microbatches
@@ -458,11 +478,11 @@ def check_batch_size(
 
 
 def own_rows(num_rows: int, mesh: jax.sharding.Mesh) -> np.ndarray:
-  """Returns the rows of a batch that this process's devices hold, growing.
+  """Returns the sorted rows of a batch on the devices of this process.
 
   Args:
-    num_rows: of the whole batch.
-    mesh: the device mesh, over which they divide.
+    num_rows: global batch size.
+    mesh: the device mesh.
   """
   places = batch_sharding(mesh).addressable_devices_indices_map((num_rows,))
   is_own = np.zeros(num_rows, bool)
@@ -477,14 +497,14 @@ def put_batch(
   rows: np.ndarray | None = None,
   num_rows: int | None = None,
 ) -> dict[str, jax.Array]:
-  """Makes one global array per key; each process puts the rows it owns.
+  """Creates a global array per key from the rows of each process.
 
   Args:
-    batch: the whole batch, the same in every process; or some of its rows.
+    batch: the global batch, the same in every process; or some of its rows.
     mesh: the device mesh.
-    rows: which these are, in growing order, with those of `own_rows` among
-      them; None: all.
-    num_rows: of the whole batch, if `rows` are given.
+    rows: sorted indices of the given rows, including those of `own_rows`; None
+      if all rows are given.
+    num_rows: global batch size, if `rows` are given.
   """
   sharding = batch_sharding(mesh)
 
@@ -507,7 +527,7 @@ def put_batch(
 
 
 def bytes_per_device(shapes: PyTree, shardings: PyTree) -> int:
-  """Returns the bytes that one device holds of a sharded tree."""
+  """Returns the bytes per device of a sharded pytree."""
   sizes = jax.tree.map(
     lambda s, sharding: (
       math.prod(sharding.shard_shape(s.shape)) * s.dtype.itemsize

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM and Ctrl-C: the last finished step is saved, whatever is going on.
+"""Handling of SIGTERM and Ctrl-C: saving the last finished step.
 
-Python runs a signal's handler between two instructions of the main thread,
-which may be minutes away while XLA compiles; and a KeyboardInterrupt raised
-there may be lost in a library's callback. A thread of its own hears of the
-signal at once. It lets the main thread come to its next step and save; if that
-takes too long, it saves by itself and ends the process.
+Python runs signal handlers between two bytecode instructions of the main
+thread, which may take minutes while XLA compiles, and a KeyboardInterrupt may
+get lost in a library's callback. Therefore a separate thread receives the
+signal at once. It lets the main thread reach its next step and save. If that
+takes too long, the thread saves by itself and ends the process.
 
-Of several processes none may save, or end, by itself: JAX hears of SIGTERM in
-any of them, and they agree on where in the program all of them leave. Ctrl-C in
-one of them is handed to JAX as SIGTERM.
+With several processes, none may save or end alone. JAX propagates SIGTERM to
+all of them, and they agree on a common step at which to leave. Ctrl-C in one
+process is passed to JAX as SIGTERM.
 """
 
 import contextlib
@@ -22,29 +22,29 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-# "Try again", EX_TEMPFAIL of sysexits.h. Tells a launcher that the run has more
-# to do; 0 tells that it has finished.
+# EX_TEMPFAIL ("try again") of sysexits.h. It tells a launcher to restart the
+# run; 0 means that the run is finished.
 EXIT_CODE = 75
-# What shells say of a process that SIGINT has ended. No launcher starts again
-# what a person has stopped.
+# Exit status of shells for SIGINT. Launchers do not restart a run stopped by a
+# person.
 INTERRUPTED = 128 + signal.SIGINT
 
-# The part of the grace period that the main thread has to react in.
+# Fraction of the grace period within which the main thread must react.
 _REACTION = 0.25
-# The part after which the process is ended in any case.
+# Fraction of the grace period after which the process ends in any case.
 _LAST_MOMENT = 0.9
-# Seconds that standard output and error have to take the last words.
+# Seconds allowed for flushing standard output and error.
 _LAST_WORDS = 1.0
-# Told from a signal's number, which the C code writes: the handler has run.
+# Marks bytes sent by the Python handler; C code sends the bare number.
 _HANDLED = 128
 
 
 class Preempted(Exception):
-  """Leaves what can be left at once, such as an evaluation."""
+  """Raised by `Watcher.check` after a signal, to leave interruptible work."""
 
 
 class Watcher:
-  """Watches for SIGTERM and SIGINT for as long as it is entered.
+  """Context manager that watches for SIGTERM and SIGINT.
 
       with Watcher(grace_secs=60) as watcher:
         state = restore()
@@ -53,18 +53,17 @@ class Watcher:
           with watcher.lock:  # the old state is gone, the new not yet there
             state = step(state)
 
-  As long as there is nothing to save, either ends the process at once. A
-  further SIGTERM changes nothing, a second SIGINT ends the process at once.
-  Only the main thread may handle signals: entered in another, it leaves them as
-  they are; and so it does with `agree`, and with a SIGINT that is ignored, as
-  shells have it for what runs in the background.
+  While `save` is None, a signal ends the process at once. A further SIGTERM
+  changes nothing; a second SIGINT ends the process at once. Signal handlers are
+  installed in the main thread only, not with `agree`, and not for a SIGINT that
+  is ignored, as shells do for background jobs.
 
   Attributes:
-    save: saves the last finished step and returns when that is on disk; None
-      while there is none. Called by the watching thread, with `lock`; what it
-      raises is printed, and the exit code is 1.
-    lock: held by whoever changes what `save` reads.
-    exit_code: of the process, once `requested`.
+    save: saves the last finished step and returns when it is on disk; None if
+      there is nothing to save. The watching thread calls it with `lock` held.
+      If it raises, the exception is printed and the exit code is 1.
+    lock: to be held while changing data that `save` reads.
+    exit_code: exit code of the process after a signal.
   """
 
   def __init__(
@@ -72,13 +71,13 @@ class Watcher:
     grace_secs: int | float,
     agree: Callable[[int], bool] | None = None,
   ):
-    """Prepares.
+    """Creates a watcher; handlers are installed on entry.
 
     Args:
-      grace_secs: between SIGTERM and the end that the platform puts to it.
-      agree: of several processes, which call `check` at the same places: takes
-        the number of the call, and tells whether SIGTERM has come to one of
-        them and this is where all of them leave.
+      grace_secs: seconds between SIGTERM and SIGKILL by the platform.
+      agree: for several processes, all of which call `check` at the same
+        places: function from the number of the call to whether all processes
+        leave at this call because one of them received SIGTERM.
     """
     self.save: Callable[[], None] | None = None
     self.lock = threading.RLock()
@@ -91,11 +90,14 @@ class Watcher:
 
   @property
   def requested(self) -> bool:
-    """Whether SIGTERM or SIGINT has come."""
+    """Whether SIGTERM or SIGINT was received."""
     return self._requested.is_set()
 
   def check(self) -> None:
-    """Raises `Preempted` if SIGTERM or SIGINT has come."""
+    """Raises `Preempted` if SIGTERM or SIGINT was received.
+
+    With `agree`, all processes must call it at the same places.
+    """
     self._num_checks += 1
     if self._agree is not None and self._agree(self._num_checks):
       self._requested.set()
@@ -103,7 +105,7 @@ class Watcher:
       raise Preempted
 
   def exit_if_requested(self) -> None:
-    """Ends the process where it has nothing to save, if a signal has come.
+    """Exits after a signal, for programs with nothing to save.
 
     Raises:
       SystemExit: with `exit_code`.
@@ -114,14 +116,14 @@ class Watcher:
       raise SystemExit(self.exit_code) from None
 
   def leave(self) -> None:
-    """Says that the main thread has reacted: it saves, and ends."""
+    """Tells the watching thread that the main thread saves and exits."""
     self._left.set()
 
   def __enter__(self) -> 'Watcher':
     global _agreeing
     self._installed = (
       threading.current_thread() is threading.main_thread()
-      # A handler of ours would displace the one that tells all processes.
+      # Our handler would replace JAX's, which notifies all processes.
       and self._agree is None
     )
     if self._agree is not None:
@@ -130,7 +132,7 @@ class Watcher:
       return self
     self._reader, self._writer = socket.socketpair()
     self._writer.setblocking(False)
-    # Written to by C code, in the very moment that the signal comes.
+    # C code writes to this descriptor as soon as the signal arrives.
     self._old_fd = signal.set_wakeup_fd(
       self._writer.fileno(), warn_on_full_buffer=False
     )
@@ -146,21 +148,21 @@ class Watcher:
     global _agreeing
     if self._agree is not None:
       _agreeing = None
-    # Once it has come, a further one must not end what is left to do.
+    # After a signal, a further one must not interrupt the remaining work.
     if not self._installed or self.requested:
       return
     for number, handler in self._old_handlers.items():
       signal.signal(number, handler)
     signal.set_wakeup_fd(self._old_fd)
-    self._writer.close()  # Ends the thread, which still waits.
+    self._writer.close()  # ends the waiting thread
 
   def _handle(self, number: int, _: Any) -> None:
-    """Tells the thread again, lest another library has taken the wakeup fd."""
+    """Notifies the thread, even if a library replaced the wakeup descriptor."""
     with contextlib.suppress(OSError):
       self._writer.send(bytes([number | _HANDLED]))
 
   def _watch(self) -> None:
-    """Reacts to the first signal, and to the second SIGINT."""
+    """Reacts to the first signal and to a second SIGINT."""
     counts = {signal.SIGINT: 0, signal.SIGINT | _HANDLED: 0}
     while news := self._reader.recv(1):
       number = news[0] & ~_HANDLED
@@ -175,7 +177,7 @@ class Watcher:
       if number == signal.SIGINT:
         self.exit_code = INTERRUPTED
         if _agreeing is not None:
-          # Of several processes: JAX, which hears of SIGTERM, tells all.
+          # JAX propagates SIGTERM to all processes.
           if not _agreeing.requested and _agreeing.exit_code == EXIT_CODE:
             _agreeing.exit_code = INTERRUPTED
             _say('SIGINT: all processes end at their next step.')
@@ -188,8 +190,8 @@ class Watcher:
     self._reader.close()
 
   def _react(self, number: int) -> None:
-    """Sees to it that the process saves and ends."""
-    # Whatever hangs, a save or a library's thread: the platform would be worse.
+    """Makes the process save and end within the grace period."""
+    # Ends the process even if a save or a library thread hangs.
     last_moment = threading.Timer(
       self._grace_secs * _LAST_MOMENT, _end, (self.exit_code,)
     )
@@ -206,7 +208,7 @@ class Watcher:
     else:
       _say('SIGTERM: saving the last step and ending.')
     if self._left.wait(self._grace_secs * _REACTION):
-      return  # The main thread saves.
+      return  # the main thread saves
     try:
       with self.lock:
         save()
@@ -216,15 +218,14 @@ class Watcher:
     _end(self.exit_code)
 
 
-# The one that is entered and agrees with other processes.
+# The entered watcher with `agree`, if any.
 _agreeing: Watcher | None = None
 
 
 def end_at_once_if_interrupted() -> None:
-  """Makes SIGINT end the process, where nothing is lost by it.
+  """Makes SIGINT end the process at once, unless SIGINT is ignored.
 
-  For the start of a program, while it imports, and for its end. An ignored
-  SIGINT stays so.
+  For phases with nothing to lose: imports at the start, and the end.
   """
   if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
@@ -235,20 +236,20 @@ def run(main: Callable[[], int | None]) -> int:
   try:
     with Watcher(grace_secs=60):
       return main() or 0
-  finally:  # Nothing is left to do but, of several processes, to end together.
+  finally:  # only the common shutdown is left
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     end_at_once_if_interrupted()
 
 
 def _say(text: str) -> None:
-  """Prints to standard error, below a progress bar that may be there."""
+  """Prints to standard error, below a progress bar if there is one."""
   print(f'\n{text}' if sys.stderr.isatty() else text, file=sys.stderr)
 
 
 def _end(status: int = EXIT_CODE, text: str = '') -> None:
   """Ends the process at once, without waiting for the main thread.
 
-  Nor for whoever reads what it prints, and may have stopped.
+  It does not wait for a blocked reader of its output either.
   """
 
   def last_words() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trace of chosen training steps, for TensorBoard's profiler or Perfetto."""
+"""Profiler traces of selected training steps, for TensorBoard or Perfetto."""
 
 import pathlib
 from collections.abc import Sequence
@@ -12,10 +12,13 @@ FOLDER = 'profile'
 
 
 def check(steps: Sequence[int] | None) -> None:
-  """Refuses what is not a first and a last step.
+  """Validates PROFILE_STEPS.
+
+  Args:
+    steps: the first and the last step to trace, or None.
 
   Raises:
-    ValueError: says what is expected.
+    ValueError: if `steps` is neither a valid pair nor None.
   """
   is_pair = isinstance(steps, tuple | list) and len(steps) == 2
   if steps is not None and not (is_pair and 0 < steps[0] <= steps[1]):
@@ -26,34 +29,37 @@ def check(steps: Sequence[int] | None) -> None:
 
 
 class Profiler:
-  """Traces the steps from a first to a last one, into `profile/` of a run.
+  """Traces a range of training steps into `profile/` of the run's folder.
 
-  Of several processes, those of the first.
+  Only the first process is traced.
   """
 
   def __init__(self, run_dir: pathlib.Path, steps: Sequence[int] | None):
-    """Prepares.
+    """Creates a profiler without starting a trace.
 
     Args:
       run_dir: the run's folder.
-      steps: the first and the last; None traces nothing.
+      steps: the first and the last step to trace; None traces nothing.
     """
     self._folder = run_dir / FOLDER
     self._first, self._last = steps or (0, 0)
     self._is_on = False
 
   def before(self, step: int) -> None:
-    """Starts at the first step, to be called before each."""
+    """Starts the trace before its first step; call it before each step."""
     if step == self._first and distributed.is_first():
       jax.profiler.start_trace(str(self._folder))
       self._is_on = True
 
   def is_last(self, step: int) -> bool:
-    """Whether the trace ends with this step, for which to wait then."""
+    """Returns whether the trace ends with this step.
+
+    The caller must then wait for the step before `close`.
+    """
     return self._is_on and step == self._last
 
   def close(self) -> None:
-    """Writes what was traced, if anything."""
+    """Writes the trace, if one is running."""
     if self._is_on:
       jax.profiler.stop_trace()
       self._is_on = False

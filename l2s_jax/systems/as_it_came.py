@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What CHECKPOINT_PATH names: a run of ours, a bundle, or a model as it came.
+"""Opens CHECKPOINT_PATH: a run, a bundle, or a pretrained model as it came.
 
-A model as it came is a language model alone, whose weights and tokenizer
-somebody else has written: a Hugging Face folder, a converted one, a checkpoint
-of T5X, a GGUF file, a name on the Hub. It is used as a run is, without a step
-of training, and nothing is written beside it.
+A model as it came is a single language model with weights and tokenizer from
+elsewhere: a Hugging Face folder, a converted one, a T5X checkpoint, a GGUF
+file, or a name on the Hub. It can stand in for a run without training, and
+nothing is written beside it.
 """
 
 import dataclasses
@@ -18,11 +18,16 @@ from l2s_jax.weights import hub, opening, saved_steps
 
 
 def is_run(location: str | pathlib.Path) -> bool:
+  """Returns whether a folder is a run's."""
   return (pathlib.Path(location) / run_folder.DESCRIPTION).is_file()
 
 
 def check_path(location: str) -> None:
-  """Refuses a CHECKPOINT_PATH that cannot be read from here."""
+  """Checks that CHECKPOINT_PATH is a local file or folder.
+
+  Raises:
+    ValueError: if it is remote; see `files.local_folder`.
+  """
   if not pathlib.Path(location).is_file():
     files_lib.local_folder(location, 'CHECKPOINT_PATH')
 
@@ -34,18 +39,18 @@ def load(
   vocabulary: str | None = None,
   extra_ids: int = 0,
 ) -> system_lib.System:
-  """Returns the system of a run, of a bundle, or of a model as it came.
+  """Returns the system of a run, a bundle, or a pretrained model.
 
   Args:
     location: CHECKPOINT_PATH.
-    llm_path: where the LLM of a run is now, if it has moved.
-    vocabulary: the tokenizer of a model that brings none.
-    extra_ids: sentinels that T5 adds behind its SentencePiece model.
+    llm_path: location of a run's LLM, if it has moved.
+    vocabulary: tokenizer of a pretrained model without one.
+    extra_ids: T5's sentinel ids behind its SentencePiece model.
 
   Raises:
-    FileNotFoundError: if there is neither.
-    ValueError: if it cannot be read, brings no tokenizer, or brings what is
-      given beside it.
+    FileNotFoundError: if `location` is none of these.
+    ValueError: if it cannot be read, lacks a tokenizer, or already has a given
+      setting.
   """
   if is_run(location):
     if vocabulary is not None or extra_ids:
@@ -85,16 +90,16 @@ def load(
 def choose_step(
   location: str, step: int | Literal['best', 'all'] | None, setting: str
 ) -> int:
-  """Returns the step to read: of what has none, 0.
+  """Returns the checkpoint step to read, or 0 without steps.
 
   Args:
     location: CHECKPOINT_PATH.
-    step: None is the newest.
-    setting: that `step` came from, for the error.
+    step: None means the newest.
+    setting: name of the setting for `step`, for the error.
 
   Raises:
-    FileNotFoundError: if it is not there.
-    ValueError: if `step` means nothing of a model as it came.
+    FileNotFoundError: if the step does not exist.
+    ValueError: if a bundle or a pretrained model has no such step.
   """
   if is_run(location):
     assert step != 'all', step
@@ -116,7 +121,10 @@ def choose_step(
 
 
 def saved_nsecs(location: str, step: int) -> int:
-  """Returns when what is read was saved; of weights, when a file was last."""
+  """Returns the time of the last save, in ns since the Unix epoch.
+
+  For a run it is that of the checkpoint, otherwise the newest file's.
+  """
   if is_run(location):
     params, _ = saved_steps.params_folder(location, step)
     return saved_steps.saved_nsecs(params)
@@ -128,10 +136,15 @@ def saved_nsecs(location: str, step: int) -> int:
 
 
 def output_dir(location: str, given: str | None, setting: str) -> pathlib.Path:
-  """Returns the folder for results: the run's, or the one that was given.
+  """Returns the folder for results: the given one, or the run's.
+
+  Args:
+    location: CHECKPOINT_PATH.
+    given: the folder in the settings, or None.
+    setting: name of its setting, for the error.
 
   Raises:
-    ValueError: if there is none that is ours to write to.
+    ValueError: if no folder is given for a model outside of a run.
   """
   if given is None and not is_run(location):
     raise ValueError(

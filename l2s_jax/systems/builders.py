@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds systems from what gin names: LLM-to-SLM and the two baselines."""
+"""Builds systems from gin's settings: LLM-to-SLM and the two baselines."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,15 +21,14 @@ def language_model_system(
   dtype: str | None = None,
   remat: str | None = None,
 ) -> system_lib.System:
-  """Returns a language model alone: the LLM or the SLM baseline.
+  """Returns a single language model: the LLM or the SLM baseline.
 
   Args:
     tower: the model.
     dropout_rate: in training; None keeps the config's.
     dtype: of activations, 'float32' or 'bfloat16'; None keeps the config's.
       Parameters are float32.
-    remat: what is computed again backwards, see `TransformerConfig`; None
-      keeps the config's.
+    remat: rematerialisation, see `TransformerConfig`; None keeps the config's.
   """
   config = _with_runtime(tower.load_config(), dropout_rate, dtype, remat)
   return alone(tower, config, 'LLM_VOCABULARY / SLM_VOCABULARY')
@@ -38,12 +37,12 @@ def language_model_system(
 def alone(
   tower: system_lib.Tower, config: config_lib.TransformerConfig, setting: str
 ) -> system_lib.System:
-  """Returns a language model as it is named, with its tokenizer.
+  """Returns a single language model with its tokenizer.
 
   Args:
-    tower: the model.
-    config: how it is computed.
-    setting: what else names a tokenizer, for errors.
+    tower: the model's settings.
+    config: of the model.
+    setting: name of the tokenizer's setting, for errors.
   """
   vocabulary = tower.load_vocabulary(setting).for_table(config.vocab_size)
   module = l2s.build(config)
@@ -71,32 +70,33 @@ def llm_to_slm_system(
   lora_alpha: float = 16.0,
   lora_kernels: Sequence[str] = ('query', 'value'),
 ) -> system_lib.System:
-  """Returns a frozen LLM's encoder, a projector, and the SLM that writes.
+  """Returns LLM-to-SLM: the LLM's encoder, a projector, and the SLM.
 
   Args:
     llm: the LLM; must have weights.
-    slm: the SLM; the vocabulary counts as shared if both are the same.
+    slm: the SLM. The vocabulary is shared if both tokenizers have the same ids.
     injection: 'add' or 'replace'.
     dropout_rate: of the SLM in training; None keeps the config's.
     dtype: of the SLM's activations, 'float32' or 'bfloat16'; None keeps the
       config's. Trained parameters are float32.
-    llm_dtype: in which the LLM is held and run: 'float32' or 'bfloat16'.
-    remat: what of the SLM (and of an LLM that is trained) is computed again
-      backwards, see `TransformerConfig`; None keeps the config's.
-    llm_layer: the SLM is given the LLM's states after so many of its layers,
-      see `LlmToSlm`; None is the last, 'mix' a learned mix of all.
-    train_llm: whether what of the LLM encodes is trained, too. It is then
-      held in float32, and stored in every checkpoint.
-    llm_bidirectional: whether the tokens of a prompt see those behind them in a
-      decoder-only LLM, too; False reads causally, as it was pretrained.
-    lora_rank: above 0, of the SLM LoRA alone is trained, see
-      `TransformerConfig`; what is read of the run has it merged.
-    lora_alpha: the same.
-    lora_kernels: the same.
+    llm_dtype: of the LLM's parameters and activations, 'float32' or 'bfloat16'.
+    remat: rematerialisation of the SLM (and of a trained LLM), see
+      `TransformerConfig`; None keeps the config's.
+    llm_layer: the projector reads the LLM's states after this number of layers,
+      see `LlmToSlm`; None means all, 'mix' a learned mix of all.
+    train_llm: whether to train the LLM's encoding part, too. It is then held in
+      float32, and stored in every checkpoint.
+    llm_bidirectional: whether a decoder-only LLM attends to the whole prompt in
+      both directions; False means causal attention, as in pretraining.
+    lora_rank: above 0, LoRA of this rank replaces training of the SLM's other
+      parameters, see `TransformerConfig`. Checkpoints are read with LoRA
+      merged.
+    lora_alpha: as `TransformerConfig.lora_alpha`.
+    lora_kernels: as `TransformerConfig.lora_kernels`.
 
   Raises:
-    ValueError: if the LLM has no weights or not the layer, or a vocabulary
-      does not fit.
+    ValueError: if the LLM has no weights or no such layer, or a vocabulary does
+      not fit.
   """
   if llm.path is None:
     raise ValueError(
@@ -137,7 +137,7 @@ def llm_to_slm_system(
     shared=loading.share_ids(llm_vocabulary, slm_vocabulary),
     sources={'llm': llm.path} | ({'slm': slm.path} if slm.path else {}),
     llm_dtype=llm_dtype,
-    # The same run, however its layer is named.
+    # One name for the last layer, so that runs compare equal.
     llm_layer=None
     if llm_layer == l2s.num_reading_layers(llm_config)
     else llm_layer,
@@ -164,8 +164,13 @@ def assemble(
   train_llm: bool = False,
   llm_prefix_ids: Sequence[int] = (),
 ) -> system_lib.System:
-  l2s.build(slm_config)  # Refuses an SLM that cannot write.
-  if shared:  # The SLM looks the prompt up too.
+  """Returns LLM-to-SLM from its parts.
+
+  Raises:
+    ValueError: if the SLM has no decoder, or a vocabulary does not fit.
+  """
+  l2s.build(slm_config)  # Raises if the SLM has no decoder.
+  if shared:  # The SLM also embeds the prompt.
     llm_vocabulary = llm_vocabulary.for_table(slm_config.vocab_size)
   return system_lib.System(
     module=l2s.LlmToSlm(
@@ -193,6 +198,7 @@ def _with_runtime(
   dtype: str | None,
   remat: str | None,
 ) -> config_lib.TransformerConfig:
+  """Returns the config with the settings that are not None."""
   given: dict[str, Any] = {
     'dropout_rate': dropout_rate,
     'dtype': dtype,
@@ -206,7 +212,7 @@ def _with_runtime(
 def with_rules(
   system: system_lib.System, mesh_config: partitioning.MeshConfig
 ) -> system_lib.System:
-  """Returns the system with the LLM's axis rules in its module."""
+  """Returns the system with the LLM's logical axis rules in its module."""
   if not isinstance(system.module, l2s.LlmToSlm):
     return system
   module = system.module.clone(llm_rules=mesh_config.rules('llm'))

@@ -5,13 +5,13 @@
       manifest.json          files and their hashes; the system, as of a run
       vocabularies/prompt/   tokenizers
       vocabularies/answer/
-      llm/                   what of the LLM encodes, a converted folder
+      llm/                   the LLM's encoding part, a converted folder
       slm/                   the SLM, a converted folder, with LoRA merged
       beside/                projector, prompt embedder, layer mix: safetensors
 
-The bundle of a language model alone has `model/` in the place of the last
-three. Tensors are mapped, not read. `export` writes bundles; `infer`,
-`evaluate` and `export` read them in the place of a run.
+The bundle of a single language model has `model/` in place of the last three.
+Tensors are memory-mapped. `export` writes bundles; `infer`, `evaluate` and
+`export` read them in place of a run.
 """
 
 import functools
@@ -34,22 +34,25 @@ from l2s_jax.weights.formats import tensor_files
 PyTree = Any
 
 BESIDE = 'beside'
-# The tower of a language model alone.
+# Folder and key of a single language model.
 MODEL = 'model'
 _KEYS = {'system', 'continues', 'step', 'dtype', 'source'}
 _REMEDY = 'Export again, or copy the folder whole from where it was made.'
 
 
 def is_bundle(location: str | pathlib.Path) -> bool:
+  """Returns whether a folder is a bundle."""
   return manifest.is_export(location, manifest.BUNDLE)
 
 
 def open_bundle(location: str | pathlib.Path) -> 'Bundle':
-  """Opens a bundle; verified once, as long as its manifest stays.
+  """Opens a bundle; verifies its files unless they were verified before.
+
+  A changed manifest makes it verify them again.
 
   Raises:
     FileNotFoundError: if a file is missing.
-    ValueError: if it is not as it was written; names the file.
+    ValueError: if a file does not match its hash; names the file.
   """
   folder = pathlib.Path(location).resolve()
   return _open(folder, (folder / manifest.FILE).stat().st_mtime_ns)
@@ -65,11 +68,11 @@ class Bundle:
   """An opened bundle.
 
   Attributes:
-    folder: where it is.
+    folder: path of the bundle.
     content: of its manifest.
-    system: module, vocabularies, and the LLM's place in the bundle.
+    system: module, vocabularies, and the LLM's path in the bundle.
     towers: the language models: 'llm' and 'slm', or 'model'.
-    step: of the run that it was made of; None: of a model as it came.
+    step: checkpoint step of the exported run; None for a pretrained model.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -103,12 +106,12 @@ class Bundle:
 
   @property
   def license(self) -> str | None:
-    """What the manifest says of the license; None: nobody has said."""
+    """The license in the manifest, or None."""
     found = self.content.get('facts', {}).get('license')
     return found if isinstance(found, str) else None
 
   def parameters(self) -> dict[str, dict[str, Any]]:
-    """Returns dtype and shape of each tensor by its name, as JSON has it."""
+    """Returns JSON-serialisable dtype and shape of each tensor, by name."""
     return describe_shapes(traverse_util.flatten_dict(self.params(), sep='/'))
 
   def beside(self) -> dict[tuple[str, ...], np.ndarray]:
@@ -119,7 +122,7 @@ class Bundle:
     }
 
   def params(self) -> PyTree:
-    """Returns all parameters, mapped from the disk, as training has them."""
+    """Returns all parameters, memory-mapped, in the tree of training."""
     flat = self.beside()
     for name, tower in self.towers.items():
       prefix = () if name == MODEL else (name,)
@@ -128,7 +131,7 @@ class Bundle:
 
 
 def describe_shapes(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-  """Returns dtype and shape of each array by its name, as JSON has it."""
+  """Returns JSON-serialisable dtype and shape of each array, by name."""
   return {
     name: {'dtype': array.dtype.name, 'shape': list(array.shape)}
     for name, array in sorted(arrays.items())
@@ -140,12 +143,12 @@ def save_beside(
   arrays: Mapping[tuple[str, ...], np.ndarray],
   dtype: str | None,
 ) -> None:
-  """Writes what is beside the towers of LLM-to-SLM.
+  """Writes the parameters of LLM-to-SLM outside of its language models.
 
   Args:
     folder: the bundle.
     arrays: by path.
-    dtype: to write them in; None: as they are.
+    dtype: of the written tensors; None keeps each array's dtype.
   """
   named = {
     '/'.join(path): array.astype(jnp.dtype(dtype or array.dtype))
@@ -169,15 +172,15 @@ def describe(
   dtype: str | None,
   source: str,
 ) -> dict[str, Any]:
-  """Returns what the manifest says of a bundle's model.
+  """Returns the manifest's description of a bundle's model.
 
   Args:
-    system: that the bundle holds.
-    configs: of the towers, LoRA merged.
-    llm_fingerprint: of the LLM as the bundle has it.
-    step: of the run.
-    dtype: of the tensors, where it was chosen.
-    source: name of the folder that it was made of, for people.
+    system: the system in the bundle.
+    configs: of the language models, LoRA merged.
+    llm_fingerprint: of the LLM's weights in the bundle.
+    step: checkpoint step of the run.
+    dtype: of the tensors, if it was chosen.
+    source: name of the exported folder, for information.
   """
   description = system.describe()
   if isinstance(system.module, l2s.LlmToSlm):
@@ -188,7 +191,7 @@ def describe(
       'llm_fingerprint': llm_fingerprint,
       'train_llm': False,
     }
-    if system.module.train_llm:  # What is trained is held in float32.
+    if system.module.train_llm:  # Trained parameters are float32.
       description['frozen_dtype'] = 'float32'
     if dtype is not None:
       description['frozen_dtype'] = dtype

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A system's parameters: shapes, shardings, first values, stored values."""
+"""A system's parameters: shapes, shardings, initialisation and loading."""
 
 import dataclasses
 import functools
@@ -36,16 +36,16 @@ def init(
   key: jax.Array,
   only: Callable[[str], bool] | None = None,
 ) -> PyTree:
-  """Returns fresh boxed parameters, {'params': ...}. To be called in jit.
+  """Returns initial boxed parameters, {'params': ...}. Called within jit.
 
-  A key gives the SLM the same parameters inside LLM-to-SLM as alone, so that
-  the two can be compared.
+  With one key, the SLM has the same parameters inside LLM-to-SLM as alone, so
+  that the two are comparable.
 
   Args:
     system: the system.
     key: PRNG key.
-    only: by path, whether to return a parameter; the compiler leaves out what
-      the others would take. None returns all.
+    only: predicate of a path that selects parameters; XLA removes the
+      computation of the others. None returns all.
   """
   batch = {
     name: jnp.ones(shape.shape, shape.dtype)
@@ -64,7 +64,11 @@ def layout(
   mesh: jax.sharding.Mesh,
   mesh_config: partitioning.MeshConfig,
 ) -> Layout:
-  """Returns the layout of all parameters on a mesh, checked to divide."""
+  """Returns the layout of all parameters on a mesh.
+
+  Raises:
+    ValueError: if a parameter's axis is not divisible by its mesh axes.
+  """
   shapes, axes = partitioning.abstract_params(
     functools.partial(init, system), jax.random.key(0)
   )
@@ -84,19 +88,22 @@ def layout(
 def load_frozen(
   system: system_lib.System, layout: Layout
 ) -> tuple[system_lib.System, PyTree]:
-  """Reads the frozen LLM; returns the system with its fingerprint.
+  """Loads the frozen LLM.
 
-  Where its states come from a cache, of the LLM the embeddings are read that
-  'add' takes with a foreign vocabulary, or nothing.
+  With cached states it loads only the embeddings that 'add' needs with a
+  foreign vocabulary, or nothing.
 
   Args:
     system: the system.
     layout: of its parameters.
 
+  Returns:
+    The system with the LLM's fingerprint and step, and the frozen parameters.
+
   Raises:
-    ValueError: if the weights are not those that the run was trained with, or
-      not what their digests say, or lack a decoder that is to verify; if
-      cached states are of another LLM.
+    ValueError: if the weights are not those that the run was trained with, do
+      not match their digests, or lack the decoder of a verifier; or if cached
+      states are another LLM's.
   """
   if not system.frozen:
     return system, {}
@@ -112,7 +119,7 @@ def load_frozen(
         'verified by its decoder. Set LLM_PATH to the whole LLM, or '
         'Decoding.draft_len to 0.'
       )
-    # Loaded apart: the fingerprint of a run is that of what encodes.
+    # Loaded separately: a run's fingerprint covers the encoding part alone.
     shapes, decoder = split(shapes, l2s.ENCODER)
     shardings, decoder_shardings = split(shardings, l2s.ENCODER)
   params, fingerprint = source_lib.load(source, shapes, shardings)
@@ -126,7 +133,11 @@ def load_frozen(
 def _with_fingerprint(
   system: system_lib.System, fingerprint: str, step: int | None
 ) -> system_lib.System:
-  """Returns the system with what was found of its LLM; refuses another."""
+  """Returns the system with the LLM's fingerprint and step.
+
+  Raises:
+    ValueError: if a run has another fingerprint, or another host does.
+  """
   if system.llm_fingerprint not in (None, fingerprint):
     raise ValueError(
       f'The LLM in {system.sources["llm"]} is not the one that this run was '
@@ -148,11 +159,10 @@ def _with_fingerprint(
 def _load_beside_states(
   system: system_lib.System, layout: Layout
 ) -> tuple[system_lib.System, PyTree]:
-  """Reads what is needed of the LLM beside its cached states.
+  """Loads the LLM's parameters that are needed beside its cached states.
 
-  Of a run the fingerprint is known. Else it is that of the weights at LLM_PATH,
-  which are read once for it where no digests are kept beside them, but held in
-  no memory.
+  A system without a fingerprint takes that of the weights at LLM_PATH. Weights
+  without digests are read once for it, and not held in memory.
   """
   states = system.cached_states
   assert states is not None
@@ -187,30 +197,30 @@ def open_llm(path: str, step: int | None) -> source_lib.Source:
 
   Args:
     path: LLM_PATH.
-    step: of its run, if it is one.
+    step: checkpoint step, if it is a run.
 
   Raises:
-    FileNotFoundError: if it is not there; says what to set.
+    FileNotFoundError: if it does not exist.
   """
   if not pathlib.Path(path).exists() and not hub.is_name(path):
     raise FileNotFoundError(
       f"The LLM's weights are not at {path}. Set LLM_PATH to where they are "
       'now.'
     )
-  # The fingerprint tells whether it is the same model.
+  # A converted run has no steps; its fingerprint identifies the model.
   return opening.open_source(path, step, may_lack_steps=True)
 
 
 def load_pretrained(
   system: system_lib.System, layout: Layout
 ) -> dict[str, PyTree]:
-  """Returns the trainable parameters that come from weights, by name."""
+  """Returns pretrained values of trainable parameters, by name."""
   loaded: dict[str, PyTree] = {}
   for name, path in system.sources.items():
     if name in system.frozen:
       continue
     source = opening.open_source(path)
-    # LoRA has been merged in what weights hold, and begins anew.
+    # The weights have LoRA merged; new LoRA parameters are initialised.
     shapes, shardings = (
       split_by_path(tree[name] if name else tree, _is_of_weights)[0]
       for tree in (layout.shapes, layout.shardings)
@@ -221,6 +231,7 @@ def load_pretrained(
 
 
 def _is_of_weights(path: str) -> bool:
+  """Returns whether pretrained weights have a parameter (LoRA's are new)."""
   return not lora.is_learned(path)
 
 
@@ -230,7 +241,14 @@ def load_params(
   run_dir: str | pathlib.Path,
   step: int | None = None,
 ) -> dict[str, PyTree]:
-  """Returns all parameters of a run's checkpoint, frozen and trained."""
+  """Returns all parameters of a checkpoint, frozen and trained.
+
+  Args:
+    system: the system.
+    layout: of its parameters.
+    run_dir: the run's folder, a bundle, or a pretrained model.
+    step: checkpoint step; None means the newest.
+  """
   _, frozen = load_frozen(system, layout)
   return merge(frozen, load_trained(system, layout, run_dir, step))
 
@@ -241,9 +259,9 @@ def load_trained(
   run_dir: str | pathlib.Path,
   step: int | None = None,
 ) -> dict[str, PyTree]:
-  """Returns the trained parameters of a run's checkpoint.
+  """Returns the trained parameters of a checkpoint.
 
-  Of a model as it came these are all.
+  All parameters of a pretrained model count as trained.
   """
   if bundle.is_bundle(run_dir):
     return _of_bundle(system, layout, bundle.open_bundle(run_dir))
@@ -263,7 +281,11 @@ def load_trained(
 def _of_bundle(
   system: system_lib.System, layout: Layout, opened: bundle.Bundle
 ) -> dict[str, PyTree]:
-  """Returns the parameters of a bundle, but for the frozen LLM."""
+  """Returns the parameters of a bundle without the frozen LLM.
+
+  Raises:
+    ValueError: if tensors are missing, unknown or of another shape.
+  """
   if bundle.MODEL in opened.towers:
     tower = opened.towers[bundle.MODEL]
     params, _ = source_lib.load(tower, layout.shapes, layout.shardings)
@@ -301,11 +323,11 @@ def _of_bundle(
 def fingerprint(layout: Layout, location: str, step: int) -> str:
   """Returns the fingerprint of a language model's weights.
 
-  Read, a layer at a time, are those that have no digests beside them.
+  Weights without digests are read, one layer at a time.
 
   Args:
     layout: of its parameters.
-    location: CHECKPOINT_PATH, a run of a language model or one as it came.
+    location: CHECKPOINT_PATH, a language model's run or a pretrained model.
     step: from `as_it_came.choose_step`.
   """
   source = opening.open_source(location, step or None)
@@ -325,12 +347,12 @@ def split(
 def split_by_path(
   params: Mapping[str, PyTree], is_first: Callable[[str], bool] | None
 ) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
-  """Splits parameters by their paths, which `merge` joins again.
+  """Splits parameters by path into two trees; `merge` joins them again.
 
   Args:
-    params: a tree of dicts.
-    is_first: whether a path, with '/' between its keys, is of the first part;
-      None: all are.
+    params: nested dicts.
+    is_first: predicate of a path, joined by '/', that selects the first part;
+      None selects all.
   """
   if is_first is None:
     return dict(params), {}
@@ -343,10 +365,10 @@ def split_by_path(
 
 
 def merge(*trees: Mapping[str, PyTree]) -> dict[str, PyTree]:
-  """Joins parameter trees by path; no path may come twice.
+  """Joins parameter trees by path.
 
   Raises:
-    ValueError: names the paths that two trees hold.
+    ValueError: names a path that two trees have.
   """
   merged: dict[str, PyTree] = {}
   for tree in trees:
@@ -361,7 +383,7 @@ def merge(*trees: Mapping[str, PyTree]) -> dict[str, PyTree]:
 
 
 def num_params(tree: PyTree) -> int:
-  """Returns how many numbers a tree of parameters holds."""
+  """Returns the number of parameters in a tree."""
   return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
@@ -370,10 +392,10 @@ def check_lengths(
   layout: Layout,
   task_feature_lengths: Mapping[str, int],
 ) -> None:
-  """Refuses lengths that the model has no positions for.
+  """Checks that the model has positions for the lengths.
 
   Raises:
-    ValueError: with both lengths and the size of the table.
+    ValueError: with both lengths and the size of the position table.
   """
   batch = system.example_batch(
     1, task_feature_lengths['inputs'], task_feature_lengths['targets']
@@ -393,13 +415,13 @@ def summary(
   mesh: jax.sharding.Mesh,
   optimizer_bytes: int | None = None,
 ) -> str:
-  """Returns what `--dry_run` prints: sizes, shardings, bytes per device.
+  """Returns the report of `--dry_run`: sizes, shardings, bytes per device.
 
   Args:
     system: the system.
     layout: of its parameters.
     mesh: the device mesh.
-    optimizer_bytes: of the optimizer's state on a device; None: none is made.
+    optimizer_bytes: optimizer state per device; None without an optimizer.
   """
   num_frozen = num_trainable = 0
   axes = ', '.join(f'{name}={size}' for name, size in mesh.shape.items())

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run's folder says of its system: `model.json` and `vocabularies/`.
+"""The description of a system in a run's folder.
 
-With these a run can be evaluated, used or built upon with its path alone.
+`model.json` and `vocabularies/` suffice to evaluate a run, to use it, or to
+build on it, given only its path.
 """
 
 import dataclasses
@@ -22,19 +23,19 @@ DESCRIPTION = run_format.RUN
 
 
 def save(system: system_lib.System, run_dir: str | pathlib.Path) -> None:
-  """Writes the description and the vocabularies into a run's folder.
+  """Writes `model.json` and the vocabularies into a run's folder.
 
-  In a folder that already describes the same system, only how it is computed
-  (dtypes, dropout, the form of the loop) and where the LLM is may change.
+  If the folder has a description, the system may differ from it only in runtime
+  settings (dtypes, dropout, scan or unroll) and in the LLM's location.
 
   Raises:
-    ValueError: if it describes another; lists the differences.
+    ValueError: if the folder describes another system; lists the differences.
   """
   folder = pathlib.Path(run_dir)
   path = folder / DESCRIPTION
   description = system.describe()
   if path.is_file():
-    # A run may have moved with its LLM; the fingerprint tells it is the same.
+    # The LLM may have moved with its run; its fingerprint identifies it.
     found = runs.read_description(folder)
     found.setdefault('special_ids', description['special_ids'])  # Older runs.
     differences = runs.differences(found, description)
@@ -64,16 +65,16 @@ def save(system: system_lib.System, run_dir: str | pathlib.Path) -> None:
 def load(
   run_dir: str | pathlib.Path, *, llm_path: str | None = None
 ) -> system_lib.System:
-  """Returns the system that a run's folder describes.
+  """Returns the system in a run's folder.
 
   Args:
-    run_dir: the run.
-    llm_path: where its LLM is now, if it has moved.
+    run_dir: the run's folder.
+    llm_path: location of its LLM, if it has moved.
 
   Raises:
     FileNotFoundError: if the folder is not a run.
-    ValueError: if a newer version of this project wrote it, or it lacks
-      something.
+    ValueError: if a newer version of this project wrote it, or something is
+      missing.
   """
   folder = pathlib.Path(run_dir)
   path = folder / DESCRIPTION
@@ -105,18 +106,18 @@ def from_description(
   llm_path: str | None,
   continues: bool = False,
 ) -> system_lib.System:
-  """Returns the system that a description is of.
+  """Returns the system of a description.
 
   Args:
-    description: of `runs.check_description`.
+    description: from `runs.check_description`.
     prompt: vocabulary of prompts.
     answer: vocabulary of answers.
-    path: of the file that describes, for errors.
-    llm_path: where the LLM is, if there is one.
-    continues: of a language model, whether answers go on where prompts end.
+    path: file of the description, for errors.
+    llm_path: location of the LLM, if there is one.
+    continues: whether a language model's answers continue their prompts.
 
   Raises:
-    ValueError: if a vocabulary does not fit, or a config is none.
+    ValueError: if a vocabulary does not fit, or a config is invalid.
   """
   if description['kind'] == 'language_model':
     module = l2s.build(config_lib.from_json(description['config'], path))
@@ -150,11 +151,11 @@ def from_description(
 def pin_llm(
   system: system_lib.System, run_dir: str | pathlib.Path
 ) -> system_lib.System:
-  """Returns the system with what a run began with.
+  """Returns the system with the parts that a run keeps from its start.
 
-  That is the LLM's checkpoint, whose own run may have gone on since, and the
-  tokenizers and the LLM's prefix, where an older version of this project read
-  a folder otherwise.
+  These are the checkpoint step of the LLM, whose own run may have gone on, and
+  the tokenizers and the LLM's prefix ids, which older versions of this project
+  may have read differently from the same folder.
   """
   path = pathlib.Path(run_dir) / DESCRIPTION
   if not path.is_file():
@@ -163,7 +164,7 @@ def pin_llm(
   system = _with_older_vocabularies(system, pathlib.Path(run_dir), description)
   module = system.module
   if isinstance(module, l2s.LlmToSlm):
-    # Of the tokenizer, not a setting: earlier versions put nothing in front.
+    # Kept from the run: earlier versions had no prefix ids.
     prefix_ids = tuple(description['llm_prefix_ids'])
     module = module.clone(llm_prefix_ids=prefix_ids)
     system = dataclasses.replace(system, module=module)
@@ -175,7 +176,11 @@ def pin_llm(
 def _with_older_vocabularies(
   system: system_lib.System, run_dir: pathlib.Path, description: dict[str, Any]
 ) -> system_lib.System:
-  """Returns the system with a run's tokenizers if the folders are theirs."""
+  """Returns the system with a run's tokenizers, if an older version read them.
+
+  The system stays as it is if its tokenizers are the run's already, or are not
+  from the same folders.
+  """
   kept: dict[str, Any] = {}
   for name, now in (
     ('prompt', system.prompt_vocabulary),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every verb begins with: a mesh, a system and its layout; and a task.
+"""The start of every verb: a mesh, a system and its layout; and a task.
 
-Settings that do not fit each other are refused here, before weights are read
-and before anything is compiled.
+Incompatible settings are refused here, before weights are read and programs
+compile.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ class Session:
     mesh: the device mesh.
     mesh_config: its shape and axis rules.
     system: with the axis rules of its LLM.
-    layout: of its parameters on the mesh.
-    lengths: tokens of 'inputs' (prompt) and 'targets' (answer), at most.
+    layout: shapes and shardings of its parameters on the mesh.
+    lengths: maximum tokens of 'inputs' (prompt) and 'targets' (answer).
   """
 
   mesh: jax.sharding.Mesh
@@ -38,18 +38,18 @@ class Session:
 
   @property
   def num_shards(self) -> int:
-    """Number of parts that the rows of a batch are divided into."""
+    """Number of shards of a batch's rows."""
     return self.mesh.shape['data'] * self.mesh.shape['fsdp']
 
   def describe(self, optimizer_bytes: int | None = None) -> str:
-    """Returns what `--dry_run` prints; see `parameters.summary`."""
+    """Returns the report of `--dry_run`; see `parameters.summary`."""
     return parameters.summary(
       self.system, self.layout, self.mesh, optimizer_bytes
     )
 
   @contextlib.contextmanager
   def entered(self) -> Iterator[None]:
-    """Enters the mesh and the axis rules that programs are traced under."""
+    """Enters the mesh and the axis rules for tracing."""
     with _entered(self.mesh, self.mesh_config):
       yield
 
@@ -62,18 +62,18 @@ def start(
   batch_sizes: Mapping[str, int | None],
   num_microbatches: int = 1,
 ) -> Session:
-  """Returns a session, checked as far as shapes alone tell.
+  """Returns a session, validated as far as shapes allow.
 
   Args:
-    load: returns the system; called once the mesh is known to fit.
+    load: returns the system; called after the mesh was validated.
     mesh: None puts all devices along `data`.
-    lengths: tokens of 'inputs' and 'targets', at most.
-    batch_sizes: by setting; each must divide over the mesh, the first in
-      `num_microbatches` parts. None is of a size that is not set.
-    num_microbatches: parts a batch is computed in, one after another.
+    lengths: maximum tokens of 'inputs' and 'targets'.
+    batch_sizes: by setting; each must be a multiple of the number of shards,
+      the first one of that number times `num_microbatches`. None skips one.
+    num_microbatches: sequential parts of a batch.
 
   Raises:
-    ValueError: if devices, batch, lengths or parameters do not fit.
+    ValueError: if devices, batch sizes, lengths or parameters do not fit.
   """
   mesh_config = mesh or partitioning.MeshConfig()
   device_mesh = partitioning.make_mesh(mesh_config)
@@ -105,13 +105,13 @@ def bind_task(
   """Returns a SeqIO task, a mixture or a cache with a system's vocabularies.
 
   Args:
-    system: that reads and writes its texts.
-    mixture_or_task_name: as `bound_tasks.bind` takes it.
-    label: the setting that has the name, for messages.
+    system: has the vocabularies.
+    mixture_or_task_name: as in `bound_tasks.bind`.
+    label: the setting that names the task, for messages.
 
   Raises:
-    ValueError: if cached states take the place of its LLM, and the task has
-      none or those of another; or the other way round.
+    ValueError: if the system uses cached states and the task has none, or those
+      of another LLM; or if the task alone has them.
   """
   _check_states(system, mixture_or_task_name, label or 'MIXTURE_OR_TASK_NAME')
   return bound_tasks.bind(
@@ -125,15 +125,15 @@ def bind_task(
 def with_cached_states(
   system: system_lib.System, mixture_or_task_name: str
 ) -> system_lib.System:
-  """Returns the system, without its LLM where the states of a cache replace it.
+  """Returns the system with the cached LLM states of a task, if any.
 
   Args:
     system: with its LLM.
-    mixture_or_task_name: as `bound_tasks.bind` takes it.
+    mixture_or_task_name: as in `bound_tasks.bind`.
 
   Raises:
-    FileNotFoundError: if gin asks for features that are not there.
-    ValueError: if the system has no LLM, or states are of another.
+    FileNotFoundError: if gin asks for features that do not exist.
+    ValueError: if the system has no frozen LLM, or the states are another's.
   """
   features = bound_tasks.features_of(mixture_or_task_name)
   if features is None:
@@ -190,6 +190,7 @@ def with_cached_states(
 
 
 def _layer(layer: int | str | None) -> str:
+  """Returns a name of an LLM layer, for errors."""
   if layer is None:
     return 'the last layer'
   return 'a mix of all layers' if layer == l2s.MIX else f'layer {layer}'
@@ -198,7 +199,11 @@ def _layer(layer: int | str | None) -> str:
 def _check_states(
   system: system_lib.System, mixture_or_task_name: str, label: str
 ) -> None:
-  """Refuses a task that gives no states to a system that has no LLM."""
+  """Checks that the states of a task are those of the system, if any.
+
+  Raises:
+    ValueError: if one of them lacks states, or they differ.
+  """
   states = system.cached_states
   features = bound_tasks.features_of(mixture_or_task_name)
   if states is None and features is not None:

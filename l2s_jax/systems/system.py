@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Systems: a module, its vocabularies, and where its weights come from.
+"""Systems: a module, its vocabularies, and the sources of its weights.
 
-Three systems take part in every comparison: the LLM baseline and the SLM
-baseline, each a language model alone, and LLM-to-SLM.
+A comparison has three systems: the LLM baseline and the SLM baseline, which are
+single language models, and LLM-to-SLM.
 """
 
 import dataclasses
@@ -28,15 +28,14 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-  """One language model as a user names it: pretrained, fresh, or between.
+  """Settings of one language model: pretrained, fresh, or between.
 
   Attributes:
-    path: its weights, see `opening.open_source`; None starts from random
-      parameters.
-    config: how it is built; None takes the one that came with `path`. Text
-      is a name whose percent sign was forgotten, and refused.
-    vocabulary: tokenizer file or folder; None takes the one in `path`.
-    extra_ids: sentinels that T5 adds behind its SentencePiece model.
+    path: its weights, see `opening.open_source`; None initialises randomly.
+    config: of the model; None takes that of `path`. A string is a config name
+      without its percent sign, and refused.
+    vocabulary: tokenizer file or folder; None takes that of `path`.
+    extra_ids: T5's sentinel ids behind its SentencePiece model.
   """
 
   path: str | None = None
@@ -45,7 +44,11 @@ class Tower:
   extra_ids: int = 0
 
   def load_config(self) -> config_lib.TransformerConfig:
-    """Returns the config, from the weights unless it was given."""
+    """Returns the config: the given one, or that of the weights.
+
+    Raises:
+      ValueError: if there is neither, or the config is a string.
+    """
     if isinstance(self.config, str):
       raise ValueError(
         f'LLM / SLM is the text {self.config!r}; a config is named with a '
@@ -64,10 +67,13 @@ class Tower:
   def load_vocabulary(
     self, setting: str = 'LLM_VOCABULARY / SLM_VOCABULARY'
   ) -> base.Vocabulary:
-    """Returns the tokenizer, that of the weights unless another is given.
+    """Returns the tokenizer: the given one, or that of the weights.
 
     Args:
-      setting: what names a tokenizer, for errors.
+      setting: name of the tokenizer's setting, for errors.
+
+    Raises:
+      ValueError: if there is neither.
     """
     if self.vocabulary is not None:
       return loading.load(self.vocabulary, extra_ids=self.extra_ids)
@@ -82,7 +88,7 @@ class Tower:
 
 
 def _special_ids(vocabulary: base.Vocabulary) -> dict[str, Any]:
-  """Returns the ids that the fingerprint covers, for people to read."""
+  """Returns the special ids in a readable form; the fingerprint covers them."""
   return {
     'start': vocabulary.start_id,
     'eos': list(vocabulary.eos_ids),
@@ -95,19 +101,19 @@ gin.external_configurable(Tower, module='l2s_jax')
 
 
 def _lasting(path: str) -> str:
-  """Returns what names the same weights from any working directory."""
+  """Returns a path that is valid in any working directory."""
   return path if hub.is_name(path) else os.path.abspath(path)
 
 
 @dataclasses.dataclass(frozen=True)
 class CachedStates:
-  """The LLM's last states from a cache, which take the place of the LLM.
+  """The LLM's last states from a cache, in place of the LLM.
 
   Attributes:
-    location: where they are, for errors.
+    location: of the cache, for errors.
     dtype: one of `stored_states.DTYPES`.
-    llm_fingerprint: of the LLM that has made them.
-    layer: of the LLM, as `LlmToSlm.llm_layer`; None is the last.
+    llm_fingerprint: of the LLM that computed them.
+    layer: of the LLM, as `LlmToSlm.llm_layer`; None means the last.
   """
 
   location: str
@@ -122,18 +128,19 @@ class System:
 
   Attributes:
     module: computes logits and prefills; see `models/language_model.py`.
-    prompt_vocabulary: of what the system reads.
-    answer_vocabulary: of what it writes.
-    sources: path of weights by top-level parameter name; '' stands for all.
-    frozen: top-level names of parameters that are not trained.
-    frozen_dtype: how those are held.
-    llm_step: the checkpoint of the LLM's run; None: the newest, or no run.
+    prompt_vocabulary: vocabulary of prompts.
+    answer_vocabulary: vocabulary of answers.
+    sources: path of weights by top-level parameter name; '' means all.
+    frozen: top-level names of frozen parameters.
+    frozen_dtype: dtype of frozen parameters.
+    llm_step: checkpoint step of the LLM's run; None means the newest, or no
+      run.
     llm_fingerprint: of the frozen weights; None until they were read.
-    continues: whether answers go on where prompts end, as those of a
-      decoder-only model as it came do; see `batching.continuing`.
-    cached_states: what every batch has in the place of the LLM, whose
-      parameters are then not there, but for the embeddings that 'add' takes;
-      None: the LLM reads the prompts.
+    continues: whether answers continue their prompts, as with a pretrained
+      decoder-only model; see `batching.continuing`.
+    cached_states: the cache of LLM states in every batch. The LLM's parameters
+      are then absent, except for the embeddings that 'add' needs with a foreign
+      vocabulary. None means that the LLM reads the prompts.
   """
 
   module: l2s.LlmToSlm | language_model.LanguageModel
@@ -154,7 +161,14 @@ class System:
     answer_length: int,
     sharding: jax.sharding.Sharding | None = None,
   ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of a training batch, and where its rows are."""
+    """Returns the shapes and dtypes of a batch, cached states included.
+
+    Args:
+      batch_size: rows.
+      prompt_length: tokens per prompt, padding included.
+      answer_length: tokens per answer, padding included.
+      sharding: of every array; None leaves it unspecified.
+    """
     shapes = batch_keys.example_batch(
       batch_size, prompt_length, answer_length, sharding
     )
@@ -171,11 +185,13 @@ class System:
 
   @property
   def has_lora(self) -> bool:
-    """Whether of the model that writes LoRA alone is trained."""
+    """Whether the decoding model is trained by LoRA alone."""
     return l2s.writer(self.module)[0].config.lora_rank > 0
 
   def is_trained(self, path: str) -> bool:
-    """Returns whether a parameter that may be trained is; LoRA holds a model.
+    """Returns whether a trainable parameter is trained.
+
+    With LoRA, the decoding model's other parameters are held constant.
 
     Args:
       path: with '/' between its keys.
@@ -185,7 +201,7 @@ class System:
     return not (self.has_lora and is_writers) or lora.is_learned(path)
 
   def describe(self) -> dict[str, Any]:
-    """Returns what `model.json` holds."""
+    """Returns the content of `model.json`."""
     description = run_format.stamp()
     if isinstance(self.module, l2s.LlmToSlm):
       description |= {

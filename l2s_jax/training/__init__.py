@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training: the state, its step, its optimizer, its checkpoints.
+"""Training: train state, train step, optimizers, checkpoints.
 
-`train` is the verb: mesh, data, state, step, hooks, loop. `train_data` says how
-batches are made, `resuming` begins a run or goes on with one, `programs`
-compiles its steps, and `hooks` are what happens beside these (logs,
-checkpoints, evaluations, a user's own). `distillation` is what a step learns of
-a teacher, whom `teachers` finds. What is evaluated, and how, is in
+`train` is the verb: mesh, data, state, step, hooks, loop. `train_data` has the
+settings of batches, `resuming` starts or resumes a run, and `programs` compiles
+the train steps. `hooks` run between steps: logs, checkpoints, evaluations and a
+user's own. `eval_plan` lists the evaluations. `distillation` adds a teacher's
+loss to a step, and `teachers` loads the teacher. Evaluation itself is in
 `evaluation/`.
 """
 
-# The modules that other packages may import.
+# Modules that other packages may import.
 __all__ = (
   'adafactor',
   'checkpoint',

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adafactor that treats each layer of a stack by itself, as T5X's does.
+"""Adafactor that factors each layer of a stack separately, as in T5X.
 
-Adafactor (Shazeer and Stern, arXiv:1804.04235) keeps of a matrix's second
-moments the means of its rows and of its columns alone, clips the update's
-root mean square, and takes steps relative to the parameter's. Scanned layers
-share one array with an axis `layers`, over which nothing here is averaged;
-optax's Adafactor takes such an array for one parameter. Which axes make up
-the rows and which the columns is told by their logical names. Updates equal
-those of t5x/adafactor.py with its standard logical factor rules.
+Adafactor (Shazeer and Stern, arXiv:1804.04235) keeps row means and column means
+of a matrix's second moments, clips the root mean square (RMS) of the update,
+and scales steps by the RMS of the parameter. Scanned layers share one array
+with an axis `layers`; nothing here is averaged over that axis. Optax's
+Adafactor treats such an array as one parameter. Logical axis names select the
+row axes and the column axes. Updates equal those of t5x/adafactor.py with its
+standard logical factor rules.
 """
 
 import dataclasses
@@ -30,12 +30,12 @@ OTHER_AXES = ('relpos_buckets', 'abspos_buckets')
 
 
 class AdafactorState(NamedTuple):
-  """What Adafactor remembers.
+  """State of Adafactor.
 
   Attributes:
-    step: updates done.
+    step: number of updates done.
     slots: for each parameter `v`, the second moments; or `v_row` and `v_col`,
-      their means over columns and over rows. Axes averaged over have size 1.
+      their means over columns and over rows. Averaged axes have size 1.
   """
 
   step: Array
@@ -44,12 +44,12 @@ class AdafactorState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Factoring:
-  """The parts that a parameter's axes play.
+  """Roles of a parameter's axes.
 
   Attributes:
     layer: axes of one layer: all but those of stacks.
-    rows: axes that the rows are numbered by; empty if not factored.
-    columns: the same for columns.
+    rows: row axes; empty if not factored.
+    columns: column axes; empty if not factored.
   """
 
   layer: tuple[int, ...]
@@ -63,21 +63,21 @@ def factoring(
   axes: PartitionSpec,
   min_dim_size_to_factor: int,
 ) -> Factoring:
-  """Returns how T5X would factor a parameter.
+  """Returns the factoring of a parameter, as in T5X.
 
-  Stacks, and parameters of three axes or more, are factored into `ROW_AXES`
-  and `COLUMN_AXES`, whatever their size. A matrix that is not in a stack is
-  factored along its two axes, whatever their names, if both are long enough.
-  All others keep every second moment.
+  Stacked parameters and those with three or more axes are factored into
+  `ROW_AXES` and `COLUMN_AXES`, whatever their size. A matrix outside of stacks
+  is factored along its two axes, whatever their names, if both are long enough.
+  Other parameters keep all second moments.
 
   Args:
-    path: the parameter's, for errors.
-    shape: the parameter's.
-    axes: the logical name of each axis.
-    min_dim_size_to_factor: of a matrix outside of stacks.
+    path: the parameter's path, for errors.
+    shape: the parameter's shape.
+    axes: logical name of each axis.
+    min_dim_size_to_factor: minimum side of a matrix outside of stacks.
 
   Raises:
-    ValueError: for an axis without name or with a name that has no part here.
+    ValueError: for an axis without a name, or with an unknown one.
   """
   names = tuple(axes)
   known = (*STACK_AXES, *ROW_AXES, *COLUMN_AXES, *OTHER_AXES)
@@ -114,15 +114,14 @@ def scale_by_adafactor(
 
   Args:
     axes: tree of logical `PartitionSpec`, one for each parameter.
-    decay_rate: second moments are remembered by 1 - n ** -decay_rate in the
-      update with the number n, from 1.
-    clipping_threshold: the root mean square of a layer's update beyond which
-      it is scaled down; None never does.
-    multiply_by_parameter_scale: makes steps relative to the root mean square
-      of a layer's parameter.
-    min_dim_size_to_factor: of a matrix that is not in a stack.
+    decay_rate: second moments decay by 1 - n ** -decay_rate in update n, from
+      1.
+    clipping_threshold: maximum RMS of a layer's update; larger updates are
+      scaled down. None means no clipping.
+    multiply_by_parameter_scale: scales steps by the RMS of a layer's parameter.
+    min_dim_size_to_factor: minimum side of a factored matrix outside of stacks.
     epsilon1: added to squared gradients.
-    epsilon2: the least scale of a parameter, so that zeros can leave it.
+    epsilon2: minimum RMS of a parameter, so that zeros can be trained.
   """
   axes_by_path = dict(jax.tree_util.tree_leaves_with_path(axes))
 
@@ -163,13 +162,15 @@ def scale_by_adafactor(
 
 @dataclasses.dataclass(frozen=True)
 class _Updated:
-  """Of one parameter: a leaf, where a tuple would be a branch."""
+  """The update of one parameter; a pytree leaf, unlike a tuple."""
 
   direction: Array
   slots: Slots
 
 
 def _first_slots(param: Array, factors: Factoring) -> Slots:
+  """Returns zero slots for a parameter."""
+
   def zeros(averaged):
     shape = (1 if i in averaged else n for i, n in enumerate(param.shape))
     return jnp.zeros(tuple(shape), jnp.float32)
@@ -186,7 +187,7 @@ def _normalise(
   memory: Float[Array, ''],
   epsilon1: float,
 ) -> tuple[Float[Array, '...'], Slots]:
-  """Returns the gradient over the root of its second moments, and those."""
+  """Returns the gradient over the root of its second moments, and new slots."""
   squares = jnp.square(grad.astype(jnp.float32)) + epsilon1
 
   def remember(name, averaged):
@@ -203,4 +204,5 @@ def _normalise(
 
 
 def _root_mean_square(x: Array, axes: tuple[int, ...]) -> Array:
+  """Returns the RMS over some axes, which are kept with size 1."""
   return jnp.sqrt(jnp.mean(jnp.square(x), axes, keepdims=True))

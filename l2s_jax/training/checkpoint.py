@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves and restores the state of a run: Orbax, asynchronous, atomic.
+"""Checkpoints of a run: Orbax, asynchronous and atomic.
 
-What a step's folder holds, and how it is read without a run: see
-`weights/saved_steps.py`.
+`weights/saved_steps.py` describes the files of a step, and reads them without a
+run.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _DELETED = 'deleted'
 
 @dataclasses.dataclass
 class _KeepNewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
-  """Keeps the newest so many steps (None: all), and one more."""
+  """Keeps the newest `num_newest` checkpoints (None: all) and the best one."""
 
   num_newest: int | None
   best_step: int | None = None
@@ -41,10 +41,10 @@ class _KeepNewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
 
 
 class _Manager(ocp.CheckpointManager):
-  """Orbax's, which leaves it to `runtime/preemption.py` to ask for SIGTERM.
+  """An Orbax manager that does not handle SIGTERM.
 
-  JAX counts who asks: steps here and the checks there would be mixed up, and a
-  SIGTERM between them would be lost.
+  `runtime/preemption.py` does. JAX counts the calls of its preemption check:
+  calls from both places would be mixed up, and a SIGTERM could be lost.
   """
 
   def reached_preemption(self, step: int) -> bool:
@@ -52,17 +52,18 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpointer:
-  """Saves and restores the state of one run."""
+  """Saves and restores checkpoints of one run."""
 
   def __init__(self, run_dir: str | pathlib.Path, *, keep: int | None = None):
-    """Opens the checkpoints of a run; those that are damaged are set apart.
+    """Opens the checkpoints of a run, and moves damaged ones away.
 
     Args:
       run_dir: the run's folder, made if absent.
-      keep: how many of the newest to keep, beside the best; None keeps all.
+      keep: number of newest checkpoints to keep, beside the best; None keeps
+        all.
 
     Raises:
-      DamagedError: if there are checkpoints and none is good.
+      DamagedError: if all existing checkpoints are damaged.
     """
     self.folder = pathlib.Path(run_dir).absolute() / saved_steps.FOLDER
     _, bad = saved_steps.newest_good(run_dir, saved_steps.ITEMS)
@@ -77,14 +78,16 @@ class Checkpointer:
       options=ocp.CheckpointManagerOptions(
         preservation_policy=self._policy,
         create=True,
-        # By a rename: a kill must not leave a step with files missing.
+        # Orbax then renames before it deletes: a killed process leaves no
+        # checkpoint with missing files.
         todelete_subdir=_DELETED,
       ),
     )
     self._empty_deleted()
 
   def _empty_deleted(self) -> None:
-    # The folder stays: Orbax's thread may be about to move a step into it.
+    """Deletes the content of the folder of deleted checkpoints."""
+    # The folder itself stays: Orbax's thread may be moving a step into it.
     if distributed.is_first():
       for path in (self.folder / _DELETED).glob('*'):
         shutil.rmtree(path, ignore_errors=True)
@@ -95,12 +98,12 @@ class Checkpointer:
     data: dict[str, Any],
     model: dict[str, Any] | None = None,
   ) -> None:
-    """Starts saving; once this returns, all may be changed or donated.
+    """Starts an asynchronous save; afterwards all arguments may be changed.
 
     Args:
-      state: to be saved.
-      data: for `restore_data`; that JSON can hold.
-      model: the system's description, for `description`.
+      state: the train state; its arrays may be donated.
+      data: JSON-serialisable; returned by `restore_data`.
+      model: the system's description, for readers of the checkpoint.
     """
     step = int(state.step)
     if step in self._manager.all_steps():
@@ -122,7 +125,7 @@ class Checkpointer:
       args=ocp.args.Composite(
         params=ocp.args.StandardSave(state.trainable),
         optimizer=ocp.args.StandardSave(optimizer),
-        # A copy: Orbax writes it later, when training has changed it.
+        # A copy: Orbax writes it later, while training changes `data`.
         data=ocp.args.JsonSave(
           integrity.seal(
             {**data, saved_steps.DIGESTS: digests, saved_steps.MODEL: model}
@@ -132,12 +135,11 @@ class Checkpointer:
     )
 
   def keep_best(self, metric: str, scores: Mapping[int, float]) -> None:
-    """Keeps the best step from now on, and notes it for those who ask.
+    """Keeps the best checkpoint from now on, and records it on disk.
 
     Args:
       metric: its name; less is better if it ends in 'loss', more otherwise.
-      scores: by step; those of steps that are not there any more are passed
-        over.
+      scores: by step; steps without a checkpoint are ignored.
     """
     sign = -1 if metric.endswith('loss') else 1
     saved = scores.keys() & set(self._manager.all_steps())
@@ -150,7 +152,7 @@ class Checkpointer:
         self.folder.parent / saved_steps.BEST,
         {'metric': metric, 'score': scores[best], 'step': best},
       )
-    # What it was kept for until now may go; Orbax looks when it saves alone.
+    # Delete checkpoints that are not kept any more; Orbax does so only on save.
     self.wait()
     steps = self._manager.all_steps()
     newest = (
@@ -163,7 +165,7 @@ class Checkpointer:
     self._empty_deleted()
 
   def restore_data(self) -> dict[str, Any] | None:
-    """Returns what `save` got as `data` at the newest good step, if any."""
+    """Returns the `data` of the newest good checkpoint, or None."""
     step = self._manager.latest_step()
     if step is None:
       return None
@@ -177,14 +179,14 @@ class Checkpointer:
   def restore(
     self, shapes: state_lib.TrainState, shardings: state_lib.TrainState
   ) -> state_lib.TrainState | None:
-    """Returns the newest good state; None if there is none.
+    """Restores the newest good train state, or returns None.
 
     Args:
       shapes: tree of `jax.ShapeDtypeStruct`.
-      shardings: where to put each array; any mesh, not only that of the save.
+      shardings: sharding of each array; the mesh may differ from the saved one.
 
     Raises:
-      DamagedError: if what was good at the start cannot be read any more.
+      DamagedError: if the checkpoint was damaged after it was opened.
     """
     step = self._manager.latest_step()
     if step is None:
@@ -210,17 +212,18 @@ class Checkpointer:
     )
 
   def wait(self) -> None:
-    """Returns when the last save is on disk."""
+    """Waits until the last save is on disk."""
     self._manager.wait_until_finished()
 
   def close(self) -> None:
+    """Waits for saves and closes Orbax's manager."""
     self._manager.close()
     if distributed.is_first():
       shutil.rmtree(self.folder / _DELETED, ignore_errors=True)
 
 
 def _set_apart(folder: pathlib.Path, step: int) -> None:
-  """Moves a damaged step to where no new one will meet it."""
+  """Moves a damaged checkpoint to the folder of damaged ones."""
   place = folder / saved_steps.DAMAGED / str(step)
   count = 1
   while place.exists():

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation by logits: a student learns its teacher's distributions.
+"""Logit distillation: a student learns its teacher's token distributions.
 
 The loss of a step is
 
     (1 - weight) * cross-entropy of the gold answers
     + weight * temperature ** 2 * divergence from the teacher
 
-each a mean over the tokens of its own answers, in nats. Those of the divergence
-are the gold answers or, on policy, the student's own samples. It is off by
-default, and distillation by sequences (`inference/distill.py`) needs none of
-it: there a teacher's text is data.
+with both terms in nats per token. The divergence is taken on the gold answers
+or, on policy, on samples of the student. Logit distillation is off by default.
+Sequence-level distillation (`inference/distill.py`) does not use it: there, the
+teacher's text is training data.
 
 Source: Hinton et al. 2015 (arXiv:1503.02531) for the temperature and its
 square; Agarwal et al. 2024 (arXiv:2306.13649) for divergence and samples.
@@ -35,28 +35,28 @@ from l2s_jax.training import microbatches, teachers, train_data
 
 PyTree = Any
 
-# What a step's key is folded with; no microbatch has such a number.
+# Folded into a step's PRNG key for samples and for dropout on them.
 _SAMPLES, _DROPOUT = 2**31 - 1, 2**31 - 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-  """Whom a model learns from beside the gold answers, and how.
+  """Settings of distillation.
 
   Attributes:
-    teacher: a language model that writes in the student's vocabulary: a run of
-      a baseline, or a model as it came.
-    weight: of the teacher's loss, from 0 (no teacher) to 1; the gold answers'
-      cross-entropy has the rest.
-    temperature: by which logits of both are divided; above 0. The loss is
-      multiplied by its square, so that gradients keep their size.
-    divergence: 0 is KL(teacher || student), 1 is KL(student || teacher);
-      between them stands the generalised Jensen-Shannon divergence, see
+    teacher: a language model with the student's vocabulary: a run of a
+      baseline, or a pretrained model.
+    weight: weight of the teacher's loss, from 0 (no teacher) to 1; the
+      cross-entropy of the gold answers has weight 1 - weight.
+    temperature: divides the logits of both, above 0. The loss is multiplied by
+      its square, so that gradients keep their scale.
+    divergence: 0 is KL(teacher || student), 1 is KL(student || teacher), and
+      values between are the generalised Jensen-Shannon divergence, see
       `losses.divergence`.
-    on_policy: the part of the steps, from 0 to 1, in which teacher and student
-      are compared on the student's own samples, not on the gold answers.
-    teacher_step: the checkpoint of a teacher that is a run; None: the newest.
-    teacher_dtype: in which it is held and run, 'float32' or 'bfloat16'; None:
+    on_policy: fraction of steps, from 0 to 1, that compare teacher and student
+      on the student's samples instead of the gold answers.
+    teacher_step: checkpoint step of a teacher's run; None means the newest.
+    teacher_dtype: dtype of the teacher, 'float32' or 'bfloat16'; None means
       that of the student's LLM, or float32.
 
   Raises:
@@ -90,13 +90,13 @@ class Distillation:
       )
 
   def check_gold(self, **settings: float) -> None:
-    """Refuses settings of the gold answers' loss where this has no weight.
+    """Refuses settings of the gold answers' loss if its weight is 0.
 
     Args:
-      **settings: by name; 0 is none.
+      **settings: values by name; 0 means not set.
 
     Raises:
-      ValueError: names them.
+      ValueError: names the settings.
     """
     given = [f'{name}={value}' for name, value in settings.items() if value]
     if self.weight == 1 and given:
@@ -107,16 +107,16 @@ class Distillation:
       )
 
   def is_on_policy(self, step: int) -> bool:
-    """Returns whether the step that follows `step` others has samples.
+    """Returns whether the step after `step` others uses samples.
 
-    So do floor(n * on_policy) of the first n, as evenly as may be.
+    Of the first n steps, floor(n * on_policy) do, evenly spread.
     """
     return math.floor((step + 1) * self.on_policy) > math.floor(
       step * self.on_policy
     )
 
   def kinds(self) -> Sequence[bool]:
-    """Returns what `is_on_policy` may be."""
+    """Returns the values that `is_on_policy` takes over a run."""
     if self.on_policy in (0, 1):
       return (self.on_policy == 1,)
     return (False, True)
@@ -124,14 +124,15 @@ class Distillation:
   def bind(
     self, session: session_lib.Session, data: train_data.TrainData
   ) -> 'Lesson | None':
-    """Returns what a session's system learns by; None at a weight of 0.
+    """Returns the distillation of a session's system, or None at weight 0.
 
     Args:
       session: has the student.
-      data: how rows are made of examples.
+      data: settings of training batches.
 
     Raises:
-      ValueError: if teacher and student do not go together, or with packing.
+      ValueError: if the teacher does not fit the student, or packing excludes
+        it.
     """
     if not self.weight:
       return None
@@ -164,11 +165,11 @@ gin.external_configurable(Distillation, module='l2s_jax')
 
 
 class Given(NamedTuple):
-  """What the loss of a step is computed from, beside the parameters.
+  """Inputs of a step's loss, beside the parameters.
 
   Attributes:
-    batch: of the step, perhaps with the LLM's states.
-    sampled: the decoder's keys of the student's samples; empty: there are none.
+    batch: of the step, with `llm_states` where they were computed.
+    sampled: decoder keys of the student's samples; empty if not on policy.
   """
 
   batch: dict[str, Array]
@@ -177,13 +178,13 @@ class Given(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Lesson:
-  """What a step does for distillation: settings, with the teacher found.
+  """Distillation in a train step.
 
   Attributes:
     settings: from gin.
-    teacher: of these.
-    ids: of the answer's vocabulary.
-    is_on_policy: whether answers are the student's samples.
+    teacher: the teacher.
+    ids: special token ids of the answer's vocabulary.
+    is_on_policy: whether this step uses the student's samples.
   """
 
   settings: Distillation
@@ -203,16 +204,17 @@ class Lesson:
     logits_fn: Callable[..., Array],
     loss: Callable[..., Any],
   ) -> tuple[Given, Callable[..., Any]]:
-    """Returns what a step is computed from, and its loss; see `loss`.
+    """Returns the inputs of a step's loss, and the loss function; see `loss`.
 
     Args:
       module: the student.
       params: all of its parameters.
       teacher_params: the teacher's.
       batch: of the step.
-      key: of the step.
-      num_microbatches: parts that a batch is computed in.
-      logits_fn: the student's logits of trained parameters, batch and key.
+      key: PRNG key of the step.
+      num_microbatches: sequential parts of the batch.
+      logits_fn: returns the student's logits, given trained parameters, batch
+        and PRNG key.
       loss: of the gold answers, as `losses.token_cross_entropy`.
     """
     given = self.give(module, params, batch, key, num_microbatches)
@@ -234,24 +236,24 @@ class Lesson:
     key: Array,
     num_microbatches: int,
   ) -> Given:
-    """Returns a batch with the student's samples, if the step is on policy.
+    """Returns a batch, with the student's samples if on policy.
 
     Args:
       module: the student.
       params: all of its parameters.
       batch: of the step.
-      key: of the step; a row's sample depends on it and the row's number.
-      num_microbatches: parts in which they are written.
+      key: PRNG key of the step; the row index is folded in for its sample.
+      num_microbatches: sequential parts for sampling.
     """
     if not self.is_on_policy:
       return Given(dict(batch), {})
-    # Numbered before they are divided: parts change no sample.
+    # Global row numbers: samples do not depend on the microbatches.
     rows = jnp.arange(len(batch['encoder_segment_ids']))
     key = jax.random.fold_in(key, _SAMPLES)
 
     def write(part: tuple[dict[str, Array], Array]) -> Given:
       batch, rows = part
-      # The LLM reads a prompt once, to sample and to learn.
+      # The LLM encodes a prompt once, for sampling and for the loss.
       batch = with_states(module, params, batch)
       row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
       return Given(batch, sample(module, params, batch, row_keys, self.ids))
@@ -271,22 +273,23 @@ class Lesson:
     teacher_params: PyTree,
     scale: Float[Array, ''],
   ) -> tuple[Float[Array, ''], dict[str, Float[Array, '']]]:
-    """Returns the sum to differentiate, and sums to report.
+    """Returns the summed loss to differentiate, and sums to report.
 
     Args:
-      trained: the parameters that get the gradient.
+      trained: parameters that get the gradient.
       given: from `give`, or a microbatch of it.
-      key: of dropout.
-      logits_fn: the student's logits of trained parameters, batch and key.
+      key: PRNG key for dropout.
+      logits_fn: returns the student's logits, given trained parameters, batch
+        and PRNG key.
       loss: of the gold answers, as `losses.token_cross_entropy`.
       module: the student.
-      params: all of its parameters, for what has no gradient.
+      params: all of its parameters, for computations without gradient.
       teacher_params: the teacher's.
-      scale: of the whole batch.
+      scale: factor of the divergence, from `_scale` of the whole batch.
 
     Returns:
-      The sum; and what `loss` reports with 'distill_loss', the divergence, and
-      'distill_weight', the tokens that it is summed over.
+      The loss; and the sums of `loss` with 'distill_loss', the divergence in
+      nats, and 'distill_weight', its number of tokens.
     """
     batch = given.batch
     if self.teacher.reads_states:
@@ -294,7 +297,7 @@ class Lesson:
     weight = self.settings.weight
     answers = {**batch, **given.sampled}
     of_gold = trained
-    if self.is_on_policy and weight == 1:  # They are read for the log alone.
+    if self.is_on_policy and weight == 1:  # Needed for the log alone.
       of_gold = jax.lax.stop_gradient(trained)
     logits = logits_fn(of_gold, batch, key)
     total, sums = loss(
@@ -320,9 +323,10 @@ class Lesson:
 
 
 def _scale(given: Given) -> Float[Array, '']:
-  """Returns what makes a sum over samples one over as many gold tokens.
+  """Returns the ratio of gold tokens to sampled tokens.
 
-  A step divides the gradient by the number of these.
+  A step divides gradients by the number of gold tokens; the ratio turns the sum
+  over samples into a mean over sampled tokens.
   """
   if not given.sampled:
     return jnp.float32(1)
@@ -336,10 +340,10 @@ def _scale(given: Given) -> Float[Array, '']:
 def with_states(
   module: Any, params: PyTree, batch: language_model.Batch
 ) -> dict[str, Array]:
-  """Returns a batch with the states of a frozen LLM, which has read it once.
+  """Returns a batch with the states of the frozen LLM as `llm_states`.
 
-  Of an LLM that is trained, of a learned mix and of a model alone there are
-  none.
+  The batch stays as it is without a frozen LLM, with a learned mix of layers,
+  or if it has the states already.
   """
   has_states = isinstance(module, l2s.LlmToSlm) and not (
     module.train_llm or module.llm_layer == l2s.MIX
@@ -357,21 +361,21 @@ def sample(
   row_keys: Array,
   ids: strategies.Ids,
 ) -> dict[str, Array]:
-  """Returns the decoder's keys of answers that a model draws, as in a batch.
+  """Samples answers from a model; returns the decoder keys of a batch.
 
-  They are drawn at temperature 1, without dropout, and end with an EOS or with
-  the length of the batch's answers. Rows whose answers have no weight get none.
+  The temperature is 1, without dropout. Answers end with EOS or at the batch's
+  answer length. Rows whose gold answer has no weight get no sample.
 
-      tokens drawn 7, 8, EOS (1)    answer length 5, start and padding 0
+      sampled tokens 7, 8, EOS (1); answer length 5; start and padding 0
       -> decoder_target_tokens [7, 8, 1, 0, 0], decoder_input_tokens
       [0, 7, 8, 1, 0], decoder_segment_ids [1, 1, 1, 0, 0]
 
   Args:
     module: LLM-to-SLM or a language model.
     params: all of its parameters, as they are trained.
-    batch: with the prompts.
-    row_keys: of each row's draws.
-    ids: of the answer's vocabulary.
+    batch: has the prompts.
+    row_keys: one PRNG key per row.
+    ids: special token ids of the answer's vocabulary.
   """
   module = l2s.for_generation(module, unstack_llm=False)
   params = l2s.params_for_generation(module, params)
@@ -403,7 +407,7 @@ def _answers(
   prompts: strategies.Prompts,
   ids: strategies.Ids,
 ) -> dict[str, Array]:
-  """Returns the decoder's keys of tokens that were drawn."""
+  """Returns the decoder keys for sampled tokens."""
   is_eos = ids.end(tokens)
   is_behind = jnp.cumsum(is_eos, axis=1) > is_eos
   is_token = ~is_behind & ~prompts.have_ended[:, None]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which evaluations a training run makes, of which tasks and splits, and when.
+"""The evaluations of a training run: tasks, splits and periods.
 
-EVALUATIONS lists them; without it there is one, of the task that is trained on.
-The scores of several are told apart by a prefix, 'TASK-SPLIT/'.
+EVALUATIONS lists them; by default there is one, on the training task. With
+EVALUATIONS, score names have a prefix 'TASK-SPLIT/'.
 """
 
 import dataclasses
@@ -22,15 +22,13 @@ from l2s_jax.training import hooks as hooks_lib
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """One of the evaluations of a training run, as EVALUATIONS lists them.
-
-  What is None is as the run has it.
+  """One entry of EVALUATIONS. None means the run's own setting.
 
   Attributes:
     task: SeqIO task or mixture.
-    split: of it.
-    num_examples: the first so many of each task.
-    period: steps between two; the end of the run is always evaluated.
+    split: of the task.
+    num_examples: number of examples of each task, from the start of the split.
+    period: steps between evaluations; the end of the run is always evaluated.
     task_feature_lengths: tokens of 'inputs' and 'targets'.
   """
 
@@ -41,7 +39,7 @@ class Evaluation:
   task_feature_lengths: Mapping[str, int] | None = None
 
   def planned(self, run: 'Planned') -> 'Planned':
-    """Returns the evaluation with the settings of the run where it has none."""
+    """Returns this evaluation, completed by the run's settings."""
     given = {
       field.name: getattr(self, field.name)
       for field in dataclasses.fields(self)
@@ -55,9 +53,9 @@ gin.external_configurable(Evaluation, module='l2s_jax')
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-  """An evaluation of a training run with all that it needs; see `Evaluation`.
+  """A complete evaluation of a training run; see `Evaluation`.
 
-  A `num_examples` of None takes all, a `period` of None the end of the run.
+  `num_examples` None means all, `period` None only the end of the run.
   """
 
   task: str
@@ -72,10 +70,10 @@ class Plan:
   """The evaluations of a run.
 
   Attributes:
-    by_prefix: by what comes before the names of their scores: nothing if
-      EVALUATIONS lists none, 'TASK-SPLIT/' otherwise.
-    best: the prefix and the score that choose the best step; None: none is.
-    batch_size: examples a decoding batch; None: as many as a step has.
+    by_prefix: by the prefix of their score names: '' without EVALUATIONS,
+      'TASK-SPLIT/' otherwise.
+    best: prefix and score that select the best checkpoint; None selects none.
+    batch_size: examples per decoding batch; None means the training batch size.
   """
 
   by_prefix: Mapping[str, Planned]
@@ -83,7 +81,7 @@ class Plan:
   batch_size: int | None = None
 
   def longest(self, task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
-    """Returns the most tokens that training or an evaluation reads."""
+    """Returns the maximum lengths over training and all evaluations."""
     longest = dict(task_feature_lengths)
     for planned in self.by_prefix.values():
       for name, length in planned.task_feature_lengths.items():
@@ -93,15 +91,16 @@ class Plan:
   def bind(
     self, system: system_lib.System, trained: bound_tasks.BoundTask, name: str
   ) -> dict[str, bound_tasks.BoundTask]:
-    """Returns the task of each evaluation, with the system's vocabularies.
+    """Returns the bound task of each evaluation, by prefix.
 
     Args:
-      system: that is evaluated.
-      trained: the task that is trained on.
-      name: of that one.
+      system: the system to evaluate.
+      trained: the training task.
+      name: name of the training task.
 
     Raises:
-      ValueError: for what cannot be evaluated, or a score that is of none.
+      ValueError: if a task cannot be evaluated, two evaluations would write the
+        same predictions, or `best` is not among the scores.
     """
     found = {}
     writers: dict[tuple[str, str], str] = {}
@@ -135,13 +134,13 @@ class Plan:
     bound: Mapping[str, bound_tasks.BoundTask],
     batch_size: int,
   ) -> list[hooks_lib.Evaluate]:
-    """Returns a hook for each evaluation; the best step is kept from now on.
+    """Returns the hooks of the evaluations; they also keep the best checkpoint.
 
     Args:
       loop: the run.
       session: has the mesh.
-      bound: what `bind` returned.
-      batch_size: rows a step.
+      bound: result of `bind`.
+      batch_size: training batch size.
     """
     found = distributed.from_first(
       {prefix: logged(loop.run_dir, prefix) for prefix in self.by_prefix}
@@ -179,16 +178,17 @@ def make(
   best_metric: str | None,
   batch_size: int | None = None,
 ) -> Plan:
-  """Returns the evaluations of a run, checked as far as their settings tell.
+  """Returns the evaluations of a run, after validating their settings.
 
   Args:
     evaluations: EVALUATIONS.
-    run: the settings of the run, for what they leave out.
+    run: the run's settings, for fields that are None.
     best_metric: BEST_METRIC.
-    batch_size: examples a decoding batch; None: as many as a step has.
+    batch_size: examples per decoding batch; None means the training batch size.
 
   Raises:
-    ValueError: for settings that mean nothing, or two of one task and split.
+    ValueError: for an invalid setting, or two evaluations of one task and
+      split.
   """
   gin_config.check_positive(
     EVAL_PERIOD=run.period,
@@ -214,7 +214,7 @@ def make(
 def _by_prefix(
   evaluations: Sequence[Evaluation], run: Planned
 ) -> dict[str, Planned]:
-  """Returns the evaluations by what comes before the names of their scores."""
+  """Returns the evaluations by the prefix of their score names."""
   if not evaluations:
     return {'': run}
   found: dict[str, Planned] = {}
@@ -246,15 +246,15 @@ def _by_prefix(
 def _of_score(
   setting: str, score: str, evaluations: Mapping[str, Planned]
 ) -> tuple[str, str]:
-  """Returns the prefix of the evaluation that gives a score, and the rest.
+  """Splits a score name into the prefix of its evaluation and the rest.
 
   Args:
-    setting: that names the score, for the error.
+    setting: name of the setting with the score, for the error.
     score: as it is logged, without 'eval/'.
     evaluations: by prefix.
 
   Raises:
-    ValueError: if it is of none of them.
+    ValueError: if no evaluation has the score.
   """
   for prefix in sorted(evaluations, key=len, reverse=True):
     if score.startswith(prefix):
@@ -273,17 +273,17 @@ def check_score(
   split: str,
   prefix: str = '',
 ) -> None:
-  """Refuses a score that no evaluation of a task will give.
+  """Checks that an evaluation of a task gives a score.
 
   Args:
-    name: of the setting, for the error.
-    score: as evaluations name it.
+    name: name of the setting with the score, for the error.
+    score: name of the score, without prefix.
     task: from `session.bind_task`.
-    split: to be evaluated.
+    split: split to evaluate.
     prefix: of the evaluation's scores, for the error.
 
   Raises:
-    ValueError: with those that there are.
+    ValueError: lists the scores of the task.
   """
   known = scoring.score_names(task, split)
   if known is not None and score not in known:
@@ -294,11 +294,12 @@ def check_score(
 
 
 def logged(run_dir: pathlib.Path, prefix: str) -> dict[int, dict[str, float]]:
-  """Returns the scores that earlier starts have logged, by step and name."""
+  """Returns the scores logged by earlier starts, by step and name."""
   by_step = metric_writer.by_step(run_dir, prefix=f'eval/{prefix}')
   if prefix:
     return by_step
-  # Names of tasks and metrics have no hyphen before a slash.
+  # Without a prefix, drop scores of other evaluations: only 'TASK-SPLIT' has a
+  # hyphen before the last slash.
   return {
     step: own
     for step, scores in by_step.items()
@@ -313,7 +314,7 @@ def logged(run_dir: pathlib.Path, prefix: str) -> dict[int, dict[str, float]]:
 
 
 def last_scores(evaluates: Sequence[hooks_lib.Evaluate]) -> dict[str, float]:
-  """Returns the scores of the last step that was evaluated."""
+  """Returns the scores of the last evaluated step, by prefixed name."""
   last = max((step for hook in evaluates for step in hook.found), default=0)
   return {
     f'{hook.prefix}{name}': score

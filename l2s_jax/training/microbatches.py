@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A batch computed in parts, one after another, in less memory."""
+"""Microbatches: a batch computed in sequential parts, to save memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,14 @@ def add_up(
   key: jax.Array,
   num_microbatches: int,
 ) -> PyTree:
-  """Returns the sum of `fn` over microbatches, each with a key of its own."""
+  """Returns the sum of `fn` over microbatches.
+
+  Args:
+    fn: takes a microbatch and its PRNG key.
+    batch: pytree of arrays with rows first.
+    key: PRNG key; split into one per microbatch, if there are several.
+    num_microbatches: must divide the number of rows.
+  """
   if num_microbatches == 1:
     return fn(batch, key)
   microbatches = (
@@ -41,7 +48,13 @@ def add_up(
 def join(
   fn: Callable[[PyTree], PyTree], batch: PyTree, num_microbatches: int
 ) -> PyTree:
-  """Returns the rows that `fn` makes of those of each microbatch, in order."""
+  """Returns `fn` of each microbatch, concatenated in the batch's row order.
+
+  Args:
+    fn: takes a microbatch; returns a pytree of arrays with rows first.
+    batch: pytree of arrays with rows first.
+    num_microbatches: must divide the number of rows.
+  """
   if num_microbatches == 1:
     return fn(batch)
   made = jax.lax.map(fn, _divide(batch, num_microbatches))
@@ -51,7 +64,7 @@ def join(
 
 
 def _divide(batch: PyTree, num_microbatches: int) -> PyTree:
-  def divide(x):  # Every n-th row to each, so that rows stay on their devices.
+  def divide(x):  # Strided, so that rows stay on their devices.
     rows = x.reshape(-1, num_microbatches, *x.shape[1:])
     return jnp.moveaxis(rows, 1, 0)
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers and learning-rate schedules, as gin can name them.
+"""Optimizers and learning-rate schedules, configurable by gin.
 
-An optimizer is made in two steps: gin binds its settings, and `make` fits it
-to the parameters, once their paths and logical axes are known. The functions
-of one update are optax's, save for Adafactor's.
+An optimizer is made in two steps: gin binds its settings, and `make` builds the
+transformation for the parameters, given their paths and logical axes. Update
+rules are optax's, except Adafactor's.
 """
 
 import dataclasses
@@ -24,20 +24,19 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """An optimizer that does not know its parameters yet.
+  """An optimizer before its parameters are known.
 
   Attributes:
-    make: returns the gradient transformation of the parameters whose logical
-      axes it is given, a tree of `PartitionSpec`. Raises a ValueError where
-      `learning_rate_by_path` does not fit their paths.
-    schedule: from the number of updates done to the rate of the next one.
-    description: for JSON: the name, and what else decides what the slots hold.
-      Slots are of no use under another description.
-    is_trained: from a parameter's path and the number of steps done to whether
-      the next step trains it. What it does not train needs no gradient: it may
-      be anything, and `make`'s updates of it are 0.
-    projector_steps: steps from the first in which the projector is trained
-      alone.
+    make: returns the gradient transformation for a tree of logical axes
+      (`PartitionSpec`), one per parameter. Raises a ValueError if
+      `learning_rate_by_path` does not fit the paths.
+    schedule: maps the number of updates done to the rate of the next update.
+    description: JSON-serialisable: the name, and settings that affect the
+      optimizer state. A state is unusable under another description.
+    is_trained: returns whether the next step trains a parameter, given its path
+      and the number of steps done. Untrained parameters need no gradient; any
+      value may stand for it, and their updates are 0.
+    projector_steps: number of first steps that train the projector alone.
   """
 
   make: Callable[[PyTree], optax.GradientTransformation]
@@ -47,7 +46,7 @@ class Optimizer:
   projector_steps: int = 0
 
   def phases(self) -> tuple[int, ...]:
-    """Returns the steps from which on other parameters are trained."""
+    """Returns the first step of each phase of training."""
     return (0, self.projector_steps) if self.projector_steps else (0,)
 
 
@@ -66,34 +65,31 @@ def learning_rate_schedule(
 
   With n the number of the update, from 1, and w = max(warmup_steps, 1):
 
-    constant                base_learning_rate
-    linear_warmup           min(n / w, 1)
-    linear_decay            alone: base_learning_rate *
-                            min(n / w, 1 + decay_factor * (w - n))
-    rsqrt_decay             1 / sqrt(max(n, w))
-    rsqrt_normalized_decay  sqrt(w / max(n, w))
-    decay_every             decay_factor ** floor(n / steps_per_decay)
-    cosine_decay            after the warm-up from 1 to 0 in steps_per_cycle
-                            updates, again and again
-    linear_to_end           after the warm-up from 1 to 0 at total_steps
-    cosine_to_end           the same along half a cosine
+    constant                base_learning_rate linear_warmup           min(n /
+    w, 1) linear_decay            alone: base_learning_rate * min(n / w, 1 +
+    decay_factor * (w - n)) rsqrt_decay             1 / sqrt(max(n, w))
+    rsqrt_normalized_decay  sqrt(w / max(n, w)) decay_every
+    decay_factor ** floor(n / steps_per_decay) cosine_decay            after the
+    warm-up, from 1 to 0 in steps_per_cycle updates, repeated linear_to_end
+    after the warm-up, linearly from 1 to 0 at total_steps cosine_to_end
+    the same along half a cosine
 
-  The last two are not T5X's. T5X numbers updates from 0, and so spends the
-  first of a warm-up at a rate of 0: our n-th update is its (n + 1)-th.
+  T5X lacks the last two. T5X numbers updates from 0, so the first update of its
+  warm-up has a rate of 0: our n-th update is its (n + 1)-th.
 
   Args:
-    base_learning_rate: the factor 'constant'.
-    factors: names with '*' between them.
-    warmup_steps: updates until the full rate.
+    base_learning_rate: value of the factor 'constant'.
+    factors: names of factors, separated by '*'.
+    warmup_steps: number of updates until the full rate.
     total_steps: for 'linear_to_end' and 'cosine_to_end'.
     decay_factor: for 'decay_every' and 'linear_decay'.
     steps_per_decay: for 'decay_every'.
     steps_per_cycle: for 'cosine_decay'.
-    min_learning_rate: the rate never falls below it; T5X has 1e-8.
+    min_learning_rate: lower bound of the rate; T5X has 1e-8.
 
   Raises:
-    ValueError: for an unknown factor, one without its `total_steps`,
-      'linear_decay' with another, or a negative number.
+    ValueError: for an unknown factor, a factor without its `total_steps`,
+      'linear_decay' with another factor, or a negative number.
   """
   for name, value in (
     ('LEARNING_RATE', base_learning_rate),
@@ -106,7 +102,7 @@ def learning_rate_schedule(
 
   def to_end(n):
     assert total_steps is not None
-    # 1 in the first update after the warm-up; the last is not wasted on 0.
+    # 1 in the first update after the warm-up; not yet 0 in the last.
     done = (n - 1 - warmup_steps) / (total_steps - warmup_steps)
     return 1 - jnp.clip(done, 0.0, 1.0)
 
@@ -147,7 +143,11 @@ def _parse_factors(
   warmup_steps: int,
   total_steps: int | None,
 ) -> list[str]:
-  """Returns the names of factors that mean something together."""
+  """Returns the names in `factors`, after validating them.
+
+  Raises:
+    ValueError: as in `learning_rate_schedule`.
+  """
   names = [name.strip() for name in factors.split('*')]
   setting = f'learning_rate_schedule.factors={factors!r}'
   for name in names:
@@ -189,17 +189,18 @@ def adamw(
     b1: decay of the first moment.
     b2: decay of the second moment.
     epsilon: added to the root of the second moment.
-    weight_decay: of kernels and embeddings, times the learning rate; not of
-      norms and biases.
-    max_grad_norm: the global norm beyond which gradients are scaled down;
-      None never does.
-    learning_rate_by_path: by regular expression of a parameter's whole path,
-      what its learning rate is multiplied by; the first that matches counts,
-      and 1 where none does. What has 0 is left as it is, and has neither slots
-      nor gradients: {'slm/.*': 0.0} trains the projector alone.
-    projector_steps: so many steps train the projector (and the layer of
-      prompt embeddings, if any) alone; from then on all is trained, at the
-      schedule's rate of that step. Until then SLM and LLM have no gradients.
+    weight_decay: of kernels and embeddings, times the learning rate; norms and
+      biases have none.
+    max_grad_norm: maximum global norm of the gradients; larger gradients are
+      scaled down. None means no clipping.
+    learning_rate_by_path: learning rate factors by regular expression of a
+      parameter's whole path. The first match counts; without a match the factor
+      is 1. Parameters with factor 0 are frozen, without slots or gradients:
+      {'slm/.*': 0.0} trains the projector alone.
+    projector_steps: number of first steps that train only the projector (and
+      the layer of prompt embeddings, if any). Later steps train all parameters,
+      at the schedule's rate of the step. Until then SLM and LLM have no
+      gradients.
   """
   return _optimizer(
     lambda axes: optax.scale_by_adam(b1, b2, epsilon),
@@ -224,22 +225,23 @@ def adafactor(
   learning_rate_by_path: Mapping[str, float] | None = None,
   projector_steps: int = 0,
 ) -> Optimizer:
-  """Returns Adafactor as T5X has it, without momentum; see `adafactor.py`.
+  """Returns Adafactor as in T5X, without momentum; see `adafactor.py`.
 
-  T5 is fine-tuned with the defaults, at a constant rate and without warm-up.
+  The defaults are those of T5's fine-tuning, with a constant rate and no
+  warm-up.
 
   Args:
     learning_rate: a number, or a schedule of the step; relative to the root
-      mean square of each layer's parameter.
-    decay_rate: second moments are remembered by 1 - n ** -decay_rate in the
-      n-th update of the run (T5X needs `step_offset` for that).
-    clipping_threshold: the root mean square beyond which the update of a
-      layer's parameter is scaled down, before the rates; None never does.
+      mean square (RMS) of each layer's parameter.
+    decay_rate: second moments decay by 1 - n ** -decay_rate in the n-th update
+      of the run (T5X needs `step_offset` for that).
+    clipping_threshold: maximum RMS of the update of a layer's parameter, before
+      the rates; larger updates are scaled down. None means no clipping.
     multiply_by_parameter_scale: False makes `learning_rate` absolute.
-    min_dim_size_to_factor: a matrix outside of stacks with a shorter side
-      keeps all second moments.
-    weight_decay: as in `adamw`. T5X's `weight_decay_rate` is of all
-      parameters, and not multiplied by the learning rate.
+    min_dim_size_to_factor: minimum side of a factored matrix outside of stacks;
+      smaller ones keep all second moments.
+    weight_decay: as in `adamw`. T5X's `weight_decay_rate` applies to all
+      parameters, and is not multiplied by the learning rate.
     max_grad_norm: as in `adamw`.
     learning_rate_by_path: as in `adamw`.
     projector_steps: as in `adamw`.
@@ -277,12 +279,12 @@ def lion(
 ) -> Optimizer:
   """Returns Lion (Chen et al., arXiv:2302.06675).
 
-  Its updates are signs: the authors take a third to a tenth of AdamW's
-  learning rate, and as many times its weight decay.
+  Its updates are signs: the authors use a third to a tenth of AdamW's learning
+  rate, and three to ten times its weight decay.
 
   Args:
     learning_rate: a number, or a schedule of the step.
-    b1: share of the momentum in the update, beside the gradient's.
+    b1: weight of the momentum in the update; the gradient has 1 - b1.
     b2: decay of the momentum.
     weight_decay: as in `adamw`.
     max_grad_norm: as in `adamw`.
@@ -306,10 +308,10 @@ def _check_settings(
   max_grad_norm: float | None,
   weight_decay: float,
 ) -> None:
-  """Refuses what no optimizer can have.
+  """Validates the settings that all optimizers share.
 
   Raises:
-    ValueError: with the setting, and what was expected.
+    ValueError: with the setting and its valid range.
   """
   name = description['name']
   for limits, fits, values in (
@@ -339,10 +341,19 @@ def _optimizer(
   weight_decay: float,
   description: dict[str, Any],
 ) -> Optimizer:
-  """Puts around a direction what all optimizers share.
+  """Returns an optimizer with the parts that all optimizers share.
 
-  The state is built alike whatever the rate, the clipping and the decay are:
-  these may change within a run.
+  The structure of the optimizer state does not depend on the values of learning
+  rate, clipping and weight decay, so these may change within a run.
+
+  Args:
+    direction: returns the update rule before the learning rate, given axes.
+    learning_rate: a number, or a schedule of the step.
+    learning_rate_by_path: as in `adamw`.
+    projector_steps: as in `adamw`.
+    max_grad_norm: as in `adamw`.
+    weight_decay: as in `adamw`.
+    description: the name, and settings that affect the optimizer state.
   """
   _check_settings(description, projector_steps, max_grad_norm, weight_decay)
   schedule = (
@@ -356,7 +367,7 @@ def _optimizer(
     [pattern, multiple > 0] for pattern, multiple in by_path.items()
   ]
   has_frozen = 0 in by_path.values()
-  if has_frozen:  # The slots are of the rest alone.
+  if has_frozen:  # Frozen parameters have no slots.
     description = description | {'is_trained_by_path': is_trained}
   if projector_steps:
     description = description | {'projector_steps': projector_steps}
@@ -406,11 +417,11 @@ def _optimizer(
 def without(
   transform: optax.GradientTransformation, is_trained: Callable[[str], bool]
 ) -> optax.GradientTransformation:
-  """Leaves parameters as they are, without slots.
+  """Holds some parameters constant, without slots.
 
   Args:
-    transform: of the others.
-    is_trained: by a parameter's path.
+    transform: of the trained parameters.
+    is_trained: predicate of a parameter's path.
   """
   return optax.partition(
     {'trained': transform, 'held': optax.set_to_zero()},
@@ -421,11 +432,16 @@ def without(
 
 
 def _waits(path: str) -> bool:
-  """Returns whether a parameter is not trained while the projector is alone."""
+  """Returns whether a parameter waits while the projector trains alone."""
   return path.split('/')[0] in ('llm', 'slm')
 
 
 def _check_projector(projector_steps: int, paths: list[str]) -> None:
+  """Checks that there is a projector.
+
+  Raises:
+    ValueError: for a single language model.
+  """
   if not any(path.startswith('projector/') for path in paths):
     raise ValueError(
       f'PROJECTOR_STEPS={projector_steps}: the first steps train the projector '
@@ -434,7 +450,7 @@ def _check_projector(projector_steps: int, paths: list[str]) -> None:
 
 
 class _WaitingState(NamedTuple):
-  """The state of `_from_update`: updates asked for, and what waits."""
+  """State of `_from_update`: number of updates, and the inner state."""
 
   num_updates: jax.Array
   inner: Any
@@ -445,15 +461,15 @@ def _projector_first(
   schedule: optax.Schedule,
   parts: Callable[[optax.Schedule], tuple[optax.GradientTransformation, ...]],
 ) -> optax.GradientTransformation:
-  """Updates the projector alone for some steps, and all from then on.
+  """Updates the projector alone for `num_steps` steps, then all parameters.
 
-  What waits counts its own updates: else the moments of Adam, 0 at its first
-  one, would be taken for the means of as many gradients as steps were done.
+  The waiting parameters have their own update count: Adam's bias correction
+  needs the number of gradients in its moments, not the number of steps.
 
   Args:
-    num_steps: in which the projector is alone.
-    schedule: from the number of steps done to the rate.
-    parts: from such a schedule to what makes updates of gradients.
+    num_steps: number of steps that update the projector alone.
+    schedule: maps the number of steps done to the rate.
+    parts: returns the transformations of an update, given a schedule.
   """
   waiting = optax.chain(*parts(lambda count: schedule(count + num_steps)))
   return optax.partition(
@@ -470,7 +486,7 @@ def _projector_first(
 def _from_update(
   first: int, transform: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-  """Lets a transformation begin after so many updates, which are 0."""
+  """Delays a transformation: its first `first` updates are 0."""
 
   def init(params):
     return _WaitingState(jnp.zeros((), jnp.int32), transform.init(params))
@@ -488,6 +504,11 @@ def _from_update(
 
 
 def _check_numbers(by_path: Mapping[str, float]) -> None:
+  """Validates `learning_rate_by_path`.
+
+  Raises:
+    ValueError: for an invalid regular expression or factor.
+  """
   for pattern, multiple in by_path.items():
     try:
       re.compile(pattern)
@@ -505,10 +526,10 @@ def _check_numbers(by_path: Mapping[str, float]) -> None:
 def _multiples(
   paths: list[str], by_path: Mapping[str, float]
 ) -> dict[str, float]:
-  """Returns what the learning rate of each path is multiplied by.
+  """Returns the learning rate factor of each path.
 
   Raises:
-    ValueError: names the patterns that decide nothing, and all paths.
+    ValueError: names the patterns without effect, and all paths.
   """
   patterns = {path: _pattern_of(path, by_path) for path in paths}
   idle = [x for x in by_path if x not in patterns.values()]
@@ -522,20 +543,20 @@ def _multiples(
 
 
 def _multiple(path: str, by_path: Mapping[str, float]) -> float:
-  """Returns what the learning rate of a path is multiplied by."""
+  """Returns the learning rate factor of a path."""
   pattern = _pattern_of(path, by_path)
   return 1.0 if pattern is None else by_path[pattern]
 
 
 def _pattern_of(path: str, by_path: Mapping[str, float]) -> str | None:
-  """Returns the first pattern that matches a whole path, if any does."""
+  """Returns the first pattern that matches a whole path, or None."""
   return next((x for x in by_path if re.fullmatch(x, path)), None)
 
 
 def _multiply(
   multiples: Mapping[str, float],
 ) -> optax.GradientTransformation:
-  """Multiplies updates by numbers given by path."""
+  """Multiplies updates by a factor per path."""
   return optax.stateless(
     lambda updates, params: _map_by_path(
       lambda path, update: update * multiples[path], updates
@@ -544,6 +565,7 @@ def _multiply(
 
 
 def _is_decayed(params: PyTree) -> PyTree:
+  """Returns a tree of booleans: true for kernels and embeddings."""
   return jax.tree_util.tree_map_with_path(
     lambda path, _: path[-1].key in ('kernel', 'embedding'), params
   )

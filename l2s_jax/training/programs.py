@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training step, compiled ahead for all that a run comes to need."""
+"""Ahead-of-time compilation of the train steps of a run."""
 
 import dataclasses
 import itertools
@@ -24,16 +24,16 @@ from l2s_jax.training import hooks as hooks_lib
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-  """What the steps of a run do.
+  """The train steps of a run.
 
-  One program is compiled for each phase of training, each pair of lengths that
-  a batch may have, and for steps with samples of the student's and without.
+  One program is compiled for each phase of training, each pair of batch
+  lengths, and for steps with and without the student's samples.
 
   Attributes:
-    settings: how gradients are computed.
+    settings: of the loss and the microbatches.
     optimizer: has the phases.
-    transform: the optimizer's, of the system's parameters.
-    lesson: what is learned of a teacher; None: nothing.
+    transform: the optimizer's transformation of the system's parameters.
+    lesson: distillation of a teacher; None means no distillation.
   """
 
   settings: train_step.StepSettings
@@ -42,10 +42,10 @@ class Steps:
   lesson: distillation.Lesson | None = None
 
   def __post_init__(self):
-    """Checks that settings of the gold answers' loss are not without effect.
+    """Checks that no setting of the gold answers' loss is without effect.
 
     Raises:
-      ValueError: names them.
+      ValueError: names the settings.
     """
     if self.lesson is not None:
       self.lesson.settings.check_gold(
@@ -55,11 +55,11 @@ class Steps:
 
   @property
   def teacher(self) -> teachers.Teacher | None:
-    """Whom the model learns from, if anyone."""
+    """The teacher of distillation, or None."""
     return self.lesson.teacher if self.lesson else None
 
   def describe(self, session: session_lib.Session) -> str:
-    """Returns what `--dry_run` prints."""
+    """Returns the report of `--dry_run`."""
     text = session.describe(resuming.optimizer_bytes(session, self.transform))
     return f'{text}\n{self.teacher.describe()}' if self.teacher else text
 
@@ -69,14 +69,15 @@ class Steps:
     mesh: jax.sharding.Mesh,
     shapes: Sequence[tuple[int, int, int]],
   ) -> 'Compiled':
-    """Compiles those that are still needed; where no step is left, none.
+    """Compiles the programs that the remaining steps need.
 
-    Ahead of the loop: compilation holds no lock and enters no timing.
+    It runs before the loop, so that compilation holds no lock and is in no
+    timing.
 
     Args:
       loop: the run.
       mesh: the device mesh.
-      shapes: rows and lengths of batches.
+      shapes: batch shapes: rows, prompt length, answer length.
     """
     start_secs = time.perf_counter()
     compiled = Compiled(self)
@@ -100,15 +101,15 @@ class Steps:
     return compiled
 
   def phase(self, step: int) -> int:
-    """Returns the first step of the phase that one belongs to."""
+    """Returns the first step of the phase that contains `step`."""
     return max(first for first in self.optimizer.phases() if first <= step)
 
   def is_on_policy(self, step: int) -> bool:
-    """Returns whether a step is taken on the student's samples."""
+    """Returns whether a step trains on the student's samples."""
     return self.lesson is not None and self.lesson.settings.is_on_policy(step)
 
   def _needed(self, loop: hooks_lib.Loop) -> Iterable[tuple[int, bool]]:
-    """Returns phases that are not over and will come, and kinds of steps."""
+    """Returns all pairs of a remaining phase and a kind of step."""
     starts = [*self.optimizer.phases(), loop.train_steps]
     phases = [
       first
@@ -121,7 +122,7 @@ class Steps:
   def _step_fn(
     self, loop: hooks_lib.Loop, first: int, is_on_policy: bool
   ) -> Any:
-    """Returns the step of the phase of training that begins at step `first`."""
+    """Returns the train step of the phase that begins at step `first`."""
     lesson = self.lesson and dataclasses.replace(
       self.lesson, is_on_policy=is_on_policy
     )
@@ -137,13 +138,13 @@ class Steps:
 
 @dataclasses.dataclass
 class Compiled:
-  """Compiled steps.
+  """Compiled train steps.
 
   Attributes:
-    steps: what they do.
-    programs: by the first step of their phase, whether they are on policy, and
-      the lengths of a batch.
-    secs: what compiling took.
+    steps: the steps before compilation.
+    programs: compiled steps by the first step of their phase, `is_on_policy`,
+      and batch lengths.
+    secs: compilation time.
   """
 
   steps: Steps
@@ -153,11 +154,11 @@ class Compiled:
   secs: float = 0.0
 
   def step_fn(self, step: int, lengths: tuple[int, int]) -> Any:
-    """Returns what takes the step that follows `step` others.
+    """Returns the compiled step after `step` others.
 
     Args:
-      step: how many were taken.
-      lengths: of its batch, prompts and answers.
+      step: number of steps done.
+      lengths: prompt length and answer length of the batch.
     """
     steps = self.steps
     return self.programs[steps.phase(step), steps.is_on_policy(step), lengths]

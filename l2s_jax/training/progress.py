@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training run has done since it last said so, and how fast.
+"""Progress of a training run: sums since the last log, and speeds.
 
-Reads the sums of each step once the devices are done with it, stops the run at
-a loss that is not finite, and says so when data do not come. Writing numbers is
-`evaluation/metric_writer.py`'s.
+It reads the sums of each step once the devices have finished it, stops the run
+at a non-finite loss, and reports when data are late.
+`evaluation/metric_writer.py` writes the numbers.
 """
 
 import collections
@@ -22,19 +22,19 @@ import numpy as np
 from l2s_jax.data import batching
 from l2s_jax.runtime import chips, distributed, files
 
-# Seconds without a batch after which a word is said, again and again.
+# Seconds without a batch between two messages.
 PATIENCE_SECS = 60.0
 _LOOK_SECS = 0.2
 
 
 class Progress:
-  """Sums since the last log, of steps whose loss was seen to be finite.
+  """Sums of finished steps since the last log.
 
-  The sums are part of a checkpoint: what is logged after a restart is what
-  would have been logged without it, save for the speeds.
+  The sums are saved in checkpoints. After a restart the logged values, apart
+  from speeds, equal those of an uninterrupted run.
 
   Attributes:
-    sums: by name; with `num_steps`, `num_prompt_tokens` and `num_examples`.
+    sums: by name; includes `num_steps`, `num_prompt_tokens` and `num_examples`.
   """
 
   def __init__(
@@ -48,11 +48,11 @@ class Progress:
     """Starts the clock.
 
     Args:
-      run_dir: gets the batch of a step that went wrong.
-      sums: from the checkpoint, or none.
-      clock: from the checkpoint, what `clock` returned; None: the run begins.
-      example_flops: of training on an example with so many tokens of prompt
-        and of answer, for the utilisation; None leaves it out.
+      run_dir: receives the batch of a non-finite step.
+      sums: from the checkpoint, or empty.
+      clock: result of `clock`, from the checkpoint; None at the start of a run.
+      example_flops: training FLOPs of one example, given its numbers of prompt
+        tokens and answer tokens; for the utilisation (MFU). None leaves it out.
     """
     self.sums = dict(sums)
     self._run_dir = run_dir
@@ -67,19 +67,18 @@ class Progress:
   def add(
     self, step: int, sums: Mapping[str, jax.Array], part: batching.Part
   ) -> None:
-    """Adds a step that the devices have yet to finish.
+    """Adds a dispatched step, and waits for the step before it.
 
-    Waits for the one before it, so that they always have one to do, and never
-    many.
+    The devices thus always have a step to run, but never a long queue.
 
     Raises:
-      FloatingPointError: as `settle`.
+      FloatingPointError: as in `settle`.
     """
     self._underway.append((step, sums, part))
     self.settle(leave=1)
 
   def settle(self, leave: int = 0) -> None:
-    """Waits for all steps but the last `leave`.
+    """Waits for all steps but the last `leave`, and adds their sums.
 
     Raises:
       FloatingPointError: if the loss, the gradients or the new parameters are
@@ -102,6 +101,7 @@ class Progress:
   def _describe_failure(
     self, step: int, sums: Mapping[str, float], part: batching.Part
   ) -> str:
+    """Saves the batch of a non-finite step, and returns the message."""
     path = self._run_dir / 'non_finite' / f'step-{step}.npz'
     if distributed.is_first():
       with files.whole(path, 'wb') as file:
@@ -121,28 +121,33 @@ class Progress:
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """Leaves the time inside out of the speeds; no step may be underway."""
+    """Excludes the time inside from the speeds; no step may be running."""
     start_secs = time.perf_counter()
     yield
     self._start_secs += time.perf_counter() - start_secs
 
   @contextlib.contextmanager
   def waiting_for_data(self) -> Iterator[None]:
-    """Counts the time inside as spent without data, and tells if it is long."""
+    """Counts the time inside as waiting for data, and reports long waits."""
     start_secs = time.perf_counter()
     with reminding():
       yield
     self._waiting_secs += time.perf_counter() - start_secs
 
   def clock(self) -> dict[str, float]:
-    """Returns when the run began, and the seconds that led to what is saved."""
+    """Returns the clock for a checkpoint.
+
+    Returns:
+      'began', the Unix time of the run's start, and 'productive_secs', the
+      training time of all steps that the checkpoint includes.
+    """
     return {
       'began': self._began,
       'productive_secs': self._productive_secs + self._secs(),
     }
 
   def summary(self) -> dict[str, float]:
-    """Returns what to log, of all steps so far."""
+    """Returns the values to log, after waiting for all steps."""
     self.settle()
     secs = self._secs()
     sums, before = self.sums, self._sums_before
@@ -167,7 +172,7 @@ class Progress:
     return summary
 
   def _speeds(self, here: Mapping[str, float], secs: float) -> dict[str, float]:
-    """Returns what is of interest to whoever pays for the devices."""
+    """Returns throughput, data wait, goodput, peak memory and MFU."""
     num_devices = jax.device_count()
     num_tokens = here['loss_weight'] + here['num_prompt_tokens']
     clock = self.clock()
@@ -193,7 +198,7 @@ class Progress:
     return speeds
 
   def restart(self) -> None:
-    """Starts again from nothing."""
+    """Resets the sums and starts the clock again."""
     self.sums = {}
     self._productive_secs += self._secs()
     self._start_clock()
@@ -208,6 +213,7 @@ class Progress:
 
 
 def _rows_of(part: batching.Part) -> str:
+  """Returns the start of a message about the rows saved by this host."""
   num_rows = len(part.rows)
   if num_rows == part.num_rows:
     return 'Its batch is'
@@ -215,10 +221,10 @@ def _rows_of(part: batching.Part) -> str:
 
 
 class _Reminder:
-  """Tells, again and again, if a batch does not come.
+  """Reports repeatedly while a batch is late.
 
-  One thread looks at the time for all waits: a step must not start one, which
-  on busy cores takes longer than a batch that is there.
+  One thread watches all waits: starting a thread per step would take longer on
+  busy cores than a batch that is already there.
   """
 
   def __init__(self) -> None:
@@ -227,7 +233,7 @@ class _Reminder:
 
   @contextlib.contextmanager
   def watching(self) -> Iterator[None]:
-    """Watches what is inside."""
+    """Watches the time spent inside."""
     if self._thread is None:
       self._thread = threading.Thread(target=self._watch, daemon=True)
       self._thread.start()
@@ -261,5 +267,5 @@ _REMINDER = _Reminder()
 
 
 def reminding() -> contextlib.AbstractContextManager[None]:
-  """Tells, again and again, if what is inside brings no batch."""
+  """Reports repeatedly while the code inside waits for a batch."""
   return _REMINDER.watching()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What changes from one training step to the next, and its shardings."""
+"""The train state: its arrays, its shardings and its initialisation."""
 
 import itertools
 from collections.abc import Callable
@@ -16,13 +16,13 @@ PyTree = Any
 
 
 class TrainState(struct.PyTreeNode):
-  """A training run between two steps. Donated to each step.
+  """The train state. Donated to each train step.
 
   Attributes:
-    step: steps done.
-    trainable: the parameters that are trained; the frozen LLM is not here.
-    opt_state: the optimizer's, for `trainable` alone.
-    key: data of the PRNG key that dropout is drawn from; the same all run.
+    step: number of steps done.
+    trainable: the trained parameters, without the frozen LLM.
+    opt_state: optimizer state of `trainable`.
+    key: data of the PRNG key for dropout, constant over a run.
   """
 
   step: jax.Array
@@ -34,7 +34,7 @@ class TrainState(struct.PyTreeNode):
 def create(
   trainable: PyTree, optimizer: optax.GradientTransformation, seed: int
 ) -> TrainState:
-  """Returns the state before the first step. To be called inside jit."""
+  """Returns the state before the first step. Called within jit."""
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     trainable=trainable,
@@ -49,12 +49,15 @@ def shardings(
   optimizer: optax.GradientTransformation,
   mesh: jax.sharding.Mesh,
 ) -> tuple[PyTree, PyTree]:
-  """Returns shapes and shardings of a `TrainState`; slots follow parameters.
+  """Returns the shapes and the shardings of a `TrainState`.
 
-  A slot is known by its parameter's path, which is part of its own, and is
-  split as its parameter is along the axes where it has the same size.
+  Optimizer slots follow their parameters. A slot's path contains the path of
+  its parameter, and the slot is sharded like the parameter along axes of equal
+  size.
 
-  Both are a `TrainState` with something else in the place of its arrays.
+  Returns:
+    Two `TrainState`s: one with `jax.ShapeDtypeStruct`s and one with shardings
+    in place of arrays.
   """
   shapes = jax.eval_shape(
     lambda params: create(params, optimizer, 0), trainable_shapes
@@ -86,7 +89,13 @@ def shardings(
 def init_params(
   init: Callable[[jax.Array], PyTree], seed: int, param_shardings: PyTree
 ) -> PyTree:
-  """Initialises parameters directly into their shards, one jit."""
+  """Initialises parameters directly into their shards, in one jit.
+
+  Args:
+    init: takes a PRNG key; returns the variables of a module.
+    seed: PRNG seed.
+    param_shardings: tree of shardings.
+  """
   make = jax.jit(
     lambda key: partitioning.unbox(init(key))['params'],
     out_shardings=param_shardings,

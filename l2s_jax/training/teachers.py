@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The teacher of a run: a language model whose distributions a student learns.
+"""The teacher of distillation: a language model with frozen parameters.
 
-It may be any that writes in the student's vocabulary: a run of a baseline, or a
-model as it came. It has no gradient and no optimizer slots, and no checkpoint
-holds it. Where it is the LLM that LLM-to-SLM reads prompts with, its parameters
-are in memory once, and its decoder reads the states that the SLM is given.
+The teacher may be any language model with the student's vocabulary: a run of a
+baseline, or a pretrained model. It has no gradient and no optimizer slots, and
+checkpoints do not contain it. If it is the LLM of LLM-to-SLM, its parameters
+are in memory once, and its decoder reads the states that the SLM gets.
 """
 
 import dataclasses
@@ -37,20 +37,21 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-  """A language model, how it reads a batch, and what is loaded for it.
+  """A teacher: its model, its weights and its reading of a batch.
 
   Attributes:
     module: the whole model.
-    path: its weights.
-    step: the checkpoint of a run; None: the newest.
-    rules: its axis rules, those of an LLM.
-    shapes: of the parameters that are loaded for it.
-    shardings: of the same.
-    is_llm: whether it is the student's frozen LLM, which has the others.
+    path: location of its weights.
+    step: checkpoint step of a run; None means the newest.
+    rules: logical axis rules, those of an LLM.
+    shapes: shapes and dtypes of the parameters that are loaded for it.
+    shardings: of the same parameters.
+    is_llm: whether it is the student's frozen LLM; it then uses the LLM's
+      parameters.
     reads_states: whether its decoder reads the LLM's last states, so that a
-      prompt is read once for both.
-    continues: of a decoder-only model as it came, the ids that begin a prompt
-      and those that may end it, see `continue_prompts`; None: its answers begin
+      prompt is encoded once for both.
+    continues: for a pretrained decoder-only model, prefix ids and EOS ids of
+      its prompts; see `continue_prompts`. None means that its answers begin
       with the start token.
   """
 
@@ -67,18 +68,18 @@ class Teacher:
   def logits(
     self, params: PyTree, of_student: PyTree, batch: language_model.Batch
   ) -> Float[Array, 'batch length vocab']:
-    """Returns its teacher-forced float32 logits of the answer.
+    """Returns the teacher's teacher-forced float32 logits of the answer.
 
     Args:
-      params: its own, from `load`.
-      of_student: the student's, with those of its LLM.
-      batch: with `llm_states`, if it reads them.
+      params: the teacher's parameters, from `load`.
+      of_student: the student's parameters, those of its LLM included.
+      batch: with `llm_states` if `reads_states`.
     """
     if self.is_llm:
       params = parameters.merge(of_student.get('llm', {}), params)
     if self.continues is not None:
       batch = continue_prompts(batch, *self.continues)
-    # A student's table may have rows that the teacher's lacks.
+    # The student's embedding table may have more rows than the teacher's.
     tokens = jnp.minimum(
       batch['decoder_input_tokens'], self.module.config.vocab_size - 1
     )
@@ -99,14 +100,17 @@ class Teacher:
   def load(
     self, system: system_lib.System
   ) -> tuple[dict[str, PyTree], dict[str, Any]]:
-    """Reads it; returns its parameters, and what a run remembers of them.
+    """Loads the teacher's parameters.
 
     Args:
       system: the student, with the checkpoint of its LLM.
 
+    Returns:
+      The parameters, and JSON-serialisable facts for the run's record: 'step'
+      and 'fingerprint'.
+
     Raises:
-      ValueError: if the weights are an encoder alone, or not what they should
-        be.
+      ValueError: if the weights are an encoder alone or do not fit the model.
     """
     step = system.llm_step if self.is_llm else self.step
     found = opening.open_source(self.path, step, may_lack_steps=self.is_llm)
@@ -118,7 +122,7 @@ class Teacher:
         self._parts(self.shapes), self._parts(self.shardings), strict=True
       )
     )
-    # Of the LLM the part that reads is not loaded again.
+    # The LLM's encoding part is already loaded.
     of_reading = system.llm_fingerprint if self.is_llm else reading[1]
     return reading[0] | writing[0], {
       'step': found.step(),
@@ -128,9 +132,9 @@ class Teacher:
   def _parts(
     self, tree: dict[str, PyTree]
   ) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
-    """Returns what an LLM reads prompts with, and what it has to write.
+    """Splits a tree into modules that encode prompts and modules that decode.
 
-    A teacher has the fingerprints of both, however much of it is the LLM.
+    Each part has its own fingerprint, also if the teacher is the LLM.
     """
     is_pair = self.module.config.is_encoder_decoder
     of_writing = shapes.DECODER if is_pair else {'logits_dense'}
@@ -138,7 +142,7 @@ class Teacher:
     return reading, writing
 
   def describe(self) -> str:
-    """Returns what `--dry_run` prints of it."""
+    """Returns the teacher's line in the report of `--dry_run`."""
     param_bytes = partitioning.bytes_per_device(self.shapes, self.shardings)
     beside = ' beside those of the LLM' if self.is_llm else ''
     return (
@@ -155,18 +159,19 @@ def find(
   step: int | None = None,
   dtype: str | None = None,
 ) -> Teacher:
-  """Returns the teacher of a session's system; no weights are read yet.
+  """Returns the teacher of a session's system; weights are not loaded yet.
 
   Args:
-    tower: the teacher as it is named.
+    tower: the teacher's settings.
     session: has the student.
     lengths: tokens of 'inputs' (prompt) and 'targets' (answer).
-    step: the checkpoint of a run; None: the newest.
-    dtype: in which it is held and run; None: that of the student's LLM.
+    step: checkpoint step of a run; None means the newest.
+    dtype: of its parameters and activations; None means that of the student's
+      LLM.
 
   Raises:
-    ValueError: if it does not write, has another vocabulary than the student,
-      or no positions for the lengths.
+    ValueError: if it has no decoder, its vocabulary is not the student's, or it
+      lacks positions for the lengths.
   """
   if tower.path is None:
     raise ValueError(
@@ -180,8 +185,8 @@ def find(
   config = tower.load_config()
   if is_llm:
     assert isinstance(student, l2s.LlmToSlm)
-    # It writes as it was pretrained, though LLM_BIDIRECTIONAL has it read
-    # otherwise for the SLM.
+    # The teacher decodes as it was pretrained, even if LLM_BIDIRECTIONAL
+    # changes its attention as the SLM's encoder.
     config = dataclasses.replace(
       student.llm_config, bidirectional_prefix=config.bidirectional_prefix
     )
@@ -216,7 +221,7 @@ def find(
     tower.path,
     step,
     session.mesh_config.rules('llm'),
-    # Of cached states no encoder is needed.
+    # With the LLM's states the encoder is not needed.
     *_layout(module, session, held | ({'encoder'} if reads_states else set())),
     is_llm=is_llm,
     reads_states=reads_states,
@@ -227,9 +232,9 @@ def find(
 def continue_prompts(
   batch: language_model.Batch, prefix_ids: Sequence[int], eos_ids: Sequence[int]
 ) -> language_model.Batch:
-  """Returns a batch whose answers go on where the prompts end.
+  """Returns a batch with answers that continue their prompts.
 
-  It is `data.batching.continuing`, on devices: there is an example.
+  The device version of `data.batching.continuing`, which has an example.
   """
   tokens, segment_ids = (
     batch['encoder_input_tokens'],
@@ -243,7 +248,7 @@ def continue_prompts(
     jnp.asarray(prefix_ids, tokens.dtype), (num_rows, len(prefix_ids))
   )
   tokens = jnp.concatenate([prefix, tokens], axis=1)
-  # The last of these is read first when the answer is.
+  # The last prompt token becomes the answer's first input.
   num_tokens = jnp.maximum(len(prefix_ids) + size - has_eos, 1)
   first = tokens[rows, num_tokens - 1]
   is_prompt = jnp.arange(length) < (num_tokens - 1)[:, None]
@@ -269,7 +274,7 @@ def _is_llm(
 
 
 def _encoder_alone(path: str) -> ValueError:
-  """Returns what refuses a teacher that has no decoder."""
+  """Returns the error for a teacher without a decoder."""
   return ValueError(
     f'TEACHER_PATH={path} has the weights of an encoder alone, and a teacher '
     'writes. Set it to the whole model.'
@@ -277,7 +282,11 @@ def _encoder_alone(path: str) -> ValueError:
 
 
 def _check_kind(path: str) -> None:
-  """Refuses a run of LLM-to-SLM, of which the SLM alone would be read."""
+  """Refuses an LLM-to-SLM run as a teacher.
+
+  Raises:
+    ValueError: if `path` is such a run.
+  """
   found = opening.open_source(path)
   if isinstance(found, runs.Run) and found.description['kind'] != (
     'language_model'
@@ -295,13 +304,16 @@ def _check_vocabularies(
   system: system_lib.System,
   begins_answers: bool,
 ) -> None:
-  """Refuses a teacher that reads other ids than the student's batches have.
+  """Checks that the teacher has the student's vocabularies.
 
   Args:
     path: of the teacher.
     teacher: its vocabulary.
     system: the student.
     begins_answers: whether its answers begin with its start token.
+
+  Raises:
+    ValueError: with both tokenizers, or both start tokens.
   """
   for what, vocabulary in (
     ('answers', system.answer_vocabulary),
@@ -331,7 +343,7 @@ def _layout(
   session: session_lib.Session,
   held: set[str],
 ) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
-  """Returns shapes and shardings, as an LLM's, of what is not held already."""
+  """Returns shapes and shardings, as of an LLM, without the `held` modules."""
   with session.entered():
     whole, whole_axes = partitioning.abstract_params(
       functools.partial(module.init, deterministic=True),

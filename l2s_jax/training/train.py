@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training: LLM-to-SLM, or a language model alone, on any mesh.
+"""Training of LLM-to-SLM or of a single language model, on any mesh.
 
-Mesh, system, shardings, state, data, step, loop, in this order. Gradients are
-taken of the trainable parameters alone; the frozen LLM goes in as an argument
-and never comes out.
+The order is: mesh, system, shardings, state, data, step, loop. Only trainable
+parameters get gradients. The frozen LLM is an argument of the train step and
+not a result.
 """
 
 import contextlib
@@ -72,53 +72,54 @@ def train(
   *,
   dry_run: bool = False,
 ) -> dict[str, float]:
-  """Trains a system and evaluates it as it goes; resumes by itself.
+  """Trains a system with evaluations; resumes an existing run.
 
-  A checkpoint is saved every `checkpoint_period` steps, before every
-  evaluation, at the end, and at SIGTERM, which ends the process with exit code
-  75, or Ctrl-C, with 130: start it again to go on.
+  A checkpoint is saved every `checkpoint_period` steps, before every evaluation
+  and at the end. It is also saved at SIGTERM and Ctrl-C, which end the process
+  with exit code 75 and 130; the same command resumes the run.
 
   Args:
-    model: the system: LLM-to-SLM or a language model alone.
+    model: the system: LLM-to-SLM or a single language model.
     mixture_or_task_name: SeqIO task or mixture to train on.
     task_feature_lengths: tokens of 'inputs' (prompt) and 'targets' (answer).
-    train_steps: updates in all, those of earlier starts included; 0 saves and
-      evaluates the model as it came.
-    model_dir: the run's folder. Training goes on from its newest checkpoint.
-    batch_size: rows a step, over all devices.
+    train_steps: total number of updates, those of earlier starts included; 0
+      saves and evaluates the initial model.
+    model_dir: the run's folder. Training resumes from its newest checkpoint.
+    batch_size: rows per step, over all devices.
     optimizer: with its schedule.
     mesh: device mesh and axis rules; None puts all devices along `data`.
-    num_microbatches: parts a batch is computed in, one after another.
-    pack: whether a row holds as many examples as fit; for encoder-decoders.
-    length_buckets: shorter lengths that a batch may have, as
-      `batching.bucket_lengths` takes them. A step is compiled for each.
-    label_smoothing: probability given to all tokens in equal parts.
+    num_microbatches: sequential parts of a batch, to save memory.
+    pack: whether to pack several examples into a row; for encoder-decoders.
+    length_buckets: shorter batch lengths, as in `batching.bucket_lengths`. A
+      train step is compiled for each.
+    label_smoothing: probability mass moved from the target to all other tokens.
     z_loss: weight of the squared log of the softmax's denominator.
-    distillation: from whom the model learns beside the gold answers.
+    distillation: a teacher's loss beside that of the gold answers.
     eval_period: steps between evaluations; None evaluates at the end.
-    eval_split: of the task.
-    num_eval_examples: the first so many of the split; None takes all.
-    eval_batch_size: examples a decoding batch; None takes `batch_size`.
-    checkpoint_period: steps between saves.
-    keep_checkpoints: the newest so many are kept; None keeps all.
-    best_metric: the best checkpoint by it is kept as well, such as 'bleu' or
-      'loss'; None keeps none.
-    log_period: steps between lines in the log.
+    eval_split: split to evaluate on.
+    num_eval_examples: number of examples, from the start of the split; None
+      means all.
+    eval_batch_size: examples per decoding batch; None means `batch_size`.
+    checkpoint_period: steps between checkpoints.
+    keep_checkpoints: number of newest checkpoints to keep; None keeps all.
+    best_metric: metric whose best checkpoint is also kept, such as 'bleu' or
+      'loss'; None keeps no best one.
+    log_period: steps between log lines.
     seed: of initialisation, data order and dropout.
-    preemption_grace_secs: between SIGTERM and the end of the process.
-    profile_steps: the first and the last step to trace into `profile/`, for
+    preemption_grace_secs: time from SIGTERM to the end of the process.
+    profile_steps: first and last step to trace into `profile/`, for
       TensorBoard's profiler.
-    evaluations: of other tasks or splits as well; where there are any, the one
-      that the settings above describe is made only if it is listed. Scores are
-      then logged, and named by `best_metric`, as 'TASK-SPLIT/SCORE'.
-    hooks: what else to do every so many steps; see `hooks.Hook`.
-    dry_run: prints sizes and shardings, and stops.
+    evaluations: evaluations on further tasks or splits. If there are any, the
+      evaluation of the settings above runs only if it is listed. Scores are
+      then logged, and named in `best_metric`, as 'TASK-SPLIT/SCORE'.
+    hooks: further hooks to call between steps; see `hooks.Hook`.
+    dry_run: print sizes and shardings, then stop.
 
   Returns:
-    The last evaluation, by metric name.
+    The scores of the last evaluation, by metric name.
 
   Raises:
-    ValueError: for settings that do not fit each other, before compilation.
+    ValueError: for incompatible settings, before compilation.
     FloatingPointError: if a loss is not finite.
     SystemExit: after SIGTERM or SIGINT.
   """
@@ -162,7 +163,7 @@ def train(
   steps = programs.Steps(
     step, optimizer, _transform(optimizer, session), lesson
   )
-  if dry_run:  # Which needs no data.
+  if dry_run:  # No data needed.
     print(steps.describe(session))
     return {}
   task.check_data('train', task_feature_lengths)
@@ -187,7 +188,7 @@ def train(
 def _pin(
   model: system_lib.System, run_dir: pathlib.Path, task: str
 ) -> system_lib.System:
-  """Returns the system with the LLM of the run, or with its cached states."""
+  """Returns the system with the run's own LLM, or with its cached states."""
   return session_lib.with_cached_states(
     run_folder.pin_llm(model, run_dir), task
   )
@@ -196,7 +197,7 @@ def _pin(
 def _transform(
   optimizer: optim.Optimizer, session: session_lib.Session
 ) -> optax.GradientTransformation:
-  """Returns the optimizer of the parameters that a system trains."""
+  """Returns the optimizer's transformation of the trained parameters."""
   transform = optimizer.make(
     parameters.split(session.layout.axes, session.system.frozen)[1]
   )
@@ -212,14 +213,14 @@ def _run(
   mesh: jax.sharding.Mesh,
   hooked: hooks_lib.Hooked,
 ) -> None:
-  """Takes the steps that are left, and calls what is due after each.
+  """Runs the remaining steps, and calls the hooks that are due after each.
 
   Args:
     loop: the run.
-    parts: of batches that were not trained on yet.
-    compiled: the training step.
+    parts: batches from the run's position on; one host's rows of each.
+    compiled: the train steps.
     mesh: the device mesh.
-    hooked: what is called beside the steps.
+    hooked: the hooks.
 
   Raises:
     FloatingPointError: if a loss is not finite.
@@ -232,7 +233,7 @@ def _run(
       opened.callback(hook.close)
     try:
       if loop.step or not loop.train_steps:
-        # A kill may have come before an evaluation.
+        # The process may have been killed before an evaluation.
         hooks_lib.call(hooked.ours, loop)
         if loop.metrics:
           hooks_lib.call(hooked.users, loop)
@@ -268,9 +269,12 @@ def _run(
 def _parts(
   batches: bound_tasks.TrainBatches, loop: hooks_lib.Loop
 ) -> Iterator[batching.Part]:
-  """Returns the parts of the batches for the steps that are left.
+  """Returns this host's parts of the batches for the remaining steps.
 
-  The first is there when it returns; says how long passing over others took.
+  It waits for the first one, and reports the time of skipping earlier rows.
+
+  Raises:
+    ValueError: if the task has no examples.
   """
   if loop.step >= loop.train_steps:
     return iter(())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How training examples become batches: the settings that say so, checked."""
+"""Settings of training batches: lengths, packing, order."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ from l2s_jax.training import optim
 
 @dataclasses.dataclass(frozen=True)
 class TrainData:
-  """The lengths, number and order of the rows that steps are taken on.
+  """Settings of training batches.
 
   Attributes:
     task_feature_lengths: tokens of 'inputs' (prompt) and 'targets' (answer).
-    batch_size: rows a step, over all devices.
-    seed: of the order.
-    pack: whether a row holds as many examples as fit.
-    length_buckets: as `batching.bucket_lengths` takes them.
+    batch_size: rows per step, over all devices.
+    seed: seed of the data order.
+    pack: whether to pack several examples into a row.
+    length_buckets: as in `batching.bucket_lengths`.
   """
 
   task_feature_lengths: Mapping[str, int]
@@ -33,7 +33,7 @@ class TrainData:
   length_buckets: batching.LengthBuckets
 
   def __post_init__(self):
-    """Checks what needs no model.
+    """Validates the settings.
 
     Raises:
       ValueError: names the setting.
@@ -51,7 +51,11 @@ class TrainData:
   def check_model(
     self, module: l2s.LlmToSlm | language_model.LanguageModel
   ) -> None:
-    """Refuses a model that would read the examples of a row as one text."""
+    """Checks that the model can read packed rows.
+
+    Raises:
+      ValueError: if a decoder-only model would read a packed row as one text.
+    """
     if not self.pack:
       return
     if isinstance(module, l2s.LlmToSlm):
@@ -69,7 +73,7 @@ class TrainData:
       )
 
   def batch_shapes(self) -> list[tuple[int, int, int]]:
-    """Returns the sizes of batches: rows, tokens of prompt and of answer."""
+    """Returns all batch shapes: rows, prompt length, answer length."""
     buckets = batching.bucket_lengths(
       self.task_feature_lengths, self.length_buckets
     )
@@ -78,13 +82,13 @@ class TrainData:
   def run_kind(
     self, name: str, task: bound_tasks.BoundTask, optimizer: optim.Optimizer
   ) -> dict[str, Any]:
-    """Returns what must stay the same in a run that goes on, as JSON has it.
+    """Returns JSON-serialisable settings that must not change within a run.
 
-    Its place in the data depends on it, and what its optimizer's slots hold.
+    The position in the data and the optimizer's slots depend on them.
 
     Args:
       name: MIXTURE_OR_TASK_NAME.
-      task: of that name.
+      task: the task of that name.
       optimizer: of the run.
     """
     return {
@@ -94,7 +98,8 @@ class TrainData:
       'task_feature_lengths': dict(self.task_feature_lengths),
       'optimizer': optimizer.description,
       'pack': self.pack or None,
-      # Where a batch ends in the data depends on its size, too.
+      # With buckets, batch boundaries in the data also depend on the batch
+      # size.
       'length_buckets': {
         'lengths': [list(bucket) for bucket in self.length_buckets],
         'batch_size': self.batch_size,
@@ -109,7 +114,7 @@ class TrainData:
     loop: hooks_lib.Loop,
     mesh: jax.sharding.Mesh,
   ) -> bound_tasks.TrainBatches:
-    """Returns the batches that a run goes on with."""
+    """Returns the training batches from the run's position on."""
     return task.train_batches(
       task_feature_lengths=self.task_feature_lengths,
       batch_size=self.batch_size,
@@ -124,7 +129,7 @@ class TrainData:
   def say_what_was_cut(
     self, batches: bound_tasks.TrainBatches, loop: hooks_lib.Loop
   ) -> None:
-    """Says how many of the examples that were read did not fit."""
+    """Reports the number of truncated prompts and answers."""
     if batches.num_truncated_prompts or batches.num_truncated_answers:
       loop.say(
         f'Of {batches.num_examples} examples, '

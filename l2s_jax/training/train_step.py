@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training step: sums, gradients of what is trained, one update.
+"""One train step: loss sums, gradients of trained parameters, one update.
 
-The frozen LLM goes in as an argument and never comes out. The loop around it is
-`train.py`'s.
+The frozen LLM is an argument and not a result. `train.py` has the loop.
 """
 
 import dataclasses
@@ -26,11 +25,11 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-  """How the gradient of a step is computed.
+  """Settings of the loss and of microbatches.
 
   Attributes:
-    num_microbatches: parts a batch is computed in, one after another.
-    label_smoothing: probability given to all tokens in equal parts.
+    num_microbatches: sequential parts of a batch.
+    label_smoothing: probability mass moved from the target to all other tokens.
     z_loss: weight of the squared log of the softmax's denominator.
   """
 
@@ -39,7 +38,7 @@ class StepSettings:
   z_loss: float
 
   def __post_init__(self):
-    """Checks them.
+    """Validates the settings.
 
     Raises:
       ValueError: names the setting.
@@ -55,7 +54,14 @@ class StepSettings:
     is_trained: Callable[[str], bool] | None = None,
     lesson: distillation.Lesson | None = None,
   ) -> Callable[..., Any]:
-    """Returns the step of a module: `train_step` with all but its arrays."""
+    """Returns `train_step` of a module, with only its arrays left to pass.
+
+    Args:
+      module: LLM-to-SLM or a language model.
+      optimizer: of the trainable parameters.
+      is_trained: as in `train_step`.
+      lesson: as in `train_step`.
+    """
     return functools.partial(
       train_step,
       module=module,
@@ -88,17 +94,21 @@ def train_step(
 
   Args:
     state: before the update; donated.
-    frozen: parameters that get no gradient.
-    batch: the keys of `data/features.py`.
-    teacher_params: of the lesson's teacher.
+    frozen: parameters without gradient.
+    batch: see `batch_keys.py`.
+    teacher_params: parameters of the lesson's teacher.
     module: computes logits from all parameters and the batch.
     optimizer: of the trainable parameters.
-    loss: `losses.token_cross_entropy`, perhaps with other weights in it.
-    num_microbatches: parts of the batch that are computed one after another,
-      in less memory; sums and gradients add up to those of the whole.
-    is_trained: by a parameter's path, whether this step trains it; the others
-      stay as they are, without a gradient. None trains all of the state's.
-    lesson: what is learned of a teacher; None: nothing.
+    loss: a function like `losses.token_cross_entropy`.
+    num_microbatches: sequential parts of the batch, to save memory; sums and
+      gradients equal those of the whole batch.
+    is_trained: predicate of a parameter's path; parameters for which it is
+      false get neither gradient nor update. None trains all in `state`.
+    lesson: distillation of a teacher; None means no distillation.
+
+  Returns:
+    The new state (donates the old one), and the sums of `loss`, with the global
+    norms 'grad_norm' and 'param_norm'.
   """
   trained, held = parameters.split_by_path(state.trainable, is_trained)
   dropout_key = jax.random.fold_in(
@@ -132,7 +142,7 @@ def train_step(
       loss=loss,
     )
 
-  def gradient_sums(inputs, key):  # no gradient of LLM or teacher
+  def gradient_sums(inputs, key):  # No gradient of LLM or teacher.
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     (_, sums), grads = grad_fn(trained, inputs, key)
     return sums, grads

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokenizers behind one interface, without TensorFlow.
 
-`loading.load` reads a file or a folder as `AutoTokenizer` of transformers does
-and returns a `base.Vocabulary`. Appending EOS, cutting and batching are in
-`data/`.
+`loading.load` reads a file or a folder like the `AutoTokenizer` of transformers
+and returns a `base.Vocabulary`. The package `data` appends EOS, cuts and
+batches.
 """
 
-# The modules that other packages may import.
+# Modules that other packages may import.
 __all__ = (
   'base',
   'byte',

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `AutoTokenizer` of transformers makes of a folder.
+"""Resolves a folder like the `AutoTokenizer` of transformers.
 
-From transformers 5 on it does not always read a tokenizer.json as it is: it
-picks a class, by `tokenizer_class` and the model's family, and some classes
-take the pieces alone out of the file, or out of a SentencePiece model, and cut
-text their own way. Then it adds the tokens that other files name. `resolve`
-does the same and says the result as one tokenizer.json, so that training, runs
-and exports have one file with everything. Followed: transformers 5.23, which
-the tests hold it to. Not here: what a folder of no model means, a SentencePiece
-model named alone (`loading.py`), and ByT5's bytes (`byte.py`).
+Since version 5, transformers does not always read a tokenizer.json unchanged.
+It selects a class by `tokenizer_class` and the model family. Some classes read
+only the pieces from that file, or from a SentencePiece model, and split text
+with their own rules. Then tokens named by other files are added. `resolve` does
+the same and returns one complete tokenizer.json for training, runs and exports.
+The reference is transformers 5.23; tests compare with it. `loading.py` reads
+folders unknown to AutoTokenizer, and single SentencePiece models; `byte.py`
+reads ByT5's.
 """
 
 import base64
@@ -29,9 +29,9 @@ from l2s_jax.vocabularies import (
 _AddedToken = tokenizers.AddedToken
 _Json = dict[str, Any]
 
-AS_IT_IS = 'TokenizersBackend'  # The class that takes a file as it is.
-# Classes with a way of their own that is not followed here; what transformers
-# does not know either, it takes as it is.
+AS_IT_IS = 'TokenizersBackend'  # Reads tokenizer.json unchanged.
+# Classes with rules of their own that this module does not implement. Classes
+# unknown to transformers read tokenizer.json unchanged.
 _NOT_FOLLOWED = frozenset(
   f'{name}Tokenizer'
   for name in 'Albert Barthez Bert BigBird CLIP Camembert CodeLlama Cohere '
@@ -41,7 +41,8 @@ _NOT_FOLLOWED = frozenset(
 )
 _ATTRIBUTES = ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask')
 
-# The class by the family (`model_type`); others are read as they are.
+# Class by model family (`model_type`). Other families read tokenizer.json
+# unchanged.
 _FAMILIES = {
   family: name
   for name, families in {
@@ -59,7 +60,7 @@ _FAMILIES = {
   }.items()
   for family in families.split()
 }
-# Whose folders often name a wrong class; the family's is taken.
+# Families whose folders often name a wrong class; the family's class is used.
 _MISNAMED = frozenset(
   'phi3 phimoe jamba nemotron internlm2 internlm3 minicpm3 arctic qwen2'.split()
 )
@@ -67,14 +68,14 @@ _MISNAMED = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-  """One tokenizer.json with everything that a folder says.
+  """A complete tokenizer.json, resolved from a folder.
 
   Attributes:
-    content: of the tokenizer.json.
-    tokens: the special tokens, by `bos`, `eos`, `pad` and `unk`.
+    content: content of the tokenizer.json.
+    tokens: special tokens under `bos`, `eos`, `pad` and `unk`.
     is_as_stored: whether the folder's own tokenizer.json, or GPT-2's files,
-      say the same by themselves.
-    note: a sentence on what AutoTokenizer may do otherwise; '' for nothing.
+      encode the same.
+    note: a sentence on possible differences from AutoTokenizer, or ''.
   """
 
   content: bytes
@@ -84,10 +85,10 @@ class Resolved:
 
 
 def resolve(folder: pathlib.Path) -> Resolved | None:
-  """Returns what AutoTokenizer makes of a folder; None if it reads nothing.
+  """Resolves a folder like AutoTokenizer; returns None if nothing is readable.
 
   Raises:
-    ValueError: if a file is broken, or says what none can mean.
+    ValueError: if a file is broken or has invalid values.
   """
   source = _read(folder)
   name = source.class_name = _class_name(source)
@@ -127,9 +128,9 @@ def resolve(folder: pathlib.Path) -> Resolved | None:
 
 
 def arguments(folder: pathlib.Path) -> _Json:
-  """Returns what a folder's files give to the class that AutoTokenizer picks.
+  """Returns the constructor arguments of a folder's tokenizer class.
 
-  Special tokens are text, or objects that say how they are found in text.
+  Special tokens are texts, or objects with matching flags.
   """
   source = _read(folder)
   _take_special_tokens(source)
@@ -141,7 +142,7 @@ def _read(folder: pathlib.Path) -> tokenizer_classes.TokenizerSource:
   config_path = folder / tokenizer_files.CONFIG_FILE
   config = tokenizer_files.read_json(config_path)
   model = tokenizer_files.read_json(folder / 'config.json')
-  if not model:  # A converted folder keeps the family.
+  if not model:  # Converted folders have the family there.
     model = tokenizer_files.read_json(folder / 'weights.json')
   stored_path = folder / tokenizer_files.TOKENIZER_FILE
   stored = None
@@ -173,7 +174,11 @@ def _read(folder: pathlib.Path) -> tokenizer_classes.TokenizerSource:
 
 
 def check(stored: _Json, path: pathlib.Path) -> None:
-  """Refuses a tokenizer.json that the package tokenizers would panic on."""
+  """Refuses a tokenizer.json that makes the package tokenizers panic.
+
+  Raises:
+    ValueError: naming the file and the invalid value.
+  """
   model = stored.get('model')
   if not isinstance(model, dict):
     tokenizer_files.refuse(path, 'model', model, 'an object')
@@ -229,9 +234,9 @@ def check(stored: _Json, path: pathlib.Path) -> None:
 
 
 def _check_charsmaps(normalizer: Any, path: pathlib.Path) -> None:
-  """Refuses tables of SentencePiece's normalizer that cannot be read.
+  """Refuses unreadable tables of SentencePiece's normalizer.
 
-  Of such a table: the size of a trie (uint32), the trie, then text.
+  A table is the size of a trie (uint32), the trie, then text.
   """
   if isinstance(normalizer, list):
     for step in normalizer:
@@ -255,7 +260,7 @@ def _check_charsmaps(normalizer: Any, path: pathlib.Path) -> None:
 
 
 def _class_name(source: tokenizer_classes.TokenizerSource) -> str:
-  """Returns the class that AutoTokenizer takes."""
+  """Returns the class selected by AutoTokenizer."""
   family = source.family
   registered = _FAMILIES.get(family or '')
   named = (source.model_class or '').removesuffix('Fast') or None
@@ -279,14 +284,14 @@ def _class_name(source: tokenizer_classes.TokenizerSource) -> str:
 
 
 def _has_byte_level(stored: _Json | None) -> bool:
-  """Returns whether a tokenizer.json cuts text into bytes."""
+  """Returns whether a tokenizer.json is byte-level."""
   return stored is not None and '"ByteLevel"' in json.dumps(
     [stored.get('pre_tokenizer'), stored.get('decoder')]
   )
 
 
 def _take_special_tokens(source: tokenizer_classes.TokenizerSource) -> None:
-  """Reads which tokens are special or added, as `_from_pretrained` does."""
+  """Collects special and added tokens, like `_from_pretrained`."""
   path = source.folder / tokenizer_files.CONFIG_FILE
   arguments = source.arguments = dict(source.config)
   if 'additional_special_tokens' in arguments and not arguments.get(
@@ -315,7 +320,7 @@ def _take_special_tokens(source: tokenizer_classes.TokenizerSource) -> None:
     if values is None:
       arguments.pop(key, None)
       continue
-    if isinstance(values, dict):  # By name; their order is that of the file.
+    if isinstance(values, dict):  # By name, in file order.
       values = list(values.values())
     if not isinstance(values, list):
       tokenizer_files.refuse(path, key, values, 'a list of tokens')
@@ -332,7 +337,7 @@ def _token(value: Any, path: pathlib.Path, key: str) -> str | _AddedToken:
 
 
 def _take_older_files(source: tokenizer_classes.TokenizerSource) -> None:
-  """Reads the files that `added_tokens_decoder` has replaced."""
+  """Reads the files that preceded `added_tokens_decoder`."""
   arguments = source.arguments
   path = source.folder / 'special_tokens_map.json'
   for key, value in tokenizer_files.read_json(path).items():
@@ -369,9 +374,9 @@ def _take_older_files(source: tokenizer_classes.TokenizerSource) -> None:
 def _add_tokens(
   built: tokenizers.Tokenizer, source: tokenizer_classes.TokenizerSource
 ) -> dict[str, str | _AddedToken | None]:
-  """Adds what the files name to a tokenizer; returns the special tokens.
+  """Adds named tokens to a tokenizer; returns the special tokens.
 
-  The order is that of `TokenizersBackend.__init__`, and with it the ids.
+  The order, and thus the ids, are those of `TokenizersBackend.__init__`.
   """
   arguments = source.arguments
   path = source.folder / tokenizer_files.CONFIG_FILE
@@ -382,7 +387,7 @@ def _add_tokens(
   present = {
     str(token) for token in built.get_added_tokens_decoder().values()
   } | set(map(str, wanted))
-  # Names of the model's own, such as image_token, come after the others.
+  # Model-specific names, such as image_token, come after the standard ones.
   others = [
     _token(value, path, key)
     for key, value in source.config.items()
@@ -414,7 +419,10 @@ def _template(
   named: Mapping[str, str | _AddedToken | None],
   adds_eos: bool,
 ) -> _Json:
-  """Returns what transformers puts around text; we do so elsewhere."""
+  """Returns the post-processor of transformers.
+
+  This package adds BOS and EOS itself.
+  """
   ids = {}
   for kind, default in (('bos', False), ('eos', adds_eos)):
     number = built.token_to_id(str(named.get(kind)))
@@ -443,7 +451,7 @@ def _template(
 
 
 def _encodes_alike(stored: _Json, made: _Json, path: pathlib.Path) -> bool:
-  """Returns whether two files cut every text into the same ids."""
+  """Returns whether two tokenizer.json contents encode all texts equally."""
 
   def model(content: _Json) -> _Json:
     fields = dict(content['model'])

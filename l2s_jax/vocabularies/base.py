@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The interface of all tokenizers: text to ids and back, and special ids.
+"""The interface of all tokenizers: encoding, decoding and special ids.
 
-Not here: batching, truncation and appending EOS, which belong to `data/`, and
-the wrapper that makes one of these a `seqio.Vocabulary`, in `data/features.py`.
+Batching, truncation and EOS are in `data/`; the `seqio.Vocabulary` adapter is
+in `data/features.py`.
 """
 
 import abc
@@ -21,8 +21,8 @@ from l2s_jax.vocabularies import (
   tokenizer_files,
 )
 
-# What to look for among a tokenizer's own special tokens when no file beside
-# it names an EOS.
+# Names of special tokens, searched in the tokenizer if no other file names an
+# EOS.
 WELL_KNOWN_TOKENS = {
   'bos': ('<s>', '<bos>', '<|begin_of_text|>'),
   'eos': ('</s>', '<eos>', '<|end_of_text|>', '<|endoftext|>', '<|im_end|>'),
@@ -32,28 +32,27 @@ WELL_KNOWN_TOKENS = {
 
 
 class Vocabulary(abc.ABC):
-  """A tokenizer read from files, of which it keeps a copy.
+  """A tokenizer with a copy of its files.
 
-  Two vocabularies are equal when their fingerprints are. Copies and pickles
-  carry the files, not the processor, which is built again on first use.
+  Two vocabularies are equal if their fingerprints are. Copies and pickles carry
+  the files; the tokenizer itself is built again at first use.
 
   Attributes:
-    path: where it was loaded from, for people.
-    origin: the folder that it was loaded from, if any.
-    vocab_size: one more than the largest id, extra ids included.
-    num_plain_ids: one more than the largest id that a text may give which names
-      no added or special token.
-    table_rows: of the embedding table that the ids are for; None: not known.
-    start_id: the first token of the decoder's input: what the model's folder
-      says (`decoder_start_token_id`), else BOS where the tokenizer has one,
-      else its pad token (T5), else EOS (GPT-2).
-    eos_id: put behind a prompt and an answer.
-    eos_ids: all that end an answer, `eos_id` first; a model's folder may name
-      several, as those of Llama 3 and Gemma do.
-    bos_id: begins a text where that is the model's way; None without one.
-    pad_id: fills masked slots and means nothing else: 0 where neither tokenizer
-      nor model has one, although 0 is `!` in GPT-2 and `<unk>` in Llama.
-    unk_id: what unknown text becomes, None where nothing is unknown.
+    path: path of the tokenizer, for messages.
+    origin: folder of the tokenizer, if any.
+    vocab_size: largest id + 1, extra ids included.
+    num_plain_ids: largest id of a text without added or special tokens, + 1.
+    table_rows: number of rows of the model's embedding table; None: unknown.
+    start_id: first decoder input token: `decoder_start_token_id` of the model's
+      folder, else BOS if the tokenizer has one, else the pad token (T5), else
+      EOS (GPT-2).
+    eos_id: id appended to prompts and answers.
+    eos_ids: all ids that end an answer, `eos_id` first. A model's folder may
+      name several, as for Llama 3 and Gemma.
+    bos_id: first id of a text, for models with BOS; None without one.
+    pad_id: id in masked slots, without further meaning: 0 if neither tokenizer
+      nor model names one, although 0 is `!` in GPT-2 and `<unk>` in Llama.
+    unk_id: id of unknown text; None for tokenizers without one.
   """
 
   path: str
@@ -80,17 +79,17 @@ class Vocabulary(abc.ABC):
     num_plain_ids: int | None = None,
     said_ids: Mapping[str, Any] | None = None,
   ):
-    """Keeps the files and settles the special ids.
+    """Stores the files and determines the special ids.
 
     Args:
-      path: named in errors.
-      files: content by the name under which `load` finds it in a folder.
-      vocab_size: one more than the largest id.
-      special_ids: those of `bos`, `eos`, `pad`, `unk` that the files name, and
-        any others that tell this vocabulary from one of the same files.
-      start_id: overrides the choice; so do `eos_id` and `pad_id`.
-      num_plain_ids: see above; None: as many as there are.
-      said_ids: what the model's folder says, as `tokenizer_files.said_ids`.
+      path: path of the tokenizer, for error messages.
+      files: file contents by name, as `load` finds them in a folder.
+      vocab_size: largest id + 1.
+      special_ids: ids of `bos`, `eos`, `pad`, `unk` in the files, and any
+        others that distinguish this vocabulary from one with the same files.
+      start_id: overrides the derived id; so do `eos_id` and `pad_id`.
+      num_plain_ids: see the class; None: `vocab_size`.
+      said_ids: ids in the model's folder, from `tokenizer_files.said_ids`.
 
     Raises:
       ValueError: if there is no EOS, or an id is outside the vocabulary.
@@ -150,17 +149,17 @@ class Vocabulary(abc.ABC):
 
   @property
   def has_pad(self) -> bool:
-    """Whether the files name a pad token; `pad_id` is 0 where they do not."""
+    """Whether the files name a pad token; if not, `pad_id` is 0."""
     return 'pad' in self._special_ids
 
   @property
   def prefix_ids(self) -> tuple[int, ...]:
-    """The ids that go in front of a text that a model is to continue."""
+    """Ids in front of a text that a language model continues."""
     return () if self.bos_id is None else (self.bos_id,)
 
   @property
   def special_ids(self) -> dict[str, int]:
-    """The ids of bos, eos, pad and unk, of those that the files name."""
+    """Ids of the bos, eos, pad and unk tokens named by the files."""
     return {
       kind: self._special_ids[kind]
       for kind in WELL_KNOWN_TOKENS
@@ -168,10 +167,10 @@ class Vocabulary(abc.ABC):
     }
 
   def encode(self, text: str) -> list[int]:
-    """Returns the ids of `text`, with neither start token nor EOS added.
+    """Returns the ids of `text`, without start token and EOS.
 
     Raises:
-      ValueError: if it names a token for which the model has no embedding.
+      ValueError: if an id is beyond the embedding table.
     """
     ids = self._encode(text)
     if not self.has_rows_for_all:
@@ -179,7 +178,7 @@ class Vocabulary(abc.ABC):
     return ids
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """Returns the ids of each text, as `encode`: in one call of the library."""
+    """Returns the ids of each text, as `encode`, in one call of the library."""
     found = self._encode_batch(texts)
     if self.has_rows_for_all:
       return found
@@ -201,18 +200,21 @@ class Vocabulary(abc.ABC):
 
   @property
   def has_rows_for_all(self) -> bool:
-    """Whether the embedding table, if it is known, has a row for each id."""
+    """Whether the embedding table has a row for each id, or is unknown."""
     return self.table_rows is None or self.vocab_size <= self.table_rows
 
   def for_table(self, num_rows: int) -> 'Vocabulary':
-    """Returns the vocabulary of a model whose table has so many rows.
+    """Returns a copy bound to an embedding table with `num_rows` rows.
 
-    Ids beyond them are those of tokens that no ordinary text gives, such as
-    Gemma 3's for images; a text that names one is refused.
+    Ids beyond the table belong to tokens that ordinary text does not contain,
+    such as Gemma 3's image tokens. Text with such a token is refused.
+
+    Args:
+      num_rows: number of rows of the embedding table.
 
     Raises:
-      ValueError: if ordinary text gives such ids, or the answer's start, EOS
-        or padding is one.
+      ValueError: if ordinary text has ids beyond the table, or the start, EOS
+        or pad id is one.
     """
     needed = max(self.num_plain_ids, self.start_id + 1, self.eos_id + 1)
     if max(needed, self.pad_id + 1) > num_rows:
@@ -225,23 +227,23 @@ class Vocabulary(abc.ABC):
     if self.table_rows is not None:
       num_rows = min(num_rows, self.table_rows)
     bound = copy.copy(self)
-    bound.__dict__.update(self.__dict__)  # The processor too.
+    bound.__dict__.update(self.__dict__)  # Shares the built tokenizer.
     bound.table_rows = num_rows
     return bound
 
   @abc.abstractmethod
   def _encode(self, text: str) -> list[int]:
-    """Returns the ids of `text`, whether or not the table has them."""
+    """Returns the ids of `text`, including ids beyond the embedding table."""
 
   def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """Returns the ids of each text; in one call, where the library has it."""
+    """Returns the ids of each text; in one call if the library supports it."""
     return [self._encode(text) for text in texts]
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Returns the text of the ids before the first that ends an answer.
+    """Returns the text of the ids before the first EOS.
 
-    BOS, EOS and pad tokens leave no text; an id outside the vocabulary reads as
-    unknown text, or as none where the tokenizer knows no unknown.
+    BOS, EOS and pad tokens are dropped. An id outside the vocabulary decodes as
+    unknown text, or is dropped if the tokenizer has no unknown token.
     """
     kept: list[int | None] = []
     for token in map(int, ids):
@@ -252,16 +254,19 @@ class Vocabulary(abc.ABC):
 
   @abc.abstractmethod
   def _decode(self, ids: list[int]) -> str:
-    """Returns the text of ids that are all in the vocabulary."""
+    """Returns the text of ids, all inside the vocabulary."""
 
   def save(self, folder: str | os.PathLike[str]) -> None:
-    """Writes the tokenizer's files, each atomically, for `load(folder)`.
+    """Writes the tokenizer's files for `load(folder)`, each atomically.
 
-    Extra ids are written into the model; ids passed to `load` are in no file
-    and must be passed again.
+    Extra ids are written into the model. Ids passed to `load` are stored in no
+    file and must be passed again.
+
+    Args:
+      folder: target folder.
 
     Raises:
-      ValueError: if the folder holds files of another tokenizer, which `load`
+      ValueError: if the folder has files of another tokenizer, which `load`
         might read instead.
     """
     folder = pathlib.Path(folder)
@@ -269,7 +274,7 @@ class Vocabulary(abc.ABC):
       name
       for name in tokenizer_files.ALL_FILES
       if name not in self._files
-      and name != tokenizer_files.GENERATION_FILE  # of the model, not of us
+      and name != tokenizer_files.GENERATION_FILE  # belongs to the model
       and (folder / name).exists()
     ]
     if strangers:
@@ -282,7 +287,7 @@ class Vocabulary(abc.ABC):
         file.write(content)
 
   def fingerprint(self) -> str:
-    """Returns the SHA-256, in hex, of the tokenizer and its special ids."""
+    """Returns the SHA-256, in hex, of the tokenizer files and special ids."""
     ids: tuple[Any, ...] = (
       self.start_id,
       self.eos_id,
@@ -317,6 +322,7 @@ class Vocabulary(abc.ABC):
 
 
 def shortened(text: str) -> str:
+  """Returns a text cut to 80 characters, for messages."""
   return text if len(text) <= 80 else f'{text[:77]}...'
 
 
@@ -325,7 +331,16 @@ def special_ids(
   side_files: Mapping[str, bytes],
   folder: pathlib.Path,
 ) -> dict[str, int]:
-  """Returns the ids of `bos`, `eos`, `pad` and `unk`, where they exist."""
+  """Returns the ids of the `bos`, `eos`, `pad` and `unk` tokens that exist.
+
+  Args:
+    tokenizer: the tokenizer.
+    side_files: contents, by name, of the files that name special tokens.
+    folder: folder of the files, for messages.
+
+  Raises:
+    ValueError: if a named token is not in the vocabulary.
+  """
   named: dict[str, str] = {}
   for name, content in side_files.items():
     values = tokenizer_files.parse_json(content, folder / name)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What AutoTokenizer of transformers needs beside a tokenizer's own files.
+"""Tokenizer files for the AutoTokenizer of transformers.
 
-It picks a class by the model's family, which reads no other family's files (or
-reads them as an empty vocabulary). So an exported folder names the class that
-reads any tokenizer.json as it is, and a SentencePiece model is said again as
-one. Our own reading is in `loading.py`.
+AutoTokenizer selects a class by the model's family. That class does not read
+other families' files (or reads an empty vocabulary). Exported folders therefore
+name the class that reads any tokenizer.json unchanged, and a SentencePiece
+model is converted to a tokenizer.json. `loading.py` reads folders for this
+package.
 """
 
 import pathlib
@@ -25,8 +26,8 @@ from l2s_jax.vocabularies import (
 
 _MODELS: Any = sentencepiece_model_pb2  # It ships no types.
 _NUM_SENTINELS = 100  # of T5
-_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5  # kinds of pieces
-_UNIGRAM, _WORD = 1, 3  # kinds of models
+_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5  # piece types
+_UNIGRAM, _WORD = 1, 3  # model types
 
 
 def complete(
@@ -38,18 +39,17 @@ def complete(
 ) -> None:
   """Writes tokenizer_config.json, and tokenizer.json for SentencePiece.
 
-  Nothing is written where a tokenizer_config.json names its class, nor, which
-  is said, of a SentencePiece model that no tokenizer.json encodes like.
+  A tokenizer_config.json that names a class is kept. A SentencePiece model
+  without an equivalent tokenizer.json is left alone, with a message.
 
   Args:
-    folder: has the vocabulary's files.
-    vocabulary: loaded from there.
-    adds_eos: whether transformers is to put an EOS behind text, where the
-      folder does not say (add_eos_token); a tokenizer.json that is there has
-      its own way.
-    sentinels_below: of T5, the rows of its embedding table: its sentinels
-      `<extra_id_N>` are added where a SentencePiece model has none and they
-      fit; 0 for others.
+    folder: folder with the vocabulary's files.
+    vocabulary: vocabulary loaded from this folder.
+    adds_eos: whether transformers appends EOS to text, unless the folder sets
+      add_eos_token. An existing tokenizer.json keeps its own rule.
+    sentinels_below: for T5, the number of rows of its embedding table. If a
+      SentencePiece model has no sentinels `<extra_id_N>` and they fit into the
+      table, they are added. 0 for other models.
   """
   path = folder / tokenizer_files.CONFIG_FILE
   config: dict[str, Any] = {}
@@ -75,7 +75,7 @@ def complete(
     with files.whole(folder / 'tokenizer.json') as file:
       file.write(tokenizer.to_str())
   if source.is_dir():
-    # Its two files, and what it puts around text, are for this class.
+    # GPT2Tokenizer reads the two files and these add_*_token settings.
     vocab = tokenizer_files.parse_json(
       (source / 'vocab.json').read_bytes(), source / 'vocab.json'
     )
@@ -102,21 +102,22 @@ def save(
   padding_side: str = 'right',
   sentinels_below: int = 0,
 ) -> None:
-  """Writes a tokenizer whose `__call__` gives a model all that it reads.
+  """Writes a tokenizer for transformers with the model's exact input format.
 
-  Where the vocabulary has no pad token its EOS is one, which nobody takes for
-  padding inside a text.
+  If the vocabulary has no pad token, its EOS serves as one: it does not occur
+  inside a text.
 
   Args:
-    folder: gets tokenizer.json and tokenizer_config.json; made if absent.
-    vocabulary: any.
+    folder: target folder of tokenizer.json and tokenizer_config.json; created
+      if missing.
+    vocabulary: any vocabulary.
     before: ids in front of each text.
-    after: ids behind it.
+    after: ids after each text.
     padding_side: 'left' or 'right'.
     sentinels_below: see `complete`.
 
   Raises:
-    ValueError: if no tokenizer of transformers encodes so.
+    ValueError: if no tokenizer of transformers has this format.
   """
   if isinstance(vocabulary, byte.ByteVocabulary):
     if before or list(after) != [vocabulary.eos_id]:
@@ -126,7 +127,7 @@ def save(
         f'and {list(after)} behind. Export it as a bundle.'
       )
     vocabulary.save(folder)
-    # It is the model's to say, and of the answer.
+    # generation_config.json belongs to the model's answers.
     (folder / tokenizer_files.GENERATION_FILE).unlink(missing_ok=True)
     return
   if isinstance(vocabulary, huggingface.HuggingFaceVocabulary):
@@ -160,7 +161,7 @@ def _template(
   tokenizer: tokenizers.Tokenizer,
   adds: Mapping[str, bool],
 ) -> tokenizers.processors.PostProcessor:
-  """Returns what puts BOS in front of text and EOS behind, where it is said."""
+  """Returns a post-processor that adds BOS and EOS as configured."""
   tokens = {
     kind: tokenizer.id_to_token(number)
     for kind, number in vocabulary.special_ids.items()
@@ -183,17 +184,17 @@ def _template(
 def from_sentencepiece(
   content: bytes, sentinels_below: int = 0
 ) -> tokenizers.Tokenizer:
-  """Returns a tokenizer that encodes and decodes as a SentencePiece model.
+  """Converts a SentencePiece model to an equivalent `tokenizers.Tokenizer`.
 
-  Save for special tokens written in the text, which become their ids, as
-  everywhere in transformers; what follows them starts like a text.
+  One difference: special tokens in the text become their ids, as everywhere in
+  transformers, and the text after them is encoded like the start of a text.
 
   Args:
-    content: of the model file.
+    content: content of the model file.
     sentinels_below: see `complete`.
 
   Raises:
-    ValueError: if none encodes as the model does.
+    ValueError: if there is no equivalent.
   """
   proto = _MODELS.ModelProto()
   proto.ParseFromString(content)
@@ -240,8 +241,8 @@ def _model(proto: Any) -> tokenizers.models.Model:
     )
   vocab = {piece.piece: i for i, piece in enumerate(pieces)}
   merged = [p for p in pieces if p.type not in (_UNKNOWN, _CONTROL, _UNUSED)]
-  # The best piece is made first, whatever it is made of; before all others
-  # those that the user defined, such as runs of spaces, the longest first.
+  # Merge order: pieces of higher score first, in all their splits. User-defined
+  # pieces, such as runs of spaces, precede all others, the longest first.
   merged.sort(
     key=lambda piece: (
       (0, -len(piece.piece))

@@ -20,10 +20,10 @@ from l2s_jax.vocabularies import (
 
 
 class HuggingFaceVocabulary(base.Vocabulary):
-  """A `tokenizer.json`, or GPT-2's files, read by the package tokenizers.
+  """A `tokenizer.json` or GPT-2's two files, read by the package tokenizers.
 
-  Special tokens written in the text (`</s>`, `<extra_id_0>`) encode to their
-  ids, as in transformers; SentencePiece reads the same text letter by letter.
+  Special tokens in the text (`</s>`, `<extra_id_0>`) encode to their ids, as in
+  transformers. SentencePiece encodes the same text as ordinary characters.
   """
 
   def __init__(
@@ -36,15 +36,15 @@ class HuggingFaceVocabulary(base.Vocabulary):
     contents: Mapping[str, bytes] | None = None,
     said_ids: Mapping[str, Any] | None = None,
   ):
-    """Reads a tokenizer and the special tokens named beside it.
+    """Reads a tokenizer and its special tokens.
 
     Args:
       path: a `tokenizer.json`, or a folder with `vocab.json` and `merges.txt`.
-        The special tokens are those of `tokenizer_config.json` and
-        `special_tokens_map.json` in the same folder; where these name no EOS,
-        those that the tokenizer marks special and whose names are well known.
+        The special tokens are named by `tokenizer_config.json` and
+        `special_tokens_map.json` in the same folder. If these name no EOS, the
+        tokenizer's special tokens with well-known names are used.
       start_id: overrides the files; so do `eos_id` and `pad_id`.
-      contents: of these files, where they are not those of the disk.
+      contents: contents of these files; None: read from disk.
       said_ids: see `Vocabulary`.
 
     Raises:
@@ -86,7 +86,7 @@ class HuggingFaceVocabulary(base.Vocabulary):
       num_plain_ids=max((n for n in ids if n not in added), default=0) + 1,
       said_ids=said_ids,
     )
-    # Of a folder, what transformers makes of it; else the file as it is.
+    # True for a folder resolved like in transformers, False for a single file.
     self.is_resolved = contents is not None
     self._says_bos = False
     self._silent_ids = {
@@ -100,11 +100,14 @@ class HuggingFaceVocabulary(base.Vocabulary):
     return _hugging_face_tokenizer(self._files, self.path)
 
   def copy_tokenizer(self) -> tokenizers.Tokenizer:
-    """Returns a tokenizer of the package that encodes and decodes as this."""
+    """Returns an independent `tokenizers.Tokenizer` with equal results."""
     return tokenizers.Tokenizer.from_str(self._processor.to_str())
 
   def save(self, folder: str | os.PathLike[str]) -> None:
-    """As `Vocabulary.save`; names the class that reads the file as it is."""
+    """Saves the files, with a class that reads tokenizer.json unchanged.
+
+    See `Vocabulary.save`.
+    """
     if self.is_resolved or tokenizer_files.TOKENIZER_FILE not in self._files:
       return super().save(folder)
     config = json.loads(self._files.get(tokenizer_files.CONFIG_FILE, b'{}'))
@@ -129,11 +132,10 @@ class HuggingFaceVocabulary(base.Vocabulary):
 
   @property
   def prefix_ids(self) -> tuple[int, ...]:
-    """What the tokenizer puts in front of a text: its BOS, or nothing.
+    """Ids the tokenizer prepends to a text: BOS, or none.
 
-    That is for its post-processor to say, then for `add_bos_token`. Where
-    neither does, Llama's and Gemma's have always had one, and these models
-    compute little of use without.
+    The post-processor decides, then `add_bos_token`. Without either, Llama and
+    Gemma tokenizers prepend BOS; these models give poor results without it.
     """
     text = 'a'
     ids = self._processor.encode(text, add_special_tokens=True).ids
@@ -156,19 +158,19 @@ class HuggingFaceVocabulary(base.Vocabulary):
 
   def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     try:
-      # The fast one leaves out where in the text each token is.
+      # The fast variant omits the offsets of tokens.
       found = self._processor.encode_batch_fast(
         list(texts), add_special_tokens=False
       )
     except BaseException as error:
       if not tokenizer_files.is_panic(error):
         raise
-      return [self._encode(text) for text in texts]  # Names the text.
+      return [self._encode(text) for text in texts]  # The error names the text.
     return [encoding.ids for encoding in found]
 
   def _decode(self, ids: list[int]) -> str:
-    # Not skip_special_tokens: it would drop <unk> and the sentinels too, which
-    # SentencePiece shows.
+    # skip_special_tokens would also drop <unk> and the sentinels; SentencePiece
+    # keeps both.
     return self._processor.decode(
       [token for token in ids if token not in self._silent_ids],
       skip_special_tokens=False,
@@ -178,7 +180,7 @@ class HuggingFaceVocabulary(base.Vocabulary):
 def _hugging_face_tokenizer(
   files: Mapping[str, bytes], path: str | os.PathLike[str]
 ) -> tokenizers.Tokenizer:
-  """Builds a tokenizer that neither truncates nor pads."""
+  """Builds a tokenizer without truncation and padding."""
   if tokenizer_files.TOKENIZER_FILE in files:
     content = files[tokenizer_files.TOKENIZER_FILE]
   else:
@@ -198,7 +200,11 @@ def _hugging_face_tokenizer(
 def gpt2_json(
   files: Mapping[str, bytes], path: str | os.PathLike[str]
 ) -> bytes:
-  """Returns the `tokenizer.json` that GPT-2's two files amount to."""
+  """Converts GPT-2's two files to an equivalent `tokenizer.json`.
+
+  Raises:
+    ValueError: if `vocab.json` is not GPT-2's.
+  """
   folder = pathlib.Path(path)
   vocab, merges = tokenizer_parts.parse_gpt2_files(
     [files[name] for name in tokenizer_files.GPT2_FILES], folder

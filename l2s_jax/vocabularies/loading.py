@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tokenizer a file or a folder holds, and whether two give equal ids."""
+"""Loads tokenizers from files and folders, and compares their ids."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from l2s_jax.vocabularies import (
 )
 from l2s_jax.vocabularies import sentencepiece as sentencepiece_lib
 
-# Classes of tokenizers that begin a text with BOS unless told otherwise.
+# Prefixes of tokenizer classes with add_bos_token=True by default.
 _WITH_BOS = ('Llama', 'Gemma')
 
 
@@ -27,21 +27,21 @@ def load(
   eos_id: int | None = None,
   pad_id: int | None = None,
 ) -> base.Vocabulary:
-  """Reads a vocabulary from a file or from a folder with a known one.
+  """Loads a vocabulary from a file or a folder.
 
-  A file is that file alone, as SeqIO reads it. A folder is what AutoTokenizer
-  of transformers makes of it, `tokenizer.json` before others, with the tokens
-  that were added and with what the model's config says of starts and ends. Two
-  kinds of folders are not: one of a run of ours, whose files say all, and one
-  of which AutoTokenizer knows nothing, such as one with a SentencePiece model
-  and no more. There `spiece.model`, `tokenizer.model`, `sentencepiece.model`,
-  `tokenizer.json`, `vocab.json` with `merges.txt`, and a
-  `tokenizer_config.json` of ByT5 are looked for, in this order.
+  A file is read alone, like in SeqIO. A folder is read like in the
+  AutoTokenizer of transformers: `tokenizer.json` before other files, with added
+  tokens, and with the start and EOS ids of the model's config. Two kinds of
+  folders are read differently. A `vocabularies` folder of a run is read as it
+  is. A folder unknown to AutoTokenizer, such as one with just a SentencePiece
+  model, is searched for `spiece.model`, `tokenizer.model`,
+  `sentencepiece.model`, `tokenizer.json`, `vocab.json` with `merges.txt`, and a
+  ByT5 `tokenizer_config.json`, in this order.
 
   Args:
     path: a SentencePiece `.model`, a Hugging Face `.json`, or a folder.
-    extra_ids: see `SentencePieceVocabulary`, which a folder then must hold, and
-      which is read alone; other kinds bring their own.
+    extra_ids: see `SentencePieceVocabulary`. If set, only the SentencePiece
+      model of a folder is read; other kinds of files have their own sentinels.
     start_id: overrides the files; so do `eos_id` and `pad_id`.
 
   Raises:
@@ -69,24 +69,24 @@ def load(
 
 
 def fingerprint_before(vocabulary: base.Vocabulary) -> str:
-  """Returns the fingerprint that earlier versions gave a tokenizer's folder.
+  """Returns the fingerprint of a tokenizer folder in earlier versions.
 
-  They took one file of a folder, a SentencePiece model before others, and
-  neither added tokens nor what the model's folder says of ids.
+  They read one file of a folder, preferably a SentencePiece model, and neither
+  added tokens nor the ids of the model's config.
   """
   if vocabulary.origin is None or not vocabulary.origin.exists():
     return vocabulary.fingerprint()
   try:
     return _load_one_file(vocabulary.origin).fingerprint()
-  except (ValueError, FileNotFoundError):  # They read none.
+  except (ValueError, FileNotFoundError):  # Earlier versions read nothing.
     return vocabulary.fingerprint()
 
 
 def share_ids(one: base.Vocabulary, other: base.Vocabulary) -> bool:
   """Returns whether equal ids of two vocabularies stand for equal pieces.
 
-  That is so of equal ones, and of a folder and the one file of it that it was
-  read from before, which differ in special tokens alone.
+  True for equal vocabularies, and for a folder and the single file that earlier
+  versions read from it, which differ in special tokens only.
   """
   if one == other:
     return True
@@ -97,7 +97,7 @@ def share_ids(one: base.Vocabulary, other: base.Vocabulary) -> bool:
 def _is_of_run(folder: pathlib.Path) -> bool:
   """Returns whether a folder is one of a run's `vocabularies`.
 
-  Their files are what the run was trained with, read as they are.
+  Its files are those of training and are read as they are.
   """
   above = folder.absolute().parent
   return above.name == 'vocabularies' and (
@@ -110,7 +110,7 @@ def _load_as_transformers(
   said: Mapping[str, Any],
   overrides: Mapping[str, Any],
 ) -> base.Vocabulary | None:
-  """Returns what AutoTokenizer makes of a folder; None where it does not."""
+  """Loads a folder like AutoTokenizer; returns None if AutoTokenizer cannot."""
   from l2s_jax.vocabularies import byte
 
   path = folder / tokenizer_files.CONFIG_FILE
@@ -141,7 +141,7 @@ def _load_as_transformers(
   says_bos = _says_bos(config)
   config = {f'{kind}_token': token for kind, token in resolved.tokens.items()}
   if config.get('unk_token') == config.get('eos_token'):
-    config.pop('unk_token', None)  # GPT-2's stands for nothing unknown.
+    config.pop('unk_token', None)  # GPT-2's unk_token is no unknown token.
   config |= {
     'tokenizer_class': 'PreTrainedTokenizerFast',
     'clean_up_tokenization_spaces': False,
@@ -162,7 +162,7 @@ def _load_as_transformers(
 
 
 def _says_bos(config: Mapping[str, Any]) -> bool:
-  """Returns whether a tokenizer_config.json asks for BOS before a text."""
+  """Returns whether a tokenizer_config.json requests BOS before a text."""
   by_class = str(config.get('tokenizer_class')).startswith(_WITH_BOS)
   return config.get('add_bos_token', by_class) is True
 
@@ -170,7 +170,7 @@ def _says_bos(config: Mapping[str, Any]) -> bool:
 def _is_of_transformers(
   folder: pathlib.Path, config: Mapping[str, Any]
 ) -> bool:
-  """Returns whether a folder says enough to AutoTokenizer: class or family."""
+  """Returns whether AutoTokenizer reads a folder: by class, file or family."""
   if (
     'tokenizer_class' in config
     or (folder / tokenizer_files.TOKENIZER_FILE).is_file()
@@ -191,7 +191,7 @@ def _load_one_file(
   eos_id: int | None = None,
   pad_id: int | None = None,
 ) -> base.Vocabulary:
-  """Returns the vocabulary of a file, or of the first known in a folder."""
+  """Loads the vocabulary of a file, or of the first known file in a folder."""
   from l2s_jax.vocabularies import byte
 
   path = _find(path)
@@ -221,9 +221,9 @@ def _load_one_file(
 
 
 def _find(path: pathlib.Path) -> pathlib.Path:
-  """Returns the file, or the GPT-2 folder, that `path` stands for.
+  """Returns the tokenizer file, or the folder of GPT-2's files, at `path`.
 
-  A `tokenizer_config.json` stands for ByT5's bytes.
+  A ByT5 tokenizer is represented by its `tokenizer_config.json`.
   """
   if not path.exists():
     raise FileNotFoundError(f'{path} is missing: expected a tokenizer there.')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SentencePiece models (T5, mT5, Llama, Mistral), read and trained."""
+"""SentencePiece models (T5, mT5, Llama, Mistral): loading and training."""
 
 import functools
 import io
@@ -16,7 +16,7 @@ from l2s_jax.vocabularies import base, tokenizer_files
 
 
 class SentencePieceVocabulary(base.Vocabulary):
-  """A SentencePiece model. Special tokens in the text are plain text to it."""
+  """A SentencePiece model; special tokens in the text are ordinary text."""
 
   def __init__(
     self,
@@ -31,11 +31,11 @@ class SentencePieceVocabulary(base.Vocabulary):
     """Reads a SentencePiece model.
 
     Args:
-      path: the model file.
-      extra_ids: how many sentinels `<extra_id_N>` the vocabulary must have;
-        missing ones are appended, the highest N first, as SeqIO does (T5:
-        100, `<extra_id_0>` is 32099). Text that starts a word with one encodes
-        to its id. mT5's model already has its 100.
+      path: path of the model file.
+      extra_ids: number of sentinels `<extra_id_N>`. Missing ones are appended,
+        the highest N first, as in SeqIO (T5: 100, `<extra_id_0>` is 32099). A
+        sentinel at the start of a word encodes to its id. mT5's model already
+        has its 100.
       start_id: overrides the file; so do `eos_id` and `pad_id`.
       said_ids: see `Vocabulary`.
 
@@ -83,7 +83,7 @@ class SentencePieceVocabulary(base.Vocabulary):
 
   @property
   def model(self) -> bytes:
-    """The model file's content, the extra ids included."""
+    """Content of the model file, with the extra ids."""
     (content,) = (
       content
       for name, content in self._files.items()
@@ -99,7 +99,7 @@ class SentencePieceVocabulary(base.Vocabulary):
     return self._processor.encode(text)
 
   def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    # One thread: whoever has cores to spare has processes.
+    # One thread: callers parallelize over processes.
     return self._processor.encode(list(texts), num_threads=1)
 
   def _decode(self, ids: list[int]) -> str:
@@ -115,14 +115,14 @@ def train(
 ) -> SentencePieceVocabulary:
   """Trains a T5-like unigram model, writes it to `path` and returns it.
 
-  pad is 0, EOS 1, unknown 2, and there is no BOS. The same texts in the same
-  order give the same bytes.
+  pad is 0, EOS 1, unknown 2; there is no BOS. The same texts in the same order
+  give the same bytes.
 
   Args:
-    texts: any number of lines each.
-    path: the `.model` file to write, atomically.
-    vocab_size: pieces, the three special ones included.
-    **options: SentencePiece trainer options that replace ours, such as
+    texts: training texts, of any number of lines each.
+    path: `.model` file to write, atomically.
+    vocab_size: number of pieces, including the three special ones.
+    **options: SentencePiece trainer options that override ours, such as
       `byte_fallback=True` or `character_coverage=1.0`.
 
   Raises:
@@ -136,8 +136,8 @@ def train(
     'eos_id': 1,
     'unk_id': 2,
     'bos_id': -1,
-    'num_threads': 1,  # The order of float sums must not depend on threads.
-    'max_sentence_length': 2**20,  # Bytes; longer lines are dropped unsaid.
+    'num_threads': 1,  # Fixes the order of float sums.
+    'max_sentence_length': 2**20,  # Bytes; longer lines are dropped silently.
     'minloglevel': 2,
     **options,
   }
@@ -177,7 +177,7 @@ def _sentencepiece_processor(
 def _user_defined_pieces(pieces: Iterable[str]) -> bytes:
   """Returns bytes that add pieces when appended to a SentencePiece model.
 
-  A model is a protocol buffer, whose repeated fields grow by concatenation.
+  A model is a protocol buffer; concatenation extends its repeated fields.
   """
   models: Any = sentencepiece_model_pb2  # It ships no types.
   kind = models.ModelProto.SentencePiece.USER_DEFINED

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tokenizer classes of transformers make of a folder's files.
+"""The tokenizer classes of transformers: convert files to a tokenizer.json.
 
-Each returns a tokenizer.json, without added tokens unless it is taken as it is;
-None where the folder has not what the class reads. Which class a folder has,
-and its added tokens, are in `auto_tokenizer.py`.
+Each function returns a tokenizer.json, or None if the folder lacks the files of
+the class. Only `as_it_is` keeps added tokens. `auto_tokenizer.py` selects the
+class and adds tokens.
 """
 
 import base64
@@ -20,8 +20,8 @@ Json = dict[str, Any]
 
 _AddedToken = tokenizers.AddedToken
 _EOT = tokenizer_parts.GPT2_EOS
-_CONTROL, _USER_DEFINED = 3, 4  # kinds of SentencePiece's pieces
-_UNIGRAM = 1  # a kind of its models
+_CONTROL, _USER_DEFINED = 3, 4  # SentencePiece piece types
+_UNIGRAM = 1  # SentencePiece model type
 _QWEN2_SPLIT = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
   r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
@@ -30,18 +30,18 @@ _QWEN2_SPLIT = (
 
 @dataclasses.dataclass
 class TokenizerSource:
-  """The files of a folder, read, and the arguments they make for a class.
+  """The parsed files of a folder, and the constructor arguments from them.
 
   Attributes:
-    folder: where they are.
-    config: its tokenizer_config.json.
+    folder: path of the folder.
+    config: content of tokenizer_config.json.
     family: `model_type` of the model.
-    model_class: the tokenizer's class, as the files name it.
-    stored: its tokenizer.json; None without one.
-    arguments: of the class; it sets those that nobody gave.
-    added: the added tokens, by the ids that the files give.
-    class_name: the class that AutoTokenizer takes.
-    pieces: and merges, of GPT-2's files if they were read.
+    model_class: tokenizer class named by the files.
+    stored: content of tokenizer.json; None without one.
+    arguments: constructor arguments; the class adds its defaults.
+    added: added tokens by id.
+    class_name: class selected by AutoTokenizer.
+    pieces: pieces and merges of GPT-2's files, if these were read.
   """
 
   folder: pathlib.Path
@@ -52,10 +52,11 @@ class TokenizerSource:
   arguments: Json
   added: dict[int, _AddedToken]
   class_name: str = ''
-  pieces: tuple[Json, list[Any]] | None = None  # of GPT-2's files
+  pieces: tuple[Json, list[Any]] | None = None
 
 
 def as_it_is(source: TokenizerSource) -> Json | None:
+  """Reads tokenizer.json unchanged, or else converts a SentencePiece model."""
   if source.stored is not None:
     return dict(source.stored)
   path = source.folder / 'tokenizer.model'
@@ -70,7 +71,7 @@ def as_it_is(source: TokenizerSource) -> Json | None:
         f'{kind}_token', getattr(trainer, f'{kind}_piece') or None
       )
   names = [piece.piece for piece in proto.pieces]
-  # Pieces that stand for others, such as Mistral's [control_8].
+  # Replaces placeholder pieces, such as Mistral's [control_8].
   for number, token in source.added.items():
     if number < len(names) and names[number] and str(token) not in names:
       names[number] = str(token)
@@ -105,6 +106,7 @@ def as_it_is(source: TokenizerSource) -> Json | None:
 
 
 def t5(source: TokenizerSource) -> Json | None:
+  """Converts the files of a T5Tokenizer."""
   arguments = source.arguments
   path = source.folder / tokenizer_files.CONFIG_FILE
   count = arguments.get('extra_ids', 100)
@@ -149,6 +151,7 @@ def t5(source: TokenizerSource) -> Json | None:
 
 
 def _llama(source: TokenizerSource) -> Json | None:
+  """Converts the files of a LlamaTokenizer."""
   pieces = _bpe_pieces(source)
   if pieces is None:
     return None
@@ -175,6 +178,7 @@ def _llama(source: TokenizerSource) -> Json | None:
 
 
 def _gemma(source: TokenizerSource) -> Json | None:
+  """Converts the files of a GemmaTokenizer."""
   pieces = _bpe_pieces(source)
   if pieces is None:
     return None
@@ -209,7 +213,7 @@ def _gemma(source: TokenizerSource) -> Json | None:
 def _byte_level(
   normalizer: Json | None, **tokens: str | None
 ) -> Callable[[TokenizerSource], Json | None]:
-  """Returns what makes a class of GPT-2's kind, with its own tokens."""
+  """Returns the converter of a GPT-2-like class with its default tokens."""
 
   def make(source: TokenizerSource) -> Json | None:
     pieces = _bpe_pieces(source, tokenizer_files.GPT2_FILES)
@@ -268,7 +272,7 @@ CLASSES: dict[str, Callable[[TokenizerSource], Json | None]] = {
 
 
 def _sentencepiece(source: TokenizerSource, name: str) -> Any | None:
-  """Returns the SentencePiece model that a class finds; None without one."""
+  """Returns the SentencePiece model of a folder, or None."""
   for candidate in ('tokenizer.model', name):
     path = source.folder / candidate
     if path.is_file():
@@ -287,10 +291,10 @@ def _take_pieces_kinds(source: TokenizerSource, proto: Any) -> None:
 def _bpe_pieces(
   source: TokenizerSource, names: tuple[str, ...] = ()
 ) -> tuple[Json, list[Any]] | None:
-  """Returns pieces and merges, of any of the files that a class reads.
+  """Returns BPE pieces and merges from tokenizer.json or other files, or None.
 
   Args:
-    source: the folder.
+    source: files of the folder.
     names: GPT-2's files, if the class reads them.
   """
   if source.stored is not None:
@@ -310,7 +314,11 @@ def _bpe_pieces(
 
 
 def _pieces_of(source: TokenizerSource, kind: type) -> Any:
-  """Returns the pieces of a tokenizer.json, which a class has of one kind."""
+  """Returns the pieces of a tokenizer.json; `kind` is the container's type.
+
+  Raises:
+    ValueError: if the container has another type.
+  """
   assert source.stored is not None
   vocab = source.stored['model']['vocab']
   if not isinstance(vocab, kind):
@@ -324,7 +332,10 @@ def _pieces_of(source: TokenizerSource, kind: type) -> Any:
 
 
 def _stored_charsmap(source: TokenizerSource) -> bytes | None:
-  """Returns the table of the first Precompiled normalizer that has one."""
+  """Returns the Precompiled normalizer table of tokenizer.json, or None.
+
+  The first table counts if there are several.
+  """
   assert source.stored is not None
   path = source.folder / tokenizer_files.TOKENIZER_FILE
   normalizer = source.stored.get('normalizer')

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a tokenizer: their names, and what JSON beside it says.
+"""Tokenizer files: names, and validated reading of their JSON.
 
-A folder may hold a tokenizer in one of several files (`SENTENCEPIECE_FILES`,
-`TOKENIZER_FILE`, `GPT2_FILES`) and say more of it in others: which tokens are
-special, which were added, where an answer starts and ends. All of it is text
-that people edit and tools garble, so everything is checked where it is read.
-What the files amount to is in `auto_tokenizer.py` and `loading.py`.
+The tokenizer of a folder is one of several files (`SENTENCEPIECE_FILES`,
+`TOKENIZER_FILE`, `GPT2_FILES`). Other files name special tokens, added tokens,
+and start and EOS ids. They may be edited or damaged, so every value is
+validated where it is read. `auto_tokenizer.py` and `loading.py` combine them.
 """
 
 import contextlib
@@ -17,14 +16,15 @@ from typing import Any, NoReturn
 
 import tokenizers
 
-# In the order in which a folder is searched.
+# In search order.
 SENTENCEPIECE_FILES = ('spiece.model', 'tokenizer.model', 'sentencepiece.model')
 TOKENIZER_FILE = 'tokenizer.json'
 GPT2_FILES = ('vocab.json', 'merges.txt')
 CONFIG_FILE = 'tokenizer_config.json'
 ADDED_FILE = 'added_tokens.json'
 GENERATION_FILE = 'generation_config.json'
-# Name the special tokens; where both do, the second wins, as in transformers.
+# Files that name special tokens. The second takes precedence, as in
+# transformers.
 SPECIAL_FILES = ('special_tokens_map.json', CONFIG_FILE)
 MODEL_FILES = (*SENTENCEPIECE_FILES, TOKENIZER_FILE, *GPT2_FILES)
 ALL_FILES = (*MODEL_FILES, *SPECIAL_FILES, ADDED_FILE, GENERATION_FILE)
@@ -39,7 +39,11 @@ _IDS = (
 
 
 def read(path: pathlib.Path) -> bytes:
-  """Returns the content of a file that must be there."""
+  """Returns the content of a required file.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+  """
   if not path.is_file():
     raise FileNotFoundError(
       f'{path} is missing: expected a tokenizer file there.'
@@ -48,7 +52,11 @@ def read(path: pathlib.Path) -> bytes:
 
 
 def parse_json(content: bytes, path: pathlib.Path) -> dict[str, Any]:
-  """Returns the object that a JSON file holds, or names the file."""
+  """Parses a JSON object.
+
+  Raises:
+    ValueError: naming the file, if it is not a JSON object.
+  """
   try:
     value = json.loads(content)
   except (ValueError, RecursionError) as error:
@@ -63,14 +71,21 @@ def parse_json(content: bytes, path: pathlib.Path) -> dict[str, Any]:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the object in a JSON file; an empty one where there is none."""
+  """Returns the object in a JSON file, or an empty one without a file."""
   return parse_json(path.read_bytes(), path) if path.is_file() else {}
 
 
 def refuse(
   path: str | pathlib.Path, key: str, found: Any, wanted: str
 ) -> NoReturn:
-  """Raises what says that a file holds something else than it should."""
+  """Raises a ValueError for an invalid value in a file.
+
+  Args:
+    path: path of the file.
+    key: place of the value in the file.
+    found: the invalid value.
+    wanted: the expected kind of value.
+  """
   text = repr(found)
   if len(text) > 80:
     text = f'{text[:77]}...'
@@ -81,7 +96,11 @@ def refuse(
 
 
 def token_text(value: Any, path: pathlib.Path, key: str) -> str | None:
-  """Returns the text of a token, which may be an object; None of null."""
+  """Returns the text of a token, given as text or object; None for null.
+
+  Raises:
+    ValueError: if the value is neither.
+  """
   if isinstance(value, dict):
     value = value.get('content')
   if value is not None and not isinstance(value, str):
@@ -94,13 +113,16 @@ def token_text(value: Any, path: pathlib.Path, key: str) -> str | None:
 def added_token(
   value: Any, path: pathlib.Path, key: str, **defaults: bool
 ) -> tokenizers.AddedToken:
-  """Returns an added token as a file describes it.
+  """Parses an added token.
 
   Args:
-    value: its text, or an object of its `content` and how it is found.
-    path: of the file, named in errors.
-    key: where in the file.
-    **defaults: what holds of it unless it says otherwise.
+    value: text of the token, or an object with `content` and matching flags.
+    path: path of the file, for error messages.
+    key: place in the file, for error messages.
+    **defaults: flags used where the value has none.
+
+  Raises:
+    ValueError: if the value is invalid.
   """
   fields = value if isinstance(value, dict) else {'content': value}
   text = fields.get('content')
@@ -119,7 +141,7 @@ def added_token(
 def added_tokens(
   values: Any, path: pathlib.Path, key: str
 ) -> dict[int, tokenizers.AddedToken]:
-  """Returns `added_tokens_decoder` of a tokenizer_config.json, by id."""
+  """Parses `added_tokens_decoder` of a tokenizer_config.json: tokens by id."""
   if not isinstance(values, dict):
     refuse(path, key, values, 'an object of tokens by id')
   tokens = {}
@@ -131,7 +153,7 @@ def added_tokens(
 
 
 def added_ids(values: Mapping[str, Any], path: pathlib.Path) -> dict[str, int]:
-  """Returns the ids by token of an `added_tokens.json`."""
+  """Validates the content of `added_tokens.json`: ids by token."""
   for token, number in values.items():
     if not is_id(number):
       refuse(path, token, number, 'an id')
@@ -140,16 +162,16 @@ def added_ids(values: Mapping[str, Any], path: pathlib.Path) -> dict[str, int]:
 
 
 def is_id(value: Any) -> bool:
-  """Returns whether a value of a JSON file can be a token's id."""
+  """Returns whether a JSON value is a valid token id."""
   return type(value) is int and 0 <= value < 2**31
 
 
 def said_ids(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns what a model's folder says of token ids, by config.json's keys.
+  """Returns the token ids in a model's folder, by the keys of config.json.
 
-  `generation_config.json` goes before `config.json`, or the `weights.json` of
-  a converted folder. `eos_token_id` is a list, the others are numbers; a key
-  that nobody mentions, or as null, is absent.
+  `generation_config.json` takes precedence over `config.json`, and that over
+  the `weights.json` of a converted folder. `eos_token_id` is a list, the others
+  are numbers; missing and null keys are left out.
   """
   said: dict[str, Any] = {}
   for name in ('weights.json', 'config.json', GENERATION_FILE):
@@ -159,13 +181,13 @@ def said_ids(folder: pathlib.Path) -> dict[str, Any]:
       values = values.get('special_ids') or {}
       if not isinstance(values, dict):
         refuse(path, 'special_ids', values, 'an object')
-    # T5Gemma and models of several senses say it a level deeper.
+    # T5Gemma and multimodal models nest these keys.
     for part in ('text_config', 'decoder'):
       if isinstance(values.get(part), dict):
         values = {**values[part], **{k: values[k] for k in _IDS if k in values}}
     for key in _IDS:
       value = values.get(key)
-      if value not in (None, -1):  # Some write -1 for none.
+      if value not in (None, -1):  # Some files have -1 for none.
         said[key] = _ids(value, path, key)
   return said
 
@@ -189,26 +211,26 @@ def _check_text(text: str, path: pathlib.Path, key: str) -> None:
 
 
 def is_panic(error: BaseException) -> bool:
-  """Returns whether an exception is a panic of Rust's."""
+  """Returns whether an exception is a Rust panic."""
   return type(error).__module__ == 'pyo3_runtime'
 
 
 @contextlib.contextmanager
 def refusing(path: str | os.PathLike[str]) -> Iterator[None]:
-  """Turns what the package tokenizers raises into one sentence.
+  """Converts errors of the package tokenizers to a ValueError of one sentence.
 
-  It panics where its authors foresaw nothing; what then comes out of Rust has
-  a class of its own, which is no Exception and which nobody can import.
+  On unexpected input the package panics. The class of a Rust panic is no
+  `Exception` and cannot be imported.
   """
   try:
     yield
   except BaseException as error:
-    is_theirs = type(error) is Exception  # Its own errors are bare ones.
+    is_theirs = type(error) is Exception  # The package raises bare Exceptions.
     if not (
       is_theirs or is_panic(error) or isinstance(error, TypeError | ValueError)
     ):
       raise
-    # It quotes what it has found, unprintable or not.
+    # The message may quote unprintable characters.
     text = repr(' '.join(str(error).split()))[1:-1]
     raise ValueError(
       f'{path} is not a Hugging Face tokenizer: {text}. Copy or download it '
@@ -216,13 +238,13 @@ def refusing(path: str | os.PathLike[str]) -> Iterator[None]:
     ) from error
 
 
-BYTE_TOKENIZER = 'ByT5Tokenizer'  # As that file names it; it has no other.
-# They act through the ids alone.
+BYTE_TOKENIZER = 'ByT5Tokenizer'  # Class name in tokenizer_config.json.
+# Files that enter a fingerprint by their ids only.
 WITHOUT_PIECES = (*SPECIAL_FILES, GENERATION_FILE)
 
 
 def read_special_files(folder: pathlib.Path) -> dict[str, bytes]:
-  """Returns the files in a folder that name a tokenizer's special tokens."""
+  """Returns the contents of a folder's files that name special tokens."""
   return {
     name: read(folder / name)
     for name in SPECIAL_FILES

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of a tokenizer.json, and the pieces of other files for one.
+"""Parts of a tokenizer.json, and pieces and merges for one.
 
-Pieces and merges come out of SentencePiece models and of GPT-2's `vocab.json`
-and `merges.txt`; the order of merges is that of transformers. Which parts make
-which tokenizer is in `tokenizer_classes.py`.
+Pieces and merges come from SentencePiece models and from GPT-2's `vocab.json`
+and `merges.txt`; the order of merges is that of transformers.
+`tokenizer_classes.py` assembles the parts.
 """
 
 import base64
@@ -23,10 +23,10 @@ _MODELS: Any = sentencepiece_model_pb2  # It ships no types.
 
 
 def read_sentencepiece(path: pathlib.Path) -> Any:
-  """Returns a SentencePiece model as the protocol buffer that it is.
+  """Returns a SentencePiece model as a protocol buffer.
 
   Raises:
-    ValueError: if it is none.
+    ValueError: if the file is not a SentencePiece model.
   """
   proto = _MODELS.ModelProto()
   try:
@@ -49,10 +49,10 @@ def read_gpt2_files(folder: pathlib.Path) -> tuple[Json, list[Any]]:
 def parse_gpt2_files(
   contents: Iterable[bytes], folder: pathlib.Path
 ) -> tuple[Json, list[Any]]:
-  """Returns the pieces and merges that the two files of a folder hold.
+  """Parses the pieces and merges of GPT-2's two files.
 
   Raises:
-    ValueError: names what cannot be one of them.
+    ValueError: naming the file and the invalid entry.
   """
   vocab_file, merges_file = (
     folder / name for name in tokenizer_files.GPT2_FILES
@@ -72,7 +72,7 @@ def parse_gpt2_files(
     if line and not line.startswith('#version')
   ]
   for pair in merges:
-    # The tokenizers package panics on some of these, past any `except`.
+    # The package tokenizers panics on some of these.
     if len(pair) != 2 or not {*pair, ''.join(pair)} <= vocab.keys():
       raise ValueError(
         f'{merges_file} merges {pair}: expected two pieces that are, like '
@@ -82,7 +82,7 @@ def parse_gpt2_files(
 
 
 def merges_of(vocab: Mapping[str, int]) -> list[Any]:
-  """Returns what makes each piece, in the order of `generate_merges`."""
+  """Returns the merges of each piece, in the order of `generate_merges`."""
   merges = []
   for piece, number in vocab.items():
     parts = [
@@ -99,7 +99,7 @@ def merges_of(vocab: Mapping[str, int]) -> list[Any]:
 
 
 def gpt2_json(vocab: Json, merges: list[Any]) -> Json | None:
-  """Returns GPT-2's tokenizer.json; None if the pieces are not GPT-2's."""
+  """Returns GPT-2's tokenizer.json, or None if the pieces are not GPT-2's."""
   if GPT2_EOS not in vocab:
     return None
   flags = dict.fromkeys(
@@ -122,6 +122,7 @@ def whole(
   pre_tokenizer: Json | None = None,
   decoder: Json | None = None,
 ) -> Json:
+  """Returns a tokenizer.json made of these parts."""
   return {
     'version': '1.0',
     'truncation': None,
@@ -136,6 +137,7 @@ def whole(
 
 
 def unigram(vocab: Iterable[Any], unk_id: int, byte_fallback: bool) -> Json:
+  """Returns a Unigram model, from pairs of piece and score."""
   return {
     'type': 'Unigram',
     'unk_id': unk_id,
@@ -145,6 +147,7 @@ def unigram(vocab: Iterable[Any], unk_id: int, byte_fallback: bool) -> Json:
 
 
 def bpe(vocab: Json, merges: list[Any], **options: Any) -> Json:
+  """Returns a BPE model; `options` override the defaults."""
   return {
     'type': 'BPE',
     'dropout': None,
@@ -161,6 +164,7 @@ def bpe(vocab: Json, merges: list[Any], **options: Any) -> Json:
 
 
 def metaspace(scheme: str, *, split: bool) -> Json:
+  """Returns a Metaspace pre-tokenizer or decoder."""
   return {
     'type': 'Metaspace',
     'replacement': '▁',
@@ -170,6 +174,7 @@ def metaspace(scheme: str, *, split: bool) -> Json:
 
 
 def replace(pattern: str, content: str) -> Json:
+  """Returns a Replace normalizer or decoder."""
   return {
     'type': 'Replace',
     'pattern': {'String': pattern},
@@ -178,6 +183,7 @@ def replace(pattern: str, content: str) -> Json:
 
 
 def precompiled(charsmap: bytes) -> Json:
+  """Returns a normalizer with a SentencePiece table."""
   return {
     'type': 'Precompiled',
     'precompiled_charsmap': base64.b64encode(charsmap).decode(),
@@ -185,6 +191,7 @@ def precompiled(charsmap: bytes) -> Json:
 
 
 def byte_level(add_prefix_space: bool, use_regex: bool = True) -> Json:
+  """Returns a ByteLevel pre-tokenizer or decoder."""
   return {
     'type': 'ByteLevel',
     'add_prefix_space': add_prefix_space,

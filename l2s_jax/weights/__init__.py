@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pretrained weights, read one layer at a time, of whatever form.
+"""Reading pretrained weights from any supported format, one layer at a time.
 
-`opening.open_source` opens a run of ours, a converted folder, a Hugging Face
-folder, a T5X checkpoint, a GGUF file or a name on the Hub, as a
-`source.Source`; `source.load` reads one into shards. `families` says how each
-family of models names its tensors, `formats` how files keep them. Writing the
-forms of others is in `interop/`.
+`opening.open_source` opens a run of this package, a converted folder, a Hugging
+Face folder, a T5X checkpoint, a GGUF file or a model name on the Hugging Face
+Hub. It returns a `source.Source`, which `source.load` reads into sharded
+arrays. `families` maps tensor names and configs of model families; `formats`
+reads the file formats. The writers of foreign formats are in `interop/`.
 """
 
 # The modules that other packages may import.

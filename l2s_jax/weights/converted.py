@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights in the form that `convert --to=l2s` leaves them.
+"""Converted folders: the weights format written by `convert --to=l2s`.
 
-A folder with `weights.json` (the config, and the digest of every tensor),
-safetensors files whose names are our canonical ones, layers stacked, and the
-tokenizer's files. Files are mapped, not read: a device takes its shard alone.
+A converted folder holds `weights.json` (the model config and the digest of
+every tensor), safetensors files with canonical tensor names and stacked layers,
+and the tokenizer files. Tensors are memory-mapped, so each device reads its own
+shard only.
 """
 
 import dataclasses
@@ -39,15 +40,15 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 
 
 class ConvertedFolder:
-  """A converted folder."""
+  """The weights of a converted folder, as a `source.Source`."""
 
   def __init__(self, folder: pathlib.Path):
-    """Reads the description and the headers of the files.
+    """Reads `weights.json` and the headers of the safetensors files.
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: if a file is broken, or does not hold the tensors that the
-        description lists.
+      ValueError: if a file is damaged, or the safetensors files do not hold the
+        tensors listed in `weights.json`.
     """
     self.location = str(folder)
     path = folder / DESCRIPTION
@@ -118,8 +119,9 @@ def save(source: source_lib.Source, folder: pathlib.Path) -> None:
   """Writes weights as a converted folder, layer by layer.
 
   Args:
-    source: whose digests are known once its tensors are read.
-    folder: where to.
+    source: the weights to write. `source.digest` must be known for every tensor
+      after the tensor was read.
+    folder: the output directory.
   """
   shapes = {'/'.join(path): shape for path, shape in source.shapes().items()}
 
@@ -132,7 +134,7 @@ def save(source: source_lib.Source, folder: pathlib.Path) -> None:
   digests = {}
   for path in source.shapes():
     digest = source.digest(path)
-    assert digest is not None, path  # All were read.
+    assert digest is not None, path  # All tensors were read above.
     digests[path] = digest
   description = integrity.seal(
     {

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers that are none: NaN and infinity in weights, found as they are read.
+"""Detection of NaN and infinity in weights while they are read.
 
-An overflow in half precision or a bad merge leaves them, and what is computed
-from them is garbage without a word.
+Overflow in half precision or a failed merge can leave non-finite values in a
+checkpoint. A model with such weights computes garbage without an error.
 """
 
 from typing import Any
@@ -12,21 +12,23 @@ import numpy as np
 
 from l2s_jax.runtime import distributed
 
-# Bits of the exponent, all of them set in what is not finite, by the width.
+# Unsigned integer type of the same width and mask of the exponent bits, by
+# dtype. All exponent bits are set in NaN and infinity.
 _EXPONENTS = {
   'float64': (np.uint64, 0x7FF0 << 48),
   'float32': (np.uint32, 0x7F80 << 16),
   'float16': (np.uint16, 0x7C00),
   'bfloat16': (np.uint16, 0x7F80),
 }
-# So many numbers at once stay in a cache.
+# Elements per check, small enough to stay in the CPU cache.
 _BLOCK = 1 << 18
 
 
 def is_finite(array: np.ndarray) -> bool:
-  """Returns whether all numbers are; of other dtypes than floats, true.
+  """Returns whether all elements are finite; True for non-float dtypes.
 
-  By their bits: NumPy's `isfinite` takes ten times as long for bfloat16.
+  The check reads exponent bits: `np.isfinite` takes ten times as long for
+  bfloat16.
   """
   if array.dtype.name not in _EXPONENTS:
     return True
@@ -40,7 +42,7 @@ def is_finite(array: np.ndarray) -> bool:
 
 
 class Notes:
-  """Takes down which tensors of a source are not finite."""
+  """Records the names of the non-finite tensors of a source."""
 
   def __init__(self, source: Any):
     self._source = source
@@ -49,7 +51,7 @@ class Notes:
   def look(
     self, array: np.ndarray, path: tuple[str, ...], layer: int | None = None
   ) -> None:
-    """Looks at one tensor, or one layer of it, as stored."""
+    """Checks one tensor, or one layer of a stacked tensor, as stored."""
     name = self._source.name(path)
     if not is_finite(array):
       if layer is not None and '{layer}' not in name:
@@ -57,10 +59,16 @@ class Notes:
       self._names.append(name.replace('{layer}', str(layer)))
 
   def check(self, **allowed: bool) -> None:
-    """Refuses them, by the names in the files, unless they are asked for.
+    """Refuses non-finite tensors, listed by their names in the files.
+
+    All processes must call it: names are gathered from all of them.
 
     Args:
-      **allowed: `allow_non_finite`, where a flag says it and not gin.
+      **allowed: `allow_non_finite`, if a command-line flag sets it instead of
+        gin.
+
+    Raises:
+      ValueError: if a tensor is not finite and `allow_non_finite` is False.
     """
     names = sorted(set(distributed.gather(self._names)))
     _refuse(self._source.location, names, **allowed)
@@ -70,7 +78,7 @@ class Notes:
 def _refuse(
   location: str, names: list[str], allow_non_finite: bool = False
 ) -> None:
-  """Refuses weights that hold NaN or infinity, or says that they do."""
+  """Raises an error for non-finite tensors, or logs a warning if allowed."""
   if not names:
     return
   shown = ', '.join(names[:10])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fetches weights from the Hugging Face Hub by name, where it is reachable."""
+"""Downloading weights from the Hugging Face Hub by model name."""
 
 import pathlib
 import re
@@ -9,12 +9,12 @@ from l2s_jax.vocabularies import tokenizer_files
 from l2s_jax.weights.formats import tensor_files
 
 _CONFIG = 'config.json'
-# Not *.bin in general: optimizer states and training arguments end so, too.
+# Not every *.bin: optimizer states and training arguments end in .bin, too.
 _PICKLES = ('pytorch_model*.bin', tensor_files.PICKLE_INDEX)
 
 
 def is_name(text: str) -> bool:
-  """Returns whether `text` may be ORGANISATION/NAME and not a folder."""
+  """Returns whether `text` has the form ORGANISATION/NAME and is no path."""
   return (
     re.fullmatch(r'[\w.-]+/[\w.-]+', text) is not None
     and not pathlib.Path(text).exists()
@@ -22,11 +22,18 @@ def is_name(text: str) -> bool:
 
 
 def download(name: str) -> pathlib.Path:
-  """Returns the folder that a model of the Hub was fetched to.
+  """Downloads a model from the Hugging Face Hub and returns its folder.
+
+  Only config.json, the tokenizer files and one weights format are downloaded:
+  safetensors if present, else pytorch_model.bin.
+
+  Args:
+    name: ORGANISATION/NAME on the Hub.
 
   Raises:
-    ValueError: if the package is absent, the Hub out of reach, or has no such
-      model, not for everyone, or not as safetensors or pytorch_model.bin.
+    ValueError: if huggingface_hub is not installed, the Hub is unreachable, the
+      model does not exist or is gated, or it has neither safetensors nor
+      pytorch_model.bin.
   """
   try:
     import huggingface_hub
@@ -43,7 +50,7 @@ def download(name: str) -> pathlib.Path:
         huggingface_hub.snapshot_download(
           name,
           allow_patterns=[*common, *weights],
-          ignore_patterns=['*/*'],  # Copies for other uses are in subfolders.
+          ignore_patterns=['*/*'],  # Subfolders hold other formats.
         )
       )
       if any(folder.glob(weights[0])):
@@ -56,7 +63,7 @@ def download(name: str) -> pathlib.Path:
     ) from error
   except (
     OSError,
-    huggingface_hub.errors.HTTPError,  # Of whichever package it speaks with.
+    huggingface_hub.errors.HTTPError,  # from the HTTP client in use
     huggingface_hub.errors.HFValidationError,
   ) as error:
     raise ValueError(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`manifest.json`: what is in an exported folder, file by file.
+"""`manifest.json` of an export: its files with their sizes and SHA-256.
 
-It is written last. A folder is read only if it holds the files that its
-manifest lists, and no others, with the sizes and the SHA-256 that it gives.
-Nothing in the folder is executed.
+The manifest is written last. Before an exported folder is read, its files are
+compared with the manifest: names, sizes and SHA-256 must match, and no other
+file may be present. Nothing in the folder is executed.
 """
 
 import hashlib
@@ -28,9 +28,14 @@ _FILE_KEYS = {'bytes', 'sha256'}
 
 
 def is_export(folder: str | pathlib.Path, form: str | None = None) -> bool:
-  """Returns whether a folder was exported; with `form`, in that one.
+  """Returns whether a folder holds an export.
 
-  A manifest that cannot be read counts as one of any form: `read` says why.
+  A manifest that cannot be parsed counts as an export of any form; `read` then
+  reports the error.
+
+  Args:
+    folder: the folder to check.
+    form: the export form to require, such as 'bundle'; None accepts any.
   """
   path = pathlib.Path(folder) / FILE
   if not path.is_file():
@@ -46,13 +51,13 @@ def is_export(folder: str | pathlib.Path, form: str | None = None) -> bool:
 def write(
   folder: pathlib.Path, form: str, model: Mapping[str, Any], **facts: Any
 ) -> None:
-  """Writes the manifest of a folder whose files are all there.
+  """Writes the manifest of a folder. All other files must be complete.
 
   Args:
     folder: the export.
-    form: 'bundle', 'hf', ...
-    model: what the form says of the model, as JSON has it.
-    **facts: for people: the license, how to run it.
+    form: the export form: 'bundle', 'hf', ...
+    model: description of the model in this form, JSON-serializable.
+    **facts: information for people, such as the license or a usage example.
   """
   files.write_json(
     folder / FILE,
@@ -72,18 +77,23 @@ def write(
 
 
 def read(folder: str | pathlib.Path, form: str) -> dict[str, Any]:
-  """Returns the manifest of a folder, which is as it was written.
+  """Reads and validates the manifest of an export.
 
-  Sizes and names are always compared, hashes where `VERIFY` asks for it.
+  Names and sizes are always compared; SHA-256 hashes only if
+  `integrity.verification` is on (`VERIFY`).
 
   Args:
     folder: the export.
-    form: that it must have.
+    form: the required export form.
+
+  Returns:
+    The content of the manifest.
 
   Raises:
-    FileNotFoundError: if there is no manifest, or a file is missing.
-    ValueError: if the manifest is damaged, another form's or a newer version's,
-      or a file is another, is not listed, or lies outside the folder.
+    FileNotFoundError: if the manifest or a listed file is missing.
+    ValueError: if the manifest is damaged, is of another form, or was written
+      by a newer version; or if a file was changed, is not listed, or lies
+      outside the folder.
   """
   folder = pathlib.Path(folder)
   path = folder / FILE
@@ -157,10 +167,10 @@ def _is_inside(name: str) -> bool:
 
 
 def _list(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-  """Returns all files of a folder but the manifest, by their names in it.
+  """Returns all files of a folder except the manifest, by relative path.
 
   Raises:
-    ValueError: if one of them is a link.
+    ValueError: if one of them is a symbolic link.
   """
   found = {}
   for path in sorted(folder.rglob('*')):

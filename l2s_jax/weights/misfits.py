@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why tensors are not those of their config, in as few words as it takes.
+"""Error messages for tensors that do not match their model config.
 
-Sizes in a config are compared with the tensors that are there before anything
-is made of them: a config may ask for more layers than memory holds.
+Sizes in a config are compared with the stored tensors before any array is
+allocated: a damaged config may ask for more layers than memory holds.
 """
 
 import collections
@@ -26,12 +26,12 @@ _LAYERS = {'encoder': 'num_encoder_layers', 'decoder': 'num_decoder_layers'}
 
 
 class Expected(NamedTuple):
-  """A tensor that a model has.
+  """A tensor required by the model.
 
   Attributes:
-    name: of it, by which it is looked for.
-    also: what it is called elsewhere; '' where it is the same.
-    shapes: that it may have; the first is the usual one.
+    name: lookup name of the tensor.
+    also: its name in the other naming scheme, for messages; '' if the same.
+    shapes: accepted shapes; the first is the usual one.
   """
 
   name: str
@@ -39,9 +39,9 @@ class Expected(NamedTuple):
   shapes: Sequence[tuple[int, ...]]
 
 
-@runtime_checkable  # for the tests' type checker
+@runtime_checkable  # for jaxtyping's runtime checks in tests
 class Stored(Protocol):
-  """What is known of a tensor before it is read."""
+  """Shape and dtype of a stored tensor, before it is read."""
 
   @property
   def shape(self) -> tuple[int, ...]: ...
@@ -55,12 +55,12 @@ def problems(
   found: Mapping[str, Stored],
   dtypes: Collection[str] | None = None,
 ) -> list[str]:
-  """Returns which tensors are missing, misshapen or unreadable, a line each.
+  """Returns a line for each missing, misshapen or unreadable tensor.
 
   Args:
-    expected: those that the model has.
-    found: all that are there.
-    dtypes: the names of those that can be read; None: they are not asked.
+    expected: the tensors required by the model.
+    found: all stored tensors by name.
+    dtypes: names of the readable dtypes; None skips this check.
   """
   lines = []
   for name, also, shapes in expected:
@@ -84,12 +84,12 @@ def unknown(
   found: Mapping[str, Stored],
   also: Mapping[str, str],
 ) -> list[str]:
-  """Returns a line for each tensor that the model does not have.
+  """Returns a line for each stored tensor unknown to the model.
 
   Args:
-    names: theirs.
-    found: all that are there.
-    also: what some of them are called elsewhere.
+    names: names of the unknown tensors.
+    found: all stored tensors by name.
+    also: names of some of them in the other naming scheme.
   """
   return [
     f'{_title(name, also.get(name, ""))} {tuple(found[name].shape)}: unknown'
@@ -107,11 +107,11 @@ def refusal(
   lines: Collection[str],
   causes: Sequence[str] = (),
 ) -> str:
-  """Returns the error of weights that are not those of their config.
+  """Returns the error message for tensors that do not match their config.
 
   Args:
-    finding: a sentence on what does not fit what, without its full stop.
-    remedy: one on what to do, likewise.
+    finding: a sentence that states the mismatch, without its full stop.
+    remedy: a sentence that states the fix, without its full stop.
     lines: from `problems` and `unknown`.
     causes: from `layers` and `widths`.
   """
@@ -123,13 +123,13 @@ def refusal(
 def asks_for_too_much(
   config: config_lib.TransformerConfig, num_tensors: int
 ) -> bool:
-  """Returns whether a config has more layers than there are tensors."""
+  """Returns whether a config has implausibly many layers for its tensors."""
   most = max(config.num_encoder_layers, config.num_decoder_layers)
   return most > max(num_tensors, 100)
 
 
 def listed(lines: Iterable[str]) -> str:
-  """Returns lines of an error: ten at most, and how many more there are."""
+  """Returns the first ten lines of an error and the number of other lines."""
   found = sorted(set(lines))
   shown = [f'  {config_lib.shorten(line, 240)}' for line in found[:_MOST_LINES]]
   if len(found) > len(shown):
@@ -143,17 +143,17 @@ def layers(
   names: Iterable[str],
   keys: Mapping[str, str],
 ) -> list[str]:
-  """Returns in which stacks the files have other layers than the config.
+  """Returns a line for each layer stack whose depth contradicts the config.
 
   Args:
-    table: of names, of the family of the model.
-    config: what its config says.
-    names: of all tensors, as the table has them.
-    keys: what the config's file calls a size, as `rows.Family.sizes`.
+    table: the name table of the model family.
+    config: the parsed model config.
+    names: the stored tensors, by their names in the table.
+    keys: names of sizes in the config file, as `name_table.Family.sizes`.
   """
   names = set(names)
   heads = {row.theirs for row in table if row.path[0] == 'logits_dense'}
-  # An encoder may come without its decoder.
+  # Encoder-only weights are complete for an LLM.
   may_lack_decoder = config.is_encoder_decoder and not heads & names
   causes = []
   for stack, field in _LAYERS.items():
@@ -178,7 +178,7 @@ def layers(
 
 
 def _count_layers(stems: Iterable[str], names: Iterable[str]) -> int:
-  """Returns how many layers there are, stray tensors of others left out."""
+  """Returns the number of layers, ignoring indices with stray tensors only."""
   sizes: collections.Counter[str] = collections.Counter()
   for stem in stems:
     pattern = re.compile(re.escape(stem) + r'(\d+)\.')
@@ -194,13 +194,13 @@ def widths(
   shapes: Mapping[str, Sequence[int]],
   keys: Mapping[str, str],
 ) -> list[str]:
-  """Returns which sizes the config and most of the tensors disagree on.
+  """Returns a line for each size in the config that most tensors contradict.
 
   Args:
-    table: the rows that the model has.
-    config: what its config says.
-    shapes: of all tensors, by their names in the table.
-    keys: what the config's file calls a size, as `rows.Family.sizes`.
+    table: the rows of the model's tensors.
+    config: the parsed model config.
+    shapes: shapes of all stored tensors, by their names in the table.
+    keys: names of sizes in the config file, as `name_table.Family.sizes`.
   """
   sizes = name_table.axis_sizes(config)
   counts: dict[tuple[str, ...], collections.Counter[int]]
@@ -212,7 +212,7 @@ def widths(
   known = dict(sizes)
   for letters in sorted(counts, key=len):
     ((found, _),) = counts[letters].most_common(1)
-    # Those that are known from other tensors explain a product of them.
+    # A size found in other tensors already explains this product.
     if found in (_product(letters, sizes), _product(letters, known)):
       continue
     if len(letters) == 1:
@@ -233,7 +233,7 @@ def _axes(
   config: config_lib.TransformerConfig,
   shapes: Mapping[str, Sequence[int]],
 ) -> Iterator[tuple[tuple[str, ...], int]]:
-  """Yields the letters of each axis of a row's tensors, and its size."""
+  """Yields the letters and the size of each axis of a row's tensors."""
   groups = [tuple(group) for group in row.groups()]
   for name in row.names(config):
     shape = shapes.get(name, ())

@@ -1,31 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens whatever a model is named by: a folder, a file, a name on the Hub."""
+"""Opening weights by location: a folder, a file, or a name on the Hub."""
 
 import pathlib
 
 from l2s_jax.models import config as config_lib
 from l2s_jax.weights import source as source_lib
 
-ADAPTER = 'adapter_config.json'  # of the package peft
+ADAPTER = 'adapter_config.json'  # written by the package peft
 
 
 def open_source(
   location: str, step: int | None = None, *, may_lack_steps: bool = False
 ) -> source_lib.Source:
-  """Opens whatever a model is named by.
+  """Opens weights of any supported format.
 
   Args:
-    location: a run of ours, a bundle, a converted or a Hugging Face folder, a
-      checkpoint of T5X, a GGUF file, or a name on the Hub, where there is no
-      such folder.
-    step: the checkpoint of a run or of T5X; None takes the newest.
-    may_lack_steps: whether `step` is passed over where there is one model
-      alone, such as what a run was converted to.
+    location: a run of this package, a bundle, a converted folder, a Hugging
+      Face folder, a T5X checkpoint, a GGUF file, or the name of a model on the
+      Hugging Face Hub if no such path exists.
+    step: checkpoint step of a run or a T5X checkpoint; None selects the newest.
+    may_lack_steps: whether to ignore `step` if the location holds a single
+      model without steps, such as the conversion of a run.
 
   Raises:
-    FileNotFoundError: if there are no weights that are known.
-    ValueError: if they are broken, or a part of a model, or `step` is asked
-      for of what has one model alone.
+    FileNotFoundError: if no weights of a known format are found.
+    ValueError: if the weights are damaged or incomplete, or `step` is given for
+      a location with a single model.
   """
   from l2s_jax.weights import converted, hub, manifest, runs
   from l2s_jax.weights.formats import (
@@ -47,10 +47,10 @@ def open_source(
         f'{location} is a bundle of step {has} alone, and step {step} was '
         'asked for. Leave the step out, or export the other step.'
       )
-    # As of a run, the SLM.
+    # As for a run, the SLM of an LLM-to-SLM model.
     name = 'slm' if (folder / 'slm').is_dir() else 'model'
     return converted.ConvertedFolder(folder / name)
-  # TensorFlow left a file `checkpoint` beside some.
+  # Some Hugging Face folders also have TensorFlow's file `checkpoint`.
   is_theirs = (folder / huggingface.CONFIG).is_file() and tensor_files.are_in(
     folder
   )
@@ -72,7 +72,11 @@ def open_source(
 
 
 def check_no_adapter(folder: pathlib.Path) -> None:
-  """Refuses a folder of LoRA's matrices alone, and says of which model."""
+  """Refuses a folder with LoRA adapter weights but no base model.
+
+  Raises:
+    ValueError: names the base model and the way to merge the adapter.
+  """
   from l2s_jax.weights.formats import tensor_files
 
   path = folder / ADAPTER

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer that came with weights, whatever form they have."""
+"""Loading the tokenizer stored with a model's weights, in any format."""
 
 import functools
 import pathlib
@@ -13,20 +13,20 @@ from l2s_jax.weights.formats import gguf_file, t5x
 def load(
   location: str, *, extra_ids: int = 0, setting: str = 'VOCABULARY'
 ) -> base.Vocabulary:
-  """Returns the tokenizer beside weights, or in them.
+  """Returns the tokenizer stored beside weights, or inside them (GGUF).
 
   Args:
-    location: what the weights are named by, see `opening.open_source`.
+    location: location of the weights, see `opening.open_source`.
     extra_ids: see `loading.load`.
-    setting: what else names a tokenizer, for the error.
+    setting: gin setting that can name a tokenizer instead, for the error.
 
   Raises:
-    ValueError: if the weights bring none; says what to set.
+    ValueError: if the weights have no tokenizer; names `setting`.
   """
   path = pathlib.Path(location)
   if hub.is_name(location):
     path = hub.download(location)
-  if (path / 'model.json').is_file():  # What it writes in, of a run.
+  if (path / 'model.json').is_file():  # The answer tokenizer.
     return runs.load_vocabulary(path, runs.read_description(path), 'answer')
   if manifest.is_export(path, manifest.BUNDLE):
     path = path / runs.VOCABULARIES / 'answer'
@@ -45,7 +45,7 @@ def load(
 
 
 def vocabularies_are_in(folder: pathlib.Path) -> bool:
-  """Returns whether a folder has a file that a tokenizer may be read from."""
+  """Returns whether a folder holds a tokenizer file."""
   return any((folder / name).is_file() for name in tokenizer_files.ALL_FILES)
 
 
@@ -59,7 +59,10 @@ def _asks_for_one(location: str, setting: str) -> str:
 
 @functools.cache
 def _out_of_gguf(location: str, setting: str) -> pathlib.Path:
-  """Returns a folder with the tokenizer of a GGUF file, until the end."""
+  """Extracts the tokenizer of a GGUF file into a temporary folder.
+
+  The folder is removed when the process ends.
+  """
   folder = tempfile.TemporaryDirectory(prefix='l2s_jax-tokenizer-')
   _KEPT.append(folder)
   path = pathlib.Path(folder.name)
@@ -68,5 +71,5 @@ def _out_of_gguf(location: str, setting: str) -> pathlib.Path:
   return path
 
 
-# Removed when the process ends.
+# Keeps references, since garbage collection would remove the folders.
 _KEPT: list[tempfile.TemporaryDirectory[str]] = []

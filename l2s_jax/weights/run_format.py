@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The format of what the package writes about its own folders, and older ones.
+"""Versions of the package's own JSON files, and their migrations.
 
-Seven files carry a `format_version`, the same number for all: `model.json` of a
-run, `weights.json` of a converted folder, `settings.json` of an inference,
-`distilled.json` of answers to train on, `cache.json` of a token cache,
-`features.json` beside it (and the plans from which these come) and
-`manifest.json` of an export. A file of an
-older format is brought up to this one as it is read; nobody else knows of older
-formats.
+Seven files carry a `format_version`, one number for all: `model.json` of a run,
+`weights.json` of a converted folder, `settings.json` of an inference output,
+`distilled.json` of a distilled data set, `cache.json` of a token cache,
+`features.json` of cached LLM states (and of the plans for them), and
+`manifest.json` of an export. A file of an older version is migrated when it is
+read; the rest of the package handles the current version only.
 
 A new field of a config, or of a run's system (`runs._LATER`), needs no new
-version: where it is absent it has its default, which must mean what was done
-before. Anything else that changes does:
-add 1 to `FORMAT_VERSION`, and to `MIGRATIONS` the function that makes a
-description of the version before one of the new version. `tests/kept_runs` has
-folders of older versions.
+version: an absent field takes its default, which must mean the earlier
+behavior. For any other change, increment `FORMAT_VERSION` and add to
+`MIGRATIONS` the function from the previous version to the new one.
+`tests/kept_runs` holds folders of older versions.
 """
 
 import os
@@ -34,24 +32,24 @@ FEATURES = 'features.json'
 EXPORT = 'manifest.json'
 
 Description = dict[str, Any]
-# The keys that an object may have; where the value is a mapping, those of the
-# object that is its value.
+# Allowed keys of a JSON object. A mapping as value gives the allowed keys of
+# the nested object.
 Known = Mapping[str, Any]
 
 
 def _to_2(kind: str, description: Description) -> Description:
-  """Says that it is not known which version wrote a file."""
+  """Adds `written_by`, unknown for files of version 1."""
   del kind
   return description | {'written_by': None}
 
 
-# From the version to the next; each takes RUN, CONVERTED, ANSWERS, DISTILLED,
-# CACHE, FEATURES or EXPORT, and what such a file holds.
+# By version: the function that migrates a file to the next version. Arguments
+# are the file name (RUN, CONVERTED, ...) and the content.
 MIGRATIONS: dict[int, Callable[[str, Description], Description]] = {1: _to_2}
 
 
 def stamp() -> Description:
-  """Returns what a file says of its format."""
+  """Returns the version fields of a new file."""
   return {
     'format_version': FORMAT_VERSION,
     'written_by': l2s_jax.__version__,
@@ -65,16 +63,17 @@ def migrate(
   *,
   remedy: str,
 ) -> Description:
-  """Returns a description in the format of this version.
+  """Migrates the content of a file to the current format version.
 
   Args:
     kind: RUN, CONVERTED, ANSWERS, DISTILLED, CACHE, FEATURES or EXPORT.
-    description: what the file holds.
-    path: of the file, for errors.
-    remedy: for one that is broken, as `files.read_json` takes it.
+    description: the content of the file.
+    path: the file, for errors.
+    remedy: the fix for a damaged file, as in `files.read_json`.
 
   Raises:
-    ValueError: if a newer version wrote it, or it does not say its version.
+    ValueError: if the version is missing or invalid, or newer than
+      `FORMAT_VERSION`.
   """
   if 'format_version' not in description:
     raise ValueError(f'{path} lacks format_version. {_sentence(remedy)}')
@@ -104,18 +103,21 @@ def read_sealed(
   known: Callable[[Description], Known],
   remedy: str,
 ) -> Description:
-  """Returns what a file with a digest holds, in the format of this version.
+  """Reads, verifies and migrates a file that carries its own digest.
 
   Args:
     kind: CACHE, FEATURES or EXPORT.
-    path: of the file.
-    keys: that it must have, as `files.check_keys` takes them.
-    known: from what it holds to what it may hold.
-    remedy: for one that is broken, as `files.read_json` takes it.
+    path: the file.
+    keys: required keys, as in `files.check_keys`.
+    known: function from the content to its allowed keys.
+    remedy: the fix for a damaged file, as in `files.read_json`.
+
+  Returns:
+    The content in the current format version, without its digest.
 
   Raises:
-    ValueError: if it is damaged, a newer version wrote it, or it has what this
-      version does not know.
+    ValueError: if the file is damaged, was written by a newer version, or has
+      unknown keys.
   """
   content = files.read_json(path, remedy=remedy)
   found = migrate(kind, content, path, remedy=remedy)
@@ -134,15 +136,15 @@ def refuse_unknown(
   *,
   remedy: str,
 ) -> None:
-  """Refuses fields that this version does not know, at any level.
+  """Refuses fields unknown to this version, at any depth.
 
-  A field that is passed over would be a setting without effect.
+  An ignored field would be a setting without effect.
 
   Args:
-    description: in the format of this version.
-    known: what it may hold.
-    path: of the file, for errors.
-    remedy: for one that is broken, as `files.read_json` takes it.
+    description: content in the current format version.
+    known: its allowed keys.
+    path: the file, for errors.
+    remedy: the fix for a damaged file, as in `files.read_json`.
 
   Raises:
     ValueError: names the fields and the version that wrote them.
@@ -159,12 +161,15 @@ def refuse_unknown(
 def with_defaults(
   description: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> Description:
-  """Returns a description whose objects have defaults for absent fields.
+  """Fills in defaults for absent fields of nested objects.
 
   Args:
-    description: in the format of this version.
-    defaults: by the key of an object in it, those of its fields; an object that
-      `description` lacks as a whole stays absent.
+    description: content in the current format version.
+    defaults: the default fields by the key of a nested object. An object absent
+      from `description` stays absent.
+
+  Returns:
+    A new description.
   """
   return dict(description) | {
     key: {**default, **description[key]}
@@ -187,7 +192,7 @@ def _writer(description: Mapping[str, Any]) -> str:
 def _unknown(
   description: Mapping[str, Any], known: Known, prefix: str = ''
 ) -> list[str]:
-  """Returns the names of the fields that are not known."""
+  """Returns the dotted names of the unknown fields."""
   names = []
   for key, value in sorted(description.items()):
     if key not in known:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that a run of ours has trained."""
+"""Weights and description of a training run of this package."""
 
 import dataclasses
 import functools
@@ -17,13 +17,13 @@ from l2s_jax.vocabularies import base, loading
 from l2s_jax.weights import run_format, saved_steps
 
 VOCABULARIES = 'vocabularies'
-# What may differ between starts of one run: where its LLM is, and how it is
-# computed.
+# Fields that may change between starts of one run: the location of its LLM, and
+# runtime options without effect on the parameters.
 MAY_CHANGE = ('llm_path', 'frozen_dtype', *config_lib.RUNTIME_FIELDS)
-# What is of the file, not of the run.
+# Fields about the file itself.
 _OF_THE_FILE = ('format_version', 'written_by')
 _REMEDY = 'copy it again from where the run was made.'
-# What `model.json` must hold, by kind of system.
+# Required keys of `model.json`, by kind of system.
 _KEYS = {
   'language_model': {*_OF_THE_FILE, 'config', 'vocabularies'},
   'llm_to_slm': {
@@ -39,7 +39,7 @@ _KEYS = {
     'vocabularies',
   },
 }
-# What came later, and what its absence means.
+# Fields added in later versions, with their defaults.
 _LATER: dict[str, dict[str, Any]] = {
   'language_model': {},
   'llm_to_slm': {
@@ -48,7 +48,7 @@ _LATER: dict[str, dict[str, Any]] = {
     'llm_prefix_ids': [],
   },
 }
-# Of these keys, those that hold a TransformerConfig.
+# Keys with a TransformerConfig as value.
 _CONFIGS = ('config', 'llm', 'slm')
 _IDS = dict.fromkeys(('start', 'eos', 'pad', 'bos'))
 
@@ -56,15 +56,18 @@ _IDS = dict.fromkeys(('start', 'eos', 'pad', 'bos'))
 def check_description(
   description: Mapping[str, Any], path: pathlib.Path
 ) -> dict[str, Any]:
-  """Returns a description as this version writes it, with all its fields.
+  """Validates the content of `model.json` and migrates it.
 
   Args:
-    description: what `model.json` holds.
-    path: of the file, for errors.
+    description: the content of `model.json`.
+    path: the file, for errors.
+
+  Returns:
+    The description in the current format version, with all its fields.
 
   Raises:
-    ValueError: if it lacks something, has what this version does not know, or
-      a newer version wrote it.
+    ValueError: if a field is missing or unknown, or a newer version wrote the
+      file.
   """
   description = run_format.migrate(
     run_format.RUN, description, path, remedy=_REMEDY
@@ -101,25 +104,32 @@ def check_description(
 def differences(
   found: Mapping[str, Any], wanted: Mapping[str, Any], **words: str
 ) -> list[str]:
-  """Returns a line for each thing that makes two descriptions other runs.
+  """Returns a line for each field in which two run descriptions differ.
+
+  Fields that may change between starts of one run are ignored.
 
   Args:
     found: a description.
-    wanted: another.
-    **words: for `files.differences`.
+    wanted: the description to compare it with.
+    **words: wording of the lines, see `files.differences`.
   """
   ignored = (*MAY_CHANGE, *_OF_THE_FILE)
   return files.differences(found, wanted, ignored=ignored, **words)
 
 
 def read_description(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns what a run's `model.json` says, in the format of this version.
+  """Reads `model.json` of a run, in the current format version.
 
-  Fields of configs that came after it was written have their defaults.
+  Config fields added after the file was written take their defaults. With
+  `integrity.verification` on, the description is compared with the one stored
+  in the checkpoints.
+
+  Args:
+    folder: the run.
 
   Raises:
-    ValueError: if it is torn, lacks something, has what this version does not
-      know, or is not the description that the checkpoints were saved with.
+    ValueError: if the file is damaged, has missing or unknown fields, or
+      differs from the description in the checkpoints.
   """
   path = folder / 'model.json'
   description = check_description(files.read_json(path, remedy=_REMEDY), path)
@@ -143,16 +153,16 @@ def read_description(folder: pathlib.Path) -> dict[str, Any]:
 def load_vocabulary(
   folder: pathlib.Path, description: Mapping[str, Any], name: str
 ) -> base.Vocabulary:
-  """Returns a vocabulary of a run, which is the one that it began with.
+  """Loads a tokenizer of a run and compares its fingerprint.
 
   Args:
     folder: the run.
-    description: what its `model.json` says.
+    description: the content of its `model.json`.
     name: 'prompt' or 'answer'.
 
   Raises:
-    FileNotFoundError: if it is missing.
-    ValueError: if it is broken, or another.
+    FileNotFoundError: if the tokenizer is missing.
+    ValueError: if it is damaged, or is not the tokenizer of the training.
   """
   place = folder / VOCABULARIES / name
   vocabulary = loading.load(place)
@@ -167,17 +177,21 @@ def load_vocabulary(
 
 
 class Run:
-  """A checkpoint of a run; of an LLM-to-SLM run, its SLM."""
+  """A checkpoint of a run, as a `source.Source`.
+
+  Of an LLM-to-SLM run, the source holds the SLM. LoRA weights are merged into
+  their kernels.
+  """
 
   def __init__(self, folder: pathlib.Path, step: int | None = None):
     """Opens a run's folder.
 
     Args:
-      folder: the one with `model.json`.
-      step: the checkpoint; None takes the newest.
+      folder: the folder with `model.json`.
+      step: checkpoint step; None selects the newest.
 
     Raises:
-      ValueError: if `model.json` is torn, or lacks something.
+      ValueError: if `model.json` is damaged or incomplete.
     """
     self.location = str(folder)
     self.model_type: str | None = None
@@ -193,7 +207,7 @@ class Run:
       self.config = config_lib.from_json(self.description['slm'], path, 'slm')
     else:
       self.config = config_lib.from_json(self.description['config'], path)
-    # What others read of a run has LoRA merged.
+    # Readers of a run get kernels with LoRA merged.
     self._alpha = self.config.lora_alpha if self.config.lora_rank else None
     if self._alpha is not None:
       defaults = config_lib.TransformerConfig
@@ -225,14 +239,14 @@ class Run:
 
   def read(self, path: tuple[str, ...], layer: int | None = None) -> np.ndarray:
     full = self._prefix + path
-    if self._held[0] != full:  # A stack is asked for layer after layer.
+    if self._held[0] != full:  # Stacked tensors are read layer by layer.
       array = self._merged(full)
       self._held = (full, array)
     array = self._held[1]
     return array if layer is None else array[layer]
 
   def _merged(self, path: tuple[str, ...]) -> np.ndarray:
-    """Returns a tensor, with what LoRA has learned beside it, if anything."""
+    """Returns a tensor, with its LoRA factors merged if there are any."""
     beside = [path[:-1] + (name,) for name in lora.NAMES]
     if (
       self._alpha is None
@@ -252,7 +266,11 @@ class Run:
     return None
 
   def read_others(self) -> dict[tuple[str, ...], np.ndarray]:
-    """Returns what an LLM-to-SLM run trained beside its SLM: the projector."""
+    """Returns the trained parameters of an LLM-to-SLM run except the SLM's.
+
+    These are the projector and any other trained parts, by path. The result is
+    empty for a baseline run.
+    """
     if not self._prefix:
       return {}
     depth = len(self._prefix)

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the checkpoints of a run: which steps are there and good, their arrays.
+"""Reading and verifying the checkpoints of a run.
 
-A step's folder holds three items: `params`, the trained parameters alone;
-`optimizer`, with the step and the PRNG key; and `data`, the position of the
-last batch trained on, with the digests of all arrays and of itself. The frozen
-LLM is not among them. `training/checkpoint.py` writes them.
+The folder of a step holds three items: `params`, the trained parameters only;
+`optimizer`, with the optimizer state, the step and the PRNG key; and `data`,
+with the position of the input pipeline after the last trained batch, the
+digests of all arrays, and a digest of itself. The frozen LLM is not part of a
+checkpoint. `training/checkpoint.py` writes checkpoints.
 
-A step is compared with its digests before it is read. Where a step was not
-asked for, the newest good one is taken, and both are named.
+A checkpoint is compared with its digests before it is read. If no step was
+requested, the newest undamaged step is read; skipped and selected steps are
+logged.
 """
 
 import contextlib
@@ -33,12 +35,12 @@ PyTree = Any
 
 FOLDER = 'checkpoints'
 BEST = 'best.json'
-# Where training puts steps that are damaged, out of the way of new ones.
+# Subfolder to which training moves damaged checkpoints.
 DAMAGED = 'damaged'
 ITEMS = ('params', 'optimizer')
 DIGESTS = 'digests'
 MODEL = 'model'
-# What Orbax and TensorStore raise where files are missing, cut or changed.
+# Exceptions of Orbax and TensorStore for missing, truncated or changed files.
 _READING_ERRORS = (
   ValueError,
   KeyError,
@@ -50,11 +52,11 @@ _READING_ERRORS = (
 
 
 class DamagedError(ValueError):
-  """A checkpoint is not as it was saved."""
+  """A checkpoint is damaged: it differs from the saved one."""
 
 
 def steps(run_dir: str | pathlib.Path) -> list[int]:
-  """Returns the steps of a run that were saved whole, ascending."""
+  """Returns the steps of all complete checkpoints of a run, ascending."""
   folder = pathlib.Path(run_dir).absolute() / FOLDER
   if not folder.is_dir():
     return []
@@ -66,10 +68,12 @@ def steps(run_dir: str | pathlib.Path) -> list[int]:
 
 
 def best_step(run_dir: str | pathlib.Path) -> int | None:
-  """Returns the best step by the evaluations of the training, if it chose.
+  """Returns the best step by the evaluations during training, or None.
+
+  None means that training selected no best step yet (`BEST_METRIC`).
 
   Raises:
-    ValueError: if the file that says so is broken.
+    ValueError: if `best.json` is damaged.
   """
   path = pathlib.Path(run_dir) / BEST
   if not path.exists():
@@ -86,16 +90,16 @@ def best_step(run_dir: str | pathlib.Path) -> int | None:
 def params_folder(
   run_dir: str | pathlib.Path, step: int | Literal['best'] | None = None
 ) -> tuple[pathlib.Path, int]:
-  """Returns the folder of a run's good parameters at a step, and the step.
+  """Returns the folder of verified parameters, and their step.
 
   Args:
     run_dir: the run.
-    step: None takes the newest that is as it was saved, 'best' the best in the
-      evaluations of the training (BEST_METRIC).
+    step: a step; None selects the newest undamaged checkpoint, 'best' the best
+      checkpoint by the evaluations during training (`BEST_METRIC`).
 
   Raises:
-    FileNotFoundError: names the run and the steps it has.
-    DamagedError: if the step that was asked for, or every step, is damaged.
+    FileNotFoundError: if there is no such checkpoint; lists the existing steps.
+    DamagedError: if the requested checkpoint, or every checkpoint, is damaged.
   """
   folder = pathlib.Path(run_dir).absolute() / FOLDER
   found = steps(run_dir)
@@ -130,14 +134,23 @@ def params_folder(
 def newest_good(
   run_dir: str | pathlib.Path, items: Sequence[str]
 ) -> tuple[int | None, list[int]]:
-  """Returns the newest step that is as it was saved, and the bad ones after it.
+  """Returns the newest undamaged step and the damaged steps after it.
 
-  What is passed over is said, with the step that is taken instead.
+  Each damaged checkpoint is logged with the step used instead. All processes
+  must call it.
+
+  Args:
+    run_dir: the run.
+    items: items of a checkpoint to verify, see `problem`.
+
+  Returns:
+    The step, or None if there are no checkpoints; and the newer, damaged steps,
+    newest first.
 
   Raises:
-    DamagedError: if there are steps and none is good.
+    DamagedError: if there are checkpoints and all are damaged.
   """
-  # In all processes the same: the run may go on, and save, at this moment.
+  # All processes use one list: a running training may save at this moment.
   found = distributed.from_first(steps(run_dir))
   bad: dict[int, str] = {}
   for step in reversed(found):
@@ -160,16 +173,17 @@ def newest_good(
 def problem(
   run_dir: str | pathlib.Path, step: int, items: Sequence[str] = ITEMS[:1]
 ) -> str | None:
-  """Returns a sentence on what is wrong with a step; None if it is good.
+  """Returns a description of the damage of a checkpoint, or None.
 
-  Every array is read and compared with its digest; processes share the arrays
-  out among them, and all get the same answer. A step of an earlier version has
-  no digests: it must be readable, and that it is unchecked is said.
+  Every array is read and compared with its digest. The arrays are divided among
+  the processes, and all processes get the same result, so all must call it. A
+  checkpoint of an earlier version has no digests: its arrays must be readable,
+  and a message says that they are not verified.
 
   Args:
     run_dir: the run.
-    step: one of `steps`.
-    items: what of the step is to be read.
+    step: one of `steps(run_dir)`.
+    items: items of the checkpoint to verify.
   """
   folder = pathlib.Path(run_dir).absolute() / FOLDER / str(step)
   if not integrity.verification():
@@ -181,7 +195,7 @@ def problem(
 
 
 def _state_of_files(folder: pathlib.Path) -> tuple[Any, ...]:
-  """Returns what changes when a file of a folder does."""
+  """Returns path, size, mtime and inode of each file, as a cache key."""
   stats = ((path, path.stat()) for path in sorted(folder.rglob('*')))
   return tuple(
     (str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
@@ -199,7 +213,7 @@ def _problem(
 
 
 def _problem_here(folder: pathlib.Path, items: Sequence[str]) -> str | None:
-  """Returns what this process finds wrong with its part of a step."""
+  """Returns the damage found in this process's share of a checkpoint."""
   try:
     data = read_data(folder)
     saved_nsecs(folder / items[0])
@@ -237,7 +251,7 @@ def _problem_here(folder: pathlib.Path, items: Sequence[str]) -> str | None:
 
 
 def _open_array(folder: pathlib.Path, name: str) -> Any:
-  """Returns an array of an item that is read where it is indexed."""
+  """Opens an array of an item; indexing it reads the values."""
   return tensorstore.open(
     {
       'driver': 'zarr',
@@ -253,10 +267,13 @@ def _open_array(folder: pathlib.Path, name: str) -> Any:
 
 
 def read_data(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns the item `data` of a step as it was saved.
+  """Reads and verifies the item `data` of a checkpoint.
+
+  Args:
+    folder: the folder of the step.
 
   Raises:
-    DamagedError: if it is not.
+    DamagedError: if it is missing or differs from the saved one.
   """
   path = folder / 'data' / 'metadata'
   try:
@@ -271,7 +288,10 @@ def read_data(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def description(run_dir: str | pathlib.Path) -> dict[str, Any] | None:
-  """Returns the model's description as the newest readable step keeps it."""
+  """Returns the model description in the newest readable checkpoint.
+
+  Returns None if no checkpoint has one.
+  """
   for step in reversed(steps(run_dir)):
     folder = pathlib.Path(run_dir).absolute() / FOLDER / str(step)
     with contextlib.suppress(DamagedError):
@@ -282,7 +302,11 @@ def description(run_dir: str | pathlib.Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def reading(folder: pathlib.Path) -> Iterator[None]:
-  """Says what could not be read, where a library would say how."""
+  """Turns read errors of Orbax and TensorStore into `DamagedError`.
+
+  Args:
+    folder: the folder being read, named in the error.
+  """
   try:
     yield
   except DamagedError:
@@ -294,10 +318,15 @@ def reading(folder: pathlib.Path) -> Iterator[None]:
 
 
 def saved_nsecs(params: pathlib.Path) -> int:
-  """Returns when a step was saved, which a copy of it keeps.
+  """Returns the save time of a checkpoint, in ns since the epoch.
+
+  The time is stored in the checkpoint, so copies keep it.
 
   Args:
-    params: from `params_folder`.
+    params: folder of parameters, from `params_folder`.
+
+  Raises:
+    DamagedError: if the time is missing or unreadable.
   """
   with reading(params.parent):
     found = ocp.metadata.get_step_metadata(params.parent).init_timestamp_nsecs
@@ -311,7 +340,14 @@ def saved_nsecs(params: pathlib.Path) -> int:
 def restore_params(
   run_dir: str | pathlib.Path, step: int, shapes: PyTree, shardings: PyTree
 ) -> PyTree:
-  """Returns the trained parameters of one step, sharded as asked."""
+  """Restores the trained parameters of a step with the given shardings.
+
+  Args:
+    run_dir: the run.
+    step: the step to restore.
+    shapes: pytree of `jax.ShapeDtypeStruct`.
+    shardings: pytree of shardings of the same structure.
+  """
   folder, _ = params_folder(run_dir, step)
   target = partitioning.with_shardings(shapes, shardings)
   with reading(folder), ocp.StandardCheckpointer() as checkpointer:
@@ -321,7 +357,12 @@ def restore_params(
 def read_arrays(
   folder: pathlib.Path, paths: list[tuple[str, ...]]
 ) -> dict[tuple[str, ...], np.ndarray]:
-  """Reads single arrays of a checkpoint into host memory."""
+  """Reads selected arrays of a checkpoint item into host memory.
+
+  Args:
+    folder: folder of the item, such as `params`.
+    paths: paths of the arrays in the item's pytree.
+  """
   with reading(folder), ocp.PyTreeCheckpointer() as checkpointer:
     item = _nest({path: 0 for path in paths})
     restored = checkpointer.restore(
@@ -340,7 +381,11 @@ def read_arrays(
 def array_shapes(
   folder: pathlib.Path,
 ) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
-  """Returns path, shape and dtype of every array of a checkpoint."""
+  """Returns the shape and dtype of every array of a checkpoint item.
+
+  Args:
+    folder: folder of the item, such as `params`.
+  """
   with reading(folder), ocp.PyTreeCheckpointer() as checkpointer:
     metadata = checkpointer.metadata(folder).item_metadata.tree
     leaves = jax.tree_util.tree_leaves_with_path(metadata)

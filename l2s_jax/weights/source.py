@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pretrained weights: where they are kept, read one layer at a time.
+"""Interface to pretrained weights on disk, read one layer at a time.
 
-A source names its tensors as our parameters are named ("canonical names": the
-path in the tree, layers stacked), whatever the file calls them. The digest of a
-tensor is a hash of its layers as stored, before any cast, stacking or sharding;
-the fingerprint of a set of tensors is a hash of their names and digests. So a
-file that keeps layers apart has the fingerprint of one that stacks them.
+A source gives tensors their canonical names, whatever their names in the file:
+the path in our parameter tree, with layers stacked. The digest of a tensor is a
+hash of its layers as stored, before any cast, stacking or sharding. The
+fingerprint of a set of tensors is a hash of their names and digests. A file
+with separate layers therefore has the fingerprint of a file with stacked
+layers.
 """
 
 import dataclasses
@@ -26,15 +27,15 @@ from l2s_jax.weights import finite, misfits
 PyTree = Any
 
 
-@runtime_checkable  # for the tests' type checker
+@runtime_checkable  # for jaxtyping's runtime checks in tests
 class Source(Protocol):
   """Weights of one language model on disk.
 
   Attributes:
-    config: how the model is built.
-    location: where the weights are.
-    model_type: what transformers calls the family; None where nobody said.
-    special_ids: what its config.json says of token ids, by its keys.
+    config: the model config.
+    location: location of the weights.
+    model_type: `model_type` in the package transformers; None if unknown.
+    special_ids: special token ids by their keys in config.json.
   """
 
   config: config_lib.TransformerConfig
@@ -43,24 +44,30 @@ class Source(Protocol):
   special_ids: dict[str, Any]
 
   def step(self) -> int | None:
-    """Returns the checkpoint's step; None where there is only one."""
+    """Returns the checkpoint's step; None for weights without steps."""
 
   def shapes(self) -> dict[shapes_lib.Path, jax.ShapeDtypeStruct]:
-    """Returns shape and dtype, as stored, of every tensor."""
+    """Returns the shape and stored dtype of every tensor."""
 
   def read(self, path: shapes_lib.Path, layer: int | None = None) -> np.ndarray:
-    """Returns one tensor as stored, without a cast.
+    """Reads one tensor as stored, without a cast.
 
     Args:
-      path: its canonical name.
-      layer: of a stack, the one to read; None reads all.
+      path: canonical name.
+      layer: index of one layer of a stacked tensor; None reads all layers.
     """
 
   def name(self, path: shapes_lib.Path) -> str:
-    """Returns what the files call a tensor, there or not, for errors."""
+    """Returns the tensor's name in the files, for errors.
+
+    The tensor need not exist.
+    """
 
   def digest(self, path: shapes_lib.Path) -> str | None:
-    """Returns the tensor's digest where it is kept beside the weights."""
+    """Returns the digest stored with the weights; None if there is none.
+
+    For weights without digests, `load` computes them while reading.
+    """
 
 
 def load(
@@ -68,24 +75,25 @@ def load(
   shapes: PyTree,
   shardings: PyTree,
 ) -> tuple[PyTree, str]:
-  """Reads the tensors of a tree into their shards, one at a time.
+  """Reads the tensors of a pytree into sharded arrays, one at a time.
 
-  Where digests are kept beside the weights, processes share the tensors out
-  among them to compare them, and read of the others what their devices hold;
-  with `integrity.verification` off they compare none. Without digests each
-  process reads all, to take them. All processes must call it.
+  If digests are stored with the weights, the tensors are divided among the
+  processes for verification, and each process reads of the others only the
+  shards of its devices. With `integrity.verification` off nothing is verified.
+  Without stored digests each process reads all tensors to compute them. All
+  processes must call this function.
 
   Args:
-    source: where from.
-    shapes: tree of `jax.ShapeDtypeStruct`; its dtypes are cast to.
-    shardings: of each array.
+    source: the weights.
+    shapes: pytree of `jax.ShapeDtypeStruct`; tensors are cast to its dtypes.
+    shardings: pytree of shardings of the same structure.
 
   Returns:
     The parameters and their fingerprint.
 
   Raises:
-    ValueError: lists every tensor that is missing or has another shape, is
-      not what its digest says, or is read and holds what is not finite.
+    ValueError: lists every tensor that is missing, has another shape, does not
+      match its digest, or holds non-finite values.
   """
   wanted = traverse_util.flatten_dict(shapes)
   flat_shardings = traverse_util.flatten_dict(shardings)
@@ -114,13 +122,13 @@ def load(
 
 
 def read_fingerprint(source: Source, shapes: PyTree) -> str:
-  """Returns the fingerprint of the tensors of a tree; keeps none of them.
+  """Returns the fingerprint of the tensors of a pytree.
 
-  Read, a layer at a time, are those without digests beside the weights.
+  Tensors without stored digests are read layer by layer; none is kept.
 
   Args:
-    source: where from.
-    shapes: tree of `jax.ShapeDtypeStruct`.
+    source: the weights.
+    shapes: pytree of `jax.ShapeDtypeStruct`.
 
   Raises:
     ValueError: lists every tensor that is missing or has another shape.
@@ -142,13 +150,14 @@ def read_fingerprint(source: Source, shapes: PyTree) -> str:
 def demanded(
   config: config_lib.TransformerConfig, found: Collection[shapes_lib.Path]
 ) -> Mapping[shapes_lib.Path, jax.ShapeDtypeStruct]:
-  """Returns the tensors that weights must have: of all, or of an encoder.
+  """Returns the required tensors of a model config, with their shapes.
 
-  An encoder may come without its decoder: an LLM needs no more.
+  Encoder-only weights of an encoder-decoder config are accepted, since an LLM
+  needs its encoder only.
 
   Args:
-    config: how the model is built.
-    found: the tensors that are there.
+    config: the model config.
+    found: canonical names of the stored tensors.
   """
   shapes = shapes_lib.of_model(config)
   if config.is_encoder_decoder and shapes_lib.is_encoder_alone(found):
@@ -159,7 +168,15 @@ def demanded(
 def demanded_paths(
   config: config_lib.TransformerConfig, found: Collection[shapes_lib.Path]
 ) -> Collection[shapes_lib.Path]:
-  """Returns the names of the same: nothing of the config's size is made."""
+  """Returns the canonical names of `demanded`, for configs of any size.
+
+  The names come from a reduced config, so that a damaged config with huge sizes
+  costs nothing.
+
+  Args:
+    config: the model config.
+    found: canonical names of the stored tensors.
+  """
   small = dataclasses.replace(
     config,
     vocab_size=2,
@@ -185,15 +202,15 @@ def check_shapes(
   *,
   allow_others: bool = True,
 ) -> None:
-  """Refuses weights that lack a tensor or have one of another shape.
+  """Validates names and shapes of the stored tensors.
 
   Args:
-    source: has them.
-    wanted: the tensors that there must be.
-    allow_others: whether there may be more.
+    source: the weights.
+    wanted: the required tensors.
+    allow_others: whether the source may hold other tensors, too.
 
   Raises:
-    ValueError: lists the tensors.
+    ValueError: lists the missing, misshapen and unknown tensors.
   """
   expected = []
   for path, shape in wanted.items():
@@ -220,7 +237,13 @@ def check_shapes(
 def check_digests(
   source: Source, digests: Mapping[shapes_lib.Path, str]
 ) -> None:
-  """Refuses weights whose digests are not those that are kept beside them."""
+  """Compares computed digests with those stored with the weights.
+
+  All processes must call it; each passes the digests of its share.
+
+  Raises:
+    ValueError: lists the tensors that differ.
+  """
   changed = distributed.gather(
     [
       '/'.join(path)
@@ -238,25 +261,31 @@ def check_digests(
 def layers(
   path: shapes_lib.Path, shape: tuple[int, ...]
 ) -> Iterable[int | None]:
-  """Returns what `Source.read` takes to read a tensor layer by layer."""
+  """Returns the `layer` arguments of `Source.read` for layer-by-layer reading.
+
+  These are the layer indices of a stacked tensor, and (None,) for others.
+  """
   return range(shape[0]) if 'layers' in path else (None,)
 
 
 def digest_layer(array: np.ndarray) -> bytes:
-  """Returns the hash of one layer of a tensor, or of one that has none."""
+  """Returns the SHA-256 of one layer, or of a tensor that is not stacked."""
   hasher = hashlib.sha256(f'{array.dtype}{array.shape}'.encode())
-  # Bytes, since NumPy exports no buffer of bfloat16.
+  # As bytes, since NumPy exports no buffer of bfloat16.
   hasher.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
   return hasher.digest()
 
 
 def digest(layer_digests: Iterable[bytes]) -> str:
-  """Returns the digest of a tensor from those of its layers, in order."""
+  """Returns the digest of a tensor from the hashes of its layers, in order."""
   return hashlib.sha256(b''.join(layer_digests)).hexdigest()
 
 
 def fingerprint(digests: Mapping[shapes_lib.Path, str]) -> str:
-  """Returns the fingerprint of a set of tensors."""
+  """Returns the fingerprint of a set of tensors.
+
+  It is the SHA-256 of their canonical names and digests.
+  """
   lines = [f'{"/".join(path)} {digests[path]}\n' for path in sorted(digests)]
   return hashlib.sha256(''.join(lines).encode()).hexdigest()
 
@@ -271,7 +300,11 @@ def _read(
   wanted: jax.ShapeDtypeStruct,
   notes: finite.Notes,
 ) -> tuple[np.ndarray, str]:
-  """Returns a tensor, cast layer by layer, and its digest before that."""
+  """Reads a tensor without stored digest, casting it layer by layer.
+
+  Returns:
+    The tensor in the wanted dtype, and the digest of its stored values.
+  """
   if 'layers' not in path:
     array = source.read(path)
     notes.look(array, path)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches from a cache: each process reads its own rows of each of them.
+"""Batches from a cache: each process reads its own rows of each batch.
 
-The order of the examples (`order.py`) and their rows (`plans.py`) follow from
-the seed and the index of lengths; threads read and lay out the rows of this
-process ahead. No TensorFlow.
+The order of examples (`order.py`) and their rows (`plans.py`) are functions of
+the seed and the length index. Threads read and lay out the rows of this process
+ahead of training. No TensorFlow is needed.
 """
 
 import collections
@@ -23,9 +23,9 @@ from l2s_jax.data.cached import cache_format, feature_format, plans
 from l2s_jax.data.cached import order as order_lib
 from l2s_jax.vocabularies import base
 
-# Threads that read; each waits for the disk most of the time.
+# Number of reader threads, which mostly wait for the disk.
 _NUM_READERS = 4
-# Batches that they make before they are asked for.
+# Number of prefetched batches.
 _NUM_AHEAD = 8
 
 
@@ -44,28 +44,29 @@ def train_batches(
   num_epochs: int | None = None,
   features: Sequence[feature_format.Features] = (),
 ) -> 'CachedBatches':
-  """Returns shuffled batches, the same for the same arguments.
+  """Returns shuffled batches; equal arguments give equal batches.
 
-  Each epoch is an order of its own of the whole split; batches cross its end. A
-  mixture has its tasks by their rates, each of them by epochs of its own.
+  Each epoch is a new permutation of the whole split; batches cross epoch
+  boundaries. A mixture interleaves its tasks by their rates, each with its own
+  epochs.
 
   Args:
-    order: of the examples.
-    splits: of its tasks, which it numbers.
-    prompt_vocabulary: whose ids the prompts are.
-    answer_vocabulary: whose ids the answers are.
-    task_feature_lengths: `inputs` and `targets`, in tokens; longer is cut.
-    batch_size: rows, over all devices.
-    pack: whether a row holds several examples, for encoder-decoders.
-    length_buckets: as `batching.bucket_lengths` takes them.
-    position: where an earlier start has come to; None: the beginning.
-    rows: of each batch, those that this process reads; None: all.
-    num_epochs: None: without end. A mixture has no other.
-    features: of the splits, one each, which the batches are to have, too; or
-      none.
+    order: order of the examples.
+    splits: splits of the order's tasks, in its numbering.
+    prompt_vocabulary: vocabulary of the prompt ids.
+    answer_vocabulary: vocabulary of the answer ids.
+    task_feature_lengths: lengths of `inputs` and `targets`, in tokens. Longer
+      sequences are cut.
+    batch_size: number of rows over all devices.
+    pack: whether a row holds several examples; for encoder-decoders.
+    length_buckets: see `batching.bucket_lengths`.
+    position: position to resume from; None: the beginning.
+    rows: indices of this process's rows in each batch; None: all.
+    num_epochs: number of epochs; None: unlimited, as for all mixtures.
+    features: LLM features to add to the batches, one per split; or none.
 
   Raises:
-    ValueError: for buckets that are none.
+    ValueError: for invalid buckets.
   """
   num_examples = None
   if num_epochs is not None:
@@ -96,15 +97,15 @@ def train_batches(
 
 
 class CachedBatches(Iterator[batching.Part]):
-  """Parts of batches, read ahead, and what was cut in making them.
+  """Iterator over prefetched parts of batches, with counts of truncations.
 
-  The counts are of all processes' rows in those returned so far.
+  The counts cover the rows of all processes in the batches returned so far.
 
   Attributes:
-    num_examples: examples seen.
-    num_truncated_prompts: of these, how many had a longer prompt.
-    num_truncated_answers: likewise for the answer.
-    close: a function that ends the threads.
+    num_examples: number of examples.
+    num_truncated_prompts: number of these with a truncated prompt.
+    num_truncated_answers: number of these with a truncated answer.
+    close: function that stops the threads.
   """
 
   def __init__(
@@ -121,14 +122,14 @@ class CachedBatches(Iterator[batching.Part]):
     """Starts the threads.
 
     Args:
-      splits: of the tasks, as plans number them.
-      planned: the batches.
-      room: longest prompt and answer, in tokens.
-      rows: of each batch, those to be made.
-      batch_size: rows over all processes.
-      prompt_vocabulary: whose ids the prompts are.
-      answer_vocabulary: whose ids the answers are.
-      features: of the splits, or none.
+      splits: splits of the tasks, in the plans' numbering.
+      planned: plans of the batches.
+      room: maximum lengths of prompt and answer, in tokens.
+      rows: indices of this process's rows in each batch.
+      batch_size: number of rows over all processes.
+      prompt_vocabulary: vocabulary of the prompt ids.
+      answer_vocabulary: vocabulary of the answer ids.
+      features: features of the splits, or none.
     """
     self.num_examples = 0
     self.num_truncated_prompts = 0
@@ -144,7 +145,7 @@ class CachedBatches(Iterator[batching.Part]):
       answer_pad_id=answer_vocabulary.pad_id,
       start_id=answer_vocabulary.start_id,
     )
-    # Plans are made one after another, in one thread.
+    # The planner is sequential: one thread.
     self._planner = concurrent.futures.ThreadPoolExecutor(1)
     self._readers = concurrent.futures.ThreadPoolExecutor(_NUM_READERS)
     self._ahead: collections.deque[Any] = collections.deque()
@@ -161,7 +162,7 @@ class CachedBatches(Iterator[batching.Part]):
         (plan, self._readers.submit(_when_planned, self._maker, plan))
       )
     plan, made = self._ahead.popleft()
-    with contextlib.ExitStack() as failed:  # What is damaged is not left out.
+    with contextlib.ExitStack() as failed:  # Damaged batches are not skipped.
       failed.callback(self.close)
       part = made.result()
       failed.pop_all()
@@ -175,12 +176,12 @@ class CachedBatches(Iterator[batching.Part]):
     return part
 
   def parts(self) -> Iterator[batching.Part]:
-    """Returns itself; other batches have parts as well."""
+    """Returns itself: its items are parts."""
     return self
 
 
 class _Maker:
-  """Reads and lays out the rows of a process."""
+  """Maker of a process's rows: reads records and lays them out."""
 
   def __init__(
     self,
@@ -198,7 +199,7 @@ class _Maker:
     self._ids = ids
 
   def make(self, plan: plans.BatchPlan) -> batching.Part:
-    """Returns the part of a planned batch."""
+    """Returns this process's part of a planned batch."""
     cut = np.minimum(plan.stretch.lengths, plan.lengths)
     own = np.searchsorted(self._rows, plan.rows)
     own = np.minimum(own, len(self._rows) - 1)
@@ -241,8 +242,8 @@ class _Maker:
     )
 
   def _read(self, kind: str, stretch: plans.Stretch) -> list[bytes]:
-    """Returns the record of each example: of 'tokens', or of 'features'."""
-    if not hasattr(self._own, 'splits'):  # A reader has one place in a file.
+    """Returns the record of each example; `kind` is 'tokens' or 'features'."""
+    if not hasattr(self._own, 'splits'):  # A reader has a file position.
       self._own.splits = {
         'tokens': [split.reopened() for split in self._splits],
         'features': [split.reopened() for split in self._features],
@@ -278,7 +279,7 @@ def _look(
   start: int,
   stop: int,
 ) -> plans.Stretch:
-  """Returns the examples at places of an order, with their lengths."""
+  """Returns the examples in a range of an order, with their lengths."""
   tasks, examples = order.at(start, stop)
   lengths = np.zeros((len(tasks), 2), np.int64)
   for number, split in enumerate(splits):

@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a cache: a task's examples as token ids, with random access.
+"""The cache format: a task's examples as token ids, with random access.
 
 A cache is a folder:
 
-    cache.json      what was cached, of what; written last: without it there is
-                    no cache
+    cache.json      description of content and sources; written last, so it
+                    marks a complete cache
     TASK/SPLIT/00000-of-00002.array_record
-                    one record an example, in the task's own order
+                    one record per example, in the task's own order
     TASK/SPLIT/00000-of-00002.index.npy
-                    [n, 3] uint32: tokens of the prompt, tokens of the answer
-                    (both with EOS, before cutting), XXH32 of the record
+                    [n, 3] uint32: prompt tokens, answer tokens (both with EOS,
+                    before cutting), XXH32 of the record
 
-A record is two uint32, the numbers of tokens of prompt and answer, then the ids
-of both, then its columns of text as JSON in UTF-8. Ids are uint16 where both
-vocabularies have at most 65,536, else uint32; all is little-endian.
+A record is two uint32, the numbers of prompt and answer tokens, then the ids of
+both, then its text columns as JSON in UTF-8. Ids are uint16 if both
+vocabularies have at most 65,536 ids, else uint32. All numbers are
+little-endian.
 
-Neither TensorFlow nor SeqIO is imported. What makes a cache is in
-`cache_writer.py`.
+This module imports neither TensorFlow nor SeqIO. `cache_writer.py` writes
+caches.
 """
 
 import array
@@ -40,21 +41,21 @@ from l2s_jax.runtime import files, integrity, os_errors
 from l2s_jax.weights import run_format
 
 FILE = run_format.CACHE
-# A group of one record is the unit of reading: no neighbour is unpacked. So
-# records of 300 bytes and of 4 KiB take 2 and 9 us to write, and 356 and 2,470
-# bytes; by zstd, which earlier caches have, 7 and 17 us, and 336 and 1,810.
+# With one record per group, a read unpacks no neighbours. Records of 300 bytes
+# and 4 KiB then take 2 and 9 us to write, and 356 and 2,470 bytes on disk; with
+# zstd, as in earlier caches, 7 and 17 us, and 336 and 1,810 bytes.
 WRITER_OPTIONS = 'group_size:1,snappy'
-# One record after another, with small buffers, a core reads 60 tokens in 5 us;
-# with `read` of a list of 32, which has threads of its own, in 23 us, and with
-# buffers of 1 MiB in 50 us.
+# Measured per record of 60 tokens on one core: 5 us one at a time with small
+# buffers; 23 us with a list of 32 records per `read`, which uses threads of its
+# own; 50 us with buffers of 1 MiB.
 READER_OPTIONS = 'readahead_buffer_size:0,max_parallelism:0'
 _READER_BUFFER_BYTES = 4096
 _HEADER = struct.Struct('<II')
-# From lists, `array` is three times as fast as NumPy.
+# `array` converts lists three times as fast as NumPy.
 _TYPECODES = {'uint16': 'H', 'uint32': 'I'}
 _DTYPES: dict[str, Any] = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(',', ':'))
-# What `cache.json` has, and of it each split.
+# Keys of `cache.json`, and of each split in it.
 _KEYS: dict[str, Any] = {
   'format_version': int,
   'key': dict,
@@ -68,7 +69,7 @@ _REMEDY = 'it is part of no whole cache: remove the folder and cache again.'
 
 
 def id_dtype(*vocab_sizes: int) -> str:
-  """Returns the type of the ids of vocabularies: 'uint16' or 'uint32'."""
+  """Returns the smallest dtype for the ids: 'uint16' or 'uint32'."""
   return 'uint16' if max(vocab_sizes) <= 1 << 16 else 'uint32'
 
 
@@ -78,7 +79,7 @@ def encode(
   texts: Mapping[str, Any],
   dtype: str,
 ) -> bytes:
-  """Returns the record of an example; the arguments are `encode_all`'s."""
+  """Returns the record of an example; see `encode_all` for the arguments."""
   columns = {name: [text] for name, text in texts.items()}
   return encode_all([prompt], [answer], columns, dtype)[0]
 
@@ -94,9 +95,9 @@ def encode_all(
   Args:
     prompts: ids with EOS.
     answers: ids with EOS.
-    columns: for people and for scores, as JSON has them. Bytes that are no
-      UTF-8 are kept as Python's surrogate escapes.
-    dtype: of ids, from `id_dtype`.
+    columns: text columns for inspection and scoring, as JSON values. Bytes that
+      are not UTF-8 are kept as Python's surrogate escapes.
+    dtype: dtype of the ids, from `id_dtype`.
   """
   typecode = _TYPECODES[dtype]
   texts = _as_json(columns, len(prompts))
@@ -123,7 +124,10 @@ def _little_endian(
 
 
 def _as_json(columns: Mapping[str, Sequence[Any]], num_rows: int) -> list[str]:
-  """Returns the object of each row; an encoder for each would take longer."""
+  """Returns the JSON object of each row.
+
+  Columns are encoded at once: one encoder call per row would be slower.
+  """
   if not columns:
     return ['{}'] * num_rows
   values = [
@@ -143,7 +147,7 @@ def _as_json(columns: Mapping[str, Sequence[Any]], num_rows: int) -> list[str]:
 
 
 def decode_ids(record: bytes, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the ids of prompt and answer; they share the record's memory."""
+  """Returns the ids of prompt and answer, as views of the record's memory."""
   num_prompt, num_answer = _HEADER.unpack_from(record)
   ids = np.frombuffer(
     record, _DTYPES[dtype], num_prompt + num_answer, _HEADER.size
@@ -152,24 +156,24 @@ def decode_ids(record: bytes, dtype: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decode_texts(record: bytes, dtype: str) -> dict[str, Any]:
-  """Returns the columns of text of a record."""
+  """Returns the text columns of a record."""
   num_ids = sum(_HEADER.unpack_from(record))
   text = record[_HEADER.size + num_ids * np.dtype(dtype).itemsize :]
   return json.loads(text.decode('utf-8', 'surrogatepass'))
 
 
 def checksum(record: bytes) -> int:
-  """Returns the checksum that the index has of a record."""
+  """Returns the checksum of a record, stored in the index."""
   return xxhash.xxh32_intdigest(record)
 
 
 def index_digest(index: np.ndarray) -> str:
-  """Returns the digest that `cache.json` has of a shard's index."""
+  """Returns the digest of a shard's index, stored in `cache.json`."""
   return integrity.digest(index)
 
 
 def folder_name(name: str) -> str:
-  """Returns the name of the folder of a task or a split."""
+  """Returns the folder name of a task or a split."""
   quoted = urllib.parse.quote(name, safe=' =,+[]')
   return f'%2E{quoted[1:]}' if quoted.startswith('.') else quoted
 
@@ -178,30 +182,31 @@ def shard_path(folder: pathlib.Path, shard: int, num_shards: int) -> str:
   """Returns the path of a shard without its ending.
 
   Args:
-    folder: of the split.
-    shard: from 0.
-    num_shards: of the split.
+    folder: folder of the split.
+    shard: number of the shard, from 0.
+    num_shards: number of shards of the split.
   """
   return str(folder / f'{shard:05d}-of-{num_shards:05d}')
 
 
 class Split:
-  """The examples of a split by their numbers, in the task's own order.
+  """The examples of a split by number, in the task's own order.
 
-  Reading is safe from several threads. Pickles carry the place, not what is
-  open. A subclass has other files of the same examples.
+  Reading is thread-safe. A pickled split carries its location, not its open
+  files. Subclasses read other files about the same examples.
 
   Attributes:
-    task: its name.
-    split: its name.
-    num_examples: in all shards.
-    dtype: of ids.
+    task: name of the task.
+    split: name of the split.
+    num_examples: number of examples in all shards.
+    dtype: dtype of the ids.
   """
 
-  # Before the endings of its files, and in its index.
+  # Infix of the file names, and number of columns of the index.
   _kind = ''
   _num_columns = 3
-  # What names its shards, and makes them.
+  # For error messages: the file that lists the shards, and the way to remake
+  # them.
   _file = FILE
   _again = 'cache again'
   _remedy = _REMEDY
@@ -214,11 +219,14 @@ class Split:
     content: Mapping[str, Any],
     dtype: str,
   ):
-    """Keeps where the shards are; each is opened when first read.
+    """Stores the locations of the shards; each is opened at first use.
 
     Args:
-      folder: of the cache.
-      content: what `cache.json` has of the split.
+      folder: folder of the cache.
+      task: name of the task.
+      split: name of the split.
+      content: the split's entry in `cache.json`.
+      dtype: dtype of the ids.
     """
     self.task = task
     self.split = split
@@ -231,7 +239,7 @@ class Split:
     self._set_closed()
 
   def reopened(self) -> 'Split':
-    """Returns the same examples with readers of their own, for a thread."""
+    """Returns a copy with readers of its own, for use in a thread."""
     other = copy.copy(self)
     other._indexes = self._indexes
     return other
@@ -256,24 +264,24 @@ class Split:
     return self.read([number])[0]
 
   def read(self, numbers: Sequence[int] | np.ndarray) -> list[bytes]:
-    """Returns records by their numbers, in the order asked for.
+    """Returns records by number, in the requested order.
 
     Raises:
       IndexError: if there is no such example.
-      ValueError: naming shard and place of a record that is not as written.
+      ValueError: naming shard and place of a damaged record.
     """
     shards, places = self._places(numbers)
-    with self._lock:  # A reader has one place in its file.
+    with self._lock:  # A reader has a file position.
       return [
         self._record(shard, place)
         for shard, place in zip(shards.tolist(), places.tolist(), strict=True)
       ]
 
   def lengths_of(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Returns [n, 2] uint32, the lengths of examples by their numbers."""
+    """Returns prompt and answer lengths of examples, [n, 2] uint32."""
     shards, places = self._places(numbers)
     lengths = np.zeros((len(numbers), 2), np.uint32)
-    # Those of a shard stand together: there may be many shards.
+    # Groups examples by shard: there may be many shards.
     order = np.argsort(shards, kind='stable')
     found, firsts = np.unique(shards[order], return_index=True)
     for shard, own in zip(
@@ -285,7 +293,7 @@ class Split:
   def _places(
     self, numbers: Sequence[int] | np.ndarray
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the shards of examples, and their places there, from 0.
+    """Returns the shard of each example, and its place in the shard, from 0.
 
     Raises:
       IndexError: if there is no such example.
@@ -364,7 +372,7 @@ class Split:
             f'Remove it and {self._file}, and {self._again}: the other shards '
             'are kept.'
           )
-        self._indexes[shard] = np.asarray(index)  # A memmap is slow to index.
+        self._indexes[shard] = np.asarray(index)  # Indexing a memmap is slow.
       return self._indexes[shard]
 
 
@@ -374,13 +382,13 @@ def load_index(
   num_columns: int = 3,
   remedy: str = _REMEDY,
 ) -> np.ndarray:
-  """Returns the index of a shard, [n, columns] uint32.
+  """Loads the index of a shard, [n, columns] uint32.
 
   Args:
-    path: of the file.
-    num_examples: that it must have; None: any number.
-    num_columns: that it must have.
-    remedy: what the user can do, for errors.
+    path: path of the file.
+    num_examples: expected number of rows; None: any.
+    num_columns: expected number of columns.
+    remedy: advice for the user, for error messages.
 
   Raises:
     FileNotFoundError: if there is no such file.
@@ -407,11 +415,11 @@ def load_index(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenCache:
-  """A whole cache.
+  """A complete cache.
 
   Attributes:
-    folder: where it is.
-    content: what `cache.json` holds, without its digest.
+    folder: folder of the cache.
+    content: content of `cache.json`, without its digest.
   """
 
   folder: pathlib.Path
@@ -422,17 +430,20 @@ class TokenCache:
 
   @property
   def key(self) -> Mapping[str, Any]:
-    """All that the examples were made from."""
+    """Everything that determines the examples; see `caching.cache_key`."""
     return self.content['key']
 
   @property
   def dtype(self) -> str:
-    """The type of ids."""
+    """Dtype of the ids."""
     return self.content['dtype']
 
   @property
   def digest(self) -> str:
-    """Of its examples, by the digests of their indexes; in any format."""
+    """Digest of all examples, from the digests of the indexes.
+
+    It does not depend on the format version.
+    """
     digests = {
       task: {
         name: split['index_digests']
@@ -444,17 +455,17 @@ class TokenCache:
 
   @property
   def tasks(self) -> Mapping[str, Any]:
-    """What there is of each task: `splits`, `columns` of texts, `metrics`."""
+    """Per task: `splits`, `columns` of text, and `metrics`."""
     return self.content['tasks']
 
   @property
   def rates(self) -> Mapping[str, float]:
-    """The rate of each task; of a single one it means nothing."""
+    """Mixture rate of each task; unused for a single task."""
     return self.content['rates']
 
   @property
   def splits(self) -> list[str]:
-    """Those that any of the tasks has."""
+    """Splits of any of the tasks, sorted."""
     names = {name for task in self.tasks.values() for name in task['splits']}
     return sorted(names)
 
@@ -462,7 +473,7 @@ class TokenCache:
     """Returns the examples of a task's split, the same object every time.
 
     Raises:
-      ValueError: if the cache has none of that name.
+      ValueError: if the cache has no such split.
     """
     splits = self.tasks[task]['splits'] if task in self.tasks else {}
     if split not in splits:
@@ -481,10 +492,10 @@ class TokenCache:
 
 
 def open_cache(folder: str | os.PathLike[str]) -> TokenCache:
-  """Opens a cache; reads nothing but `cache.json`.
+  """Opens a cache; reads only `cache.json`.
 
   Raises:
-    FileNotFoundError: if there is none, or none that is complete.
+    FileNotFoundError: if the cache is missing or incomplete.
     ValueError: if it is damaged or of another format.
   """
   folder = files.local_folder(os.fspath(folder), 'CACHE_DIR')
@@ -502,15 +513,15 @@ def open_cache(folder: str | os.PathLike[str]) -> TokenCache:
 
 
 def read_description(path: pathlib.Path, remedy: str) -> dict[str, Any]:
-  """Returns what `cache.json` holds, or the plan of one, in today's format.
+  """Reads `cache.json`, or the plan of a cache, in the current format.
 
   Args:
-    path: of the file.
-    remedy: for one that is broken, as `files.read_json` takes it.
+    path: path of the file.
+    remedy: advice for a broken file, as for `files.read_json`.
 
   Raises:
-    ValueError: if it is damaged, a newer version wrote it, or it has what this
-      version does not know.
+    ValueError: if the file is damaged, has unknown keys, or was written by a
+      newer version.
   """
   return run_format.read_sealed(
     FILE, path, keys=_KEYS, known=_known, remedy=remedy
@@ -518,7 +529,7 @@ def read_description(path: pathlib.Path, remedy: str) -> dict[str, Any]:
 
 
 def _known(description: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns what a description may hold, by the tasks and splits it has."""
+  """Returns the known keys of a description with its tasks and splits."""
   known: dict[str, Any] = dict.fromkeys((*_KEYS, 'written_by'))
   known['tasks'] = {
     task: {

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SeqIO tasks that read a cache, to be scored; the one use of TensorFlow here.
+"""SeqIO tasks that read a cache, for evaluation; the package's TensorFlow code.
 
-Their examples have ids, lengths before cutting, and the columns of text, as
-those of `tasks.bind` do.
+Their examples have ids, lengths before cutting, and text columns, like those of
+`tasks.bind`.
 """
 
 import functools
@@ -29,15 +29,15 @@ def task(
   answer_vocabulary: base.Vocabulary,
   metric_fns: Sequence[Any],
 ) -> 'seqio.Task':
-  """Returns a SeqIO task of one of the tasks in a cache.
+  """Returns a SeqIO task for one task of a cache.
 
   Args:
-    cache: the whole of it.
-    name: of the task.
-    split: that is scored.
-    prompt_vocabulary: whose ids the prompts are.
-    answer_vocabulary: whose ids the answers are.
-    metric_fns: of the task.
+    cache: the token cache.
+    name: name of the task.
+    split: split to be scored.
+    prompt_vocabulary: vocabulary of the prompt ids.
+    answer_vocabulary: vocabulary of the answer ids.
+    metric_fns: metrics of the task.
   """
   from l2s_jax.data import features
   from l2s_jax.data.features import seqio
@@ -64,10 +64,10 @@ def _dataset(
   shuffle_files: bool = False,
   seed: int | None = None,
 ) -> 'tf.data.Dataset':
-  """Returns the examples of a split in their own order."""
+  """Returns the examples of a split in the task's own order."""
   from l2s_jax.data.features import tf
 
-  del shuffle_files, seed  # It is not for training.
+  del shuffle_files, seed  # Evaluation does not shuffle.
   ids, number = tf.TensorSpec([None], tf.int32), tf.TensorSpec([], tf.int32)
   specs = {
     'inputs': ids,
@@ -104,7 +104,7 @@ def _as_bytes(text: str | Sequence[str], is_list: bool) -> Any:
 def _text_columns(
   cache: cache_format.TokenCache, name: str, split: str
 ) -> dict[str, bool]:
-  """Returns the columns of text, and whether each holds several texts."""
+  """Returns the text columns, and whether each holds a list of texts."""
   texts = next(_examples(cache, name, split, block=1))[2]
   return {
     column: isinstance(value, list)
@@ -116,7 +116,7 @@ def _text_columns(
 def _postprocess_fn(
   cache: cache_format.TokenCache, name: str, split: str
 ) -> Callable[..., Any] | None:
-  """Returns what makes targets of an example, with all its references."""
+  """Returns the postprocessor of targets: the task's own, or references."""
   from l2s_jax.data.features import seqio
 
   if name in seqio.TaskRegistry.names():
@@ -129,13 +129,13 @@ def _postprocess_fn(
 def _examples(
   cache: cache_format.TokenCache, name: str, split: str, block: int = 256
 ) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, Any]]]:
-  """Yields ids of prompt and answer, uncut, and texts, in the task's order.
+  """Yields uncut prompt ids, answer ids and texts, in the task's own order.
 
   Args:
-    cache: the whole of it.
-    name: of one of the tasks in it.
-    split: of that.
-    block: examples read at a time.
+    cache: the token cache.
+    name: name of one of its tasks.
+    split: split of this task.
+    block: number of examples read at a time.
   """
   source = cache.split(name, split)
   for start in range(0, source.num_examples, block):

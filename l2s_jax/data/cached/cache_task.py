@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cache in the place of a task: its splits, vocabularies and scores.
+"""A cache as a task: its splits, vocabularies and metrics.
 
-What the verb `cache` has written is bound to a system as a task is, by the name
-`cached`. Training reads it without TensorFlow (`cache_batches.py`); scoring
+The output of the verb `cache` is bound to a system under the task name
+`cached`. Training reads it without TensorFlow (`cache_batches.py`); evaluation
 makes SeqIO tasks of it (`cache_scoring.py`).
 """
 
@@ -29,21 +29,21 @@ from l2s_jax.vocabularies import base
 if TYPE_CHECKING:
   import seqio
 
-# Of a task whose cache has none, as `local_task` has them.
+# Default metrics of a cache without metrics, those of `local_task`.
 _METRICS = ('bleu', 'chrf', 'exact_match')
 
 
 @gin.configurable('cached', module='l2s_jax')
 @dataclasses.dataclass(frozen=True)
 class CachedData:
-  """Which cache takes the place of a task.
+  """Configuration of the task `cached`.
 
   Attributes:
-    cache_dir: CACHE_DIR, a folder that the verb `cache` has written.
-    metrics: names of the scores, as `local_task.metrics` has them; None: those
-      of the task that was cached.
-    features: USE_FEATURES, whether the LLM's last states are read, too, which
-      `cache --features` has written; then no LLM is in memory.
+    cache_dir: CACHE_DIR, a folder written by the verb `cache`.
+    metrics: metric names, as for `local_task.metrics`; None: the metrics of the
+      cached task.
+    features: USE_FEATURES, whether to read the LLM states written by
+      `cache --features`. The LLM is then not loaded.
   """
 
   cache_dir: str | None = None
@@ -51,11 +51,11 @@ class CachedData:
   features: bool = False
 
   def open(self) -> cache_format.TokenCache:
-    """Returns the cache.
+    """Opens the cache.
 
     Raises:
-      FileNotFoundError: if there is none, or none that is complete.
-      ValueError: if none is named, or it is damaged.
+      FileNotFoundError: if it is missing or incomplete.
+      ValueError: if `cache_dir` is not set, or the cache is damaged.
     """
     if not self.cache_dir:
       raise ValueError(
@@ -68,14 +68,14 @@ class CachedData:
 
 @dataclasses.dataclass(frozen=True)
 class CachedTask:
-  """A cache with the vocabularies of a system, as a `bound_tasks.BoundTask`.
+  """A cache bound to a system's vocabularies: a `bound_tasks.BoundTask`.
 
   Attributes:
-    cache: the whole of it.
-    prompt_vocabulary: whose ids the prompts are.
-    answer_vocabulary: whose ids the answers are.
-    metric_fns: of each task, by name.
-    features: what the LLM makes of the prompts, if it is to be read.
+    cache: the token cache.
+    prompt_vocabulary: vocabulary of the prompt ids.
+    answer_vocabulary: vocabulary of the answer ids.
+    metric_fns: metrics by task name.
+    features: cached LLM states to read, or None.
   """
 
   cache: cache_format.TokenCache
@@ -86,15 +86,15 @@ class CachedTask:
 
   @property
   def name(self) -> str:
-    """Of the task that was cached; of several, 'mixture'."""
+    """Name of the cached task; 'mixture' for several tasks."""
     names = list(self.cache.tasks)
     return names[0] if len(names) == 1 else 'mixture'
 
   def names(self, split: str) -> list[str]:
-    """Returns the tasks that have a split, in the order of `order.Order`.
+    """Returns the tasks with a split, in the order of `order.Order`.
 
     Raises:
-      ValueError: if none has it.
+      ValueError: if there are none.
     """
     found = sorted(
       name
@@ -110,7 +110,7 @@ class CachedTask:
     return found
 
   def order(self, split: str, seed: int) -> order_lib.Order:
-    """Returns the order of the examples of a split."""
+    """Returns the shuffle order of a split's examples."""
     names = self.names(split)
     return order_lib.Order(
       {name: self.cache.split(name, split).num_examples for name in names},
@@ -123,12 +123,12 @@ class CachedTask:
   def check_data(
     self, split: str, task_feature_lengths: Mapping[str, int]
   ) -> None:
-    """Opens the split's files.
+    """Opens the split's files and validates the lengths.
 
     Raises:
-      FileNotFoundError: if one is not there.
-      ValueError: for a split that no task has, or lengths that are off, or at
-        which the LLM has not cut the prompts.
+      FileNotFoundError: if a file is missing.
+      ValueError: for an unknown split, or for invalid lengths, or lengths other
+        than those of the cached LLM states.
     """
     batching.check_lengths(task_feature_lengths)
     self.order(split, seed=0)
@@ -139,12 +139,14 @@ class CachedTask:
   def check_evaluable(
     self, split: str, task_feature_lengths: Mapping[str, int]
   ) -> None:
-    """Refuses a split that cannot be read, or that no task with metrics has."""
+    """Refuses a split without readable data or without metrics."""
     self.check_data(split, task_feature_lengths)
     self.metrics_of(split)
 
   def metrics_of(self, split: str) -> dict[str, Sequence[Any]]:
-    """Returns the metrics of each task that has any and the split, by name.
+    """Returns the metrics of each task with the split, by task name.
+
+    Tasks without metrics are left out.
 
     Raises:
       ValueError: if there are none.
@@ -180,13 +182,13 @@ class CachedTask:
     ]
 
   def task_in_order(self, label: str) -> 'seqio.Task':
-    """Returns a SeqIO task that reads the cache; of a mixture, refuses.
+    """Returns a SeqIO task that reads the cache; refuses a mixture.
 
     Args:
-      label: the setting that names the task, for messages.
+      label: the setting that names the task, for error messages.
 
     Raises:
-      ValueError: if there are several tasks.
+      ValueError: for a mixture.
     """
     if len(self.cache.tasks) > 1:
       raise ValueError(
@@ -210,7 +212,7 @@ class CachedTask:
     numbers: Int64[np.ndarray, ' rows'],
     segment_ids: Int32[np.ndarray, 'rows length'],
   ) -> dict[str, np.ndarray]:
-    """Returns the LLM's states of prompts; see `bound_tasks.BoundTask`."""
+    """Returns the cached LLM states of prompts; see `bound_tasks.BoundTask`."""
     if self.features is None:
       return {}
     states = self.features.split(name, split).states(numbers)
@@ -222,7 +224,7 @@ class CachedTask:
     )
 
   def data_settings(self) -> dict[str, Any]:
-    """Returns what the order of the examples depends on, as JSON has it."""
+    """Returns the settings that determine the order of examples, for JSON."""
     return {
       'cache': dict(self.cache.key),
       'rates': dict(self.cache.rates),
@@ -250,7 +252,7 @@ class CachedTask:
     num_epochs: int | None = None,
   ) -> cache_batches.CachedBatches:
     """Returns the rows of one process; see `cache_batches.train_batches`."""
-    del start_row  # The position says more.
+    del start_row  # `position` replaces it.
     order = self.order(split, seed)
     return cache_batches.train_batches(
       order,
@@ -275,15 +277,15 @@ def bind(
   prompt_vocabulary: base.Vocabulary,
   answer_vocabulary: base.Vocabulary,
 ) -> CachedTask:
-  """Returns the cache that gin names, with the vocabularies of a system.
+  """Binds the cache named by gin to the vocabularies of a system.
 
   Args:
-    name: 'cached', or with a gin scope before it, 'SCOPE/cached'.
-    prompt_vocabulary: that the prompts must have been tokenized with.
+    name: 'cached', optionally with a gin scope: 'SCOPE/cached'.
+    prompt_vocabulary: vocabulary of the prompts; must equal the cache's.
     answer_vocabulary: the same for the answers.
 
   Raises:
-    FileNotFoundError: if there is no whole cache.
+    FileNotFoundError: if the cache is missing or incomplete.
     ValueError: if it was made with other tokenizers.
   """
   config = _config(name)
@@ -299,14 +301,14 @@ def bind(
 
 
 def features_of(name: str) -> feature_format.FeatureCache | None:
-  """Returns the features that gin asks for of a cache; None: of none.
+  """Returns the features that gin requests for a cache, or None.
 
   Args:
     name: as for `bind`.
 
   Raises:
-    FileNotFoundError: if there is no whole cache, or there are no features.
-    ValueError: if something of them is damaged.
+    FileNotFoundError: if the cache or its features are missing or incomplete.
+    ValueError: if the cache or its features are damaged.
   """
   config = _config(name)
   if not config.features:
@@ -315,7 +317,7 @@ def features_of(name: str) -> feature_format.FeatureCache | None:
 
 
 def _config(name: str) -> CachedData:
-  """Returns what gin has for a name, whose scope stands before it."""
+  """Returns gin's configuration for a name, with its scope."""
   scope = name.rpartition('/')[0]
   with gin.config_scope(scope or None):
     return CachedData()
@@ -324,10 +326,10 @@ def _config(name: str) -> CachedData:
 def _metric_fns(
   cache: cache_format.TokenCache, task: str, config: CachedData
 ) -> Sequence[Any]:
-  """Returns the metrics of a task: gin's, or those that it was cached with.
+  """Returns the metrics of a task: gin's, or those stored in the cache.
 
   Raises:
-    ValueError: for a metric that there is not.
+    ValueError: for an unknown metric.
   """
   if config.metrics is not None:
     return scores.Scores().named(config.metrics, 'cached.metrics')
@@ -340,7 +342,7 @@ def _check_vocabularies(
   prompt_vocabulary: base.Vocabulary,
   answer_vocabulary: base.Vocabulary,
 ) -> None:
-  """Refuses a cache whose ids are of other vocabularies than a system's."""
+  """Refuses a cache with ids of other vocabularies."""
   kept = cache.key.get('vocabularies', {})
   differing = [
     f'its {side}s are ids of another tokenizer than {vocabulary!r}'

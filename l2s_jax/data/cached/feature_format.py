@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of features: the frozen LLM's last states beside a cache's tokens.
+"""The feature format: the frozen LLM's last states beside a cache's tokens.
 
-    features.json   of which LLM and cache they are; written last: without it
-                    there are none
+    features.json   description with the LLM's fingerprint and the tokens'
+                    digest; written last, so it marks complete features
     TASK/SPLIT/00000-of-00002.features.array_record
-                    one record an example, in the order of the tokens' shard
+                    one record per example, in the order of the token shard
     TASK/SPLIT/00000-of-00002.features.index.npy
                     [n, 2] uint32: tokens, XXH32 of the record
 
-A record has the states of the real tokens of a prompt, one row a token, as
-`models/stored_states.py` has them: bfloat16; or int8, and before the rows a
-float32 for each, by which it is multiplied. All is little-endian. Nothing is
-compressed: zstd takes a fifth off bfloat16, and a record then three times as
-long to read; and so what disk is needed is known before anything is made.
+A record holds the states of a prompt's real tokens, one row per token, as in
+`models/stored_states.py`: bfloat16; or int8, after one float32 scale per row.
+All numbers are little-endian. Records are not compressed: zstd saves a fifth of
+bfloat16 but makes reading three times as slow. The required disk space is thus
+known in advance.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ from l2s_jax.weights import run_format
 
 FILE = run_format.FEATURES
 KIND = '.features'
-# As the layer of the key: of the encoder as it ends.
+# Value of `layer` in the key for the last encoder layer.
 LAST = 'last'
 WRITER_OPTIONS = 'group_size:1,uncompressed'
-# What a shard takes beyond its states: for each record and in all, and of all
-# of it once more one in so many bytes. Measured.
+# Measured overhead of a shard in bytes: per record, per shard, and one byte per
+# 1000 of its states.
 RECORD_BYTES = 100
 SHARD_BYTES = 128 * 1024
 BLOCK_HEADERS = 1000
@@ -43,7 +43,7 @@ _DTYPES: dict[str, Any] = {
   'int8': np.dtype(np.int8),
 }
 _SCALES = np.dtype('<f4')
-# What `features.json` has, beside its tasks, and its plan.
+# Keys of `features.json` beside `tasks`, and of its plan.
 _KEYS: dict[str, Any] = {
   'format_version': int,
   'key': dict,
@@ -56,31 +56,31 @@ _AGAIN = 'run `cache --features` again'
 
 
 class States(NamedTuple):
-  """What the LLM has made of a prompt.
+  """The LLM states of a prompt.
 
   Attributes:
     rows: [tokens, llm_embed], bfloat16 or int8.
-    scales: [tokens] float32, by which rows in int8 are multiplied; else None.
+    scales: [tokens] float32 factors of the int8 rows; None for bfloat16.
   """
 
   rows: np.ndarray
   scales: np.ndarray | None
 
   def cut(self, length: int) -> 'States':
-    """Returns those of the first tokens."""
+    """Returns the states of the first `length` tokens."""
     scales = None if self.scales is None else self.scales[:length]
     return States(self.rows[:length], scales)
 
 
 def token_bytes(dtype: str, width: int) -> int:
-  """Returns the bytes that the states of a token take."""
+  """Returns the size of one token's states, in bytes."""
   return width * _DTYPES[dtype].itemsize + (
     _SCALES.itemsize if dtype == 'int8' else 0
   )
 
 
 def encode(states: States) -> bytes:
-  """Returns the record of a prompt."""
+  """Returns the record of a prompt's states."""
   rows = np.ascontiguousarray(states.rows).view(np.uint8).tobytes()
   if states.scales is None:
     return rows
@@ -88,13 +88,13 @@ def encode(states: States) -> bytes:
 
 
 def decode(record: bytes, dtype: str, width: int) -> States:
-  """Returns the states in a record; they share its memory."""
+  """Returns the states in a record, as views of its memory."""
   num_tokens = len(record) // token_bytes(dtype, width)
   scales = None
   if dtype == 'int8':
     scales = np.frombuffer(record, _SCALES, num_tokens)
   offset = 0 if scales is None else scales.nbytes
-  # NumPy reads no buffer as bfloat16.
+  # `frombuffer` does not support bfloat16.
   rows = np.frombuffer(record, np.uint8, offset=offset).view(_DTYPES[dtype])
   return States(rows.reshape(num_tokens, width), scales)
 
@@ -106,13 +106,16 @@ def lay_out(
   *,
   like: 'Features | FeatureCache',
 ) -> dict[str, np.ndarray]:
-  """Returns the batch keys that `models/stored_states.py` defines.
+  """Builds the batch arrays of LLM states (`models/stored_states.py`).
 
   Args:
-    states: of each example, as many as its row has tokens of it.
-    segment_ids: [rows, length], which number the examples of a row from 1.
-    rows: of each example, in the order in which they stand in the row.
-    like: has dtype and width.
+    states: states of each example, one row per prompt token.
+    segment_ids: [rows, length] ids that number the examples of a row from 1.
+    rows: row of each example. The examples of a row are in row order.
+    like: object with the dtype and width of the states.
+
+  Raises:
+    ValueError: if a row has more or fewer states than prompt tokens.
   """
   batch = {
     'llm_states': np.zeros(
@@ -139,10 +142,10 @@ def lay_out(
 
 
 class Features(cache_format.Split):
-  """The features of a split by the numbers of its examples.
+  """The features of a split by example number.
 
   Attributes:
-    width: of the LLM's states.
+    width: width of the LLM's states.
   """
 
   _kind = KIND
@@ -160,7 +163,7 @@ class Features(cache_format.Split):
     dtype: str,
     width: int,
   ):
-    """Keeps where the shards are; see `cache_format.Split`."""
+    """Stores the locations of the shards; see `cache_format.Split`."""
     super().__init__(folder, task, split, content, dtype)
     self.width = width
 
@@ -169,22 +172,22 @@ class Features(cache_format.Split):
     return decode(record, self.dtype, self.width)
 
   def states(self, numbers: Sequence[int] | np.ndarray) -> list[States]:
-    """Returns the states of examples by their numbers.
+    """Returns the states of examples by number.
 
     Raises:
       IndexError: if there is no such example.
-      ValueError: naming shard and place of a record that is not as written.
+      ValueError: naming shard and place of a damaged record.
     """
     return [self.decode(record) for record in self.read(numbers)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureCache:
-  """The features of a whole cache.
+  """The features of a complete cache.
 
   Attributes:
-    folder: of the cache.
-    content: what `features.json` holds, without its digest.
+    folder: folder of the cache.
+    content: content of `features.json`, without its digest.
   """
 
   folder: pathlib.Path
@@ -195,33 +198,36 @@ class FeatureCache:
 
   @property
   def dtype(self) -> str:
-    """Of the states: 'bfloat16' or 'int8'."""
+    """Dtype of the states: 'bfloat16' or 'int8'."""
     return self.content['dtype']
 
   @property
   def width(self) -> int:
-    """Of the LLM's states."""
+    """Width of the LLM's states."""
     return self.content['width']
 
   @property
   def llm_fingerprint(self) -> str:
-    """Of the LLM that has read the prompts."""
+    """Fingerprint of the LLM that computed the states."""
     return self.content['key']['llm_fingerprint']
 
   @property
   def layer(self) -> int | None:
-    """After how many of its layers the LLM's states were taken; None: all."""
+    """Number of LLM layers below the states; None: all."""
     layer = self.content['key']['layer']
     return None if layer == LAST else layer
 
   @property
   def prefix_ids(self) -> tuple[int, ...]:
-    """The tokens that the LLM has read in front of every prompt."""
+    """Tokens in front of every prompt, in the LLM's input."""
     return tuple(self.content['key'].get('prefix_ids', ()))
 
   @property
   def bidirectional(self) -> bool:
-    """Whether a decoder-only LLM has read prompts so; False of an encoder."""
+    """Whether a decoder-only LLM used bidirectional attention on prompts.
+
+    False for encoders.
+    """
     return self.content['key'].get('bidirectional', False)
 
   def split(self, task: str, split: str) -> Features:
@@ -233,12 +239,15 @@ class FeatureCache:
     )
 
   def check_length(self, task: str, split: str, prompt_length: int) -> None:
-    """Refuses a split whose prompts the LLM has read with another end.
+    """Refuses a maximum prompt length other than that of the cached states.
+
+    The states of a prompt depend on the place of the cut. Another length is
+    accepted if neither length cuts a prompt of the split.
 
     Args:
-      task: its name.
-      split: of it.
-      prompt_length: tokens to which prompts are to be cut.
+      task: name of the task.
+      split: name of its split.
+      prompt_length: maximum prompt length of the run, in tokens.
 
     Raises:
       ValueError: with both lengths.
@@ -256,11 +265,12 @@ class FeatureCache:
 
 
 def open_features(cache: cache_format.TokenCache) -> FeatureCache:
-  """Opens the features of a cache; reads nothing but `features.json`.
+  """Opens the features of a cache; reads only `features.json`.
 
   Raises:
-    FileNotFoundError: if there are none, or not all.
-    ValueError: if they are of another cache, damaged, or of another format.
+    FileNotFoundError: if the features are missing or incomplete.
+    ValueError: if they belong to another cache, are damaged, or of another
+      format.
   """
   path = cache.folder / FILE
   if not path.exists():
@@ -282,15 +292,15 @@ def open_features(cache: cache_format.TokenCache) -> FeatureCache:
 
 
 def read_description(path: pathlib.Path, remedy: str) -> dict[str, Any]:
-  """Returns what `features.json` holds, or the plan of it, in today's format.
+  """Reads `features.json`, or the plan of features, in the current format.
 
   Args:
-    path: of the file.
-    remedy: for one that is broken, as `files.read_json` takes it.
+    path: path of the file.
+    remedy: advice for a broken file, as for `files.read_json`.
 
   Raises:
-    ValueError: if it is damaged, a newer version wrote it, or it has what this
-      version does not know.
+    ValueError: if the file is damaged, has unknown keys, or was written by a
+      newer version.
   """
   known = dict.fromkeys((*_KEYS, 'written_by', 'tasks'))
   return run_format.read_sealed(

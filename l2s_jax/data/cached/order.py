@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In which order examples come: functions of a seed and a place, no state.
+"""Shuffle orders: stateless functions of a seed and a position.
 
-An order is endless. What stands at any place of it is found in constant time
-and memory, so that a run goes on anywhere, and each process can ask for the
-places of its own rows alone. An epoch of a task is a permutation of its
-examples, evaluated at single places by a Feistel network. A mixture interleaves
-such orders in exact proportions.
+An order is endless. The example at any position is computed in constant time
+and memory: a run resumes anywhere, and each process computes the positions of
+its own rows alone. An epoch of a task is a permutation of its examples,
+evaluated pointwise by a Feistel network. A mixture interleaves such orders in
+exact proportions.
 
-Integer arithmetic of NumPy alone: the same on any machine and in any version.
+The implementation is integer arithmetic in NumPy, with equal results on all
+machines and NumPy versions.
 """
 
 import dataclasses
@@ -19,14 +20,14 @@ from jaxtyping import Int64, UInt64
 Places = Int64[np.ndarray, ' places']
 Keys = UInt64[np.ndarray, ' places']
 
-# Rounds of the network. From six on, the statistics of `test_order.py` do not
-# tell it from random permutations.
+# Number of Feistel rounds. With six or more, the statistics of `test_order.py`
+# do not distinguish it from random permutations.
 _NUM_ROUNDS = 8
-# Rates are whole multiples of 1 / 2**30: products of a place and a rate stay
-# exact in 64 bits.
+# Rates are rounded to multiples of 2**-30, so products of a position and a rate
+# are exact in 64 bits.
 _RATE_BITS = 30
-# Rows of a mixture that are shuffled among one another. Every task has its
-# share of any so many rows, but for one or two.
+# Block size, in rows, of a mixture's local shuffle. Each block has every task's
+# share of rows, within one or two.
 _BLOCK = 1024
 _MASK = np.uint64(0xFFFFFFFF)
 
@@ -37,15 +38,15 @@ def key(*numbers: int) -> np.uint64:
 
 
 def permute(indices: Places, size: int, keys: Keys | np.uint64) -> Places:
-  """Returns where a permutation of [0, size) takes each of the indices.
+  """Maps indices by a pseudorandom permutation of [0, size).
 
-  A Feistel network permutes the next power of two; what falls beyond `size` is
-  sent through it again, less than once on average, until it is within.
+  A Feistel network permutes the next power of two. Results beyond `size` are
+  permuted again until they are inside, less than once on average.
 
   Args:
-    indices: in [0, size).
-    size: of the permutation.
-    keys: one of `key` for all indices, or one for each.
+    indices: indices in [0, size).
+    size: size of the permutation.
+    keys: one key for all indices, or one for each; see `key`.
   """
   bits = max(2, int(size - 1).bit_length())
   keys = np.broadcast_to(np.asarray(keys, np.uint64), indices.shape)
@@ -59,21 +60,24 @@ def permute(indices: Places, size: int, keys: Keys | np.uint64) -> Places:
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-  """The endless order of the examples of one task, or of a mixture.
+  """The endless shuffle order of a task or a mixture.
 
-  A single task has each example once in each epoch; the next epoch follows at
-  once, in an order of its own.
+  A single task has each example once per epoch; each epoch has a permutation of
+  its own.
 
-  In a mixture the n-th example of a task is the n-th of that order, too: each
-  example of a task is there once before any is there twice, but for those
-  within a block. Which task a row is of follows from exact shares: after
-  any whole number of blocks the examples of a task are its rate times the rows,
-  rounded down or up once for each task before it.
+  In a mixture the examples of a task follow its own order as well: each example
+  occurs once before any occurs twice, up to the shuffle within a block. The
+  task of a row follows from exact shares: after any number of whole blocks a
+  task's number of rows is its rate times all rows, rounded down, or up once for
+  each task before it.
 
   Attributes:
-    sizes: number of examples of each task, by name.
-    rates: the rate of each; None for a single task.
-    seed: of the order.
+    sizes: number of examples by task name.
+    rates: mixture rate by task name; None for a single task.
+    seed: seed of the order.
+
+  Raises:
+    ValueError: if a task has no examples, or several tasks have no rates.
   """
 
   sizes: Mapping[str, int]
@@ -95,15 +99,15 @@ class Order:
 
   @property
   def names(self) -> list[str]:
-    """The tasks, in the order in which `at` numbers them."""
+    """Task names, in the numbering of `at`."""
     return sorted(self.sizes)
 
   def at(self, start: int, stop: int) -> tuple[Places, Places]:
-    """Returns the tasks, numbered, and the examples at places of the order.
+    """Returns task numbers and example numbers for a range of positions.
 
     Args:
-      start: the first place.
-      stop: behind the last.
+      start: first position.
+      stop: end of the range, exclusive.
     """
     places = np.arange(start, stop, dtype=np.int64)
     if self.rates is None:
@@ -124,17 +128,17 @@ class Order:
 def interleave(
   places: Places, rates: Sequence[float], seed: int
 ) -> tuple[Places, Places]:
-  """Returns the tasks of rows of a mixture, and which of its own each is.
+  """Returns the task of each row of a mixture, and the row's rank in its task.
 
-  With a share p of all rows, floor(n p) of the first n rows are the first
-  task's: row n is if that grows with it. The rows that are left go to the other
-  tasks in the same way. Before that, rows change places within blocks, so that
-  no regular pattern is left.
+  A task with share p of all rows gets floor(n p) of the first n rows: row n is
+  its row if floor(n p) grows there. The remaining rows are divided among the
+  other tasks in the same way. First, rows are permuted within blocks, which
+  breaks regular patterns.
 
   Args:
-    places: of the rows, in the whole order.
-    rates: of the tasks, positive.
-    seed: of the changes of places.
+    places: positions of the rows in the whole order.
+    rates: positive rates of the tasks.
+    seed: seed of the permutations within blocks.
   """
   blocks, within = np.divmod(places, _BLOCK)
   keys = _keys(seed, np.full_like(blocks, -1), blocks)
@@ -161,7 +165,7 @@ def _times(places: Places, numerator: int) -> Places:
 
 
 def _keys(seed: int, *numbers: Int64[np.ndarray, ' places']) -> Keys:
-  """Returns a key for each place, from a seed and numbers for each."""
+  """Returns a key for each position, from a seed and columns of numbers."""
   state = _mix(np.uint64(seed % 2**64) + np.zeros(1, np.uint64))
   for column in numbers:
     state = _mix(state ^ _mix(column.astype(np.int64).view(np.uint64)))
@@ -171,9 +175,9 @@ def _keys(seed: int, *numbers: Int64[np.ndarray, ' places']) -> Keys:
 def _network(
   values: UInt64[np.ndarray, ' places'], bits: int, keys: Keys
 ) -> UInt64[np.ndarray, ' places']:
-  """Returns where a Feistel network over [0, 2**bits) takes the values.
+  """Applies a Feistel network over [0, 2**bits) to the values.
 
-  The halves may differ by a bit; they change places in each round.
+  The halves may differ by one bit; they swap sizes in each round.
   """
   top, bottom = bits // 2, bits - bits // 2
   for number in range(_NUM_ROUNDS):

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which examples are in which row of which batch, from their lengths alone.
+"""Batch plans: assign examples to batches and rows, from their lengths alone.
 
-A plan goes through the endless order of a cache (`order.py`), whose index has
-the lengths of all examples, and assigns them as `streams.py` does: one after
-another, packed by windows, or with others of like length. Every process makes
-the plan of whole batches, which reads nothing else, and then reads its rows.
+A plan iterates over the endless order of a cache (`order.py`) and looks up
+example lengths in its index. It assigns examples like `streams.py`: one per
+row, packed by windows, or bucketed by length. Every process plans whole batches
+and then reads only its own rows.
 
-A position says where a plan goes on, exactly, in as much time wherever it is:
+A position resumes a plan exactly, in time independent of the position:
 
-    one after another   {'examples': so many are past}
-    packed              {'window': number, 'row': of the window}
-    by length           {'examples': so many are past, 'waiting': of these, how
-                         many of each bucket are in no batch yet}
+    one per row   {'examples': number of examples consumed}
+    packed        {'window': window number, 'row': row in the window}
+    by length     {'examples': number of examples consumed, 'waiting': number of
+                   these in no batch yet, for each bucket}
 """
 
 import dataclasses
@@ -23,22 +23,22 @@ from jaxtyping import Int64
 
 from l2s_jax.data import packing
 
-# Examples looked up at a time: what a call of NumPy costs is shared by them.
+# Number of examples per lookup; amortizes the cost of NumPy calls.
 _BLOCK = 8192
 
-# Windows planned at a time, likewise.
+# Number of windows planned at a time, for the same reason.
 _WINDOWS = 64
 
 Position = Mapping[str, Any]
 
 
 class Stretch(NamedTuple):
-  """Examples that follow one another in an order.
+  """Consecutive examples of an order.
 
   Attributes:
-    tasks: of each, by number.
-    examples: of each, by its number in the task.
-    lengths: tokens of prompt and answer, before cutting.
+    tasks: task number of each.
+    examples: number of each in its task.
+    lengths: prompt and answer tokens of each, before cutting.
   """
 
   tasks: Int64[np.ndarray, ' n']
@@ -46,29 +46,29 @@ class Stretch(NamedTuple):
   lengths: Int64[np.ndarray, 'n features']
 
   def take(self, which: Any) -> 'Stretch':
-    """Returns some of them, by a slice, a mask or places."""
+    """Returns a subset, selected by a slice, a mask or indices."""
     return Stretch(*(column[which] for column in self))
 
   def join(self, other: 'Stretch') -> 'Stretch':
-    """Returns these and others behind them."""
+    """Concatenates another stretch."""
     return Stretch(
       *(np.concatenate(pair) for pair in zip(self, other, strict=True))
     )
 
 
-# From the first place of an order and the one behind the last.
+# Function that returns the examples at positions [start, stop) of an order.
 Look = Callable[[int, int], Stretch]
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
-  """A batch over all processes.
+  """The plan of a batch over all processes.
 
   Attributes:
-    stretch: its examples; those of a row stand in the row in this order.
-    rows: of each.
-    lengths: of all rows, prompt and answer, in tokens.
-    position: where the next batch begins.
+    stretch: its examples; those of a row are in row order.
+    rows: row of each example.
+    lengths: row lengths of prompt and answer, in tokens.
+    position: start position of the next batch.
   """
 
   stretch: Stretch
@@ -84,14 +84,14 @@ def one_by_one(
   position: Position | None = None,
   num_examples: int | None = None,
 ) -> Iterator[BatchPlan]:
-  """Yields batches with an example in each row.
+  """Yields batches with one example per row.
 
   Args:
-    look: gives the examples of an order.
-    lengths: of the rows.
-    batch_size: in rows; an incomplete last batch is dropped.
-    position: of a plan before; None: the beginning.
-    num_examples: where the order ends; None: nowhere.
+    look: returns the examples in a range of the order.
+    lengths: row lengths of prompt and answer, in tokens.
+    batch_size: number of rows; an incomplete last batch is dropped.
+    position: position to resume from; None: the beginning.
+    num_examples: length of the order; None: unlimited.
   """
   start = position['examples'] if position else 0
   for first, block in _blocks(look, start, batch_size, num_examples):
@@ -111,11 +111,10 @@ def packed(
   position: Position | None = None,
   num_examples: int | None = None,
 ) -> Iterator[BatchPlan]:
-  """Yields batches with as many examples in a row as fit.
+  """Yields batches with as many examples per row as fit.
 
-  An example goes to the first row that has room for it, of those that are
-  filled from the same `packing.WINDOW` examples. The arguments are those of
-  `one_by_one`.
+  Packing is first-fit within windows of `packing.WINDOW` examples. The
+  arguments are those of `one_by_one`.
   """
   window, skipped = (
     (position['window'], position['row']) if position else (0, 0)
@@ -149,7 +148,7 @@ def _windows(
   window: int,
   num_examples: int | None,
 ) -> Iterator[tuple[Stretch, Int64[np.ndarray, ' n']]]:
-  """Yields the examples of windows, and their rows, from one window on."""
+  """Yields the examples of each window with their rows, from `window` on."""
   size = packing.WINDOW
   start = window * size
   while num_examples is None or start < num_examples:
@@ -175,15 +174,15 @@ def by_length(
   position: Position | None = None,
   num_examples: int | None = None,
 ) -> Iterator[BatchPlan]:
-  """Yields batches of examples that fit the same lengths, as they get full.
+  """Yields batches of examples from one length bucket, as they fill up.
 
   Args:
-    look: gives the examples of an order.
-    buckets: lengths of batches; an example goes to the first that has room for
-      it, or to the last, which cuts it.
-    batch_size: in rows; incomplete batches at the end are dropped.
-    position: of a plan before; None: the beginning.
-    num_examples: where the order ends; None: nowhere.
+    look: returns the examples in a range of the order.
+    buckets: row lengths of each bucket, ascending. An example goes to the first
+      bucket with room for it, or to the last, where it is cut.
+    batch_size: number of rows; incomplete batches at the end are dropped.
+    position: position to resume from; None: the beginning.
+    num_examples: length of the order; None: unlimited.
   """
   start = position['examples'] if position else 0
   waiting = _waiting(look, buckets, position)
@@ -192,7 +191,7 @@ def by_length(
     stretches, places, full = [], [], []
     for number, before in enumerate(waiting):
       own = np.flatnonzero(of_block == number)
-      # What waits came before the block, wherever that was.
+      # Waiting examples precede the block; -1 stands for their place.
       places.append(
         np.concatenate([np.full(len(before.tasks), -1), own]).astype(np.int64)
       )
@@ -223,10 +222,10 @@ def by_length(
 def _waiting(
   look: Look, buckets: Sequence[tuple[int, int]], position: Position | None
 ) -> list[Stretch]:
-  """Returns the examples of each bucket that are in no batch yet.
+  """Returns each bucket's examples that are not in a batch yet.
 
-  They are the last of their buckets before the position. Of a rare one they are
-  far back; their lengths are looked up from there on.
+  They are the last ones of their buckets before the position. The lookup goes
+  backwards from there, further for rare buckets.
   """
   nothing = look(0, 0)
   found = [nothing] * len(buckets)
@@ -250,7 +249,7 @@ def _waiting(
 def _bucket_of(
   lengths: Int64[np.ndarray, 'n features'], buckets: Sequence[tuple[int, int]]
 ) -> Int64[np.ndarray, ' n']:
-  """Returns the first bucket that has room for each example, or the last."""
+  """Returns the first bucket with room for each example, or the last bucket."""
   cut = np.minimum(lengths, buckets[-1])
   has_room = (cut[:, None] <= np.asarray(buckets)[None]).all(axis=2)
   return has_room.argmax(axis=1)
@@ -259,7 +258,7 @@ def _bucket_of(
 def _blocks(
   look: Look, start: int, unit: int, num_examples: int | None
 ) -> Iterator[tuple[int, Stretch]]:
-  """Yields first places and stretches of a multiple of `unit` examples."""
+  """Yields start positions and blocks of a multiple of `unit` examples."""
   size = -(-_BLOCK // unit) * unit
   while num_examples is None or start < num_examples:
     end = start + size

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimized HLO as text, taken apart: computations, instructions, groups.
+"""Parser of optimized HLO text: computations, instructions, device groups.
 
-For what reads compiled programs; nothing here knows what instructions cost.
+Costs of instructions are in `hlo_costs.py`.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ _MESH_AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
 
 
 class Array(NamedTuple):
-  """One array of a shape: its sizes, its bytes, and whether HBM holds it."""
+  """An array of a shape: dimensions, bytes, and whether it is in HBM."""
 
   dims: tuple[int, ...]
   num_bytes: float
@@ -29,16 +29,16 @@ class Array(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """One line of HLO.
+  """One HLO instruction.
 
   Attributes:
     name: without the percent sign.
     opcode: such as 'dot'.
-    arrays: of its result, the members of a tuple in order.
-    operands: names.
-    text: what stands behind the operands.
-    literal: of a constant or a parameter, what stands in its brackets.
-    is_root: whether it is what its computation returns.
+    arrays: arrays of the result; the members of a tuple in order.
+    operands: names of the operands.
+    text: the text after the operands.
+    literal: the text in parentheses of a constant or parameter.
+    is_root: whether it is the root of its computation.
   """
 
   name: str
@@ -51,24 +51,27 @@ class Instruction:
 
   @property
   def num_bytes(self) -> float:
+    """Bytes of the result."""
     return sum((array.num_bytes for array in self.arrays), 0.0)
 
   @property
   def hbm_bytes(self) -> float:
+    """Bytes of the result in HBM."""
     return sum((x.num_bytes for x in self.arrays if x.in_hbm), 0.0)
 
   @property
   def op_name(self) -> str:
-    """Where in the model it comes from."""
+    """Its origin in the model."""
     match = re.search(r'op_name="([^"]*)"', self.text)
     return match[1] if match else ''
 
   def attribute(self, name: str) -> str:
-    """Returns what stands in the braces of `name={...}`; '' without."""
+    """Returns the text in the braces of `name={...}`; '' if absent."""
     match = re.search(rf'\b{name}=\{{([^}}]*)\}}', self.text)
     return match[1] if match else ''
 
   def callee(self, kind: str) -> str:
+    """Returns the name of the computation in `kind=...`; '' if absent."""
     match = re.search(rf'\b{kind}=%?([\w.-]+)', self.text)
     return match[1] if match else ''
 
@@ -77,7 +80,11 @@ Computation = Mapping[str, Instruction]
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-  """Returns all computations by name, and the name of the entry."""
+  """Parses HLO text; returns computations by name, and the entry's name.
+
+  Raises:
+    ValueError: if the text has no entry computation.
+  """
   computations: dict[str, dict[str, Instruction]] = {}
   entry = ''
   current: dict[str, Instruction] = {}
@@ -98,10 +105,10 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def _parse_instruction(name: str, line: str, is_root: bool) -> Instruction:
-  """Parses what stands behind `name =`."""
+  """Parses the text after `name =`."""
   line = re.sub(r'/\*index=\d+\*/', '', line)
   end = _closing(line, 0) + 1 if line[0] == '(' else line.index(' ')
-  # A layout has brackets of its own, but no space.
+  # A layout contains brackets, but no space.
   shape, rest = line[:end], line[end:].lstrip()
   opening = rest.index('(')
   closing = _closing(rest, opening)
@@ -118,7 +125,7 @@ def _parse_instruction(name: str, line: str, is_root: bool) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-  """Returns where the bracket that opens at `opening` closes."""
+  """Returns the index of the bracket that closes the one at `opening`."""
   depth = 0
   for i in range(opening, len(text)):
     depth += (text[i] == '(') - (text[i] == ')')
@@ -132,36 +139,43 @@ def _arrays(shape: str) -> Iterator[Array]:
     dims = tuple(int(size) for size in sizes.split(',') if size)
     digits = re.search(r'\d+', dtype)
     bits = _BITS.get(dtype, int(digits[0]) if digits else 0)
-    # S(1) and up are memories on the chip, or the host's.
+    # S(1) and higher are memories on the chip, or of the host.
     yield Array(dims, math.prod(dims) * bits / 8, 'S(' not in layout)
 
 
 def root(computation: Computation) -> Instruction:
+  """Returns the root instruction of a computation."""
   return next(x for x in computation.values() if x.is_root)
 
 
 def origin(x: Instruction, computation: Computation) -> Instruction:
-  """Returns what a value is a copy of."""
+  """Follows copies, bitcasts and converts back to the original value."""
   while x.opcode in ('copy', 'bitcast', 'convert', 'copy-start', 'copy-done'):
     x = computation[x.operands[0]]
   return x
 
 
 def index(x: Instruction) -> int:
+  """Returns the index of a get-tuple-element."""
   match = re.search(r'index=(\d+)', x.text)
   assert match, x
   return int(match[1])
 
 
 def num_devices(text: str) -> int:
-  """Returns how many devices a program runs on."""
+  """Returns the number of devices of a program."""
   header = text.partition('\n')[0]
   sizes = re.findall(r'(?:num_partitions|replica_count)=(\d+)', header)
   return math.prod(map(int, sizes))
 
 
 def devices(x: Instruction, num_devices: int) -> tuple[int, ...]:
-  """Returns one group of devices of a collective, in a program for so many."""
+  """Returns one device group of a collective.
+
+  Args:
+    x: the collective.
+    num_devices: number of devices of the program.
+  """
   pairs = re.search(r'source_target_pairs=\{(\{.*?\})\}', x.text)
   if pairs:
     return _ring(re.findall(r'\{(\d+),(\d+)\}', pairs[1]))
@@ -175,12 +189,12 @@ def devices(x: Instruction, num_devices: int) -> tuple[int, ...]:
   mesh = re.search(r'replica_groups=mesh\[(.*?)\](.*?)\{([^}]*)\}', x.text)
   if mesh:
     return _mesh_group(*mesh.groups())
-  # An empty list stands for all of them.
+  # An empty list means all devices.
   return tuple(range(num_devices if 'replica_groups={}' in x.text else 1))
 
 
 def count_ids(text: str) -> int:
-  """Returns how many ids '0:7' or '1,2' stands for, the last included."""
+  """Returns the number of ids in '0:7' (inclusive) or '1,2'."""
   count = 0
   for part in text.split(','):
     first, _, last = part.partition(':')
@@ -193,18 +207,18 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _ring(pairs: Sequence[tuple[str, str]]) -> tuple[int, ...]:
-  """Returns the devices that data can come to from the first one."""
+  """Returns the devices reachable from the first one along the pairs."""
   targets: dict[int, list[int]] = {}
   for source, target in pairs:
     targets.setdefault(int(source), []).append(int(target))
   ring = [int(pairs[0][0])]
-  for device in ring:  # Which grows.
+  for device in ring:  # grows in the loop
     ring += [i for i in targets.get(device, ()) if i not in ring]
   return tuple(ring)
 
 
 def _iota(text: str) -> np.ndarray:
-  """Returns 0, 1, ... in the order that '[4,2]T(1,0)' puts them in."""
+  """Returns 0, 1, ... in the order given by '[4,2]T(1,0)'."""
   match = re.match(r'\[([\d,]+)\](?:T\(([\d,]+)\))?', text)
   assert match, text
   sizes = _numbers(match[1])
@@ -216,9 +230,10 @@ def _mesh_group(mesh: str, order: str, axes: str) -> tuple[int, ...]:
   """Returns the first group along axes, or parts of axes, of a mesh.
 
   Args:
-    mesh: its axes, as in "'a'=4,'b'=2".
-    order: of its devices, as in ', device_ids=([2,2,2]T(1,0,2))'; may be none.
-    axes: as in "'a'"; "'a':(2)2" is the part of size 2 behind one of size 2.
+    mesh: mesh axes, as in "'a'=4,'b'=2".
+    order: device order, as in ', device_ids=([2,2,2]T(1,0,2))'; may be empty.
+    axes: axes of the group, as in "'a'". "'a':(2)2" is the sub-axis of size 2
+      after one of size 2.
   """
   sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", mesh)}
   ids = np.arange(math.prod(sizes.values()))

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a compiled program costs one device, read from its optimized HLO text.
+"""Costs of a compiled program per device, from its optimized HLO text.
 
-XLA's own analysis counts the body of a loop once: of 24 scanned layers it shows
-one. Here each loop counts as often as it runs. Three things are counted:
-FLOPs of matrix products, bytes that main memory (HBM) reads and writes, and
-what collectives bring in from other devices. Neither time nor hardware is known
-here; `runtime/chips.py` has those.
+XLA's cost analysis counts a loop body once: of 24 scanned layers it counts one.
+This module multiplies by the trip count. It counts FLOPs of matrix products,
+bytes read from and written to HBM, and bytes received in collectives. Hardware
+and time are in `runtime/chips.py`.
 """
 
 import dataclasses
@@ -19,7 +18,7 @@ import numpy as np
 from l2s_jax.performance.pods import hlo
 
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
-# What only names, groups or waits for what others have moved.
+# Instructions without HBM traffic of their own.
 _FREE = frozenset({
   'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while',
   'conditional', 'call', 'after-all', 'partition-id', 'replica-id',
@@ -40,16 +39,16 @@ _SLICES = ('dynamic-slice', 'slice', 'gather')
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """Data that devices bring one another, always in the same way.
+  """A collective operation, possibly repeated.
 
   Attributes:
     kind: such as 'all-gather'.
-    devices: a group that has a part in it, by their places in the mesh.
-    shape: of the result.
-    num_bytes: that a device must get from others each time, in a ring: of an
-      all-gather what it lacks, of an all-reduce that twice.
-    count: how often.
-    op_name: where in the model it comes from.
+    devices: one of its groups, by position in the mesh.
+    shape: shape of the result.
+    num_bytes: bytes a device receives each time, with a ring algorithm: of an
+      all-gather the missing shards, of an all-reduce twice that.
+    count: number of executions.
+    op_name: its origin in the model.
   """
 
   kind: str
@@ -61,19 +60,20 @@ class Collective:
 
   @property
   def total_bytes(self) -> float:
+    """Bytes a device receives in all executions."""
     return self.num_bytes * self.count
 
 
 @dataclasses.dataclass(frozen=True)
 class HloCosts:
-  """What one device does in one run of a program.
+  """Costs of one device in one run of a program.
 
   Attributes:
-    flops: of matrix products.
-    hbm_bytes: that its memory reads and writes.
-    collectives: each with how often it happens.
-    open_loops: costs of one turn of each loop that goes on for as long as its
-      data say; not part of the above.
+    flops: FLOPs of matrix products.
+    hbm_bytes: bytes read from and written to HBM.
+    collectives: collectives with their counts.
+    open_loops: costs of one iteration of each loop with data-dependent trip
+      count; not included in the above.
   """
 
   flops: float = 0.0
@@ -90,7 +90,7 @@ class HloCosts:
     )
 
   def times(self, count: int | float) -> 'HloCosts':
-    """Returns the costs of doing this so often."""
+    """Returns the costs of `count` executions."""
     return HloCosts(
       count * self.flops,
       count * self.hbm_bytes,
@@ -102,11 +102,12 @@ class HloCosts:
 
   @property
   def collective_bytes(self) -> float:
+    """Bytes a device receives in all collectives."""
     return sum((x.total_bytes for x in self.collectives), 0.0)
 
 
 def count(text: str) -> HloCosts:
-  """Returns what a program costs one device.
+  """Returns the costs of a program per device.
 
   Args:
     text: `compiled.as_text()`, of any platform.
@@ -119,7 +120,7 @@ def count(text: str) -> HloCosts:
 
 
 class _Counter:
-  """Adds up computations, each as often as it runs."""
+  """Sums the costs of computations, multiplied by their trip counts."""
 
   def __init__(
     self, computations: Mapping[str, hlo.Computation], num_devices: int
@@ -150,7 +151,7 @@ class _Counter:
           others.append(HloCosts(open_loops=(body,)))
         else:
           others.append(body.times(trips))
-      elif x.opcode == 'conditional':  # The dearest of its branches.
+      elif x.opcode == 'conditional':  # the most expensive branch
         names = re.findall(r'[\w.-]+', ','.join(_BRANCHES.findall(x.text)))
         names = names or re.findall(
           r'(?:true|false)_computation=%?([\w.-]+)', x.text
@@ -165,7 +166,7 @@ class _Counter:
     return sum(others, HloCosts(flops, hbm_bytes, collectives))
 
   def _count_fused(self, name: str) -> tuple[float, tuple[Collective, ...]]:
-    """Returns FLOPs and collectives of a fusion, or of what is like one."""
+    """Returns FLOPs and collectives of a fused or async computation."""
     computation = self._computations[name]
     flops = 0.0
     collectives: tuple[Collective, ...] = ()
@@ -173,7 +174,8 @@ class _Counter:
       own_flops, own_collectives = self._one(x, computation)
       flops += own_flops
       collectives += own_collectives
-    # XLA:TPU's form of a reduce-scatter: each takes its shard of an all-reduce.
+    # XLA:TPU writes a reduce-scatter as an all-reduce of which each device
+    # takes its shard.
     if any(x.opcode == 'partition-id' for x in computation.values()):
       collectives = tuple(
         dataclasses.replace(x, kind='reduce-scatter', num_bytes=x.num_bytes / 2)
@@ -192,7 +194,8 @@ class _Counter:
     if x.opcode == 'convolution':
       return _convolution_flops(x, computation), ()
     if kind in _COLLECTIVES:
-      # XLA:TPU spreads one collective over several fusions, to overlap it.
+      # XLA:TPU splits a collective over several fusions, to overlap it with
+      # compute.
       is_part = 'chain_id=' in x.text and not any(
         'AsyncCollectiveStart' in user.text and x.name in user.operands
         for user in computation.values()
@@ -214,7 +217,7 @@ class _Counter:
   def _trip_count(
     self, x: hlo.Instruction, computation: hlo.Computation
   ) -> int | None:
-    """Returns how often a loop turns, or None if its data decide."""
+    """Returns the trip count of a loop; None if it depends on data."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', x.text)
     if known:
       return int(known[1])
@@ -236,7 +239,7 @@ class _Counter:
     return max(math.ceil((end - start) / step), 0)
 
   def _step(self, body: hlo.Computation, index: int) -> int | None:
-    """Returns what a turn adds to a loop's counter."""
+    """Returns the increment of a loop's counter per iteration."""
     operands = hlo.root(body).operands
     if len(operands) <= index:
       return None
@@ -257,12 +260,12 @@ class _Counter:
     computation: hlo.Computation,
     index: int | None = None,
   ) -> int | None:
-    """Returns a whole number that is known before the program runs.
+    """Returns an integer that is constant at compile time, else None.
 
     Args:
-      x: what has it.
-      computation: where that is.
-      index: which member of `x`, if it is a tuple.
+      x: the instruction with the value.
+      computation: its computation.
+      index: index of the value if `x` is a tuple.
     """
     x = hlo.origin(x, computation)
     if x.opcode == 'constant':
@@ -274,7 +277,7 @@ class _Counter:
       return self._value(source, computation, hlo.index(x))
     if index is None:
       return None
-    if x.opcode == 'while':  # What no turn changes.
+    if x.opcode == 'while':  # a loop-invariant member
       body = self._computations[x.callee('body')]
       if _is_kept(body, index):
         return self._value(computation[x.operands[0]], computation, index)
@@ -290,7 +293,7 @@ class _Counter:
   def _hbm_bytes(
     self, x: hlo.Instruction, computation: hlo.Computation
   ) -> float:
-    """Returns what one instruction reads from and writes to HBM."""
+    """Returns the HBM bytes read and written by one instruction."""
     if x.opcode in _FREE or x.opcode.endswith('-done'):
       return 0.0
     if x.opcode == 'custom-call' and _FREE_CALLS.search(x.text):
@@ -309,7 +312,7 @@ class _Counter:
     if x.opcode == 'copy-start':
       written = x.arrays[0].num_bytes * x.arrays[0].in_hbm
     elif x.opcode.endswith('-start') and len(x.arrays) > len(operands):
-      # The tuple has the operands, too.
+      # The result tuple includes the operands.
       results = x.arrays[len(operands) : 2 * len(operands)]
       written = sum(array.num_bytes for array in results if array.in_hbm)
     return read + written
@@ -317,10 +320,10 @@ class _Counter:
   def _fusion_bytes(
     self, x: hlo.Instruction, operands: Sequence[hlo.Instruction]
   ) -> float:
-    """Returns what a fusion reads of its operands, and what it writes.
+    """Returns the HBM bytes read and written by a fusion.
 
-    Of an operand that is only sliced, the slices; of one that is updated in
-    place, the update.
+    An operand that is only sliced counts with its slices; one that is updated
+    in place counts with the update.
     """
     inside = self._computations[x.callee('calls')]
     users: dict[str, list[hlo.Instruction]] = {name: [] for name in inside}
@@ -329,7 +332,7 @@ class _Counter:
         users[name].append(instruction)
 
     def read(name: str, whole: float) -> float:
-      """Returns how much of a value is read, at most all of it."""
+      """Returns the bytes read of a value, at most `whole`."""
       total = 0.0
       for user in users[name]:
         if user.opcode in _SLICES and user.operands[0] == name:
@@ -363,7 +366,7 @@ class _Counter:
 
 
 def _is_kept(body: hlo.Computation, index: int) -> bool:
-  """Returns whether a turn of a loop leaves a member of its tuple alone."""
+  """Returns whether a loop body passes a tuple member on unchanged."""
   operands = hlo.root(body).operands
   if len(operands) <= index:
     return False
@@ -385,10 +388,10 @@ def _dot_flops(x: hlo.Instruction, computation: hlo.Computation) -> float:
 def _convolution_flops(
   x: hlo.Instruction, computation: hlo.Computation
 ) -> float:
-  """Counts the products of a convolution, which XLA:TPU makes of every dot.
+  """Returns the FLOPs of a convolution, XLA:TPU's form of every dot.
 
-  A batch dimension of a dot becomes a window that meets its own place alone and
-  padding elsewhere: only places that hold data count.
+  A batch dimension of a dot becomes a window that covers one element and
+  padding; only positions with data count.
   """
   match = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', x.text)
   assert match, x
@@ -425,10 +428,10 @@ def _convolution_flops(
 def _between_slices(
   x: hlo.Instruction, computation: hlo.Computation
 ) -> Collective:
-  """Returns what XLA:TPU leaves to the hosts of several slices.
+  """Returns a collective between slices, which XLA:TPU leaves to the hosts.
 
-  Each device sends its part, which comes back summed over slices, or has from
-  each slice what it lacks.
+  Each device sends its part, and receives it summed over slices (all-reduce) or
+  receives the missing parts of other slices.
   """
   match = re.search(r'_xla_megascale_target="\{(.*?)\}x\{(.*?)\}"', x.text)
   assert match, x

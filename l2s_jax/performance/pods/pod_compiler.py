@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles programs for TPUs that are not here, and reads what they need.
+"""Compilation for TPUs that are not attached, and resource analysis.
 
-What a device holds and does is in the compiled programs; times are bounds, by
-the chips' figures: nothing runs. `precompile.py` is the verb.
+Memory and operations per device are read from the compiled programs. Times are
+lower bounds from the chips' peak rates; nothing is executed. `precompile.py` is
+the verb.
 """
 
 import collections
@@ -25,8 +26,8 @@ from l2s_jax.training import optim
 TRAIN, PREFILL, DECODE = 'train', 'prefill', 'decode'
 PROGRAMS = (TRAIN, PREFILL, DECODE)
 _NUM_LARGEST = 6
-_REMATS = ('none', 'minimal', 'full')  # of falling memory
-# What names arrays, and makes none.
+_REMATS = ('none', 'minimal', 'full')  # in order of decreasing memory
+# Instructions that allocate no buffer.
 _NO_BUFFER = (
   'parameter', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'constant',
 )  # fmt: skip
@@ -34,7 +35,7 @@ _NO_BUFFER = (
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """What may be changed to make a train step fit."""
+  """The settings that may be changed to make a train step fit in memory."""
 
   batch_size: int
   mesh: partitioning.MeshConfig
@@ -52,7 +53,7 @@ class Setting:
 
 
 class Compiler:
-  """Compiles one system's programs for one slice, under several settings."""
+  """Compiles the programs of one system for one slice."""
 
   def __init__(
     self,
@@ -62,14 +63,14 @@ class Compiler:
     task_feature_lengths: Mapping[str, int],
     optimizer: optim.Optimizer,
   ):
-    """Compiles nothing yet.
+    """Stores the configuration; compiles nothing.
 
     Args:
-      slice_: what is compiled for.
-      devices: of its topology.
-      models: of the system.
+      slice_: the TPU slice.
+      devices: devices of its topology.
+      models: the models of the system.
       task_feature_lengths: tokens of 'inputs' (prompt) and 'targets' (answer).
-      optimizer: of the train step.
+      optimizer: the optimizer of the train step.
     """
     self._slice = slice_
     self._devices = devices
@@ -79,10 +80,10 @@ class Compiler:
     self._announce = compilation.Announcer()
 
   def describe(self, setting: Setting) -> str:
-    """Returns what is compiled for what, a line each.
+    """Describes slice, mesh and models, a line each.
 
     Raises:
-      ValueError: if the mesh does not take the devices.
+      ValueError: if the mesh does not match the number of devices.
     """
     slice_, chip = self._slice, self._slice.chip
     mesh = partitioning.make_mesh(setting.mesh, self._devices)
@@ -114,12 +115,15 @@ class Compiler:
   def check(
     self, setting: Setting, program_names: Sequence[str], sizes: Sequence[int]
   ) -> None:
-    """Refuses what does not divide, before anything is compiled.
+    """Validates batch sizes before compilation.
 
     Args:
-      setting: of the train step.
-      program_names: of `PROGRAMS`.
-      sizes: of the batches that are answered.
+      setting: settings of the train step.
+      program_names: names in `PROGRAMS`.
+      sizes: batch sizes of inference.
+
+    Raises:
+      ValueError: if a batch does not divide over the mesh.
     """
     mesh = partitioning.make_mesh(setting.mesh, self._devices)
     if TRAIN in program_names:
@@ -131,7 +135,7 @@ class Compiler:
         partitioning.check_batch_size(size, mesh, 'DECODE_BATCH_SIZES')
 
   def describe_arguments(self, setting: Setting) -> str:
-    """Returns what the arguments of the train step take of a device."""
+    """Describes the bytes per device of the train step's arguments."""
     arguments = self._lay_out(setting).train_arguments(
       self._optimizer, setting.batch_size
     )
@@ -149,7 +153,7 @@ class Compiler:
     )
 
   def train_step(self, setting: Setting) -> TableRow:
-    """Compiles the train step and returns what it needs."""
+    """Compiles the train step; returns the row of its costs."""
     self.check(setting, (TRAIN,), ())
     found = self._lay_out(setting)
     program = found.train_step(
@@ -163,7 +167,13 @@ class Compiler:
   def generation(
     self, setting: Setting, batch_size: int, *, decodes: bool
   ) -> Iterator[TableRow]:
-    """Compiles prefill and decode, and yields what each needs."""
+    """Compiles prefill and decode; yields a row of costs for each.
+
+    Args:
+      setting: mesh and remat settings.
+      batch_size: number of prompts.
+      decodes: whether to compile the decode loop, too.
+    """
     found = self._lay_out(setting)
     prefill, loop = found.generation(batch_size, self._models.dtype)
     row, compiled = self._compile(PREFILL, prefill, found.mesh, batch_size, '')
@@ -173,15 +183,17 @@ class Compiler:
       yield self._compile(DECODE, program, found.mesh, batch_size, '')[0]
 
   def advise(self, setting: Setting) -> tuple[str, TableRow | None]:
-    """Returns what to do where a setting does not fit, and what that needs.
+    """Looks for settings that fit when the given setting does not.
 
-    It is the first that fits of those near it; None: none does.
+    Returns:
+      Advice, and the costs of the first of `neighbours` that fits; None if none
+      fits.
     """
     tried: list[str] = []
     for other in neighbours(setting, self._slice.num_chips):
       try:
         row = self.train_step(other)
-      except ValueError:  # The mesh or the batch does not divide.
+      except ValueError:  # The mesh or the batch size does not divide.
         continue
       if row['fits']:
         text = (
@@ -200,12 +212,12 @@ class Compiler:
     return text, None
 
   def largest_batch(self, setting: Setting, row: TableRow) -> int:
-    """Returns the largest batch that fits of 1, 2, 4, ... times the given.
+    """Returns the largest batch size that fits: 1, 2, 4, ... times the given.
 
     Args:
-      setting: of a train step that fits.
-      row: what that needs. As temporaries grow with the batch and arguments do
-        not, it says where to begin.
+      setting: settings of a train step that fits.
+      row: its costs. They give the first guess, since temporaries grow with the
+        batch and arguments do not.
     """
 
     def fits(factor: int) -> bool:
@@ -233,7 +245,10 @@ class Compiler:
     batch_size: int,
     setting: str,
   ) -> tuple[TableRow, jax.stages.Compiled | None]:
-    """Returns what a program needs, and the program if it fits."""
+    """Compiles a program; returns its row of costs and the executable.
+
+    The executable is None if the compiler ran out of memory.
+    """
     chip = self._slice.chip
     row: TableRow = {
       'program': name,
@@ -283,9 +298,9 @@ class Compiler:
     *,
     is_loop: bool,
   ) -> TableRow:
-    """Returns what a device does, and the least time it takes."""
+    """Returns operations per device, and lower bounds on their time."""
     loops = costs.open_loops
-    if is_loop:  # A token is one turn of the only loop that data end.
+    if is_loop:  # One token is one iteration of the only open loop.
       (costs,) = loops
     else:
       costs = sum(loops, costs)
@@ -307,7 +322,7 @@ class Compiler:
     )
     per_device = model_flops / len(devices)
     secs = {
-      # Of few rows the compiler makes no product of matrices that is counted.
+      # For few rows the compiler emits no matrix products that are counted.
       'compute_secs': max(costs.flops, per_device) / chip.flops_per_sec,
       'hbm_secs': costs.hbm_bytes / chip.hbm_bytes_per_sec,
       'interconnect_secs': interconnect_secs,
@@ -327,9 +342,9 @@ class Compiler:
 
 
 def neighbours(setting: Setting, num_devices: int) -> Iterator[Setting]:
-  """Yields settings that need less and less memory.
+  """Yields settings of the same train step with decreasing memory needs.
 
-  All compute the same step: shards for replicas, layers computed twice,
+  In this order: FSDP shards instead of replicas, rematerialization,
   microbatches.
   """
   data, fsdp, tensor = partitioning.fit(setting.mesh, num_devices)
@@ -351,7 +366,7 @@ def neighbours(setting: Setting, num_devices: int) -> Iterator[Setting]:
 
 
 def _describe(config: config_lib.TransformerConfig) -> str:
-  """Returns what tells one model from another."""
+  """Describes the main sizes of a model."""
   layers = f'{config.num_decoder_layers} layers'
   if config.is_encoder_decoder:
     layers = f'{config.num_encoder_layers} + {layers}'
@@ -362,9 +377,10 @@ def _describe(config: config_lib.TransformerConfig) -> str:
 
 
 def out_of_memory(message: str, chip: chips.Chip) -> TableRow:
-  """Returns what the compiler's error says; its sizes are in GiB.
+  """Parses the memory requirement of the compiler's out-of-memory error.
 
-  What it calls temporaries are arguments and results, too.
+  The compiler's "HLO temporaries" include arguments and results. Its units are
+  MiB, GiB and TiB.
   """
   size = re.search(r'HLO temporaries \(([\d.]+)([MGT])\)', message)
   if size is None:
@@ -379,7 +395,7 @@ def out_of_memory(message: str, chip: chips.Chip) -> TableRow:
 
 
 def largest_arguments(arguments: Mapping[str, Any]) -> list[TableRow]:
-  """Returns the arguments that take most of a device, by what they are."""
+  """Returns the largest arguments by bytes per device."""
   rows: list[TableRow] = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(arguments):
     rows.append(
@@ -393,7 +409,7 @@ def largest_arguments(arguments: Mapping[str, Any]) -> list[TableRow]:
 
 
 def largest_temporaries(text: str) -> list[TableRow]:
-  """Returns the largest arrays that a compiled program makes in HBM."""
+  """Returns the largest HBM arrays allocated by a compiled program."""
   computations, _ = hlo.parse(text)
   fused = {x.callee('calls') for c in computations.values() for x in c.values()}
   rows: dict[tuple[str, str], TableRow] = {}
@@ -415,7 +431,7 @@ def largest_temporaries(text: str) -> list[TableRow]:
 
 
 def by_kind(collectives: Sequence[hlo_costs.Collective]) -> list[TableRow]:
-  """Returns collectives that are alike as one row, the largest first."""
+  """Sums equal collectives into rows, the largest first."""
   sums: collections.defaultdict[tuple[Any, ...], list[float]]
   sums = collections.defaultdict(lambda: [0.0, 0.0])
   for x in collectives:

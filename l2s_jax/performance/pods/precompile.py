@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `precompile`: what a system needs on TPUs that are not here.
+"""The verb `precompile`: resource needs on TPUs that are not attached.
 
-The TPU's own compiler (`libtpu`) compiles the train step, prefill and the
-decode loop on this machine's CPU for a named topology. What a device then holds
-and does is read from the compiled programs; times are bounds, by the chips'
-figures (`runtime/chips.py`): nothing runs.
+The TPU compiler (`libtpu`) compiles the train step, prefill and the decode loop
+for a named topology, on the CPU of this machine. Memory and operations per
+device are read from the compiled programs. Times are lower bounds from the
+chips' peak rates (`runtime/chips.py`); nothing is executed.
 """
 
 import importlib.util
@@ -50,48 +50,49 @@ def precompile(
   *,
   dry_run: bool = False,
 ) -> list[TableRow]:
-  """Compiles a system for TPUs that are not here, and says what it needs there.
+  """Compiles a system for TPUs that are not attached; reports its costs.
 
-  Of each program, per device: bytes held against the chip's memory, FLOPs,
-  bytes moved, collectives by kind and size, and the least time that these take.
+  For each program and per device: bytes in memory, FLOPs, bytes moved,
+  collectives by kind and size, and lower bounds on the time.
 
   Args:
     task_feature_lengths: tokens of 'inputs' (prompt) and 'targets' (answer).
-    batch_size: rows a train step, over all devices.
-    optimizer: of the train step.
-    topology: a TPU and how many chips stand along each axis of its links:
-      'v5e:2x4', 'v5e:16x16', 'v6e:16x16', 'v5p:4x4x4' (sold as v5p-128: Google
-      counts the cores of v5p, two a chip).
-    llm: the LLM, by its config or its weights; None compiles the SLM alone.
-    slm: the SLM, likewise.
+    batch_size: global batch size of the train step.
+    optimizer: optimizer of the train step.
+    topology: TPU type and chips along each axis of its torus: 'v5e:2x4',
+      'v5e:16x16', 'v6e:16x16', 'v5p:4x4x4' (sold as v5p-128: Google counts the
+      cores of v5p, two per chip).
+    llm: config or weights of the LLM; None compiles the SLM alone.
+    slm: config or weights of the SLM; None compiles the LLM alone.
     injection: 'add' or 'replace'.
-    shared_vocabulary: whether LLM and SLM have one; None: if their tables have
-      as many rows.
-    dtype: of the SLM's activations, and of its weights when it writes.
-    llm_dtype: of the LLM.
+    shared_vocabulary: whether LLM and SLM share a vocabulary; None: if their
+      embedding tables have equally many rows.
+    dtype: dtype of the SLM's activations, and of its weights in inference.
+    llm_dtype: dtype of the LLM.
     mesh: device mesh and axis rules; None puts all devices along `data`.
-    num_slices: slices of that topology, which the network joins.
-    num_microbatches: parts a batch is computed in, one after another.
-    remat: of the model that is trained; see `TransformerConfig.remat`.
-    decode_batch_sizes: prompts answered at once, one number or several; None
+    num_slices: number of slices, joined by the network.
+    num_microbatches: microbatches per batch.
+    remat: rematerialization of the trained model; see
+      `TransformerConfig.remat`.
+    decode_batch_sizes: batch sizes of inference, one number or several; None
       takes `batch_size`.
-    program_names: which of 'train', 'prefill' and 'decode'; 'decode' needs
+    program_names: any of 'train', 'prefill' and 'decode'; 'decode' needs
       'prefill'.
-    suggest: whether to look for what does fit if the train step does not; each
-      attempt compiles.
-    find_largest_batch: whether to double the train step's batch for as long as
+    suggest: whether to look for settings that fit if the train step does not;
+      each attempt compiles.
+    find_largest_batch: whether to double the train step's batch size as long as
       it fits.
-    output_dir: gets precompile.json and precompile.md; None: nothing is
-      written.
-    dry_run: prints the mesh and what the train step's arguments take, and
+    output_dir: output folder of precompile.json and precompile.md; None writes
+      nothing.
+    dry_run: prints the mesh and the bytes of the train step's arguments, and
       compiles nothing.
 
   Returns:
     A row for each program.
 
   Raises:
-    ValueError: if a program does not fit; names the largest tensors and, for
-      the train step, what fits. Or if a setting is not one.
+    ValueError: if a setting is invalid; or if a program does not fit: names its
+      largest tensors and, for the train step, settings that fit.
   """
   gin_config.check_positive(
     BATCH_SIZE=batch_size,
@@ -151,7 +152,7 @@ def precompile(
 def _load_configs(
   llm: system.Tower | None, slm: system.Tower | None
 ) -> dict[str, config_lib.TransformerConfig]:
-  """Returns the configs of the models that are named."""
+  """Returns the configs of the given models, by 'llm' and 'slm'."""
   configs = {
     name: tower.load_config()
     for name, tower in (('llm', llm), ('slm', slm))
@@ -166,12 +167,12 @@ def _load_configs(
 
 
 class _Report:
-  """Rows so far, printed and written as they come.
+  """Rows of the report, printed and written as they arrive.
 
   Attributes:
-    description: of the setting.
-    rows: one for each program.
-    advice: sentences on what would fit.
+    description: description of the setting.
+    rows: a row for each program.
+    advice: sentences about settings that fit.
   """
 
   def __init__(self, description: str, folder: pathlib.Path | None):
@@ -190,7 +191,7 @@ class _Report:
       precompile_report.write(self._folder, self.description, self.rows)
 
   def check(self) -> None:
-    """Refuses programs that do not fit, with what would."""
+    """Raises an error for programs that do not fit, with advice."""
     too_large = [row for row in self.rows if not row['fits']]
     if too_large:
       refusals = map(precompile_report.refusal, too_large)
@@ -204,7 +205,7 @@ def _compile_train_step(
   suggest: bool,
   find_largest_batch: bool,
 ) -> None:
-  """Adds the train step, and what fits in its place or beyond it."""
+  """Adds the train step, and settings or a batch size that fit."""
   row = compiler.train_step(setting)
   report.add(row)
   if not row['fits'] and suggest:
@@ -216,7 +217,7 @@ def _compile_train_step(
 
 
 def _check(program_names: Sequence[str], injection: str) -> None:
-  """Refuses names that mean nothing."""
+  """Validates PROGRAMS and INJECTION."""
   if injection not in l2s.INJECTIONS:
     raise ValueError(f'INJECTION={injection!r} is not one of {l2s.INJECTIONS}.')
   unknown = set(program_names) - set(pod_compiler.PROGRAMS)
@@ -235,28 +236,28 @@ def _check(program_names: Sequence[str], injection: str) -> None:
 
 
 def _devices(slice_: chips.Slice) -> list[Any]:
-  """Returns what the TPU's compiler knows of the devices of a slice.
+  """Returns the TPU compiler's device descriptions of a slice.
 
   Raises:
-    ValueError: if `libtpu` is not installed, or knows no such slice.
+    ValueError: if `libtpu` is not installed, or does not know the slice.
   """
   if importlib.util.find_spec('libtpu') is None:
     raise ValueError(
       'precompile needs the compiler for TPUs, libtpu, which runs on any '
       'x86-64 Linux: pip install -r requirements-tpu.txt.'
     )
-  # libtpu would ask Google's cloud which machine this is, and wait.
+  # libtpu would query Google Cloud's metadata server, and wait.
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('TPU_ACCELERATOR_TYPE', slice_.accelerator_type)
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
-  # Only one process may use TPUs; as many as like may compile for them.
+  # Only one process may use TPUs, but any number may compile for them.
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-  # What JAX itself computes on the way needs no TPU, and must not look for one.
+  # JAX's own computations must not look for a TPU.
   jax.config.update('jax_platforms', 'cpu')
-  # What was compiled for other machines cannot be loaded here.
+  # Programs compiled for other machines cannot be loaded here.
   jax.config.update('jax_enable_compilation_cache', False)
   options: dict[str, Any] = {'wrap': _along_three(slice_.wraps, False)}
-  if slice_.num_chips < 4:  # Else 2 x 2 to a host.
+  if slice_.num_chips < 4:  # default: 2 x 2 chips per host
     options['chips_per_host_bounds'] = _along_three(slice_.shape, 1)
   if slice_.num_slices > 1:
     options['num_slices'] = slice_.num_slices
@@ -273,5 +274,5 @@ def _devices(slice_: chips.Slice) -> list[Any]:
 
 
 def _along_three(values: Sequence[Any], default: Any) -> tuple[Any, ...]:
-  """Returns a value for each axis that the compiler knows."""
+  """Pads per-axis values to the compiler's three axes."""
   return (*values, *[default] * (3 - len(values)))

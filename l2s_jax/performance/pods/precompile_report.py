@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `precompile` has found, as text, JSON and Markdown."""
+"""Reports of `precompile`: text, JSON and Markdown."""
 
 import json
 import pathlib
@@ -12,7 +12,7 @@ _NUM_COLLECTIVES = 8
 
 
 def describe(row: TableRow) -> str:
-  """Returns a program's row as lines of text."""
+  """Formats the row of a program as text."""
   title = f'{row["program"]}, {row["batch_size"]} rows'
   if 'flops' not in row:
     return f'{title}: DOES NOT FIT, {chips.gib(row["peak_bytes"])} a device'
@@ -53,7 +53,10 @@ def describe(row: TableRow) -> str:
 
 
 def refusal(row: TableRow) -> str:
-  """Returns why a program does not fit: what it takes, and what takes most."""
+  """Returns the error for a program that does not fit.
+
+  It names the bytes required and the largest tensors.
+  """
   free = row['peak_bytes'] / (1 - row['free_fraction'])
   takes = f'{chips.gib(row["peak_bytes"])} of the {chips.gib(free)}'
   lines = [
@@ -69,12 +72,12 @@ def refusal(row: TableRow) -> str:
 
 
 def advice(text: str, row: TableRow | None) -> str:
-  """Returns what to do instead, and what takes most of a device then.
+  """Formats the advice of `Compiler.advise`.
 
   Args:
-    text: what to do.
-    row: of a program that fits, with the temporaries that the compiler does not
-      tell of one that does not; None: none fits.
+    text: the advice.
+    row: costs of the program that fits, with its temporaries, which the
+      compiler reports for such programs only; None if none fits.
   """
   if row is None:
     return text

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The programs of a system, lowered from shapes alone: nothing is allocated.
+"""Lowering of a system's programs from abstract shapes.
 
-The train step, prefill and the decode loop, exactly as `training/train.py` and
-`inference/generate.py` run them, for a mesh whose devices need not be there.
-Arguments are shapes with shardings.
+The train step, prefill and the decode loop, as run by `training/train.py` and
+`inference/generate.py`, for a mesh whose devices need not be attached.
+Arguments are shapes with shardings; nothing is allocated.
 """
 
 import contextlib
@@ -37,13 +37,13 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A program that can be compiled.
+  """A lowered program.
 
   Attributes:
-    lowered: what to compile.
-    arguments: shapes with shardings, by what they are.
-    model_flops: matrix products of all devices that the model needs, nothing
-      computed twice; of a decode loop, for one token of every row.
+    lowered: the program to compile.
+    arguments: shapes with shardings, by name.
+    model_flops: FLOPs of matrix products over all devices, without
+      recomputation; of a decode loop, for one token of every row.
   """
 
   lowered: jax.stages.Lowered
@@ -56,12 +56,13 @@ class Models:
   """The models of a system, without weights.
 
   Attributes:
-    llm: None compiles the SLM alone.
-    slm: None compiles the LLM alone.
+    llm: config of the LLM; None compiles the SLM alone.
+    slm: config of the SLM; None compiles the LLM alone.
     injection: 'add' or 'replace'.
-    shared_vocabulary: None: if both tables have as many rows.
-    dtype: of activations of what is trained.
-    llm_dtype: of a frozen LLM.
+    shared_vocabulary: whether the vocabulary is shared; None: if both embedding
+      tables have equally many rows.
+    dtype: dtype of the trained model's activations.
+    llm_dtype: dtype of a frozen LLM.
   """
 
   llm: config_lib.TransformerConfig | None
@@ -72,12 +73,13 @@ class Models:
   llm_dtype: str = 'bfloat16'
 
   def system(self, remat: str = 'none') -> system_lib.System:
-    """Returns LLM-to-SLM, or the model that is given alone.
+    """Returns the LLM-to-SLM system, or that of the only model given.
 
     Args:
-      remat: of what is trained; see `TransformerConfig.remat`.
+      remat: rematerialization of the trained model; see
+        `TransformerConfig.remat`.
     """
-    # No text is read here: any tokenizer will do.
+    # The tokenizer is not used.
     vocabulary = byte.ByteVocabulary()
     trained = self.slm or self.llm
     assert trained is not None
@@ -101,7 +103,7 @@ class Programs:
   """The programs of one system on one mesh.
 
   Attributes:
-    system: with the LLM's axis rules.
+    system: the system, with the LLM's axis rules.
     mesh: the device mesh.
   """
 
@@ -112,12 +114,12 @@ class Programs:
     mesh_config: partitioning.MeshConfig,
     task_feature_lengths: Mapping[str, int],
   ):
-    """Lays the parameters out.
+    """Computes the shardings of the parameters.
 
     Args:
       system: see `Models`.
-      mesh: of devices, or of what a topology has for them.
-      mesh_config: has the axis rules.
+      mesh: mesh of devices, or of a topology's device descriptions.
+      mesh_config: the axis rules.
       task_feature_lengths: tokens of 'inputs' (prompt) and 'targets' (answer).
 
     Raises:
@@ -127,20 +129,20 @@ class Programs:
     self.mesh = mesh
     self._rules = mesh_config.rules('slm')
     self._lengths = dict(task_feature_lengths)
-    # Outside of the mesh, whose devices cannot run the little that this does.
+    # Outside the mesh, whose devices cannot run this small computation.
     self._layout = parameters.layout(self.system, mesh, mesh_config)
 
   def train_arguments(
     self, optimizer: optim.Optimizer, batch_size: int
   ) -> dict[str, PyTree]:
-    """Returns the arguments of the train step, by what they are."""
+    """Returns the arguments of the train step by name."""
     frozen, _, state = self._train_state(optimizer)
     return _by_name(frozen, state, self._batch(batch_size))
 
   def _train_state(
     self, optimizer: optim.Optimizer
   ) -> tuple[PyTree, optax.GradientTransformation, state_lib.TrainState]:
-    """Returns the frozen parameters, the optimizer and the state."""
+    """Returns the frozen parameters, the optimizer and the train state."""
     frozen_names = self.system.frozen
     frozen, trainable = parameters.split(self._layout.shapes, frozen_names)
     of_frozen, of_trainable = parameters.split(
@@ -162,7 +164,13 @@ class Programs:
     batch_size: int,
     num_microbatches: int = 1,
   ) -> Program:
-    """Returns the train step, its state donated."""
+    """Lowers the train step, with donated state.
+
+    Args:
+      optimizer: the optimizer.
+      batch_size: global batch size.
+      num_microbatches: microbatches per batch.
+    """
     module = self.system.module
     frozen, transform, state = self._train_state(optimizer)
     batch = self._batch(batch_size)
@@ -191,13 +199,13 @@ class Programs:
   def generation(
     self, batch_size: int, dtype: str
   ) -> tuple[Program, 'DecodeLoop']:
-    """Returns prefill, and what makes the decode loop once it is compiled.
+    """Lowers prefill; returns it with the decode loop, which is lowered later.
 
-    The cache has all slots that an answer may need from the start.
+    The KV cache has all slots of the longest answer from the start.
 
     Args:
-      batch_size: prompts.
-      dtype: of the weights.
+      batch_size: number of prompts.
+      dtype: dtype of the weights.
     """
     prompt_length, answer_length = self._lengths_of_both
     generator = generate.generator(self.system, answer_length)
@@ -245,14 +253,14 @@ class Programs:
 
   @contextlib.contextmanager
   def entered(self) -> Iterator[None]:
-    """Enters the mesh and the axis rules that programs are traced under."""
+    """Enters the mesh and the axis rules for tracing."""
     with partitioning.use_mesh(self.mesh), partitioning.axis_rules(self._rules):
       yield
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeLoop:
-  """The loop that writes, waiting for where prefill leaves its state."""
+  """The decode loop, not lowered until prefill's output shardings are known."""
 
   programs: Programs
   generator: generate.Generator
@@ -261,7 +269,7 @@ class DecodeLoop:
   model_flops: flops_lib.Number
 
   def lower(self, prefill: Program, compiled: jax.stages.Compiled) -> Program:
-    """Returns the loop over the state that a compiled prefill returns."""
+    """Lowers the loop for the state returned by a compiled prefill."""
     state = partitioning.with_shardings(
       prefill.lowered.out_info, compiled.output_shardings
     )
@@ -278,7 +286,7 @@ class DecodeLoop:
 def _by_name(
   frozen: PyTree, state: state_lib.TrainState, batch: PyTree
 ) -> dict[str, PyTree]:
-  """Returns the arguments of a train step by what they are."""
+  """Returns the arguments of a train step by name."""
   return {
     'frozen': frozen,
     'trainable': state.trainable,
@@ -288,10 +296,11 @@ def _by_name(
 
 
 def _place_prepared(shapes: PyTree, shardings: PyTree) -> PyTree:
-  """Returns shapes for generation with the shardings of what they are made of.
+  """Returns parameter shapes for generation with shardings.
 
-  Of stacked layers each has an array of its own, and a tied head a transposed
-  copy of its table; see `language_model.params_for_generation`.
+  In generation layout each layer has its own arrays, and a tied head is a
+  transposed copy of the embedding table; see
+  `language_model.params_for_generation`.
   """
   flat = traverse_util.flatten_dict(shardings)
 

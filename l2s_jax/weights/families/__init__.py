@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How each family of models names its tensors and says its sizes."""
+"""Tensor names and configs of model families in the package transformers."""
 
 # The modules that other packages may import.
 __all__ = (

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""config.json of a Hugging Face folder, each value checked as it is read.
+"""Typed access to config.json of a Hugging Face folder.
 
-Whoever reads a key gets a value of its kind, or the reader of the file an error
-that names the key. What is not read may be anything.
+Each value is checked when it is read; an error names its key. Unused keys may
+hold anything.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ _KEYS = {
     'num_key_value_heads head_dim word_embed_proj_dim sliding_window_pattern '
     'original_max_position_embeddings'
   ),
-  # T5's encoder alone has no decoder, and a T5Gemma may have none.
+  # 0 for an encoder-only T5, and for a T5Gemma without a decoder.
   _ANY_COUNT: 'num_decoder_layers num_hidden_layers sliding_window',
   _POSITIVE: (
     'rope_theta rope_local_base_freq rotary_emb_base rotary_pct '
@@ -56,7 +56,7 @@ _KEYS = {
   _IDS: 'bos_token_id eos_token_id pad_token_id decoder_start_token_id',
 }
 _KIND_OF = {key: kind for kind, keys in _KEYS.items() for key in keys.split()}
-# Keys that may be null, as the readers of families know.
+# Keys for which the parsers accept null.
 _NULLABLE = {
   *_KEYS[_IDS].split(),
   'attention_bias',
@@ -85,10 +85,10 @@ _NULLABLE = {
 
 
 class Checked(Mapping[str, Any]):
-  """An object of config.json whose values are of the kind of their key.
+  """A JSON object whose values are type-checked by key on access.
 
-  Getting one that is not raises ValueError, of one that is missing KeyError;
-  both continue 'FILE: ...'.
+  A value of another type raises ValueError, a missing key `MissingError`. Both
+  messages continue 'FILE: ...'.
   """
 
   def __init__(self, content: Mapping[str, Any], prefix: str = ''):
@@ -109,7 +109,7 @@ class Checked(Mapping[str, Any]):
       )
     if kind == _OBJECT:
       return Checked(value, f'{self._prefix}{key}.')
-    # An int beyond 32 bits is none to JAX.
+    # JAX accepts no Python int beyond 32 bits.
     return float(value) if kind in (_POSITIVE, _NUMBER) else value
 
   def __iter__(self) -> Iterator[str]:
@@ -120,7 +120,7 @@ class Checked(Mapping[str, Any]):
 
 
 class MissingError(KeyError):
-  """A key that config.json lacks."""
+  """A key is missing in config.json."""
 
 
 def _is(value: Any, kind: str) -> bool:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names and configs of GPT-2, OPT and GPT-NeoX, as transformers has them.
+"""Tensor names and configs of GPT-2, OPT and GPT-NeoX in transformers.
 
-Decoders with layer norms and biases; those of Llama's shape are in
-`llama_names.py`.
+These are decoder-only models with LayerNorm and biases. Models of Llama's
+architecture are in `llama_names.py`.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from l2s_jax.models import config as config_lib
 from l2s_jax.weights.families import name_table
 from l2s_jax.weights.families.name_table import Family, Row
 
-# GPT-2's Conv1D keeps [in, out].
+# GPT-2's Conv1D stores kernels as [in, out].
 _LAYER_NORM = (
   Row('scale', 'weight', 'd -> d'),
   Row('bias', 'bias', 'd -> d'),
@@ -57,7 +57,7 @@ _GPT2 = (
 )
 
 
-# PyTorch's Linear keeps [out, in].
+# PyTorch's Linear stores kernels as [out, in].
 _OPT = (
   Row('token_embedder/embedding', 'decoder.embed_tokens.weight', 'v d -> v d'),
   Row(
@@ -99,7 +99,8 @@ _OPT = (
   ),
 )
 
-# The parts of GPT-NeoX's fused projection lie side by side in each head.
+# GPT-NeoX's fused projection stores query, key and value side by side within
+# each head.
 _FUSED = 'query_key_value.'
 _GPT_NEOX = (
   Row('token_embedder/embedding', 'embed_in.weight', 'v d -> v d'),
@@ -214,7 +215,7 @@ def _parse_opt(
       name_table.activation(config.get('activation_function', 'relu')),
     ),
     norm='layer',
-    norm_epsilon=1e-5,  # of torch.nn.LayerNorm
+    norm_epsilon=1e-5,  # default of torch.nn.LayerNorm
     use_bias=True,
     positions='learned',
     max_positions=config['max_position_embeddings'],
@@ -328,7 +329,7 @@ FAMILIES = {
       'add_cross_attention': False,
     },
     prefix='transformer.',
-    # Causal masks.
+    # Buffers: causal masks.
     ignored=rf'h\.\d+\.attn\.(bias|masked_bias)|{name_table.OTHER_HEADS}',
   ),
   'opt': Family(
@@ -361,7 +362,7 @@ FAMILIES = {
       'enable_bias': True,
     },
     prefix='model.',
-    ignored=rf'decoder\.version|{name_table.OTHER_HEADS}',  # of fairseq
+    ignored=rf'decoder\.version|{name_table.OTHER_HEADS}',  # from fairseq
   ),
   'gpt_neox': Family(
     rows=_GPT_NEOX,
@@ -386,7 +387,7 @@ FAMILIES = {
     fixed={'quantization_config': None, 'attention_bias': True},
     prefix='gpt_neox.',
     aliases={'embed_out.weight': ('lm_head.weight',)},
-    # Causal masks and frequencies.
+    # Buffers: causal masks and rotary frequencies.
     ignored=r'layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)'
     rf'|rotary_emb\.inv_freq|{name_table.OTHER_HEADS}',
     may_be_tied=name_table.is_said_to_be_tied,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names and configs of Llama, Qwen and Gemma, as transformers has them.
+"""Tensor names and configs of Llama, Qwen and Gemma in transformers.
 
-All have Llama's names for what Llama has; T5Gemma is two Gemma 2 beside each
-other, with cross-attention.
+All use Llama's names for the shared parts. T5Gemma is a Gemma 2 encoder and a
+Gemma 2 decoder with cross-attention.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ from l2s_jax.models import config as config_lib
 from l2s_jax.weights.families import name_table
 from l2s_jax.weights.families.name_table import Family, Row
 
-# PyTorch's Linear keeps [out, in]. A model has those of these that its config
-# asks for.
+# PyTorch's Linear stores kernels as [out, in]. Each model has the subset of
+# these rows that its config enables.
 _ATTENTION = (
   Row('query/kernel', 'q_proj.weight', '(n h) d -> d n h'),
   Row('query/bias', 'q_proj.bias', '(n h) -> n h'),
@@ -121,7 +121,7 @@ _T5GEMMA = (
 
 
 def _parse_sizes(config: Mapping[str, Any], is_tied: bool) -> dict[str, Any]:
-  """Returns the fields that all families here have."""
+  """Returns the config fields common to all families of this module."""
   num_heads = config['num_attention_heads']
   num_kv_heads = config.get('num_key_value_heads') or num_heads
   activation = config.get('hidden_activation') or config['hidden_act']
@@ -169,7 +169,7 @@ def _unparse_sizes(config: config_lib.TransformerConfig) -> dict[str, Any]:
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns what RoPE is, as transformers 5 or as earlier ones say it."""
+  """Returns the RoPE parameters, from transformers 5 or earlier keys."""
   parameters = config.get('rope_parameters') or config.get('rope_scaling') or {}
   return {'rope_theta': config.get('rope_theta', 10_000.0), **parameters}
 
@@ -241,7 +241,8 @@ def _windows(config: Mapping[str, Any], default_period: int) -> tuple[int, int]:
     period = 0
     if 'full_attention' in types:
       period = types.index('full_attention') + 1
-    # The length first: config.json may ask for more than memory holds.
+    # Length is compared first: a damaged config.json may ask for more layers
+    # than memory holds.
     if len(types) != num_layers or types != _layer_types(period, num_layers):
       raise ValueError(
         f'layer_types is not full_attention every {period} layers and '
@@ -262,10 +263,11 @@ def _layer_types(period: int, num_layers: int) -> list[str]:
 def _ropes_of_gemma3(
   config: Mapping[str, Any],
 ) -> tuple[Mapping[str, Any], float | None]:
-  """Returns RoPE where a layer sees all, and its base where not, if other.
+  """Returns the RoPE parameters of global layers, and the local base.
 
-  With a window nothing is stretched, so the same base is other where a layer
-  that sees all is.
+  The local base, for layers with a sliding window, is None if their RoPE equals
+  that of the global layers. Local layers have no context scaling, so with
+  scaled global layers the two differ even for equal bases.
   """
   kinds = config.get('rope_parameters') or {
     'full_attention': {
@@ -326,7 +328,8 @@ def _parse_t5gemma(
   return dataclasses.replace(
     encoder,
     num_encoder_layers=encoder.num_decoder_layers,
-    # 9B-2B: one config has one width. An LLM needs no more than the encoder.
+    # A config has one width. For unequal sides (9B-2B) only the encoder is
+    # read, which is all that an LLM needs.
     num_decoder_layers=(
       0 if _differing(config) else config['decoder']['num_hidden_layers']
     ),
@@ -342,7 +345,7 @@ def _parse_side(
 
 
 def _differing(config: Mapping[str, Any]) -> list[str]:
-  """Returns our fields in which a T5Gemma's decoder is not as its encoder."""
+  """Returns the config fields in which a T5Gemma's two sides differ."""
   if not config['decoder']['num_hidden_layers']:
     return []
   encoder, decoder = (
@@ -392,7 +395,7 @@ _GEMMA_KEYS = (
   'hidden_activation',
   'sliding_window',
 )
-# Those of Gemma 3 may be left out: it has none.
+# Gemma 3 has no soft caps, so its configs may lack these keys.
 _GEMMA2_KEYS = (
   *_GEMMA_KEYS,
   'attn_logit_softcapping',

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a table of names is made of, for any file format.
+"""Name tables: the mapping between our tensors and those of other formats.
 
-A row ties one of our tensors to the tensor of theirs that holds it, with the
-axes of both; a family is the rows of one architecture and the way between its
-config and ours. Both read in both directions. The tables are in `t5_names.py`
-and `gpt_names.py`, reading and writing files is elsewhere.
+A row maps one of our tensors ("ours") to the stored tensor that holds it
+("theirs"), with the axes of both. A family is the rows of one architecture and
+the conversion between its config and ours. Both work in both directions. The
+tables are in `t5_names.py`, `gpt_names.py` and `llama_names.py`; the file
+formats are in `weights/formats` and `interop`.
 """
 
 import dataclasses
@@ -17,12 +18,12 @@ import numpy as np
 
 from l2s_jax.models import config as config_lib
 
-# What transformers puts on a model for another use than to write.
+# Heads of transformers for tasks other than generation.
 OTHER_HEADS = (
   r'(classification_head|classifier|score|qa_outputs|multiple_choice_head)\..*'
 )
 
-# As transformers names them, the usual name first.
+# Our activation by its name in transformers; the usual name comes first.
 _ACTIVATIONS = {
   'relu': 'relu',
   'gelu_new': 'gelu',
@@ -35,15 +36,15 @@ _ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One of our tensors, and the tensor of theirs in which it is stored.
+  """A pair of names: one of our tensors, and the foreign tensor that stores it.
 
   Attributes:
     ours: canonical name.
-    theirs: name in the file; `{layer}` where each layer has one.
-    axes: 'THEIRS -> OURS' of one layer, letters as in `models/layers.py`, and
-      r relpos_buckets, p abspos_buckets, c the parts of a fused projection.
-      Axes in parentheses are merged.
-    part: which of `c` is ours.
+    theirs: name in the file; `{layer}` stands for the layer index.
+    axes: 'THEIRS -> OURS' for one layer. The letters are those of
+      `models/layers.py` and r relpos_buckets, p abspos_buckets, c the parts of
+      a fused projection. Axes in parentheses are merged.
+    part: index of our tensor along the axis `c`.
   """
 
   ours: str
@@ -53,14 +54,16 @@ class Row:
 
   @property
   def path(self) -> tuple[str, ...]:
+    """Canonical name as a path in the parameter tree."""
     return tuple(self.ours.split('/'))
 
   @property
   def is_stacked(self) -> bool:
+    """Whether each layer has its own tensor in the file."""
     return '{layer}' in self.theirs
 
   def names(self, config: config_lib.TransformerConfig) -> list[str]:
-    """Returns the names in the file, one a layer."""
+    """Returns the names in the file, one for each layer."""
     if not self.is_stacked:
       return [self.theirs]
     num_layers = (
@@ -71,18 +74,18 @@ class Row:
     return [self.theirs.format(layer=layer) for layer in range(num_layers)]
 
   def groups(self) -> list[list[str]]:
-    """Returns the axes of theirs, each as the letters merged in it."""
+    """Returns the axes of their tensor, each a list of merged letters."""
     theirs, _ = self.axes.split(' -> ')
     return [
       group.strip('()').split() for group in re.findall(r'\(.*?\)|\w', theirs)
     ]
 
   def letters(self) -> list[str]:
-    """Returns the axes of ours."""
+    """Returns the axes of our tensor."""
     return self.axes.split(' -> ')[1].split()
 
   def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """Returns the shape of theirs."""
+    """Returns the shape of their tensor."""
     return tuple(
       math.prod(sizes[letter] for letter in group) for group in self.groups()
     )
@@ -90,12 +93,17 @@ class Row:
   def our_shape(
     self, config: config_lib.TransformerConfig, sizes: Mapping[str, int]
   ) -> tuple[int, ...]:
-    """Returns the shape of ours, all layers of a stack."""
+    """Returns the shape of our tensor, with all layers of a stack."""
     layer = tuple(sizes[letter] for letter in self.letters())
     return (len(self.names(config)), *layer) if self.is_stacked else layer
 
   def to_ours(self, array: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
-    """Returns our tensor, of one layer, out of theirs."""
+    """Converts one layer of their tensor to ours.
+
+    Args:
+      array: their tensor.
+      sizes: size of each axis, from `axis_sizes`.
+    """
     letters = self._split()
     array = array.reshape([sizes[letter] for letter in letters])
     if 'c' in letters:
@@ -110,12 +118,12 @@ class Row:
 def to_theirs(
   rows: Sequence[Row], arrays: Sequence[np.ndarray], sizes: Mapping[str, int]
 ) -> np.ndarray:
-  """Returns their tensor, of one layer, out of ours.
+  """Converts one layer of our tensors to theirs.
 
   Args:
-    rows: all that have this tensor: one, or a part each.
-    arrays: our tensor of each row.
-    sizes: of the axes, from `axis_sizes`.
+    rows: all rows of the tensor: one, or one for each part of it.
+    arrays: our tensor for each row.
+    sizes: size of each axis, from `axis_sizes`.
   """
   letters = rows[0]._split()
   theirs = np.empty([sizes[letter] for letter in letters], arrays[0].dtype)
@@ -127,7 +135,7 @@ def to_theirs(
 
 
 def under(ours: str, theirs: str, rows: Iterable[Row]) -> tuple[Row, ...]:
-  """Returns the rows with both names prefixed."""
+  """Returns the rows with a prefix before both names."""
   return tuple(
     dataclasses.replace(row, ours=ours + row.ours, theirs=theirs + row.theirs)
     for row in rows
@@ -150,43 +158,52 @@ def axis_sizes(config: config_lib.TransformerConfig) -> dict[str, int]:
 
 
 def may_be_tied(config: Mapping[str, Any]) -> bool:
-  """Returns whether config.json lets the head be the embedding table."""
+  """Returns whether config.json allows a tied output head.
+
+  This is the default of families with `tie_word_embeddings=True`.
+  """
   return config.get('tie_word_embeddings') is not False
 
 
 def leave_nothing_out(config: Mapping[str, Any]) -> str:
+  """Returns '', for families whose models are read completely."""
   del config
   return ''
 
 
 def is_said_to_be_tied(config: Mapping[str, Any]) -> bool:
-  """Returns the same, of families that are not tied unless they say so."""
+  """Returns whether config.json declares a tied output head.
+
+  This is the rule of families with `tie_word_embeddings=False` as default.
+  """
   return bool(config.get('tie_word_embeddings'))
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """What sets one `model_type` of transformers apart.
+  """The properties of one `model_type` of transformers.
 
   Attributes:
-    rows: the table of names.
-    architecture: the class of transformers that reads such a folder.
-    parse: from config.json, and whether the output head is the embedding
-      table, to our config; its ValueError continues 'FILE: ...'.
-    unparse: from our config to what of config.json `parse` reads.
-    required: keys without which config.json says nothing.
-    fixed: keys of which only this value, the default, is supported.
-    prefix: in front of all names but the head's, in some files.
-    aliases: other names of a tensor, for files that lack its own.
-    ignored: matches names that may be present and mean nothing.
-    may_be_tied: from config.json to whether the output head can be the
-      embedding table; if not, it must be in the file.
-    remark: from config.json, and whether the head is tied, to a sentence that
-      the user should read; '' where there is none.
-    sizes: keys of config.json by the letter of the axis whose size they say,
-      and by 'encoder' and 'decoder' of how many layers there are; for errors.
-    left_out: from config.json to a clause that says what of the model is not
-      read, and why; '' where all is.
+    rows: the name table.
+    architecture: the class of transformers that loads such a folder.
+    parse: function (config.json, is_tied) -> our config, where `is_tied` says
+      whether the output head is the embedding table. The message of its
+      ValueError continues 'FILE: ...'.
+    unparse: function from our config to the keys of config.json read by
+      `parse`.
+    required: required keys of config.json.
+    fixed: keys with a single supported value, which is also their default.
+    prefix: prefix of all names but the head's in some files.
+    aliases: alternative names of a tensor in some files.
+    ignored: pattern of names that may be present and are not read.
+    may_be_tied: function from config.json to whether the output head may be the
+      embedding table; otherwise the head must be in the file.
+    remark: function (config.json, is_tied) to a sentence for the user; '' for
+      none.
+    sizes: for errors, the key of config.json that gives the size of an axis
+      letter, and the number of layers for 'encoder' and 'decoder'.
+    left_out: function from config.json to a clause that names the parts of the
+      model that are not read, and the reason; '' if all are read.
   """
 
   rows: tuple[Row, ...]
@@ -207,7 +224,16 @@ class Family:
 
 
 def divide(config: Mapping[str, Any], width: str, heads: str) -> int:
-  """Returns the width of a head, where config.json has only that of all."""
+  """Returns the width of one head from the width of all heads.
+
+  Args:
+    config: content of config.json.
+    width: key of the width of all heads.
+    heads: key of the number of heads.
+
+  Raises:
+    ValueError: if the width is no multiple of the number of heads.
+  """
   if config[width] % config[heads]:
     raise ValueError(
       f'{width}={config[width]} does not divide over {heads}={config[heads]}'
@@ -216,7 +242,7 @@ def divide(config: Mapping[str, Any], width: str, heads: str) -> int:
 
 
 _CONTEXT = 'original_max_position_embeddings'
-# What `TransformerConfig.rope_scaling` holds, in its order.
+# Keys of the values in `TransformerConfig.rope_scaling`, in order, by type.
 _ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
   'linear': ('factor',),
   'llama3': ('factor', 'low_freq_factor', 'high_freq_factor', _CONTEXT),
@@ -225,7 +251,14 @@ _ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
 
 
 def rope_scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the fields of our config that say what stretched the context."""
+  """Returns our config fields for the context scaling of RoPE.
+
+  Args:
+    rope: RoPE parameters with the keys of config.json.
+
+  Raises:
+    ValueError: if the type of scaling is unsupported or a parameter missing.
+  """
   kind = rope.get('rope_type', rope.get('type', 'default'))
   if kind == 'default':
     return {}
@@ -244,7 +277,7 @@ def rope_scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _yarn(rope: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns what YaRN's authors recommend where config.json says nothing."""
+  """Fills in the recommended values of YaRN's paper for absent keys."""
   for key, value in {
     'mscale': None,
     'mscale_all_dim': None,
@@ -262,7 +295,7 @@ def _yarn(rope: Mapping[str, Any]) -> dict[str, Any]:
 def rope_scaling_of_theirs(
   config: config_lib.TransformerConfig,
 ) -> dict[str, Any] | None:
-  """Returns the same for config.json."""
+  """Returns the context scaling of RoPE for config.json; None without one."""
   if not config.rope_scaling:
     return None
   kind = config.rope_scaling_type
@@ -273,7 +306,11 @@ def rope_scaling_of_theirs(
 
 
 def activation(name: str) -> str:
-  """Returns our name of an activation of transformers."""
+  """Returns our name of an activation of transformers.
+
+  Raises:
+    ValueError: if the activation is not supported.
+  """
   if name not in _ACTIVATIONS:
     raise ValueError(
       f'its activation is {name!r}; supported are {", ".join(_ACTIVATIONS)}'
@@ -282,6 +319,6 @@ def activation(name: str) -> str:
 
 
 def activation_of_theirs(name: str) -> str:
-  """Returns the name in transformers of one of our activations."""
+  """Returns transformers' name of one of our activations."""
   names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
   return names.get(name, name)

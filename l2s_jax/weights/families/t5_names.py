@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names and configs of the T5 family, as the package transformers has them."""
+"""Tensor names and configs of the T5 family in the package transformers."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from l2s_jax.models import config as config_lib
 from l2s_jax.weights.families import name_table
 from l2s_jax.weights.families.name_table import Family, Row
 
-# PyTorch's Linear keeps [out, in].
+# PyTorch's Linear stores kernels as [out, in].
 _T5_ATTENTION = (
   Row('query/kernel', 'q.weight', '(n h) d -> d n h'),
   Row('key/kernel', 'k.weight', '(n h) d -> d n h'),
@@ -72,8 +72,8 @@ def _parse(
   is_gated = config.get('is_gated_act', projection.startswith('gated-'))
   activation = config.get(
     'dense_act_fn',
-    # What T5 calls GELU is the tanh approximation; transformers corrects the
-    # name in this one case.
+    # T5's GELU is the tanh approximation; transformers corrects the name in
+    # this case only.
     'gelu_new'
     if projection == 'gated-gelu'
     else projection.removeprefix('gated-'),
@@ -106,10 +106,10 @@ def _parse(
 
 
 def _is_scaled(config: Mapping[str, Any]) -> bool:
-  """Returns whether a T5 divides the states of its head by sqrt(d_model).
+  """Returns whether a T5 scales its decoder output by 1 / sqrt(d_model).
 
-  Version 1.0 does. Its config.json says so in its own words since transformers
-  5; before, tie_word_embeddings stood for it.
+  T5 1.0 does, T5 1.1 does not. Since transformers 5 config.json says so by
+  `scale_decoder_outputs`; before, `tie_word_embeddings` implied it.
   """
   said = config.get('scale_decoder_outputs')
   if said is None:
@@ -155,8 +155,8 @@ def _unparse(config: config_lib.TransformerConfig) -> dict[str, Any]:
     'relative_attention_max_distance': config.relpos_max_distance,
     'dropout_rate': config.dropout_rate,
     'scale_decoder_outputs': is_scaled,
-    # For the T5 of transformers before 5 this, too, says whether to scale; in 5
-    # only a head in the files is not tied, whatever it says.
+    # In transformers before 5 this key also decides on the scaling. From 5 on,
+    # only a stored head is untied, whatever the key says.
     'tie_word_embeddings': config.logits_via_embedding or is_scaled,
   }
 
@@ -192,13 +192,13 @@ _FAMILY = Family(
       'decoder.embed_tokens.weight',
     )
   },
-  # The first release gave cross-attention a bias that nothing read.
+  # The first T5 release has an unused bias in its cross-attention.
   ignored=r'(en|de)coder\.embed_tokens\.weight'
   r'|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias'
   rf'\.weight|{name_table.OTHER_HEADS}',
 )
 
-# A table of relative positions for each layer.
+# umT5 has relative position biases in each layer.
 _UMT5 = tuple(
   dataclasses.replace(
     row,

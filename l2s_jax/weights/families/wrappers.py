@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a wrapper around a model has put in front of its tensors' names.
+"""Name prefixes that wrappers such as `torch.compile` add to tensors.
 
-`torch.compile` adds `_orig_mod.`, data parallelism `module.`, Lightning the
-name of the attribute; nested wrappers add all of theirs.
+`torch.compile` adds `_orig_mod.`, data parallelism `module.`, and Lightning the
+name of the attribute. Nested wrappers add several prefixes.
 """
 
 import os
@@ -13,29 +13,29 @@ from l2s_jax.weights.families.name_table import Family
 
 
 def prefix(names: Collection[str], family: Family) -> str:
-  """Returns what to take off all names for them to be those of a family.
+  """Returns the wrapper prefix common to all tensor names.
 
   Args:
-    names: of all tensors of the files.
-    family: whose names they should be.
+    names: names of all tensors in the files.
+    family: the expected model family.
 
   Returns:
-    A prefix that all names have and without which more of them are known than
-    with it; '' where there is none.
+    The prefix whose removal leaves the most names known to the family, the
+    shortest of equal ones; '' if there is none.
   """
   is_known = _known(family)
   common = os.path.commonprefix(list(names))
   cuts = [i + 1 for i, letter in enumerate(common) if letter == '.']
 
   def score(cut: int) -> tuple[int, int]:
-    # Of equal ones the shortest.
+    # Prefers the shortest of equal ones.
     return sum(is_known(name[cut:]) for name in names), -cut
 
   return common[: max([0, *cuts], key=score)]
 
 
 def _known(family: Family) -> Callable[[str], bool]:
-  """Returns what says whether a family has a tensor of a name."""
+  """Returns a predicate: whether the family has a tensor of a given name."""
   others = [alias for aliases in family.aliases.values() for alias in aliases]
   exact = [
     re.escape(name).replace(re.escape('{layer}'), r'\d+')

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of a GGUF file, dequantized.
+"""Dequantized weights of a GGUF file.
 
-The file is shown to `huggingface.HuggingFaceWeights` as what it was made from:
-GGUF's names become those of transformers, its metadata a config.json, and what
-llama.cpp did to the numbers is undone. The package gguf knows the
-quantizations, the tokenizer is in `gguf_tokenizer.py`.
+The file is presented to `huggingface.HuggingFaceWeights` as the Hugging Face
+model it was made from: GGUF names become names of transformers, metadata
+becomes a config.json, and the changes of llama.cpp to the values are undone.
+The package gguf implements dequantization; the tokenizer is in
+`gguf_tokenizer.py`.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from l2s_jax.weights import misfits
 from l2s_jax.weights.formats import gguf_header, gguf_tokenizer, huggingface
 from l2s_jax.weights.formats.tensor_files import Tensor
 
-# config.json's keys by those of the metadata, '{arch}.' left out.
+# Metadata key by the key of config.json, without the prefix '{arch}.'.
 _LLAMA_CONFIG = {
   'hidden_size': 'embedding_length',
   'intermediate_size': 'feed_forward_length',
@@ -74,7 +75,7 @@ _TOKEN_IDS = {
 }
 
 _TABLE = 'token_embd.weight'
-# What else the metadata says, by its kind.
+# Metadata keys with whole numbers, and those with other numbers.
 _COUNTS = (
   *(
     key
@@ -93,7 +94,7 @@ _NUMBERS = (
   'rope.scale_linear',
 )
 
-# Names of transformers by those of GGUF; {} is the layer.
+# Names of transformers by names of GGUF; {} is the layer index.
 _LLAMA_NAMES = {
   'token_embd': 'embed_tokens',
   'output_norm': 'norm',
@@ -141,7 +142,7 @@ _NEOX_NAMES = {
 
 
 def _t5_names(is_gated: bool) -> dict[str, str]:
-  """Returns the names of T5; an MLP without a gate has another `wi`."""
+  """Returns the names of T5. `wi` has another name in a gated MLP."""
   names = {'token_embd': 'shared', 'output': 'lm_head'}
   for short, stack, mlp in (('enc', 'encoder', 1), ('dec', 'decoder', 2)):
     names[f'{short}.output_norm'] = f'{stack}.final_layer_norm'
@@ -168,13 +169,14 @@ def _t5_names(is_gated: bool) -> dict[str, str]:
 
 
 class _Architecture(NamedTuple):
-  """What a file of one `general.architecture` was made from.
+  """The conversion of one `general.architecture` to transformers.
 
   Attributes:
-    config: its config.json.
-    names: of transformers by those of GGUF.
-    undo: takes a tensor's name and the tensor back to what it was.
-    transposed: of which llama.cpp swapped the axes.
+    config: content of config.json.
+    names: names of transformers by names of GGUF.
+    undo: function (name, tensor) that reverses llama.cpp's changes to the
+      values.
+    transposed: names of the tensors whose axes llama.cpp swapped.
   """
 
   config: dict[str, Any]
@@ -184,7 +186,7 @@ class _Architecture(NamedTuple):
 
 
 class _Header:
-  """Metadata and names of a file, as the functions below ask for them."""
+  """Metadata and tensor names of a file."""
 
   def __init__(self, metadata: Mapping[str, Any], names: Collection[str]):
     self.arch = metadata.get('general.architecture')
@@ -192,11 +194,15 @@ class _Header:
     self._metadata = metadata
 
   def get(self, key: str, default: Any = None) -> Any:
-    """Returns a value of the architecture's, '{arch}.' left out."""
+    """Returns a metadata value of the architecture; omit '{arch}.'."""
     return _number(self._metadata.get(f'{self.arch}.{key}', default))
 
   def check(self, path: pathlib.Path) -> None:
-    """Refuses sizes and numbers that are none."""
+    """Validates the sizes and numbers of the metadata.
+
+    Raises:
+      ValueError: names the key, its value and the expected type.
+    """
     for key in (*_COUNTS, *_NUMBERS):
       value = self.get(key, 1)
       is_count = config_lib.is_count(value) and value > 0
@@ -209,7 +215,7 @@ class _Header:
         )
 
   def config(self, keys: Mapping[str, str], **fixed: Any) -> dict[str, Any]:
-    """Returns those keys of config.json that the metadata has, and `fixed`."""
+    """Returns the keys of config.json found in the metadata, and `fixed`."""
     ids = {
       name: self._metadata.get(f'tokenizer.ggml.{key}')
       for name, key in _TOKEN_IDS.items()
@@ -222,7 +228,7 @@ class _Header:
 
 
 def _number(value: Any) -> Any:
-  # It is kept as a float32; 1e-5 is meant where 9.999999747378752e-06 is read.
+  # Metadata floats are float32: 1e-5 reads as 9.999999747378752e-06.
   return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
@@ -232,7 +238,7 @@ def _llama(header: _Header) -> _Architecture:
   )
 
   def undo(name: str, array: np.ndarray) -> np.ndarray:
-    """Parts the halves of queries and keys, which lie between each other."""
+    """De-interleaves the two halves of queries and keys."""
     if re.search(r'attn_[qk]\.', name) is None:
       return array
     heads = config['num_attention_heads']
@@ -258,7 +264,8 @@ def _gemma(header: _Header) -> _Architecture:
       'rope_local_base_freq': 10_000.0,
       'sliding_window_pattern': 6,
     }
-  # Not in the metadata: llama.cpp, too, knows the 27B by their layers.
+  # The metadata lacks this value. llama.cpp, too, recognizes the 27B models by
+  # their number of layers.
   scalar = config.get('head_dim')
   if (
     config.get('num_hidden_layers')
@@ -267,7 +274,7 @@ def _gemma(header: _Header) -> _Architecture:
     scalar = config['hidden_size'] // config['num_attention_heads']
 
   def undo(name: str, array: np.ndarray) -> np.ndarray:
-    """Takes 1 off the scales of norms."""
+    """Subtracts 1 from the scales of norms."""
     return array - np.float32(1) if name.endswith('norm.weight') else array
 
   return _Architecture(
@@ -277,7 +284,8 @@ def _gemma(header: _Header) -> _Architecture:
 
 def _gpt2(header: _Header) -> _Architecture:
   return _Architecture(
-    # Older converters wrote the table twice, so the tensors have the say.
+    # Older converters stored the table twice, so the tensors decide whether the
+    # head is tied.
     header.config(_GPT2_CONFIG, model_type='gpt2', tie_word_embeddings=True),
     _GPT2_NAMES,
     transposed=('attn_qkv', 'attn_output', 'ffn_up', 'ffn_down'),
@@ -290,7 +298,7 @@ def _gpt_neox(header: _Header) -> _Architecture:
   config['rotary_pct'] = header.get('rope.dimension_count', head_dim) / head_dim
 
   def undo(name: str, array: np.ndarray) -> np.ndarray:
-    """Puts query, key and value of a head side by side again."""
+    """Restores the order of query, key and value within each head."""
     if 'attn_qkv' not in name:
       return array
     heads = config['num_attention_heads']
@@ -306,7 +314,7 @@ def _t5(header: _Header) -> _Architecture:
   config = header.config(
     _T5_CONFIG,
     model_type='umt5' if has_all_biases else 't5',
-    # llama.cpp knows no other.
+    # The only two variants in llama.cpp.
     feed_forward_proj='gated-gelu' if is_gated else 'relu',
   )
   if header.arch == 't5encoder':
@@ -328,16 +336,16 @@ _ARCHITECTURES: dict[Any, Callable[[_Header], _Architecture]] = {
 
 
 class File(huggingface.HuggingFaceWeights):
-  """The weights in a GGUF file."""
+  """The weights of a GGUF file, as a `source.Source`."""
 
   def __init__(self, path: pathlib.Path):
     """Reads the metadata and the names of the tensors.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it is broken or a part of a model, its architecture, a
-        quantization or the way it turns queries and keys is not supported, or
-        as `huggingface.HuggingFaceWeights`.
+      ValueError: if the file is damaged or a part of a split model; if its
+        architecture, quantization or rotary positions are not supported; or as
+        `huggingface.HuggingFaceWeights`.
     """
     self._metadata, stored = _open(path)
     _check_quantizations(path, stored)
@@ -370,11 +378,11 @@ class File(huggingface.HuggingFaceWeights):
       self._check_factors(path, _dequantize(factors))
 
   def save_tokenizer(self, folder: pathlib.Path) -> bool:
-    """Writes the tokenizer in the metadata; returns whether it is known."""
+    """Writes the tokenizer of the file; returns whether its type is known."""
     return gguf_tokenizer.save(self._metadata, folder, self.location)
 
   def _check_factors(self, path: pathlib.Path, found: np.ndarray) -> None:
-    """Refuses pairs of features that are slowed down otherwise than here."""
+    """Refuses rotary scaling factors that differ from those of the config."""
     plain = dataclasses.replace(self.config, rope_scaling=())
     ours = positions.frequencies(plain) / positions.frequencies(self.config)
     if ours.shape != found.shape or not np.allclose(ours, found, rtol=1e-4):
@@ -389,15 +397,15 @@ class File(huggingface.HuggingFaceWeights):
 def config_of(
   metadata: Mapping[str, Any], names: Collection[str], vocab_size: int
 ) -> config_lib.TransformerConfig:
-  """Returns what a file with this metadata is read as.
+  """Returns the model config for a GGUF file with the given metadata.
 
   Args:
-    metadata: with numbers as a file has them, in float32.
-    names: of its tensors.
-    vocab_size: rows of its table of embeddings.
+    metadata: the metadata, with floats rounded to float32 as in a file.
+    names: names of the tensors.
+    vocab_size: rows of the embedding table.
 
   Raises:
-    ValueError: if it has rotary positions that are not supported.
+    ValueError: if the rotary positions are not supported.
   """
   header = _Header(metadata, names)
   config = _ARCHITECTURES[header.arch](header).config
@@ -408,7 +416,7 @@ def config_of(
 
 
 def is_file(path: pathlib.Path) -> bool:
-  """Returns whether a path is a GGUF file, by its first bytes or its name."""
+  """Returns whether a path is a GGUF file, by its magic bytes or suffix."""
   if not path.is_file():
     return False
   with path.open('rb') as file:
@@ -417,7 +425,7 @@ def is_file(path: pathlib.Path) -> bool:
 
 
 def _open(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns the metadata and, by name, the tensors of a file, not yet read."""
+  """Opens a file; returns its metadata and its unread tensors by name."""
   try:
     import gguf
   except ImportError as error:
@@ -445,7 +453,7 @@ def _open(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _check_quantizations(path: pathlib.Path, stored: Mapping[str, Any]) -> None:
-  """Refuses tensors that could not be read later, in mid-conversion."""
+  """Refuses unsupported quantizations before any tensor is read."""
   problems = [
     f'  {name}: {tensor.tensor_type.name}'
     for name, tensor in stored.items()
@@ -478,15 +486,15 @@ def _head_dim(header: _Header) -> int:
 
 
 def _rope(header: _Header) -> dict[str, Any]:
-  """Returns what config.json says of a stretched context.
+  """Returns the RoPE scaling of the metadata as keys of config.json.
 
   Raises:
-    ValueError: lists what is not supported.
+    ValueError: lists the unsupported settings.
   """
   prefix = 'rope.scaling.'
-  # The second is what older converters wrote.
+  # Older converters wrote rope.scale_linear.
   factor = header.get(f'{prefix}factor', header.get('rope.scale_linear', 1.0))
-  # Without a type it is linear.
+  # The default type is linear.
   kind = header.get(f'{prefix}type', 'linear')
   supported: dict[str, tuple[Any, ...]] = {
     f'{prefix}type': ('none', 'linear', 'yarn'),
@@ -520,7 +528,7 @@ def _rope(header: _Header) -> dict[str, Any]:
 
 
 def _llama3_scaling(factors: Any) -> dict[str, Any]:
-  """Returns what Llama 3.1 must have said, for all pairs' factors to be so."""
+  """Returns the Llama 3.1 RoPE scaling inferred from stored factors."""
   factor = float(_dequantize(factors).max())
   if factor == 1.0:
     return {}
@@ -538,10 +546,10 @@ def _llama3_scaling(factors: Any) -> dict[str, Any]:
 def _tensors(
   path: pathlib.Path, architecture: _Architecture, stored: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-  """Returns the tensors by the names of transformers.
+  """Returns the tensors by their names in transformers.
 
   Raises:
-    ValueError: lists those that the architecture does not have.
+    ValueError: lists the tensors unknown to the architecture.
   """
   tensors = {}
   stored = dict(stored)
@@ -564,7 +572,7 @@ def _tensors(
 
 
 def _tensor(name: str, tensor: Any, architecture: _Architecture) -> Tensor:
-  # GGUF writes the innermost axis first.
+  # GGUF stores the innermost axis first.
   shape = tuple(int(size) for size in reversed(tensor.shape))
   stem = name.split('.')[-2]
   if stem not in architecture.transposed or len(shape) == 1:

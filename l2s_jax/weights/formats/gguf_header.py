@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The header of a GGUF file, walked once before the package gguf reads it.
+"""Validation of a GGUF header before the package gguf reads it.
 
-That package believes every count and length, and would look for 2**60 entries
-of a list as long as memory lasts. Here each is compared with the file's size.
+The package gguf trusts every count and length: a list of 2**60 entries would
+exhaust memory. This module compares each of them with the file size.
 """
 
 import math
@@ -12,14 +12,14 @@ import struct
 from typing import Any
 
 MAGIC = b'GGUF'
-# Bytes of a value by its type; 8 is a text, 9 a list.
+# Bytes of a value by its GGUF type; 8 is a string, 9 an array.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _TEXT, _LIST = 8, 9
 _MOST_AXES = 4
 
 
 class _Cursor:
-  """A place in a file, from which nothing is read beyond the end."""
+  """A position in a file that cannot move beyond its end."""
 
   def __init__(self, content: mmap.mmap, order: str):
     self._content = content
@@ -27,7 +27,7 @@ class _Cursor:
     self.at = len(MAGIC)
 
   def skip(self, num_bytes: int) -> int:
-    """Goes on, and returns where it was."""
+    """Advances by `num_bytes`; returns the position before."""
     start = self.at
     if num_bytes > len(self._content) - start:
       raise ValueError(
@@ -38,17 +38,19 @@ class _Cursor:
     return start
 
   def number(self, letter: str) -> int:
+    """Reads a number, given its `struct` format letter."""
     layout = self._order + letter
     start = self.skip(struct.calcsize(layout))
     return struct.unpack_from(layout, self._content, start)[0]
 
   def text(self) -> bytes:
+    """Reads a string with its length."""
     length = self.number('Q')
     start = self.skip(length)
     return self._content[start : start + length]
 
   def value(self, kind: int, depth: int = 0) -> int | None:
-    """Passes over a value; returns it if it is a uint32."""
+    """Skips a value; returns it if it is a uint32, else None."""
     if kind == _TEXT:
       self.skip(self.number('Q'))
     elif kind == _LIST:
@@ -69,7 +71,11 @@ class _Cursor:
     return None
 
   def count(self, count: int, num_bytes: int) -> int:
-    """Returns a count of what takes at least so many bytes each."""
+    """Returns `count` after checking it against the rest of the file.
+
+    Raises:
+      ValueError: if `count` entries of `num_bytes` do not fit.
+    """
     if count > (len(self._content) - self.at) // num_bytes:
       raise ValueError(
         f'byte {self.at} begins {count} entries, and the file has '
@@ -79,10 +85,10 @@ class _Cursor:
 
 
 def check(path: pathlib.Path) -> None:
-  """Refuses a header that the file cannot hold.
+  """Validates a header against the file size.
 
   Raises:
-    ValueError: says where and why, to follow on the name of the file.
+    ValueError: states position and cause; the caller adds the file name.
   """
   import gguf
 
@@ -97,7 +103,7 @@ def check(path: pathlib.Path) -> None:
       raise ValueError('it does not begin with GGUF')
     is_little = struct.unpack_from('<I', content, 4)[0] & 0xFFFF
     cursor = _Cursor(content, '<' if is_little else '>')
-    cursor.number('I')  # The version, which the package knows.
+    cursor.number('I')  # The version; the package gguf checks it.
     num_tensors = cursor.count(cursor.number('Q'), 24)
     num_values = cursor.count(cursor.number('Q'), 13)
     alignment = 32
@@ -118,7 +124,7 @@ def check(path: pathlib.Path) -> None:
 
 
 def _tensor(cursor: _Cursor, gguf: Any) -> tuple[str, int]:
-  """Returns the name of a tensor, and where it ends within the data."""
+  """Returns the name of a tensor and its end offset within the data."""
   name = repr(cursor.text().decode('utf-8', 'replace')[:80])
   num_axes = cursor.number('I')
   if not 1 <= num_axes <= _MOST_AXES:

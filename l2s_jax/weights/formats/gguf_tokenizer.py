@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer in a GGUF file's metadata, as the files it was made from.
+"""Extraction of the tokenizer in a GGUF file's metadata.
 
-Byte-level BPE becomes a tokenizer.json, SentencePiece's pieces a model file.
-The weights are in `gguf_file.py`.
+Byte-level BPE becomes tokenizer.json, SentencePiece a model file. The weights
+are in `gguf_file.py`.
 """
 
 import pathlib
@@ -14,19 +14,19 @@ from sentencepiece import sentencepiece_model_pb2
 
 from l2s_jax.runtime import files
 
-# By `tokenizer.ggml.pre`: what cuts text before the merges, besides bytes.
+# Regular expression of Qwen2 that splits text before the BPE merges.
 _QWEN2_SPLIT = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
   r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 )
-# How a byte-level BPE may cut text, by `tokenizer.ggml.pre`.
+# Supported pre-tokenizers of byte-level BPE, as in `tokenizer.ggml.pre`.
 CUTS = ('gpt-2', 'qwen2', 'smollm')
-_MODELS: Any = sentencepiece_model_pb2  # It ships no types.
-# As in SentencePiece.
+_MODELS: Any = sentencepiece_model_pb2  # has no type stubs
+# Types of pieces, numbered as in SentencePiece.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-# By `tokenizer.ggml.model`: the file, and SentencePiece's number of the model.
+# By `tokenizer.ggml.model`: file name, and SentencePiece's model type.
 _SENTENCEPIECE = {'llama': ('tokenizer.model', 2), 't5': ('spiece.model', 1)}
-# By the names of tokenizer_config.json.
+# Metadata name of a special token by its key in tokenizer_config.json.
 _SPECIAL = {
   'unk_token': 'unknown',
   'bos_token': 'bos',
@@ -36,7 +36,7 @@ _SPECIAL = {
 
 
 class _Table(NamedTuple):
-  """The tokens by id, what kind each is, its score, and the special ids."""
+  """The vocabulary: text, type and score of each id, and the special ids."""
 
   tokens: list[str]
   kinds: list[int]
@@ -47,16 +47,16 @@ class _Table(NamedTuple):
 def save(
   metadata: Mapping[str, Any], folder: pathlib.Path, location: str
 ) -> bool:
-  """Writes the files of a tokenizer; returns whether it is one known here.
+  """Writes the tokenizer files; returns whether the tokenizer is supported.
 
   Args:
-    metadata: of a GGUF file.
-    folder: where to.
-    location: of the GGUF file, named in errors.
+    metadata: the metadata of a GGUF file.
+    folder: the output directory.
+    location: the GGUF file, for errors.
 
   Raises:
-    ValueError: if a list is missing that nothing can stand for, or is not as
-      long as that of the tokens.
+    ValueError: if a required list is missing or malformed, or differs in length
+      from the list of tokens.
   """
   kind = metadata.get('tokenizer.ggml.model')
   if kind == 'gpt2':
@@ -77,7 +77,7 @@ def save(
   else:
     return False
   special = {name: table.tokens[i] for name, i in table.special_ids.items()}
-  # As llama.cpp takes it where nothing is said.
+  # Defaults of llama.cpp.
   adds = {'add_bos_token': kind == 'llama', 'add_eos_token': kind == 't5'}
   said = {
     name: bool(metadata.get(f'tokenizer.ggml.{name}', default))
@@ -88,18 +88,18 @@ def save(
 
 
 def _table(metadata: Mapping[str, Any], location: str) -> _Table:
-  """Returns the table, all tokens alike where nothing is said of them."""
+  """Returns the vocabulary; absent types and scores take defaults."""
   tokens = _required(metadata, 'tokenizer.ggml.tokens', location)
   _check_lists(metadata, location)
   ids = {
     ours: metadata.get(f'tokenizer.ggml.{theirs}_token_id', -1)
     for ours, theirs in _SPECIAL.items()
   }
-  # A converter's -1 is read as 2**32 - 1.
+  # Some converters' -1 reads as 2**32 - 1.
   special_ids = {n: i for n, i in ids.items() if 0 <= i < len(tokens)}
   kinds = [_NORMAL] * len(tokens)
   for i in special_ids.values():
-    kinds[i] = _CONTROL  # SentencePiece takes no other for them.
+    kinds[i] = _CONTROL  # required by SentencePiece
   kinds = metadata.get('tokenizer.ggml.token_type', kinds)
   scores = metadata.get('tokenizer.ggml.scores', [0.0] * len(tokens))
   for name, column in (('token_type', kinds), ('scores', scores)):
@@ -111,7 +111,7 @@ def _table(metadata: Mapping[str, Any], location: str) -> _Table:
   return _Table(tokens, kinds, scores, special_ids)
 
 
-# What the lists of the metadata hold.
+# Types of the entries of metadata lists.
 _LISTS: Mapping[str, type | tuple[type, ...]] = {
   'tokens': str,
   'token_type': int,
@@ -122,7 +122,7 @@ _LISTS: Mapping[str, type | tuple[type, ...]] = {
 
 
 def _check_lists(metadata: Mapping[str, Any], location: str) -> None:
-  """Refuses lists of something else, and special ids that are none."""
+  """Validates the types of metadata lists and special ids."""
   for name, kind in _LISTS.items():
     value = metadata.get(f'tokenizer.ggml.{name}', [])
     if not isinstance(value, list) or not all(
@@ -162,7 +162,7 @@ def _required(metadata: Mapping[str, Any], key: str, location: str) -> Any:
 def _byte_pairs(
   metadata: Mapping[str, Any], table: _Table, location: str
 ) -> tokenizers.Tokenizer | None:
-  """Returns a byte-level BPE; None if how it cuts text is not known here."""
+  """Returns a byte-level BPE; None if its pre-tokenizer is unsupported."""
   pre_tokenizers = tokenizers.pre_tokenizers
   pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   by_name: dict[str, list[Any]] = {
@@ -206,9 +206,10 @@ def _byte_pairs(
 def _sentencepiece(
   metadata: Mapping[str, Any], table: _Table, model_type: int
 ) -> bytes | None:
-  """Returns a SentencePiece model, as the bytes of its protocol buffer.
+  """Returns a serialized SentencePiece model.
 
-  None if no piece stands for what is unknown: SentencePiece demands one.
+  Returns None if no piece can serve as the unknown token, which SentencePiece
+  requires.
   """
   special = [table.special_ids.get(name, -1) for name in _SPECIAL]
   kinds = list(table.kinds)
@@ -220,12 +221,12 @@ def _sentencepiece(
     else:
       return None
   kinds[special[0]] = _UNKNOWN
-  # llama.cpp matches these in the text itself, where spaces are spaces.
+  # llama.cpp matches user-defined tokens in the raw text, with real spaces.
   tokens = [
     token.replace(' ', '▁') if kind == _USER_DEFINED else token
     for token, kind in zip(table.tokens, kinds, strict=True)
   ]
-  while kinds[-1] == _UNUSED:  # Rows of the table that stand for nothing.
+  while kinds[-1] == _UNUSED:  # Trailing padding of the embedding table.
     kinds.pop()
   pieces = [
     {'piece': text, 'score': score, 'type': kind}
@@ -256,10 +257,10 @@ def _sentencepiece(
 
 
 def _with_trainer(parts: Iterable[Mapping[str, Any]]) -> bytes:
-  """Returns a model's field 2, the trainer's, in the order of the parts.
+  """Returns the serialized field 2 (trainer_spec), in the order of `parts`.
 
-  The package would sort it by number. The fingerprint of a tokenizer is that of
-  its bytes, and runs were made from some in this order.
+  Protobuf itself would sort the fields by number. The fingerprint of a
+  tokenizer hashes its bytes, and existing runs were made with this order.
   """
   content = b''.join(
     _MODELS.TrainerSpec(**part).SerializeToString() for part in parts

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights in a Hugging Face folder: config.json beside files of tensors.
+"""Weights of a Hugging Face folder: config.json and tensor files.
 
-Reading goes through a family's table of names (`weights/families/t5_names.py`,
-`weights/families/gpt_names.py`) one tensor at a time. Tokenizers are not here
-but in `vocabularies/loading.py`, the files themselves in `tensor_files.py`.
+Tensors are mapped by the name table of their model family (`weights/families`)
+and read one at a time. Tokenizers are loaded by `vocabularies/loading.py`, the
+files by `tensor_files.py`.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from l2s_jax.weights.formats import tensor_files
 from l2s_jax.weights.formats.tensor_files import Tensor
 
 CONFIG = 'config.json'
-# In which T5Gemma says again what concerns one side.
+# Nested configs of T5Gemma, one for each side.
 SUB_CONFIGS = ('encoder', 'decoder')
 _SPECIAL_IDS = (
   'bos_token_id',
@@ -48,7 +48,7 @@ FAMILIES = t5_names.FAMILIES | gpt_names.FAMILIES | llama_names.FAMILIES
 def config_json(
   model_type: str, config: config_lib.TransformerConfig
 ) -> dict[str, Any]:
-  """Returns the config.json of a family that says what `config` says."""
+  """Returns config.json of a model family for `config`."""
   family = FAMILIES[model_type]
   return {
     'model_type': model_type,
@@ -58,10 +58,10 @@ def config_json(
 
 
 def model_types(config: config_lib.TransformerConfig) -> list[str]:
-  """Returns the families whose config.json can say what `config` says.
+  """Returns the model families whose config.json can express `config`.
 
-  The usual one comes first where several can: a T5 v1.1, then an mT5. How a
-  model is run or was initialised is not asked.
+  The usual family comes first: T5 for a T5 v1.1, before mT5. Runtime fields and
+  initializers are ignored.
   """
   unasked = dict.fromkeys(
     (*config_lib.RUNTIME_FIELDS, 'kernel_init_stddev', 'embedding_init_stddev')
@@ -80,7 +80,7 @@ def model_types(config: config_lib.TransformerConfig) -> list[str]:
 
 
 def effective(config: config_lib.TransformerConfig) -> dict[str, Any]:
-  """Returns a config as JSON has it, fields that mean nothing as default."""
+  """Returns a config as JSON, with fields without effect set to defaults."""
   fields = config.to_json()
   idle = {
     'scale_logits': not config.logits_via_embedding,
@@ -94,13 +94,14 @@ def effective(config: config_lib.TransformerConfig) -> dict[str, Any]:
 
 
 class HuggingFaceWeights:
-  """The weights of one model by the names that transformers gives them.
+  """Weights of one model by its names in transformers.
 
   Attributes:
-    special_ids: what config.json says of token ids, by its keys; a list of
-      ids where several end an answer. T5Gemma's also has them a level deeper,
-      as it does here.
-    left_out: a clause on what of the model is not read; '' where all is.
+    special_ids: special token ids by their keys in config.json; a list of ids
+      if several ones end an answer. T5Gemma's also has nested ids for each
+      side, as its config.json does.
+    left_out: a clause that names the unread parts of the model; '' if all are
+      read.
   """
 
   def __init__(
@@ -110,17 +111,17 @@ class HuggingFaceWeights:
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
   ):
-    """Finds our tensors among theirs and checks them.
+    """Maps stored tensors to ours and validates them.
 
     Args:
-      location: named in errors.
-      described_by: what `config` was read from, named in errors.
-      config: as config.json has it.
-      tensors: by the names in the file.
+      location: location of the weights, for errors.
+      described_by: source of `config`, for errors.
+      config: content of config.json.
+      tensors: stored tensors by their names in the files.
 
     Raises:
-      ValueError: if the family is not supported, or the tensors are not those
-        that the config describes; lists all of these.
+      ValueError: if the model family is not supported, or the tensors do not
+        match the config; lists all mismatches.
     """
     self.location = location
     family = _family(described_by, config)
@@ -172,10 +173,10 @@ class HuggingFaceWeights:
       raise ValueError(self._misfit(described_by, causes, problems))
 
   def _name(self, row: name_table.Row) -> str:
-    """Returns what the files call a row, `{layer}` where each has one."""
+    """Returns the stored name of a row, with `{layer}` for layer indices."""
     first = row.theirs.format(layer=0)
     stored = self._stored.get(first, '')
-    if not stored.endswith(first):  # It is not there, or has another name.
+    if not stored.endswith(first):  # absent, or stored under an alias
       return stored or row.theirs
     return stored.removesuffix(first) + row.theirs
 
@@ -202,7 +203,7 @@ class HuggingFaceWeights:
     }
 
   def _dtype(self, row: name_table.Row) -> np.dtype:
-    """Returns the dtype that holds all layers of a row as stored."""
+    """Returns the smallest dtype that holds all layers of a row."""
     names = row.names(self.config)
     stored = {tensor_files.DTYPES[self._tensors[name].dtype] for name in names}
     return functools.reduce(jnp.promote_types, map(jnp.dtype, stored))
@@ -226,8 +227,8 @@ class HuggingFaceWeights:
   def _is_tied(self, config: Mapping[str, Any], family: Family) -> bool:
     """Returns whether the output head is the embedding table.
 
-    A head of its own has the last word: transformers 5 writes
-    tie_word_embeddings as true into the config.json of every T5, tied or not.
+    The tensors decide if the file holds a head: transformers 5 writes
+    `tie_word_embeddings=true` into config.json of every T5.
     """
     names = {row.ours: row.theirs for row in family.rows}
     head, table = (
@@ -251,7 +252,7 @@ class HuggingFaceWeights:
     )
 
   def _problems(self, family: Family) -> list[str]:
-    """Returns what is missing, unknown, or of another shape, a line each."""
+    """Returns a line for each missing, unknown or misshapen tensor."""
     expected = [
       misfits.Expected(name, row.ours, [row.shape(self._sizes)])
       for row in self._rows.values()
@@ -260,7 +261,7 @@ class HuggingFaceWeights:
     known = {tensor.name for tensor in expected}
     ours = {n: row.ours for row in family.rows for n in row.names(self.config)}
     if self.config.logits_via_embedding:
-      # A tied head that is stored all the same is the table again.
+      # A stored tied head repeats the embedding table.
       known |= {n for n in ours if ours[n] == 'logits_dense/kernel'}
     ignored = family.ignored
     if not self.config.has_decoder:
@@ -277,24 +278,24 @@ class HuggingFaceWeights:
 
 
 class HuggingFaceFolder(HuggingFaceWeights):
-  """A folder as `save_pretrained` leaves it."""
+  """A folder written by `save_pretrained` of transformers."""
 
   def __init__(self, folder: pathlib.Path):
-    """Reads config.json and the headers of the weights.
+    """Reads config.json and the headers of the tensor files.
 
     Raises:
-      FileNotFoundError: if there are no weights, or some are missing.
-      ValueError: if a file is broken, or as `HuggingFaceWeights`.
+      FileNotFoundError: if weights are missing.
+      ValueError: if a file is damaged, or as `HuggingFaceWeights`.
     """
     path = folder / CONFIG
     config = tensor_files.read_json(path)
-    _family(str(path), config)  # Before a large file is opened.
+    _family(str(path), config)  # fails before a large file is opened
     tensors = tensor_files.open_folder(folder)
     super().__init__(str(folder), str(path), config, tensors)
 
 
 def _family(described_by: str, config: Mapping[str, Any]) -> Family:
-  """Returns the family, after what it demands of config.json."""
+  """Returns the model family after checking its required and fixed keys."""
   model_type = config.get('model_type')
   if not isinstance(model_type, str) or model_type not in FAMILIES:
     raise ValueError(
@@ -326,7 +327,11 @@ def _special_ids(config: Mapping[str, Any]) -> dict[str, Any]:
 def _by_name_of_table(
   tensors: Mapping[str, Tensor], family: Family, wrapper: str, location: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-  """Returns all tensors by the names in the family's table, and their own."""
+  """Returns all tensors by their names in the name table.
+
+  Returns:
+    The tensors, and their stored names, both by name in the table.
+  """
   stored: dict[str, str] = {}
   for name in tensors:
     inner = name.removeprefix(wrapper).removeprefix(family.prefix)

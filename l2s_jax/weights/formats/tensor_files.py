@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of named tensors: safetensors, and PyTorch's pickles without code.
+"""Files of named tensors: safetensors and PyTorch checkpoints.
 
-Headers are read first, tensors one at a time, and written piece by piece, so
-that no file is ever in memory whole. What the names mean is not known here.
+Headers are read first and tensors one at a time; files are written piece by
+piece, so that no file is in memory as a whole. PyTorch files are read without
+executing code. This module knows nothing of tensor names.
 """
 
 import json
@@ -24,11 +25,11 @@ WEIGHTS = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 PICKLE = 'pytorch_model.bin'
 PICKLE_INDEX = 'pytorch_model.bin.index.json'
-# As in `save_pretrained`.
+# Default of `save_pretrained`.
 MAX_FILE_BYTES = 5 * 10**9
-# Of a pickle, before what was read of it is let go.
+# Bytes read from a mapped PyTorch file before it is mapped anew.
 _MAX_MAPPED_BYTES = 2**28
-# What PyTorch and pickle raise over bytes that are not what they should be.
+# Exceptions of PyTorch and pickle for damaged files.
 _BROKEN = (
   RuntimeError,
   EOFError,
@@ -43,7 +44,7 @@ _BROKEN = (
   struct.error,
 )
 
-# By the names that safetensors gives them.
+# NumPy dtype by its name in safetensors.
 DTYPES = {
   'F64': 'float64',
   'F32': 'float32',
@@ -54,12 +55,12 @@ _TAGS = {name: tag for tag, name in DTYPES.items()}
 
 
 class Tensor(NamedTuple):
-  """What a header says of a tensor, and how to read it.
+  """Shape and dtype of a stored tensor, and a function that reads it.
 
   Attributes:
     shape: its shape.
-    dtype: a key of `DTYPES`, or what else the file calls it.
-    read: returns it as stored.
+    dtype: a key of `DTYPES`; for unsupported dtypes, their name in the file.
+    read: returns the tensor as stored.
   """
 
   shape: tuple[int, ...]
@@ -68,17 +69,17 @@ class Tensor(NamedTuple):
 
 
 def are_in(folder: pathlib.Path) -> bool:
-  """Returns whether a folder has files that `open_folder` looks for."""
+  """Returns whether a folder holds weights that `open_folder` can open."""
   names = (WEIGHTS, INDEX, PICKLE, PICKLE_INDEX)
   return any((folder / name).is_file() for name in names)
 
 
 def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
-  """Returns the tensors of a folder of weights by the names in its files.
+  """Returns the tensors of a folder by their names in the files.
 
   Raises:
-    FileNotFoundError: if it holds no weights, or not all files of its index.
-    ValueError: if a file is broken, or needs PyTorch and that is absent.
+    FileNotFoundError: if weights or files listed in the index are missing.
+    ValueError: if a file is damaged, or PyTorch is required but not installed.
   """
   for single, index, read in (
     (WEIGHTS, INDEX, open_safetensors),
@@ -103,7 +104,7 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
 def _open_shards(
   index: pathlib.Path, read: Callable[[pathlib.Path], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-  """Returns the tensors of all files of an index, each of the file it says."""
+  """Returns the tensors of all files of an index."""
   weight_map = read_json(index).get('weight_map', {})
   if not isinstance(weight_map, dict):
     raise ValueError(
@@ -112,7 +113,7 @@ def _open_shards(
       'it again.'
     )
   for name, file in weight_map.items():
-    # A path would lead out of the folder.
+    # No paths, which could lead out of the folder.
     if not isinstance(file, str) or not _is_file_name(file):
       raise ValueError(
         f'{index}: weight_map has {config_lib.shorten(repr(file))} for '
@@ -145,17 +146,16 @@ def _is_file_name(text: str) -> bool:
 
 
 def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
-  """Returns the tensors of a file, which stay there until they are read.
+  """Returns the tensors of a safetensors file, memory-mapped.
 
-  What `read` returns is a view of the file: only the part of it that is used
-  is ever in memory.
+  `Tensor.read` returns a view of the file, so that only used parts are loaded.
 
   Raises:
-    ValueError: if the file is not whole; names it with its size.
+    ValueError: if the file is damaged; names it and its size.
   """
   try:
     with safetensors.safe_open(path, framework='np'):
-      pass  # It checks the header against the size of the file.
+      pass  # Compares the header with the file size.
   except safetensors.SafetensorError as error:
     raise ValueError(
       f'{path} ({path.stat().st_size} bytes) is not a whole safetensors file: '
@@ -190,7 +190,7 @@ def _map(
 
 
 def _open_pickle(path: pathlib.Path) -> dict[str, Tensor]:
-  """Returns the tensors of a PyTorch file; code in it is refused, never run."""
+  """Returns the tensors of a PyTorch file without executing pickled code."""
   try:
     import torch
   except ImportError as error:
@@ -205,7 +205,7 @@ def _open_pickle(path: pathlib.Path) -> dict[str, Tensor]:
 
     def read() -> np.ndarray:
       found = pickled.read(name)
-      if dtype != 'bfloat16':  # NumPy alone has none.
+      if dtype != 'bfloat16':  # NumPy has no bfloat16.
         return found.numpy()
       return found.view(torch.uint16).numpy().view(jnp.bfloat16)
 
@@ -219,14 +219,14 @@ def _open_pickle(path: pathlib.Path) -> dict[str, Tensor]:
 
 
 class _Pickle:
-  """A PyTorch file, mapped anew before much of it is in memory.
+  """A PyTorch file, mapped anew after every `_MAX_MAPPED_BYTES` read.
 
-  What was read of a mapping stays in memory as long as the mapping does, and
-  that as long as one of its tensors. A file from before PyTorch 1.6 cannot be
-  mapped: it is in memory whole.
+  Pages read from a mapping stay in memory as long as the mapping, which lives
+  as long as any of its tensors. Files from before PyTorch 1.6 cannot be mapped
+  and are loaded as a whole.
 
   Attributes:
-    tensors: what the file holds, by name.
+    tensors: tensors by name.
   """
 
   def __init__(self, path: pathlib.Path):
@@ -236,7 +236,7 @@ class _Pickle:
     self.tensors = self._load()
 
   def read(self, name: str) -> Any:
-    """Returns a tensor, without what a Parameter has beside it."""
+    """Returns a tensor, detached from its Parameter."""
     size = self.tensors[name].nbytes
     if self._is_mapped and self._num_bytes_read + size > _MAX_MAPPED_BYTES:
       self._num_bytes_read = 0
@@ -255,7 +255,7 @@ class _Pickle:
         path, map_location='cpu', weights_only=True, mmap=self._is_mapped
       )
     except pickle.UnpicklingError as error:
-      # In our words: PyTorch advises to let it run.
+      # PyTorch's own message advises to allow code execution.
       code = re.search(r'GLOBAL (\S+)', str(error))
       what = f' ({config_lib.shorten(code[1])})' if code else ''
       raise ValueError(
@@ -284,14 +284,16 @@ def save_safetensors(
   stem: str = 'model',
   max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-  """Writes tensors into one file, or several with an index.
+  """Writes tensors to one safetensors file, or several with an index.
 
   Args:
-    folder: where to; made if absent.
-    tensors: shape and dtype of each.
-    pieces: returns a tensor as parts that follow each other in memory.
-    stem: of the file's name, before its suffix.
-    max_file_bytes: of one file, unless a tensor alone has more.
+    folder: output directory; created if absent.
+    tensors: shape and dtype of each tensor.
+    pieces: function from a tensor's name to its consecutive parts in memory
+      order.
+    stem: file name without suffix.
+    max_file_bytes: maximum size of a file; a larger tensor gets a file of its
+      own.
   """
   files: list[list[str]] = [[]]
   sizes = {
@@ -326,10 +328,10 @@ def _save_file(
   tensors: Mapping[str, jax.ShapeDtypeStruct],
   pieces: Callable[[str], Iterable[np.ndarray]],
 ) -> None:
-  """Writes one file, byte for byte as the package safetensors does."""
-  # Wide numbers first, so that all are aligned.
+  """Writes one file, byte-identical to that of the package safetensors."""
+  # Wide dtypes come first, so that all tensors are aligned.
   names = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
-  # What transformers asks for before it reads a file.
+  # transformers requires this entry.
   header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
   end = 0
   for name in names:
@@ -350,14 +352,14 @@ def _save_file(
     for name in names:
       for piece in pieces(name):
         file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
-        del piece  # Lest two are in memory while the next is read.
+        del piece  # avoids two pieces in memory at once
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the object in a JSON file.
+  """Reads a JSON object from a file.
 
   Raises:
-    ValueError: if it holds something else, naming the file.
+    ValueError: if the file is not a JSON object; names the file.
   """
   try:
     content = json.loads(path.read_text(encoding='utf-8'))
