@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLM-to-SLM as a model of T5X, for T5X's own train, eval, infer and export.
+"""LLM-to-SLM as a T5X model, for T5X's own train, eval and infer.
 
-A run of ours names the system: its `model.json` and its vocabularies. T5X
-makes the state, the checkpoints, the data and the loop; the module, the batch
-keys and the parameters are ours. `gin_configs/t5x/` binds what is here, and
-`docs/t5x.md` tells how the two go together. `t5x_state` carries a state from
-one to the other. Only with T5X installed can this module be imported.
+A run (`model.json` and vocabularies) defines the system. T5X provides the
+train state, checkpoints, datasets and loops; module, batch keys and parameters
+are those of l2s_jax. `gin_configs/t5x/` configures the classes of this module,
+`docs/t5x.md` describes the use, and `t5x_state` converts train states. This
+module requires T5X.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ _KEY_VALUES = ('kv', 'cross_kv')
 
 
 class FeatureConverter(features.L2SFeatureConverter):
-  """The batches of `L2SFeatureConverter`, of what a model reads alone."""
+  """Makes batches with the keys that the model reads, and no others."""
 
   MODEL_FEATURES = {
     key: features.L2SFeatureConverter.MODEL_FEATURES[key]
@@ -54,21 +54,22 @@ class FeatureConverter(features.L2SFeatureConverter):
     pack: bool = False,
     **unused: Any,
   ):
-    """Takes the vocabularies and the settings of T5X's DatasetConfig.
+    """Sets the vocabularies and the options of T5X's DatasetConfig.
 
     Args:
-      prompt_vocabulary: of `inputs`.
-      answer_vocabulary: of `targets`.
-      pack: whether rows hold several examples.
-      **unused: of T5X's other converters, such as `use_custom_packing_ops`.
+      prompt_vocabulary: vocabulary of `inputs`.
+      answer_vocabulary: vocabulary of `targets`.
+      pack: whether to pack several examples into a row.
+      **unused: options of T5X's other feature converters, such as
+        `use_custom_packing_ops`.
     """
     super().__init__(prompt_vocabulary, answer_vocabulary, pack=pack)
 
 
 class TrainedAlone(optimizers.OptimizerDef):
-  """An optimizer of the trained parameters; the others have no state.
+  """Applies an optimizer to the trained parameters only.
 
-  The states of checkpoints hold the paths of trained parameters alone.
+  Frozen parameters have no optimizer state, in memory and in checkpoints.
   """
 
   def __init__(
@@ -76,11 +77,11 @@ class TrainedAlone(optimizers.OptimizerDef):
     optimizer_def: optimizers.OptimizerDef,
     is_trained: Callable[[str], bool],
   ):
-    """Takes the optimizer, and what it trains.
+    """Wraps an optimizer.
 
     Args:
-      optimizer_def: of T5X.
-      is_trained: by a parameter's path, with '/' between its keys.
+      optimizer_def: T5X optimizer of the trained parameters.
+      is_trained: whether the parameter of a path ('/' between keys) is trained.
     """
     self._inner = optimizer_def
     self._is_trained = is_trained
@@ -153,7 +154,7 @@ class TrainedAlone(optimizers.OptimizerDef):
 
 
 class LlmToSlmModel(models.BaseTransformerModel):
-  """A system of ours as T5X trains, scores and decodes it."""
+  """The system of a run as a T5X model."""
 
   def __init__(
     self,
@@ -169,22 +170,21 @@ class LlmToSlmModel(models.BaseTransformerModel):
     dropout_rate: float | None = None,
     default_decoder_params: models.DecoderParams | None = None,
   ):
-    """Takes a system from the folder of a run.
+    """Loads the system of a run.
 
     Args:
-      run_dir: MODEL_DIR of a run of ours, of TRAIN_STEPS = 0 or more. Its
-        system and vocabularies are read, and nothing is written.
-      optimizer_def: of the trained parameters.
+      run_dir: MODEL_DIR of a run, also of TRAIN_STEPS = 0. It is only read.
+      optimizer_def: T5X optimizer of the trained parameters.
       decode_fn: T5X's `decoding.beam_search` or `temperature_sample`.
       label_smoothing: as in T5X.
       z_loss: as in T5X.
       loss_normalizing_factor: as in T5X. 'NUM_REAL_TARGET_TOKENS' is the mean
-        over target tokens, as our own training has it.
-      dropout_rate: of the model that writes; None: that of the run.
+        over target tokens, as in `training/train.py`.
+      dropout_rate: dropout of the SLM; None: that of the run.
       default_decoder_params: as in T5X.
 
     Raises:
-      FileNotFoundError: if `run_dir` is no run.
+      FileNotFoundError: if `run_dir` is not a run.
     """
     self.system = _system(run_dir, dropout_rate)
     self._decoder_params = default_decoder_params or models.DecoderParams()
@@ -209,11 +209,11 @@ class LlmToSlmModel(models.BaseTransformerModel):
     input_shapes: Mapping[str, Any],
     input_types: Mapping[str, Any] | None = None,
   ) -> flax.core.FrozenDict:
-    """Returns fresh parameters with their logical axes, the LLM's too.
+    """Returns random parameters, the LLM's included, with their logical axes.
 
-    Weights come from a checkpoint that `t5x_state` has written of the run.
+    Pretrained weights come from a checkpoint written by `t5x_state.write`.
     """
-    del input_shapes, input_types  # Parameters have the same for all.
+    del input_shapes, input_types  # Parameter shapes do not depend on them.
     boxed = parameters.init(self.system, rng)
     _, axes = partitioning.abstract_params(
       functools.partial(parameters.init, self.system), rng
@@ -223,7 +223,7 @@ class LlmToSlmModel(models.BaseTransformerModel):
     )
 
   def _placed(self) -> Any:
-    """Returns the module whose LLM keeps to the axis rules of T5X."""
+    """Returns the module with T5X's axis rules for the LLM, too."""
     if not isinstance(self.module, l2s.LlmToSlm):
       return self.module
     rules = tuple(flax_partitioning.get_axis_rules())
@@ -248,7 +248,7 @@ class LlmToSlmModel(models.BaseTransformerModel):
     """Returns the log probability of each answer, in nats."""
     if return_intermediates:
       raise ValueError(
-        'LlmToSlmModel has no intermediates. Set '
+        'LlmToSlmModel keeps no intermediates. Set '
         'score_batch.return_intermediates to False.'
       )
     log_probs = jax.nn.log_softmax(self._compute_logits(params, batch))
@@ -267,14 +267,14 @@ class LlmToSlmModel(models.BaseTransformerModel):
     num_decodes: int | None = None,
     prompt_with_targets: bool = False,
   ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
-    """Returns answers and their scores, by T5X's `decode_fn`.
+    """Decodes answers with T5X's `decode_fn`.
 
-    The LLM reads each prompt once, and the SLM's cache goes through the loop.
+    The LLM reads each prompt once; the decoding loop carries the SLM's cache.
     Arguments and results are those of T5X's `EncoderDecoderModel`.
     """
     if prompt_with_targets:
       raise ValueError(
-        'LlmToSlmModel begins each answer itself. Set '
+        'LlmToSlmModel decodes from the start of the answer. Set '
         'predict_batch_with_aux.prompt_with_targets to False.'
       )
     defaults = self._decoder_params
@@ -314,7 +314,7 @@ class LlmToSlmModel(models.BaseTransformerModel):
 
 
 def _system(run_dir: str, dropout_rate: float | None) -> system_lib.System:
-  """Returns a run's system with another dropout, unless that is None."""
+  """Returns a run's system, with the given dropout unless it is None."""
   system = run_folder.load(run_dir)
   if dropout_rate is None:
     return system
@@ -327,7 +327,7 @@ def _system(run_dir: str, dropout_rate: float | None) -> system_lib.System:
 
 
 def is_trained(system: system_lib.System) -> Callable[[str], bool]:
-  """Returns by a parameter's path whether a system trains it."""
+  """Returns whether a system trains the parameter of a path, as a function."""
 
   def check(path: str) -> bool:
     return path.split('/')[0] not in system.frozen and system.is_trained(path)
@@ -348,9 +348,9 @@ def _axis_metadata(axes: PyTree) -> dict[str, Any]:
 
 
 def _to_mapping(cache: cache_lib.Cache) -> dict[str, Any]:
-  """Returns a cache in the form that T5X's decoding loops carry.
+  """Returns a cache as a mapping for T5X's decoding loops.
 
-  They give each beam rows of its own, of all but `cache_index`.
+  The loops expand and reorder the rows of all arrays but `cache_index`.
   """
   rows: dict[str, Any] = {'valid': cache.valid}
   if cache.cross_valid is not None:
@@ -363,7 +363,7 @@ def _to_mapping(cache: cache_lib.Cache) -> dict[str, Any]:
 
 
 def _from_mapping(mapping: Mapping[str, Any]) -> cache_lib.Cache:
-  """Returns the cache that `_to_mapping` took apart."""
+  """Inverts `_to_mapping`."""
   rows = dict(mapping['rows'])
   for name in _KEY_VALUES:
     if name in rows:
@@ -374,9 +374,9 @@ def _from_mapping(mapping: Mapping[str, Any]) -> cache_lib.Cache:
 def _next_logits(
   writer: Any, params: Params, start_id: int, state: decoding.DecodingState
 ) -> tuple[jax.Array, dict[str, Any]]:
-  """Reads a token a row; returns the logits of the next, and the cache."""
+  """Returns the logits of the next token of each row, and the cache."""
   is_first = jnp.reshape(jnp.equal(state.cur_index, 0), (-1, 1))
-  # T5X begins with id 0.
+  # T5X starts every answer with id 0.
   token = jnp.where(is_first, start_id, state.cur_token)
   logits, cache = writer.apply(
     {'params': params}, token, _from_mapping(state.cache), method='extend'
@@ -398,11 +398,14 @@ def _vocabularies(
 
 
 def bound_task(run_dir: str, name: str) -> str:
-  """Registers a task with a run's vocabularies; returns its name for T5X.
+  """Registers a task with the vocabularies of a run and returns its new name.
+
+  T5X compares the vocabularies of task and model, and finds tasks by name.
 
   Args:
-    run_dir: of the run.
-    name: as our MIXTURE_OR_TASK_NAME.
+    run_dir: MODEL_DIR of the run.
+    name: MIXTURE_OR_TASK_NAME: a task or mixture of l2s_jax or of SeqIO's
+      registry.
 
   Raises:
     ValueError: if there is no such task.
@@ -424,7 +427,7 @@ def _register(run_dir: str, name: str) -> str:
       ]
       seqio.MixtureRegistry.add(label, rates)
     elif label not in seqio.TaskRegistry.names():
-      # T5X looks up a task by the name that it has.
+      # T5X looks a task up by its attribute `name`.
       seqio.TaskRegistry.add_provider(label, provider.replace(name=label))
     return label
 
@@ -432,7 +435,7 @@ def _register(run_dir: str, name: str) -> str:
 
 
 def logical_factor_rules() -> flax.core.FrozenDict:
-  """Returns for T5X's Adafactor the parts that axes play in ours."""
+  """Returns the axis roles of `training/adafactor.py` for T5X's Adafactor."""
   dims = t5x_adafactor.FactorDim
   rules: dict[str | None, Any] = {None: dims.NONE}
   for names, dim in (

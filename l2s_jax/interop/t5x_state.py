@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Carries a run's state to T5X and back: parameters, Adafactor, the step.
+"""Converts train states to T5X checkpoints and back.
 
-T5X's target is our parameter tree, the frozen LLM included, since T5X keeps
-nothing apart. On the way in the LLM must be that of the run, which stores it
-nowhere. Adafactor's moments are the same numbers in other shapes: T5X drops an
-axis that was averaged over, and `adafactor.py` keeps it with size 1. T5X is not
-needed here; `t5x.py` is the model that T5X restores such a state into.
+A state is the parameters, Adafactor's moments and the step. T5X checkpoints
+also contain the frozen LLM, which runs do not store; on the way back it must
+equal the LLM of the run. The moments are the same numbers in other shapes: T5X
+drops averaged axes, `training/adafactor.py` keeps them with size 1. This module
+does not require T5X; `t5x.py` is the model that T5X restores such a state into.
 """
 
 import contextlib
@@ -35,11 +35,11 @@ _SLOTS = ('v_row', 'v_col', 'v', 'm')
 def to_slots(
   slots: Mapping[str, np.ndarray], factors: adafactor.Factoring
 ) -> dict[str, np.ndarray]:
-  """Returns a parameter's moments as T5X's Adafactor holds them.
+  """Converts a parameter's moments to those of T5X's Adafactor.
 
   Args:
-    slots: ours, `v`, or `v_row` and `v_col`.
-    factors: how the parameter is factored.
+    slots: `v`, or `v_row` and `v_col`, of `AdafactorState`.
+    factors: factoring of the parameter.
   """
   absent = np.zeros((1,), np.float32)
   theirs = dict.fromkeys(_SLOTS, absent)
@@ -58,16 +58,16 @@ def from_slots(
   shape: tuple[int, ...],
   path: str,
 ) -> dict[str, np.ndarray]:
-  """Returns a parameter's moments as ours, from T5X's.
+  """Converts a parameter's moments from those of T5X's Adafactor.
 
   Args:
-    slots: T5X's.
-    factors: how the parameter is factored here.
-    shape: the parameter's.
-    path: the parameter's, for errors.
+    slots: `m`, `v`, `v_row` and `v_col` of T5X.
+    factors: factoring of the parameter in `training/adafactor.py`.
+    shape: shape of the parameter.
+    path: path of the parameter, for errors.
 
   Raises:
-    ValueError: if they are factored otherwise, or there is momentum.
+    ValueError: if T5X's factoring is different, or it has momentum.
   """
   if slots['m'].shape != (1,):
     raise ValueError(
@@ -109,7 +109,7 @@ def _is_swapped(
 ) -> bool:
   """Returns whether T5X's rows are our columns.
 
-  Of a matrix outside of stacks T5X calls the shorter axis the rows.
+  For a matrix outside stacks, T5X's rows are along the shorter axis.
   """
   return factors.layer == (0, 1) and row > column
 
@@ -120,19 +120,19 @@ def write(
   step: int,
   llm_path: str | None = None,
 ) -> str:
-  """Writes a run's step as `checkpoint_STEP` of T5X, and reads it back.
+  """Writes a step of a run as T5X's `checkpoint_STEP` and reads it back.
 
-  Of another optimizer than Adafactor there is no state, but at step 0, where
-  it is Adafactor's first.
+  At step 0 the checkpoint has Adafactor's initial state, whatever the
+  optimizer of the run. Later steps of other optimizers have no state.
 
   Args:
     run_dir: a run of LLM-to-SLM or of a language model.
-    folder: of T5X's checkpoints, made if absent.
-    step: of the run.
-    llm_path: where the LLM of the run is now, if it has moved.
+    folder: folder of T5X checkpoints, created if absent.
+    step: step of the run.
+    llm_path: new location of the run's LLM, if it has moved.
 
   Returns:
-    What the checkpoint has, for people to read.
+    A description of the checkpoint.
 
   Raises:
     ValueError: if T5X cannot hold the state, or the step is damaged.
@@ -146,8 +146,8 @@ def write(
   if states is not None:
     state['param_states'] = states
   path = folder.resolve() / f'checkpoint_{step}'
-  # Orbax's layout, as T5X writes: its reader of the older one fails on JAX
-  # 0.10, where an array has no axes.
+  # In the Orbax format, which T5X writes itself. With JAX 0.10, T5X cannot read
+  # scalars in its older format.
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as saver:
     saver.save(
       path,
@@ -162,7 +162,11 @@ def write(
 
 
 def _check_written(path: pathlib.Path, parts: Mapping[str, PyTree]) -> None:
-  """Refuses a checkpoint that is not what was to be written."""
+  """Compares a checkpoint with the arrays that were to be written.
+
+  Raises:
+    ValueError: if an array is different, missing or unknown.
+  """
   for part, tree in parts.items():
     written, _ = t5x.open_part(path, None, (part,))
     wanted = traverse_util.flatten_dict(tree, sep='/')
@@ -175,8 +179,9 @@ def _check_written(path: pathlib.Path, parts: Mapping[str, PyTree]) -> None:
     ]
     if bad:
       raise ValueError(
-        f'{path}: {bad[0]} and {len(bad) - 1} others of {part} do not read '
-        'back as they were. Nothing is kept; look to the disk.'
+        f'{path}: {bad[0]} and {len(bad) - 1} other arrays of {part} read back '
+        'with other values than were written. The checkpoint is removed; check '
+        'the disk.'
       )
 
 
@@ -186,23 +191,23 @@ def read(
   destination: pathlib.Path,
   step: int | None = None,
 ) -> int:
-  """Makes a run that `train` continues from a checkpoint of T5X.
+  """Writes a run that continues a T5X checkpoint.
 
-  Its optimizer must be `adafactor`. Its place in the data is a new one, as T5X
-  has another order of examples; so is the key of dropout.
+  `train` resumes it with `@adafactor()`, from the start of the data and with a
+  new dropout key, because T5X has another order of examples.
 
   Args:
-    location: T5X's MODEL_DIR, or one of its checkpoints.
-    run_dir: the run that T5X's model was made from.
-    destination: the new run's folder, empty or not there yet.
-    step: of T5X's MODEL_DIR; None takes the newest.
+    location: MODEL_DIR of T5X, or one of its checkpoints.
+    run_dir: RUN of the T5X model.
+    destination: folder of the new run.
+    step: checkpoint step in a MODEL_DIR; None takes the newest.
 
   Returns:
     The step.
 
   Raises:
     FileNotFoundError: if there is no such checkpoint.
-    ValueError: if it is of another model, or its LLM is not the run's.
+    ValueError: if its parameters, its LLM or its optimizer state do not fit.
   """
   system, layout = _open(run_dir, None)
   target, _ = t5x.open_part(pathlib.Path(location), step, ('target',))
@@ -240,11 +245,11 @@ def read(
 def _open(
   run_dir: str | pathlib.Path, llm_path: str | None
 ) -> tuple[system_lib.System, parameters.Layout]:
-  """Returns a run's system and where its parameters are: on one device."""
+  """Returns a run's system and its parameter layout on one device."""
   system = run_folder.load(run_dir, llm_path=llm_path)
   if system.has_lora:
     raise ValueError(
-      f'{run_dir} trains LoRA, which T5X has not. Set LORA_RANK=0.'
+      f'{run_dir} trains LoRA, which is not supported in T5X. Set LORA_RANK=0.'
     )
   config = partitioning.MeshConfig()
   mesh = partitioning.make_mesh(config, jax.devices()[:1])
@@ -257,10 +262,10 @@ def _read_states(
   run_dir: pathlib.Path,
   step: int,
 ) -> dict[str, PyTree] | None:
-  """Returns a run's moments as T5X has them, or None if they are others.
+  """Returns a run's moments in T5X's form, or None without Adafactor.
 
   Raises:
-    ValueError: if Adafactor was another, or trained a part alone.
+    ValueError: if Adafactor has other settings, or trained only a part.
   """
   axes = parameters.split(layout.axes, system.frozen)[1]
   shapes = parameters.split(layout.shapes, system.frozen)[1]
@@ -272,9 +277,10 @@ def _read_states(
   differences = files.differences(found, optimizer.description)
   if step > 0 and differences:
     raise ValueError(
-      f'{run_dir} was trained by another Adafactor than gin_configs/t5x has, '
-      'or not as a whole (LEARNING_RATE_BY_PATH, PROJECTOR_STEPS), and T5X '
-      'cannot go on from its state:\n' + '\n'.join(differences)
+      f'{run_dir} was trained with other Adafactor settings than those of '
+      'gin_configs/t5x, or only in part (LEARNING_RATE_BY_PATH, '
+      'PROJECTOR_STEPS). T5X cannot resume its state:\n'
+      + '\n'.join(differences)
     )
   _, shardings = parameters.split(layout.shardings, system.frozen)
   mesh = jax.tree.leaves(shardings)[0].mesh
@@ -325,13 +331,13 @@ def _is_adafactor(x: Any) -> bool:
 
 
 def _adafactor(opt_state: PyTree) -> adafactor.AdafactorState:
-  """Returns the part of an optimizer's state that is Adafactor's."""
+  """Returns Adafactor's part of an optimizer state."""
   leaves = jax.tree.leaves(opt_state, is_leaf=_is_adafactor)
   return next(filter(_is_adafactor, leaves))
 
 
 def _put_slots(opt_state: PyTree, slots: PyTree, num_updates: int) -> PyTree:
-  """Returns an optimizer's state with these moments, after so many updates."""
+  """Returns an optimizer state with the given moments and update count."""
 
   def put(leaf: Any) -> Any:
     if _is_adafactor(leaf):
@@ -342,7 +348,7 @@ def _put_slots(opt_state: PyTree, slots: PyTree, num_updates: int) -> PyTree:
 
 
 def _factors(shapes: PyTree, axes: PyTree) -> dict[str, adafactor.Factoring]:
-  """Returns by path how each parameter is factored."""
+  """Returns the factoring of each parameter by path."""
   flat = traverse_util.flatten_dict(shapes, sep='/')
   names: dict[str, PartitionSpec] = traverse_util.flatten_dict(axes, sep='/')
   min_size = optim.adafactor().description['min_dim_size_to_factor']
@@ -355,10 +361,10 @@ def _factors(shapes: PyTree, axes: PyTree) -> dict[str, adafactor.Factoring]:
 def _read_params(
   target: Mapping[str, Any], shapes: PyTree, location: str
 ) -> dict[str, PyTree]:
-  """Returns T5X's parameters in the dtypes of a system's.
+  """Reads T5X's parameters, cast to the dtypes of a system.
 
   Raises:
-    ValueError: lists those that are missing, unknown, or of another shape.
+    ValueError: lists missing and unknown parameters and other shapes.
   """
   wanted = traverse_util.flatten_dict(shapes, sep='/')
   problems = [
@@ -372,8 +378,8 @@ def _read_params(
   ]
   if problems:
     raise ValueError(
-      f'{location} does not hold the parameters of the run. Name the run that '
-      "T5X's RUN was:\n  " + '\n  '.join(problems[:20])
+      f'{location} does not have the parameters of the run. Pass the run that '
+      'was RUN in T5X:\n  ' + '\n  '.join(problems[:20])
     )
   return traverse_util.unflatten_dict(
     {
@@ -390,7 +396,11 @@ def _check_frozen(
   frozen: PyTree,
   location: str,
 ) -> system_lib.System:
-  """Refuses an LLM that T5X has changed; the run reads its own."""
+  """Checks that the LLM equals that of the run, which reads its own.
+
+  Raises:
+    ValueError: if it does not.
+  """
   system, loaded = parameters.load_frozen(system, layout)
   flat = traverse_util.flatten_dict(jax.device_get(loaded), sep='/')
   theirs = traverse_util.flatten_dict(frozen, sep='/')
@@ -400,8 +410,8 @@ def _check_frozen(
   if changed:
     raise ValueError(
       f"The frozen LLM in {location} is not the run's: {changed[0]} and "
-      f'{len(changed) - 1} others differ. Begin T5X from a checkpoint that '
-      'export --to=t5x has written of the run (INITIAL_CHECKPOINT_PATH).'
+      f'{len(changed) - 1} other arrays differ. In T5X, set '
+      'INITIAL_CHECKPOINT_PATH to a checkpoint from export --to=t5x.'
     )
   return system
 
@@ -409,7 +419,11 @@ def _check_frozen(
 def _read_slots(
   state: Mapping[str, Any], trained: PyTree, axes: PyTree, location: str
 ) -> PyTree:
-  """Returns T5X's moments as ours."""
+  """Reads T5X's moments.
+
+  Raises:
+    ValueError: if there are none of Adafactor.
+  """
   slots = {}
   flat = traverse_util.flatten_dict(trained, sep='/')
   for path, factors in _factors(trained, axes).items():

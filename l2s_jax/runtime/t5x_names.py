@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""T5X's names of settings, and what is set in their place here.
+"""T5X's macros and flags, with the corresponding names of l2s_jax.
 
-For errors: who comes from T5X is told the name. `docs/t5x.md` has the same, and
-says which names are equal on both sides.
+Error messages for unknown names use them. `docs/t5x.md` repeats them, with the
+names that are the same in both.
 """
 
-# Macros of T5X's run files and models that nothing here reads.
+# Macros of T5X's run files and models that l2s_jax does not read.
 MACROS = {
   'ACTIVATION_DTYPE': 'DTYPE',
   'BEAM_SIZE': 'Decoding.num_beams',
@@ -14,7 +14,7 @@ MACROS = {
   'EVALUATOR_USE_MEMORY_CACHE': 'nothing',
   'EVAL_STEPS': 'train.num_eval_examples, of examples, not of batches',
   'INITIAL_CHECKPOINT_PATH': 'SLM_PATH, for weights; convert --from=t5x '
-  '--to=run makes a run to continue of a checkpoint with its optimizer state',
+  '--to=run for a checkpoint of LLM-to-SLM with its optimizer state',
   'JSON_WRITE_N_RESULTS': 'nothing: all predictions are written',
   'LOSS_NORMALIZING_FACTOR': 'nothing: the loss is a mean over target tokens',
   'MIXTURE_OR_TASK_MODULE': 'a line `import my_tasks` in a gin file',
@@ -46,7 +46,7 @@ def answer(name: str, names: dict[str, str]) -> str:
   """Returns ` T5X's NAME is ... here.`, or nothing where T5X has no such name.
 
   Args:
-    name: as the user has written it.
+    name: as the user wrote it.
     names: `MACROS` or `FLAGS`.
   """
   return f" T5X's {name} is here {names[name]}." if name in names else ''
