@@ -170,7 +170,7 @@ def infer(
       )
   if report := tally.describe(prompt_length):
     distributed.say(report)
-  if folder is not None and distributed.is_first():
+  if folder is not None and not source.is_stdin and distributed.is_first():
     gin_config.save_operative_config(folder / part.name('config', '.gin'))
   if metrics and folder is not None and distributed.is_first():
     scored = predictions.write_scores(folder, part, scored_by, target_column)

@@ -77,8 +77,8 @@ def convert(
       out other than they went in.
   """
   if run is not None or to == 'run':
-    given = {'from': from_, 'to': to, 'run': run, 'dtype': dtype}
-    given |= {'config': config, 'vocabulary': vocabulary}
+    given: dict[str, Any] = {'from': from_, 'to': to, 'run': run}
+    given |= {'dtype': dtype, 'config': config, 'vocabulary': vocabulary}
     given |= {'verify': verify, 'allow_non_finite': allow_non_finite}
     _begin_run(source, destination, given, step, dry_run=dry_run)
     return
