@@ -28,7 +28,13 @@ from typing import Any, NamedTuple
 
 import gin
 
-from l2s_jax.runtime import compilation, gin_config, os_errors, preemption
+from l2s_jax.runtime import (
+  compilation,
+  gin_config,
+  os_errors,
+  preemption,
+  t5x_names,
+)
 
 
 class Flag(NamedTuple):
@@ -251,7 +257,9 @@ VERBS: Mapping[str, Verb] = {
         ('hf', 't5x', 'gguf', 'l2s'),
         required=True,
       ),
-      Flag('to', str, 'the form of DESTINATION', ('l2s', 'hf', 't5x'), True),
+      Flag(
+        'to', str, 'the form of DESTINATION', ('l2s', 'hf', 't5x', 'run'), True
+      ),
       Flag('SOURCE', str, 'a folder, a file, or a name on the Hub'),
       Flag('DESTINATION', str, 'a folder that is not there yet'),
       Flag(
@@ -269,6 +277,7 @@ VERBS: Mapping[str, Verb] = {
       Flag('vocabulary', str, 'the tokenizer, where SOURCE has none'),
       Flag('verify', bool, 'compare logits with those of transformers'),
       Flag('allow_non_finite', bool, 'keep NaN and infinity in the weights'),
+      Flag('run', str, "for --to=run, the run that T5X's model was made of"),
     ),
   ),
   'export': Verb(
@@ -281,7 +290,7 @@ VERBS: Mapping[str, Verb] = {
         'to',
         str,
         'the form of DESTINATION',
-        ('bundle', 'gguf', 'hf', 'onnx', 'savedmodel', 'stablehlo'),
+        ('bundle', 'gguf', 'hf', 'onnx', 'savedmodel', 'stablehlo', 't5x'),
         True,
       ),
       Flag('SOURCE', str, 'a run, a bundle, or a model as it came'),
@@ -329,6 +338,7 @@ _GIN_USAGE = (
   '--gin_file=FILE [--gin_file=FILE ...]',
   '[--gin.NAME=VALUE ...]',
   '[--gin_search_paths=DIRS]',
+  '[--tfds_data_dir=DIR]',
 )
 _GIN_HELP = (
   '\n\n--gin.NAME=VALUE binds a macro (--gin.TRAIN_STEPS=10) or a parameter,\n'
@@ -423,7 +433,8 @@ def _run(
       print(f'# {macro}={value} was taken as a string')
     print(gin_config.config())
     for macro, source in parsed.unread_macros.items():
-      print(f'# {source}: nothing reads {macro}')
+      ours = t5x_names.answer(macro, t5x_names.MACROS)
+      print(f'# {source}: nothing reads {macro}.{ours}')
   fn(dry_run=args.dry_run, **given)
 
 
@@ -453,6 +464,11 @@ def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
     type=lambda dirs: dirs.split(','),
     default=[],
     help='folders to look for gin files in, separated by commas',
+  )
+  parser.add_argument(
+    '--tfds_data_dir',
+    metavar='DIR',
+    help='the folder with TFDS data sets of every task, over DATA_DIR',
   )
   for flag in verb.flags:
     flag.add_to(parser)
@@ -502,7 +518,11 @@ def _parse_args(
         f'--gin.{name.lstrip("-")}=VALUE.'
       )
     known = [f'--{flag.rstrip("_")}' for flag in vars(args)]
-    parser.error(f'what is {arg}?{gin_config.near_misses(name, known)[:-1]}')
+    theirs = t5x_names.answer(name.lstrip('-'), t5x_names.FLAGS)
+    near = gin_config.near_misses(name, known)[:-1]
+    parser.error(f'what is {arg}?{theirs or near}')
+  if args.tfds_data_dir is not None:
+    bindings.append(f'tfds.data_dir={args.tfds_data_dir!r}')
   return args, bindings
 
 

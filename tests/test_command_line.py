@@ -123,6 +123,8 @@ def test_evaluate_all_checkpoints_with_controls(folder, run):
   targets = (folder / 'valid.de').read_text().splitlines()
   assert [r['target'] for r in records] == targets[:10]
   assert records[0]['prompt'].endswith(sources[0])
+  config = (run / 'eval' / 'config-local-validation.gin').read_text()
+  assert "CONTROLS = ('none', 'zero', 'other')" in config
 
 
 def test_infer_from_a_file_and_from_standard_input(folder, run):
@@ -148,6 +150,8 @@ def test_infer_from_a_file_and_from_standard_input(folder, run):
   assert [r['prompt'] for r in records] == [
     f'translate English to German: {source}' for source in sources
   ]
+  config = (folder / 'answers' / 'config.gin').read_text()
+  assert 'MAX_DECODE_LEN = 8' in config
 
   result = l2s(*arguments, '--gin.INPUT=-', stdin='\n'.join(sources) + '\n')
   streamed = [json.loads(line) for line in result.stdout.splitlines()]

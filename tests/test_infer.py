@@ -124,6 +124,9 @@ def test_shards_in_order_make_up_the_whole_and_start_alone(
     for shard in shards
   }
   assert b''.join(parts[shard] for shard in sorted(shards)) == whole
+  assert {path.name for path in tmp_path.glob('config*')} == {
+    f'config-0000{shard}-of-00003.gin' for shard in shards
+  }
   middle = tmp_path / 'predictions-00001-of-00003.jsonl'
   middle.rename(f'{middle}.partial')
   with open(f'{middle}.partial', 'r+b') as file:

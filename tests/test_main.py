@@ -12,6 +12,7 @@ import gin
 import pytest
 
 from l2s_jax import __main__ as command_line
+from l2s_jax.data import tasks  # noqa: F401, for its gin names
 from l2s_jax.runtime import gin_config
 
 calls: list[dict] = []
@@ -119,6 +120,18 @@ def test_a_flag_of_a_verb_goes_over_what_gin_binds(capsys):
   with pytest.raises(SystemExit):
     run('polish', *bindings, '--num_steps=many')
   assert 'invalid int value' in capsys.readouterr().err
+
+
+def test_tfds_data_dir_is_over_what_gin_binds(capsys):
+  status = run(
+    'polish',
+    '--tfds_data_dir=my/data',
+    '--gin.polish.model_dir="x"',
+    '--gin.tfds.data_dir="theirs"',
+    '--dry_run',
+  )
+  assert status == 0
+  assert "tfds.data_dir = 'my/data'" in capsys.readouterr().out
 
 
 def test_dry_run_prints_the_config_and_passes_itself_on(capsys):

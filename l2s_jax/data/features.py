@@ -78,6 +78,14 @@ class SeqioVocabulary(seqio.Vocabulary):
     super().__init__()
     self.vocabulary = vocabulary
 
+  def __eq__(self, other: object) -> bool:
+    return (
+      isinstance(other, SeqioVocabulary) and self.vocabulary == other.vocabulary
+    )
+
+  def __hash__(self) -> int:
+    return hash(self.vocabulary)
+
   @property
   def start_id(self) -> int:
     return self.vocabulary.start_id

@@ -59,7 +59,8 @@ def evaluate(
   Each result is added to `eval/metrics-<task>-<split>.json`. All results in
   that file are summarized in a printed table, in
   `eval/curves-<task>-<split>.png`, and as TensorBoard logs in
-  `eval/tensorboard`.
+  `eval/tensorboard`. `eval/config-<task>-<split>.gin` is the operative config
+  of the last evaluation.
 
   Args:
     checkpoint_path: a run's folder (MODEL_DIR of its training); or a Hugging
@@ -281,6 +282,9 @@ class _Scores(NamedTuple):
         control,
         {**scores, 'settings': self.settings, 'signatures': signatures}
         | ({'by_length': by_length} if by_length else {}),
+      )
+      gin_config.save_operative_config(
+        self.folder / 'eval' / f'config-{self.name}.gin'
       )
 
 

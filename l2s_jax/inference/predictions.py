@@ -8,6 +8,8 @@
                                        predictions.jsonl
     scores.json                        scores; scores-00001-of-00004.json of a
                                        shard
+    config.gin                         operative config of `infer`; likewise
+                                       config-00001-of-00004.gin
     .predictions.jsonl.digests         digests of the written lines
 
 A null prediction marks an input line that could not be answered. This module

@@ -21,7 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from l2s_jax.interop import parity, scale_folding, to_huggingface, to_t5x
+from l2s_jax.interop import (
+  parity,
+  scale_folding,
+  t5x_state,
+  to_huggingface,
+  to_t5x,
+)
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import shapes as shapes_lib
 from l2s_jax.runtime import files, gin_config, integrity
@@ -53,6 +59,7 @@ def convert(
   vocabulary: str | None = None,
   verify: bool = False,
   allow_non_finite: bool = False,
+  run: str | None = None,
   dry_run: bool = False,
 ) -> None:
   """Converts weights and says what was checked.
@@ -69,6 +76,12 @@ def convert(
       cannot be said in the form asked for, do not fit on the disk, or come
       out other than they went in.
   """
+  if run is not None or to == 'run':
+    given: dict[str, Any] = {'from': from_, 'to': to, 'run': run}
+    given |= {'dtype': dtype, 'config': config, 'vocabulary': vocabulary}
+    given |= {'verify': verify, 'allow_non_finite': allow_non_finite}
+    _begin_run(source, destination, given, step, dry_run=dry_run)
+    return
   if verify and (not parity.is_available() or 'hf' not in (from_, to)):
     raise ValueError(
       '--verify compares with transformers: it needs the packages torch and '
@@ -136,6 +149,40 @@ def unfinished_removed(
       for parent in missing:
         with contextlib.suppress(OSError):  # It was not made, or is in use.
           parent.rmdir()
+
+
+def _begin_run(
+  source: str,
+  destination: str,
+  given: Mapping[str, Any],
+  step: int | None,
+  *,
+  dry_run: bool,
+) -> None:
+  """Makes a run of ours from a checkpoint of T5X, with its optimizer state.
+
+  Raises:
+    ValueError: if it is not asked for as it must be.
+  """
+  others = {key: x for key, x in given.items() if x and key != 'run'}
+  if others != {'from': 't5x', 'to': 'run'} or given['run'] is None:
+    flags = ' '.join(f'--{key}={x}' for key, x in given.items() if x)
+    raise ValueError(
+      f'{flags}: a run is made by --from=t5x --to=run --run=RUN, where RUN is '
+      "the run that T5X's model was made of, and --step at most beside these."
+    )
+  folder = pathlib.Path(destination)
+  unfinished = folder.with_name(f'.{folder.name}.unfinished')
+  shutil.rmtree(unfinished, ignore_errors=True)  # Left by one that was killed.
+  check_destination(folder, 0)
+  target, _ = t5x.open_part(pathlib.Path(source), step, ('target',))
+  print(f'{source}: {len(target)} parameters')
+  if dry_run:
+    return
+  with unfinished_removed(folder, unfinished):
+    number = t5x_state.read(source, given['run'], unfinished, step)
+    unfinished.rename(folder)
+  print(f"wrote {folder} (run): step {number}, with Adafactor's state.")
 
 
 def _open(

@@ -20,4 +20,5 @@ __all__ = (
   'partitioning',
   'preemption',
   'profiling',
+  't5x_names',
 )

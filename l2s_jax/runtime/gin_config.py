@@ -32,7 +32,8 @@ from typing import Any, TextIO
 
 import gin
 
-from l2s_jax.runtime import gin_internals, gin_types
+from l2s_jax.runtime import files as files_lib
+from l2s_jax.runtime import gin_internals, gin_types, t5x_names
 
 REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -266,6 +267,12 @@ def operative_config() -> str:
   return gin.operative_config_str()
 
 
+def save_operative_config(path: pathlib.Path) -> None:
+  """Writes the operative config to a file, atomically."""
+  with files_lib.whole(path) as file:
+    file.write(operative_config())
+
+
 def near_misses(name: str, known: Iterable[str]) -> str:
   """Returns `; did you mean A or B?`, or `.` where nothing known is near."""
   by_lower = {candidate.lower(): candidate for candidate in sorted(known)}
@@ -488,7 +495,8 @@ def _check_macros(bound: dict[_Key, gin_types.Bound]) -> dict[str, str]:
   ]
   unread = {name: macros[name].source for name in macros if name not in read}
   problems += [
-    f'{source}: nothing reads {name}{near_misses(name, read)} '
+    f'{source}: nothing reads {name}{near_misses(name, read)}'
+    f'{t5x_names.answer(name, t5x_names.MACROS)} '
     f'These macros are read: {", ".join(sorted(read)) or "none"}.'
     for name, source in unread.items()
     if source.startswith('--gin.')

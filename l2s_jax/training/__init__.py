@@ -11,6 +11,7 @@ loss to a step, and `teachers` loads the teacher. Evaluation itself is in
 
 # Modules that other packages may import.
 __all__ = (
+  'adafactor',
   'checkpoint',
   'hooks',
   'optim',

@@ -159,8 +159,7 @@ def begin(
   watcher.exit_if_requested()
   step = int(state.step)
   if distributed.is_first():
-    with files.whole(run_dir / 'config.gin') as file:
-      file.write(gin_config.operative_config())
+    gin_config.save_operative_config(run_dir / 'config.gin')
   log = settings.metric_writer(step)
   progress = progress_lib.Progress(
     run_dir,
@@ -221,6 +220,8 @@ def check_position(
   """
   if position is None:
     return {'num_rows': 0, 'sums': {}, 'clock': None}
+  if 'begun_elsewhere' in position:  # In another program's order of examples.
+    kind = {'optimizer': kind['optimizer']}
   differences = files.differences(
     {name: position.get(name) for name in kind}, kind
   )

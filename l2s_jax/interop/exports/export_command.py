@@ -22,14 +22,14 @@ from etils import epath
 
 from l2s_jax.data import text_files
 from l2s_jax.inference import answerer
-from l2s_jax.interop import convert
+from l2s_jax.interop import convert, t5x_state
 from l2s_jax.interop.exports import bundling, model_card
 from l2s_jax.models import l2s, lora
 from l2s_jax.runtime import files
 from l2s_jax.systems import as_it_came, bundle, parameters
 from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
-from l2s_jax.weights import manifest
+from l2s_jax.weights import manifest, saved_steps
 
 PyTree = Any
 
@@ -80,6 +80,7 @@ _HOW_TO_RUN = (
   '--gin.CHECKPOINT_PATH=THIS_FOLDER --gin.INPUT=prompts.txt '
   '--gin.INFER_OUTPUT_DIR=answers'
 )
+T5X = 't5x'  # Of a run's training state, not of a bundle.
 # What models are compared on where there are no predictions of the run.
 PROMPTS = (
   'translate English to German: Two dogs are running through the snow.',
@@ -109,7 +110,7 @@ def export(
   Args:
     source: a run, a bundle, or a model as it came: see CHECKPOINT_PATH.
     destination: a folder that is not there yet.
-    to: 'bundle', or one of `FORMS`.
+    to: 'bundle', 't5x' or one of `FORMS`.
     step: of a run: a number, or 'best'; None is the newest.
     dtype: to store tensors in; None: as they are.
     prompts: a text file, a prompt a line, to compare answers on; None: those
@@ -127,10 +128,15 @@ def export(
   start_secs = time.perf_counter()
   folder = pathlib.Path(destination)
   convert.check_destination(folder, 0)
-  texts = _prompts(source, prompts)
-  form = None if to == manifest.BUNDLE else _form(to)
   scratch = folder.with_name(f'.{folder.name}.unfinished')
   shutil.rmtree(scratch, ignore_errors=True)  # Left by one that was killed.
+  if to == T5X:
+    given = {'dtype': dtype, 'prompts': prompts}
+    given |= {'license': license, 'vocabulary': vocabulary}
+    _export_state(source, folder, scratch, step, llm_path, given, dry_run)
+    return
+  texts = _prompts(source, prompts)
+  form = None if to == manifest.BUNDLE else _form(to)
   parts = opened = None
   if bundle.is_bundle(source):
     given = {'step': step, 'dtype': dtype}
@@ -198,6 +204,43 @@ def _bundle(
     results=model_card.measured(pathlib.Path(source)),
   )
   return bundle.open_bundle(path)
+
+
+def _export_state(
+  source: str,
+  folder: pathlib.Path,
+  scratch: pathlib.Path,
+  step: str | None,
+  llm_path: str | None,
+  given: Mapping[str, str | None],
+  dry_run: bool,
+) -> None:
+  """Writes a run's training state for T5X; a bundle has none.
+
+  Raises:
+    FileNotFoundError: if there is no run.
+    ValueError: if something is asked for beside its step, or T5X cannot hold
+      the state.
+  """
+  if not as_it_came.is_run(source):
+    raise FileNotFoundError(
+      f'{source} is no run. --to=t5x writes the training state of a run: name '
+      'a MODEL_DIR.'
+    )
+  for name, value in given.items():
+    if value is not None:
+      raise ValueError(
+        f'--{name}={value}: --to=t5x writes the training state of a run as it '
+        'is. Leave it out.'
+      )
+  number = saved_steps.params_folder(source, _step(step))[1]
+  print(f'{source}: step {number}')
+  if dry_run:
+    return
+  with convert.unfinished_removed(folder, scratch):
+    said = t5x_state.write(source, scratch, number, llm_path)
+    scratch.rename(folder)
+  print(f'wrote {folder} ({T5X}): {said}')
 
 
 def _form(to: str) -> Any:

@@ -161,6 +161,12 @@ class Checkpoint:
     self.special_ids: dict[str, Any] = {}
     path, self._step = _find(location, step)
     self._arrays = _open(path)
+    if any(name.startswith('projector/') for name in self._arrays):
+      raise ValueError(
+        f'{self.location} is LLM-to-SLM, which T5X has trained from a run of '
+        'ours, and not a T5. Make a run of it: convert --from=t5x --to=run '
+        '--run=RUN, where RUN is that run.'
+      )
     self._is_scanned = any(
       name.startswith('encoder/encoder/') for name in self._arrays
     )
@@ -341,9 +347,34 @@ def _find(
   )
 
 
-def _open(path: pathlib.Path) -> dict[str, _Array]:
+def open_part(
+  location: pathlib.Path, step: int | None, part: Sequence[str]
+) -> tuple[dict[str, Any], int | None]:
+  """Opens a part of a state that T5X has saved, whatever its model.
+
+  Args:
+    location: as `Checkpoint` takes it.
+    step: the same.
+    part: the keys that lead to it: 'target' are the parameters, 'state' the
+      step and the optimizer's state.
+
+  Returns:
+    Arrays by name, with `shape`, `dtype` and `read()`; and the step, where the
+    name of the checkpoint says it.
+
+  Raises:
+    FileNotFoundError: if there is no checkpoint.
+    ValueError: if it is broken.
+  """
+  path, step = _find(location.resolve(), step)
+  return dict(_open(path, tuple(part))), step
+
+
+def _open(
+  path: pathlib.Path, part: tuple[str, ...] = ('target',)
+) -> dict[str, _Array]:
   if path.is_dir():
-    return _open_orbax(path)
+    return _open_orbax(path, part)
   try:
     content = flax.serialization.msgpack_restore(path.read_bytes())
   except _BROKEN as error:
@@ -359,9 +390,10 @@ def _open(path: pathlib.Path) -> dict[str, _Array]:
   ):
     raise ValueError(f'{path} is not a checkpoint of T5X: it has no target.')
   arrays = {}
-  for name, leaf in _leaves(content['target']):
-    if isinstance(leaf, np.ndarray):
-      arrays[name] = _Array(leaf.shape, leaf.dtype, leaf.copy)
+  tree = functools.reduce(lambda tree, key: tree.get(key, {}), part, content)
+  for name, leaf in _leaves(tree):
+    if isinstance(leaf, np.ndarray | np.generic):
+      arrays[name] = _Array(leaf.shape, leaf.dtype, np.asarray(leaf).copy)
     else:
       kvstore = {'driver': 'file', 'path': _place(path, name, leaf)}
       arrays[name] = _open_array(name, path, 'zarr', kvstore)
@@ -400,7 +432,9 @@ def _leaves(
       yield full, value
 
 
-def _open_orbax(folder: pathlib.Path) -> dict[str, _Array]:
+def _open_orbax(
+  folder: pathlib.Path, part: tuple[str, ...]
+) -> dict[str, _Array]:
   path = folder / '_METADATA'
   metadata = tensor_files.read_json(path)
   driver = 'zarr3' if metadata.get('use_zarr3') else 'zarr'
@@ -412,10 +446,10 @@ def _open_orbax(folder: pathlib.Path) -> dict[str, _Array]:
     )
   arrays = {}
   for name, leaf in tree.items():
-    first, *keys = _keys(path, name, leaf)
-    if first != 'target':
+    keys = _keys(path, name, leaf)
+    if tuple(keys[: len(part)]) != part:
       continue
-    place = '.'.join((first, *keys)) + '/'
+    place = '.'.join(keys) + '/'
     if '..' in pathlib.PurePath(place).parts:
       raise ValueError(f'{path}: {config_lib.shorten(place)} leads out of it.')
     if (folder / 'manifest.ocdbt').is_file():
@@ -423,7 +457,7 @@ def _open_orbax(folder: pathlib.Path) -> dict[str, _Array]:
       kvstore: dict[str, Any] = {'driver': 'ocdbt', 'base': base, 'path': place}
     else:
       kvstore = {'driver': 'file', 'path': f'{folder}/{place}'}
-    name = '/'.join(keys)
+    name = '/'.join(keys[len(part) :])
     arrays[name] = _open_array(name, folder, driver, kvstore)
   return arrays
 
