@@ -606,5 +606,5 @@ def test_without_transformers_nothing_is_verified(
   monkeypatch.setitem(sys.modules, 'transformers', None)
   flags = ('--from=hf', '--to=l2s', '--verify')
   error = refusal(capsys, *flags, t5[0], tmp_path / 'out')
-  assert 'needs the packages torch and transformers' in error
+  assert '--verify needs transformers, which is not installed' in error
   assert nothing_written(tmp_path / 'out')

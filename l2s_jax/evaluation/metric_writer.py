@@ -11,9 +11,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tensorboardX import event_file_writer, summary
-from tensorboardX.proto import event_pb2
-
 from l2s_jax.runtime import distributed, files
 
 FILE = 'metrics.jsonl'
@@ -91,6 +88,9 @@ class EventFile:
 
   def __init__(self, folder: pathlib.Path):
     """Begins a file in a folder, made if absent."""
+    # tensorboardX imports torch where there is one, which takes seconds.
+    from tensorboardX import event_file_writer
+
     folder.mkdir(parents=True, exist_ok=True)
     self._old = list(folder.glob('events.out.tfevents.*'))
     self._writer = event_file_writer.EventsWriter(
@@ -101,6 +101,9 @@ class EventFile:
     self, name: str, value: int | float, step: int, secs: int | float
   ) -> None:
     """Adds a number; `secs` since the epoch is when it was found."""
+    from tensorboardX import summary
+    from tensorboardX.proto import event_pb2
+
     self._writer.write_event(
       event_pb2.Event(
         summary=summary.scalar(name, float(value)), step=step, wall_time=secs

@@ -24,7 +24,7 @@ import tqdm
 from l2s_jax.interop import parity, scale_folding, to_huggingface, to_t5x
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import shapes as shapes_lib
-from l2s_jax.runtime import files, gin_config, integrity
+from l2s_jax.runtime import extras, files, gin_config, integrity
 from l2s_jax.vocabularies import base, export, loading, tokenizer_files
 from l2s_jax.weights import converted, finite, hub, manifest, opening, runs
 from l2s_jax.weights import source as source_lib
@@ -69,11 +69,14 @@ def convert(
       cannot be said in the form asked for, do not fit on the disk, or come
       out other than they went in.
   """
-  if verify and (not parity.is_available() or 'hf' not in (from_, to)):
-    raise ValueError(
-      '--verify compares with transformers: it needs the packages torch and '
-      'transformers, and a Hugging Face folder at one end.'
-    )
+  if verify:
+    extras.require('--verify', 'torch', 'transformers')
+    if 'hf' not in (from_, to):
+      raise ValueError(
+        '--verify compares with transformers: it needs a Hugging Face folder '
+        'at one end, and found '
+        f'--from={from_} --to={to}. Leave --verify out.'
+      )
   opened = _open(source, from_, step, config)
   # An encoder may come without its decoder: an LLM needs no more.
   wanted = source_lib.demanded(opened.config, opened.shapes())

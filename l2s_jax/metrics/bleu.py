@@ -12,13 +12,15 @@ import itertools
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import sacrebleu.metrics
 from jaxtyping import Float
 
 from l2s_jax.metrics import corpus
+
+if TYPE_CHECKING:
+  import sacrebleu.metrics
 
 TOKENIZERS = (
   '13a',
@@ -67,7 +69,9 @@ class Bleu(corpus.Metric):
 
   def _sacrebleu(
     self, *, effective_order: bool = False
-  ) -> sacrebleu.metrics.BLEU:
+  ) -> 'sacrebleu.metrics.BLEU':
+    import sacrebleu.metrics
+
     # sacreBLEU may fetch a tokenizer's model, and waits for ever.
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_SECS)
@@ -153,7 +157,9 @@ class Chrf(corpus.Metric):
   def signature(self, references: corpus.References) -> str:
     return _signature(self._sacrebleu(), references)
 
-  def _sacrebleu(self) -> sacrebleu.metrics.CHRF:
+  def _sacrebleu(self) -> 'sacrebleu.metrics.CHRF':
+    import sacrebleu.metrics
+
     return sacrebleu.metrics.CHRF(
       char_order=6, word_order=self.word_order, beta=2
     )
@@ -173,7 +179,7 @@ class Chrf(corpus.Metric):
 
 
 def _sacrebleu_rows(
-  metric: sacrebleu.metrics.BLEU | sacrebleu.metrics.CHRF,
+  metric: 'sacrebleu.metrics.BLEU | sacrebleu.metrics.CHRF',
   references: corpus.References,
   predictions: Sequence[str],
 ) -> Float[np.ndarray, 'example statistic']:
@@ -195,7 +201,7 @@ def _streams(references: corpus.References) -> list[list[Any]]:
 
 
 def _signature(
-  metric: sacrebleu.metrics.BLEU | sacrebleu.metrics.CHRF,
+  metric: 'sacrebleu.metrics.BLEU | sacrebleu.metrics.CHRF',
   references: corpus.References,
 ) -> str:
   """Returns sacreBLEU's description of a metric of its own."""

@@ -7,23 +7,26 @@ as in Unicode's default word boundaries (UAX 29), since true words would take a
 dictionary of each language.
 """
 
+import functools
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import regex
+if TYPE_CHECKING:
+  import regex
 
 _UNSPACED = (
   r'\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}'
   r'\p{Tibetan}\p{Javanese}\p{Balinese}\p{New_Tai_Lue}\p{Tai_Tham}\p{Tai_Viet}'
 )
 # The two joiners stand within words of Persian and of India's languages.
-_WORD = regex.compile(
+_WORD = (
   rf'(?V1)[[{_UNSPACED}]--\p{{M}}]\p{{M}}*'
   rf'|[[\p{{L}}\p{{M}}\p{{N}}\u200c\u200d]--[{_UNSPACED}]]+'
 )
-_CHARACTER = regex.compile(r'[\p{L}\p{N}]\p{M}*')
-_LETTER = regex.compile(r'\p{L}')
-_UNSPACED_LETTER = regex.compile(rf'(?V1)[[{_UNSPACED}]&&\p{{L}}]')
-_ASCII_LETTER = regex.compile(r'[A-Za-z]')
+_CHARACTER = r'[\p{L}\p{N}]\p{M}*'
+_LETTER = r'\p{L}'
+_UNSPACED_LETTER = rf'(?V1)[[{_UNSPACED}]&&\p{{L}}]'
+_ASCII_LETTER = r'[A-Za-z]'
 
 
 def words(text: str) -> list[str]:
@@ -32,12 +35,12 @@ def words(text: str) -> list[str]:
   Of ASCII text these are the words that `rouge_score` counts. A letter of an
   unspaced script is a word of its own.
   """
-  return _WORD.findall(text.lower())
+  return _compiled(_WORD).findall(text.lower())
 
 
 def characters(text: str) -> list[str]:
   """Returns the lower-cased letters and digits, each with its marks."""
-  return _CHARACTER.findall(text.lower())
+  return _compiled(_CHARACTER).findall(text.lower())
 
 
 def num_letters(texts: Iterable[str]) -> int:
@@ -55,12 +58,18 @@ def unspaced_share(texts: Iterable[str]) -> float:
   return _share(_UNSPACED_LETTER, list(texts), of_nothing=0.0)
 
 
-def _share(
-  pattern: regex.Pattern, texts: list[str], *, of_nothing: float
-) -> float:
+@functools.cache
+def _compiled(pattern: str) -> 'regex.Pattern':
+  import regex
+
+  return regex.compile(pattern)
+
+
+def _share(pattern: str, texts: list[str], *, of_nothing: float) -> float:
   total = num_letters(texts)
   return _count(pattern, texts) / total if total else of_nothing
 
 
-def _count(pattern: regex.Pattern, texts: Iterable[str]) -> int:
-  return sum(len(pattern.findall(text)) for text in texts)
+def _count(pattern: str, texts: Iterable[str]) -> int:
+  find = _compiled(pattern).findall
+  return sum(len(find(text)) for text in texts)
