@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the wheel, its requirements, and packages that may be missing."""
 
+import functools
 import importlib.metadata
 import json
 import re
@@ -33,7 +34,7 @@ DISTRIBUTIONS = {
 
 def extra(name):
   """Returns the requirements of an extra, those of extras in it too."""
-  found = {}
+  found: dict[str, requirements.Requirement] = {}
   for line in PROJECT['optional-dependencies'][name]:
     requirement = requirements.Requirement(line)
     if requirement.name == 'l2s_jax':
@@ -51,7 +52,7 @@ def core():
 
 def read(name):
   """Returns the requirements of a file, those of files in it too."""
-  found = {}
+  found: dict[str, requirements.Requirement] = {}
   for line in (ROOT / name).read_text().splitlines():
     text = line.partition('#')[0].strip()
     if text.startswith('-r '):
@@ -120,13 +121,17 @@ def test_a_verb_names_the_package_that_it_lacks(
   monkeypatch.setitem(sys.modules, module, None)
   monkeypatch.setitem(sys.modules, module.partition('.')[0], None)
   verbs = {'try': command_line.Verb(__name__, 'import_it', '', '')}
-  run = {'verbs': verbs, 'configurable_modules': ()}
-  argv = ['try', f'--gin.import_it.name={module}']
+  run = functools.partial(
+    command_line.main,
+    ['try', f'--gin.import_it.name={module}'],
+    verbs=verbs,
+    configurable_modules=(),
+  )
   if message is None:
     with pytest.raises(ModuleNotFoundError):
-      command_line.main(argv, **run)
+      run()
   else:
-    assert command_line.main(argv, **run) == 2
+    assert run() == 2
     assert message in capsys.readouterr().err
 
 
