@@ -30,6 +30,7 @@ import gin
 
 from l2s_jax.runtime import (
   compilation,
+  extras,
   gin_config,
   os_errors,
   preemption,
@@ -409,6 +410,11 @@ def main(
     if isinstance(error, FileNotFoundError):
       return _refuse(os_errors.describe(error) or _own_words(error))
     raise
+  except ImportError as error:
+    explanation = extras.explain(error, name)
+    if args.verbose or explanation is None:
+      raise
+    return _refuse(explanation)
   except FloatingPointError as error:
     if args.verbose or not _is_deliberate(error):
       raise
@@ -456,7 +462,7 @@ def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
     action='append',
     default=[] if verb.gin_file is None else [verb.gin_file],
     help='may be repeated; later files override earlier ones. Looked up in '
-    'the working directory, the search paths, the repository',
+    'the working directory, the search paths, the installed package',
   )
   parser.add_argument(
     '--gin_search_paths',

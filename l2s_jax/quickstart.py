@@ -26,13 +26,12 @@ from typing import Any
 import jax
 
 from l2s_jax import __main__
-from l2s_jax.data import cldr
 from l2s_jax.evaluation import evaluate, report
 from l2s_jax.evaluation.report import TableRow
 from l2s_jax.inference import answerer
 from l2s_jax.metrics import metric_fns
 from l2s_jax.performance import timing
-from l2s_jax.runtime import files, gin_config, partitioning
+from l2s_jax.runtime import extras, files, gin_config, partitioning
 from l2s_jax.systems import parameters, run_folder
 from l2s_jax.systems import system as system_lib
 from l2s_jax.vocabularies import sentencepiece
@@ -139,7 +138,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument(
     '--output_dir',
     type=pathlib.Path,
-    default=gin_config.REPO_ROOT / 'runs' / 'quickstart',
+    default=pathlib.Path('runs', 'quickstart'),
     help='where everything goes; `_decoder` and the number of --train_steps '
     'are appended (default: %(default)s)',
   )
@@ -148,7 +147,10 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     type=int,
     help='updates of each model, to walk the path in less time',
   )
-  return parser.parse_args(argv)
+  args = parser.parse_args(argv)
+  if absent := extras.missing('babel', 'num2words', 'sacrebleu', 'seqio'):
+    parser.error(extras.message('the quickstart', *absent))
+  return args
 
 
 def _output_dir(args: argparse.Namespace) -> pathlib.Path:
@@ -170,6 +172,8 @@ def _say(text: str) -> None:
 
 def _vocabulary(output_dir: pathlib.Path, name: str) -> pathlib.Path:
   """Returns a SentencePiece model of the train split, trained if absent."""
+  from l2s_jax.data import cldr
+
   path = output_dir / f'{name}_vocabulary.model'
   if not path.is_file():
     texts = (
@@ -239,6 +243,8 @@ def _load(run_dir: pathlib.Path, mesh: jax.sharding.Mesh) -> Loaded:
 
 def _time(rows: dict[str, TableRow], loaded: Mapping[str, Loaded]) -> None:
   """Adds sizes and timings to the rows of the three systems."""
+  from l2s_jax.data import cldr
+
   example = next(cldr.examples('test', num_examples=1))
   timings = timing.time_generation(
     loaded,
@@ -269,6 +275,8 @@ def _translate(
   loaded: Mapping[str, Loaded], mesh: jax.sharding.Mesh
 ) -> list[dict[str, str]]:
   """Prints and returns each system's translations of five test phrases."""
+  from l2s_jax.data import cldr
+
   kinds = ('date', 'cardinal', 'relative', 'currency', 'countries')
   candidates = list(cldr.examples('test'))
   chosen = [

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Runs the linter, the type checker and the tests, from a fresh clone with
-# Python 3.11 or 3.12; with --all, those too that are marked `long`: more kills,
-# other sizes and seeds of laws that the rest holds. With other arguments,
-# pytest alone:
+# Runs the linter, the type checker and the tests, and builds the pages of
+# docs/, from a fresh clone with Python 3.11 or 3.12; with --all, runs those
+# tests too that are marked `long`: more kills, other sizes and seeds of laws
+# that the rest holds. With other arguments, pytest alone:
 #   ./launch/test.sh tests/test_generate.py -k greedy
 set -euo pipefail
 # shellcheck source=/dev/null
@@ -44,6 +44,7 @@ fi
 ruff check .
 ruff format --check .
 lint-imports --no-logo --no-cache
+mkdocs build --strict --quiet
 # On two cores, one beside the other.
 "$beam/bin/python" -m pytest tests/test_cache_beam.py > "$beam/log" 2>&1 &
 mypy

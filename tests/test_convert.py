@@ -562,17 +562,15 @@ def test_verifying_compares_with_transformers(t5, tmp_path, capsys):
 def test_what_transformers_computes_otherwise_is_not_kept(
   t5, tmp_path, capsys, monkeypatch
 ):
-  monkeypatch.setattr(convert.parity, 'is_available', lambda: True)
+  helpers.import_reference()
   monkeypatch.setattr(convert.parity, 'compare', lambda *unused: 2e-5)
   flags = ('--from=hf', '--to=hf', '--verify', t5[0], tmp_path / 'out')
   assert 'transformers computes other logits' in refusal(capsys, *flags)
   assert nothing_written(tmp_path / 'out')
 
 
-def test_an_encoder_alone_has_no_logits_to_verify(
-  t5, tmp_path, capsys, monkeypatch
-):
-  monkeypatch.setattr(convert.parity, 'is_available', lambda: True)
+def test_an_encoder_alone_has_no_logits_to_verify(t5, tmp_path, capsys):
+  helpers.import_reference()
   file = t5[0] / 'model.safetensors'
   tensors = {
     name: tensor
@@ -606,5 +604,5 @@ def test_without_transformers_nothing_is_verified(
   monkeypatch.setitem(sys.modules, 'transformers', None)
   flags = ('--from=hf', '--to=l2s', '--verify')
   error = refusal(capsys, *flags, t5[0], tmp_path / 'out')
-  assert 'needs the packages torch and transformers' in error
+  assert '--verify needs transformers, which is not installed' in error
   assert nothing_written(tmp_path / 'out')

@@ -2,6 +2,7 @@
 """Laws of bundles of every kind of run, and of models as they came."""
 
 import dataclasses
+import sys
 
 import helpers
 import jax
@@ -179,15 +180,14 @@ def test_what_a_bundle_has_is_not_given_beside_it(tmp_path):
 
 def test_a_form_that_is_not_there_is_refused_by_name(tmp_path, monkeypatch):
   forms = {
-    'none': export_command.Form('no_such_form', {}, ''),
-    'poor': export_command.Form(
-      'bundling', {'no_such_module': 'no-such-package'}, ''
-    ),
+    'none': export_command.Form('no_such_form', (), ''),
+    'poor': export_command.Form('bundling', ('gguf',), ''),
   }
   monkeypatch.setattr(export_command, 'FORMS', forms)
+  monkeypatch.setitem(sys.modules, 'gguf', None)
   for to, message in (
     ('none', '--to=none: this l2s_jax has no .*no_such_form'),
-    ('poor', '--to=poor needs .* not installed: pip install no-such-package'),
+    ('poor', '--to=poor needs gguf, which is not installed: pip install'),
   ):
     with pytest.raises(ValueError, match=message):
       export_command.export('run', str(tmp_path / 'out'), to=to)

@@ -78,7 +78,7 @@ def test_refuses_settings(settings, message):
 
 def test_names_what_is_missing(monkeypatch):
   monkeypatch.setitem(sys.modules, 'libtpu', None)  # Which cannot be found.
-  with pytest.raises(ValueError, match='requirements-tpu.txt'):
+  with pytest.raises(ValueError, match=r'l2s_jax\[tpu\]'):
     run()
 
 

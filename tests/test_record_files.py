@@ -149,7 +149,7 @@ def test_a_column_within_a_column():
 def test_parquet_without_its_package_names_it(tmp_path, monkeypatch):
   path = write(tmp_path / 'x.parquet')
   monkeypatch.setitem(sys.modules, 'pyarrow', None)
-  with pytest.raises(ValueError, match=r'x\.parquet: .* `pip install pyarrow`'):
+  with pytest.raises(ValueError, match=r'x\.parquet is .* needs pyarrow'):
     list(text_files.read_rows(epath.Path(path)))
 
 

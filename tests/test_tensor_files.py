@@ -198,5 +198,5 @@ def test_a_pytorch_file_of_no_dict_is_named(tmp_path):
 def test_without_torch_the_way_out_is_named(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'torch', None)
   (tmp_path / 'pytorch_model.bin').write_bytes(pickle.dumps({}))
-  with pytest.raises(ValueError, match='or download model.safetensors instead'):
+  with pytest.raises(ValueError, match='Or download model.safetensors instead'):
     tensor_files.open_folder(tmp_path)

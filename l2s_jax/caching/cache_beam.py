@@ -26,6 +26,7 @@ import gin
 
 from l2s_jax.caching import cache_encoding, cache_texts, cache_writer
 from l2s_jax.data import tasks
+from l2s_jax.runtime import extras
 
 _JOB = '.beam-job-'
 _ERROR = re.compile(r'^(?:\w+\.)*(?:ValueError|FileNotFoundError): (.+)$', re.M)
@@ -72,13 +73,7 @@ def check(pipeline_options: str) -> list[str]:
       'commas between them, such as '
       '--beam_pipeline_options=--runner=DataflowRunner,--project=mine.'
     )
-  try:
-    import apache_beam  # noqa: F401
-  except ImportError as error:
-    raise ValueError(
-      '--beam_pipeline_options needs Apache Beam: pip install '
-      "'l2s_jax[beam]', or pip install -r requirements-beam.txt."
-    ) from error
+  extras.require('--beam_pipeline_options', 'apache_beam')
   return options
 
 

@@ -28,6 +28,7 @@ from google.protobuf import (
 )
 
 from l2s_jax.data import input_files
+from l2s_jax.runtime import extras
 
 Fields = dict[str, Any]
 
@@ -135,14 +136,14 @@ def parquet(path: epath.Path) -> Iterator[tuple[int, Fields | str]]:
   Raises:
     ValueError: naming the file, if it is damaged or pyarrow is not installed.
   """
-  try:
-    import pyarrow
-    from pyarrow import parquet as reader
-  except ImportError as error:
-    raise ValueError(
-      f'{path}: Parquet is read by pyarrow, which is not installed; '
-      '`pip install pyarrow`, or write the file as JSONL.'
-    ) from error
+  extras.require(
+    f'{path} is a Parquet file, and reading it',
+    'pyarrow',
+    instead='Or write the file as JSONL.',
+  )
+  import pyarrow
+  from pyarrow import parquet as reader
+
   number = 0
   try:
     with input_files.open_bytes(path) as raw:

@@ -11,9 +11,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tensorboardX import event_file_writer, summary
-from tensorboardX.proto import event_pb2
-
 from l2s_jax.runtime import distributed, files
 
 FILE = 'metrics.jsonl'
@@ -103,6 +100,9 @@ class EventFile:
 
   def __init__(self, folder: pathlib.Path):
     """Creates an event file in a folder; creates the folder if absent."""
+    # tensorboardX imports torch where it is installed, which takes seconds.
+    from tensorboardX import event_file_writer
+
     folder.mkdir(parents=True, exist_ok=True)
     self._old = list(folder.glob('events.out.tfevents.*'))
     self._writer = event_file_writer.EventsWriter(
@@ -120,6 +120,9 @@ class EventFile:
       step: the training step.
       secs: wall time in seconds since the epoch.
     """
+    from tensorboardX import summary
+    from tensorboardX.proto import event_pb2
+
     self._writer.write_event(
       event_pb2.Event(
         summary=summary.scalar(name, float(value)), step=step, wall_time=secs

@@ -9,7 +9,6 @@ tokens, the third token does not attend to 512 slots.
 
 import dataclasses
 import functools
-import importlib.util
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from jaxtyping import Array, Bool, Int
 from l2s_jax.inference import beam, sampling, speculative, strategies
 from l2s_jax.models import cache as cache_lib
 from l2s_jax.models import l2s, language_model
-from l2s_jax.runtime import compilation, distributed
+from l2s_jax.runtime import compilation, distributed, extras
 from l2s_jax.systems import system as system_lib
 from l2s_jax.vocabularies import loading
 
@@ -257,11 +256,8 @@ def check(decoding: sampling.Decoding, max_decode_len: int) -> None:
     )
   for name in ('quantization', 'llm_quantization'):
     kind = getattr(decoding, name)
-    if kind != 'none' and importlib.util.find_spec('qwix') is None:
-      raise ValueError(
-        f'Decoding.{name}={kind!r} needs Qwix, which is not installed: pip '
-        'install qwix.'
-      )
+    if kind != 'none':
+      extras.require(f'Decoding.{name}={kind!r}', 'qwix')
 
 
 def for_decoding(

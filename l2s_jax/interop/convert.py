@@ -30,7 +30,7 @@ from l2s_jax.interop import (
 )
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import shapes as shapes_lib
-from l2s_jax.runtime import files, gin_config, integrity
+from l2s_jax.runtime import extras, files, gin_config, integrity
 from l2s_jax.vocabularies import base, export, loading, tokenizer_files
 from l2s_jax.weights import converted, finite, hub, manifest, opening, runs
 from l2s_jax.weights import source as source_lib
@@ -82,11 +82,13 @@ def convert(
     given |= {'verify': verify, 'allow_non_finite': allow_non_finite}
     _begin_run(source, destination, given, step, dry_run=dry_run)
     return
-  if verify and (not parity.is_available() or 'hf' not in (from_, to)):
-    raise ValueError(
-      '--verify compares with transformers: it needs the packages torch and '
-      'transformers, and a Hugging Face folder at one end.'
-    )
+  if verify:
+    extras.require('--verify', 'torch', 'transformers')
+    if 'hf' not in (from_, to):
+      raise ValueError(
+        '--verify compares with transformers: it needs a Hugging Face folder '
+        f'at one end, and found --from={from_} --to={to}. Leave --verify out.'
+      )
   opened = _open(source, from_, step, config)
   # An encoder may come without its decoder: an LLM needs no more.
   wanted = source_lib.demanded(opened.config, opened.shapes())

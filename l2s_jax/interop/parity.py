@@ -18,16 +18,6 @@ from l2s_jax.weights import source as source_lib
 _PROMPT_LENGTHS, _ANSWER_LENGTHS = (11, 1, 6), (7, 5, 3)
 
 
-def is_available() -> bool:
-  """Returns whether torch and transformers can be imported."""
-  try:
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
-  except ImportError:
-    return False
-  return True
-
-
 def compare(folder: pathlib.Path, source: source_lib.Source) -> float:
   """Returns the largest difference of logits, by the largest logit.
 

@@ -11,6 +11,7 @@ __all__ = (
   'chips',
   'compilation',
   'distributed',
+  'extras',
   'files',
   'gin_config',
   'gin_internals',

@@ -35,7 +35,9 @@ import gin
 from l2s_jax.runtime import files as files_lib
 from l2s_jax.runtime import gin_internals, gin_types, t5x_names
 
-REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
+# Has the folder `gin_configs`: the installed package, or else the clone.
+_PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+REPO_ROOT = _PACKAGE if (_PACKAGE / 'gin_configs').is_dir() else _PACKAGE.parent
 
 # Numbers of rows, tokens and steps are 32-bit integers on devices.
 LARGEST = 2**31 - 1
@@ -95,7 +97,7 @@ def parse_config(
 
   Args:
     gin_files: paths, absolute or looked up (as are the files they include) in
-      the working directory, then `search_paths`, then the repository.
+      the working directory, then `search_paths`, then `REPO_ROOT`.
     bindings: `NAME=VALUE`, for a macro or for a parameter
       (`scope/configurable.parameter`). A VALUE that is not a gin value is
       taken as a string, so that MODEL_DIR=runs/x needs no quotes.

@@ -4,7 +4,7 @@
 import pathlib
 import re
 
-from l2s_jax.runtime import os_errors
+from l2s_jax.runtime import extras, os_errors
 from l2s_jax.vocabularies import tokenizer_files
 from l2s_jax.weights.formats import tensor_files
 
@@ -35,14 +35,13 @@ def download(name: str) -> pathlib.Path:
       model does not exist or is gated, or it has neither safetensors nor
       pytorch_model.bin.
   """
-  try:
-    import huggingface_hub
-    import huggingface_hub.errors
-  except ImportError as error:
-    raise ValueError(
-      f'{name} is no folder here. To fetch it from the Hugging Face Hub: pip '
-      'install huggingface_hub.'
-    ) from error
+  extras.require(
+    f'{name} is no folder here, and a download from the Hugging Face Hub',
+    'huggingface_hub',
+  )
+  import huggingface_hub
+  import huggingface_hub.errors
+
   common = (_CONFIG, *tokenizer_files.ALL_FILES)
   try:
     for weights in (('*.safetensors', tensor_files.INDEX), _PICKLES):

@@ -25,7 +25,7 @@ from l2s_jax.inference import answerer
 from l2s_jax.interop import convert, t5x_state
 from l2s_jax.interop.exports import bundling, model_card
 from l2s_jax.models import l2s, lora
-from l2s_jax.runtime import files
+from l2s_jax.runtime import extras, files
 from l2s_jax.systems import as_it_came, bundle, parameters
 from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
@@ -39,41 +39,40 @@ class Form(NamedTuple):
 
   Attributes:
     module: in this package; has `check`, `write` and `compare`.
-    packages: that it imports and l2s_jax does not need, by what pip calls them.
+    packages: modules that it imports and the core of l2s_jax does not need.
     how_to_run: for the manifest.
   """
 
   module: str
-  packages: Mapping[str, str]
+  packages: Sequence[str]
   how_to_run: str
 
 
 FORMS: Mapping[str, Form] = {
   'hf': Form(
     'hf_form',
-    {'torch': 'torch', 'transformers': 'transformers'},
+    ('torch', 'transformers'),
     "transformers.AutoModelForSeq2SeqLM.from_pretrained('THIS_FOLDER', "
     'trust_remote_code=True); AutoModelForCausalLM for a decoder-only model',
   ),
   'stablehlo': Form(
     'stablehlo_form',
-    {},
+    (),
     "echo '[[37, 12, 1]]' | python THIS_FOLDER/run.py 32",
   ),
   'savedmodel': Form(
     'savedmodel_form',
-    {'tensorflow': 'tensorflow', 'tensorflow_text': 'tensorflow-text'},
+    ('tensorflow', 'tensorflow_text'),
     'tensorflow_model_server --model_base_path=THIS_FOLDER --enable_batching '
     '--batching_parameters_file=THIS_FOLDER/batching_parameters.txt',
   ),
   'onnx': Form(
     'onnx_form',
-    {},  # Its `check` says how they are installed beside each other.
+    # Its `check` says how to install jax2onnx beside them.
+    ('onnx', 'onnx_ir', 'onnxruntime'),
     "echo '[[37, 12, 1]]' | python THIS_FOLDER/run.py 32",
   ),
-  'gguf': Form(
-    'gguf_form', {'gguf': 'gguf'}, 'llama-cli -m THIS_FOLDER/model.gguf'
-  ),
+  'gguf': Form('gguf_form', ('gguf',), 'llama-cli -m THIS_FOLDER/model.gguf'),
 }
 _HOW_TO_RUN = (
   'python -m l2s_jax infer --gin_file=gin_configs/runs/infer.gin '
@@ -254,16 +253,7 @@ def _form(to: str) -> Any:
   name = f'{__package__}.{form.module}'
   if importlib.util.find_spec(name) is None:
     raise ValueError(f'--to={to}: this l2s_jax has no {name}. Update l2s_jax.')
-  missing = [
-    package
-    for module, package in form.packages.items()
-    if importlib.util.find_spec(module) is None
-  ]
-  if missing:
-    raise ValueError(
-      f'--to={to} needs packages that are not installed: pip install '
-      f'{" ".join(missing)}'
-    )
+  extras.require(f'--to={to}', *form.packages)
   return importlib.import_module(name)
 
 

@@ -7,7 +7,6 @@ The file is read back by `weights/formats/gguf_file.py`.
 """
 
 import dataclasses
-import importlib.util
 import pathlib
 import tempfile
 from collections.abc import Sequence
@@ -58,8 +57,6 @@ def check(bundle: comparing.Exportable) -> None:
   Raises:
     ValueError: names what it is.
   """
-  if importlib.util.find_spec('gguf') is None:
-    raise ValueError('--to=gguf needs the package gguf: pip install gguf.')
   module = bundle.system.module
   if isinstance(module, l2s.LlmToSlm):
     raise ValueError(

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from l2s_jax.interop import parity, scale_folding, to_huggingface
+from l2s_jax.interop import scale_folding, to_huggingface
 from l2s_jax.interop.exports import comparing, model_card
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
@@ -87,13 +87,8 @@ def check(bundle: comparing.Exportable) -> None:
   """Refuses what transformers has no classes for.
 
   Raises:
-    ValueError: names what it is, or the packages that are missing.
+    ValueError: names what it is.
   """
-  if not parity.is_available():
-    raise ValueError(
-      '--to=hf compares what it has written with the run, for which it needs '
-      'the packages torch and transformers: pip install torch transformers.'
-    )
   for tower in _towers(bundle).values():
     to_huggingface.find_model_type(tower)
 

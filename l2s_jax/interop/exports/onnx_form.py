@@ -13,7 +13,6 @@ any number of prompts and any lengths.
 
 import dataclasses
 import functools
-import importlib.util
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
@@ -26,13 +25,12 @@ import numpy as np
 from l2s_jax.interop.exports import comparing, greedy_programs, onnx_lowering
 from l2s_jax.models import cache as cache_lib
 from l2s_jax.models import l2s
-from l2s_jax.runtime import files
+from l2s_jax.runtime import extras, files
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights.formats import tensor_files
 
 SIGNATURE = 'signature.json'
 _RUN = 'run_onnx.py'
-_PACKAGES = ('jax2onnx', 'onnx', 'onnxruntime')
 # What a step reads and writes: `past.key_00` in, `present.key_00` out.
 _PAST, _PRESENT = 'past.', 'present.'
 # Of the comparison.
@@ -44,12 +42,11 @@ Shape = jax.ShapeDtypeStruct
 def check(bundle: greedy_programs.SystemWithParams) -> None:
   """Refuses to begin without the packages that write and run the models."""
   del bundle
-  missing = [p for p in _PACKAGES if importlib.util.find_spec(p) is None]
-  if missing:
+  if extras.missing('jax2onnx'):
     raise ValueError(
-      f'--to=onnx needs {", ".join(missing)}, not installed here: pip install '
-      'onnx onnx-ir onnxruntime, and pip install --no-deps jax2onnx (it asks '
-      'for an older orbax-checkpoint, of which this form has no need).'
+      '--to=onnx needs jax2onnx, which is not installed: pip install --no-deps '
+      'jax2onnx (it asks for an older orbax-checkpoint, of which this form has '
+      'no need).'
     )
 
 

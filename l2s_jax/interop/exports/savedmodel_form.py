@@ -51,9 +51,8 @@ def check(bundle: greedy_programs.SystemWithParams) -> None:
     import tensorflow_text
   except ImportError as error:
     raise ValueError(
-      '--to=savedmodel needs the packages tensorflow and tensorflow-text, of '
-      'one minor version: pip install tensorflow tensorflow-text. '
-      f'Importing them says: {error}'
+      '--to=savedmodel needs tensorflow and tensorflow-text of one minor '
+      f'version, as the extra [tasks] has them. Importing them says: {error}'
     ) from error
   assert tensorflow_text
 

@@ -7,7 +7,6 @@ device are read from the compiled programs. Times are lower bounds from the
 chips' peak rates (`runtime/chips.py`); nothing is executed.
 """
 
-import importlib.util
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from l2s_jax.evaluation.report import TableRow
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
 from l2s_jax.performance.pods import pod_compiler, precompile_report, programs
-from l2s_jax.runtime import chips, files, gin_config, partitioning
+from l2s_jax.runtime import chips, extras, files, gin_config, partitioning
 from l2s_jax.systems import system
 from l2s_jax.training import optim
 
@@ -241,11 +240,8 @@ def _devices(slice_: chips.Slice) -> list[Any]:
   Raises:
     ValueError: if `libtpu` is not installed, or does not know the slice.
   """
-  if importlib.util.find_spec('libtpu') is None:
-    raise ValueError(
-      'precompile needs the compiler for TPUs, libtpu, which runs on any '
-      'x86-64 Linux: pip install -r requirements-tpu.txt.'
-    )
+  # The compiler for TPUs, which runs on any x86-64 Linux.
+  extras.require('precompile', 'libtpu')
   # libtpu would query Google Cloud's metadata server, and wait.
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('TPU_ACCELERATOR_TYPE', slice_.accelerator_type)

@@ -18,6 +18,7 @@ import numpy as np
 
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import positions
+from l2s_jax.runtime import extras
 from l2s_jax.weights import misfits
 from l2s_jax.weights.formats import gguf_header, gguf_tokenizer, huggingface
 from l2s_jax.weights.formats.tensor_files import Tensor
@@ -426,12 +427,9 @@ def is_file(path: pathlib.Path) -> bool:
 
 def _open(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
   """Opens a file; returns its metadata and its unread tensors by name."""
-  try:
-    import gguf
-  except ImportError as error:
-    raise ValueError(
-      f'{path} is a GGUF file, which the package gguf reads: pip install gguf.'
-    ) from error
+  extras.require(f'{path} is a GGUF file, and reading it', 'gguf')
+  import gguf
+
   if not path.is_file():
     raise FileNotFoundError(f'{path} is missing: expected a GGUF file.')
   try:

@@ -20,6 +20,7 @@ import numpy as np
 import safetensors
 
 from l2s_jax.models import config as config_lib
+from l2s_jax.runtime import extras
 
 WEIGHTS = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
@@ -191,13 +192,14 @@ def _map(
 
 def _open_pickle(path: pathlib.Path) -> dict[str, Tensor]:
   """Returns the tensors of a PyTorch file without executing pickled code."""
-  try:
-    import torch
-  except ImportError as error:
-    raise ValueError(
-      f'{path} is a pickle, which only PyTorch reads without running code that '
-      f'may be in it: pip install torch, or download {WEIGHTS} instead.'
-    ) from error
+  extras.require(
+    f'{path} is a pickle, and reading it without running code that may be in '
+    'it',
+    'torch',
+    instead=f'Or download {WEIGHTS} instead.',
+  )
+  import torch
+
   pickled = _Pickle(path)
 
   def tensor(name: str, value: Any) -> Tensor:
