@@ -36,8 +36,8 @@ from l2s_jax.systems import parameters, run_folder
 from l2s_jax.systems import system as system_lib
 from l2s_jax.vocabularies import sentencepiece
 
-PROMPT_LENGTH, ANSWER_LENGTH = 30, 20  # As in gin_configs/experiments.
-VOCAB_SIZES = {'llm': 1200, 'slm': 800}
+PROMPT_LENGTH, ANSWER_LENGTH = 24, 20  # As in gin_configs/experiments.
+VOCAB_SIZES = {'llm': 2000, 'slm': 1600}
 NAMES = {
   'llm': 'LLM baseline',
   'slm': 'SLM baseline',
@@ -75,12 +75,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   _say('1/7 vocabularies: SentencePiece, trained on the train split')
   llm_vocabulary = _vocabulary(output_dir, 'llm')
   slm_vocabulary = llm_vocabulary
-  if args.slm == 'decoder':
+  if args.slm == 'own_vocabulary':
     slm_vocabulary = _vocabulary(output_dir, 'slm')
 
   slm = [f'SLM_VOCABULARY={slm_vocabulary}']
-  if args.slm == 'decoder':
-    slm.append('SLM=%QUICKSTART_DECODER_SLM')
+  if args.slm == 'own_vocabulary':
+    slm.append('SLM=%QUICKSTART_GPT2_SLM')
   bindings = {
     'llm': [f'LLM_VOCABULARY={llm_vocabulary}'],
     'slm': slm,
@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   }
   for number, (name, values) in enumerate(bindings.items(), start=2):
     _say(f'{number}/7 training: {NAMES[name]}')
+    values = [*values, f'SEED={args.seed}']
     if args.train_steps is not None:
       warmup_steps = min(max(args.train_steps // 10, 1), args.train_steps - 1)
       values = [
@@ -130,17 +131,23 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
   )
   parser.add_argument(
     '--slm',
-    choices=('encoder_decoder', 'decoder'),
-    default='encoder_decoder',
-    help="a small T5 that shares the LLM's vocabulary, or a decoder-only "
-    'model with its own (default: %(default)s)',
+    choices=('shared_vocabulary', 'own_vocabulary'),
+    default='shared_vocabulary',
+    help="one decoder layer with the LLM's vocabulary, or two of GPT-2's kind "
+    'with their own (default: %(default)s)',
   )
   parser.add_argument(
     '--output_dir',
     type=pathlib.Path,
     default=pathlib.Path('runs', 'quickstart'),
-    help='where everything goes; `_decoder` and the number of --train_steps '
-    'are appended (default: %(default)s)',
+    help='where everything goes; `_own_vocabulary`, a --seed above 0 and the '
+    'number of --train_steps are appended (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--seed',
+    type=int,
+    default=0,
+    help='of all three trainings (default: %(default)s)',
   )
   parser.add_argument(
     '--train_steps',
@@ -156,8 +163,10 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def _output_dir(args: argparse.Namespace) -> pathlib.Path:
   """Returns the output folder for these flags, made if absent."""
   output_dir = args.output_dir
-  if args.slm == 'decoder':
-    output_dir = output_dir.with_name(output_dir.name + '_decoder')
+  if args.slm == 'own_vocabulary':
+    output_dir = output_dir.with_name(output_dir.name + '_own_vocabulary')
+  if args.seed:
+    output_dir = output_dir.with_name(f'{output_dir.name}_seed{args.seed}')
   if args.train_steps is not None:
     gin_config.check_positive(train_steps=args.train_steps)
     output_dir = output_dir.with_name(f'{output_dir.name}_{args.train_steps}')
@@ -178,14 +187,17 @@ def _vocabulary(output_dir: pathlib.Path, name: str) -> pathlib.Path:
   if not path.is_file():
     texts = (
       text
-      for example in cldr.examples('train')
+      for example in cldr.examples('train', num_examples=24_000)
       for text in (example['prompt'], example['answer'])
     )
+    # BPE makes shorter prompts of these texts than unigram pieces: 13 tokens,
+    # not 17.
     # Digits as single pieces: unseen numbers can then be copied.
     sentencepiece.train(
       texts,
       path,
       vocab_size=VOCAB_SIZES[name],
+      model_type='bpe',
       split_digits=True,
       character_coverage=1.0,
     )

@@ -26,10 +26,19 @@ def splits() -> dict[str, list[dict[str, str]]]:
   return {split: list(cldr.examples(split)) for split in cldr.SIZES}
 
 
-def test_splits_have_their_sizes_and_no_prompt_twice(splits):
+def test_splits_have_their_sizes(splits):
   for split, examples in splits.items():
     assert len(examples) == cldr.SIZES[split]
-    assert len({e['prompt'] for e in examples}) == len(examples)
+
+
+def test_prompts_come_again_after_24024_examples_and_no_sooner(splits):
+  for examples in splits.values():
+    prompts = [e['prompt'] for e in examples]
+    for start in range(0, len(prompts), 24_024):
+      window = prompts[start : start + 24_024]
+      assert len(set(window)) == len(window)
+  # As the docstring of `examples` says.
+  assert len({e['prompt'] for e in splits['train']}) == 78_844
 
 
 @pytest.mark.parametrize('one, other', _PAIRS)
@@ -45,7 +54,9 @@ def test_no_source_and_no_answer_is_in_two_splits(splits, one, other):
 
 
 def test_splits_of_different_seeds_are_disjoint_too(splits):
-  train = {e['source'] for e in cldr.examples('train', seed=1)}
+  train = {
+    e['source'] for e in cldr.examples('train', seed=1, num_examples=24_000)
+  }
   assert train != {e['source'] for e in splits['train']}
   assert not train & {e['source'] for e in splits['test']}
   assert not train & {e['source'] for e in splits['validation']}
@@ -71,7 +82,7 @@ def test_a_day_of_test_is_in_train_in_no_style(splits):
 def test_one_prompt_has_one_answer_whatever_the_seed(splits):
   answers = {e['prompt']: e['answer'] for e in splits['train']}
   repeated = 0
-  for e in cldr.examples('train', seed=1):
+  for e in cldr.examples('train', seed=1, num_examples=24_000):
     repeated += e['prompt'] in answers
     assert answers.setdefault(e['prompt'], e['answer']) == e['answer']
   assert repeated > 1_000

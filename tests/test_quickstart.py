@@ -14,7 +14,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-  'slm', ['encoder_decoder', pytest.param('decoder', marks=pytest.mark.long)]
+  'slm',
+  [
+    'shared_vocabulary',
+    pytest.param('own_vocabulary', marks=pytest.mark.long),
+  ],
 )
 def test_quickstart_leaves_its_report(slm, tmp_path):
   result = subprocess.run(
@@ -33,7 +37,7 @@ def test_quickstart_leaves_its_report(slm, tmp_path):
     timeout=600,
   )
   assert result.returncode == 0, result.stdout + result.stderr
-  suffix = '_decoder' if slm == 'decoder' else ''
+  suffix = '_own_vocabulary' if slm == 'own_vocabulary' else ''
   folder = tmp_path / f'quickstart{suffix}_6'
   results = json.loads((folder / 'results.json').read_text())
   rows = {row['system']: row for row in results['rows']}

@@ -36,13 +36,17 @@ import num2words
 from babel import dates, lists, numbers, units
 
 LANGUAGES = {'de': 'German', 'fr': 'French', 'ro': 'Romanian'}
-SIZES = {'train': 24_000, 'validation': 1_000, 'test': 1_000}
+SIZES = {'train': 96_000, 'validation': 1_000, 'test': 1_000}
 
 Content = tuple[str | int, ...]
 # The contents of an example, all of one split, and their renderer by locale.
 Drawing = tuple[list[Content], Callable[[str], str]]
 DateStyle = Literal['short', 'medium', 'long', 'full']
 TimeUnit = Literal['year', 'month', 'week', 'day', 'hour', 'minute', 'second']
+
+# 728 rounds of all kinds in all languages. A language has 1,250 relative times
+# in `train`, and a round takes one: many more rounds must repeat some.
+_NUM_DISTINCT = 24_024
 
 _NUM_BUCKETS = 20
 _HELD_OUT_BUCKETS = {0: 'validation', 1: 'test'}
@@ -96,8 +100,9 @@ def examples(
   """Returns a lazy iterator over the examples of a split.
 
   Each is `{'prompt': 'translate English to German: 3 days', 'answer': '3 Tage',
-  'source': '3 days', 'language': 'de', 'kind': 'duration'}`. All prompts
-  differ. Each run of `len(KINDS) * len(LANGUAGES)` examples holds each kind in
+  'source': '3 days', 'language': 'de', 'kind': 'duration'}`. No prompt
+  occurs twice within 24,024 successive examples from a multiple of 24,024; the
+  `train` split has 78,844 prompts. Each run of `len(KINDS) * len(LANGUAGES)` examples holds each kind in
   each language once, so any prefix is a balanced sample. Examples depend only
   on the arguments and on the versions of Babel and num2words.
 
@@ -141,6 +146,8 @@ def _generate(split: str, seed: int) -> Iterator[dict[str, str]]:
   while True:
     # A fixed order would give each of three hosts examples of one language.
     rng.shuffle(cells)
+    if len(seen) == _NUM_DISTINCT:
+      seen.clear()
     for kind, language in cells:
       example = _draw_example(rng, split, kind, language)
       while example['prompt'] in seen:
