@@ -100,11 +100,12 @@ def examples(
   """Returns a lazy iterator over the examples of a split.
 
   Each is `{'prompt': 'translate English to German: 3 days', 'answer': '3 Tage',
-  'source': '3 days', 'language': 'de', 'kind': 'duration'}`. No prompt
-  occurs twice within 24,024 successive examples from a multiple of 24,024; the
-  `train` split has 78,844 prompts. Each run of `len(KINDS) * len(LANGUAGES)` examples holds each kind in
-  each language once, so any prefix is a balanced sample. Examples depend only
-  on the arguments and on the versions of Babel and num2words.
+  'source': '3 days', 'language': 'de', 'kind': 'duration'}`. A prompt occurs
+  once in the first 24,024 examples, once in the next 24,024, and so on; the
+  `train` split has 78,844 prompts. Each run of `len(KINDS) * len(LANGUAGES)`
+  examples holds each kind in each language once, so any prefix is a balanced
+  sample. Examples depend only on the arguments and on the versions of Babel and
+  num2words.
 
   Args:
     split: 'train', 'validation' or 'test'.
