@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
@@ -144,7 +145,7 @@ def params_for_generation(
   Args:
     config: from `for_generation`.
     params: stacked, as training and checkpoints have them. What is not
-      changed is not copied.
+      changed is not copied; arrays of NumPy give views, but for int8.
     consume: whether to delete each array once it has been copied.
   """
   if config.lora_rank:
@@ -153,7 +154,9 @@ def params_for_generation(
   if tied:
     name = 'decoder_token_embedder'
     table = params[name if name in params else 'token_embedder']['embedding']
-    params = {**params, 'logits_dense': {'kernel': _transpose(table)}}
+    is_view = isinstance(table, np.ndarray)
+    kernel = table.T if is_view else _transpose(table)
+    params = {**params, 'logits_dense': {'kernel': kernel}}
 
   def convert(path: tuple[Any, ...], x: Any) -> Any:
     names = [entry.key for entry in path]
@@ -164,6 +167,8 @@ def params_for_generation(
       num_contracted = 2 if names[-2] == 'out' else 1
     if not (is_stacked or num_contracted):
       return x
+    if isinstance(x, np.ndarray) and not num_contracted:
+      return tuple(x)  # Views: what is mapped stays on the disk.
     converted = _convert(x, is_stacked, num_contracted)
     if consume and isinstance(x, jax.Array):
       x.delete()

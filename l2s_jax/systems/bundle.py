@@ -107,6 +107,11 @@ class Bundle:
     found = self.content.get('facts', {}).get('license')
     return found if isinstance(found, str) else None
 
+  @property
+  def num_params(self) -> int:
+    """Numbers in all tensors."""
+    return sum(x.size for x in jax.tree.leaves(self.params()))
+
   def parameters(self) -> dict[str, dict[str, Any]]:
     """Returns dtype and shape of each tensor by its name, as JSON has it."""
     return describe_shapes(traverse_util.flatten_dict(self.params(), sep='/'))

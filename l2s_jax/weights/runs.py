@@ -4,7 +4,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -169,12 +169,15 @@ def load_vocabulary(
 class Run:
   """A checkpoint of a run; of an LLM-to-SLM run, its SLM."""
 
-  def __init__(self, folder: pathlib.Path, step: int | None = None):
+  def __init__(
+    self, folder: pathlib.Path, step: int | None = None, tower: str = 'slm'
+  ):
     """Opens a run's folder.
 
     Args:
       folder: the one with `model.json`.
       step: the checkpoint; None takes the newest.
+      tower: of an LLM-to-SLM run, 'slm', or 'llm' where it has trained that.
 
     Raises:
       ValueError: if `model.json` is torn, or lacks something.
@@ -189,8 +192,8 @@ class Run:
     self._prefix: tuple[str, ...] = ()
     path = folder / 'model.json'
     if self.description['kind'] == 'llm_to_slm':
-      self._prefix = ('slm',)
-      self.config = config_lib.from_json(self.description['slm'], path, 'slm')
+      self._prefix = (tower,)
+      self.config = config_lib.from_json(self.description[tower], path, tower)
     else:
       self.config = config_lib.from_json(self.description['config'], path)
     # What others read of a run has LoRA merged.
@@ -251,14 +254,19 @@ class Run:
     del path
     return None
 
-  def read_others(self) -> dict[tuple[str, ...], np.ndarray]:
-    """Returns what an LLM-to-SLM run trained beside its SLM: the projector."""
+  def read_others(
+    self, but: Collection[str] = ('slm',)
+  ) -> dict[tuple[str, ...], np.ndarray]:
+    """Returns what an LLM-to-SLM run trained beside its SLM: the projector.
+
+    Args:
+      but: the towers that are left out. A trained LLM is large.
+    """
     if not self._prefix:
       return {}
-    depth = len(self._prefix)
     paths = [
       path
       for path in saved_steps.array_shapes(self._params)
-      if path[:depth] != self._prefix
+      if path[0] not in but
     ]
     return saved_steps.read_arrays(self._params, paths)
