@@ -307,6 +307,7 @@ VERBS: Mapping[str, Verb] = {
       Flag('license', str, 'of the weights, for the manifest'),
       Flag('llm_path', str, 'LLM_PATH: where the LLM is, if it has moved'),
       Flag('vocabulary', str, 'the tokenizer, where SOURCE has none'),
+      Flag('extra_ids', int, 'EXTRA_IDS: sentinels behind that tokenizer'),
     ),
   ),
 }

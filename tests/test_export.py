@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 
+import damaged_exports
 import gin
 import helpers
 import jax
@@ -21,7 +22,7 @@ from l2s_jax import __main__ as command_line
 from l2s_jax.inference import infer, sampling
 from l2s_jax.interop.exports import export_command
 from l2s_jax.performance import contenders
-from l2s_jax.runtime import integrity, partitioning
+from l2s_jax.runtime import partitioning
 from l2s_jax.systems import as_it_came, bundle, parameters, run_folder
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import manifest, opening
@@ -146,14 +147,19 @@ def test_a_bundle_in_bfloat16_has_every_tensor_so(folder):
   assert loaded['slm']['token_embedder']['embedding'].dtype == 'float32'
 
 
-def test_benchmark_asks_for_the_whole_llm(folder):
+def test_benchmark_times_a_bundle_with_the_llm_that_it_brings(folder):
   tower = system_lib.Tower()
   path = str(folder / 'bundles' / 'l2s')
-  with pytest.raises(ValueError, match='what of its LLM encodes.*LLM_PATH'):
-    contenders.find_models(tower, tower, path, 'add', 'float32', 0)
+  models, pair = contenders.find_models(tower, tower, path, 'add', 'float32', 0)
+  assert pair is not None and not models['LLM'].writes
+  names = [
+    c.system for c in contenders.ours(models, pair, 'float32', ['none'], 0)
+  ]
+  assert names == ['SLM', 'LLM-to-SLM']
   whole = system_lib.Tower(path=str(folder / 'kept' / 'llm'))
   models, pair = contenders.find_models(whole, tower, path, 'add', 'float32', 0)
   assert pair is not None
+  assert models['LLM'].writes
   assert models['SLM'].config.emb_dim == pair.module.slm_config.emb_dim
 
 
@@ -164,42 +170,13 @@ def damaged(folder, tmp_path, change):
   return path
 
 
-def reseal(path, change):
-  """Changes a manifest as somebody would who knows how it is sealed."""
-  file = path / manifest.FILE
-  content = json.loads(file.read_text())
-  content.pop(integrity.DIGEST)
-  change(content)
-  file.write_text(json.dumps(integrity.seal(content)))
-
-
-def listing(name):
-  def change(path):
-    def add(content):
-      content['files'][name] = {'bytes': 1, 'sha256': '0' * 64}
-
-    reseal(path, add)
-
-  return change
-
-
-def link(path):
-  file = path / 'slm' / 'model.safetensors'
-  shutil.move(file, path.parent / 'elsewhere')
-  file.symlink_to(path.parent / 'elsewhere')
-
-
-def flip(path):
-  file = path / 'llm' / 'model.safetensors'
-  content = bytearray(file.read_bytes())
-  content[-5] ^= 1
-  file.write_bytes(content)
-
-
 @pytest.mark.parametrize(
   'change,message',
   [
-    (flip, 'llm/model.safetensors is not as it was written'),
+    (
+      damaged_exports.flipping('llm/model.safetensors'),
+      'llm/model.safetensors is not as it was written',
+    ),
     (
       lambda path: (path / 'beside' / 'model.safetensors').write_bytes(b''),
       'beside/model.safetensors has 0 bytes, and .* says',
@@ -212,20 +189,37 @@ def flip(path):
       lambda path: (path / 'slm' / 'more.py').write_text('boom'),
       'slm/more.py is not listed in .*manifest.json. Remove it',
     ),
-    (link, 'slm/model.safetensors is a link'),
-    (listing('../outside'), "lists '../outside', which is not a path inside"),
-    (listing('/etc/passwd'), "lists '/etc/passwd', which is not a path inside"),
-    (listing('llm/./x'), "lists 'llm/./x', which is not a path inside"),
     (
-      lambda path: reseal(path, lambda c: c.update(format_version=99)),
+      damaged_exports.linking('slm/model.safetensors'),
+      'slm/model.safetensors is a link',
+    ),
+    (damaged_exports.linking('slm'), 'slm is a link'),
+    (
+      damaged_exports.listing('../outside'),
+      "lists '../outside', which is not a path inside",
+    ),
+    (
+      damaged_exports.listing('/etc/passwd'),
+      "lists '/etc/passwd', which is not a path inside",
+    ),
+    (
+      damaged_exports.listing('llm/./x'),
+      "lists 'llm/./x', which is not a path inside",
+    ),
+    (
+      lambda path: damaged_exports.reseal(
+        path, lambda c: c.update(format_version=99)
+      ),
       'has format version 99, .* Update l2s_jax',
     ),
     (
-      lambda path: reseal(path, lambda c: c['model'].update(more=1)),
+      lambda path: damaged_exports.reseal(
+        path, lambda c: c['model'].update(more=1)
+      ),
       'does not say which model it has',
     ),
     (
-      lambda path: reseal(
+      lambda path: damaged_exports.reseal(
         path, lambda c: c['model']['system'].update(injection='other')
       ),
       "INJECTION='other' is not one of",
@@ -276,15 +270,29 @@ def test_what_cannot_be_exported_is_refused(
   assert left <= {'kept', 'bundles', 'half'}
 
 
-def test_a_bundle_that_answers_otherwise_is_not_kept(folder, monkeypatch):
-  """A weight that changes between writing and reading shows in the answers."""
+def test_a_form_refuses_a_model_before_anything_is_written(folder, tmp_path):
+  pytest.importorskip('gguf', reason='the form gguf needs the package gguf')
+  with pytest.raises(ValueError, match='The model is LLM-to-SLM, whose SLM'):
+    export_command.export(
+      f'{folder}/kept/l2s',
+      f'{tmp_path}/new',
+      to='gguf',
+      llm_path=f'{folder}/kept/llm',
+      dry_run=True,
+    )
+
+
+def test_a_bundle_with_other_tensors_is_not_kept(folder, monkeypatch):
+  """A weight that changes between writing and reading is named."""
   save = bundle.save_beside
 
   def save_others(path, arrays, dtype):
     save(path, {name: x + 1 for name, x in arrays.items()}, dtype)
 
   monkeypatch.setattr(bundle, 'save_beside', save_others)
-  with pytest.raises(ValueError, match='The bundle answers .* Nothing is kept'):
+  with pytest.raises(
+    ValueError, match='of the bundle are not those of l2s.*\n  projector/'
+  ):
     export_command.export(
       f'{folder}/kept/l2s',
       f'{folder}/deep/er/new',

@@ -4,6 +4,7 @@
 import dataclasses
 import sys
 
+import bundles
 import helpers
 import jax
 import numpy as np
@@ -100,6 +101,47 @@ def test_a_bundle_computes_what_its_run_does(name, tmp_path):
   }
 
 
+@pytest.mark.parametrize('name', ['lora', 'trained', 'add_foreign_gpt2'])
+def test_each_tensor_is_compared_with_its_source(name, tmp_path):
+  """A bit that changes is found, whatever part of the system it is in."""
+  module = MODULES[name]
+  params = jax.tree.map(np.asarray, helpers.random_params(module))
+  save_run(module, params, tmp_path)
+  for dtype in (None, 'bfloat16'):
+    path = tmp_path / f'bundle_{dtype}'
+    path.mkdir()
+    parts = bundling.open_parts(str(tmp_path / 'run'), None, dtype)
+    bundling.write(parts, path, dtype)
+    assert 'tensors are those of run' in bundling.compare(
+      parts, bundle.open_bundle(path), dtype
+    )
+    for part in ('llm', 'slm', 'beside'):
+      file = path / part / 'model.safetensors'
+      content = bytearray(file.read_bytes())
+      content[-1] ^= 1
+      file.write_bytes(content)
+    opened = bundle.open_bundle(path)  # Its manifest stays: verified before.
+    with pytest.raises(ValueError, match='3 of .* are not those of run') as e:
+      bundling.compare(parts, opened, dtype)
+    found = [line.strip().split('/')[0] for line in str(e.value).split('\n')]
+    assert {'llm', 'slm'} < set(found[1:])
+
+
+def test_sentinels_are_asked_for_as_by_other_verbs(tmp_path):
+  params = helpers.random_params(l2s.build(helpers.T5_1_1))
+  source = helpers.Arrays(helpers.T5_1_1, params)
+  convert.converted.save(convert.Reading(source, None), tmp_path / 't5')
+  model = bundles.prompt_vocabulary(tmp_path).path
+  parts = bundling.open_parts(
+    str(tmp_path / 't5'), None, None, vocabulary=str(model), extra_ids=3
+  )
+  (tmp_path / 'bundle').mkdir()
+  bundling.write(parts, tmp_path / 'bundle', None)
+  system = bundle.open_bundle(tmp_path / 'bundle').system
+  plain = bundles.prompt_vocabulary(tmp_path)
+  assert system.prompt_vocabulary.vocab_size == plain.vocab_size + 3
+
+
 def test_a_model_as_it_came_is_a_bundle_that_goes_on_with_prompts(tmp_path):
   params = helpers.random_params(l2s.build(helpers.GPT2))
   source = helpers.Arrays(helpers.GPT2, params)
@@ -145,11 +187,11 @@ def test_rounding_and_lora_explain_other_answers_and_nothing_else_does(
     save(path, {name: x + 1 for name, x in arrays.items()}, dtype)
 
   monkeypatch.setattr(bundle, 'save_beside', save_others)
+  other = make(run, tmp_path / 'other', 'bfloat16')
   with pytest.raises(ValueError, match='The bundle answers .* Nothing is kept'):
-    export_command.export(
-      run, str(tmp_path / 'other'), to='bundle', dtype='bfloat16'
+    export_command._compare(
+      run, system, None, other, export_command.PROMPTS, 'bfloat16'
     )
-  assert not (tmp_path / 'other').exists()
 
 
 def test_convert_takes_the_slm_of_a_bundle_with_its_tokenizer(tmp_path, capsys):

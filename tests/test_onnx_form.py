@@ -64,6 +64,7 @@ def written(request, tmp_path_factory):
   folder = tmp_path_factory.mktemp('onnx')
   onnx_form.check(bundle)
   onnx_form.write(bundle, folder)
+  manifest.write(folder, 'onnx', {})
   return bundle, folder
 
 
@@ -141,6 +142,7 @@ def test_a_model_in_bfloat16_computes_in_float32(tmp_path):
     lambda x: np.asarray(x, jnp.bfloat16), bundle.arrays
   )
   onnx_form.write(bundle, tmp_path)
+  manifest.write(tmp_path, 'onnx', {})
   assert 'same tokens' in onnx_form.compare(bundle, tmp_path, PROMPTS)
 
 

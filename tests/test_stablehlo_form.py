@@ -12,6 +12,7 @@ import pytest
 
 from l2s_jax.interop.exports import greedy_programs, stablehlo_form
 from l2s_jax.models import l2s
+from l2s_jax.weights import manifest
 
 PROMPTS = ['a', 'The cat', 'on']
 
@@ -43,6 +44,7 @@ def written(request, tmp_path_factory):
   folder = tmp_path_factory.mktemp('stablehlo')
   stablehlo_form.check(bundle)
   stablehlo_form.write(bundle, folder)
+  manifest.write(folder, 'stablehlo', {})
   return bundle, folder
 
 
@@ -85,6 +87,7 @@ def test_other_tokens_are_refused(tmp_path):
   """The weights of the folder are changed behind its back."""
   bundle = bundles.of(helpers.MODULES['gpt2'])
   stablehlo_form.write(bundle, tmp_path)
+  manifest.write(tmp_path, 'stablehlo', {})
   bundle.arrays = jax.tree.map(lambda x: -x, bundle.arrays)
   with pytest.raises(ValueError, match='writes other tokens to .*the run writ'):
     stablehlo_form.compare(bundle, tmp_path, PROMPTS)

@@ -35,7 +35,8 @@ NEEDS_TENSORFLOW = {
 PROGRAMS = {
   f'l2s_jax.interop.exports.{name}'
   for name in (
-      'hf_answers', 'modeling_llm_to_slm', 'run_onnx', 'run_stablehlo')
+      'hf_answers', 'modeling_llm_to_slm', 'run_onnx', 'run_stablehlo',
+      'verify')
 }
 LEFT_OUT = NEEDS_TENSORFLOW | PROGRAMS | {'l2s_jax.__main__'}
 for module in pkgutil.walk_packages(l2s_jax.__path__, 'l2s_jax.'):

@@ -204,6 +204,8 @@ def _open(
     location = hub.download(source)
   if not location.exists():
     raise FileNotFoundError(f'{source} is missing: expected weights there.')
+  if not hub.is_name(source):
+    opening.check_export(location)
   if form == 't5x':
     preset = None if config is None else _preset(config)
     return t5x.Checkpoint(location, step, preset)

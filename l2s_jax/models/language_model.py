@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
@@ -151,7 +152,7 @@ def params_for_generation(
   Args:
     config: from `for_generation`.
     params: layers stacked, as in training and checkpoints. Unchanged arrays are
-      not copied.
+      not copied; NumPy arrays give views, except for int8.
     consume: deletes each array after its copy is made.
   """
   if config.lora_rank:
@@ -160,7 +161,9 @@ def params_for_generation(
   if tied:
     name = 'decoder_token_embedder'
     table = params[name if name in params else 'token_embedder']['embedding']
-    params = {**params, 'logits_dense': {'kernel': _transpose(table)}}
+    is_view = isinstance(table, np.ndarray)
+    kernel = table.T if is_view else _transpose(table)
+    params = {**params, 'logits_dense': {'kernel': kernel}}
 
   def convert(path: tuple[Any, ...], x: Any) -> Any:
     names = [entry.key for entry in path]
@@ -171,6 +174,8 @@ def params_for_generation(
       num_contracted = 2 if names[-2] == 'out' else 1
     if not (is_stacked or num_contracted):
       return x
+    if isinstance(x, np.ndarray) and not num_contracted:
+      return tuple(x)  # Views: what is mapped stays on the disk.
     converted = _convert(x, is_stacked, num_contracted)
     if consume and isinstance(x, jax.Array):
       x.delete()

@@ -306,14 +306,14 @@ class _OpenedPair(NamedTuple):
     description: the content of `model.json`.
     slm: weights of the SLM.
     others: the tensors outside LLM and SLM, by path.
-    has_encoder_alone: whether it includes the LLM's encoder only, as a bundle.
+    llm: the encoding part of the LLM of a bundle.
   """
 
   location: str
   description: Mapping[str, Any]
   slm: source_lib.Source
   others: Mapping[shapes_lib.Path, np.ndarray]
-  has_encoder_alone: bool
+  llm: source_lib.Source | None
 
 
 def _open_pair(folder: str) -> _OpenedPair | None:
@@ -324,7 +324,8 @@ def _open_pair(folder: str) -> _OpenedPair | None:
       return None
     description = opened.content['model']['system']
     slm = opened.towers['slm']
-    return _OpenedPair(folder, description, slm, opened.beside(), True)
+    llm = opened.towers['llm']
+    return _OpenedPair(folder, description, slm, opened.beside(), llm)
   source = opening.open_source(folder)
   if (
     not isinstance(source, runs.Run)
@@ -332,7 +333,7 @@ def _open_pair(folder: str) -> _OpenedPair | None:
   ):
     return None
   return _OpenedPair(
-    source.location, source.description, source, source.read_others(), False
+    source.location, source.description, source, source.read_others(), None
   )
 
 
@@ -340,17 +341,14 @@ def _open_llm(run: _OpenedPair, tower: system_lib.Tower) -> source_lib.Source:
   """Opens the LLM of a run, at its stored or its given location."""
   description = run.description
   path = tower.path or description['llm_path']
-  if run.has_encoder_alone and tower.path is None:
-    raise ValueError(
-      f'CHECKPOINT_PATH={run.location} is a bundle, which has what of its LLM '
-      'encodes; benchmark times the whole LLM beside it. Set LLM_PATH to that.'
-    )
   both = f'LLM_PATH={path} and CHECKPOINT_PATH={run.location}'
   if tower.path is None and tower.config is not None:
     raise ValueError(
       f'LLM is set beside CHECKPOINT_PATH={run.location}, which has its own, '
       f'{path}. Leave LLM unset; LLM_PATH says where that one is now.'
     )
+  if run.llm is not None and tower.path is None:
+    return run.llm
   if not pathlib.Path(path).exists() and not hub.is_name(path):
     raise FileNotFoundError(
       f'The LLM of CHECKPOINT_PATH={run.location} is not at {path}. Set '

@@ -110,6 +110,11 @@ class Bundle:
     found = self.content.get('facts', {}).get('license')
     return found if isinstance(found, str) else None
 
+  @property
+  def num_params(self) -> int:
+    """Numbers in all tensors."""
+    return sum(x.size for x in jax.tree.leaves(self.params()))
+
   def parameters(self) -> dict[str, dict[str, Any]]:
     """Returns JSON-serialisable dtype and shape of each tensor, by name."""
     return describe_shapes(traverse_util.flatten_dict(self.params(), sep='/'))

@@ -6,6 +6,7 @@ compared with the manifest: names, sizes and SHA-256 must match, and no other
 file may be present. Nothing in the folder is executed.
 """
 
+import functools
 import hashlib
 import pathlib
 from collections.abc import Mapping
@@ -48,6 +49,21 @@ def is_export(folder: str | pathlib.Path, form: str | None = None) -> bool:
     return True
 
 
+def form_of(folder: str | pathlib.Path) -> str | None:
+  """Returns the form of an export; of other folders None.
+
+  Raises:
+    ValueError: if there is a manifest that cannot be read.
+  """
+  path = pathlib.Path(folder) / FILE
+  if not path.is_file():
+    return None
+  content = files.read_json(path, remedy=_REMEDY)
+  form = content.get('form')
+  is_ours = _KEYS.keys() <= content.keys() and isinstance(form, str)
+  return form if is_ours else None
+
+
 def write(
   folder: pathlib.Path, form: str, model: Mapping[str, Any], **facts: Any
 ) -> None:
@@ -68,7 +84,7 @@ def write(
         'model': model,
         'facts': facts,
         'files': {
-          name: {'bytes': path.stat().st_size, 'sha256': _sha256(path)}
+          name: {'bytes': path.stat().st_size, 'sha256': _hashed(path)}
           for name, path in _list(folder).items()
         },
       }
@@ -80,7 +96,8 @@ def read(folder: str | pathlib.Path, form: str) -> dict[str, Any]:
   """Reads and validates the manifest of an export.
 
   Names and sizes are always compared; SHA-256 hashes only if
-  `integrity.verification` is on (`VERIFY`).
+  `integrity.verification` is on (`VERIFY`), once per
+  process.
 
   Args:
     folder: the export.
@@ -147,7 +164,7 @@ def _check_files(
         f'{path} has {size} bytes, and {manifest} says '
         f'{str(listed[name]["bytes"])[:20]}. {_REMEDY.capitalize()}'
       )
-    if integrity.verification() and _sha256(path) != listed[name]['sha256']:
+    if integrity.verification() and _hashed(path) != listed[name]['sha256']:
       raise ValueError(
         f'{path} is not as it was written: its SHA-256 is not that of '
         f'{manifest}. {_REMEDY.capitalize()}'
@@ -184,6 +201,17 @@ def _list(folder: pathlib.Path) -> dict[str, pathlib.Path]:
   return found
 
 
-def _sha256(path: pathlib.Path) -> str:
+def _hashed(path: pathlib.Path) -> str:
+  """Returns the SHA-256 of a file, read once as long as it stays as it is."""
+  stat = path.stat()
+  return _sha256(
+    path.absolute(),
+    (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns),
+  )
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256(path: pathlib.Path, version: tuple[int, ...]) -> str:
+  del version
   with path.open('rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()

@@ -7,6 +7,8 @@ from l2s_jax.models import config as config_lib
 from l2s_jax.weights import source as source_lib
 
 ADAPTER = 'adapter_config.json'  # written by the package peft
+# Beside bundles, the forms of `export` that hold weights of one model.
+_FORMS_READ = ('hf', 'gguf')
 
 
 def open_source(
@@ -38,6 +40,8 @@ def open_source(
   folder = pathlib.Path(location)
   if hub.is_name(location):
     folder = hub.download(location)
+  else:
+    check_export(folder)
   if (folder / 'model.json').is_file():
     return runs.Run(folder, step)
   if manifest.is_export(folder, manifest.BUNDLE):
@@ -69,6 +73,39 @@ def open_source(
   if (folder / huggingface.CONFIG).is_file():
     return huggingface.HuggingFaceFolder(folder)
   raise FileNotFoundError(_what_it_is_not(folder))
+
+
+def check_export(folder: pathlib.Path) -> None:
+  """Refuses what `export` wrote and nobody reads here, or somebody changed.
+
+  Args:
+    folder: any; or a file, of which its folder is looked at. Bundles are left
+      to whoever opens them.
+
+  Raises:
+    FileNotFoundError: if a file of the export is missing.
+    ValueError: if it holds programs alone, or is not as it was written.
+  """
+  from l2s_jax.weights import manifest
+
+  if folder.is_file():
+    folder = folder.parent
+  form = manifest.form_of(folder)
+  if form is None or form == manifest.BUNDLE:
+    return
+  if form not in _FORMS_READ:
+    raise ValueError(
+      f'{folder} is an export of the form {config_lib.shorten(form)}, which '
+      f'l2s_jax writes and does not read; it reads bundle, '
+      f'{" and ".join(_FORMS_READ)}. Name the run, or export it as one of '
+      'these.'
+    )
+  try:
+    manifest.read(folder, form)
+  except (ValueError, FileNotFoundError) as error:
+    raise type(error)(
+      f'{error} If the change was meant, remove {folder / manifest.FILE}.'
+    ) from error
 
 
 def check_no_adapter(folder: pathlib.Path) -> None:

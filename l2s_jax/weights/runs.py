@@ -4,7 +4,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -183,12 +183,15 @@ class Run:
   their kernels.
   """
 
-  def __init__(self, folder: pathlib.Path, step: int | None = None):
+  def __init__(
+    self, folder: pathlib.Path, step: int | None = None, tower: str = 'slm'
+  ):
     """Opens a run's folder.
 
     Args:
       folder: the folder with `model.json`.
       step: checkpoint step; None selects the newest.
+      tower: of an LLM-to-SLM run: 'slm', or 'llm' if it was trained.
 
     Raises:
       ValueError: if `model.json` is damaged or incomplete.
@@ -203,8 +206,8 @@ class Run:
     self._prefix: tuple[str, ...] = ()
     path = folder / 'model.json'
     if self.description['kind'] == 'llm_to_slm':
-      self._prefix = ('slm',)
-      self.config = config_lib.from_json(self.description['slm'], path, 'slm')
+      self._prefix = (tower,)
+      self.config = config_lib.from_json(self.description[tower], path, tower)
     else:
       self.config = config_lib.from_json(self.description['config'], path)
     # Readers of a run get kernels with LoRA merged.
@@ -265,18 +268,22 @@ class Run:
     del path
     return None
 
-  def read_others(self) -> dict[tuple[str, ...], np.ndarray]:
-    """Returns the trained parameters of an LLM-to-SLM run except the SLM's.
+  def read_others(
+    self, but: Collection[str] = ('slm',)
+  ) -> dict[tuple[str, ...], np.ndarray]:
+    """Returns the trained parameters of an LLM-to-SLM run except some towers'.
 
     These are the projector and any other trained parts, by path. The result is
     empty for a baseline run.
+
+    Args:
+      but: the towers to leave out. A trained LLM is large.
     """
     if not self._prefix:
       return {}
-    depth = len(self._prefix)
     paths = [
       path
       for path in saved_steps.array_shapes(self._params)
-      if path[:depth] != self._prefix
+      if path[0] not in but
     ]
     return saved_steps.read_arrays(self._params, paths)

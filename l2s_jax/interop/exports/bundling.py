@@ -10,13 +10,15 @@ import jax
 import numpy as np
 
 from l2s_jax.interop import convert
-from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
 from l2s_jax.models import shapes as shapes_lib
 from l2s_jax.systems import as_it_came, bundle, parameters
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import converted, manifest, opening, runs
 from l2s_jax.weights import source as source_lib
+
+# So many bytes are compared at once.
+_BLOCK = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,41 +74,6 @@ class _Encoder:
     return self._source.digest(path)
 
 
-class _Held:
-  """Tensors in memory as a source: of an LLM that its run has trained."""
-
-  model_type: str | None = None
-
-  def __init__(
-    self,
-    location: str,
-    config: config_lib.TransformerConfig,
-    arrays: Mapping[shapes_lib.Path, np.ndarray],
-  ) -> None:
-    self.location, self.config, self._arrays = location, config, arrays
-    self.special_ids: dict[str, Any] = {}
-
-  def step(self) -> int | None:
-    return None
-
-  def shapes(self) -> dict[shapes_lib.Path, jax.ShapeDtypeStruct]:
-    return {
-      path: jax.ShapeDtypeStruct(array.shape, array.dtype)
-      for path, array in self._arrays.items()
-    }
-
-  def read(self, path: shapes_lib.Path, layer: int | None = None) -> np.ndarray:
-    array = self._arrays[path]
-    return array if layer is None else array[layer]
-
-  def name(self, path: shapes_lib.Path) -> str:
-    return '/'.join(path)
-
-  def digest(self, path: shapes_lib.Path) -> str | None:
-    del path
-    return None
-
-
 def open_parts(
   location: str,
   step: int | Literal['best'] | None,
@@ -114,6 +81,7 @@ def open_parts(
   *,
   llm_path: str | None = None,
   vocabulary: str | None = None,
+  extra_ids: int = 0,
 ) -> Parts:
   """Opens a run, or a model as it came, to be made into a bundle.
 
@@ -123,12 +91,15 @@ def open_parts(
     dtype: to store tensors in; None: as they are.
     llm_path: where the LLM of a run is now, if it has moved.
     vocabulary: tokenizer of a model as it came that brings none.
+    extra_ids: sentinels that T5 adds behind its SentencePiece model.
 
   Raises:
     FileNotFoundError: if there is no such model.
     ValueError: if it cannot be read.
   """
-  system = as_it_came.load(location, llm_path=llm_path, vocabulary=vocabulary)
+  system = as_it_came.load(
+    location, llm_path=llm_path, vocabulary=vocabulary, extra_ids=extra_ids
+  )
   chosen = as_it_came.choose_step(location, step, '--step')
   source = opening.open_source(location, chosen or None, may_lack_steps=True)
   name = pathlib.Path(location).resolve().name
@@ -136,7 +107,7 @@ def open_parts(
     tower = convert.Reading(source, dtype)
     return Parts(system, {bundle.MODEL: tower}, {}, source.step(), name)
   assert isinstance(source, runs.Run)  # Of other weights none is a pair.
-  beside = source.read_others()
+  beside = source.read_others(but=('llm', 'slm'))
   wanted = {
     path[1:]: shape
     for path, shape in shapes_lib.of_module(system.module).items()
@@ -147,9 +118,7 @@ def open_parts(
       system.sources['llm'], system.llm_step
     )
   else:
-    held = {path[1:]: beside[path] for path in beside if path[0] == 'llm'}
-    beside = {path: beside[path] for path in beside if path[0] != 'llm'}
-    llm = _Held(location, system.module.llm_config, held)
+    llm = runs.Run(pathlib.Path(location), source.step(), 'llm')
   towers: dict[str, source_lib.Source] = {
     'llm': _Encoder(llm, set(wanted)),
     'slm': source,
@@ -215,6 +184,71 @@ def write(
     shapes['/'.join(path)] = shape
   described = bundle.describe_shapes(shapes)
   manifest.write(folder, manifest.BUNDLE, model, parameters=described, **facts)
+
+
+def compare(parts: Parts, opened: bundle.Bundle, dtype: str | None) -> str:
+  """Compares a bundle's tensors with those of its source, layer by layer.
+
+  Args:
+    parts: what the bundle was made of; its tensors are read again.
+    opened: the bundle.
+    dtype: as `open_parts` was given it.
+
+  Returns:
+    What was found equal.
+
+  Raises:
+    ValueError: lists the tensors that differ in a bit, or are missing.
+  """
+  differing, count = [], 0
+  for name, tower in parts.towers.items():
+    found, wanted = opened.towers[name], tower.shapes()
+    prefix = '' if name == bundle.MODEL else f'{name}/'
+    with convert.progress_bar(tower.num_bytes, f'checking {name}') as progress:
+      for path in sorted(wanted.keys() | found.shapes().keys()):
+        count += 1
+        shape = found.shapes().get(path)
+        if path not in wanted or shape != wanted[path]:
+          differing.append(prefix + '/'.join(path))
+          continue
+        for layer in source_lib.layers(path, shape.shape):
+          expected = tower.source.read(path, layer).astype(
+            shape.dtype, copy=False
+          )
+          progress.update(expected.nbytes)
+          if not _same_bytes(expected, found.read(path, layer)):
+            differing.append(prefix + '/'.join(path))
+            break
+  beside = opened.beside()
+  for path in sorted(parts.beside.keys() | beside.keys()):
+    count += 1
+    array = parts.beside.get(path)
+    if (
+      array is None
+      or path not in beside
+      or not _same_bytes(
+        array.astype(np.dtype(dtype or array.dtype)), beside[path]
+      )
+    ):
+      differing.append('/'.join(path))
+  if differing:
+    raise ValueError(
+      f'{len(differing)} of {count} tensors of the bundle are not those of '
+      f'{parts.name}. Nothing is kept; the disk may be failing. These differ:'
+      '\n  ' + '\n  '.join(differing[:20])
+    )
+  return f'all {count} tensors are those of {parts.name}, bit by bit'
+
+
+def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
+  """Returns whether arrays are equal; a NaN is that of the same bits."""
+  if a.shape != b.shape or a.dtype != b.dtype:
+    return False
+  x, y = (np.ascontiguousarray(c).reshape(-1).view(np.uint8) for c in (a, b))
+  return all(
+    np.array_equal(x[i : i + _BLOCK], y[i : i + _BLOCK])
+    for i in range(0, x.size, _BLOCK)
+  )
 
 
 def _made(folder: pathlib.Path) -> pathlib.Path:

@@ -3,8 +3,9 @@
 
 The model is made into a bundle first, beside DESTINATION where another form is
 asked for, and each form is written from the mapped tensors of that. What is
-written is loaded back and compared with the source on prompts. DESTINATION
-appears when all of this is done, and not at all where it fails.
+written is loaded back and compared with the source: tensor by tensor and, where
+memory allows it, by answers to prompts. DESTINATION appears when all of this is
+done, and not at all where it fails.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from etils import epath
 from l2s_jax.data import text_files
 from l2s_jax.inference import answerer
 from l2s_jax.interop import convert, t5x_state
-from l2s_jax.interop.exports import bundling, model_card
+from l2s_jax.interop.exports import bundling, comparing, model_card
 from l2s_jax.models import l2s, lora
 from l2s_jax.runtime import extras, files
 from l2s_jax.systems import as_it_came, bundle, parameters
@@ -102,6 +103,7 @@ def export(
   license: str | None = None,
   llm_path: str | None = None,
   vocabulary: str | None = None,
+  extra_ids: int | None = None,
   dry_run: bool = False,
 ) -> None:
   """Exports a model as one folder and says what was compared.
@@ -117,6 +119,7 @@ def export(
     license: of the weights, for the manifest.
     llm_path: where the LLM of a run is now, if it has moved.
     vocabulary: tokenizer of a model as it came that brings none.
+    extra_ids: sentinels that T5 adds behind its SentencePiece model.
     dry_run: says what would be written, and stops.
 
   Raises:
@@ -138,8 +141,8 @@ def export(
   form = None if to == manifest.BUNDLE else _form(to)
   parts = opened = None
   if bundle.is_bundle(source):
-    given = {'step': step, 'dtype': dtype}
-    given |= {'llm_path': llm_path, 'vocabulary': vocabulary}
+    given: dict[str, Any] = {'step': step, 'dtype': dtype, 'llm_path': llm_path}
+    given |= {'vocabulary': vocabulary, 'extra_ids': extra_ids}
     _check_further(source, to, given)
     opened = bundle.open_bundle(source)
     size = sum(entry['bytes'] for entry in opened.content['files'].values())
@@ -147,13 +150,20 @@ def export(
     print(f'{source}: a bundle of {size / 1e9:,.3f} GB')
   else:
     parts = bundling.open_parts(
-      source, _step(step), dtype, llm_path=llm_path, vocabulary=vocabulary
+      source,
+      _step(step),
+      dtype,
+      llm_path=llm_path,
+      vocabulary=vocabulary,
+      extra_ids=extra_ids or 0,
     )
     size = parts.num_bytes
     convert.check_destination(folder, size * (1 if form is None else 2))
     print(
       f'{source}: {", ".join(parts.towers)}, {size / 1e9:,.3f} GB of tensors'
     )
+  if form is not None:
+    form.check(opened or parts)
   if dry_run:
     return
   with convert.unfinished_removed(folder, scratch):
@@ -161,12 +171,15 @@ def export(
       assert parts is not None
       path = scratch / manifest.BUNDLE
       opened = _bundle(parts, path, source, dtype, license)
-      said = _compare(source, step, llm_path, vocabulary, opened, texts, dtype)
+      print(f'bundle: {bundling.compare(parts, opened, dtype)}')
+      too_large = comparing.too_large(opened.num_params)
+      said = too_large or _compare(
+        source, parts.system, step, opened, texts, dtype
+      )
       print(f'bundle: {said}')
     if form is None:
       made = opened.folder
     else:
-      form.check(opened)
       made = scratch / to
       made.mkdir(parents=True)
       form.write(opened, made)
@@ -178,7 +191,8 @@ def export(
         how_to_run=FORMS[to].how_to_run,
         parameters=opened.parameters(),
       )
-      print(f'{to}: {form.compare(opened, made, texts)}')
+      too_large = comparing.too_large(opened.num_params)
+      print(f'{to}: {too_large or form.compare(opened, made, texts)}')
     size = sum(p.stat().st_size for p in made.rglob('*') if p.is_file())
     made.rename(folder)
   secs = time.perf_counter() - start_secs
@@ -308,9 +322,8 @@ def _prompts(source: str, path: str | None) -> list[str]:
 
 def _compare(
   source: str,
+  system: system_lib.System,
   step: str | None,
-  llm_path: str | None,
-  vocabulary: str | None,
   opened: bundle.Bundle,
   prompts: Sequence[str],
   dtype: str | None,
@@ -323,7 +336,6 @@ def _compare(
   Raises:
     ValueError: if something else does.
   """
-  system = as_it_came.load(source, llm_path=llm_path, vocabulary=vocabulary)
   chosen = as_it_came.choose_step(source, _step(step), '--step')
   expected = _answers(system, _load(system, source, chosen), prompts)
   found = _answers(
@@ -405,15 +417,5 @@ def _answers(
 
 def _lengths(system: system_lib.System) -> dict[str, int]:
   """Returns lengths of prompts and answers, where there are few positions."""
-  module = system.module
-  configs = (
-    (module.llm_config, module.slm_config)
-    if isinstance(module, l2s.LlmToSlm)
-    else (module.config,)
-  )
-  places = min(
-    (c.max_positions for c in configs if c.positions == 'learned'),
-    default=_PROMPT_LENGTH + _ANSWER_LENGTH,
-  )
-  answer = min(_ANSWER_LENGTH, max(places // 4, 1))
-  return {'inputs': min(_PROMPT_LENGTH, places - answer), 'targets': answer}
+  prompt, answer = comparing.lengths(system, _PROMPT_LENGTH, _ANSWER_LENGTH)
+  return {'inputs': prompt, 'targets': answer}

@@ -51,14 +51,15 @@ _CONTEXT = 4096  # Where a model does not say what it was trained on.
 _FLOAT32_NAMES = ('position_embd',)  # Beside norms and biases.
 
 
-def check(bundle: comparing.Exportable) -> None:
+def check(model: comparing.Described) -> None:
   """Refuses what llama.cpp, or this project's reading of its files, lacks.
 
   Raises:
     ValueError: names what it is.
   """
-  module = bundle.system.module
-  if isinstance(module, l2s.LlmToSlm):
+  if importlib.util.find_spec('gguf') is None:
+    raise ValueError('--to=gguf needs the package gguf: pip install gguf.')
+  if isinstance(model.system.module, l2s.LlmToSlm):
     raise ValueError(
       'The model is LLM-to-SLM, whose SLM reads the prompt as embeddings that '
       'a projector makes of another model. A GGUF file has one model that '
@@ -66,12 +67,12 @@ def check(bundle: comparing.Exportable) -> None:
       '(t5encoder), the projector applied to its embeddings, and the SLM given '
       'the sum by `llama_batch.embd` before the start token. Export --to=hf.'
     )
-  source = _source(bundle)
+  source = _source(model)
   _check_said(source, _architecture(source))
-  gguf_vocabulary.metadata(bundle.system, source.config.vocab_size)
+  gguf_vocabulary.metadata(model.system, source.config.vocab_size)
 
 
-def _source(bundle: comparing.Exportable) -> source_lib.Source:
+def _source(bundle: comparing.Described) -> source_lib.Source:
   (source,) = bundle.towers.values()
   checked: source_lib.Source = source
   return checked
@@ -370,14 +371,14 @@ def compare(
     )
   ids = comparing.prompt_ids(system, prompts)
   _check_tokenizer(system, file, prompts, folder)
-  max_prompt_len, num_tokens = comparing.lengths(system, max(map(len, ids)))
+  max_prompt_len, num_tokens = comparing.lengths(system)
   ids = [row[:max_prompt_len] for row in ids]
-  theirs = {path: file.read(path).astype(np.float32) for path in file.shapes()}
+  theirs = {path: file.read(path) for path in file.shapes()}
   module = l2s.build(file.config)
   ours, found = (
-    comparing.answers(one, params, ids, num_tokens, 1)
+    comparing.answers(one, params, ids, num_tokens)
     for one, params in (
-      (system, comparing.in_float32(bundle.params())),
+      (system, bundle.params()),
       (
         dataclasses.replace(system, module=module),
         traverse_util.unflatten_dict(theirs),
@@ -385,7 +386,7 @@ def compare(
     )
   )
   comparing.check_equal(
-    system, prompts, ours, found.tolist(), 'greedy', 'the file', folder
+    system, prompts, ours, found, f'{folder / FILE} writes other tokens'
   )
   return (
     f'read back, {len(theirs)} tensors and the tokenizer are equal, and so are '

@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,6 @@ from flax import traverse_util
 from jaxtyping import Array, Float, Int
 
 from l2s_jax.data import batching
-from l2s_jax.inference import generate as generate_lib
 from l2s_jax.inference import sampling, strategies
 from l2s_jax.interop.exports import comparing
 from l2s_jax.models import cache as cache_lib
@@ -31,6 +31,7 @@ from l2s_jax.models import l2s
 from l2s_jax.systems import system as system_lib
 
 PyTree = Any
+_VERIFY = 'verify.py'
 Flat = dict[str, jax.Array]
 
 
@@ -50,6 +51,7 @@ class GreedyPrograms:
   """The programs of one system, to be traced.
 
   Attributes:
+    system: the module and its vocabularies.
     params: all parameters by name, in the layout of generation. What the
       layout does not change is a view of the bundle's files.
     writer_names: of those, the parameters that `decode_step` reads.
@@ -70,7 +72,7 @@ class GreedyPrograms:
     prefix = '' if self._writer_name is None else f'{self._writer_name}/'
     self.writer_names = [n for n in self.params if n.startswith(prefix)]
     self.continues = system.continues
-    self._system = system
+    self.system = system
     vocabulary = system.answer_vocabulary
     self._strategy = strategies.OneByOne(
       self._writer,
@@ -87,32 +89,13 @@ class GreedyPrograms:
     Tokens of a prompt are called `prompt`, those of an answer `answer`.
     """
     found = ['prompt >= 1', 'answer >= 1']
-    config = self._writer.config
-    if config.positions == 'learned':
-      rows = config.max_positions
-      found += [f'prompt + answer <= {rows}', f'prompt <= {rows - 1}']
-    if self._llm_rows is not None:
-      found.append(f'prompt <= {self._llm_rows}')
+    most, together = comparing.positions(self.system)
+    if together is not None:
+      found.append(f'prompt + answer <= {together}')
+      most = min(together - 1, most or together)
+    if most is not None:
+      found.append(f'prompt <= {most}')
     return found
-
-  @property
-  def max_lengths(self) -> tuple[int | None, int | None]:
-    """Returns the most tokens of a prompt, and of prompt and answer."""
-    config, together = self._writer.config, None
-    if config.positions == 'learned':
-      together = config.max_positions
-    rows = [n for n in (together, self._llm_rows) if n is not None]
-    return min(rows, default=None), together
-
-  @property
-  def _llm_rows(self) -> int | None:
-    """The most tokens of a prompt that the LLM has positions for."""
-    module = self._module
-    if not isinstance(module, l2s.LlmToSlm):
-      return None
-    if module.llm_config.positions != 'learned':
-      return None
-    return module.llm_config.max_positions - len(module.llm_prefix_ids)
 
   def prefill(
     self,
@@ -219,7 +202,7 @@ class GreedyPrograms:
   @property
   def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ids that stand before and behind those of a prompt's text."""
-    vocabulary = self._system.prompt_vocabulary
+    vocabulary = self.system.prompt_vocabulary
     if self.continues:
       return vocabulary.prefix_ids, ()
     return (), (vocabulary.eos_id,)
@@ -228,23 +211,10 @@ class GreedyPrograms:
     self, prompts: Sequence[str], max_prompt_len: int
   ) -> list[list[int]]:
     """Returns the ids of prompts, as `infer` reads them."""
-    vocabulary = self._system.prompt_vocabulary
+    vocabulary = self.system.prompt_vocabulary
     before, after = self.around
     rows = [[*before, *ids, *after] for ids in vocabulary.encode_batch(prompts)]
     return [row[:max_prompt_len] for row in rows]
-
-  def rows_to_compare(
-    self, prompts: Sequence[str], max_prompt_len: int, max_decode_len: int
-  ) -> tuple[list[list[int]], int]:
-    """Returns prompts, cut, and tokens of an answer that there is room for."""
-    most, together = self.max_lengths
-    rows = self.prompt_rows(
-      prompts, min(max_prompt_len, most or max_prompt_len)
-    )
-    if together is not None:
-      rows = [row[: together // 2] for row in rows]
-      max_decode_len = min(max_decode_len, together - max(map(len, rows)))
-    return rows, max_decode_len
 
   def inputs(
     self, rows: Sequence[Sequence[int]], max_decode_len: int
@@ -253,9 +223,9 @@ class GreedyPrograms:
     batch = batching.prompt_batch(
       rows,
       length=max(map(len, rows)),
-      pad_id=self._system.prompt_vocabulary.pad_id,
+      pad_id=self.system.prompt_vocabulary.pad_id,
     )
-    start = self._system.answer_vocabulary.start_id
+    start = self.system.answer_vocabulary.start_id
     first_tokens = np.full((len(rows),), start, np.int32)
     if self.continues:
       batch = batching.continuing(batch, (), ())
@@ -271,11 +241,11 @@ class GreedyPrograms:
   def signature(self) -> dict[str, Any]:
     """What programs cannot say themselves, as `signature.json` has it."""
     before, after = self.around
-    answers = self._system.answer_vocabulary
+    answers = self.system.answer_vocabulary
     return {
       'lengths': self.constraints,
       'prompt': {
-        'pad_id': self._system.prompt_vocabulary.pad_id,
+        'pad_id': self.system.prompt_vocabulary.pad_id,
         'before': list(before),
         'after': list(after),
       },
@@ -287,35 +257,16 @@ class GreedyPrograms:
       },
     }
 
-  def until_end(self, tokens: Sequence[int]) -> list[int]:
-    """Returns the tokens up to the first that ends an answer, it included."""
-    return comparing.until_end(tokens, self._system.answer_vocabulary.eos_ids)
 
-  def check_equal(
-    self,
-    prompts: Sequence[str],
-    expected: Sequence[Sequence[int]],
-    found: Sequence[Sequence[int]],
-    who: str,
-  ) -> None:
-    """Refuses tokens that differ from the run's before an answer's end.
+def copy_along(folder: pathlib.Path, programs: Mapping[str, str]) -> None:
+  """Copies programs of this package, and the check of all files, to a folder.
 
-    Args:
-      prompts: for the message.
-      expected: from `expected_tokens`.
-      found: the same prompts' tokens, with what is behind an end.
-      who: has written them, and from where.
-
-    Raises:
-      ValueError: with the first prompt whose tokens differ.
-    """
-    for prompt, ours, tokens in zip(prompts, expected, found, strict=True):
-      theirs = self.until_end(tokens)
-      if ours != theirs:
-        raise ValueError(
-          f'{who} to {prompt!r}: {theirs}; the run writes {ours}. Nothing is '
-          'kept; please report this.'
-        )
+  Args:
+    folder: the export.
+    programs: their names in the folder, by those in this package.
+  """
+  for ours, theirs in {**programs, _VERIFY: _VERIFY}.items():
+    shutil.copyfile(pathlib.Path(__file__).with_name(ours), folder / theirs)
 
 
 def run_program(
@@ -324,7 +275,7 @@ def run_program(
   """Returns what `run.py` prints, in a fresh process without this package.
 
   Args:
-    folder: the export, which has `run.py`.
+    folder: the export, which has `run.py` and a manifest.
     rows: ids of prompts.
     num_tokens: tokens of an answer.
 
@@ -349,23 +300,23 @@ def run_program(
 
 
 def expected_tokens(
-  bundle: SystemWithParams,
-  programs: GreedyPrograms,
-  inputs: Mapping[str, np.ndarray],
+  bundle: SystemWithParams, inputs: Mapping[str, np.ndarray]
 ) -> list[list[int]]:
-  """Returns the run's own answers, EOS included, by the code of `infer`."""
-  generator = generate_lib.generator(
-    bundle.system, len(inputs['answer']), unstack_llm=False
-  )
+  """Returns the run's own answers, EOS included, by the code of `infer`.
+
+  Args:
+    bundle: has the run.
+    inputs: from `GreedyPrograms.inputs`.
+  """
   batch = {
     'encoder_input_tokens': inputs['prompt_tokens'],
     'encoder_segment_ids': inputs['segment_ids'],
   }
-  if programs.continues:
+  if bundle.system.continues:
     batch['first_tokens'] = inputs['first_tokens']
-  params = generator.prepare(bundle.params())
-  tokens = np.asarray(generator(params, jax.tree.map(jnp.asarray, batch)))
-  return [programs.until_end(row) for row in tokens.tolist()]
+  return comparing.tokens(
+    bundle.system, bundle.params(), batch, len(inputs['answer'])
+  )
 
 
 def flatten(cache: cache_lib.Cache) -> Flat:

@@ -83,17 +83,22 @@ class _Tower:
     return None if self._factor != 1 else self._source.digest(path)
 
 
-def check(bundle: comparing.Exportable) -> None:
+def check(model: comparing.Described) -> None:
   """Refuses what transformers has no classes for.
 
   Raises:
     ValueError: names what it is.
   """
-  for tower in _towers(bundle).values():
+  if not parity.is_available():
+    raise ValueError(
+      '--to=hf compares what it has written with the run, for which it needs '
+      'the packages torch and transformers: pip install torch transformers.'
+    )
+  for tower in _towers(model).values():
     to_huggingface.find_model_type(tower)
 
 
-def _towers(bundle: comparing.Exportable) -> dict[str, _Tower]:
+def _towers(bundle: comparing.Described) -> dict[str, _Tower]:
   """Returns 'llm' and 'slm', or 'model'."""
   module = bundle.system.module
   towers = {}
@@ -324,7 +329,7 @@ def compare(
   is_pair = isinstance(system.module, l2s.LlmToSlm)
   is_continued = not (is_pair or writer.is_encoder_decoder)
   ids = comparing.prompt_ids(system, prompts)
-  max_prompt_len, num_tokens = comparing.lengths(system, max(map(len, ids)))
+  max_prompt_len, num_tokens = comparing.lengths(system)
   ids = [row[:max_prompt_len] for row in ids]
   ways: dict[str, dict[str, Any]] = {
     'greedy': {'num_beams': 1, 'padding_side': 'left'},
@@ -352,20 +357,13 @@ def compare(
       f'The tokenizer in {folder} gives other ids of {prompts[row]!r}: '
       f'{reply["ids"][row]}; the run reads {ids[row]}. Nothing is kept.'
     )
-  params = comparing.in_float32(bundle.params())
+  params = bundle.params()
   for num_beams in {way['num_beams'] for way in ways.values()}:
     ours = comparing.answers(system, params, ids, num_tokens, num_beams)
     for name, way in ways.items():
       if way['num_beams'] == num_beams:
-        comparing.check_equal(
-          system,
-          prompts,
-          ours,
-          reply['tokens'][name],
-          name,
-          'transformers',
-          folder,
-        )
+        who = f'transformers writes other tokens from {folder} ({name})'
+        comparing.check_equal(system, prompts, ours, reply['tokens'][name], who)
   beams = f'greedy and {_NUM_BEAMS} beams' if has_beams else 'greedy'
   return (
     f'transformers writes the same tokens to {len(prompts)} prompts as the '

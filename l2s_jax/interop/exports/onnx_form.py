@@ -4,7 +4,7 @@
     prefill.onnx, decode_step.onnx   without weights
     model.safetensors                their weights, mapped by both
     signature.json                   special ids, lengths
-    run.py                           an example
+    run.py, verify.py                an example; a check of the files
 
 `prefill` has the LLM's encoder, the projector and what the SLM makes of the
 prompt; `decode_step` has the SLM, one token a row. Both compute in float32, for
@@ -14,17 +14,18 @@ any number of prompts and any lengths.
 import dataclasses
 import functools
 import pathlib
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from l2s_jax.interop.exports import comparing, greedy_programs, onnx_lowering
 from l2s_jax.models import cache as cache_lib
-from l2s_jax.models import l2s
+from l2s_jax.models import l2s, lora
+from l2s_jax.models import shapes as shapes_lib
 from l2s_jax.runtime import extras, files
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights.formats import tensor_files
@@ -33,21 +34,24 @@ SIGNATURE = 'signature.json'
 _RUN = 'run_onnx.py'
 # What a step reads and writes: `past.key_00` in, `present.key_00` out.
 _PAST, _PRESENT = 'past.', 'present.'
-# Of the comparison.
-_MAX_PROMPT_LEN, _COMPARED_TOKENS = 256, 32
 
 Shape = jax.ShapeDtypeStruct
 
 
-def check(bundle: greedy_programs.SystemWithParams) -> None:
-  """Refuses to begin without the packages that write and run the models."""
-  del bundle
+def check(model: comparing.Described) -> None:
+  """Refuses what jax2onnx cannot convert, by converting its shapes.
+
+  Raises:
+    ValueError: with jax2onnx's words, or the packages that are missing.
+  """
   if extras.missing('jax2onnx'):
     raise ValueError(
       '--to=onnx needs jax2onnx, which is not installed: pip install --no-deps '
       'jax2onnx (it asks for an older orbax-checkpoint, of which this form has '
       'no need).'
     )
+  for _ in _converted(_programs(_OfShapes(model.system)), None):
+    pass
 
 
 def write(
@@ -56,15 +60,33 @@ def write(
   """Writes models, parameters, signature and example."""
   import onnx
 
-  system = _InFloat32(bundle).system
   programs = _programs(bundle)
-  params = {
+  tensor_files.save_safetensors(
+    folder,
+    _params(programs),
+    lambda name: [programs.params[name].astype(np.float32)],
+  )
+  for name, model in _converted(programs, folder):
+    with files.whole(folder / f'{name}.onnx', 'wb') as file:
+      file.write(model.SerializeToString())
+    onnx.checker.check_model(folder / f'{name}.onnx')
+  files.write_json(folder / SIGNATURE, programs.signature)
+  greedy_programs.copy_along(folder, {_RUN: 'run.py'})
+
+
+def _params(programs: greedy_programs.GreedyPrograms) -> dict[str, Shape]:
+  """Returns the shapes of the parameters as the models have them."""
+  return {
     name: Shape(x.shape, np.dtype(np.float32))
     for name, x in programs.params.items()
   }
-  tensor_files.save_safetensors(
-    folder, params, lambda name: [programs.params[name].astype(np.float32)]
-  )
+
+
+def _converted(
+  programs: greedy_programs.GreedyPrograms, folder: pathlib.Path | None
+) -> Iterator[tuple[str, Any]]:
+  """Yields both models with their names; see `onnx_lowering.convert`."""
+  system, params = programs.system, _params(programs)
   is_decoder_only = not l2s.writer(system.module)[0].config.is_encoder_decoder
   # Apart from the symbols of a step, whose slots are of one kind.
   batch, prompt, answer = jax.export.symbolic_shape('batch, prompt, answer')
@@ -84,12 +106,7 @@ def write(
       _of_a_step(cache),
     ),
   ):
-    model = onnx_lowering.convert(function, read, arguments, folder)
-    with files.whole(folder / f'{name}.onnx', 'wb') as file:
-      file.write(model.SerializeToString())
-    onnx.checker.check_model(folder / f'{name}.onnx')
-  files.write_json(folder / SIGNATURE, programs.signature)
-  shutil.copyfile(pathlib.Path(__file__).with_name(_RUN), folder / 'run.py')
+    yield name, onnx_lowering.convert(function, read, arguments, folder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +117,27 @@ class _InFloat32:
 
   @property
   def system(self) -> system_lib.System:
-    system = self.bundle.system
-    module = comparing.computed_in_float32(system.module)
-    return dataclasses.replace(system, module=module)
+    return comparing.in_float32(self.bundle.system)
 
   def params(self) -> Any:
     return self.bundle.params()
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfShapes:
+  """A bundle of zeros, which take no memory."""
+
+  system: system_lib.System
+
+  def params(self) -> Any:
+    shapes = shapes_lib.of_module(self.system.module)
+    return traverse_util.unflatten_dict(
+      {
+        path: np.broadcast_to(np.zeros((), shape.dtype), shape.shape)
+        for path, shape in shapes.items()
+        if not lora.is_learned(path[-1])  # It is merged.
+      }
+    )
 
 
 def _programs(
@@ -205,13 +237,13 @@ def compare(
     ValueError: if a model does not run, or gives other tokens.
   """
   programs = _programs(bundle)
-  rows, num_tokens = programs.rows_to_compare(
-    prompts, _MAX_PROMPT_LEN, _COMPARED_TOKENS
-  )
+  max_prompt_len, num_tokens = comparing.lengths(bundle.system)
+  rows = programs.prompt_rows(prompts, max_prompt_len)
   expected = greedy_programs.expected_tokens(
-    _InFloat32(bundle), programs, programs.inputs(rows, num_tokens)
+    _InFloat32(bundle), programs.inputs(rows, num_tokens)
   )
-  programs.check_equal(
+  comparing.check_equal(
+    bundle.system,
     prompts,
     expected,
     greedy_programs.run_program(folder, rows, num_tokens),

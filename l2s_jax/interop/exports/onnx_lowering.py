@@ -36,7 +36,7 @@ def convert(
   function: Callable[..., dict[str, jax.Array]],
   params: Shapes,
   inputs: Shapes,
-  folder: pathlib.Path,
+  folder: pathlib.Path | None,
 ) -> Any:
   """Returns the `onnx.ModelProto` of a function.
 
@@ -45,7 +45,8 @@ def convert(
       no input has.
     params: found in the folder.
     inputs: with symbols among their lengths.
-    folder: of the safetensors files with the parameters.
+    folder: of the safetensors files with the parameters; None: nobody will run
+      the model.
 
   Raises:
     ValueError: if jax2onnx lacks what the function needs.
@@ -83,6 +84,8 @@ def convert(
       '--to=stablehlo, which has every model.'
     ) from error
   _name_outputs(model.graph, outputs)
+  if folder is None:
+    return model
   _make_external(model.graph, set(names), folder)
   _multiply_matrices(model.graph)
   return model

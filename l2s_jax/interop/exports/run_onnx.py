@@ -5,50 +5,69 @@
 
 reads the token ids of prompts and prints those of their answers. 32 is the
 number of tokens that an answer may have; signature.json has the special ids.
+A folder that is not as manifest.json says is refused.
 """
 
-import json
-import pathlib
+import os
 import sys
 
-import numpy as np
-import onnxruntime
-
-folder = pathlib.Path(__file__).parent
-signature = json.loads((folder / 'signature.json').read_text())
-options = onnxruntime.SessionOptions()
-options.log_severity_level = 3  # Errors alone.
-prefill, decode_step = (
-  onnxruntime.InferenceSession(folder / f'{name}.onnx', options)
-  for name in ('prefill', 'decode_step')
-)
+folder = os.path.dirname(os.path.abspath(__file__))
+# No file of the folder stands in for a library.
+sys.path[:] = [path for path in sys.path if os.path.abspath(path) != folder]
 
 
-def run(session, arrays):
-  """Returns the results of a model by name; what is new is then past."""
-  inputs = {x.name: arrays[x.name] for x in session.get_inputs()}
-  names = [x.name.replace('present.', 'past.') for x in session.get_outputs()]
-  return dict(zip(names, session.run(None, inputs), strict=True))
+def main():
+  import json
+  import runpy
+
+  verify = runpy.run_path(os.path.join(folder, 'verify.py'))
+  if problem := verify['problem'](folder):
+    sys.exit(problem)
+
+  import numpy as np
+  import onnxruntime
+
+  with open(os.path.join(folder, 'signature.json')) as file:
+    signature = json.load(file)
+  options = onnxruntime.SessionOptions()
+  options.log_severity_level = 3  # Errors alone.
+  prefill, decode_step = (
+    onnxruntime.InferenceSession(os.path.join(folder, f'{name}.onnx'), options)
+    for name in ('prefill', 'decode_step')
+  )
+
+  def run(session, arrays):
+    """Returns the results of a model by name; what is new is then past."""
+    inputs = {x.name: arrays[x.name] for x in session.get_inputs()}
+    names = [x.name.replace('present.', 'past.') for x in session.get_outputs()]
+    return dict(zip(names, session.run(None, inputs), strict=True))
+
+  prompts, first = json.load(sys.stdin), signature['answer']['first_token']
+  firsts = [prompt.pop() if first is None else first for prompt in prompts]
+  shape = len(prompts), max(1, *map(len, prompts))
+  tokens = np.full(shape, signature['prompt']['pad_id'], np.int32)
+  segment_ids = np.zeros(shape, np.int32)
+  for row, prompt in enumerate(prompts):
+    tokens[row, : len(prompt)] = prompt
+    segment_ids[row, : len(prompt)] = 1
+  answer = np.zeros(int(sys.argv[1]), np.int32)
+  arrays = {
+    'prompt_tokens': tokens,
+    'segment_ids': segment_ids,
+    'answer': answer,
+  }
+  arrays = run(prefill, arrays)
+  token = np.asarray(firsts, np.int32)
+  done = np.zeros(len(tokens), bool)
+  found = []
+  while len(found) < len(answer) and not done.all():
+    arrays |= run(decode_step, {**arrays, 'token': token})
+    token = arrays['logits'].argmax(-1).astype(np.int32)
+    token[done] = signature['answer']['pad_id']
+    done |= np.isin(token, signature['answer']['eos_ids'])
+    found.append(token)
+  print(json.dumps(np.stack(found, axis=1).tolist()))
 
 
-prompts, first = json.load(sys.stdin), signature['answer']['first_token']
-firsts = [prompt.pop() if first is None else first for prompt in prompts]
-shape = len(prompts), max(1, *map(len, prompts))
-tokens = np.full(shape, signature['prompt']['pad_id'], np.int32)
-segment_ids = np.zeros(shape, np.int32)
-for row, prompt in enumerate(prompts):
-  tokens[row, : len(prompt)] = prompt
-  segment_ids[row, : len(prompt)] = 1
-answer = np.zeros(int(sys.argv[1]), np.int32)
-arrays = {'prompt_tokens': tokens, 'segment_ids': segment_ids, 'answer': answer}
-arrays = run(prefill, arrays)
-token = np.asarray(firsts, np.int32)
-done = np.zeros(len(tokens), bool)
-found: list[np.ndarray] = []
-while len(found) < len(answer) and not done.all():
-  arrays |= run(decode_step, {**arrays, 'token': token})
-  token = arrays['logits'].argmax(-1).astype(np.int32)
-  token[done] = signature['answer']['pad_id']
-  done |= np.isin(token, signature['answer']['eos_ids'])
-  found.append(token)
-print(json.dumps(np.stack(found, axis=1).tolist()))
+if __name__ == '__main__':
+  main()

@@ -5,6 +5,7 @@
     1/assets.extra/           warm-up requests
     batching_parameters.txt   for --batching_parameters_file
     signature.json            what goes in and comes out, and the lengths
+    verify.py                 a check of the files
 
 Tokenization, generation and detokenization are one graph. Where a tokenizer is
 not a SentencePiece model, which alone TensorFlow has operations for, token ids
@@ -23,7 +24,7 @@ from typing import Any
 
 from jax import numpy as jnp
 
-from l2s_jax.interop.exports import greedy_programs
+from l2s_jax.interop.exports import comparing, greedy_programs
 from l2s_jax.runtime import files
 from l2s_jax.systems import system as system_lib
 from l2s_jax.vocabularies import sentencepiece
@@ -41,7 +42,7 @@ _PLATFORMS = ('cpu', 'cuda', 'tpu')
 _ANSWERS = 'savedmodel_answers.py'
 
 
-def check(bundle: greedy_programs.SystemWithParams) -> None:
+def check(model: comparing.Described) -> None:
   """Refuses where the packages are missing.
 
   Raises:
@@ -63,21 +64,6 @@ def reads_text(system: system_lib.System) -> bool:
     isinstance(x, sentencepiece.SentencePieceVocabulary)
     for x in (system.prompt_vocabulary, system.answer_vocabulary)
   )
-
-
-def lengths(
-  programs: greedy_programs.GreedyPrograms,
-  max_prompt_len: int,
-  max_decode_len: int,
-) -> tuple[int, int]:
-  """Returns the tokens of prompt and answer that the model has room for."""
-  most, together = programs.max_lengths
-  if most is not None:
-    max_prompt_len = min(max_prompt_len, most)
-  if together is not None:
-    max_decode_len = min(max_decode_len, together // 2)
-    max_prompt_len = min(max_prompt_len, together - max_decode_len)
-  return max_prompt_len, max_decode_len
 
 
 def buckets(max_prompt_len: int) -> list[int]:
@@ -106,8 +92,8 @@ def write(
 
   system = bundle.system
   programs = greedy_programs.GreedyPrograms(bundle)
-  max_prompt_len, max_decode_len = lengths(
-    programs, max_prompt_len, max_decode_len
+  max_prompt_len, max_decode_len = comparing.lengths(
+    system, max_prompt_len, max_decode_len
   )
   model = _build(system, programs, max_prompt_len, max_decode_len)
   signatures = {'token_ids': model.answer_ids}
@@ -123,6 +109,7 @@ def write(
   )
   with files.whole(folder / BATCHING) as file:
     file.write(_batching())
+  greedy_programs.copy_along(folder, {})
   if default == 'text':
     _write_warmup(folder / VERSION / WARMUP, programs, max_prompt_len)
 
@@ -371,14 +358,15 @@ def compare(
   said = json.loads((folder / SIGNATURE).read_text())
   rows = programs.prompt_rows(prompts, said['max_prompt_len'])
   batch = programs.inputs(rows, said['max_decode_len'])
-  expected = greedy_programs.expected_tokens(bundle, programs, batch)
+  expected = greedy_programs.expected_tokens(bundle, batch)
   texts = [system.answer_vocabulary.decode(tokens) for tokens in expected]
   is_text = said['serving_default'] == 'text'
   inputs: dict[str, Any] = {'text': list(prompts)}
   if not is_text:
     inputs = _padded(rows)
   reply = ask(folder, 'serving_default', inputs)
-  programs.check_equal(
+  comparing.check_equal(
+    system,
     prompts,
     expected,
     reply['token_ids'],

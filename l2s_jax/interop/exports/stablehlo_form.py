@@ -4,14 +4,13 @@
     prefill.bin, decode_step.bin, generate.bin   programs of `jax.export`
     model.safetensors                            their parameters
     signature.json                               their inputs and outputs
-    run.py                                       an example
+    run.py, verify.py                            an example; a check of files
 
 The programs are for CPU, CUDA and TPU, and for any number of prompts and any
 lengths of prompts and answers. No weight is in them.
 """
 
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,18 +19,16 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from l2s_jax.interop.exports import greedy_programs
+from l2s_jax.interop.exports import comparing, greedy_programs
 from l2s_jax.runtime import files
 from l2s_jax.weights.formats import tensor_files
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 SIGNATURE = 'signature.json'
 _RUN = 'run_stablehlo.py'
-# Of the comparison.
-_MAX_PROMPT_LEN, _COMPARED_TOKENS = 256, 32
 
 
-def check(bundle: greedy_programs.SystemWithParams) -> None:
+def check(model: comparing.Described) -> None:
   """Refuses what these programs cannot say: nothing today."""
 
 
@@ -49,7 +46,7 @@ def write(
     with files.whole(folder / f'{name}.bin', 'wb') as file:
       file.write(program.serialize())
   files.write_json(folder / SIGNATURE, _signature(programs, exported))
-  shutil.copyfile(pathlib.Path(__file__).with_name(_RUN), folder / 'run.py')
+  greedy_programs.copy_along(folder, {_RUN: 'run.py'})
 
 
 def _export(
@@ -177,18 +174,17 @@ def compare(
     ValueError: if a program does not run, or gives other tokens.
   """
   programs = greedy_programs.GreedyPrograms(bundle)
-  rows, num_tokens = programs.rows_to_compare(
-    prompts, _MAX_PROMPT_LEN, _COMPARED_TOKENS
-  )
+  max_prompt_len, num_tokens = comparing.lengths(bundle.system)
+  rows = programs.prompt_rows(prompts, max_prompt_len)
   inputs = programs.inputs(rows, num_tokens)
-  expected = greedy_programs.expected_tokens(bundle, programs, inputs)
+  expected = greedy_programs.expected_tokens(bundle, inputs)
   whole = greedy_programs.run_program(folder, rows, num_tokens)
   for name, found in (
     ('generate.bin', whole),
     ('decode_step.bin', _step_by_step(folder, programs, inputs)),
   ):
     who = f'{folder / name} writes other tokens'
-    programs.check_equal(prompts, expected, found, who)
+    comparing.check_equal(bundle.system, prompts, expected, found, who)
   return (
     f'JAX alone writes the same tokens to {len(prompts)} prompts as the run '
     f'does, as a whole and step by step (greedy, up to {num_tokens} tokens)'

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of this machine."""
+
+import pathlib
+
+_MEMINFO = pathlib.Path('/proc/meminfo')
+
+
+def free_bytes() -> int | None:
+  """Returns what programs can still take, caches given up; None: unknown."""
+  try:
+    text = _MEMINFO.read_text()
+  except OSError:  # Not Linux.
+    return None
+  for line in text.splitlines():
+    if line.startswith('MemAvailable:'):
+      return int(line.split()[1]) * 1024
+  return None
