@@ -133,9 +133,9 @@ def export(
   scratch = folder.with_name(f'.{folder.name}.unfinished')
   shutil.rmtree(scratch, ignore_errors=True)  # Left by one that was killed.
   if to == T5X:
-    given = {'dtype': dtype, 'prompts': prompts}
-    given |= {'license': license, 'vocabulary': vocabulary}
-    _export_state(source, folder, scratch, step, llm_path, given, dry_run)
+    not_taken = {'dtype': dtype, 'prompts': prompts}
+    not_taken |= {'license': license, 'vocabulary': vocabulary}
+    _export_state(source, folder, scratch, step, llm_path, not_taken, dry_run)
     return
   texts = _prompts(source, prompts)
   form = None if to == manifest.BUNDLE else _form(to)

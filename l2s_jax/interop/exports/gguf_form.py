@@ -57,8 +57,6 @@ def check(model: comparing.Described) -> None:
   Raises:
     ValueError: names what it is.
   """
-  if importlib.util.find_spec('gguf') is None:
-    raise ValueError('--to=gguf needs the package gguf: pip install gguf.')
   if isinstance(model.system.module, l2s.LlmToSlm):
     raise ValueError(
       'The model is LLM-to-SLM, whose SLM reads the prompt as embeddings that '
