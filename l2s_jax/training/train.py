@@ -154,7 +154,6 @@ def train(
     best_metric,
     eval_batch_size,
   )
-
   session = session_lib.start(
     lambda: _pin(model, settings.run_dir, mixture_or_task_name),
     mesh,
