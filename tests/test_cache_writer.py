@@ -446,7 +446,7 @@ def test_a_damaged_cache_json_or_index_is_refused(data, model, tmp_path):
 
 
 def test_show_prints_what_a_cache_holds(data, model, tmp_path, capsys):
-  with pytest.raises(FileNotFoundError, match='is no cache'):
+  with pytest.raises(FileNotFoundError, match='is not a cache'):
     cache_command.cache(str(tmp_path / 'none'), show=1)
   folder = tmp_path / 'cache'
   write(folder, model, local(data))

@@ -290,12 +290,15 @@ def test_processes_read_their_own_rows(folder, trained):
 @pytest.mark.parametrize(
   'changes,message',
   [
-    (("--gin.TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 16}",), 'cut to 32'),
+    (
+      ("--gin.TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 16}",),
+      'truncated to 32',
+    ),
     (('--gin.LLM_PATH=OTHER',), 'has the states of another LLM than'),
     (('--gin.LLM_LAYER=0',), 'states of the last layer of the LLM, and'),
     (("--gin.LLM_LAYER='mix'",), 'asks for a mix of all layers'),
     (('--gin.TRAIN_LLM=True',), 'this one is to be trained'),
-    (('--gin.CACHE_DIR=TOKENS',), 'has no features: there is no features.json'),
+    (('--gin.CACHE_DIR=TOKENS',), 'has no features: it has no features.json'),
     (
       (
         '--gin.EVALUATIONS=(@Evaluation(),)',

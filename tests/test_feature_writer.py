@@ -241,7 +241,7 @@ def test_rows_hold_the_states_of_their_examples_in_order():
     [1.5, 1.5, 1.5, 0],
     [0.5, 1, 1, 0],
   ]
-  with pytest.raises(ValueError, match='row 0 has 3 prompt tokens and .* of 2'):
+  with pytest.raises(ValueError, match='row 0 has 3 prompt tokens, .* of 2'):
     feature_format.lay_out([one, two, two], segment_ids, [1, 1, 0], like=like)
 
 
