@@ -307,7 +307,9 @@ def test_a_cache_of_it_has_its_examples_and_is_of_no_other_answers(
     'distilled', helpers.vocabulary(), helpers.vocabulary()
   ).data_settings()
   gin.bind_parameter('distilled_task.answers', 'each')
-  with pytest.raises(ValueError, match='a cache of something else:\n.*answers'):
+  with pytest.raises(
+    ValueError, match='with other settings or data:\n.*answers'
+  ):
     cache()
   assert settings != tasks.data_settings('distilled')
 

@@ -136,7 +136,7 @@ def test_features_are_what_the_llm_makes_of_each_prompt(
   assert times.num_bytes == total * per_token // features.width + extra
   written = sum(map(len, content(folder).values()))
   assert written < num_bytes < written + 6 * feature_format.SHARD_BYTES
-  assert re.search('bytes and .* ms an example', times.describe())
+  assert re.search('bytes and .* ms per example', times.describe())
 
 
 def test_jobs_write_what_one_does(tokens, featured, tmp_path):
