@@ -188,8 +188,8 @@ class _Scored:
     length_bins_lib.check(self.length_bins)
     if self.decoding.stop:
       raise ValueError(
-        f'Decoding.stop={self.decoding.stop!r}: stop texts apply to infer. An '
-        'evaluation scores answers that the model ends itself; remove this '
+        f'Decoding.stop={self.decoding.stop!r}: stop texts are for infer only. '
+        'An evaluation scores answers that the model ends itself; remove this '
         'setting.'
       )
     if self.decoding.draft_len:
