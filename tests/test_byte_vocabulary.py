@@ -153,7 +153,7 @@ def test_the_sentinels_are_those_of_the_file(vocabulary, tmp_path):
     ),
     (
       CONFIG | {'added_tokens_decoder': listed(259, 261)},
-      r'\[259, 261\].*expected 259 to 260 without a gap',
+      r'\[259, 261\].*expected 259 to 260 without gaps',
     ),
     (CONFIG | {'extra_ids': 'many'}, "extra_ids='many'.*expected a number"),
   ],
@@ -174,7 +174,7 @@ def test_extra_ids_are_refused_and_a_missing_file_is_named(tmp_path):
 
 def test_a_folder_of_another_tokenizer_is_not_taken_for_bytes(tmp_path):
   write(tmp_path, tokenizer_class='GPT2Tokenizer')
-  with pytest.raises(FileNotFoundError, match='holds no tokenizer'):
+  with pytest.raises(FileNotFoundError, match='has no tokenizer'):
     loading.load(tmp_path)
 
 

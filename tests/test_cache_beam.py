@@ -107,16 +107,16 @@ def test_what_stops_a_worker_is_its_own_sentence(
   with pytest.raises(ValueError) as error:
     write(folder, model, bindings, THREADS)
   told = str(error.value).partition('\n')[0]  # gin says where it was called.
-  assert told.startswith("the text 'a <extra_id_0>' holds the token ")
-  assert told.endswith('use a model that knows it.')
+  assert told.startswith("the text 'a <extra_id_0>' contains the token ")
+  assert told.endswith('use a model that has it.')
   assert not list(folder.rglob('.*part*')) + list(folder.glob('.*job*'))
 
 
 @pytest.mark.parametrize(
   'options,settings,message',
   [
-    ('runner=DirectRunner', {}, 'expected options with commas between them'),
-    (THREADS, {'shard': 1, 'num_shards': 2}, 'leave out num_workers'),
+    ('runner=DirectRunner', {}, 'expected options separated by commas'),
+    (THREADS, {'shard': 1, 'num_shards': 2}, 'remove num_workers'),
   ],
 )
 def test_wrong_options_are_one_sentence(

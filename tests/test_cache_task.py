@@ -304,7 +304,7 @@ def test_a_cached_mixture_has_no_order_of_lines(tmp_path, vocabulary):
 
 
 def test_a_cache_of_other_tokenizers_is_refused(folder, vocabulary):
-  with pytest.raises(ValueError, match='its prompts are ids of another tok'):
+  with pytest.raises(ValueError, match='ids of its prompts are not those of'):
     bind(folder / 'cache', vocabulary)
 
 

@@ -392,9 +392,9 @@ def test_too_little_room_is_refused_before_anything_is_written(
 ):
   usage = shutil.disk_usage(tmp_path)._replace(free=1000)
   monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage)
-  with pytest.raises(ValueError, match='0.0 GB free; what is left'):
+  with pytest.raises(ValueError, match='0.0 GB free; the remaining shards'):
     write(tmp_path / 'cache', model, local(data))
-  assert '206 examples are to be cached here' in capsys.readouterr().err
+  assert 'Examples to cache: 206, about' in capsys.readouterr().err
 
 
 def test_a_damaged_record_is_named_and_its_shard_can_be_made_anew(
@@ -446,7 +446,7 @@ def test_a_damaged_cache_json_or_index_is_refused(data, model, tmp_path):
 
 
 def test_show_prints_what_a_cache_holds(data, model, tmp_path, capsys):
-  with pytest.raises(FileNotFoundError, match='is no cache'):
+  with pytest.raises(FileNotFoundError, match='is not a cache'):
     cache_command.cache(str(tmp_path / 'none'), show=1)
   folder = tmp_path / 'cache'
   write(folder, model, local(data))
@@ -469,7 +469,7 @@ def test_a_dry_run_writes_nothing(data, model, tmp_path, capsys):
   [
     ({'shard': 3, 'num_shards': 3}, 'shard=3 of num_shards=3: expected'),
     ({'num_workers': 0}, 'num_workers=0: expected a positive'),
-    ({'splits': ('dev',)}, "there is no split 'dev'; there are train"),
+    ({'splits': ('dev',)}, "no split 'dev'; the splits are train"),
     ({'splits': 'train'}, 'expected a tuple'),
   ],
 )

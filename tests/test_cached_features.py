@@ -118,9 +118,9 @@ def test_what_it_will_take_and_has_taken_is_said(folder, capfd, monkeypatch):
   assert not list((folder / 'again').rglob('*features*'))
   run(*arguments)
   told = capfd.readouterr().err
-  assert told.count('Features of 184 examples are to be made here, which') == 3
-  assert '0.0 GB free; what is left to cache takes about' in told
-  assert ' ms an example, of which the LLM took ' in told
+  assert told.count('Features to compute: 184 examples, about') == 3
+  assert '0.0 GB free; the remaining shards need about' in told
+  assert ' ms in the LLM; reading takes ' in told
   assert 'The features of' in told
   assert content(folder / 'again') == content(folder / 'cache')
 
@@ -165,7 +165,7 @@ def test_processes_share_a_mesh_and_the_work(folder):
   """Each writes shards of its own, of what all have read together."""
   arguments = cache(folder, 'together', '--gin.MeshConfig.fsdp=2')
   told = test_distributed.finish(test_distributed.start(2, *arguments))
-  assert 'Features of 184 examples' in told[0][1]
+  assert 'Features to compute: 184 examples' in told[0][1]
   assert 'Features' not in told[1][1]
   names = content(folder / 'cache').keys()
   assert content(folder / 'together').keys() == names
@@ -290,12 +290,15 @@ def test_processes_read_their_own_rows(folder, trained):
 @pytest.mark.parametrize(
   'changes,message',
   [
-    (("--gin.TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 16}",), 'cut to 32'),
+    (
+      ("--gin.TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 16}",),
+      'truncated to 32',
+    ),
     (('--gin.LLM_PATH=OTHER',), 'has the states of another LLM than'),
     (('--gin.LLM_LAYER=0',), 'states of the last layer of the LLM, and'),
     (("--gin.LLM_LAYER='mix'",), 'asks for a mix of all layers'),
     (('--gin.TRAIN_LLM=True',), 'this one is to be trained'),
-    (('--gin.CACHE_DIR=TOKENS',), 'has no features: there is no features.json'),
+    (('--gin.CACHE_DIR=TOKENS',), 'has no features: it has no features.json'),
     (
       (
         '--gin.EVALUATIONS=(@Evaluation(),)',
@@ -349,9 +352,9 @@ def test_states_of_an_llm_that_read_otherwise_are_refused(
 def test_features_of_another_layer_are_not_written_beside(folder, capsys):
   before = content(folder / 'cache')
   for change, message in (
-    ('--gin.LLM_LAYER=0', 'key.layer: the features have last, now it is 0'),
-    ("--gin.LLM_LAYER='mix'", 'what changes in training cannot be kept'),
-    ('--gin.TRAIN_LLM=True', 'what changes in training cannot be kept'),
+    ('--gin.LLM_LAYER=0', 'key.layer: the features have last, now 0'),
+    ("--gin.LLM_LAYER='mix'", 'states that change in training cannot be'),
+    ('--gin.TRAIN_LLM=True', 'states that change in training cannot be'),
   ):
     run(*cache(folder, 'cache', change), status=2)
     assert message in capsys.readouterr().err.replace("'", '')

@@ -96,7 +96,7 @@ def test_short_batch_repeats_its_last_row_at_no_weight(vocabulary):
   [
     ([], 'no sequences'),
     ([[1], []], 'sequence 1 is empty'),
-    ([[1]] * 3, '3 rows do not make a batch of 2'),
+    ([[1]] * 3, '3 rows do not fit into a batch of 2'),
   ],
 )
 def test_impossible_batches_are_refused(prompts, message):

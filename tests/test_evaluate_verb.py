@@ -302,7 +302,7 @@ def test_a_word_that_is_no_step_is_refused(run):
 
 def test_decoding_that_no_evaluation_scores_is_refused(run):
   for options, message in (
-    ({'stop': ('x',)}, r"Decoding.stop=\('x',\): .* are for infer"),
+    ({'stop': ('x',)}, r"Decoding.stop=\('x',\): stop texts are for infer"),
     ({'draft_len': 2}, 'Decoding.draft_len=2: .* Evaluate the LLM'),
   ):
     with pytest.raises(ValueError, match=message):

@@ -136,7 +136,7 @@ def test_features_are_what_the_llm_makes_of_each_prompt(
   assert times.num_bytes == total * per_token // features.width + extra
   written = sum(map(len, content(folder).values()))
   assert written < num_bytes < written + 6 * feature_format.SHARD_BYTES
-  assert re.search('bytes and .* ms an example', times.describe())
+  assert re.search('bytes and .* ms per example', times.describe())
 
 
 def test_jobs_write_what_one_does(tokens, featured, tmp_path):
@@ -241,7 +241,7 @@ def test_rows_hold_the_states_of_their_examples_in_order():
     [1.5, 1.5, 1.5, 0],
     [0.5, 1, 1, 0],
   ]
-  with pytest.raises(ValueError, match='row 0 has 3 prompt tokens and .* of 2'):
+  with pytest.raises(ValueError, match='row 0 has 3 prompt tokens, .* of 2'):
     feature_format.lay_out([one, two, two], segment_ids, [1, 1, 0], like=like)
 
 

@@ -496,7 +496,7 @@ def test_rows_within_rows_are_answered_and_scored(run, tmp_path):
   'changes,error,message',
   [
     ({'input': 'absent.txt'}, FileNotFoundError, 'INPUT=absent.txt: no such'),
-    ({'template': 'translate'}, ValueError, r'names no column|has no \{prompt'),
+    ({'template': 'translate'}, ValueError, r'has no column|has no \{prompt'),
     ({'template': '{en}'}, ValueError, r'names en, but a line of INPUT=- has'),
     ({'batch_size': 0}, ValueError, 'BATCH_SIZE=0: expected a positive'),
     (
@@ -565,7 +565,7 @@ def test_refused_before_a_model_is_loaded(tmp_path, changes, error, message):
       {},
       r'a\.tsv has no column prompt; its first line has text',
     ),
-    ('a.txt.gz', 'a', {}, r'a\.txt\.gz is not a whole gzip file'),
+    ('a.txt.gz', 'a', {}, r'a\.txt\.gz is not a complete gzip file'),
     (
       'a.txt',
       'a\n\n',
@@ -579,11 +579,11 @@ def test_refused_before_a_model_is_loaded(tmp_path, changes, error, message):
       {'metrics': ('bleu',), 'target_column': 'prediction'},
       "TARGET_COLUMN='prediction' is where the output has its own",
     ),
-    ('a.npz', 'a', {}, r'a\.npz: a file \*\.npz is not text'),
-    ('a.txt', 'PK\x03\x04\0', {}, r'a\.txt is no text: .* zip archive'),
+    ('a.npz', 'a', {}, r'a\.npz: \*\.npz files are not text'),
+    ('a.txt', 'PK\x03\x04\0', {}, r'a\.txt is not text: .* zip archive'),
     ('a.txt', b'\xe9\n\xe8', {}, r'a\.txt is no text: none of its 2 lines is'),
-    ('a.parquet', 'PAR1', {}, r'a\.parquet is not a whole Parquet file'),
-    ('a.tfrecord', 'text' * 9, {}, r'a\.tfrecord is no TFRecord file'),
+    ('a.parquet', 'PAR1', {}, r'a\.parquet is not a complete Parquet file'),
+    ('a.tfrecord', 'text' * 9, {}, r'a\.tfrecord is not a TFRecord file'),
   ],
 )
 def test_refused_before_anything_is_computed(

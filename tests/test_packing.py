@@ -105,7 +105,7 @@ def test_rows_of_the_documented_example():
 
 
 def test_a_row_without_room_is_named():
-  with pytest.raises(ValueError, match='row 1 of 4 tokens has no room for .*5'):
+  with pytest.raises(ValueError, match='row 1 has 5 tokens, .* length is 4'):
     packing.fill([[5, 1], [6, 7, 1], [8, 1]], [0, 1, 1], length=4, pad_id=0)
 
 

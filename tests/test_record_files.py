@@ -128,7 +128,7 @@ def test_a_list_of_texts_is_prompts(tmp_path):
   bad = [item[1:] for item in items if isinstance(item, text_files.BadLine)]
   assert bad == [
     (3, "has an empty column 'prompt'"),
-    (4, 'holds a JSON int, expected an object'),
+    (4, 'is a JSON int, expected an object'),
   ]
 
 
@@ -221,10 +221,10 @@ def test_damage_is_named(tmp_path, name):
 @pytest.mark.parametrize(
   'content, message',
   [
-    (b'{"a": 1}\n{"a": 2}\n', r'Extra data at line 2.*name it \*\.jsonl'),
-    (b'{"data": [], "v": 1}', r"one JSON dict of 'data', 'v'; expected a list"),
+    (b'{"a": 1}\n{"a": 2}\n', r'Extra data at line 2.*rename it to \*\.jsonl'),
+    (b'{"data": [], "v": 1}', r"one JSON dict with the keys 'data', 'v'; exp"),
     (b'3', 'one JSON int; expected a list'),
-    (b'[' * 100_000, 'x.json is no JSON that can be read'),
+    (b'[' * 100_000, 'x.json is not valid JSON'),
     (b'["\xff"]', 'is not UTF-8: .* at byte 2'),
     (b'', 'is not a JSON list'),
   ],
@@ -245,7 +245,7 @@ def parquet_bytes(tmp_path):
   'content, what',
   [
     (parquet_bytes, 'Parquet'),
-    (lambda _: gzip.compress(b'text'), r'gzip; name it \*\.gz'),
+    (lambda _: gzip.compress(b'text'), r'gzip file; rename it to \*\.gz'),
     (lambda _: b'PK\x03\x04' + b'x' * 9, 'zip'),
     (lambda _: 'text'.encode('utf-16'), 'iconv -f UTF-16'),
     (lambda _: 'text'.encode('utf-16-be'), 'NUL at byte 0'),
@@ -256,7 +256,7 @@ def parquet_bytes(tmp_path):
 def test_a_file_that_is_no_text_is_refused(tmp_path, name, content, what):
   path = epath.Path(tmp_path / name)
   path.write_bytes(content(tmp_path))
-  with pytest.raises(ValueError, match=rf'{name} is no text: .*{what}'):
+  with pytest.raises(ValueError, match=rf'{name} is not text: .*{what}'):
     list(text_files.read_rows(path))
 
 
@@ -266,7 +266,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path, name, content, what):
 def test_an_ending_that_is_no_text_is_refused(tmp_path, name):
   path = epath.Path(tmp_path / name)
   path.write_bytes(b'text')
-  with pytest.raises(ValueError, match='is not text; expected lines of text'):
+  with pytest.raises(ValueError, match='are not text; expected a text file'):
     list(text_files.read_rows(path))
 
 

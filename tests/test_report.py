@@ -37,7 +37,12 @@ def controls(right, zero, other, name='bleu', task='', **more):
   'right,zero,other,verdict',
   [
     (30.0, 5.0, 4.0, 'uses what the LLM read'),
-    (30.0, 29.5, 4.0, 'heeds what the LLM read, and does as well without'),
+    (
+      30.0,
+      29.5,
+      4.0,
+      'reads the states of the LLM but does not gain from them',
+    ),
     (30.0, 5.0, 30.2, 'does not use the LLM'),
     (30.0, 29.5, 30.2, 'does not use the LLM'),
   ],

@@ -176,13 +176,13 @@ def test_a_difference_is_significant_if_chance_does_not_make_it(folder):
       lambda run: (run / PREDICTIONS).write_text(
         (run / PREDICTIONS).read_text().replace('"target": "Ä', '"target": "A')
       ),
-      'l2s and llm were scored on other examples, and are not compared',
+      'l2s and llm were scored on different examples and are not comp',
     ),
     (
       lambda run: edit(
         run / METRICS, lambda found: found['400']['none'].update(bleu=50.0)
       ),
-      'that of the evaluation 50.00, by other settings or of other texts',
+      'but 50.00 in the evaluation, with other settings or texts',
     ),
     (
       lambda run: edit(
@@ -210,25 +210,25 @@ def tear(path):
     (lambda run: shutil.rmtree(run), 'is not a folder. RUN is the MODEL_DIR'),
     (
       lambda run: [path.unlink() for path in run.rglob('m*.json')],
-      'has neither model.json, as a run has, nor eval/metrics-',
+      'has neither the model.json of a run nor the eval/metrics-',
     ),
     (lambda run: tear(run / METRICS), 'metrics-local-validation.json is not J'),
     (
       lambda run: edit(run / METRICS, lambda found: found.update(x={})),
-      "key 'x' is no step",
+      "key 'x' is not a step",
     ),
     (
       lambda run: edit(
         run / METRICS, lambda found: found['400'].update(x={'loss': 1.0})
       ),
-      'step 400, x: no control of this version',
+      'step 400, x: unknown control',
     ),
     (
       lambda run: edit(
         run / METRICS,
         lambda found: found['400']['none'].update(by_length={'a': {'x': {}}}),
       ),
-      "by_length, a: key 'x' is no bin",
+      "by_length, a: key 'x' is not a bin",
     ),
     (
       lambda run: edit(
@@ -260,13 +260,13 @@ def test_a_broken_folder_is_one_sentence(spoil, message, folder, capsys):
 
 def test_a_run_that_is_named_twice_is_refused(folder, capsys):
   assert report(folder, 'llm', 'l2s', 'llm') == 2
-  assert 'llm is there twice' in capsys.readouterr().err
+  assert 'llm is given twice' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
   'text,message',
   [
-    ('{"rows": [3]}', 'row 0 is int 3; give --speed the benchmark.json'),
+    ('{"rows": [3]}', 'row 0 is int 3; set --speed to a benchmark.json'),
     ('{"rows": [{}]}', "row 0: key 'system' is missing"),
     ('{"rows": []}', 'has no times of LLM, SLM, LLM-to-SLM'),
   ],

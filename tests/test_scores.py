@@ -228,8 +228,8 @@ def test_a_tokenizer_that_is_not_here_is_named(
   with pytest.raises(ValueError) as error:
     scores.Scores(bleu_tokenizer=tokenizer).named(['bleu'], 'INFER_METRICS')
   text = str(error.value)
-  assert f"scores.bleu_tokenizer='{tokenizer}' cannot be used here" in text
-  assert ('pip install' if 'mecab' in tokenizer else 'from a host with') in text
+  assert f"scores.bleu_tokenizer='{tokenizer}' is not available" in text
+  assert ('pip install' if 'mecab' in tokenizer else 'copy it to') in text
   assert '\n' not in text
 
 
@@ -245,8 +245,12 @@ def test_a_tokenizer_that_is_not_here_is_named(
       ['comet'],
       r'is 3; expected a function',
     ),
-    ({'functions': {'bleu': len}}, ['bleu'], r'has bleu, which is there'),
-    ({'functions': [len]}, ['bleu'], r'functions=.* expected functions'),
+    (
+      {'functions': {'bleu': len}},
+      ['bleu'],
+      r'has bleu, the name of an existing score',
+    ),
+    ({'functions': [len]}, ['bleu'], r'functions=.* expected a dict'),
   ],
 )
 def test_settings_that_are_none_are_refused(settings, names, message):

@@ -37,10 +37,10 @@ def test_another_word_may_stand_for_the_source():
   'text, message',
   [
     ('{source', r"template='\{source': expected '\}'"),
-    ('{}', r'only a plain \{name\} may stand in braces'),
-    ('{source!r}', r'only a plain \{name\} may stand in braces'),
-    ('{source:>9}', r'only a plain \{name\} may stand in braces'),
-    ('{{source}}', 'it names no column'),
+    ('{}', 'braces may only contain the name of a column'),
+    ('{source!r}', 'braces may only contain the name of a column'),
+    ('{source:>9}', 'braces may only contain the name of a column'),
+    ('{{source}}', 'it has no column'),
   ],
 )
 def test_anything_else_in_braces_is_refused(text, message):

@@ -169,14 +169,14 @@ def test_missing_data_set_is_named_at_once(vocabulary, tmp_path):
     helpers.streamed(task).check_data('train', LENGTHS)
   assert time.perf_counter() - start_secs < 5
   message = str(error.value)
-  assert f'no data set wmt16_translate/ro-en:1.0.0 in {tmp_path}, ' in message
+  assert f'no dataset wmt16_translate/ro-en:1.0.0 in {tmp_path}, ' in message
   assert 'DATA_DIR' in message and 'tfds.download=True' in message
   (command,) = re.findall(r'^  tfds build (.*)$', message, re.MULTILINE)
   assert command == f'wmt16_translate/ro-en:1.0.0 --data_dir={tmp_path}'
   # What the command is given names one builder, configuration and version.
   builder = tfds.builder(command.split()[0], data_dir=tmp_path)
   assert builder.info.full_name == 'wmt16_translate/ro-en/1.0.0'
-  with pytest.raises(FileNotFoundError, match='no data set wmt16_translate'):
+  with pytest.raises(FileNotFoundError, match='no dataset wmt16_translate'):
     streams.train_batches(
       task, task_feature_lengths=LENGTHS, batch_size=2, seed=0
     )
@@ -205,5 +205,5 @@ def test_users_tfds_task_is_looked_for_too(vocabulary, tmp_path):
     bound = bind(vocabulary, 'ro_mine', tmp_path)
   finally:
     seqio.TaskRegistry.remove('ro_mine')
-  with pytest.raises(FileNotFoundError, match="task 'ro_mine': no data set"):
+  with pytest.raises(FileNotFoundError, match="task 'ro_mine': no dataset"):
     helpers.streamed(bound).check_data('train', LENGTHS)

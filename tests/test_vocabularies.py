@@ -284,7 +284,7 @@ def test_a_named_special_token_must_exist(small_json):
   )
   with pytest.raises(
     ValueError,
-    match=("eos_token '<end>': named by tokenizer_config.json in .*small"),
+    match="eos_token '<end>': set in tokenizer_config.json of .*small",
   ):
     loading.load(small_json)
 
@@ -369,7 +369,7 @@ def test_a_folder_without_tokenizer_lists_what_was_looked_for(tmp_path):
   with pytest.raises(
     FileNotFoundError,
     match=re.escape(
-      f'{tmp_path} holds no tokenizer: looked for spiece.model, '
+      f'{tmp_path} has no tokenizer: looked for spiece.model, '
       'tokenizer.model, sentencepiece.model, tokenizer.json, vocab.json '
       'with merges.txt and tokenizer_config.json of a ByT5Tokenizer.'
     ),
@@ -398,7 +398,7 @@ def test_a_broken_file_is_named(tmp_path, name, content, message):
   'content, message',
   [
     ('{', 'tokenizer_config.json is not JSON'),
-    ('[]', 'tokenizer_config.json holds a JSON list, expected an object'),
+    ('[]', 'tokenizer_config.json is a JSON list, expected an object'),
   ],
 )
 def test_a_broken_file_beside_is_named(small_json, content, message):
@@ -433,7 +433,7 @@ def test_a_tokenizer_without_eos_asks_for_one(tmp_path):
       }
     },
   )
-  with pytest.raises(ValueError, match='tokenizer.json names no end.*eos_id='):
+  with pytest.raises(ValueError, match='tokenizer.json has no end.*eos_id='):
     loading.load(path)
   assert loading.load(path, eos_id=1).start_id == 1
 
@@ -445,7 +445,7 @@ def test_extra_ids_of_a_hugging_face_tokenizer_are_refused(small_json):
 
 def test_saving_beside_another_tokenizer_is_refused(trained, small_json):
   with pytest.raises(
-    ValueError, match=('small holds tokenizer.json of another tokenizer')
+    ValueError, match='small has tokenizer.json of another tokenizer'
   ):
     trained.save(small_json.parent)
 

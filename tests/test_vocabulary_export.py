@@ -167,7 +167,7 @@ def test_a_model_without_an_equal_gets_no_tokenizer_json(
   export.complete(tmp_path, vocabulary)
   assert {path.name for path in tmp_path.iterdir()} == before
   said = capsys.readouterr().out
-  assert 'spiece.model comes without a tokenizer.json' in said
+  assert 'spiece.model is exported without a tokenizer.json' in said
   assert option in said
 
 

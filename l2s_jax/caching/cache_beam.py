@@ -69,8 +69,8 @@ def check(pipeline_options: str) -> list[str]:
   options = [option.strip() for option in pipeline_options.split(',')]
   if not all(option.startswith('--') for option in options):
     raise ValueError(
-      f'--beam_pipeline_options={pipeline_options}: expected options with '
-      'commas between them, such as '
+      f'--beam_pipeline_options={pipeline_options}: expected options '
+      'separated by commas, such as '
       '--beam_pipeline_options=--runner=DataflowRunner,--project=mine.'
     )
   extras.require('--beam_pipeline_options', 'apache_beam')

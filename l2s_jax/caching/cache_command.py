@@ -105,8 +105,8 @@ def cache(
   has_task = not bound_tasks.is_cached(mixture_or_task_name or 'cached')
   if model is None or not (has_task or features):
     raise ValueError(
-      'what is to be cached, for which tokenizers? Add the gin files of a '
-      'task and a model: --gin_file=gin_configs/tasks/... '
+      'no task or no model to cache for. Add the gin files of a task and a '
+      'model: --gin_file=gin_configs/tasks/... '
       '--gin_file=gin_configs/models/...'
     )
   lengths = task_feature_lengths or {}
@@ -128,7 +128,7 @@ def cache(
     return
   # Other jobs may have completed it in the meantime.
   if not (folder / cache_format.FILE).exists() and has_task:
-    _say('Features come when the tokens of all parts are there: start again.')
+    _say('Run `cache --features` again when the tokens of all parts exist.')
     return
   feature_command.cache_features(
     cache_format.open_cache(folder),

@@ -170,9 +170,9 @@ def _result(future: 'concurrent.futures.Future[Encoded]') -> Encoded:
     raise ValueError(str(error)) from error
   except process.BrokenProcessPool as error:
     raise ValueError(
-      'a process that tokenizes was ended from outside, as happens where '
-      'memory is short. Start again: what is cached is kept; with fewer '
-      'processes (cache.num_workers) less memory is needed.'
+      'a tokenizing process was killed, possibly for lack of memory. Run '
+      '`cache` again: complete shards are kept. Fewer processes '
+      '(cache.num_workers) need less memory.'
     ) from error
 
 

@@ -93,14 +93,12 @@ def check(
   Raises:
     ValueError: with a line for each difference.
   """
-  lines = files.differences(
-    found, wanted, have='the cache has', want='now it is'
-  )
+  lines = files.differences(found, wanted, have='the cache has', want='now')
   if lines:
     raise ValueError(
-      f'CACHE_DIR={folder} holds a cache of something else:\n'
+      f'CACHE_DIR={folder} has a cache with other settings or data:\n'
       + '\n'.join(lines)
-      + '\nName another CACHE_DIR, or remove this folder to cache anew.'
+      + '\nSet another CACHE_DIR, or remove this folder to cache again.'
     )
 
 

@@ -77,7 +77,8 @@ class Texts:
       is_ids = found and found['rank'] == 1 and 'int' in found['dtype']
       if not (is_text or is_ids):
         raise ValueError(
-          f'{self.label}: {key} are {found}, expected text or a row of ids.'
+          f'{self.label}: {key} are {found}, expected text or token ids of '
+          'rank 1.'
         )
 
   @functools.cached_property
@@ -91,7 +92,7 @@ class Texts:
     if number >= 0:
       return number
     if number == -1:
-      raise ValueError(f'{self.label} has no end; it cannot be cached.')
+      raise ValueError(f'{self.label} is infinite; it cannot be cached.')
     from l2s_jax.data import features
     from l2s_jax.data.features import tf
 

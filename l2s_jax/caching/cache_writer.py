@@ -156,8 +156,8 @@ def settle_plan(
     ]
     if found:
       raise ValueError(
-        f'CACHE_DIR={folder} holds {", ".join(sorted(found)[:3])} and no '
-        f'{PLAN}: it is no cache. Name another folder, or an empty one.'
+        f'CACHE_DIR={folder} has {", ".join(sorted(found)[:3])} and no '
+        f'{PLAN}: it is not a cache. Set another folder, or an empty one.'
       )
     files.write_json(path, integrity.seal(plan))
   # Read back even by the writer, so all jobs have the same order of tasks.
@@ -357,8 +357,8 @@ def _cut(
   if place != last:
     raise ValueError(
       f'{source.label} has {"fewer" if place < last else "more"} than {last} '
-      f'examples, as it had when the cache was begun. Has a file changed? '
-      'Name another CACHE_DIR, or remove this folder to cache anew.'
+      f'examples, its number when the cache was started. Has a file changed? '
+      'Set another CACHE_DIR, or remove this folder to cache again.'
     )
 
 
@@ -478,7 +478,7 @@ def check_room(folder: pathlib.Path, num_bytes: float) -> None:
   free = shutil.disk_usage(files.nearest_existing(folder)).free
   if free < num_bytes:
     raise ValueError(
-      f'CACHE_DIR={folder} has {free / 1e9:,.1f} GB free; what is left to '
-      f'cache takes about {num_bytes / 1e9:,.1f} GB. Make room, or name '
-      'another folder.'
+      f'CACHE_DIR={folder} has {free / 1e9:,.1f} GB free; the remaining shards '
+      f'need about {num_bytes / 1e9:,.1f} GB. Free disk space, or set another '
+      'folder.'
     )

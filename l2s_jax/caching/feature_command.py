@@ -35,20 +35,20 @@ def check(model: Any, lengths: Mapping[str, int], dtype: str) -> None:
     )
   if not isinstance(getattr(model, 'module', None), l2s.LlmToSlm):
     raise ValueError(
-      '--features: the model is a language model alone, whose prompts no '
-      'frozen LLM reads. Add --gin_file=gin_configs/models/llm_to_slm.gin and '
-      'LLM_PATH, or leave --features out.'
+      '--features: the model is a language model alone, without a frozen LLM. '
+      'Add --gin_file=gin_configs/models/llm_to_slm.gin and LLM_PATH, or '
+      'remove --features.'
     )
   if model.module.train_llm or model.module.llm_layer == l2s.MIX:
     raise ValueError(
-      '--features: what changes in training cannot be kept: an LLM that is '
-      "trained (TRAIN_LLM), or a mix of layers (LLM_LAYER='mix'). Set them to "
-      'False, and to one layer; or leave --features out.'
+      '--features: states that change in training cannot be cached: those of '
+      "a trained LLM (TRAIN_LLM) or a mix of layers (LLM_LAYER='mix'). Set "
+      'TRAIN_LLM=False and LLM_LAYER to one layer, or remove --features.'
     )
   if 'inputs' not in lengths:
     raise ValueError(
-      "--features: TASK_FEATURE_LENGTHS has no 'inputs', the tokens to which "
-      'the LLM cuts prompts; set it as training will have it.'
+      "--features: TASK_FEATURE_LENGTHS has no 'inputs', the maximum length of "
+      'prompts in tokens; set it to the value for training.'
     )
 
 
@@ -87,9 +87,9 @@ def cache_features(
     vocabulary.fingerprint()
   ):
     raise ValueError(
-      f'CACHE_DIR={cache.folder} was made for another model: its prompts are '
-      f'ids of another tokenizer than {vocabulary!r}. Name the cache of this '
-      'model, or cache the task with it.'
+      f'CACHE_DIR={cache.folder} was made for another model: the ids of its '
+      f'prompts are not those of {vocabulary!r}. Set CACHE_DIR to the cache of '
+      'this model, or cache the task for this model.'
     )
   session = session_lib.start(
     lambda: model,
@@ -104,8 +104,8 @@ def cache_features(
   num_bytes = feature_files.num_bytes(cache, shards, plan)
   num_examples = sum(shard.stop - shard.start for shard in shards)
   distributed.say(
-    f'Features of {num_examples:,} examples are to be made here, which take '
-    f'about {num_bytes / 1e9:,.3f} GB.'
+    f'Features to compute: {num_examples:,} examples, about '
+    f'{num_bytes / 1e9:,.3f} GB.'
   )
   cache_writer.check_room(cache.folder, num_bytes)
   if dry_run:
@@ -129,8 +129,8 @@ def cache_features(
     distributed.say(times.describe())
   if missing:
     distributed.say(
-      f'{cache.folder}: done here; the features of {len(missing)} shards of '
-      'other parts are missing.'
+      f'{cache.folder}: this part is complete; the features of {len(missing)} '
+      'shards of other parts are missing.'
     )
     return
   if distributed.is_first():

@@ -83,14 +83,14 @@ def settle_plan(folder: pathlib.Path, plan: Mapping[str, Any]) -> None:
     plan,
     ignored=tuple(run_format.stamp()),
     have='the features have',
-    want='now it is',
+    want='now',
   )
   if lines:
     raise ValueError(
-      f'CACHE_DIR={folder} holds features of something else:\n'
+      f'CACHE_DIR={folder} has features with other settings:\n'
       + '\n'.join(lines)
-      + f'\nSet these as they were; or, to make them anew, {_REMEDY}; or cache '
-      'in another CACHE_DIR.'
+      + f'\nRestore these settings; or, to compute the features again, '
+      f'{_REMEDY}; or set another CACHE_DIR.'
     )
 
 
@@ -160,7 +160,7 @@ def finish(cache: cache_format.TokenCache, plan: Mapping[str, Any]) -> None:
     index = cache_format.load_index(str(index_path), size, 2, remedy=again)
     lengths = prompt_lengths(cache, shard, plan['prompt_length'])
     if (index[:, 0] != lengths).any():
-      raise ValueError(f'{index_path} is of other prompts. {again}')
+      raise ValueError(f'{index_path} belongs to other prompts. {again}')
     reader = array_record_module.ArrayRecordReader(str(path), '')
     if not reader.ok() or reader.num_records() != size:
       raise ValueError(f'{path} is damaged: expected {size} records. {again}')

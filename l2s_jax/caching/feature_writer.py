@@ -58,12 +58,12 @@ class FeatureTimes:
     )
     text = (
       f'{self.num_bytes / self.num_examples:,.0f} bytes and {1e3 * secs:.3g} '
-      f'ms an example, of which the LLM took {1e3 * encoding:.3g}; reading one '
-      f'back takes {1e3 * self.reading_secs:.3g} ms.'
+      f'ms per example, with {1e3 * encoding:.3g} ms in the LLM; reading takes '
+      f'{1e3 * self.reading_secs:.3g} ms per example.'
     )
     saved = encoding - self.reading_secs
     if saved <= 0:
-      return f'{text} They save no time on this machine.'
+      return f'{text} Features save no time on this machine.'
     return f'{text} Break-even after {secs / saved:.2f} epochs of training.'
 
 

@@ -52,16 +52,16 @@ class Division:
     )
     if not 0 <= self.shard < self.num_shards:
       raise ValueError(
-        f'shard={self.shard} of num_shards={self.num_shards}: expected one of '
-        '0 to num_shards - 1.'
+        f'shard={self.shard} of num_shards={self.num_shards}: expected 0 to '
+        'num_shards - 1.'
       )
     if self.beam_pipeline_options is None:
       return
     cache_beam.check(self.beam_pipeline_options)
     if self.num_workers is not None or self.num_jobs > 1:
       raise ValueError(
-        'cache: --beam_pipeline_options leaves it to a runner who does what; '
-        'leave out num_workers (CACHE_WORKERS), --shard and --num_shards, and '
+        'cache: with --beam_pipeline_options a Beam runner divides the work; '
+        'remove num_workers (CACHE_WORKERS), --shard and --num_shards, and '
         'start one process.'
       )
 
@@ -153,7 +153,10 @@ def cache_tokens(
   _write(folder, task, division, shards, texts, encoder)
   missing = cache_writer.num_missing(folder, plan)
   if missing:
-    _say(f'{folder}: done here; {missing} shards of other parts are missing.')
+    _say(
+      f'{folder}: this part is complete; {missing} shards of other parts are '
+      'missing.'
+    )
     return
   cache_writer.finish(folder, plan)
   _say(f'{folder} is complete.')
@@ -209,7 +212,7 @@ def _open_texts(
   for split in splits or ():
     if split not in known:
       raise ValueError(
-        f'cache.splits={splits!r}: there is no split {split!r}; there are '
+        f'cache.splits={splits!r}: no split {split!r}; the splits are '
         f'{", ".join(sorted(known))}.'
       )
   return {
@@ -239,8 +242,8 @@ def _check_room(
     for (task, split), count in counts.items()
   )
   _say(
-    f'{sum(counts.values()):,} examples are to be cached here, which take '
-    f'about {num_bytes / 1e9:,.3f} GB.'
+    f'Examples to cache: {sum(counts.values()):,}, about '
+    f'{num_bytes / 1e9:,.3f} GB.'
   )
   cache_writer.check_room(folder, num_bytes)
 

@@ -152,8 +152,8 @@ def pad_rows(batch: Batch, batch_size: int | None) -> Batch:
     return batch
   if not 0 < num_rows < batch_size:
     raise ValueError(
-      f'{num_rows} rows do not make a batch of {batch_size}; give at least '
-      'one and at most batch_size.'
+      f'{num_rows} rows do not fit into a batch of {batch_size}; expected 1 to '
+      f'{batch_size} rows.'
     )
   rows = np.minimum(np.arange(batch_size), num_rows - 1)
   padded = {key: value[rows] for key, value in batch.items()}
@@ -167,7 +167,7 @@ def _cut(
 ) -> list[Sequence[int]]:
   """Cuts sequences to `length` tokens; refuses empty ones."""
   if not len(sequences):
-    raise ValueError('no sequences to make a batch of.')
+    raise ValueError('no sequences to batch; expected at least one.')
   for row, ids in enumerate(sequences):
     if not len(ids):
       raise ValueError(
@@ -241,9 +241,9 @@ def bucket_lengths(
     for shorter, longer in itertools.pairwise(buckets)
   ):
     raise ValueError(
-      f'LENGTH_BUCKETS={length_buckets!r}: expected pairs of lengths, in '
-      'tokens of prompt and answer, none shorter than those before it and all '
-      f'below TASK_FEATURE_LENGTHS, {last}; such as ((16, 24), (32, 40)).'
+      f'LENGTH_BUCKETS={length_buckets!r}: expected pairs of a prompt length '
+      'and an answer length in tokens, in increasing order and below '
+      f'TASK_FEATURE_LENGTHS, {last}, such as ((16, 24), (32, 40)).'
     )
   return [(prompt, answer) for prompt, answer in buckets]
 

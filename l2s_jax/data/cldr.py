@@ -124,8 +124,8 @@ def examples(
     num_examples = SIZES[split]
   if not 0 <= num_examples <= SIZES[split]:
     raise ValueError(
-      f'num_examples={num_examples} of the CLDR split {split!r}, which has '
-      f'{SIZES[split]}; ask for 0 to {SIZES[split]}.'
+      f'num_examples={num_examples}: the CLDR split {split!r} has '
+      f'{SIZES[split]} examples; expected 0 to {SIZES[split]}.'
     )
   return itertools.islice(_generate(split, seed), num_examples)
 

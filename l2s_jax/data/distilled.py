@@ -40,7 +40,7 @@ _KEYS = {
   'files': list,
   'counts': dict,
 }
-_REMEDY = 'run `distill` again with the same settings: it answers what is lost.'
+_REMEDY = 'run `distill` again with the same settings to replace lost answers.'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,16 +78,16 @@ class Folder:
     lines = files.differences(
       json.loads(self.manifest['task_settings']),
       json.loads(settings_text(task_settings)),
-      have='the teacher was given',
-      want='now it is',
+      have='distilled with',
+      want='now',
     )
     if lines:
       raise ValueError(
-        f'DISTILL_DIR={self.path} has answers to the prompts of another task '
-        f'than {self.task!r} now is:\n'
+        f'DISTILL_DIR={self.path} was distilled from the task {self.task!r} '
+        'with other settings:\n'
         + '\n'.join(lines)
         + '\nPut the gin file of that task before distilled.gin, with the '
-        'settings it had for `distill`, or distill anew into another folder.'
+        'settings used for `distill`, or distill again into another folder.'
       )
 
   def records(self) -> Iterator[dict[str, Any]]:
@@ -105,7 +105,8 @@ class Folder:
         )
       if integrity.verification() and sha256(path) != file['sha256']:
         raise ValueError(
-          f'{path} is not as it was written. Remove it, and {_REMEDY}'
+          f'{path} is damaged: its digest does not match {FILE}. Remove it, '
+          f'and {_REMEDY}'
         )
       with path.open('rb') as lines:
         for number, line in enumerate(lines, start=1):
@@ -129,13 +130,13 @@ def open_folder(path: str) -> Folder:
   if not manifest.is_file():
     if (folder / run_format.ANSWERS).is_file():
       raise FileNotFoundError(
-        f'DISTILL_DIR={path} is not complete: it has no {FILE}, which comes '
-        'when all prompts are answered. Run `distill` again, with the same '
-        'settings, for every shard.'
+        f'DISTILL_DIR={path} is not complete: it has no {FILE}, which is '
+        'written when all prompts are answered. Run `distill` again with the '
+        'same settings, for every shard.'
       )
     raise FileNotFoundError(
-      f'DISTILL_DIR={path} has no {FILE}: it holds no distilled answers. '
-      'Make them with `python -m l2s_jax distill`.'
+      f'DISTILL_DIR={path} has no {FILE}: it contains no distilled answers. '
+      'Generate them with `python -m l2s_jax distill`.'
     )
   found = files.read_json(manifest, keys=_KEYS, remedy=_REMEDY)
   found = run_format.migrate(FILE, found, manifest, remedy=_REMEDY)
@@ -233,15 +234,15 @@ def examples(
     made['targets'] += chosen
   size = len(made['inputs'])
   words = ', '.join(f'{number:,} {what}' for what, number in left_out.items())
-  summary = f'{name}: {size:,} examples of {num_prompts:,} distilled prompts'
+  summary = f'{name}: {size:,} examples from {num_prompts:,} distilled prompts'
   if not size:
     raise ValueError(
-      f'{summary} in DISTILL_DIR={folder.path}; left out are {words}. Let the '
-      'teacher write longer answers (targets in TASK_FEATURE_LENGTHS), or set '
+      f'{summary} in DISTILL_DIR={folder.path}; skipped {words}. Allow the '
+      'teacher longer answers (targets in TASK_FEATURE_LENGTHS), or set '
       "UNENDED='keep'."
     )
   if left_out:
-    print(f'{summary}; left out are {words}.', file=sys.stderr, flush=True)
+    print(f'{summary}; skipped {words}.', file=sys.stderr, flush=True)
   return made
 
 

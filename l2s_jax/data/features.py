@@ -366,12 +366,12 @@ class CachedSource(seqio.DataSource):
       if tf.io.gfile.exists(os.path.join(folder, 'COMPLETED')):
         return folder
     raise FileNotFoundError(
-      f'USE_CACHED_TASKS: task {self._task.name!r} has no whole cache; looked '
-      f'for {" and ".join(self._folders) or "none"}, in TASK_CACHE_DIRS, with '
-      'a file COMPLETED. Make one with\n'
+      f'USE_CACHED_TASKS: task {self._task.name!r} has no complete cache; '
+      'looked in TASK_CACHE_DIRS for a file COMPLETED in '
+      f'{" and ".join(self._folders) or "no folder"}. Create a cache with\n'
       f'  seqio_cache_tasks --tasks={self._task.name} '
       '--output_cache_dir=FOLDER --module_import=YOUR_TASKS\n'
-      'and name FOLDER in TASK_CACHE_DIRS, or set USE_CACHED_TASKS=False.'
+      'and add FOLDER to TASK_CACHE_DIRS, or set USE_CACHED_TASKS=False.'
     )
 
   @functools.cached_property
@@ -692,7 +692,7 @@ def make_converter(
   if not all(isinstance(vocabulary, SeqioVocabulary) for vocabulary in bound):
     raise ValueError(
       f'task {task.name!r} has its own vocabularies, '
-      f'{", ".join(map(str, bound))}; pass it through tasks.bind first.'
+      f'{", ".join(map(str, bound))}; bind it with tasks.bind first.'
     )
   return L2SFeatureConverter(
     task.output_features['inputs'].vocabulary,

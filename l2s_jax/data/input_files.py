@@ -28,21 +28,21 @@ _NO_TEXT = frozenset(
 )
 _SNIFFED_BYTES = 4096
 _MAGIC = {
-  b'PAR1': 'Parquet; name it *.parquet',
-  b'\x1f\x8b': 'gzip; name it *.gz',
+  b'PAR1': 'a Parquet file; rename it to *.parquet',
+  b'\x1f\x8b': 'a gzip file; rename it to *.gz',
   b'PK\x03\x04': 'a zip archive (or an office document); unpack it, or save '
   'it as CSV',
-  b'\xff\xfe': 'UTF-16; make it UTF-8 with `iconv -f UTF-16 -t UTF-8`',
-  b'\xfe\xff': 'UTF-16; make it UTF-8 with `iconv -f UTF-16 -t UTF-8`',
-  b'\x28\xb5\x2f\xfd': 'compressed by zstd; unpack it with `unzstd`',
-  b'\xfd7zXZ\x00': 'compressed by xz; unpack it with `unxz`',
-  b'BZh': 'compressed by bzip2; unpack it with `bunzip2`',
+  b'\xff\xfe': 'UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`',
+  b'\xfe\xff': 'UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`',
+  b'\x28\xb5\x2f\xfd': 'a zstd file; decompress it with `unzstd`',
+  b'\xfd7zXZ\x00': 'an xz file; decompress it with `unxz`',
+  b'BZh': 'a bzip2 file; decompress it with `bunzip2`',
   b'7z\xbc\xaf\x27\x1c': 'a 7z archive; unpack it',
-  b'ARROW1': 'Arrow; write it as Parquet',
-  b'ORC': 'ORC; write it as Parquet',
-  b'Obj\x01': 'Avro; write it as Parquet',
+  b'ARROW1': 'an Arrow file; convert it to Parquet',
+  b'ORC': 'an ORC file; convert it to Parquet',
+  b'Obj\x01': 'an Avro file; convert it to Parquet',
   b'%PDF-': 'a PDF; extract its text',
-  b'SQLite format 3': 'a database of SQLite; export a CSV',
+  b'SQLite format 3': 'an SQLite database; export it as CSV',
   b'\x89PNG': 'an image',
   b'\xff\xd8\xff': 'an image',
 }
@@ -82,8 +82,8 @@ def open_bytes(path: epath.Path) -> Iterator[io.BufferedIOBase]:
     raise FileNotFoundError(f'{path}: no such file.') from error
   except (gzip.BadGzipFile, EOFError, zlib.error) as error:
     raise ValueError(
-      f'{path} is not a whole gzip file: {error}. Fetch it again, or drop .gz '
-      'from its name.'
+      f'{path} is not a complete gzip file: {error}. Download it again, or '
+      'remove .gz from its name.'
     ) from error
 
 
@@ -96,8 +96,8 @@ def check_ending(name: str, path: str) -> None:
   ending = _without_gz(name).rpartition('.')[2]
   if ending in _NO_TEXT:
     raise ValueError(
-      f'{path}: a file *.{ending} is not text; expected lines of text, or '
-      f'{ENDINGS}, each of them plain or .gz.'
+      f'{path}: *.{ending} files are not text; expected a text file, or '
+      f'{ENDINGS}, plain or compressed (.gz).'
     )
 
 
@@ -118,12 +118,12 @@ def _check_start(path: epath.Path, start: bytes) -> None:
   for magic, what in _MAGIC.items():
     if start.startswith(magic) and (magic not in _AMBIGUOUS or place >= 0):
       raise ValueError(
-        f'{path} is no text: its first bytes are those of {what}.'
+        f'{path} is not text: its first bytes are those of {what}.'
       )
   if place >= 0:
     raise ValueError(
-      f'{path} is no text: there is a NUL at byte {place}. Expected UTF-8 '
-      '(text in UTF-16 is made so with `iconv -f UTF-16 -t UTF-8`), or '
+      f'{path} is not text: it has a NUL at byte {place}. Expected UTF-8 '
+      '(convert UTF-16 with `iconv -f UTF-16 -t UTF-8`), or '
       f'{ENDINGS}.'
     )
 

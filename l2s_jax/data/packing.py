@@ -37,8 +37,8 @@ def first_fit(
   too_long = sizes[(sizes > room).any(axis=1)]
   if len(too_long):
     raise ValueError(
-      f'an example of {too_long[0].tolist()} tokens does not go into a row of '
-      f'{list(room)}; cut examples before they are packed.'
+      f'an example of {too_long[0].tolist()} tokens does not fit into a row of '
+      f'{list(room)}; truncate examples before packing.'
     )
   free = np.tile(room, (len(sizes), 1))
   rows = np.zeros(len(sizes), np.int64)
@@ -124,9 +124,8 @@ def fill(
   if (starts + sizes > length).any():
     row = int(places[(starts + sizes > length).argmax()])
     raise ValueError(
-      f'row {row} of {length} tokens has no room for its '
-      f'{int(sizes[places == row].sum())}; cut examples before they are laid '
-      'out.'
+      f'row {row} has {int(sizes[places == row].sum())} tokens, but the row '
+      f'length is {length}; truncate examples before packing.'
     )
   tokens = np.full((int(places[-1]) + 1, length), pad_id, np.int32)
   segment_ids = np.zeros_like(tokens)

@@ -92,19 +92,19 @@ def json_list(
       f'{path} is not a JSON list: {error.msg} at line {error.lineno}, '
       f'character {error.colno}. '
       + (
-        'If it has an object on each line, name it *.jsonl.'
+        'If it has an object on each line, rename it to *.jsonl.'
         if is_lines
-        else 'Fetch it again, or correct it.'
+        else 'Download it again, or correct it.'
       )
     ) from error
   except (ValueError, RecursionError) as error:
-    raise ValueError(f'{path} is no JSON that can be read: {error}.') from error
+    raise ValueError(f'{path} is not valid JSON: {error}.') from error
   if not isinstance(values, list):
     keys = ', '.join(map(repr, values)) if isinstance(values, dict) else ''
     raise ValueError(
-      f'{path} holds one JSON {type(values).__name__}'
-      + (f' of {keys[:_MOST_SHOWN]}' if keys else '')
-      + '; expected a list of objects, or of texts.'
+      f'{path} contains one JSON {type(values).__name__}'
+      + (f' with the keys {keys[:_MOST_SHOWN]}' if keys else '')
+      + '; expected a list of objects, or of strings.'
     )
   has_escapes = '\\u' in text
   for number, value in enumerate(values, start=1):
@@ -115,10 +115,10 @@ def json_list(
     elif isinstance(value, dict):
       yield number, value
     else:
-      yield number, f'holds a JSON {type(value).__name__}, expected an object'
+      yield number, f'is a JSON {type(value).__name__}, expected an object'
 
 
-HALF_CHARACTER = 'has half a character: one \\uD800-\\uDFFF without the other'
+HALF_CHARACTER = 'has an unpaired surrogate (\\uD800-\\uDFFF)'
 
 
 def has_half_characters(value: Any) -> bool:
@@ -139,7 +139,7 @@ def parquet(path: epath.Path) -> Iterator[tuple[int, Fields | str]]:
   extras.require(
     f'{path} is a Parquet file, and reading it',
     'pyarrow',
-    instead='Or write the file as JSONL.',
+    instead='Or convert the file to JSONL.',
   )
   import pyarrow
   from pyarrow import parquet as reader
@@ -160,8 +160,8 @@ def parquet(path: epath.Path) -> Iterator[tuple[int, Fields | str]]:
       raise
     said = ' '.join(str(error).split())
     raise ValueError(
-      f'{path} is not a whole Parquet file (after row {number}): {said}. '
-      'Fetch it again.'
+      f'{path} is not a complete Parquet file (after row {number}): {said}. '
+      'Download it again.'
     ) from error
 
 
@@ -208,17 +208,17 @@ def _records(file: io.BufferedIOBase, path: epath.Path) -> Iterator[bytes]:
     found = file.read(size)
     if len(found) < size:
       raise ValueError(
-        f'{path} is cut off: its record {number}, which begins at byte '
-        f'{start}, ends within its {what}. Fetch it again.'
+        f'{path} is truncated: record {number}, at byte {start}, ends inside '
+        f'its {what}. Download it again.'
       )
     return found
 
   def check(content: bytes, checksum: bytes, what: str) -> None:
     if _masked_crc32c(content) != struct.unpack('<I', checksum)[0]:
       raise ValueError(
-        f'{path} is no TFRecord file, or is damaged: the {what} of its record '
-        f'{number}, which begins at byte {start}, does not have its checksum. '
-        'Fetch it again.'
+        f'{path} is not a TFRecord file, or is damaged: the {what} of record '
+        f'{number}, at byte {start}, does not match its checksum. Download it '
+        'again.'
       )
 
   while first := file.read(1):

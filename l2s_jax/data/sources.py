@@ -140,7 +140,7 @@ def local_source(
   }
   if columns.names is not None and not kinds & {'tsv', 'csv'}:
     raise ValueError(
-      f'COLUMN_NAMES={columns.names!r} is for TSV and CSV files, and '
+      f'COLUMN_NAMES={columns.names!r} applies to TSV and CSV files, but '
       'DATA_FILES has none.'
     )
 
@@ -215,8 +215,7 @@ def check_sequence(name: str, value: Any) -> None:
   """
   if isinstance(value, str):
     raise ValueError(
-      f'{name}={value!r}: expected a tuple, with a comma even for one: '
-      f"('{value}',)."
+      f"{name}={value!r}: expected a tuple, such as ('{value}',)."
     )
 
 
@@ -263,9 +262,9 @@ class _Lines:
       return row
     if self._bad_lines == 'refuse':
       raise ValueError(
-        f"{row} Or set BAD_LINES='skip', which leaves such lines out and "
-        f'counts them. Text is needed in {", ".join(self._columns.required)}, '
-        'by local_task.template, source_column and target_column.'
+        f"{row} Or set BAD_LINES='skip' to skip and count such lines. "
+        'local_task.template, source_column and target_column require text in '
+        f'{", ".join(self._columns.required)}.'
       )
     # The part after a colon or semicolon differs from line to line.
     self._reasons[row.reason.partition(':')[0].partition(';')[0]] += 1
@@ -286,11 +285,11 @@ class _Lines:
       )
       places = ', '.join(f'{bad.path}:{bad.number}' for bad in self._bad)
       summary = (
-        f'{self._label}: {num_bad:,} of {self._num_lines:,} lines are left out '
+        f'{self._label}: skipped {num_bad:,} of {self._num_lines:,} lines '
         f"(BAD_LINES='skip'): {reasons}. The first: {places}."
       )
       if num_bad == self._num_lines:
-        raise ValueError(f'{summary} None remains.')
+        raise ValueError(f'{summary} No lines remain.')
       _say(summary)
     for column in self._columns.optional:
       if not self.num_with[column]:
@@ -300,7 +299,7 @@ class _Lines:
         _say(
           f'{self._label}: no line has text in any of '
           f'{", ".join(self._columns.references)}; answers are scored against '
-          'their targets alone.'
+          'their targets only.'
         )
 
 
@@ -363,12 +362,12 @@ def _wrong_type(row: Fields, columns: Columns) -> str | None:
   """Returns the reason an optional or reference column is invalid, or None."""
   for name in columns.optional:
     if not isinstance(text_files.value(row, name), str | None):
-      return f'has something else than text in column {name!r}'
+      return f'has a value other than text in column {name!r}'
   for name in columns.references:
     value = text_files.value(row, name)
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str | None) for text in values):
-      return f'has something else than text, or a list of it, in {name!r}'
+      return f'has a value other than text or a list of texts in {name!r}'
   return None
 
 
@@ -415,7 +414,7 @@ def _check_parallel_text(
   if num_lines[0] != num_lines[1]:
     raise ValueError(
       f'{paths[0]} has {num_lines[0]} lines and {paths[1]} has {num_lines[1]}; '
-      'parallel text needs as many in both, line by line.'
+      'parallel text files need the same number of lines.'
     )
   return is_good, odd_lines
 
@@ -435,8 +434,9 @@ def _read_parallel_text(
   unknown = {*names, *columns.references} - set(pair)
   if unknown:
     raise ValueError(
-      f'local_task names {", ".join(sorted(unknown))}, but the parallel text '
-      f'{source} and {target} has no column but {" and ".join(pair)}.'
+      f'local_task uses the columns {", ".join(sorted(unknown))}, but the '
+      f'parallel text {source} and {target} only has the columns '
+      f'{" and ".join(pair)}.'
     )
   is_good, odd_lines = _check_parallel_text(paths, lines)
   dataset = tf.data.Dataset.zip(
@@ -486,17 +486,17 @@ def _resolve_files(
       (text_files.kind(name) != 'text') != is_table for name in names
     ):
       raise ValueError(
-        f'DATA_FILES[{split!r}] has {item!r}; expected a file of records, '
-        f'{input_files.ENDINGS}, or a pair of parallel text files in '
-        "parentheses, ('x.en', 'x.de'), any of them with .gz; or a list, in "
-        'brackets, of several of these.'
+        f'DATA_FILES[{split!r}] has {item!r}; expected a file of records '
+        f'({input_files.ENDINGS}), a tuple of two parallel text files, such as '
+        "('x.en', 'x.de'), or a list of these. Any file may be compressed "
+        '(.gz).'
       )
     paths = [folder / name for name in names]
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
       raise FileNotFoundError(
-        f'DATA_FILES[{split!r}]: no file {", ".join(missing)}. Relative '
-        f'names start at DATA_DIR, which is {data_dir!r}.'
+        f'DATA_FILES[{split!r}]: no file {", ".join(missing)}. Relative paths '
+        f'are relative to DATA_DIR, which is {data_dir!r}.'
       )
     resolved.append(paths)
   return resolved
@@ -532,8 +532,8 @@ def check_tfds(
   folder = data_dir or tfds.core.constants.DATA_DIR
   command = (
     f'Prepare it with\n  tfds build {name} --data_dir={folder}\non a host '
-    'with network, and set DATA_DIR to where it is then. Or set '
-    'tfds.download=True to have it prepared by this process.'
+    'with network access, and set DATA_DIR to its folder. Or set '
+    'tfds.download=True to prepare it in this process.'
   )
   try:
     builder = tfds.core.read_only_builder.builder_from_files(
@@ -541,8 +541,8 @@ def check_tfds(
     )
   except tfds.core.DatasetNotFoundError as error:
     raise FileNotFoundError(
-      f'task {task_name!r}: no data set {name} in {folder}, which is '
-      + ('DATA_DIR' if data_dir else "TFDS's own default, as DATA_DIR is None")
+      f'task {task_name!r}: no dataset {name} in {folder}, which is '
+      + ('DATA_DIR' if data_dir else "TFDS's default, because DATA_DIR is None")
       + f'. {command}'
     ) from error
   tfds_split = seqio_internals.tfds_split(loader, split)
@@ -555,6 +555,6 @@ def check_tfds(
   ]
   if missing:
     raise FileNotFoundError(
-      f'task {task_name!r}: {len(missing)} files of data set {name}, split '
+      f'task {task_name!r}: {len(missing)} files of dataset {name}, split '
       f'{tfds_split}, are missing, such as {missing[0]}. {command}'
     )

@@ -96,7 +96,7 @@ class StreamedTask:
       if kinds != {'PREDICTION'}:
         raise ValueError(
           f'task {part.name!r} has metrics of {", ".join(sorted(kinds))}; only '
-          'those of (targets, predictions) can be evaluated.'
+          'metrics of (targets, predictions) are supported.'
         )
     return scored
 
@@ -112,8 +112,8 @@ class StreamedTask:
     parts = getattr(self.provider, 'tasks', None)
     if parts is not None:
       raise ValueError(
-        f'{label} is a mixture, which draws its examples at random; answer '
-        'its tasks one by one: '
+        f'{label} is a mixture, and a mixture samples its examples at random; '
+        'answer its tasks one by one: '
         + ', '.join(f'task:{part.name}' for part in parts)
         + '.'
       )
@@ -152,8 +152,8 @@ class StreamedTask:
       distributed.say_once(
         f'Each of the {jax.process_count()} processes reads and tokenizes all '
         f'{batch_size} rows of a batch, {jax.process_count()} times the work '
-        'of one. The verb `cache` does it once, and each process then reads '
-        'its own rows: see gin_configs/tasks/cached.gin.'
+        'of one process. With a cache the task is tokenized once, and each '
+        'process reads only its own rows: see gin_configs/tasks/cached.gin.'
       )
     return train_batches(
       self.provider,
@@ -283,7 +283,7 @@ def train_batches(
   if length_buckets and start_row % batch_size:
     raise ValueError(
       f'start_row={start_row} is in the middle of a batch of {batch_size}; '
-      'with length_buckets only whole batches can be passed over.'
+      'with length_buckets only whole batches can be skipped.'
     )
 
   def rows(texts: 'tf.data.Dataset', size: int) -> 'tf.data.Dataset':
@@ -376,7 +376,7 @@ def _shuffled(
   if not task.source.performs_internal_shuffling:
     raise ValueError(
       f'task {task.name!r} has shuffle_buffer_size=None, and its source does '
-      'not shuffle; give it a size, such as 1000.'
+      'not shuffle; set a size, such as 1000.'
     )
   return dataset
 

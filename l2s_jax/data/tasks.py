@@ -302,8 +302,8 @@ def mixture(
   names = [part.name for part, _ in parts]
   if len(set(names)) < len(names):
     raise ValueError(
-      f'mixture.tasks={rates!r} are named {", ".join(names)}; each name must '
-      'be another.'
+      f'mixture.tasks={rates!r} are named {", ".join(names)}; expected unique '
+      'names.'
     )
   return seqio.Mixture(name, parts)
 
@@ -406,9 +406,9 @@ def _bind_task(
   missing = output_features.keys() - task.output_features.keys()
   if missing:
     raise ValueError(
-      f'task {task.name!r} gives {", ".join(task.output_features)} and no '
-      f'{", ".join(sorted(missing))}; a prompt and an answer are needed: let a '
-      'preprocessor make them.'
+      f'task {task.name!r} has the features {", ".join(task.output_features)} '
+      f'and no {", ".join(sorted(missing))}; expected a prompt (inputs) and an '
+      'answer (targets). Add a preprocessor that returns them.'
     )
   task = _read_from_cache(_set_up_tfds(_with_settings(task)), CacheConfig())
   steps = [
@@ -450,8 +450,8 @@ def _read_texts(task: 'seqio.Task', split: str) -> 'tf.data.Dataset':
   spec = dataset.element_spec
   if not spec['inputs'].dtype == spec['targets'].dtype == tf.string:
     raise ValueError(
-      f'task {task.name!r} is tokenized amid its other steps; its answers '
-      'can be distilled if seqio.preprocessors.tokenize is its last step.'
+      f'task {task.name!r} has other preprocessors after its tokenizer; to '
+      'distill it, make seqio.preprocessors.tokenize its last preprocessor.'
     )
   return dataset
 
@@ -548,7 +548,7 @@ def metrics_of_cached(
     if name in seqio.TaskRegistry.names():
       return settings.of_task(seqio.TaskRegistry.get(name).metric_fns)
   return settings.of_task(
-    settings.named(tuple(names), f'the metrics {name!r} was cached with')
+    settings.named(tuple(names), f'metrics in the cache of {name!r}')
   )
 
 
@@ -603,8 +603,8 @@ def _read_from_cache(task: 'seqio.Task', config: CacheConfig) -> 'seqio.Task':
   if not config.use:
     if task.requires_caching:
       raise ValueError(
-        f'task {task.name!r} can be read from a cache only: set '
-        'USE_CACHED_TASKS=True, and TASK_CACHE_DIRS to the folders of caches.'
+        f'task {task.name!r} requires a cache: set USE_CACHED_TASKS=True, and '
+        'TASK_CACHE_DIRS to the folders of caches.'
       )
     return task
   if not task.supports_caching:
@@ -634,7 +634,7 @@ def _num_train_examples(task: 'seqio.Task') -> float:
   if number <= 0:
     raise ValueError(
       f"mixture.tasks: the rate 'proportional' needs the number of examples "
-      f'of task {task.name!r}, which its source does not know; give a number.'
+      f'of task {task.name!r}, but its source does not have it; set a number.'
     )
   return float(number)
 
@@ -665,17 +665,17 @@ def _find(name: str, label: str | None = None) -> 'seqio.Task | seqio.Mixture':
       return made[kind](name=scope.replace('/', '.') or kind)
   if kind == 'cached':
     raise ValueError(
-      f'{label or f"MIXTURE_OR_TASK_NAME={name!r}"}: a cache is read as it is; '
-      'it can be neither tokenized again nor be part of a mixture. Give the '
-      'task that was cached: its gin file in the place of cached.gin.'
+      f'{label or f"MIXTURE_OR_TASK_NAME={name!r}"}: a cache cannot be '
+      'tokenized again or be part of a mixture. Use the gin file of the cached '
+      'task instead of cached.gin.'
     )
   names = sorted(registered | made.keys() | {'cached'})
   near = difflib.get_close_matches(name, names)
   raise ValueError(
     f'{label or f"MIXTURE_OR_TASK_NAME={name!r}"} is not registered with SeqIO'
     + (f'; did you mean {" or ".join(near)}?' if near else '.')
-    + f' There are {", ".join(names)}. A task of your own is there once its '
-    'module is imported: add `import my_tasks` to a gin file.'
+    + f' There are {", ".join(names)}. To register your own task, import its '
+    'module: add `import my_tasks` to a gin file.'
   )
 
 

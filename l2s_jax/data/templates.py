@@ -42,16 +42,16 @@ class Template:
     try:
       for literal, name, spec, conversion in string.Formatter().parse(text):
         if name is not None and (spec or conversion or not name.strip()):
-          raise ValueError('only a plain {name} may stand in braces')
+          raise ValueError('braces may only contain the name of a column')
         column = source_column if name == placeholder else name
         self._parts.append((literal, column))
       self.columns = [column for _, column in self._parts if column]
       if not self.columns:
-        raise ValueError('it names no column')
+        raise ValueError('it has no column')
     except ValueError as error:
       raise ValueError(
         f'template={text!r}: {error}. Write a column as {{name}} and a '
-        'literal brace twice.'
+        'literal brace as {{ or }}.'
       ) from error
 
   def fill_text(self, row: Mapping[str, str]) -> str:

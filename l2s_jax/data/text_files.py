@@ -144,7 +144,7 @@ def decode_line(line: bytes, number: int) -> tuple[str, str]:
   if number == 1:
     line = line.removeprefix(_BYTE_ORDER_MARK)
   if b'\0' in line:
-    return '', f'is not text: there is a NUL at its byte {line.index(0)}'
+    return '', f'is not text: it has a NUL at byte {line.index(0)}'
   try:
     return line.removesuffix(b'\n').removesuffix(b'\r').decode(), ''
   except UnicodeDecodeError as error:
@@ -231,9 +231,9 @@ def _parse_object(text: str) -> Fields | str:
   except json.JSONDecodeError as error:
     return f'is not JSON: {error.msg} at character {error.colno}'
   except (ValueError, RecursionError) as error:
-    return f'is not JSON that can be read: {error}'
+    return f'is not valid JSON: {error}'
   if not isinstance(row, dict):
-    return f'holds a JSON {type(row).__name__}, expected an object'
+    return f'is a JSON {type(row).__name__}, expected an object'
   return row
 
 
@@ -268,15 +268,15 @@ def _csv_records(path: epath.Path) -> Iterator[tuple[int, list[str] | str]]:
     except csv.Error as error:
       if has_ended:
         raise ValueError(
-          f'{path}:{number} opens a quote that nothing closes, so that the '
-          'rest of the file is one field; close it, or fetch the file again.'
+          f'{path}:{number} has an unclosed quote, so the rest of the file is '
+          'one field. Close the quote, or download the file again.'
         ) from error
       yield number, f'is not CSV: {error}'
       continue
     if any(map(_ESCAPED_BYTE.search, fields)):
       yield number, 'is not UTF-8'
     elif any('\0' in field for field in fields):
-      yield number, 'is not text: there is a NUL in it'
+      yield number, 'is not text: it has a NUL'
     else:
       yield number, fields or 'is empty'
 
@@ -292,14 +292,14 @@ def _table(
     _, names = next(records, (1, 'is empty'))
     if isinstance(names, str):
       raise ValueError(
-        f'{path}:1 {names}; expected a line with the names of the columns. '
-        'For a file without one, set their names in COLUMN_NAMES.'
+        f'{path}:1 {names}; expected a header with the names of the columns. '
+        'For a file without a header, set COLUMN_NAMES.'
       )
   repeated = {name for name in names if list(names).count(name) > 1}
   if repeated:
     raise ValueError(
-      f'{path} has more than one column {", ".join(sorted(repeated))}; the '
-      f'columns are {", ".join(names)}.'
+      f'{path} has more than one column named {", ".join(sorted(repeated))}; '
+      f'its columns are {", ".join(names)}.'
     )
   _check_columns(path, names, required)
   for number, fields in records:
@@ -327,6 +327,6 @@ def _check_columns(
     found = ', '.join(names) if is_header else f'{len(names)} long texts'
     raise ValueError(
       f'{path} has no column {", ".join(missing)}; its first line has {found}. '
-      'Name columns that are there, or, for a TSV or CSV file whose first line '
-      'is no header, set COLUMN_NAMES.'
+      'Use one of its columns, or, for a TSV or CSV file without a header, set '
+      'COLUMN_NAMES.'
     )

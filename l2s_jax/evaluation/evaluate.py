@@ -189,14 +189,15 @@ class _Scored:
     length_bins_lib.check(self.length_bins)
     if self.decoding.stop:
       raise ValueError(
-        f'Decoding.stop={self.decoding.stop!r}: texts that end an answer are '
-        'for infer. An evaluation scores what the model ends by itself; leave '
-        'it out.'
+        f'Decoding.stop={self.decoding.stop!r}: stop texts are for infer only. '
+        'An evaluation scores answers that the model ends itself; remove this '
+        'setting.'
       )
     if self.decoding.draft_len:
       raise ValueError(
-        f'Decoding.draft_len={self.decoding.draft_len}: answers would be those '
-        'of the LLM, whatever the SLM drafts. Evaluate the LLM, or set it to 0.'
+        f'Decoding.draft_len={self.decoding.draft_len}: speculative decoding '
+        'returns the answers of the LLM, not those of the SLM. Evaluate the '
+        'LLM, or set it to 0.'
       )
     generate.check(self.decoding, self.max_decode_len)
 
@@ -333,7 +334,7 @@ def _choose_steps(run_dir: str, steps: Any) -> list[int]:
     found = distributed.from_first(saved_steps.steps(run_dir))
     bad = {step: saved_steps.problem(run_dir, step) for step in found}
     for wrong in filter(None, bad.values()):
-      distributed.say(f'{wrong}: it is left out.')
+      distributed.say(f'{wrong}; skipping it.')
     if all(bad.values()):
       saved_steps.params_folder(run_dir)  # raises: all are damaged
     return [step for step in found if not bad[step]]
@@ -363,8 +364,8 @@ def _check_controls(controls: Sequence[str], system: system_lib.System) -> None:
   if reading and system.cached_states is not None:
     raise ValueError(
       f'EVAL_CONTROLS={controls!r}: {" and ".join(sorted(reading))} need the '
-      'LLM, and cached states take its place. Set USE_FEATURES=False, or leave '
-      'them out.'
+      'LLM, but cached states replace it. Set USE_FEATURES=False, or remove '
+      'these controls.'
     )
 
 
@@ -387,7 +388,7 @@ def read_scores(path: pathlib.Path) -> dict[str, dict[str, dict[str, Any]]]:
   found = files.read_json(path, remedy=remedy, finite=False)
   for step, by_control in found.items():
     if not step.isdecimal():
-      raise ValueError(f'{path}: key {step!r} is no step; {remedy}')
+      raise ValueError(f'{path}: key {step!r} is not a step; {remedy}')
     files.check_keys(found, path, keys={step: dict}, remedy=remedy)
     for control, scores in by_control.items():
       place = f'{path}, step {step}'
@@ -396,7 +397,7 @@ def read_scores(path: pathlib.Path) -> dict[str, dict[str, dict[str, Any]]]:
       place = f'{place}, {control}'
       if control not in report.CONTROLS:
         raise ValueError(
-          f'{place}: no control of this version; update l2s_jax, or {remedy}'
+          f'{place}: unknown control; update l2s_jax, or {remedy}'
         )
       files.check_keys(scores, place, keys=kinds, remedy=remedy)
       for task, by_bin in scores.get('by_length', {}).items():
@@ -410,7 +411,7 @@ def _check_bins(by_bin: Any, place: str, remedy: str) -> None:
     raise ValueError(f'{place} is {files.kind_of(by_bin)}; {remedy}')
   for name, scores in by_bin.items():
     if not re.fullmatch(r'\d+(-\d+|\+)', name):
-      raise ValueError(f'{place}: key {name!r} is no bin; {remedy}')
+      raise ValueError(f'{place}: key {name!r} is not a bin; {remedy}')
     files.check_keys(by_bin, place, keys={name: dict}, remedy=remedy)
     keys = {'num_examples': float} | dict.fromkeys(scores, float)
     files.check_keys(scores, f'{place}, {name}', keys=keys, remedy=remedy)

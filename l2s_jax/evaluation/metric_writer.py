@@ -159,14 +159,14 @@ def read(
     return []
   records = files.read_records(path, keys={'step': int, 'time': float}, say=say)
   if any(record['step'] < 0 for record in records):
-    say(f'{path}: left out the lines of steps below 0.')
+    say(f'{path}: skipped the lines of negative steps.')
     records = [record for record in records if record['step'] >= 0]
   for record in records:
     for name in [*record]:  # damaged, but valid JSON
       if not isinstance(record[name], int | float):
         say(
-          f'{path}, step {record["step"]}: left out {name}, which is '
-          f'{files.kind_of(record[name])} and no number.'
+          f'{path}, step {record["step"]}: skipped {name}, which is '
+          f'{files.kind_of(record[name])}, not a number.'
         )
         del record[name]
   return records

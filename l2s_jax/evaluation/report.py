@@ -44,7 +44,10 @@ CONTROLS = {
 _OF_VERDICT = ('none', 'zero', 'other')
 # Scores below 1, shown with three digits.
 _OF_TOKENS = ('loss', 'token_accuracy')
-_UNITS = {'loss': 'nats per target token', 'token_accuracy': 'share of tokens'}
+_UNITS = {
+  'loss': 'nats per target token',
+  'token_accuracy': 'fraction of tokens',
+}
 _COUNTS = ('num_', 'min_references', 'max_references')
 
 
@@ -238,7 +241,7 @@ def _describe_task(prefix: str, by_control: Mapping[str, Numbers]) -> str:
   if other_is_worse and zero_is_worse:
     verdict = 'uses what the LLM read'
   elif other_is_worse:
-    verdict = 'heeds what the LLM read, and does as well without'
+    verdict = 'reads the states of the LLM but does not gain from them'
 
   def figure(control: str) -> str | None:
     return with_interval(by_control[control], key)
@@ -333,7 +336,7 @@ def plot_lengths(
           panel, there, [by_bin[bins[i]] for i in there], name, label, style
         )
       panel.set_xticks(range(len(bins)), bins)
-      panel.set_xlabel('words of the reference')
+      panel.set_xlabel('words in the reference')
 
 
 def _styles() -> Iterator[dict[str, Any]]:
@@ -393,7 +396,7 @@ def _figure(
     panel.set_axis_off()
   for panel, name in zip(panels.flat, names, strict=False):
     panel.set_title(name)
-    panel.set_ylabel(_UNITS.get(name.rpartition('/')[2], 'points of 100'))
+    panel.set_ylabel(_UNITS.get(name.rpartition('/')[2], 'points (0 to 100)'))
     panel.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
     panel.grid(alpha=0.3)
   yield dict(zip(names, panels.flat, strict=False))

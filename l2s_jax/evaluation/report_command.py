@@ -40,7 +40,7 @@ _DIFFERENCES = {
   'other': 'other',
   'score': 'score',
   'shown': 'one - other',
-  'verdict': 'by more than chance',
+  'verdict': 'significant',
 }
 # Systems of a benchmark, with the kind of the runs they are shown for.
 _TIMED = {
@@ -130,9 +130,8 @@ def _describe_runs(
   if lengths:
     prompt_length, num_tokens = map(max, zip(*lengths, strict=True))
     words.append(
-      f'FLOPs are of matrix products, by formulas, for a prompt of '
-      f'{prompt_length} tokens and an answer of {num_tokens}, the most that '
-      'were evaluated.'
+      'FLOPs of matrix products, by formula, for the longest prompt and answer '
+      f'of the evaluations: {prompt_length} and {num_tokens} tokens.'
     )
   rows = []
   for record in records:
@@ -145,8 +144,8 @@ def _describe_runs(
       zip(_SHAPE, (timed[0].get(key) for key in _SHAPE), strict=True)
     )
     words.append(
-      'Times, by the benchmark: batch {batch_size}, {prompt_length} tokens in, '
-      '{num_tokens} out.'.format(**shape)
+      'Times of the benchmark: batch size {batch_size}, {prompt_length} prompt '
+      'tokens, {num_tokens} answer tokens.'.format(**shape)
     )
   return rows, ' '.join(words) + '\n'
 
@@ -165,7 +164,9 @@ def _report_evaluation(
     parts.append(
       report_lib.markdown_table([_difference(r) for r in rows], _DIFFERENCES)
     )
-    parts.append('Differences with 95 % intervals, by the paired bootstrap.\n')
+    parts.append(
+      'Differences with 95 % confidence intervals of the paired bootstrap.\n'
+    )
   parts += [f'{note}\n' for note in notes]
   for label, evaluation in evaluations.items():
     if report_lib.allows_verdict(evaluation.by_control):
@@ -231,7 +232,7 @@ def _notes(evaluations: Evaluations) -> list[str]:
         ours, theirs, have=f'{first} has', want=f'{label} has'
       )
       if lines:
-        notes.append(f'Not scored alike ({what}):\n' + '\n'.join(lines) + '\n')
+        notes.append(f'Different {what}:\n' + '\n'.join(lines) + '\n')
   return notes
 
 
@@ -302,7 +303,7 @@ def _read_speeds(path: str) -> list[TableRow]:
     FileNotFoundError: if there is no such file.
     ValueError: if it is no benchmark.
   """
-  remedy = 'give --speed the benchmark.json that `benchmark` has written.'
+  remedy = 'set --speed to a benchmark.json written by `benchmark`.'
   rows = files.read_json(path, keys={'rows': list}, remedy=remedy)['rows']
   timed = []
   for number, row in enumerate(rows):

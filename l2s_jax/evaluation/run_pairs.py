@@ -104,8 +104,8 @@ class _Compared:
     their_references, their_sums = self._read(other, prefix, score)
     if references != their_references:
       raise _NotComparable(
-        f'{one.label} and {other.label} were scored on other examples, and are '
-        'not compared.'
+        f'{one.label} and {other.label} were scored on different examples and '
+        'are not compared.'
       )
     difference, low, high = metric_fns.paired_difference(
       sums, their_sums, score, _NUM_SAMPLES
@@ -141,12 +141,14 @@ class _Compared:
       / f'{task}-{split}-{evaluation.step}{suffix}.jsonl'
     )
     if not path.is_file():
-      raise _NotComparable(f'{path} is missing: {system.label} has no pairs.')
+      raise _NotComparable(
+        f'{path} is missing: {system.label} is not compared.'
+      )
     metric = _metric(score, evaluation.signatures.get(f'{prefix}{score}', ''))
     if metric is None:
       raise _NotComparable(
-        f'{score} of {system.label} cannot be found from its predictions; it '
-        'has no pairs.'
+        f'{score} of {system.label} cannot be computed from its predictions; '
+        'it is not compared.'
       )
     references, answers = [], []
     for line in _lines(path):
@@ -157,7 +159,7 @@ class _Compared:
     num_examples = scores.get(f'{prefix}num_examples')
     if num_examples != len(answers):
       raise ValueError(
-        f'{path} has {len(answers)} answers, and {num_examples} were scored. '
+        f'{path} has {len(answers)} answers, but {num_examples} were scored. '
         f'{_REMEDY}'
       )
     sums = metric.sums(references, answers)
@@ -166,9 +168,9 @@ class _Compared:
     recorded = scores.get(f'{prefix}{score}', found)
     if abs(found - recorded) > 1e-6:
       raise _NotComparable(
-        f'{path}: the {score} of its texts is {found:.2f}, that of the '
-        f'evaluation {recorded:.2f}, by other settings or of other texts; '
-        f'{system.label} has no pairs.'
+        f'{path}: the {score} of its texts is {found:.2f}, but '
+        f'{recorded:.2f} in the evaluation, with other settings or texts; '
+        f'{system.label} is not compared.'
       )
     return references, sums
 

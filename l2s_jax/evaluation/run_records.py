@@ -120,7 +120,7 @@ def read_all(paths: Sequence[str]) -> list[ReportedRun]:
   folders = [pathlib.Path(path).absolute() for path in paths]
   for folder in folders:
     if folders.count(folder) > 1:
-      raise ValueError(f'{folder} is there twice; name each RUN once.')
+      raise ValueError(f'{folder} is given twice; give each RUN once.')
   names = [folder.name for folder in folders]
   labels = [
     name if names.count(name) == 1 else str(folder)
@@ -139,9 +139,9 @@ def _read(label: str, folder: pathlib.Path) -> ReportedRun:
   is_run = as_it_came.is_run(folder)
   if not (is_run or paths):
     raise ValueError(
-      f'{folder} has neither {run_folder.DESCRIPTION}, as a run has, nor '
-      f'eval/{_METRICS}*.json, as an evaluation leaves. Name the MODEL_DIR of '
-      'a training, or the EVAL_OUTPUT_DIR of an evaluation.'
+      f'{folder} has neither the {run_folder.DESCRIPTION} of a run nor the '
+      f'eval/{_METRICS}*.json of an evaluation. Give the MODEL_DIR of a '
+      'training, or the EVAL_OUTPUT_DIR of an evaluation.'
     )
   best = saved_steps.best_step(folder)
   evaluations = {
@@ -165,8 +165,8 @@ def _read_evaluation(
   steps = [step for step, by_control in found.items() if 'none' in by_control]
   if not steps:
     distributed.say(
-      f'{path} has controls alone and is left out; evaluate the right prompt, '
-      "too (EVAL_CONTROLS=('none', ...))."
+      f'Skipping {path}: it has controls only. Evaluate the right prompt, too '
+      "(EVAL_CONTROLS=('none', ...))."
     )
     return None
   step = best if best in steps else max(steps)

@@ -103,9 +103,9 @@ class TaskEvaluator:
         raise ValueError(f'task {name!r} has no examples in split {split!r}.')
       if 'targets_pretokenized' not in dataset.element_spec:
         raise ValueError(
-          f'task {name!r} drops the raw answers, and what the tokenizer '
-          'makes of them is no reference; give seqio.preprocessors.tokenize '
-          'copy_pretokenized=True.'
+          f'task {name!r} drops the raw answers, which are the references of '
+          'metrics; set copy_pretokenized=True of '
+          'seqio.preprocessors.tokenize.'
         )
 
   @property

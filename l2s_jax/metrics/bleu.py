@@ -85,7 +85,7 @@ class Bleu(corpus.Metric):
       )
     except (ImportError, RuntimeError, OSError) as error:
       raise ValueError(
-        f'{self.setting}={self.tokenizer!r} cannot be used here: '
+        f'{self.setting}={self.tokenizer!r} is not available: '
         f'{_tokenizer_needs(self.tokenizer)} ({_one_line(error)}). Or choose '
         'another tokenizer, such as char.'
       ) from error
@@ -110,16 +110,15 @@ class Bleu(corpus.Metric):
     if corpus.finds_no_words(texts, sum(map(sum, lengths))):
       yield (
         f'the tokenizer {self.tokenizer!r} finds no words in these references, '
-        'whose script has no spaces between them, so that sentences are '
-        f'compared whole. Set {self.setting} to zh, ja-mecab, char or '
-        'flores200 (spBLEU).'
+        'because their script has no spaces; whole sentences are compared. Set '
+        f'{self.setting} to zh, ja-mecab, char or flores200 (spBLEU).'
       )
     if all(min(sizes) < _MAX_ORDER for sizes in lengths):
       yield (
-        'each example has a reference of fewer than four tokens (of the '
-        f'tokenizer {self.tokenizer!r}), where sacreBLEU gives 0 even to equal '
-        'texts; n-grams are counted up to the longest that there are (eff:yes '
-        'in the signature). exact_match or chrf tell more of such texts.'
+        'each example has a reference of fewer than four tokens (tokenizer '
+        f'{self.tokenizer!r}), for which sacreBLEU gives 0 even to equal '
+        'texts; the effective n-gram order is used instead (eff:yes in the '
+        'signature). exact_match or chrf suit such texts better.'
       )
 
   def sums(
@@ -225,8 +224,8 @@ def _tokenizer_needs(tokenizer: str) -> str:
   url = tokenizer_spm.SPM_MODELS[tokenizer]['url']
   path = os.path.join(utils.SACREBLEU_DIR, 'models', os.path.basename(url))
   return (
-    f'its SentencePiece model is fetched once, and could not be: copy {url} '
-    f'to {path} from a host with network'
+    f'its SentencePiece model could not be downloaded: download {url} on a '
+    f'host with network access and copy it to {path}'
   )
 
 

@@ -271,11 +271,11 @@ def check_pairs(references: References, predictions: Sequence[str]) -> None:
   if not len(references) == len(predictions) > 0:
     raise ValueError(
       f'{len(references)} targets and {len(predictions)} predictions: expected '
-      'as many of one as of the other, and at least one.'
+      'equal numbers, and at least one of each.'
     )
   for index, own in enumerate(references):
     if not len(texts_of(own)):
       raise ValueError(
         f'example {index} has an empty list of references; expected a text, '
-        'or a list of at least one.'
+        'or a list of at least one text.'
       )

@@ -28,7 +28,7 @@ def check(bins: Any) -> None:
     or list(bins) != sorted(set(bins))
   ):
     raise ValueError(
-      f'EVAL_LENGTH_BINS={bins!r}: expected a tuple of rising numbers of '
+      f'EVAL_LENGTH_BINS={bins!r}: expected a tuple of increasing numbers of '
       'words, such as (10, 20, 40), or () for no scores by length.'
     )
 

@@ -61,9 +61,9 @@ class TokenF1(Metric):
     texts = corpus.all_texts(references)
     if corpus.finds_no_words(texts, sum(len(_words(text)) for text in texts)):
       yield (
-        'words are what white space separates, and the script of these '
-        'references has none between words, so that sentences are compared '
-        'whole. chrf, or rouge, fits it.'
+        'words are separated by white space, but the script of these '
+        'references has none between words; whole sentences are compared. Use '
+        'chrf or rouge for this script.'
       )
 
   def sums(

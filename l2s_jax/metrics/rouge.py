@@ -112,7 +112,7 @@ class Rouge(corpus.Metric):
       return
     if self.tokenizer == 'latin':
       yield (
-        f"the tokenizer 'latin' knows a-z and 0-9 alone: {share:.0%} of the "
+        f"the tokenizer 'latin' keeps only a-z and 0-9: {share:.0%} of the "
         "references' letters are dropped. Set scores.rouge_tokenizer to words "
         'or characters.'
       )
@@ -120,8 +120,8 @@ class Rouge(corpus.Metric):
       yield (
         f"rouge_score's own tokenizer would drop {share:.0%} of the "
         "references' letters, which are not a-z; words of any script are "
-        'counted instead (tok:words in the signature). '
-        "scores.rouge_tokenizer='words' says so without this warning."
+        'counted instead (tok:words in the signature). Set '
+        "scores.rouge_tokenizer='words' to disable this warning."
       )
 
   def sums(

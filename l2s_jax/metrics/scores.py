@@ -86,14 +86,14 @@ class Scores:
     functions = self.functions or {}
     if not isinstance(functions, Mapping):
       raise ValueError(
-        f'scores.functions={functions!r}: expected functions by the name of '
-        "their score, such as {'comet': @my_metrics.comet}."
+        f'scores.functions={functions!r}: expected a dict from names of scores '
+        "to functions, such as {'comet': @my_metrics.comet}."
       )
     taken = sorted(metric_fns_lib.METRICS.keys() & functions.keys())
     if taken:
       raise ValueError(
-        f'scores.functions has {", ".join(taken)}, which is there already; '
-        'choose another name.'
+        f'scores.functions has {", ".join(taken)}, the name of an existing '
+        'score; choose another name.'
       )
     return dict(metric_fns_lib.METRICS) | {
       name: metric_fns_lib.UserMetric(name, function)
@@ -111,7 +111,7 @@ class Scores:
       if self.rouge_stemmer not in (None, True, False):
         raise ValueError(
           f'scores.rouge_stemmer={self.rouge_stemmer!r}: expected True or '
-          "False, or None for the task's own."
+          "False, or None for the task's setting."
         )
       changes = {
         'tokenizer': self.rouge_tokenizer,

@@ -95,8 +95,8 @@ def resolve(folder: pathlib.Path) -> Resolved | None:
   note = ''
   if name in _NOT_FOLLOWED:
     note = (
-      f'{folder}: AutoTokenizer of transformers cuts text by its class {name}; '
-      'here the tokenizer.json is read as it is.'
+      f'{folder}: AutoTokenizer of transformers tokenizes by its class {name}; '
+      'here tokenizer.json is used unchanged.'
     )
   make = tokenizer_classes.CLASSES.get(name, tokenizer_classes.as_it_is)
   _take_special_tokens(source)
@@ -192,7 +192,7 @@ def check(stored: _Json, path: pathlib.Path) -> None:
         path,
         'the largest id of model.vocab',
         max(vocab.values()),
-        f'one that {len(vocab)} tokens need',
+        f'an id for {len(vocab)} tokens',
       )
   elif isinstance(vocab, list):
     for n, entry in enumerate(vocab):

@@ -105,9 +105,7 @@ class Vocabulary(abc.ABC):
         special_ids.setdefault(kind, value)
     if eos_id is None:
       if 'eos' not in special_ids:
-        raise ValueError(
-          f'{path} names no end-of-sequence token; pass eos_id=.'
-        )
+        raise ValueError(f'{path} has no end-of-sequence token; pass eos_id=.')
       eos_id = special_ids['eos']
       eos_ids = (eos_id, *said_eos)
     else:
@@ -192,10 +190,10 @@ class Vocabulary(abc.ABC):
       return
     found = next(token for token in ids if token >= num_rows)
     raise ValueError(
-      f'the text {shortened(text)!r} holds the token '
-      f'{self._decode([found])!r}, id {found} of {self.path}, and the '
-      f"model's embedding table has {self.table_rows} rows. Take it out of the "
-      'text, or use a model that knows it.'
+      f'the text {shortened(text)!r} contains the token '
+      f'{self._decode([found])!r}, id {found} of {self.path}, but the '
+      f"model's embedding table has {self.table_rows} rows. Remove the token "
+      'from the text, or use a model that has it.'
     )
 
   @property
@@ -222,7 +220,7 @@ class Vocabulary(abc.ABC):
         f'The tokenizer {self.path} has {self.vocab_size} ids, but the '
         f"model's embedding table has {num_rows} rows "
         '(TransformerConfig.vocab_size). Use the tokenizer that the model was '
-        'made with.'
+        'trained with.'
       )
     if self.table_rows is not None:
       num_rows = min(num_rows, self.table_rows)
@@ -279,8 +277,8 @@ class Vocabulary(abc.ABC):
     ]
     if strangers:
       raise ValueError(
-        f'{folder} holds {", ".join(strangers)} of another tokenizer beside '
-        f'{", ".join(self._files)}; remove them or save elsewhere.'
+        f'{folder} has {", ".join(strangers)} of another tokenizer besides '
+        f'{", ".join(self._files)}; remove them, or save to another folder.'
       )
     for name, content in self._files.items():
       with files_lib.whole(folder / name, 'wb') as file:
@@ -357,8 +355,8 @@ def special_ids(
   ]
   if unknown:
     raise ValueError(
-      f'{", ".join(unknown)}: named by {" or ".join(side_files)} in {folder} '
-      'but not in the vocabulary there; correct the name or the tokenizer.'
+      f'{", ".join(unknown)}: set in {" or ".join(side_files)} of {folder}, '
+      'but not in its vocabulary; correct the name or the tokenizer.'
     )
   if 'eos' not in named:
     special = {

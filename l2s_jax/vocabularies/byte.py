@@ -75,8 +75,8 @@ class ByteVocabulary(base.Vocabulary):
     name = config.get('tokenizer_class')
     if name != tokenizer_files.BYTE_TOKENIZER:
       raise ValueError(
-        f'{path} says tokenizer_class={name!r}, expected '
-        f"{tokenizer_files.BYTE_TOKENIZER!r}; give that tokenizer's own file."
+        f'{path} has tokenizer_class={name!r}, expected '
+        f'{tokenizer_files.BYTE_TOKENIZER!r}; use a file of that tokenizer.'
       )
     sentinels = _sentinels(config, path)
     self._sentinel_ids = {
@@ -185,7 +185,7 @@ def _sentinels(config: dict[str, Any], path: pathlib.Path) -> list[str]:
     count = config.get('extra_ids', _NUM_SENTINELS)
     if type(count) is not int or not 0 <= count < 2**20:
       raise ValueError(
-        f'{path} says extra_ids={count!r}, expected a number; ByT5 has '
+        f'{path} has extra_ids={count!r}, expected a number; ByT5 has '
         f'{_NUM_SENTINELS}.'
       )
     return [f'<extra_id_{n}>' for n in range(count)]
@@ -199,7 +199,7 @@ def _sentinels(config: dict[str, Any], path: pathlib.Path) -> list[str]:
   expected = range(_FIRST_SENTINEL, _FIRST_SENTINEL + len(added))
   if sorted(added) != list(expected):
     raise ValueError(
-      f'added_tokens_decoder in {path} has the ids {sorted(added)} behind the '
-      f'special ones, expected {expected[0]} to {expected[-1]} without a gap.'
+      f'added_tokens_decoder in {path} has the ids {sorted(added)} after the '
+      f'special tokens, expected {expected[0]} to {expected[-1]} without gaps.'
     )
   return [added[token] for token in expected]

@@ -67,8 +67,8 @@ def complete(
       tokenizer = from_sentencepiece(source.read_bytes(), sentinels_below)
     except ValueError as error:
       print(
-        f'{source.name} comes without a tokenizer.json, which AutoTokenizer of '
-        f'transformers needs: {error}'
+        f'{source.name} is exported without a tokenizer.json, which '
+        f'AutoTokenizer of transformers needs: {error}'
       )
       return
     tokenizer.post_processor = _template(vocabulary, tokenizer, adds)
@@ -122,9 +122,9 @@ def save(
   if isinstance(vocabulary, byte.ByteVocabulary):
     if before or list(after) != [vocabulary.eos_id]:
       raise ValueError(
-        f'{vocabulary.path} is the tokenizer of ByT5, which transformers gives '
-        f'an EOS behind each text; this model reads {list(before)} before it '
-        f'and {list(after)} behind. Export it as a bundle.'
+        f'{vocabulary.path} is the tokenizer of ByT5, and transformers appends '
+        f'its EOS to each text; this model expects the ids {list(before)} '
+        f'before the text and {list(after)} after it. Export it as a bundle.'
       )
     vocabulary.save(folder)
     # generation_config.json belongs to the model's answers.
@@ -200,10 +200,10 @@ def from_sentencepiece(
   proto.ParseFromString(content)
   trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
   if trainer.model_type == _WORD:
-    raise ValueError('its model_type is word, for which there is no equal')
+    raise ValueError('its model_type is word, which tokenizers does not have')
   if trainer.treat_whitespace_as_suffix:
     raise ValueError(
-      'it has treat_whitespace_as_suffix, for which there is no equal'
+      'it has treat_whitespace_as_suffix, which tokenizers does not have'
     )
   tokenizer = tokenizers.Tokenizer(_model(proto))
   tokenizer.normalizer = _normalizer(normalizer)

@@ -213,8 +213,7 @@ def gpt2_json(
   if content is None:
     raise ValueError(
       f'{folder / tokenizer_files.GPT2_FILES[0]} has no '
-      f'{tokenizer_parts.GPT2_EOS}, so it is not of GPT-2, and another '
-      'model may split text otherwise; give its '
-      'tokenizer.json.'
+      f'{tokenizer_parts.GPT2_EOS}, so it is not a tokenizer of GPT-2, and '
+      'other tokenizers may split text differently; add its tokenizer.json.'
     )
   return json.dumps(content).encode()

@@ -207,8 +207,8 @@ def _load_one_file(
     )
   if extra_ids:
     raise ValueError(
-      f'extra_ids={extra_ids} is for SentencePiece models; {path} has its '
-      'own special tokens. Set extra_ids=0.'
+      f'extra_ids={extra_ids} applies to SentencePiece models, but {path} has '
+      'its own special tokens. Set extra_ids=0.'
     )
   if path.name == tokenizer_files.CONFIG_FILE:
     return byte.ByteVocabulary(path, **overrides)
@@ -246,7 +246,7 @@ def _find(path: pathlib.Path) -> pathlib.Path:
     if config.get('tokenizer_class') == tokenizer_files.BYTE_TOKENIZER:
       return config_file
   raise FileNotFoundError(
-    f'{path} holds no tokenizer: looked for {", ".join(single_files)}, '
+    f'{path} has no tokenizer: looked for {", ".join(single_files)}, '
     f'{" with ".join(tokenizer_files.GPT2_FILES)} and {config_file.name} of a '
     f'{tokenizer_files.BYTE_TOKENIZER}.'
   )

@@ -134,7 +134,7 @@ def t5(source: TokenizerSource) -> Json | None:
       arguments['additional_special_tokens'] = [*extra, *sentinels]
     elif count and count != len(found):
       tokenizer_files.refuse(
-        path, 'extra_ids', count, f'{len(found)}, as many as are named'
+        path, 'extra_ids', count, f'{len(found)}, the number of sentinels'
       )
   for kind, token in (('eos', '</s>'), ('unk', '<unk>'), ('pad', '<pad>')):
     arguments.setdefault(f'{kind}_token', token)
@@ -323,10 +323,10 @@ def _pieces_of(source: TokenizerSource, kind: type) -> Any:
   vocab = source.stored['model']['vocab']
   if not isinstance(vocab, kind):
     raise ValueError(
-      f'{source.folder / tokenizer_files.TOKENIZER_FILE} holds another kind '
-      f'of model than {source.class_name} has, which '
-      f'{tokenizer_files.CONFIG_FILE} or config.json there names. Set '
-      'tokenizer_class to PreTrainedTokenizerFast to have it read as it is.'
+      f'{source.folder / tokenizer_files.TOKENIZER_FILE} has another type of '
+      f'model than {source.class_name}, the class in '
+      f'{tokenizer_files.CONFIG_FILE} or config.json. Set tokenizer_class to '
+      'PreTrainedTokenizerFast to use tokenizer.json unchanged.'
     )
   return vocab
 

@@ -65,7 +65,7 @@ def parse_json(content: bytes, path: pathlib.Path) -> dict[str, Any]:
     ) from error
   if not isinstance(value, dict):
     raise ValueError(
-      f'{path} holds a JSON {type(value).__name__}, expected an object.'
+      f'{path} is a JSON {type(value).__name__}, expected an object.'
     )
   return value
 
@@ -90,8 +90,8 @@ def refuse(
   if len(text) > 80:
     text = f'{text[:77]}...'
   raise ValueError(
-    f'{path}: {key} is {text}, expected {wanted}. Correct it, or copy the '
-    'file again from where the tokenizer came.'
+    f'{path}: {key} is {text}, expected {wanted}. Correct it, or download the '
+    'file again.'
   )
 
 
@@ -207,7 +207,7 @@ def _check_text(text: str, path: pathlib.Path, key: str) -> None:
   try:
     text.encode()
   except UnicodeEncodeError:
-    refuse(path, key, text, 'text; a half of a surrogate pair is none')
+    refuse(path, key, text, 'text without unpaired surrogates')
 
 
 def is_panic(error: BaseException) -> bool:

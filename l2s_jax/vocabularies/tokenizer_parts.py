@@ -75,8 +75,8 @@ def parse_gpt2_files(
     # The package tokenizers panics on some of these.
     if len(pair) != 2 or not {*pair, ''.join(pair)} <= vocab.keys():
       raise ValueError(
-        f'{merges_file} merges {pair}: expected two pieces that are, like '
-        f'what they make, in {vocab_file}.'
+        f'{merges_file} merges {pair}: expected two pieces that are in '
+        f'{vocab_file}, together with the merged piece.'
       )
   return vocab, merges
 

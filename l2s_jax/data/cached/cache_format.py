@@ -65,7 +65,7 @@ _KEYS: dict[str, Any] = {
   integrity.DIGEST: str,
 }
 _OF_SPLIT = dict.fromkeys(('num_examples', 'shards', 'index_digests'))
-_REMEDY = 'it is part of no whole cache: remove the folder and cache again.'
+_REMEDY = 'the cache is not complete: remove the folder and cache again.'
 
 
 def id_dtype(*vocab_sizes: int) -> str:
@@ -302,8 +302,8 @@ class Split:
     outside = wanted[(wanted < 0) | (wanted >= self.num_examples)]
     if len(outside):
       raise IndexError(
-        f'example {outside[0]} of {self.task!r}, split {self.split!r}, which '
-        f'has {self.num_examples}.'
+        f'example {outside[0]} is out of range: {self.task!r}, split '
+        f'{self.split!r}, has {self.num_examples} examples.'
       )
     shards = np.searchsorted(self._starts, wanted, side='right') - 1
     return shards, wanted - self._starts[shards]
@@ -322,7 +322,7 @@ class Split:
         self._damage(shard, place, os_errors.first_line(error))
       ) from error
     if checksum(record) != self._index(shard)[place, -1]:
-      raise ValueError(self._damage(shard, place, 'its checksum differs'))
+      raise ValueError(self._damage(shard, place, 'wrong checksum'))
     return record
 
   def _damage(self, shard: int, place: int, reason: str) -> str:
@@ -340,7 +340,7 @@ class Split:
         path = self._path(shard, '.array_record')
         if not os.path.exists(path):
           raise FileNotFoundError(
-            f'{path}: no such file, but {self._file} names it. Copy the cache '
+            f'{path}: no such file, but {self._file} lists it. Copy the cache '
             f'again, or remove {self._file} and {self._again}: the other '
             'shards are kept.'
           )
@@ -368,7 +368,7 @@ class Split:
         )
         if index_digest(index) != self._digests[shard]:
           raise ValueError(
-            f'{path} is damaged: its digest is not that of {self._file}. '
+            f'{path} is damaged: its digest does not match {self._file}. '
             f'Remove it and {self._file}, and {self._again}: the other shards '
             'are kept.'
           )
@@ -401,13 +401,13 @@ def load_index(
   except (ValueError, EOFError, OSError) as error:
     reason = os_errors.first_line(error)
     raise ValueError(
-      f'{path} is no index of a shard ({reason}); {remedy}'
+      f'{path} is not the index of a shard ({reason}); {remedy}'
     ) from error
   num_rows = index.shape[0] if num_examples is None else num_examples
   expected = (num_rows, num_columns)
   if index.dtype != np.uint32 or index.shape != expected:
     raise ValueError(
-      f'{path} holds {index.dtype}{list(index.shape)}, expected uint32'
+      f'{path} has {index.dtype}{list(index.shape)}, expected uint32'
       f'{list(expected)}; {remedy}'
     )
   return index
@@ -503,11 +503,11 @@ def open_cache(folder: str | os.PathLike[str]) -> TokenCache:
   remedy = 'copy the cache again, or remove this file and cache again.'
   if not path.exists():
     begun = folder.is_dir() and any(folder.iterdir())
-    state = 'is not complete' if begun else 'is no cache'
+    state = 'is not complete' if begun else 'is not a cache'
     raise FileNotFoundError(
-      f'CACHE_DIR={folder} {state}: there is no {FILE}, which is written when '
-      'all shards are there. Run `python -m l2s_jax cache` with the same '
-      f'CACHE_DIR{" again: it goes on" if begun else ""}.'
+      f'CACHE_DIR={folder} {state}: it has no {FILE}, which is written when '
+      'all shards are complete. Run `python -m l2s_jax cache` with this '
+      f'CACHE_DIR{" to resume" if begun else ""}.'
     )
   return TokenCache(folder, read_description(path, remedy))
 

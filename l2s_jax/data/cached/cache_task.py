@@ -60,8 +60,8 @@ class CachedData:
     if not self.cache_dir:
       raise ValueError(
         "MIXTURE_OR_TASK_NAME='cached', but cached.cache_dir is not set; "
-        'include gin_configs/tasks/cached.gin and set CACHE_DIR to the folder '
-        'that the verb `cache` has written.'
+        'include gin_configs/tasks/cached.gin and set CACHE_DIR to a folder '
+        'written by `python -m l2s_jax cache`.'
       )
     return cache_format.open_cache(self.cache_dir)
 
@@ -104,8 +104,8 @@ class CachedTask:
     if not found:
       raise ValueError(
         f'{self.cache.folder} has no split {split!r}; it has '
-        f'{", ".join(self.cache.splits)}. Cache the task with it, or choose '
-        'another.'
+        f'{", ".join(self.cache.splits)}. Cache the task with this split, or '
+        'choose another split.'
       )
     return found
 
@@ -192,9 +192,9 @@ class CachedTask:
     """
     if len(self.cache.tasks) > 1:
       raise ValueError(
-        f'{label}: {self.cache.folder} holds a mixture of '
+        f'{label}: {self.cache.folder} contains a mixture of '
         f'{", ".join(self.cache.tasks)}; answer its tasks one by one, from '
-        'their own files or from a cache of each.'
+        'their own files or from a cache of each task.'
       )
     return cache_scoring.task(
       self.cache,
@@ -345,7 +345,7 @@ def _check_vocabularies(
   """Refuses a cache with ids of other vocabularies."""
   kept = cache.key.get('vocabularies', {})
   differing = [
-    f'its {side}s are ids of another tokenizer than {vocabulary!r}'
+    f'the ids of its {side}s are not those of {vocabulary!r}'
     for side, vocabulary in (
       ('prompt', prompt_vocabulary),
       ('answer', answer_vocabulary),
@@ -355,6 +355,6 @@ def _check_vocabularies(
   if differing:
     raise ValueError(
       f'CACHE_DIR={cache.folder} was made for another model: '
-      f'{"; ".join(differing)}. Cache the task with the model that reads it, '
-      'or name its cache.'
+      f'{"; ".join(differing)}. Cache the task for this model, or set '
+      'CACHE_DIR to the cache of this model.'
     )

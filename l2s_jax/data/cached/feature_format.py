@@ -134,9 +134,9 @@ def lay_out(
   if (starts != (segment_ids > 0).sum(axis=1)).any():
     row = int((starts != (segment_ids > 0).sum(axis=1)).argmax())
     raise ValueError(
-      f'row {row} has {int((segment_ids[row] > 0).sum())} prompt tokens and '
-      f'the states of {starts[row]}: features and tokens are not of one cache; '
-      f'remove {FILE} and {_AGAIN}.'
+      f'row {row} has {int((segment_ids[row] > 0).sum())} prompt tokens, but '
+      f'its features are of {starts[row]}: they do not belong to the tokens of '
+      f'this cache; remove {FILE} and {_AGAIN}.'
     )
   return batch
 
@@ -256,10 +256,10 @@ class FeatureCache:
     longest = self.content['tasks'][task]['splits'][split]['longest_prompt']
     if prompt_length != cut_to and longest > min(prompt_length, cut_to):
       raise ValueError(
-        f"TASK_FEATURE_LENGTHS has 'inputs': {prompt_length}, but the LLM has "
-        f'read the prompts of {self.folder / FILE} cut to {cut_to} tokens, and '
-        f'the longest of task {task!r}, split {split!r}, has {longest}: what '
-        'it makes of one depends on where it is cut. Set them to '
+        f"TASK_FEATURE_LENGTHS has 'inputs': {prompt_length}, but the features "
+        f'of {self.folder / FILE} are of prompts truncated to {cut_to} tokens, '
+        f'and the longest prompt of task {task!r}, split {split!r}, has '
+        f"{longest}. Features depend on the truncation. Set 'inputs' to "
         f'{cut_to}, or make features for {prompt_length} in another CACHE_DIR.'
       )
 
@@ -275,18 +275,18 @@ def open_features(cache: cache_format.TokenCache) -> FeatureCache:
   path = cache.folder / FILE
   if not path.exists():
     raise FileNotFoundError(
-      f'CACHE_DIR={cache.folder} has no features: there is no {FILE}, which is '
-      'written when all of them are there. Run `python -m l2s_jax cache '
-      '--features` with the same CACHE_DIR, which goes on where it was '
-      'stopped; or set USE_FEATURES=False.'
+      f'CACHE_DIR={cache.folder} has no features: it has no {FILE}, which is '
+      'written when all features are complete. Run `python -m l2s_jax cache '
+      '--features` with this CACHE_DIR (an interrupted command resumes), or '
+      'set USE_FEATURES=False.'
     )
   kept = read_description(path, f'remove it and {_AGAIN}.')
   if kept['key'].get('tokens') != cache.digest:
     raise ValueError(
-      f'{path} has the features of other tokens than {cache_format.FILE} '
-      f'names: their digest is {kept["key"].get("tokens")}, that of '
-      f'{cache_format.FILE} is {cache.digest}. Remove it and all '
-      f'*{KIND}.* files beside it, and {_AGAIN}.'
+      f'{path} has the features of other tokens than {cache_format.FILE}: the '
+      f'digest of the tokens is {kept["key"].get("tokens")}, expected '
+      f'{cache.digest}. Remove it and all *{KIND}.* files in its folder, and '
+      f'{_AGAIN}.'
     )
   return FeatureCache(cache.folder, kept)
 

@@ -88,13 +88,12 @@ class Order:
     empty = [name for name, size in self.sizes.items() if size < 1]
     if empty or not self.sizes:
       raise ValueError(
-        f'task {(empty or ["?"])[0]!r} has no examples; nothing can be drawn '
-        'of it.'
+        f'task {(empty or ["?"])[0]!r} has no examples; expected at least one.'
       )
     if self.rates is None and len(self.sizes) > 1:
       raise ValueError(
         f'the tasks {", ".join(sorted(self.sizes))} have no rates; give each '
-        'one.'
+        'task a rate.'
       )
 
   @property
