@@ -490,7 +490,7 @@ def test_a_prompt_alone_beyond_the_position_table_is_refused():
     (
       'gpt2',
       dict(positions='rotary', relpos_per_layer=True),
-      "relpos_per_layer is of 'relative' positions",
+      "relpos_per_layer needs positions='relative'",
     ),
     (
       'gpt2',
