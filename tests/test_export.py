@@ -149,7 +149,7 @@ def test_a_bundle_in_bfloat16_has_every_tensor_so(folder):
 def test_benchmark_asks_for_the_whole_llm(folder):
   tower = system_lib.Tower()
   path = str(folder / 'bundles' / 'l2s')
-  with pytest.raises(ValueError, match='what of its LLM encodes.*LLM_PATH'):
+  with pytest.raises(ValueError, match='only the encoder of its LLM.*LLM_PATH'):
     contenders.find_models(tower, tower, path, 'add', 'float32', 0)
   whole = system_lib.Tower(path=str(folder / 'kept' / 'llm'))
   models, pair = contenders.find_models(whole, tower, path, 'add', 'float32', 0)
@@ -199,7 +199,7 @@ def flip(path):
 @pytest.mark.parametrize(
   'change,message',
   [
-    (flip, 'llm/model.safetensors is not as it was written'),
+    (flip, 'llm/model.safetensors was changed after'),
     (
       lambda path: (path / 'beside' / 'model.safetensors').write_bytes(b''),
       'beside/model.safetensors has 0 bytes, and .* says',
@@ -212,7 +212,7 @@ def flip(path):
       lambda path: (path / 'slm' / 'more.py').write_text('boom'),
       'slm/more.py is not listed in .*manifest.json. Remove it',
     ),
-    (link, 'slm/model.safetensors is a link'),
+    (link, 'slm/model.safetensors is a symbolic link'),
     (listing('../outside'), "lists '../outside', which is not a path inside"),
     (listing('/etc/passwd'), "lists '/etc/passwd', which is not a path inside"),
     (listing('llm/./x'), "lists 'llm/./x', which is not a path inside"),
@@ -222,7 +222,7 @@ def flip(path):
     ),
     (
       lambda path: reseal(path, lambda c: c['model'].update(more=1)),
-      'does not say which model it has',
+      'does not describe its model',
     ),
     (
       lambda path: reseal(
@@ -238,7 +238,7 @@ def flip(path):
       lambda path: (path / manifest.FILE).write_text(
         (path / manifest.FILE).read_text().replace('"step": 400', '"step": 401')
       ),
-      'manifest.json is not as it was written',
+      'manifest.json was changed after it',
     ),
   ],
 )
@@ -255,7 +255,7 @@ def test_a_folder_that_is_not_as_it_was_written_is_refused(
   'arguments,message',
   [
     (['kept/l2s', 'bundles/l2s'], 'is there already'),
-    (['kept/none', 'new'], 'is not a run'),
+    (['kept/none', 'new'], 'is neither a run'),
     (['kept/l2s', 'new'], 'LLM_PATH'),  # It is not where it was.
     (['kept/l2s', 'new', '--step=401'], 'step'),
     (['kept/l2s', 'new', '--step=last'], 'expected a number of steps, or best'),
