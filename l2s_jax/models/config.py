@@ -257,9 +257,9 @@ class TransformerConfig:
     if self.positions not in (expected, 'rotary'):
       raise ValueError(
         f'TransformerConfig.positions={self.positions!r} with '
-        f"num_encoder_layers={self.num_encoder_layers}: expected 'relative' or "
-        "'rotary' for an encoder-decoder, 'learned' or 'rotary' for a "
-        'decoder-only model.'
+        f'num_encoder_layers={self.num_encoder_layers}: an encoder-decoder '
+        "needs 'relative' or 'rotary' positions, a decoder-only model "
+        "'learned' or 'rotary' ones."
       )
     if self.positions == 'relative' and (
       self.relpos_buckets < 4
