@@ -73,7 +73,7 @@ def of(name: str) -> dict[str, tuple[Change, str]]:
   """
   return {
     'cut short': (cutting(name), f'{name} has .* bytes, and .*manifest.json'),
-    'altered': (flipping(name), f'{name} is not as it was written'),
+    'altered': (flipping(name), f'{name} was changed after'),
     'missing': (
       lambda path: (path / name).unlink(),
       f'{name} is missing|lists .{name}., which is no file',
@@ -84,7 +84,7 @@ def of(name: str) -> dict[str, tuple[Change, str]]:
       ),
       'numpy.py is not listed in .*manifest.json',
     ),
-    'link': (linking(name), f'{name} is a link'),
+    'link': (linking(name), f'{name} is a symbolic link'),
     'outside': (listing('../outside'), r"lists '\.\./outside', which is"),
     'absolute': (listing('/etc/passwd'), "lists '/etc/passwd', which is"),
     'newer': (

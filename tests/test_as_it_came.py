@@ -156,7 +156,7 @@ def test_a_decoder_only_llm_reads_both_ways_where_asked(folders):
 
 
 def test_a_model_without_a_tokenizer_asks_for_it_by_name(folders):
-  with pytest.raises(ValueError, match='t5x brings no tokenizer.*set VOCABUL'):
+  with pytest.raises(ValueError, match='t5x has no supported .*set VOCABUL'):
     as_it_came.load(str(folders / 't5x'))
   tower = system_lib.Tower(path=str(folders / 't5x'))
   with pytest.raises(ValueError, match='set LLM_VOCABULARY / SLM_VOCABULARY'):
@@ -213,7 +213,7 @@ def test_a_model_alone_is_timed_as_the_llm(folders):
   models, pair = contenders.find_models(None, None, path, 'add', 'float32', 0)
   assert pair is None
   assert list(models) == [contenders.LLM]
-  with pytest.raises(ValueError, match='Name both as LLM_PATH and SLM_PATH'):
+  with pytest.raises(ValueError, match='Set both models as LLM_PATH'):
     contenders.find_models(
       None, system_lib.Tower(path=path), path, 'add', 'float32', 0
     )

@@ -90,7 +90,7 @@ def test_every_contender_has_a_row(found):
 def test_a_missing_peer_is_named_and_left_out(found):
   folder, printed, _ = found
   assert (
-    'absent is left out: the package no_such_package is not installed'
+    'absent is skipped: the package no_such_package is not installed'
   ) in printed
   assert '"absent"' not in (folder / speed_report.JSON).read_text()
 
@@ -162,7 +162,7 @@ def test_an_encoder_alone_serves_the_pair(tmp_path, capsys):
   benchmark.benchmark(str(tmp_path), llm, SLM, **options)
   rows = json.loads((tmp_path / speed_report.JSON).read_text())['rows']
   assert [row['system'] for row in rows] == ['SLM', 'LLM-to-SLM']
-  assert 'LLM is left out: LLM is an encoder alone' in capsys.readouterr().out
+  assert 'LLM is skipped: LLM is encoder-only' in capsys.readouterr().out
   for settings in ({'slm': SLM, 'draft_len': 2}, {'slm': None}):
     with pytest.raises(ValueError, match='encoder'):
       benchmark.benchmark(str(tmp_path), llm, **options, **settings)

@@ -118,7 +118,7 @@ def test_a_resumed_run_is_bit_equal_to_an_unbroken_one(folder, kind):
   # The fifth step, which is no multiple of CHECKPOINT_PERIOD.
   tiny_runs.l2s(*train(folder, runs[1], *KINDS[kind], '--gin.TRAIN_STEPS=5'))
   said = tiny_runs.l2s(*train(folder, runs[1], *KINDS[kind]))
-  assert 'Goes on at step 5' in said.stdout + said.stderr
+  assert 'Resuming from step 5' in said.stdout + said.stderr
   first, second = (losses(folder / run) for run in runs)
   assert len(first) == STEPS and first == second
   digests = [

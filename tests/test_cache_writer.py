@@ -441,7 +441,7 @@ def test_a_damaged_cache_json_or_index_is_refused(data, model, tmp_path):
     source.lengths_of(range(len(source)))
   path = folder / 'cache.json'
   path.write_text(path.read_text().replace('"uint16"', '"uint32"'))
-  with pytest.raises(ValueError, match='cache.json is not as it was written'):
+  with pytest.raises(ValueError, match='cache.json was changed after'):
     cache_format.open_cache(folder)
 
 

@@ -295,9 +295,9 @@ def test_processes_read_their_own_rows(folder, trained):
       'truncated to 32',
     ),
     (('--gin.LLM_PATH=OTHER',), 'has the states of another LLM than'),
-    (('--gin.LLM_LAYER=0',), 'states of the last layer of the LLM, and'),
-    (("--gin.LLM_LAYER='mix'",), 'asks for a mix of all layers'),
-    (('--gin.TRAIN_LLM=True',), 'this one is to be trained'),
+    (('--gin.LLM_LAYER=0',), 'states of the last layer of the LLM, but'),
+    (("--gin.LLM_LAYER='mix'",), 'selects a mix of all layers'),
+    (('--gin.TRAIN_LLM=True',), 'but TRAIN_LLM=True trains the LLM'),
     (('--gin.CACHE_DIR=TOKENS',), 'has no features: it has no features.json'),
     (
       (
@@ -305,7 +305,7 @@ def test_processes_read_their_own_rows(folder, trained):
         '--gin.Evaluation.task=local',
         "--gin.Evaluation.task_feature_lengths={'inputs': 32, 'targets': 16}",
       ),
-      'of this task there are none',
+      'but this task has no states',
     ),
   ],
 )
@@ -330,8 +330,8 @@ def test_what_does_not_fit_is_refused(folder, changes, message, capsys):
 @pytest.mark.parametrize(
   'reading,message',
   [
-    ({'bidirectional': True}, 'has read with LLM_BIDIRECTIONAL=True, and this'),
-    ({'prefix_ids': [3]}, 'has read the tokens (3,) in front of every prompt'),
+    ({'bidirectional': True}, 'an LLM with LLM_BIDIRECTIONAL=True, but this'),
+    ({'prefix_ids': [3]}, 'an LLM with the tokens (3,) before each prompt'),
   ],
 )
 def test_states_of_an_llm_that_read_otherwise_are_refused(
@@ -368,4 +368,4 @@ def test_a_model_without_an_llm_is_refused(folder, capsys):
     if not argument.startswith('--gin.LLM_PATH')
   ]
   run(*arguments, status=2)
-  assert 'this is a language model alone' in capsys.readouterr().err
+  assert 'the model is a single language model' in capsys.readouterr().err

@@ -275,7 +275,7 @@ def test_training_goes_on_from_the_newest_good_step(tmp_path, capsys, item):
   assert position == {'batches': 2}
   said = capsys.readouterr().err
   assert 'checkpoints/4 is damaged' in said
-  assert 'step 2 is taken in its place' in said
+  assert 'step 2 is used instead' in said
   # The damaged one is kept, where it does not stand in the way of a new one.
   assert saved_steps.steps(tmp_path) == [2]
   assert (tmp_path / saved_steps.FOLDER / saved_steps.DAMAGED / '4').is_dir()
@@ -291,11 +291,11 @@ def test_a_reader_takes_the_newest_good_step_and_moves_nothing(
   save(tmp_path, make_state(2), make_state(4))
   damage(tmp_path, 4, 'params')
   assert saved_steps.params_folder(tmp_path)[1] == 2
-  assert 'step 2 is taken in its place' in capsys.readouterr().err
+  assert 'step 2 is used instead' in capsys.readouterr().err
   assert saved_steps.steps(tmp_path) == [2, 4]
   with pytest.raises(saved_steps.DamagedError) as error:
     saved_steps.params_folder(tmp_path, 4)
-  for words in ('checkpoints/4 is damaged', 'Name another step of [2]'):
+  for words in ('checkpoints/4 is damaged', 'Choose another step of [2]'):
     assert words in str(error.value)
 
 
@@ -316,7 +316,7 @@ def test_a_run_without_a_good_step_is_refused(tmp_path):
   save(tmp_path, make_state(2), make_state(4))
   for step in (2, 4):
     damage(tmp_path, step, 'params')
-  with pytest.raises(saved_steps.DamagedError, match='no checkpoint') as error:
+  with pytest.raises(saved_steps.DamagedError, match='all check') as error:
     checkpoint.Checkpointer(tmp_path)
   assert '/2 is damaged' in str(error.value)
   assert '/4 is damaged' in str(error.value)

@@ -218,7 +218,7 @@ def test_an_llm_that_has_moved_is_the_one_of_the_run(run, tmp_path):
   assert len(load(fingerprint, 'known', there)) == 3
   with pytest.raises(ValueError, match='LLM_PATH=.*moved .*CHECKPOINT_PATH='):
     load('0' * 64, 'other', there)
-  with pytest.raises(ValueError, match='LLM is set beside CHECKPOINT_PATH='):
+  with pytest.raises(ValueError, match='LLM is set, but CHECKPOINT_PATH='):
     load(None, 'fresh', system_lib.Tower(config=helpers.T5_1_0))
   to_huggingface.save(
     random_weights.RandomWeights(helpers.T5_1_0, 0), tmp_path / 'small', None
@@ -232,7 +232,7 @@ def test_a_run_of_one_model_is_no_pair(tmp_path):
   run_folder.save(system, tmp_path)
   (tmp_path / 'checkpoints').mkdir()
   slm = system_lib.Tower(config=helpers.T5_1_0)
-  with pytest.raises(ValueError, match='is a language model alone, and SLM is'):
+  with pytest.raises(ValueError, match='is a single language model, but SLM'):
     contenders.find_models(None, slm, str(tmp_path), 'add', 'float32', 0)
 
 

@@ -115,9 +115,9 @@ def test_a_t5gemma_of_two_sizes_comes_in_as_its_encoder(tmp_path, capsys):
     pair = builders.llm_to_slm_system(tower, slm)
     layout = parameters.layout(pair, partitioning.make_mesh(MESH), MESH)
     parameters.load_frozen(pair, layout)
-    with pytest.raises(ValueError, match='this is an encoder alone'):
+    with pytest.raises(ValueError, match='this is an encoder-only model'):
       builders.language_model_system(tower)
-    with pytest.raises(ValueError, match='this is an encoder alone'):
+    with pytest.raises(ValueError, match='this is an encoder-only model'):
       builders.llm_to_slm_system(tower, tower)
 
 
@@ -187,7 +187,7 @@ def test_what_the_digests_stand_for_is_compared(t5, tmp_path, monkeypatch):
   with pytest.raises(ValueError) as error:
     load(opened)
   name = max(json.loads((ours / 'weights.json').read_text())['digests'])
-  assert f'{ours} has changed since' in str(error.value)
+  assert f'{ours} was changed after' in str(error.value)
   assert str(error.value).splitlines()[1:] == [f'  {name}']
   monkeypatch.setattr(integrity, 'verification', lambda: False)
   assert load(opened)[1] == fingerprint
@@ -204,7 +204,7 @@ def test_damaged_weights_are_not_converted_into_good_ones(t5, tmp_path, capsys):
   for form in ('l2s', 'hf'):
     out = tmp_path / f'out_{form}'
     words = refusal(capsys, '--from=l2s', f'--to={form}', ours, out)
-    assert f'{ours} has changed since' in words
+    assert f'{ours} was changed after' in words
     assert not out.exists()
 
 
@@ -216,7 +216,7 @@ def test_a_description_changed_by_hand_is_refused(t5, tmp_path):
   description = json.loads(path.read_text())
   description['config']['norm_epsilon'] *= 2
   path.write_text(json.dumps(description))
-  with pytest.raises(ValueError, match='weights.json is not as it was written'):
+  with pytest.raises(ValueError, match='weights.json was changed after'):
     opening.open_source(str(ours))
 
 
@@ -426,7 +426,7 @@ def test_what_is_no_model_is_refused_in_any_form(part):
 @pytest.mark.parametrize(
   ('spoil', 'message'),
   [
-    ('truncated', 'is not a whole safetensors file'),
+    ('truncated', 'is not a complete safetensors file'),
     ('shards', 'lists 2 files; missing: model-00002-of-00002.safetensors'),
     ('missing', 'decoder.final_layer_norm.weight (decoder/final_norm/scale)'),
     ('unknown', 'encoder.block.9.layer.0.layer_norm.weight (16,): unknown'),

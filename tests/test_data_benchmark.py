@@ -68,7 +68,7 @@ def test_all_that_is_there_takes_part(given, tmp_path, monkeypatch, capsys):
     str(folder), data_input=given, data=True, peers=True, rounds=1
   )
   printed = capsys.readouterr().out
-  assert 'absent is left out: the package no_such_package' in printed
+  assert 'absent is skipped: the package no_such_package' in printed
   assert (folder / 'data.md').read_text() in printed
   assert sorted(path.name for path in folder.iterdir()) == [
     'data.json',
@@ -155,8 +155,8 @@ def test_grain_reads_what_we_read(cached, monkeypatch):
     ({'mixture_or_task_name': 'cached'}, 'Use the gin file of the cached task'),
     ({'mixture_or_task_name': 'mixture'}, 'one of its tasks: local\\.'),
     ({'batch_size': 16}, 'timing needs two batches: set BATCH_SIZE=16 lower'),
-    ({'process_counts': (8,)}, 'DATA_PROCESSES=8: each needs a row'),
-    ({'lengths': ((3, 1),)}, 'expected pairs of a prompt length'),
+    ({'process_counts': (8,)}, 'DATA_PROCESSES=8: each process needs'),
+    ({'lengths': ((3, 1),)}, 'expected pairs of prompt length'),
   ],
 )
 def test_what_cannot_be_timed_is_refused(given, tmp_path, changes, message):

@@ -356,11 +356,11 @@ def test_who_cannot_teach_is_refused(teacher, tmp_path):
   system = dataclasses.replace(system, sources={'llm': str(teacher)})
   run_folder.save(system, student)
   for options, message in (
-    ({'checkpoint_path': str(student)}, 'is a run of LLM-to-SLM, which is the'),
+    ({'checkpoint_path': str(student)}, 'is an LLM-to-SLM run, which is the'),
     ({'mixture_or_task_name': 'cached'}, 'Use the gin file of the cached task'),
     (
       {'decoding': sampling.Decoding(draft_len=2)},
-      'draft_len=2 is of LLM-to-SLM',
+      'draft_len=2 needs LLM-to-SLM',
     ),
     ({'task_feature_lengths': {'inputs': 4}}, "lacks 'targets'"),
   ):
@@ -380,7 +380,7 @@ def test_by_the_command_line_a_folder_is_made_and_found_whole(
     f'--gin.TASK_FEATURE_LENGTHS={LENGTHS}',
     f'--gin.DISTILL_DIR={tmp_path / "out"}',
   )
-  for told in (' answers to 37 prompts; ', 'is whole: nothing to answer.'):
+  for told in (' answers to 37 prompts; ', 'is complete: nothing to answer.'):
     result = tiny_runs.l2s(
       'distill',
       *arguments,

@@ -219,7 +219,7 @@ def test_a_dead_process_ends_the_other(folder, victim):
   result = tiny_runs.l2s(
     *train(folder, run.name, f'--gin.TRAIN_STEPS={saved[-1] + 2}')
   )
-  assert f'Goes on at step {saved[-1]}' in result.stdout + result.stderr
+  assert f'Resuming from step {saved[-1]}' in result.stdout + result.stderr
 
 
 def test_standard_input_is_of_one_process(folder, together):

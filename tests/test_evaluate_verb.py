@@ -285,7 +285,7 @@ def test_evaluations_with_other_settings_are_not_compared(
 @pytest.mark.parametrize(
   'steps, message',
   [
-    (7, r'does not hold the checkpoint 7; it has steps \[5, 10\]'),
+    (7, r'does not have the checkpoint 7; it has steps \[5, 10\]'),
     ((5, 6), r'the checkpoint 6; it has steps \[5, 10\]'),
     ('best', 'no best checkpoint'),
   ],

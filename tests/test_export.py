@@ -175,7 +175,7 @@ def damaged(folder, tmp_path, change):
   [
     (
       damaged_exports.flipping('llm/model.safetensors'),
-      'llm/model.safetensors is not as it was written',
+      'llm/model.safetensors was changed after',
     ),
     (
       lambda path: (path / 'beside' / 'model.safetensors').write_bytes(b''),
@@ -191,9 +191,9 @@ def damaged(folder, tmp_path, change):
     ),
     (
       damaged_exports.linking('slm/model.safetensors'),
-      'slm/model.safetensors is a link',
+      'slm/model.safetensors is a symbolic link',
     ),
-    (damaged_exports.linking('slm'), 'slm is a link'),
+    (damaged_exports.linking('slm'), 'slm is a symbolic link'),
     (
       damaged_exports.listing('../outside'),
       "lists '../outside', which is not a path inside",
@@ -216,7 +216,7 @@ def damaged(folder, tmp_path, change):
       lambda path: damaged_exports.reseal(
         path, lambda c: c['model'].update(more=1)
       ),
-      'does not say which model it has',
+      'does not describe its model',
     ),
     (
       lambda path: damaged_exports.reseal(
@@ -232,7 +232,7 @@ def damaged(folder, tmp_path, change):
       lambda path: (path / manifest.FILE).write_text(
         (path / manifest.FILE).read_text().replace('"step": 400', '"step": 401')
       ),
-      'manifest.json is not as it was written',
+      'manifest.json was changed after it',
     ),
   ],
 )
@@ -249,7 +249,7 @@ def test_a_folder_that_is_not_as_it_was_written_is_refused(
   'arguments,message',
   [
     (['kept/l2s', 'bundles/l2s'], 'is there already'),
-    (['kept/none', 'new'], 'is not a run'),
+    (['kept/none', 'new'], 'is neither a run'),
     (['kept/l2s', 'new'], 'LLM_PATH'),  # It is not where it was.
     (['kept/l2s', 'new', '--step=401'], 'step'),
     (['kept/l2s', 'new', '--step=last'], 'expected a number of steps, or best'),

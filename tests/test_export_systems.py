@@ -210,7 +210,7 @@ def test_convert_takes_the_slm_of_a_bundle_with_its_tokenizer(tmp_path, capsys):
   np.testing.assert_array_equal(
     source.read(embedding), params['slm']['token_embedder']['embedding']
   )
-  with pytest.raises(ValueError, match='is a bundle of step 1 alone, and step'):
+  with pytest.raises(ValueError, match='has step 1 only, but step 2'):
     opening.open_source(str(tmp_path / 'bundle'), 2)
 
 

@@ -200,7 +200,7 @@ def test_features_of_other_tokens_are_refused(featured, tmp_path):
     write(folder)
   path = folder / feature_format.FILE
   path.write_text(path.read_text().replace('bfloat16', 'int8'))
-  with pytest.raises(ValueError, match='is not as it was written'):
+  with pytest.raises(ValueError, match='was changed after it was written'):
     feature_format.open_features(cache)
 
 

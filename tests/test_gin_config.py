@@ -340,7 +340,7 @@ def test_gin_brings_neither_tensorflow_nor_jax():
     ("TASK_FEATURE_LENGTHS={'inputs': '8'}", ': expected a dict such as {'),
     ('LENGTH_BUCKETS=(8, 8)', ': expected a tuple such as ((8,),).'),
     ('PROFILE_STEPS=x', ': expected a tuple such as (8,) or None.'),
-    ('MODEL_DIR=3', ': expected a text.'),
+    ('MODEL_DIR=3', ': expected a string.'),
     ('KEEP_CHECKPOINTS=x', ': expected a whole number or None.'),
     ("MeshConfig.slm_rules={'embed': 3}", ': expected a dict such as {'),
     ('BATCH_SIZE=%BATCH_SIZE', 'is bound to itself'),

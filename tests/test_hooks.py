@@ -160,7 +160,7 @@ def test_an_evaluation_is_the_same_alone_and_among_others(folder):
   [
     (
       ('--gin.EVALUATIONS=(@Evaluation(), @Evaluation())',),
-      "EVALUATIONS has two of task 'local' and split 'validation'",
+      "EVALUATIONS has two evaluations of task 'local' and split 'validation'",
     ),
     (
       (*TWO, '--gin.here/Evaluation.split="dev"'),
@@ -180,7 +180,7 @@ def test_an_evaluation_is_the_same_alone_and_among_others(folder):
     ),
     (
       (*TWO, '--gin.BEST_METRIC="cldr-validation/blue"'),
-      'is not a score of this task; there are cldr-validation/loss',
+      'is not a score of this task. Its scores are cldr-validation/loss',
     ),
     (
       (
@@ -188,7 +188,7 @@ def test_an_evaluation_is_the_same_alone_and_among_others(folder):
         '--gin.there/Evaluation.split="test"',
         '--gin.BEST_METRIC="cldr-test/loss"',
       ),
-      'a checkpoint is chosen on validation data only',
+      'select checkpoints on validation data only',
     ),
   ],
 )

@@ -189,20 +189,20 @@ def refusal(name):
 
 def test_a_model_that_is_not_there_is_one_sentence(server):
   sentence = refusal('some-org/no-such-model')
-  assert sentence.startswith('some-org/no-such-model is no folder here, and ')
+  assert sentence.startswith('some-org/no-such-model is not a local folder')
   assert 'Check the name' in sentence
 
 
 def test_a_gated_model_says_how_to_get_it(server):
   server.errors['model.safetensors'] = (403, 'GatedRepo')
   sentence = refusal(NAME)
-  assert sentence.startswith(f'{NAME} is not given to everyone. Ask for access')
+  assert sentence.startswith(f'{NAME} is a gated model. Request access')
 
 
 def test_a_file_that_is_listed_and_not_there_is_one_sentence(server):
   server.errors['model.safetensors'] = (404, 'EntryNotFound')
   sentence = refusal(NAME)
-  assert 'could not be fetched from the Hugging Face Hub: 404' in sentence
+  assert 'could not be downloaded from the Hugging Face Hub: 404' in sentence
 
 
 def test_a_model_without_weights_of_a_known_form_is_named(server):
@@ -213,7 +213,7 @@ def test_a_model_without_weights_of_a_known_form_is_named(server):
 
 def test_a_server_that_is_down_is_one_sentence(server, monkeypatch):
   set_endpoint(monkeypatch, 'http://127.0.0.1:9')  # Nothing listens there.
-  assert 'could not be fetched' in refusal(NAME)
+  assert 'could not be downloaded' in refusal(NAME)
 
 
 def test_a_name_on_the_hub_is_told_from_a_folder(tmp_path, monkeypatch):
@@ -231,7 +231,7 @@ def test_a_hub_out_of_reach_is_one_sentence(monkeypatch):
   monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
   with pytest.raises(ValueError) as error:
     hub.download('google-t5/no-such-model')
-  assert 'google-t5/no-such-model is no folder here, and could not' in str(
+  assert 'google-t5/no-such-model is not a local folder, and it' in str(
     error.value
   )
   assert '\n' not in str(error.value)

@@ -108,7 +108,9 @@ def test_what_was_cut_anywhere_goes_on_as_if_it_were_not(
     assert answer(run, source, tmp_path, batch_size=batch_size) == whole
     told = capsys.readouterr().err
     num_done = whole[:end].count(b'\n')
-    assert f'{num_done} of {NUM_LINES} lines are there' in told or not num_done
+    assert (
+      f'{num_done} of {NUM_LINES} lines are answered' in told or not num_done
+    )
     # The counts are of the whole file, not of what this start has done.
     assert f'{len(BAD)} of {NUM_LINES} lines could not be answered:' in told
     num_cut = whole.count(b'"prompt_truncated": true')
@@ -147,7 +149,7 @@ def test_a_finished_job_is_only_scored(run, source, whole, tmp_path, capsys):
   capsys.readouterr()
   answer(run, source, tmp_path, metrics=('chrf', 'exact_match'))
   captured = capsys.readouterr()
-  assert 'predictions.jsonl is whole: nothing to answer' in captured.err
+  assert 'predictions.jsonl is complete: nothing to answer' in captured.err
   assert 'prompts/s' not in captured.err
   after = (tmp_path / 'predictions.jsonl').stat()
   assert (after.st_mtime_ns, after.st_ino) == (
@@ -367,7 +369,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(run, tmp_path):
   process = start(run, *arguments, stderr=subprocess.PIPE, text=True)
   _, told = process.communicate()
   assert process.returncode == 0, told
-  assert 'of 4000 lines are there; passing over them.' in told
+  assert 'of 4000 lines are answered; skipping them.' in told
   unbroken = answer(
     run, source, tmp_path / 'unbroken', batch_size=64, shard=1, num_shards=2
   )
@@ -449,7 +451,7 @@ def test_tasks_that_have_no_lines_of_text_are_refused(run, tmp_path):
     for name, message in {
       'several': 'is a mixture, .* one by one: task:already_ids, task:cldr',
       'absent': 'is not registered with SeqIO',
-      'already_ids': 'tokenized already and has no inputs_pretokenized',
+      'already_ids': 'already tokenized and has no inputs_pretokenized',
     }.items():
       with pytest.raises(ValueError, match=f'INPUT=task:{name}.*{message}'):
         answer(run, f'task:{name}', tmp_path / 'out')
@@ -497,7 +499,11 @@ def test_rows_within_rows_are_answered_and_scored(run, tmp_path):
   [
     ({'input': 'absent.txt'}, FileNotFoundError, 'INPUT=absent.txt: no such'),
     ({'template': 'translate'}, ValueError, r'has no column|has no \{prompt'),
-    ({'template': '{en}'}, ValueError, r'names en, but a line of INPUT=- has'),
+    (
+      {'template': '{en}'},
+      ValueError,
+      r'uses en, but the lines of INPUT=-',
+    ),
     ({'batch_size': 0}, ValueError, 'BATCH_SIZE=0: expected a positive'),
     (
       {'bad_lines': 'skip'},
@@ -513,19 +519,19 @@ def test_rows_within_rows_are_answered_and_scored(run, tmp_path):
     (
       {'stream': 'text', 'input': __file__},
       ValueError,
-      "INFER_STREAM='text' is of standard input",
+      "INFER_STREAM='text' needs standard input",
     ),
     (
       {'stream': 'text', 'decoding': sampling.Decoding(num_beams=2)},
       ValueError,
-      'Decoding.num_beams=2: which beam',
+      'Decoding.num_beams=2: the best beam',
     ),
     (
       {'max_decode_len_column': 'n'},
       ValueError,
-      "MAX_DECODE_LEN_COLUMN='n' is of .* INPUT=- has no columns",
+      "MAX_DECODE_LEN_COLUMN='n' needs .* INPUT=- has no columns",
     ),
-    ({}, FileNotFoundError, 'is not a run: it has no model.json'),
+    ({}, FileNotFoundError, r'is neither a run \(it has no model.json\) nor a'),
     (
       {'checkpoint_path': 'gs://bucket/run'},
       ValueError,
@@ -577,11 +583,11 @@ def test_refused_before_a_model_is_loaded(tmp_path, changes, error, message):
       'a.jsonl',
       '{"prompt": "a", "prediction": "b"}',
       {'metrics': ('bleu',), 'target_column': 'prediction'},
-      "TARGET_COLUMN='prediction' is where the output has its own",
+      "TARGET_COLUMN='prediction' is also a field of the output",
     ),
     ('a.npz', 'a', {}, r'a\.npz: \*\.npz files are not text'),
     ('a.txt', 'PK\x03\x04\0', {}, r'a\.txt is not text: .* zip archive'),
-    ('a.txt', b'\xe9\n\xe8', {}, r'a\.txt is no text: none of its 2 lines is'),
+    ('a.txt', b'\xe9\n\xe8', {}, r'a\.txt is not text: none of its 2 lines is'),
     ('a.parquet', 'PAR1', {}, r'a\.parquet is not a complete Parquet file'),
     ('a.tfrecord', 'text' * 9, {}, r'a\.tfrecord is not a TFRecord file'),
   ],

@@ -148,5 +148,5 @@ def checkpointer(folder):
   [{'lora_rank': -1}, {'lora_kernels': ()}, {'lora_kernels': ('wi',)}],
 )
 def test_kernels_that_are_not_there_are_refused(changes):
-  with pytest.raises(ValueError, match='lora_rank=.*, which this model has'):
+  with pytest.raises(ValueError, match='lora_rank=.*, the projections of this'):
     dataclasses.replace(helpers.T5_1_1, **(CHANGES | changes))

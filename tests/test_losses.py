@@ -120,7 +120,7 @@ def test_a_softmax_equal_to_the_soft_targets_costs_nothing():
 
 @pytest.mark.parametrize('label_smoothing', [-0.1, 1.0])
 def test_smoothing_that_is_no_probability_is_refused(label_smoothing):
-  with pytest.raises(ValueError, match=f'label_smoothing={label_smoothing} is'):
+  with pytest.raises(ValueError, match=f'label_smoothing={label_smoothing}: '):
     losses.token_cross_entropy(
       LOGITS,
       jnp.array([[0, 1, 1]]),

@@ -56,25 +56,24 @@ def error_of(folder):
   [
     (
       {'num_layers': 1},
-      'the files hold 2 encoder layers, num_layers says 1',
+      'the files hold 2 encoder layers, but num_layers is 1',
     ),
     (
       {'num_decoder_layers': 3},
-      'the files hold 2 decoder layers, num_decoder_layers says 3',
+      'the files hold 2 decoder layers, but num_decoder_layers is 3',
     ),
-    ({'d_ff': 64}, 'd_ff says 64, the tensors have 32'),
-    ({'vocab_size': 263}, 'vocab_size says 263, the tensors have 264'),
-    ({'d_model': 32}, 'd_model says 32, the tensors have 16'),
-    ({'num_heads': 4}, 'num_heads says 4, the tensors have 2'),
-    ({'d_kv': 16}, 'num_heads * d_kv says 2 * 16 = 32, the tensors have 8'),
+    ({'d_ff': 64}, 'd_ff is 64, but the tensors have 32'),
+    ({'vocab_size': 263}, 'vocab_size is 263, but the tensors have 264'),
+    ({'d_model': 32}, 'd_model is 32, but the tensors have 16'),
+    ({'num_heads': 4}, 'num_heads is 4, but the tensors have 2'),
+    ({'d_kv': 16}, 'num_heads * d_kv is 2 * 16 = 32, but the tensors have 8'),
   ],
 )
 def test_the_cause_comes_first_and_ten_lines_at_most(folder, changes, cause):
   edit(folder, **changes)
   first, *lines = error_of(folder).splitlines()
   assert first.endswith(
-    f'config.json describes: {cause}. Use the files as they were saved '
-    'together:'
+    f'config.json: {cause}. Use files that were saved together:'
   )
   assert 1 <= len(lines) <= 11
   if len(lines) == 11:
@@ -110,7 +109,7 @@ def test_sizes_are_compared_before_anything_is_made_of_them(folder, changes):
     ('layer_norm_epsilon', 'tiny', 'a number'),
     ('layer_norm_epsilon', float('nan'), 'a number'),
     ('dropout_rate', float('inf'), 'a number'),
-    ('feed_forward_proj', 3, 'a text'),
+    ('feed_forward_proj', 3, 'a string'),
     ('scale_decoder_outputs', 'no', 'true or false'),
     ('eos_token_id', 'end', 'a token id'),
   ],
@@ -132,7 +131,7 @@ def test_what_a_wrapper_put_before_names_is_taken_off(folder, prefix, capsys):
   rename(folder, lambda name: prefix + name)
   found = huggingface.HuggingFaceFolder(folder)
   said = capsys.readouterr().err
-  assert said.count(f'all tensors have {prefix!r} in front') == 1
+  assert said.count(f'all tensor names have the prefix {prefix!r}') == 1
   huggingface.HuggingFaceFolder(folder)
   assert not capsys.readouterr().err  # Once.
   assert found.config == expected.config
@@ -237,13 +236,13 @@ def test_weights_that_are_not_finite_are_refused_unless_asked_for(
   not_finite, capsys
 ):
   folder, name = not_finite
-  with pytest.raises(ValueError, match=f'NaN or infinity in {name}: ') as error:
+  with pytest.raises(ValueError, match=f'NaN or infinity in {name}, ') as error:
     load(folder)
   (setting,) = {w for w in str(error.value).split() if w.startswith('--gin.')}
   binding = setting.removeprefix('--gin.')
   gin_config.parse_config([], [binding])
   load(folder)
-  assert f'infinity in {name}; they are read all the' in capsys.readouterr().err
+  assert f'infinity in {name}; they are read anyway' in capsys.readouterr().err
 
 
 def test_convert_keeps_nothing_that_is_not_finite(not_finite, tmp_path):
@@ -273,17 +272,17 @@ def test_a_config_of_an_older_version_has_the_defaults_of_newer_fields():
   ('content', 'message'),
   [
     ([1], 'expected an object'),
-    (fields(widths=3), 'has widths, which no'),
+    (fields(widths=3), 'has widths, which '),
     ({'vocab_size': 3}, 'lacks emb_dim, num_heads'),
     (fields(emb_dim='16'), "emb_dim is '16'; expected a whole number"),
     (fields(emb_dim=True), 'emb_dim is True; expected a whole number'),
     (fields(emb_dim=2**40), 'emb_dim is 1099511627776; expected a whole'),
     (fields(num_heads=-1), 'num_heads is -1; expected 0 or more'),
-    (fields(num_heads=0), 'num_heads=0: it must be positive'),
+    (fields(num_heads=0), 'num_heads=0: expected a positive'),
     (fields(norm_epsilon=float('nan')), 'norm_epsilon is nan; expected a fin'),
     (fields(scale_logits=1), 'scale_logits is 1; expected true or false'),
     (fields(mlp_activations='relu'), "mlp_activations is 'relu'; expected a l"),
-    (fields(norm=['rms']), "norm is ['rms']; expected a text"),
+    (fields(norm=['rms']), "norm is ['rms']; expected a string"),
     (fields(num_kv_heads=0), 'num_kv_heads is 0; expected more than 0'),
     (fields(relpos_max_distance=1), 'relpos_max_distance=1: expected'),
   ],

@@ -448,7 +448,7 @@ def test_lengths_beyond_the_position_table_are_refused_with_both_numbers():
   module = helpers.MODULES['gpt2']  # 24 positions
   params = jax.eval_shape(lambda: helpers.random_params(module))
   batch = helpers.random_batch(prompt_lengths=(20,), answer_lengths=(5,))
-  with pytest.raises(ValueError, match='20 tokens .* 5 make 25 .* has 24'):
+  with pytest.raises(ValueError, match='20 tokens .* 5 need 25 .* has 24'):
     jax.eval_shape(
       lambda p, b: module.apply({'params': p}, b, deterministic=True),
       params,
@@ -457,7 +457,7 @@ def test_lengths_beyond_the_position_table_are_refused_with_both_numbers():
   generator = generate.Generator(
     module, max_decode_len=5, ids=strategies.Ids(0, 1, 0)
   )
-  with pytest.raises(ValueError, match='20 tokens .* 5 make 25 .* has 24'):
+  with pytest.raises(ValueError, match='20 tokens .* 5 need 25 .* has 24'):
     generator.start(params, batch)
 
 
@@ -486,11 +486,11 @@ def test_a_prompt_alone_beyond_the_position_table_is_refused():
     ('gpt2', dict(max_positions=0), 'max_positions > 0.*got 0'),
     ('gpt2', dict(positions='rotary', rope_dim=3), 'rope_dim=3 .*pairs'),
     ('gpt2', dict(positions='rotary', rope_dim=10), 'rope_dim=10 .*at most'),
-    ('gpt2', dict(rope_scaling=[8.0]), r'rope_scaling=\(8.0,\).*empty or'),
+    ('gpt2', dict(rope_scaling=[8.0]), r'rope_scaling=\(8.0,\).*empty tuple'),
     (
       'gpt2',
       dict(positions='rotary', relpos_per_layer=True),
-      "relpos_per_layer is of 'relative' positions",
+      "relpos_per_layer needs positions='relative'",
     ),
     (
       'gpt2',

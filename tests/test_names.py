@@ -122,7 +122,7 @@ SUB_CONFIG = huggingface.config_json('t5gemma', helpers.T5GEMMA)['encoder']
           },
         }
       },
-      'layers with a window are stretched',
+      'sliding_attention layers have RoPE',
     ),
     (
       'gemma3_text',

@@ -166,5 +166,5 @@ def test_the_verb_writes_a_folder_that_is_verified(tmp_path):
   with (path / 'decode_step.onnx').open('r+b') as file:
     file.seek(100)
     file.write(b'?')
-  with pytest.raises(ValueError, match='decode_step.onnx is not as it was wr'):
+  with pytest.raises(ValueError, match='decode_step.onnx was changed after'):
     manifest.read(path, 'onnx')

@@ -77,7 +77,7 @@ def test_schedules_at_steps_worked_by_hand(options, expected):
   'options, message',
   [
     (dict(factors='constant * step'), "'step' is not one of .*rsqrt_decay"),
-    (dict(factors='constant, linear_warmup'), "with '\\*' between"),
+    (dict(factors='constant, linear_warmup'), "Join them with '\\*'"),
     (
       dict(factors='linear_to_end'),
       "'linear_to_end' needs total_steps .*total_steps=None",
@@ -88,7 +88,7 @@ def test_schedules_at_steps_worked_by_hand(options, expected):
     ),
     (
       dict(factors='constant * linear_decay'),
-      "write 'linear_decay' alone",
+      "'linear_decay' includes the base rate",
     ),
   ],
 )
@@ -296,10 +296,10 @@ def test_a_model_without_projector_has_no_projector_steps():
   'by_path, message',
   [
     # A pattern is of the whole path.
-    ({'layer': 2.0}, "'layer' decides nothing.*\n  embedder/embedding\n"),
-    ({'l.*': 2.0, 'layer/.*': 1.0}, "'layer/.\\*' decides nothing"),
-    ({'(': 2.0}, r"'\(' is no regular expression"),
-    ({'layer/.*': -1.0}, "'layer/.\\*' has -1.0; expected a number"),
+    ({'layer': 2.0}, "'layer' has no effect.*\n  embedder/embedding\n"),
+    ({'l.*': 2.0, 'layer/.*': 1.0}, "'layer/.\\*' has no effect"),
+    ({'(': 2.0}, r"'\(' is not a regular expression"),
+    ({'layer/.*': -1.0}, "'layer/.\\*' has -1.0; expected a factor"),
   ],
 )
 def test_rates_by_path_that_fit_nothing_are_refused(by_path, message):

@@ -22,7 +22,7 @@ class Strange(Exception):
   [
     (
       OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), '/a/b'),
-      '/a/b: No space left on device; make room there',
+      '/a/b: No space left on device; free some space',
     ),
     (
       PermissionError(errno.EACCES, 'Permission denied', '/a'),
@@ -42,13 +42,16 @@ class Strange(Exception):
     ),
     (
       Strange("cannot write '/runs/x': No space left on device"),
-      '/runs/x: No space left on device; make room there',
+      '/runs/x: No space left on device; free some space',
     ),
     (
       OSError('Connection to hub.invalid failed\nmore'),
       'Connection to hub.inv',
     ),
-    (BrokenPipeError(errno.EPIPE, 'Broken pipe'), 'standard output was closed'),
+    (
+      BrokenPipeError(errno.EPIPE, 'Broken pipe'),
+      'the reader of standard',
+    ),
   ],
 )
 def test_an_error_of_the_system_is_one_line_with_path_words_and_remedy(
@@ -58,7 +61,7 @@ def test_an_error_of_the_system_is_one_line_with_path_words_and_remedy(
   assert sentence is not None and start in sentence
   assert '\n' not in sentence and '[Errno' not in sentence
   if isinstance(error, OSError) and error.filename is not None:
-    assert sentence.endswith('the same command goes on from it.')
+    assert sentence.endswith('the same command resumes from it.')
 
 
 def test_the_error_may_be_the_cause_or_one_of_a_group():

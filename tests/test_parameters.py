@@ -80,14 +80,14 @@ def test_the_llm_of_the_run_is_taken_wherever_it_lies(folders, tmp_path):
 def test_evaluation_refuses_another_llm(folders):
   run = run_folder.load(folders / 'run', llm_path=str(folders / 'second'))
   other, _ = load_frozen(fresh(folders / 'second'))
-  with pytest.raises(ValueError, match='not the one .* trained with') as error:
+  with pytest.raises(ValueError, match='is not the LLM of this run') as error:
     load_frozen(run)
   assert run.llm_fingerprint and other.llm_fingerprint
   assert run.llm_fingerprint != other.llm_fingerprint
   for text in (
     str(folders / 'second'),
     f'its fingerprint is {other.llm_fingerprint[:16]}',
-    f'the run has {run.llm_fingerprint[:16]}',
+    f'the run expects {run.llm_fingerprint[:16]}',
     'Set LLM_PATH',
   ):
     assert text in str(error.value)
@@ -118,7 +118,7 @@ def test_a_changed_byte_is_found_and_its_tensor_named(
   load_frozen(run)
   path = ('encoder', 'layers', 'mlp', 'wi_0', 'kernel')
   change_a_byte(copy, path)
-  with pytest.raises(ValueError, match='has changed since') as error:
+  with pytest.raises(ValueError, match='was changed after') as error:
     load_frozen(run)
   head, *names = str(error.value).splitlines()
   assert str(copy) in head
@@ -219,7 +219,7 @@ def test_cached_states_of_another_llm_are_refused(folders):
   with pytest.raises(ValueError, match='there has the states of another LLM'):
     load_frozen(system)
   moved = run_folder.load(folders / 'run', llm_path=str(folders / 'first'))
-  with pytest.raises(ValueError, match=f'fingerprint {"0" * 16}, this one'):
+  with pytest.raises(ValueError, match=f'fingerprint {"0" * 16}, LLM_PATH has'):
     load_frozen(beside(moved, '0' * 64))
 
 

@@ -347,8 +347,8 @@ def test_parameters_that_do_not_divide_are_all_listed():
   'rules, message',
   [
     ({'emb': None}, "llm_rules has 'emb', .* logical axes batch, vocab"),
-    ({'embed': 'model'}, "llm_rules puts 'embed' onto 'model', .* mesh axes"),
-    ({'embed': ('data', 'x')}, "puts 'embed' onto 'x'"),
+    ({'embed': 'model'}, "llm_rules maps 'embed' to 'model', .* mesh axes"),
+    ({'embed': ('data', 'x')}, "maps 'embed' to 'x'"),
   ],
 )
 def test_rules_of_unknown_axes_are_refused(rules, message):

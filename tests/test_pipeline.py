@@ -84,4 +84,4 @@ def test_one_by_one_is_as_all_at_once(answers, tmp_path):
 def test_the_progress_says_how_fast_and_how_much_padding(answers, capsys):
   list(pipeline.answer_all(answers, [{'prompt': 'a' * 15}] * 8, total=8))
   told = capsys.readouterr().err
-  assert 'prompts/s beside' in told and 'was padding.' in told
+  assert 'prompts/s without' in told and 'were padding.' in told

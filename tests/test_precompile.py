@@ -62,10 +62,10 @@ def run(**settings):
   'settings,message',
   [
     ({'topology': None}, 'Set --topology'),
-    ({'topology': 'v5e:8'}, "TOPOLOGY='v5e:8' is not a TPU"),
+    ({'topology': 'v5e:8'}, "TOPOLOGY='v5e:8': expected a TPU"),
     ({'llm': None, 'slm': None}, 'Nothing to compile'),
-    ({'program_names': ('decode',)}, 'decode begins with what prefill returns'),
-    ({'program_names': 'train'}, 'it is a tuple'),
+    ({'program_names': ('decode',)}, 'decode needs the result of prefill'),
+    ({'program_names': 'train'}, 'expected a tuple'),
     ({'injection': 'prepend'}, "INJECTION='prepend' is not one of"),
     ({'batch_size': 0}, 'BATCH_SIZE=0'),
     ({'topology': 'v5e:32x32'}, 'larger than a pod'),
@@ -112,7 +112,7 @@ def test_compiles_for_a_tpu(tmp_path, capsys):
   [
     ({'batch_size': 12}, 'BATCH_SIZE=12 does not divide over the 8 devices'),
     ({'decode_batch_sizes': (8, 1)}, 'DECODE_BATCH_SIZES=1 does not divide'),
-    ({'topology': 'v5e:3x5'}, 'no slice that the compiler knows'),
+    ({'topology': 'v5e:3x5'}, 'is not a slice that the compiler'),
   ],
 )
 def test_refuses_before_it_compiles(settings, message, capsys):
@@ -144,7 +144,7 @@ def test_says_what_fits_instead():
       program_names=('train',),
     )
   message = str(caught.value)
-  assert 'GiB of the 15.75 GiB that a device has' in message
+  assert 'GiB of the 15.75 GiB of a device' in message
   assert re.search(
     r'2\.00 GiB float32\[2, 1024, 262144\] optimizer/.*/mlp/wi/kernel', message
   )

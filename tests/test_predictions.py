@@ -81,7 +81,7 @@ def test_what_a_crash_of_the_machine_leaves_is_cut_off(tmp_path, torn, capsys):
       assert file.tally.num_lines == 1
     assert partial.read_bytes() == first + b'\n'
     num_bytes = len(torn + after)
-    assert f'cut off {num_bytes} bytes' in capsys.readouterr().err
+    assert f'removed the last {num_bytes} bytes' in capsys.readouterr().err
 
 
 def test_a_file_has_its_name_when_it_is_whole_and_lines_at_once(tmp_path):
@@ -152,7 +152,7 @@ def test_a_folder_keeps_to_one_job(tmp_path):
 def test_answers_of_unknown_origin_are_refused(tmp_path):
   (tmp_path / 'predictions.jsonl').write_text('')
   with pytest.raises(
-    ValueError, match=r'holds predictions\.jsonl without the settings\.json'
+    ValueError, match=r'holds predictions\.jsonl without their settings\.json'
   ):
     predictions.settle(tmp_path, {})
 
@@ -237,7 +237,7 @@ def test_lines_that_were_changed_are_answered_again(tmp_path, capsys):
       assert count <= 3 and whole.startswith(partial.read_bytes())
       file.append(RECORDS[count:3])
     assert partial.read_bytes() == whole
-    assert 'cut off' in capsys.readouterr().err
+    assert 'removed the last' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_lines_that_were_changed_are_answered_again(tmp_path, capsys):
   [
     ([*RECORDS[:1], *RECORDS[:1]], 'line 2'),  # once more
     ([RECORDS[2]], 'line 1'),  # another's
-    ([*RECORDS, RECORDS[3]], 'the input has only 4 lines'),
+    ([*RECORDS, RECORDS[3]], 'the input has 4 lines only'),
     ([RECORDS[1]], 'line 1'),
   ],
 )
@@ -256,13 +256,13 @@ def test_lines_that_do_not_answer_the_input_are_refused(
   path = tmp_path / 'predictions.jsonl'
   path.with_name(f'{path.name}.partial').write_text(predictions.dump(records))
   with (
-    pytest.raises(ValueError, match='is not as it was written') as error,
+    pytest.raises(ValueError, match='does not match the input') as error,
     predictions.GrowingFile(path, ITEMS),
   ):
     pass
   assert words in str(error.value)
   path.write_text(predictions.dump(records))
-  with pytest.raises(ValueError, match='is not as it was written') as error:
+  with pytest.raises(ValueError, match='does not match the input') as error:
     predictions.read_whole(path, ITEMS)
   assert words in str(error.value)
 
@@ -274,11 +274,11 @@ def test_a_whole_file_is_compared_with_its_input_and_its_digests(tmp_path):
   whole = path.read_bytes()
   for changed in (b'', whole[:40], whole.replace(b'"A', b'"B'), whole[::-1]):
     path.write_bytes(changed)
-    with pytest.raises(ValueError, match='is not as it was written'):
+    with pytest.raises(ValueError, match='was changed after it was written'):
       predictions.read_whole(path, ITEMS)
-    with pytest.raises(ValueError, match='is not as it was written'):
+    with pytest.raises(ValueError, match='was changed after it was written'):
       list(predictions.read([path]))
   path.write_bytes(predictions.dump(RECORDS[:2]).encode())
   path.with_name(f'.{path.name}.digests').unlink()
-  with pytest.raises(ValueError, match='holds 2 lines, and its input has 4'):
+  with pytest.raises(ValueError, match='holds 2 lines, but its input has 4'):
     predictions.read_whole(path, ITEMS)

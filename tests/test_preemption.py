@@ -130,7 +130,7 @@ def test_a_killed_run_equals_its_unbroken_twin(folder, unbroken, times):
       (preemption.EXIT_CODE, 0) if number % 2 else (-signal.SIGKILL, 0)
     )
   output = finish(start(folder, run.name), 0)
-  assert 'Goes on at step' in output or losses(run)[-1][0] == STEPS
+  assert 'Resuming from step' in output or losses(run)[-1][0] == STEPS
   assert_same_run(run, unbroken)
 
 
@@ -159,7 +159,7 @@ def test_ctrl_c_between_steps_saves_the_last_one_and_is_no_preemption(
   assert 'Exception' not in output and 'Traceback' not in output
   (step,) = saved_steps.steps(run)
   assert step >= losses(run)[-1][0] >= 15
-  assert f'Saved step {step}. Start again to go on from there.' in output
+  assert f'Saved step {step}. Start again to resume from it.' in output
   finish(start(folder, 'interrupted'), 0)
   assert_same_run(run, unbroken)
 
@@ -297,7 +297,7 @@ with preemption.Watcher(grace_secs=2) as watcher:
 """)
   assert result.returncode == preemption.INTERRUPTED, result.stderr
   assert (tmp_path / 'saved').exists()
-  assert 'SIGINT: saving the last step and ending' in result.stderr
+  assert 'SIGINT: saving the last step, then exiting' in result.stderr
 
 
 def test_a_second_ctrl_c_ends_at_once_and_one_that_comes_twice_does_not():
@@ -361,7 +361,7 @@ def main():
 sys.exit(preemption.run(main))
 """)
   assert result.returncode == preemption.INTERRUPTED, result.stderr
-  assert 'all processes end at their next step' in result.stderr
+  assert 'all processes will exit at their next step' in result.stderr
 
 
 @pytest.mark.parametrize('hanging', ['watcher.lock.acquire()', 'None'])

@@ -87,7 +87,7 @@ def test_unknown_fields_are_refused_with_the_version_that_wrote_them(
     assert said == (
       f'{path} has {name}, which this l2s_jax ({l2s_jax.__version__}) does not '
       'know; l2s_jax 7.8.9 wrote it. Update l2s_jax, or copy it again from '
-      'where the run was made.'
+      'the original run.'
     )
 
 

@@ -497,9 +497,9 @@ def test_settings_of_gin_can_be_hashed_and_compared():
     (dict(repetition_penalty=math.nan), 'repetition_penalty=nan: expected'),
     (dict(no_repeat_ngram_size=-1), 'no_repeat_ngram_size=-1: expected'),
     (dict(min_decode_len=-1), 'min_decode_len=-1: expected'),
-    (dict(stop='end'), "stop='end': expected a list of texts"),
-    (dict(stop=['']), "stop=('',): expected a list of texts, none of them"),
-    (dict(stop=[3]), 'stop=(3,): expected a list of texts'),
+    (dict(stop='end'), "stop='end': expected a list of non-empty"),
+    (dict(stop=['']), "stop=('',): expected a list of non-empty"),
+    (dict(stop=[3]), 'stop=(3,): expected a list of non-empty'),
     (dict(num_beams=0), 'num_beams=0: expected a whole number, at least 1'),
     (dict(num_answers=0), 'num_answers=0: expected'),
     (dict(length_penalty=math.inf), 'length_penalty=inf: expected a number'),
@@ -517,12 +517,13 @@ def test_settings_of_gin_can_be_hashed_and_compared():
     (
       dict(num_beams=2, num_answers=3),
       'num_answers=3 is more than Decoding.num_beams=2: the answers are the '
-      'best of the beams; set Decoding.num_beams to 3 or more.',
+      'best beams. Set Decoding.num_beams to 3 or more.',
     ),
     (
       dict(num_beams=4, temperature=0.5),
-      'num_beams=4 and Decoding.temperature=0.5: beam search draws nothing; '
-      'set Decoding.num_beams to 1 to sample, or Decoding.temperature to 0.',
+      'num_beams=4 and Decoding.temperature=0.5: beam search does not '
+      'sample. Set Decoding.num_beams to 1 to sample, or '
+      'Decoding.temperature to 0.',
     ),
   ],
   ids=str,

@@ -198,7 +198,7 @@ def test_a_run_of_an_older_version_keeps_its_vocabulary(
   assert now.answer_vocabulary != alone
   kept = run_folder.pin_llm(now, tmp_path / 'run')
   assert kept.answer_vocabulary == alone == kept.prompt_vocabulary
-  assert 'with the tokenizers that it began with' in capsys.readouterr().out
+  assert 'keeps the tokenizers of its first start' in capsys.readouterr().out
   run_folder.save(kept, tmp_path / 'run')
   with pytest.raises(ValueError, match='holds another run'):
     run_folder.save(now, tmp_path / 'run')

@@ -457,7 +457,7 @@ def test_an_llm_without_its_decoder_is_refused(folders):
   folder, _ = folders
   system = run_folder.load(folder / 'run', llm_path=str(folder / 'encoder'))
   load_frozen(system)
-  with pytest.raises(ValueError, match='encoder is an encoder alone.*LLM_PATH'):
+  with pytest.raises(ValueError, match='encoder is encoder-only.*LLM_PATH'):
     load_frozen(generate_lib.for_decoding(system, DRAFTS))
 
 
@@ -468,16 +468,16 @@ def test_systems_that_cannot_verify_are_refused_by_name(vocabulary):
       generate_lib.for_decoding(system, decoding)
 
   module = l2s.LlmToSlm(helpers.LLM, helpers.T5_1_0)
-  refuse(l2s.build(helpers.LLM), 'draft_len=4.*a language model alone')
+  refuse(l2s.build(helpers.LLM), 'draft_len=4.*a single language model')
   refuse(
     l2s.LlmToSlm(helpers.LLAMA, helpers.T5_1_0),
     'draft_len=4.*decoder-only .num_encoder_layers=0',
   )
   alone = dataclasses.replace(helpers.LLM, num_decoder_layers=0)
-  refuse(l2s.LlmToSlm(alone, helpers.T5_1_0), 'is an encoder alone')
+  refuse(l2s.LlmToSlm(alone, helpers.T5_1_0), 'is encoder-only')
   refuse(
     module,
-    r'257 ids.*spiece.model \(\d+ ids\).*shares the vocabulary',
+    r'257 ids.*spiece.model \(\d+ ids\).*with the vocabulary of',
     answer_vocabulary=vocabulary,
   )
   refuse(

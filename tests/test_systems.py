@@ -71,7 +71,7 @@ def test_a_tokenizer_larger_than_the_table_is_refused(config, vocabulary):
 
 
 def test_a_config_without_its_percent_sign_is_named():
-  with pytest.raises(ValueError, match='percent sign: %T5_1_1_SMALL'):
+  with pytest.raises(ValueError, match='write %T5_1_1_SMALL and add'):
     system_lib.Tower(config='T5_1_1_SMALL').load_config()
 
 

@@ -107,7 +107,7 @@ def test_a_head_that_versions_read_otherwise_is_said(tmp_path, capsys):
   path.write_text(json.dumps(content))
   capsys.readouterr()
   source = huggingface.HuggingFaceFolder(tmp_path)
-  assert 'transformers 4 would put the table' in capsys.readouterr().err
+  assert 'transformers 4 would replace it' in capsys.readouterr().err
   expected = theirs(transformers, torch, tmp_path)
   np.testing.assert_allclose(ours(source), expected, atol=1e-4, rtol=1e-4)
 

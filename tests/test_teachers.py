@@ -287,13 +287,13 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
     (
       system_lib.Tower(str(KEPT / 'l2s')),
       {},
-      'is a run of LLM-to-SLM, which is a student',
+      'is an LLM-to-SLM run, which is a student',
     ),
     (
       system_lib.Tower(str(foreign)),
       {},
       r'TEACHER_PATH=.*foreign: the teacher has the tokenizer .*\(257 ids\), '
-      r'and the answers of the student are ids of .*101 ids\).*verb distill',
+      r'but the answers of the student have .*101 ids\).*verb distill',
     ),
     (  # Though it is the LLM.
       system_lib.Tower(str(KEPT / 'llm'), vocabulary=str(foreign)),
@@ -303,7 +303,7 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
     (
       system_lib.Tower(str(KEPT / 'llm'), config=encoder),
       {},
-      'TEACHER_PATH=.*llm has the weights of an encoder alone',
+      'TEACHER_PATH=.*llm has the weights of an encoder only',
     ),
     (
       system_lib.Tower(str(KEPT / 'llm')),
@@ -330,6 +330,6 @@ def test_the_weights_of_an_encoder_alone_are_refused(tmp_path):
     KEPT / 'data' / 'tiny.model',
     {name: whole[name] for name in l2s.ENCODER},
   )
-  with pytest.raises(ValueError, match='TEACHER_PATH=.*an encoder alone'):
+  with pytest.raises(ValueError, match='TEACHER_PATH=.*an encoder only'):
     system = student()
     bind(system_lib.Tower(str(folder)), system=system).teacher.load(system)

@@ -166,10 +166,10 @@ def test_code_in_a_pickle_does_not_run(tmp_path):
   mark.unlink()
   file = tmp_path / 'pytorch_model.bin'
   torch.save({'a': torch.zeros(3), 'b': Bomb(mark)}, file)
-  with pytest.raises(ValueError, match='which is never unpickled'):
+  with pytest.raises(ValueError, match='which are never unpickled'):
     tensor_files.open_folder(tmp_path)
   file.write_bytes(pickle.dumps(Bomb(mark)))
-  with pytest.raises(ValueError, match='which is never unpickled'):
+  with pytest.raises(ValueError, match='which are never unpickled'):
     tensor_files.open_folder(tmp_path)
   assert not mark.exists()
 

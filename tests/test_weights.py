@@ -467,13 +467,13 @@ def test_buffers_and_heads_for_other_uses_are_passed_over(
 @pytest.mark.parametrize(
   ('kept', 'missing'),
   [
-    ((), ': the files hold no encoder layers, num_layers says 3. Use'),
-    (('shared.',), ': the files hold no encoder layers, num_layers says 3. '),
+    ((), ': the files hold no encoder layers, but num_layers is 3. Use'),
+    (('shared.',), ': the files hold no encoder layers, but num_layers is 3. '),
     (('encoder.',), '\n  shared.weight .*: missing'),
     # A head alone makes no decoder, and shows that there was one.
     (
       ('shared.', 'encoder.', 'lm_head.'),
-      ': the files hold no decoder layers, num_decoder_layers says 2. Use',
+      ': the files hold no decoder layers, but num_decoder_layers is 2. Use',
     ),
   ],
 )
@@ -531,8 +531,8 @@ def test_all_that_is_wrong_with_the_tensors_is_said_at_once(t5_folder):
   with pytest.raises(ValueError) as error:
     huggingface.HuggingFaceFolder(folder)
   assert str(error.value) == (
-    f'The tensors in {folder} are not those that {folder}/config.json '
-    'describes. Use the files as they were saved together:\n'
+    f'The tensors in {folder} do not match {folder}/config.json. Use files '
+    'that were saved together:\n'
     '  adapter.weight (16,): unknown\n'
     '  decoder.block.0.layer.0.layer_norm.weight '
     '(decoder/layers/pre_self_attention_norm/scale) (16,): missing\n'
@@ -556,8 +556,8 @@ def test_all_that_the_model_lacks_is_said_at_once(t5_folder):
   with pytest.raises(ValueError) as error:
     load(folder, model_shapes(other))
   assert str(error.value) == (
-    f'The weights in {folder} do not fit the model. Use the config that they '
-    'came with:\n'
+    f'The weights in {folder} do not fit the model. Use the config of '
+    'these weights:\n'
     '  decoder/layers/mlp/wi/kernel '
     '(decoder.block.{layer}.layer.2.DenseReluDense.wi.weight) (2, 16, 20): '
     'missing\n'
@@ -616,7 +616,7 @@ def test_a_broken_file_is_named_with_its_size(t5_folder, spoil):
   file.write_bytes(spoil(file.read_bytes()))
   with pytest.raises(ValueError) as error:
     huggingface.HuggingFaceFolder(file.parent)
-  assert f'{file} ({file.stat().st_size} bytes) is not a whole safet' in str(
+  assert f'{file} ({file.stat().st_size} bytes) is not a complete safet' in str(
     error.value
   )
   assert 'download it again' in str(error.value)
@@ -628,7 +628,7 @@ def test_a_broken_config_is_named(t5_folder):
   with pytest.raises(ValueError, match=f'{path} is not JSON'):
     huggingface.HuggingFaceFolder(path.parent)
   path.write_text('[]')
-  with pytest.raises(ValueError, match=f'{path} holds no JSON object'):
+  with pytest.raises(ValueError, match=f'{path} is not a JSON object'):
     huggingface.HuggingFaceFolder(path.parent)
 
 

@@ -126,8 +126,8 @@ def distill(
     survey = prompts.survey(read(), 'target')
     if survey.num_bad == survey.num_lines:
       raise ValueError(
-        f'{label} has no prompt with text among the {survey.num_lines} of its '
-        f'split {distilled.SPLIT!r}.'
+        f'{label}: none of the {survey.num_lines} prompts of split '
+        f'{distilled.SPLIT!r} has text.'
       )
     settings = _settings(answering, session, mixture_or_task_name, chosen)
     tally = pipeline.answer_lines(
@@ -155,8 +155,8 @@ def _check_task(name: str, label: str) -> None:
   """
   if bound_tasks.is_cached(name):
     raise ValueError(
-      f'{label}: a cache has the answers that it was made with. Give the task '
-      'that was cached; what is distilled of it can be cached again.'
+      f'{label}: a cache has fixed answers. Give the task that was cached; the '
+      'distilled task can be cached again.'
     )
 
 
@@ -168,15 +168,15 @@ def _load_teacher(answering: answer_settings.Answering) -> system_lib.System:
   """
   if answering.decoding.draft_len:
     raise ValueError(
-      f'Decoding.draft_len={answering.decoding.draft_len} is of LLM-to-SLM, '
-      'and the teacher is a language model alone. Set it to 0.'
+      f'Decoding.draft_len={answering.decoding.draft_len} needs LLM-to-SLM, '
+      'but the teacher is a single language model. Set Decoding.draft_len to 0.'
     )
   system = answering.load_system()
   if isinstance(system.module, l2s.LlmToSlm):
     raise ValueError(
-      f'CHECKPOINT_PATH={answering.checkpoint_path} is a run of LLM-to-SLM, '
-      'which is the student. The teacher is a language model alone: name the '
-      'run of the LLM baseline, or a model as it came.'
+      f'CHECKPOINT_PATH={answering.checkpoint_path} is an LLM-to-SLM run, '
+      'which is the student. The teacher is a single language model: give a '
+      'run of the LLM baseline, or a pretrained model.'
     )
   return system
 
@@ -217,7 +217,8 @@ def _complete(
   missing = sum(not path.is_file() for path in paths)
   if missing:
     distributed.say(
-      f'{folder}: done here; {missing} of {part.count} shards are missing.'
+      f'{folder}: this shard is done; {missing} of {part.count} shards are '
+      'missing.'
     )
     return
   counts = distilled.count(predictions.read(paths))
@@ -233,6 +234,6 @@ def _complete(
   distributed.say(
     f'{folder} is complete: {counts["answers"]:,} answers to '
     f'{counts["prompts"]:,} prompts; {counts["unended"]:,} did not end within '
-    f'{settings["task_feature_lengths"]["targets"]} tokens, which UNENDED of '
-    'gin_configs/tasks/distilled.gin drops or keeps.'
+    f'{settings["task_feature_lengths"]["targets"]} tokens; UNENDED in '
+    'gin_configs/tasks/distilled.gin drops or keeps them.'
   )

@@ -251,8 +251,8 @@ def check(decoding: sampling.Decoding, max_decode_len: int) -> None:
   """
   if decoding.min_decode_len > max_decode_len:
     raise ValueError(
-      f'Decoding.min_decode_len={decoding.min_decode_len} is more than the '
-      f'{max_decode_len} tokens that an answer may have (MAX_DECODE_LEN).'
+      f'Decoding.min_decode_len={decoding.min_decode_len} is more than '
+      f'MAX_DECODE_LEN={max_decode_len}.'
     )
   for name in ('quantization', 'llm_quantization'):
     kind = getattr(decoding, name)
@@ -279,24 +279,24 @@ def for_decoding(
   module = system.module
   if not isinstance(module, l2s.LlmToSlm):
     raise ValueError(
-      f'{drafts}: LLM-to-SLM drafts what its LLM verifies, and this run is of '
-      'a language model alone. Set it to 0, or CHECKPOINT_PATH to an '
-      'LLM-to-SLM run.'
+      f'{drafts}: speculative decoding needs the LLM of an LLM-to-SLM run as '
+      'verifier, but this run is a single language model. Set it to 0, or '
+      'CHECKPOINT_PATH to an LLM-to-SLM run.'
     )
   if module.train_llm or module.llm_layer is not None:
     raise ValueError(
-      f"{drafts}: the LLM's decoder, which verifies drafts, reads its last "
-      'states as they came, and this run has trained the LLM (TRAIN_LLM) or '
-      'takes another layer (LLM_LAYER). Set it to 0.'
+      f"{drafts}: the LLM's decoder verifies drafts and needs the last states "
+      'of the pretrained LLM, but this run trained the LLM (TRAIN_LLM) or uses '
+      'another layer (LLM_LAYER). Set it to 0.'
     )
   llm = module.llm_config
   if not (llm.is_encoder_decoder and llm.has_decoder):
-    kind = 'an encoder alone' if llm.is_encoder_decoder else 'decoder-only'
+    kind = 'encoder-only' if llm.is_encoder_decoder else 'decoder-only'
     raise ValueError(
-      f"{drafts}: drafts are verified by the decoder behind the LLM's encoder, "
-      f'and the LLM of this run is {kind} (num_encoder_layers='
-      f'{llm.num_encoder_layers}, num_decoder_layers='
-      f'{llm.num_decoder_layers}). Set it to 0.'
+      f"{drafts}: the LLM's decoder verifies drafts after its encoder, but the "
+      f'LLM of this run is {kind} '
+      f'(num_encoder_layers={llm.num_encoder_layers}, '
+      f'num_decoder_layers={llm.num_decoder_layers}). Set it to 0.'
     )
   llm_vocabulary, slm_vocabulary = (
     system.prompt_vocabulary,
@@ -304,10 +304,10 @@ def for_decoding(
   )
   if not loading.share_ids(llm_vocabulary, slm_vocabulary):
     raise ValueError(
-      f'{drafts}: the LLM can verify drafts in its own vocabulary alone, '
-      f'{llm_vocabulary.path} ({llm_vocabulary.vocab_size} ids), and the SLM '
-      f'writes in {slm_vocabulary.path} ({slm_vocabulary.vocab_size} ids). Set '
-      'it to 0, or train an SLM that shares the vocabulary of the LLM.'
+      f'{drafts}: LLM and SLM must share a vocabulary, but the LLM has '
+      f'{llm_vocabulary.path} ({llm_vocabulary.vocab_size} ids) and the SLM '
+      f'has {slm_vocabulary.path} ({slm_vocabulary.vocab_size} ids). Set it to '
+      '0, or train an SLM with the vocabulary of the LLM.'
     )
   return dataclasses.replace(system, module=l2s.with_verifier(module))
 
@@ -354,8 +354,8 @@ def _strategy(
   if isinstance(module, l2s.DraftAndVerify) != (decoding.draft_len > 0):
     raise ValueError(
       f'Decoding.draft_len={decoding.draft_len} with {type(module).__name__}: '
-      'drafts are for a system that has a verifier, and it needs them; '
-      'generate.for_decoding gives the one that fits.'
+      'drafts need a module with a verifier, and a module with a verifier '
+      'needs drafts. Get the module from generate.for_decoding.'
     )
   if isinstance(module, l2s.DraftAndVerify):
     return speculative.Speculative(module, decoding, ids)

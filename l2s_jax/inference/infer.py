@@ -185,7 +185,7 @@ def _output_folder(output_dir: str | None) -> pathlib.Path | None:
     return files.local_folder(output_dir, 'INFER_OUTPUT_DIR')
   if jax.process_count() > 1:
     raise ValueError(
-      f'{jax.process_count()} processes write to a folder: set '
+      f'{jax.process_count()} processes cannot write to standard output: set '
       'INFER_OUTPUT_DIR, or start one process.'
     )
   return None
@@ -210,14 +210,13 @@ def _check_stream(
     )
   if not source.is_stdin:
     raise ValueError(
-      f'INFER_STREAM={stream!r} is of standard input, which is answered line '
+      f'INFER_STREAM={stream!r} needs standard input, which is answered line '
       f'by line; INPUT={source.input} is answered in batches. Set INPUT to -.'
     )
   if decoding.num_beams > 1:
     raise ValueError(
       f'INFER_STREAM={stream!r} with Decoding.num_beams={decoding.num_beams}: '
-      'which beam is the best is known at the end alone. Leave out one of the '
-      'two.'
+      'the best beam is known only at the end. Leave one of them unset.'
     )
 
 
@@ -236,13 +235,13 @@ def _scored_by(
     return metrics
   if folder is None or source.is_stdin:
     raise ValueError(
-      'INFER_METRICS are of a whole file: set INFER_OUTPUT_DIR, and INPUT to a '
-      'file or a task.'
+      'INFER_METRICS need a complete file: set INFER_OUTPUT_DIR, and INPUT to '
+      'a file or a task.'
     )
   column = source.target_column
   if column in predictions.OWN_COLUMNS:
     raise ValueError(
-      f'TARGET_COLUMN={column!r} is where the output has its own {column}; '
-      f'rename the column of {source.input}.'
+      f'TARGET_COLUMN={column!r} is also a field of the output. Rename the '
+      f'column of {source.input}.'
     )
   return metrics

@@ -205,8 +205,8 @@ def answer_all(
     rate = (total - done) / (time.perf_counter() - start - compiling)
     padding = 1 - answerer.num_tokens / max(answerer.num_slots, 1)
     distributed.say(
-      f'{rate:.4g} prompts/s beside {compiling:.3g} s of compiling; '
-      f'{padding:.0%} of the prompts as the model read them was padding.'
+      f'{rate:.4g} prompts/s without the {compiling:.3g} s of compilation; '
+      f'{padding:.0%} of the prompt tokens were padding.'
     )
 
 
@@ -271,7 +271,7 @@ def answer_lines(
   path = folder / part.name('predictions', '.jsonl')
   if distributed.from_first(path.is_file()):
     tally = predictions.read_whole(path, items())
-    distributed.say(f'{path} is whole: nothing to answer.')
+    distributed.say(f'{path} is complete: nothing to answer.')
     return tally
   if not distributed.is_first():  # The first host writes; all compute.
     done = distributed.from_first(None)
@@ -287,7 +287,7 @@ def answer_lines(
     done = distributed.from_first(file.tally.num_lines)
     if done:
       print(
-        f'{path}: {done} of {len(lines)} lines are there; passing over them.',
+        f'{path}: {done} of {len(lines)} lines are answered; skipping them.',
         file=sys.stderr,
       )
     if done < len(lines):

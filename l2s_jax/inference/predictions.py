@@ -186,8 +186,8 @@ def settle(
     strangers = sorted(path.name for path in folder.glob('predictions*'))
     if strangers:
       raise ValueError(
-        f'{named_by}={folder} holds {", ".join(strangers)} without the '
-        f'{SETTINGS} that says how they were made. Choose another folder.'
+        f'{named_by}={folder} holds {", ".join(strangers)} without their '
+        f'{SETTINGS}. Choose another folder.'
       )
     files.write_json(path, settings)
     return
@@ -271,9 +271,9 @@ class GrowingFile:
       self._hasher.update(line)
       end += len(line)
     if end < size:
-      why = 'are not as they were written' if good < size else 'are torn'
+      why = 'do not match their digest' if good < size else 'are incomplete'
       print(
-        f'{self._partial}: cut off {size - end} bytes that {why}.',
+        f'{self._partial}: removed the last {size - end} bytes, which {why}.',
         file=sys.stderr,
       )
       self._file.truncate(end)
@@ -332,15 +332,15 @@ class _Matching:
       return
     item = next(self._items, None)
     if item is None:
-      self._refuse(f'the input has only {self._count} lines')
+      self._refuse(f'the input has {self._count} lines only')
     self._count += 1
     if isinstance(item, text_files.BadLine):
       if record['prediction'] is not None or record.get('line') != item.number:
         self._refuse(f'line {item.number} of the input has no prompt')
     elif record['prediction'] is None:
-      self._refuse('it has no answer to a line of the input that has a prompt')
+      self._refuse('it has no answer, but the line of the input has a prompt')
     elif record.get('prompt') != item['prompt']:
-      self._refuse('its prompt is not that of the line of the input')
+      self._refuse('its prompt differs from that line of the input')
 
   def check_end(self) -> None:
     """Checks that every input item had a record.
@@ -351,14 +351,14 @@ class _Matching:
     num_missing = sum(1 for _ in self._items or ())
     if num_missing:
       raise ValueError(
-        f'{self._path} holds {self._count} lines, and its input has '
-        f'{self._count + num_missing}: it is not as it was written. Remove it '
-        'to answer again.'
+        f'{self._path} holds {self._count} lines, but its input has '
+        f'{self._count + num_missing}: it was changed after it was written. '
+        'Remove it to answer again.'
       )
 
   def _refuse(self, why: str) -> NoReturn:
     raise ValueError(
-      f'{self._path}, line {self._count}, is not as it was written: {why}. '
+      f'{self._path}, line {self._count}, does not match the input: {why}. '
       'Remove the file to answer again.'
     )
 
@@ -437,14 +437,16 @@ def read(paths: Iterable[pathlib.Path]) -> Iterator[Record]:
       file.seek(0)
       if good != math.inf and not good == size == _last_offset(notes):
         raise ValueError(
-          f'{path} is not as it was written. Remove it to answer again.'
+          f'{path} was changed after it was written: its digest does not '
+          'match. Remove it to answer again.'
         )
       for number, line in enumerate(file, start=1):
         yield files.parse_json(
           line,
           f'{path}, line {number}',
           keys={'prediction': (str, type(None))},
-          remedy='it is not as it was written. Remove it to answer again.',
+          remedy='the file was changed after it was written. Remove it to '
+          'answer again.',
           finite=False,
         )
 

@@ -69,13 +69,13 @@ class PromptSource:
       )
     if self.is_stdin and jax.process_count() > 1:
       raise ValueError(
-        f'INPUT={STDIN} with {jax.process_count()} processes: standard input '
-        'is read by one. Give INPUT a file, or start one process.'
+        f'INPUT={STDIN} with {jax.process_count()} processes: only one process '
+        'can read standard input. Set INPUT to a file, or start one process.'
       )
     if not self.is_stdin and not self.is_task:
       if not pathlib.Path(self.input).is_file():
         raise FileNotFoundError(
-          f'INPUT={self.input}: no such file. Give a file of text, '
+          f'INPUT={self.input}: no such file. Set INPUT to a text file, '
           f'{input_files.ENDINGS} (each may be .gz), task:NAME, or - for '
           'standard input.'
         )
@@ -83,8 +83,9 @@ class PromptSource:
         pass  # Opening raises if the file has neither text nor records.
     if self.max_decode_len_column is not None and not self.has_columns:
       raise ValueError(
-        f'MAX_DECODE_LEN_COLUMN={self.max_decode_len_column!r} is of a file of '
-        f'records ({input_files.ENDINGS}); INPUT={self.input} has no columns.'
+        f'MAX_DECODE_LEN_COLUMN={self.max_decode_len_column!r} needs a file '
+        f'with columns ({input_files.ENDINGS}); INPUT={self.input} has no '
+        'columns.'
       )
     if not self.is_task:
       self._templates()
@@ -182,8 +183,8 @@ class PromptSource:
     part.check()
     if self.is_stdin and part.count > 1:
       raise ValueError(
-        f'num_shards={part.count}: standard input has no end that is known, '
-        'and cannot be divided. Give INPUT a file.'
+        f'num_shards={part.count}: standard input cannot be divided into '
+        'shards. Set INPUT to a file.'
       )
 
   def check_survey(self, survey: prompts.Survey, *, is_scored: bool) -> None:
@@ -196,21 +197,21 @@ class PromptSource:
     if first_bad is not None and survey.num_bad == survey.num_lines:
       if first_bad.reason.startswith('is not UTF-8'):
         raise ValueError(
-          f'INPUT={self.input} is no text: none of its {survey.num_lines} '
-          f'lines is UTF-8; the first: {first_bad} Text in Latin-1 is made '
-          'UTF-8 with `iconv -f LATIN1 -t UTF-8`.'
+          f'INPUT={self.input} is not text: none of its {survey.num_lines} '
+          f'lines is UTF-8; the first: {first_bad} Convert Latin-1 to UTF-8 '
+          'with `iconv -f LATIN1 -t UTF-8`.'
         )
       if self.has_columns:  # The settings are wrong, not the lines.
         raise ValueError(
           f'INPUT={self.input}: none of its {survey.num_lines} lines can be '
-          f'answered; the first: {first_bad} PROMPT_COLUMN, TEMPLATE and '
-          'COLUMN_NAMES say what is read.'
+          f'answered; the first: {first_bad} Check PROMPT_COLUMN, TEMPLATE and '
+          'COLUMN_NAMES.'
         )
     if is_scored and not survey.num_targets:
       raise ValueError(
-        f'INFER_METRICS: no line of {self.input} has text, or a list of texts, '
-        f'in column {self.target_column!r}. TARGET_COLUMN says what to score '
-        'against.'
+        f'INFER_METRICS: no line of {self.input} has a string, or a list of '
+        f'strings, in column {self.target_column!r}. Set TARGET_COLUMN to the '
+        'column of the references.'
       )
 
   def _templates(self) -> tuple[prompts.Template, prompts.Template]:
@@ -228,8 +229,8 @@ class PromptSource:
     strangers = {*template.columns, *fallback.columns} - {'prompt'}
     if strangers and not self.has_columns:
       raise ValueError(
-        f'TEMPLATE={self.template!r} names {", ".join(sorted(strangers))}, but '
-        f'a line of INPUT={self.input} has no columns; {{prompt}} stands for '
+        f'TEMPLATE={self.template!r} uses {", ".join(sorted(strangers))}, but '
+        f'the lines of INPUT={self.input} have no columns. Use {{prompt}} for '
         'the line.'
       )
     return template, fallback

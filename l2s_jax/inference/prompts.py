@@ -150,9 +150,9 @@ def _check_has_texts(task: Any, split: str, label: str) -> None:
   ]
   if lacking:
     raise ValueError(
-      f'{label}: the task is tokenized already and has no '
-      f'{" and no ".join(lacking)}, the text of its prompts and answers; give '
-      'its seqio.preprocessors.tokenize copy_pretokenized=True, or answer a '
+      f'{label}: the task is already tokenized and has no '
+      f'{" and no ".join(lacking)}, the text of its prompts and answers. Set '
+      'copy_pretokenized=True in its seqio.preprocessors.tokenize, or answer a '
       'file of the prompts (INPUT of infer).'
     )
 
@@ -232,7 +232,7 @@ def refusing(read: Reader) -> Reader:
     for item in read():
       if isinstance(item, BadLine):
         raise ValueError(
-          f"{item} INFER_BAD_LINES='keep' leaves an error in its place."
+          f"{item} Set INFER_BAD_LINES='keep' to write an error in its place."
         )
       yield item
 

@@ -92,14 +92,15 @@ class Decoding:
     if self.num_answers > self.num_beams:
       raise ValueError(
         f'Decoding.num_answers={self.num_answers} is more than '
-        f'Decoding.num_beams={self.num_beams}: the answers are the best of '
-        f'the beams; set Decoding.num_beams to {self.num_answers} or more.'
+        f'Decoding.num_beams={self.num_beams}: the answers are the best beams. '
+        f'Set Decoding.num_beams to {self.num_answers} or more.'
       )
     if self.num_beams > 1 and self.temperature:
       raise ValueError(
         f'Decoding.num_beams={self.num_beams} and '
-        f'Decoding.temperature={self.temperature}: beam search draws nothing; '
-        'set Decoding.num_beams to 1 to sample, or Decoding.temperature to 0.'
+        f'Decoding.temperature={self.temperature}: beam search does not '
+        'sample. Set Decoding.num_beams to 1 to sample, or '
+        'Decoding.temperature to 0.'
       )
 
 
@@ -144,7 +145,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     lambda x: _is_whole(x) and 0 <= x < 2**32,
   ),
   'repetition_penalty': (
-    'a number above 0; 1 is none',
+    'a number above 0; 1 means no penalty',
     lambda x: _is_number(x) and x > 0,
   ),
   'no_repeat_ngram_size': (
@@ -156,7 +157,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     _is_whole_from(0),
   ),
   'stop': (
-    'a list of texts, none of them empty',
+    'a list of non-empty strings',
     lambda x: isinstance(x, tuple) and all(isinstance(s, str) and s for s in x),
   ),
   'num_beams': (
@@ -167,7 +168,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     'a whole number, at least 1',
     _is_whole_from(1),
   ),
-  'length_penalty': ('a number; 0 is none', _is_number),
+  'length_penalty': ('a number; 0 means no penalty', _is_number),
   'length_penalty_form': (
     "'power' or 'gnmt'",
     lambda x: x in ('power', 'gnmt'),

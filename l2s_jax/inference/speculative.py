@@ -100,9 +100,9 @@ def check(decoding: sampling.Decoding) -> None:
   """
   if decoding.num_beams > 1:
     raise ValueError(
-      f'Decoding.draft_len={decoding.draft_len} with num_beams='
-      f'{decoding.num_beams}: beam search takes no drafts. Set one of them to '
-      'its default.'
+      f'Decoding.draft_len={decoding.draft_len} with '
+      f'num_beams={decoding.num_beams}: beam search does not support drafts. '
+      'Set one of them to its default.'
     )
 
 

@@ -205,8 +205,8 @@ class TransformerConfig:
     for field in ('vocab_size', 'emb_dim', 'num_heads', 'head_dim', 'mlp_dim'):
       if getattr(self, field) < 1:
         raise ValueError(
-          f'TransformerConfig.{field}={getattr(self, field)}: it must be '
-          'positive.'
+          f'TransformerConfig.{field}={getattr(self, field)}: expected a '
+          'positive number.'
         )
     projections = ('query', 'key', 'value', 'out', 'wo', *self.mlp_inputs)
     if self.lora_rank < 0 or (
@@ -214,9 +214,9 @@ class TransformerConfig:
       and (not self.lora_kernels or set(self.lora_kernels) - set(projections))
     ):
       raise ValueError(
-        f'TransformerConfig.lora_rank={self.lora_rank} with lora_kernels='
-        f'{self.lora_kernels}: expected a rank from 0, and some of '
-        f'{projections}, which this model has.'
+        f'TransformerConfig.lora_rank={self.lora_rank} with '
+        f'lora_kernels={self.lora_kernels}: expected a rank of at least 0, and '
+        f'some of {projections}, the projections of this model.'
       )
     if not 0 <= self.dropout_rate < 1:
       raise ValueError(
@@ -225,9 +225,10 @@ class TransformerConfig:
       )
     if self.dtype == 'float16' and self.is_encoder_decoder:
       raise ValueError(
-        "TransformerConfig.dtype='float16': T5's residual stream, trained in "
-        'bfloat16, goes beyond the largest float16, 65504, and the loss '
-        "becomes NaN. Take 'bfloat16', with the exponents of float32."
+        "TransformerConfig.dtype='float16': the residual stream of T5, which "
+        'was trained in bfloat16, exceeds the largest float16, 65504, and the '
+        "loss becomes NaN. Use 'bfloat16', which has the exponent range of "
+        'float32.'
       )
     choices = {
       'norm': ('rms', 'layer'),
@@ -256,9 +257,9 @@ class TransformerConfig:
     if self.positions not in (expected, 'rotary'):
       raise ValueError(
         f'TransformerConfig.positions={self.positions!r} with '
-        f'num_encoder_layers={self.num_encoder_layers}: an encoder-decoder has '
-        "'relative' or 'rotary' positions, a decoder-only model 'learned' or "
-        "'rotary' ones."
+        f'num_encoder_layers={self.num_encoder_layers}: an encoder-decoder '
+        "needs 'relative' or 'rotary' positions, a decoder-only model "
+        "'learned' or 'rotary' ones."
       )
     if self.positions == 'relative' and (
       self.relpos_buckets < 4
@@ -266,18 +267,18 @@ class TransformerConfig:
     ):
       raise ValueError(
         f'TransformerConfig.relpos_buckets={self.relpos_buckets} with '
-        f'relpos_max_distance={self.relpos_max_distance}: expected 4 buckets '
-        'or more, and a distance beyond half as many, which are of one offset '
-        'each.'
+        f'relpos_max_distance={self.relpos_max_distance}: expected at least 4 '
+        'buckets, and a distance above half of their number: that half has one '
+        'offset per bucket.'
       )
     if self.positions == 'learned' and self.max_positions < 1:
       raise ValueError(
         "TransformerConfig.positions='learned' needs max_positions > 0, the "
-        f'rows of the table; got {self.max_positions}.'
+        f'number of rows of the table; got {self.max_positions}.'
       )
     if self.relpos_per_layer and self.positions != 'relative':
       raise ValueError(
-        "TransformerConfig.relpos_per_layer is of 'relative' positions, but "
+        "TransformerConfig.relpos_per_layer needs positions='relative', got "
         f'positions={self.positions!r}.'
       )
     if not self.sliding_window and (
@@ -285,19 +286,20 @@ class TransformerConfig:
     ):
       raise ValueError(
         'TransformerConfig.global_layer_period and rope_local_base need '
-        'sliding_window: without it all layers see all.'
+        'sliding_window: without it all layers attend to all tokens.'
       )
     if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
       raise ValueError(
-        f'TransformerConfig.rope_dim={self.rope_dim} with head_dim='
-        f'{self.head_dim}: features are turned in pairs, at most all of a head.'
+        f'TransformerConfig.rope_dim={self.rope_dim} with '
+        f'head_dim={self.head_dim}: RoPE rotates pairs of features, so '
+        'expected an even number, at most head_dim.'
       )
     expected_count = ROPE_SCALINGS[self.rope_scaling_type]
     if len(self.rope_scaling) not in (0, expected_count):
       raise ValueError(
-        f'TransformerConfig.rope_scaling={self.rope_scaling}: it is empty or, '
-        f'with rope_scaling_type={self.rope_scaling_type!r}, {expected_count} '
-        'numbers.'
+        f'TransformerConfig.rope_scaling={self.rope_scaling}: expected an '
+        f'empty tuple or, with rope_scaling_type={self.rope_scaling_type!r}, '
+        f'{expected_count} numbers.'
       )
 
   @property
@@ -360,7 +362,7 @@ _WORDS = {
   bool: 'true or false',
   int: f'a whole number of at most {_MAX_INT}',
   float: 'a finite number',
-  str: 'a text',
+  str: 'a string',
 }
 
 
@@ -391,8 +393,8 @@ def from_json(
   unknown = sorted(set(content) - fields.keys())
   if unknown:
     raise ValueError(
-      f'{where} has {shorten(", ".join(map(str, unknown)))}, which no '
-      'TransformerConfig has. Update l2s_jax, or copy the file again.'
+      f'{where} has {shorten(", ".join(map(str, unknown)))}, which '
+      'TransformerConfig does not have. Update l2s_jax, or copy the file again.'
     )
   missing = [
     name

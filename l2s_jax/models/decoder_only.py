@@ -141,7 +141,7 @@ class DecoderOnly(language_model.LanguageModel):
     ):
       raise ValueError(
         f'A prompt of {prompt_length} tokens and an answer of {answer_length} '
-        f'make {prompt_length + answer_length} positions, but the model has '
+        f'need {prompt_length + answer_length} positions, but the model has '
         f'{rows} (TransformerConfig.max_positions). Shorten '
         'TASK_FEATURE_LENGTHS (in inference PROMPT_LENGTH or MAX_DECODE_LEN).'
       )

@@ -46,10 +46,10 @@ def build(
   """
   if not config.has_decoder:
     raise ValueError(
-      'TransformerConfig.num_decoder_layers=0: this is an encoder alone (as is '
-      'what is read of a T5Gemma whose decoder has another size, 9B-2B), which '
-      'writes nothing. It serves as the LLM of LLM-to-SLM (LLM_PATH); give '
-      'another model as baseline or SLM.'
+      'TransformerConfig.num_decoder_layers=0: this is an encoder-only model '
+      '(also a T5Gemma with a decoder of another size, 9B-2B), which cannot '
+      'generate. Use it as the LLM of LLM-to-SLM (LLM_PATH), and another model '
+      'as baseline or SLM.'
     )
   return build_reader(config, name)
 

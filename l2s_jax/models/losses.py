@@ -41,7 +41,7 @@ def token_cross_entropy(
   """
   if not 0 <= label_smoothing < 1:
     raise ValueError(
-      f'label_smoothing={label_smoothing} is not a probability below 1.'
+      f'label_smoothing={label_smoothing}: expected a probability below 1.'
     )
   # A masked sum over the vocabulary, not a gather: it stays local where the
   # vocabulary is sharded, and XLA fuses it.

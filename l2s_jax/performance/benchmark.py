@@ -175,9 +175,9 @@ def _benchmark_data(
   """Times the data pipeline, which needs no model."""
   if data_input is None:
     raise ValueError(
-      '--data times a task with the tokenizers of a model: add '
-      '--gin_file=gin_configs/runs/benchmark_data.gin in the place of '
-      'benchmark.gin, and the gin files of a task and a model.'
+      '--data times a task with the tokenizers of a model: use '
+      '--gin_file=gin_configs/runs/benchmark_data.gin instead of '
+      'benchmark.gin, and add the gin files of a task and a model.'
     )
   gin_config.check_positive(BENCHMARK_ROUNDS=rounds)
   data_benchmark.run(
@@ -227,8 +227,8 @@ class _Settings:
     """Refuses settings that do not apply to training steps."""
     if self.quantizations != ('none',) or self.draft_len or self.prompts_path:
       raise ValueError(
-        '--train times steps on random tokens: leave out QUANTIZATIONS, '
-        'DRAFT_LEN and BENCHMARK_PROMPTS.'
+        '--train times steps on random tokens: leave QUANTIZATIONS, DRAFT_LEN '
+        'and BENCHMARK_PROMPTS unset.'
       )
 
   def ours(
@@ -315,8 +315,8 @@ def _shapes(
     )
     if num_tokens < 2:
       raise ValueError(
-        f'OUTPUT_LENGTHS={num_tokens}: a token takes what the others add to '
-        'the first; ask for 2 or more.'
+        f'OUTPUT_LENGTHS={num_tokens}: the time per token is measured from all '
+        'tokens after the first; expected 2 or more.'
       )
   return shapes
 
@@ -347,8 +347,8 @@ def _check_drafts(
     or not models[contenders.LLM].writes
   ):
     raise ValueError(
-      f'DRAFT_LEN={draft_len}: drafts are of LLM-to-SLM, whose LLM is an '
-      'encoder and a decoder, and has the vocabulary of the SLM. Set it to 0.'
+      f'DRAFT_LEN={draft_len}: drafts need LLM-to-SLM with an encoder-decoder '
+      'LLM that has the vocabulary of the SLM. Set DRAFT_LEN=0.'
     )
 
 
@@ -377,9 +377,9 @@ def _scores(
     found[system] = {k: scores[k] for k in report.MAIN_SCORES if k in scores}
   if not any(found.values()):
     raise ValueError(
-      f'BENCHMARK_QUALITY={name}: no run that is timed was evaluated on it at '
-      f'its step: eval/metrics-{name}.json is missing, or has other steps. '
-      'Run `evaluate` first.'
+      f'BENCHMARK_QUALITY={name}: no timed run was evaluated on it at its '
+      f'step: eval/metrics-{name}.json is missing, or has other steps. Run '
+      '`evaluate` first.'
     )
   if contenders.LLM in found:  # Speculative decoding writes the LLM's answers.
     found[contenders.SPECULATIVE] = found[contenders.LLM]
@@ -405,7 +405,7 @@ class _Prompts:
       return
     if checkpoint_path is None:
       raise ValueError(
-        f'BENCHMARK_PROMPTS={path} is read with the tokenizer of a run: set '
+        f'BENCHMARK_PROMPTS={path} needs the tokenizer of a run: set '
         'CHECKPOINT_PATH.'
       )
     system = as_it_came.load(checkpoint_path)
@@ -426,9 +426,10 @@ class _Prompts:
     if self._path is not None and counts[length] < batch_size:
       common = sorted(length for length, _ in counts.most_common(8))
       raise ValueError(
-        f'{self._path} has {counts[length]} lines of {length} tokens, EOS '
-        f'included, and the batch has {batch_size}. The most lines have '
-        f'{", ".join(map(str, common))}: set PROMPT_LENGTHS to some of these.'
+        f'{self._path} has {counts[length]} lines of {length} tokens (with '
+        f'EOS), but the batch has {batch_size}. Most lines have '
+        f'{", ".join(map(str, common))} tokens: set PROMPT_LENGTHS to some of '
+        'these.'
       )
 
   def __call__(

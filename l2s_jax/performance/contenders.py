@@ -173,8 +173,8 @@ def find_models(
   for role, model in models.items():
     if not model.writes and (role != LLM or pair is None):
       raise ValueError(
-        f'{role}: {model.source.location} is an encoder alone, which writes '
-        'nothing. It serves as the LLM beside an SLM.'
+        f'{role}: {model.source.location} is encoder-only and cannot generate. '
+        'Use it as the LLM with an SLM.'
       )
   return models, pair
 
@@ -259,8 +259,8 @@ def _of_run(
     ]
     if named:
       raise ValueError(
-        f'CHECKPOINT_PATH={folder} is a language model alone, and '
-        f'{" and ".join(named)} is set beside it. Name both as LLM_PATH and '
+        f'CHECKPOINT_PATH={folder} is a single language model, but '
+        f'{" and ".join(named)} is set, too. Set both models as LLM_PATH and '
         'SLM_PATH.'
       )
     return {LLM: _model(LLM, system_lib.Tower(folder), dtype, seed)}, None
@@ -281,9 +281,9 @@ def _of_run(
   models = {LLM: llm, SLM: alone}
   if description['train_llm']:
     raise ValueError(
-      f'CHECKPOINT_PATH={run.location}: this run has trained its LLM '
-      '(TRAIN_LLM), and benchmark compares with one that came as it is. Name a '
-      'run with a frozen LLM.'
+      f'CHECKPOINT_PATH={run.location}: this run trained its LLM (TRAIN_LLM), '
+      'but benchmark compares with the pretrained LLM. Choose a run with a '
+      'frozen LLM.'
     )
   module = l2s.LlmToSlm(
     llm.config,
@@ -344,15 +344,15 @@ def _open_llm(run: _OpenedPair, tower: system_lib.Tower) -> source_lib.Source:
   both = f'LLM_PATH={path} and CHECKPOINT_PATH={run.location}'
   if tower.path is None and tower.config is not None:
     raise ValueError(
-      f'LLM is set beside CHECKPOINT_PATH={run.location}, which has its own, '
-      f'{path}. Leave LLM unset; LLM_PATH says where that one is now.'
+      f'LLM is set, but CHECKPOINT_PATH={run.location} has its own LLM, '
+      f'{path}. Leave LLM unset; set LLM_PATH if that LLM was moved.'
     )
   if run.llm is not None and tower.path is None:
     return run.llm
   if not pathlib.Path(path).exists() and not hub.is_name(path):
     raise FileNotFoundError(
       f'The LLM of CHECKPOINT_PATH={run.location} is not at {path}. Set '
-      'LLM_PATH to where it is now.'
+      'LLM_PATH to its new location.'
     )
   source = opening.open_source(path, description['llm_step'])
   # Parsing fills in config fields that are newer than the run.
@@ -408,8 +408,8 @@ def ours(
     )
     if not model.writes:
       print(
-        f'{role} is left out: {model.name} is an encoder alone. It takes part '
-        f'in {LLM_TO_SLM}.'
+        f'{role} is skipped: {model.name} is encoder-only. It is used in '
+        f'{LLM_TO_SLM}.'
       )
       continue
     module = l2s.build(model.config)
@@ -508,10 +508,10 @@ def _prepare(
   params, fingerprint = _load(model.source, encodes, shapes, dtype)
   if pair is not None and pair.llm_fingerprint not in (None, fingerprint):
     raise ValueError(
-      f'LLM_PATH={model.source.location} is not the LLM that CHECKPOINT_PATH='
-      f'{pair.slm.source.location} was trained with: its fingerprint is '
-      f'{fingerprint[:16]}, the run has {pair.llm_fingerprint[:16]}. Set '
-      'LLM_PATH to the right weights.'
+      f'LLM_PATH={model.source.location} is not the LLM of '
+      f'CHECKPOINT_PATH={pair.slm.source.location}: its fingerprint is '
+      f'{fingerprint[:16]}, the run expects {pair.llm_fingerprint[:16]}. Set '
+      'LLM_PATH to the LLM that the run was trained with.'
     )
   # Read separately: a run's fingerprint covers the encoder only.
   params |= _load(model.source, shapes.keys() - encodes, shapes, dtype)[0]
@@ -612,8 +612,8 @@ def check_disk(
   if free < num_bytes:
     raise ValueError(
       f'BENCHMARK_DIR={folder} has {free / 1e9:,.1f} GB free; other engines '
-      f'need the weights there, {num_bytes / 1e9:,.1f} GB while they are '
-      'loaded. Make room, name another BENCHMARK_DIR, or leave --peers out.'
+      f'need {num_bytes / 1e9:,.1f} GB there for the weights during loading. '
+      'Free some space, choose another BENCHMARK_DIR, or omit --peers.'
     )
 
 
@@ -637,14 +637,17 @@ def load_peers(
     if reason is None:
       present.append(name)
     else:
-      print(f'{name} is left out: {reason}')
+      print(f'{name} is skipped: {reason}')
   for role, model in models.items():
     if not present:
       break
     if not model.writes:
       continue
     if not huggingface.model_types(model.config):
-      print(f'{model.name}: left out of all peers: transformers has none such')
+      print(
+        f'{model.name}: skipped in all peers, since transformers does not '
+        'support it'
+      )
       continue
     folder = scratch / role
     print(f'{model.name}: written for {", ".join(present)}')
@@ -653,7 +656,7 @@ def load_peers(
       try:
         yield role, entries[name], load(name, folder, model)
       except peers.UnsupportedError as error:
-        print(f'{model.name} is left out: {error}')
+        print(f'{model.name} is skipped: {error}')
 
 
 def of_peers(

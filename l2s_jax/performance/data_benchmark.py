@@ -68,23 +68,23 @@ _SECTIONS: Mapping[str, tuple[str, Mapping[str, str]]] = {
   IMPORTING: ('Importing', {'engine': 'module', 'secs': 'CPU s'}),
 }
 _WORDS = """\
-Figures are medians over {rounds} rounds, with quartiles; contenders take turns.
-What a contender takes to start is left out.
+Times are medians over {rounds} rounds, with quartiles. The contenders take
+turns. The startup of a contender is not included.
 
 Tokenizing: the first {num_examples:,} examples of {task}, split {split!r},
-{prompt_tokens:.1f} + {answer_tokens:.1f} tokens in the mean. `text -> ids` is
-the call of the tokenizer's library for many texts; `text -> records` what the
-verb `cache` does with texts in memory: one thread, seconds are the CPU's. `task
--> cache` is all that it does, source, template and files included. seqio is its
-pipeline, one process with TensorFlow's threads, into TFRecord files, as
-`seqio_cache_tasks` writes them. datasets reads the same texts, template filled
-in, from a JSONL file, and maps them to Arrow files by the same call of the same
-tokenizer. `task -> batches` is training without a cache.
+{prompt_tokens:.1f} + {answer_tokens:.1f} tokens on average. `text -> ids` is
+one call of the tokenizer library for many texts. `text -> records` is the work
+of the verb `cache` on texts in memory: one thread, in CPU seconds. `task ->
+cache` is the complete verb, with source, template and files. seqio is its
+pipeline in one process, with TensorFlow's threads, into TFRecord files, as
+written by `seqio_cache_tasks`. datasets reads the same texts, with the template
+filled in, from a JSONL file, and maps them to Arrow files by the same tokenizer
+call. `task -> batches` is training without a cache.
 
-Reading back: each example is read once, shuffled, its checksum compared (Grain
-compares none), and laid out in batches of {batch_size:,}. Seconds are the
-CPU's, of all threads. A process's part: when so many processes share the batch,
-what the slowest takes for its own rows of it; each was timed alone.
+Reading back: each example is read once, shuffled, verified by its checksum
+(except with Grain), and laid out in batches of {batch_size:,}. Times are CPU
+seconds of all threads. A process's part: the time of the slowest process for
+its own rows, if that many processes share the batch; each was timed alone.
 """
 
 
@@ -160,7 +160,7 @@ def _present_peers() -> list[str]:
     if reason is None:
       present.append(name)
     else:
-      print(f'{name} is left out: {reason}')
+      print(f'{name} is skipped: {reason}')
   return present
 
 

@@ -62,14 +62,15 @@ class DataInput:
       gin_config.check_positive(DATA_PROCESSES=number)
       if number > self.batch_size:
         raise ValueError(
-          f'DATA_PROCESSES={number}: each needs a row of a batch of '
-          f'BATCH_SIZE={self.batch_size}.'
+          f'DATA_PROCESSES={number}: each process needs at least one of the '
+          f'BATCH_SIZE={self.batch_size} rows.'
         )
     for pair in self.lengths:
       if len(pair) != 2 or min(pair) < 2:
         raise ValueError(
-          f'DATA_LENGTHS={self.lengths!r}: expected pairs of lengths of prompt '
-          'and answer, 2 tokens or more, such as ((30, 30), (128, 128)).'
+          f'DATA_LENGTHS={self.lengths!r}: expected pairs of prompt length and '
+          'answer length, at least 2 tokens each, such as ((30, 30), (128, '
+          '128)).'
         )
 
 
@@ -131,15 +132,15 @@ def open_input(given: DataInput) -> OpenedInput:
   if isinstance(task, seqio.Mixture):
     parts = ', '.join(part.name for part in seqio.get_subtasks(task))
     raise ValueError(
-      f'--data times one task, and {name!r} is a mixture. Set '
+      f'--data times one task, but {name!r} is a mixture. Set '
       f'MIXTURE_OR_TASK_NAME to one of its tasks: {parts}.'
     )
   texts = cache_texts.Texts(task, given.split, given.task_feature_lengths)
   for key in ('inputs', 'targets'):
     if texts.columns[key]['dtype'] != 'string':
       raise ValueError(
-        f'{texts.label}: its own steps tokenize {key}; there is nothing to '
-        'time. Give a task of text.'
+        f"{texts.label}: the task's own preprocessors tokenize {key}, so there "
+        'is nothing to time. Give a task of text.'
       )
   num_batches = min(given.num_examples, texts.num_examples) // given.batch_size
   if num_batches < 2:

@@ -124,8 +124,8 @@ def load(
     return load_model(folder, config, peer, start_id)
   except (*_REFUSALS, errors.StrictDataclassError) as error:
     raise UnsupportedError(
-      f'{name} does not take the model in {folder}: '
-      f'{type(error).__name__}: {error}'
+      f'{name} cannot load the model in {folder}: {type(error).__name__}: '
+      f'{error}'
     ) from error
 
 

@@ -60,23 +60,24 @@ _UNITS = {
 }
 _SHAPE = ('batch_size', 'prompt_length', 'num_tokens')
 _WORDS = """\
-Times are medians over {rounds} rounds, with quartiles; contenders take turns in
-each round. Both numbers come from the time of one token and of all: ms/token =
-(all - one) / (n - 1), prefill = one - ms/token; EOS ends no answer. In rows `to
-EOS` it does, and ms/token is all of the time, prefill included, over the tokens
-that a row got. `x LLM` is the total time of our LLM, unquantized, over that of
-the row; of rows `to EOS`, of the LLM to EOS. `MB read/step` is what writing
-one token of every row has to read: the weights once, and the cache of each row
-at the mean length of the answer. `% of bandwidth` is how fast that is read, of
-{bandwidth:.1f} GB/s, which this machine reads at best: one large array, in the
-same rounds; more than 100 % come from caches. FLOPs are of matrix products.
-Memory is weights, cache and scratch of our compiled functions;
-`process_peak_mb` is of the whole process, with all engines and the array that
-bandwidth is measured with. `% of tokens equal`: to those that our float32
-writes; of speculative decoding, to those of the LLM. CTranslate2 cannot write
-EOS before the end of an answer, and writes its second choice there. On a GPU,
-JAX and torch may compute float32 products in TF32. `first call s` is what
-compiles, and one run of each.
+Times are medians over {rounds} rounds, with quartiles. The contenders take
+turns in each round. Both speeds follow from the time of one token and the time
+of all n tokens: ms/token = (all - one) / (n - 1), prefill = one - ms/token.
+EOS does not end an answer, except in rows `to EOS`: there ms/token is the total
+time, with prefill, divided by the number of generated tokens. `x LLM` is the
+total time of our unquantized LLM divided by that of the row; for rows `to EOS`,
+that of the LLM to EOS. `MB read/step` is the memory traffic of one decode step:
+the weights once, and the cache of each row at the mean answer length. `% of
+bandwidth` is the speed of this traffic relative to {bandwidth:.1f} GB/s, the
+highest bandwidth measured on this machine, by reading one large array in the
+same rounds; more than 100 % is possible with CPU caches. FLOPs are those of
+matrix products. Memory is weights, cache and temporaries of our compiled
+functions. `process_peak_mb` is that of the whole process, with all engines and
+the array of the bandwidth measurement. `% of tokens equal` compares with the
+tokens of our float32 model; for speculative decoding, with those of the LLM.
+CTranslate2 cannot generate EOS before the end of an answer, and generates its
+second choice there. On a GPU, JAX and torch may compute float32 products in
+TF32. `first call s` is the time of compilation and one run.
 """
 
 

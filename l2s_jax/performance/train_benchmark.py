@@ -51,14 +51,14 @@ _COLUMNS = {
   'first_call_secs': 'first call s',
 }
 _WORDS = """\
-Times are medians over {rounds} rounds, with quartiles; contenders take turns.
-A step is forwards, backwards and AdamW, dropout as the config has it, on a
-batch of full rows that is on the device already. Tokens are those of prompts
-and answers. GFLOP/s are of what the formula counts (`flops.train_flops`), not
-of what an engine may compute beside it; MFU is its part of the chip's peak,
-where that is known. `LLM reads + SLM` is the sum of two rows, round by round;
-`LLM-to-SLM, cached` has the LLM's states in its batch, in bfloat16, and no LLM.
-Memory is what XLA plans: arguments and scratch.
+Times are medians over {rounds} rounds, with quartiles. The contenders take
+turns. A step is the forward pass, the backward pass and AdamW, with the
+config's dropout, on a batch of full rows that is already on the device. Tokens
+are those of prompts and answers. GFLOP/s counts the FLOPs of the formula
+(`flops.train_flops`), not additional ones of an engine. MFU is the fraction of
+the chip's peak, if it is known. `LLM reads + SLM` is the sum of two rows, round
+by round. `LLM-to-SLM, cached` has the LLM's states in its batch, in bfloat16,
+and no LLM. Memory is arguments and temporaries, as planned by XLA.
 """
 
 

@@ -108,7 +108,7 @@ def _load_t5x(
     from t5x.examples.t5 import network
 
   if not config.is_encoder_decoder or config.positions != 'relative':
-    raise peers.UnsupportedError('T5X has T5s alone.')
+    raise peers.UnsupportedError('T5X supports only T5 models.')
   module = network.Transformer(
     network.T5Config(
       vocab_size=config.vocab_size,

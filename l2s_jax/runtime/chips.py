@@ -181,14 +181,15 @@ def find(topology: str, num_slices: int = 1) -> Slice:
   shape = tuple(map(int, match[2].split('x'))) if match else ()
   if chip is None or len(shape) != chip.num_axes or 0 in shape:
     raise ValueError(
-      f'TOPOLOGY={topology!r} is not a TPU and how many chips stand along each '
-      f'axis of its links, such as v5e:2x4, v6e:16x16 (two axes) or v5p:4x4x4 '
-      f'(three). TPUs: {", ".join(tpus)}.'
+      f'TOPOLOGY={topology!r}: expected a TPU and the number of chips along '
+      'each axis of its interconnect, such as v5e:2x4, v6e:16x16 (two axes) or '
+      f'v5p:4x4x4 (three). TPUs: {", ".join(tpus)}.'
     )
   if chip.num_axes == 2 and max(shape) > chip.torus_size:
     raise ValueError(
       f'TOPOLOGY={topology!r} is larger than a pod of {chip.name}, '
-      f'{chip.torus_size}x{chip.torus_size}; NUM_SLICES joins several.'
+      f'{chip.torus_size}x{chip.torus_size}; use several slices with '
+      'NUM_SLICES.'
     )
   return Slice(chip, shape, num_slices)
 

@@ -92,7 +92,7 @@ def _arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
     ):
       raise ValueError(
         f'L2S_PROCESS_ID={index} of L2S_NUM_PROCESSES={num_processes}: '
-        'expected a number from 0 to one less than that of the processes.'
+        'expected a number from 0 to L2S_NUM_PROCESSES - 1.'
       )
     if int(num_processes) == 1:
       return None
@@ -124,9 +124,9 @@ def together() -> Iterator[None]:
       raise
     traceback.print_exc()
     print(
-      f'Process {jax.process_index()} of {jax.process_count()} ends: a '
-      'computation that it shares with the others has failed. If another one '
-      'has ended before, its output says why. Started again, the job goes on '
+      f'Process {jax.process_index()} of {jax.process_count()} exits: a '
+      'computation shared with other processes failed. If another process '
+      'exited first, its output has the reason. Start the job again to resume '
       'from its newest checkpoint.',
       file=sys.stderr,
       flush=True,

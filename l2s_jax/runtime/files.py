@@ -117,16 +117,15 @@ def parse_json(
     ) from error
   except UnicodeEncodeError as error:
     raise ValueError(
-      f'{path} is not JSON (half of a surrogate pair in a text); {remedy}'
+      f'{path} is not JSON (half of a surrogate pair in a string); {remedy}'
     ) from error
   except RecursionError as error:
     raise ValueError(
-      f'{path} is not JSON as we read it (too many levels of brackets); '
-      f'{remedy}'
+      f'{path} is not supported JSON (too many nested brackets); {remedy}'
     ) from error
   except ValueError as error:  # raised by the parsing functions below
     raise ValueError(
-      f'{path} is not JSON as we read it ({error}); {remedy}'
+      f'{path} is not supported JSON ({error}); {remedy}'
     ) from error
   if not isinstance(value, dict):
     raise ValueError(
@@ -158,11 +157,11 @@ def read_records(
   for number, line in enumerate(lines, start=1):
     place = f'{path}, line {number}'
     if not line.endswith(b'\n'):
-      say(f'{place}: left out {len(line)} bytes of a torn last line.')
+      say(f'{place}: skipped an incomplete last line of {len(line)} bytes.')
       continue
     try:
       record = parse_json(
-        line, place, keys=keys, remedy='the line is left out.', finite=False
+        line, place, keys=keys, remedy='the line is skipped.', finite=False
       )
     except ValueError as error:
       say(str(error))
@@ -227,7 +226,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   if len(value) < len(pairs):
     counts = collections.Counter(key for key, _ in pairs)
     ((twice, _),) = counts.most_common(1)
-    raise ValueError(f'key {twice[:80]!r} stands there twice')
+    raise ValueError(f'duplicate key {twice[:80]!r}')
   return value
 
 
@@ -240,12 +239,12 @@ def _integer(text: str) -> int:
 def _float(text: str) -> float:
   value = float(text)
   if value - value:  # inf - inf is NaN.
-    raise ValueError(f'{text[:40]} is beyond what a number can be')
+    raise ValueError(f'{text[:40]} is outside the range of a number')
   return value
 
 
 def _constant(text: str) -> NoReturn:
-  raise ValueError(f'{text} is no number of JSON')
+  raise ValueError(f'{text} is not a JSON number')
 
 
 class _Decoder(json.JSONDecoder):
@@ -343,7 +342,7 @@ def local_folder(path: str, name: str) -> pathlib.Path:
   if '://' in str(path):
     raise ValueError(
       f'{name}={path}: only paths of the file system are supported; mount the '
-      'bucket (such as with gcsfuse) and give the path there.'
+      'bucket (such as with gcsfuse) and give its local path.'
     )
   folder = pathlib.Path(path)
   if folder.exists() and not folder.is_dir():

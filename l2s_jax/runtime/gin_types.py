@@ -25,7 +25,7 @@ _SIMPLE = {
   bool: 'True or False',
   int: 'a whole number',
   float: 'a number',
-  str: 'a text',
+  str: 'a string',
   types.NoneType: 'None',
 }
 

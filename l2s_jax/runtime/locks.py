@@ -83,12 +83,12 @@ def _take(path: pathlib.Path, mine: dict[str, Any], setting: str) -> None:
       gone = 'that process has ended'
     else:
       distributed.say(
-        f'{path.parent} is held by {_name(who)}; waiting up to '
-        f'{LEASE_SECS:.0f} s for a sign of life.'
+        f'{path.parent} is locked by {_name(who)}; waiting up to '
+        f'{LEASE_SECS:.0f} s for it to renew the lock.'
       )
       if _changes(path, content):
         raise ValueError(_refusal(path, who, setting))
-      gone = f'nothing was heard of it for {LEASE_SECS:.0f} s'
+      gone = f'it was not renewed for {LEASE_SECS:.0f} s'
     if _remove(path, content):
       distributed.say(
         f'{path.parent}: the lock of '
@@ -196,7 +196,7 @@ def _name(who: dict[str, Any]) -> str:
 
 def _refusal(path: pathlib.Path, who: dict[str, Any], setting: str) -> str:
   return (
-    f'{setting}={path.parent} is being written by {_name(who)}. Wait for it or '
-    f'stop it, or name another folder; if it does not run any more, remove '
+    f'{setting}={path.parent} is being written by {_name(who)}. Wait for it, '
+    'stop it, or choose another folder. If it is no longer running, remove '
     f'{path}.'
   )

@@ -17,37 +17,36 @@ import threading
 import types
 from typing import Any
 
-_SPACE = 'make room there, or choose a folder with room'
+_SPACE = 'free some space, or choose a folder on another disk'
 _RIGHTS = 'choose a folder that you may write to, or change its permissions'
 _PATH = 'correct the path'
 # Remedies. Only errors listed here count as caused by the environment.
 _REMEDIES = {
   errno.ENOSPC: _SPACE,
   errno.EDQUOT: _SPACE,
-  errno.EFBIG: 'raise the limit of file sizes (ulimit -f), or take another '
-  'disk',
+  errno.EFBIG: 'raise the limit of file sizes (ulimit -f), or use another disk',
   errno.EACCES: _RIGHTS,
   errno.EPERM: _RIGHTS,
   errno.EROFS: 'choose another folder',
-  errno.ENOTDIR: 'a file stands where a folder should be: remove it, or '
-  'correct the path',
-  errno.EISDIR: 'a folder stands where a file should be: remove it, or correct '
+  errno.ENOTDIR: 'a file is in the place of a folder: remove it, or correct '
   'the path',
-  errno.EEXIST: 'remove what stands there, or choose another path',
+  errno.EISDIR: 'a folder is in the place of a file: remove it, or correct the '
+  'path',
+  errno.EEXIST: 'remove it, or choose another path',
   errno.ENOENT: _PATH,
   errno.ENAMETOOLONG: 'choose a shorter path',
-  errno.ELOOP: 'its links go in a circle: correct the path',
+  errno.ELOOP: 'its symbolic links form a loop: correct the path',
   errno.EIO: 'the disk or the file system has failed: see its logs',
-  errno.ESTALE: 'the network file system has lost it: mount it again',
+  errno.ESTALE: 'the network file system lost it: mount it again',
   errno.EMFILE: 'raise the limit of open files (ulimit -n)',
   errno.ENFILE: 'close other programs: the machine has too many open files',
-  errno.ENOMEM: 'take a machine with more memory, or smaller batches',
+  errno.ENOMEM: 'use a machine with more memory, or smaller batches',
   errno.ENODEV: _PATH,
   errno.ENXIO: _PATH,
   errno.ETXTBSY: 'close the program that uses it',
   errno.EBUSY: 'close the program that uses it',
 }
-_GOES_ON = 'What was saved before is whole; the same command goes on from it.'
+_GOES_ON = 'Earlier output is intact; the same command resumes from it.'
 _WORDS = {os.strerror(number): number for number in _REMEDIES}
 # Formats of tensorstore and absl: [OS error 28: ENOSPC No space left ...].
 _NUMBER = re.compile(r'\[OS error (\d+)|\[Errno (\d+)\]')
@@ -69,7 +68,7 @@ def describe(error: BaseException) -> str | None:
     return None
   number, words, path = found
   if number == errno.EPIPE:
-    return 'standard output was closed by whoever read it.'
+    return 'the reader of standard output closed it.'
   if number is None:
     return words
   remedy = _REMEDIES.get(number)

@@ -79,7 +79,7 @@ class MeshConfig:
       if not isinstance(rules, Mapping):
         raise ValueError(
           f'MeshConfig.{field}={rules!r} is not a dict from logical axis to '
-          "mesh axis, such as {'embed': None}; {} changes nothing."
+          "mesh axis, such as {'embed': None}; {} keeps the default rules."
         )
       for name, axes in rules.items():
         if name not in dict(DEFAULT_RULES):
@@ -90,8 +90,8 @@ class MeshConfig:
         for axis in _names(axes):
           if axis not in MESH_AXES:
             raise ValueError(
-              f'MeshConfig.{field} puts {name!r} onto {axis!r}, which is not '
-              f'one of the mesh axes {MESH_AXES}.'
+              f'MeshConfig.{field} maps {name!r} to {axis!r}, which is not one '
+              f'of the mesh axes {MESH_AXES}.'
             )
 
   def rules(self, tower: str) -> Rules:
@@ -141,14 +141,14 @@ def fit(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
   asked = (config.data, config.fsdp, config.tensor)
   if asked.count(-1) > 1 or any(n == 0 or n < -1 for n in asked):
     raise ValueError(
-      f'MeshConfig has {_axes_text(asked)}: axis sizes are positive, and at '
-      'most one of them is -1 (all devices that are left).'
+      f'MeshConfig has {_axes_text(asked)}: expected positive axis sizes, and '
+      'at most one -1 (all remaining devices).'
     )
   shape = _nearest_shape(asked, num_devices)
   if any(n not in (-1, size) for n, size in zip(asked, shape, strict=True)):
     raise ValueError(
-      f'MeshConfig has {_axes_text(asked)}, which do not multiply to the '
-      f'number of devices, {num_devices}. The nearest that do are '
+      f'MeshConfig has {_axes_text(asked)}, whose product is not the number of '
+      f'devices, {num_devices}. The nearest valid sizes are '
       f'{_axes_text(shape)}.'
     )
   return shape
@@ -428,8 +428,8 @@ def check_divisible(shapes: PyTree, shardings: PyTree) -> None:
     raise ValueError(
       'These parameters do not divide over the mesh:\n'
       + '\n'.join(problems)
-      + f'\nThe largest that divides all of them, and the devices: {largest}. '
-      'Set MeshConfig to it or a divisor, or change its rules.'
+      + '\nThe largest size that divides all of them, and the devices: '
+      f'{largest}. Set MeshConfig to it or a divisor, or change its rules.'
     )
 
 

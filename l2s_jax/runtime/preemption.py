@@ -176,7 +176,7 @@ class Watcher:
       if news[0] in counts:
         counts[news[0]] += 1
         if counts[news[0]] == 2:
-          _end(INTERRUPTED, 'SIGINT: ends at once.')
+          _end(INTERRUPTED, 'SIGINT: exiting immediately.')
       if self.requested:
         continue
       if number == signal.SIGINT:
@@ -185,7 +185,7 @@ class Watcher:
           # JAX propagates SIGTERM to all processes.
           if not _agreeing.requested and _agreeing.exit_code == EXIT_CODE:
             _agreeing.exit_code = INTERRUPTED
-            _say('SIGINT: all processes end at their next step.')
+            _say('SIGINT: all processes will exit at their next step.')
             os.kill(os.getpid(), signal.SIGTERM)
           continue
       self._requested.set()
@@ -208,10 +208,11 @@ class Watcher:
       return
     if number == signal.SIGINT:
       _say(
-        'SIGINT: saving the last step and ending; a second one ends at once.'
+        'SIGINT: saving the last step, then exiting. A second SIGINT exits '
+        'immediately.'
       )
     else:
-      _say('SIGTERM: saving the last step and ending.')
+      _say('SIGTERM: saving the last step, then exiting.')
     if self._left.wait(self._grace_secs * _REACTION):
       return  # the main thread saves
     try:

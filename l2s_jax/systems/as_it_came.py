@@ -55,8 +55,8 @@ def load(
   if is_run(location):
     if vocabulary is not None or extra_ids:
       raise ValueError(
-        f'CHECKPOINT_PATH={location} is a run, which has its tokenizers. Leave '
-        'VOCABULARY and EXTRA_IDS unset.'
+        f'CHECKPOINT_PATH={location} is a run, which has its own tokenizers. '
+        'Leave VOCABULARY and EXTRA_IDS unset.'
       )
     return run_folder.load(location, llm_path=llm_path)
   if bundle.is_bundle(location):
@@ -64,7 +64,7 @@ def load(
     for name, value in given.items():
       if value is not None:
         raise ValueError(
-          f'CHECKPOINT_PATH={location} is a bundle, which has its LLM and its '
+          f'CHECKPOINT_PATH={location} is a bundle, which has its own LLM and '
           f'tokenizers. Leave {name} unset.'
         )
     return bundle.open_bundle(location).system
@@ -73,15 +73,16 @@ def load(
     config = tower.load_config()
   except FileNotFoundError as error:
     raise FileNotFoundError(
-      f'CHECKPOINT_PATH={location} is not a run: it has no '
-      f'{run_folder.DESCRIPTION}; nor is it a model as it came. Set it to the '
+      f'CHECKPOINT_PATH={location} is neither a run (it has no '
+      f'{run_folder.DESCRIPTION}) nor a pretrained model. Set it to the '
       'MODEL_DIR of a training run, a bundle, a Hugging Face or converted '
-      f'folder, a checkpoint of T5X or a GGUF file. {error}'
+      f'folder, a T5X checkpoint or a GGUF file. {error}'
     ) from error
   if llm_path is not None:
     raise ValueError(
-      f'CHECKPOINT_PATH={location} is a model as it came, alone; LLM_PATH='
-      f'{llm_path} says where the LLM of an LLM-to-SLM run is. Leave it unset.'
+      f'CHECKPOINT_PATH={location} is a single pretrained model, but '
+      f'LLM_PATH={llm_path} is set. LLM_PATH is the LLM of an LLM-to-SLM run. '
+      'Leave it unset.'
     )
   system = builders.alone(tower, config, 'VOCABULARY')
   return dataclasses.replace(system, continues=not config.is_encoder_decoder)
@@ -108,14 +109,14 @@ def choose_step(
     has = bundle.open_bundle(location).step or 0
     if step not in (None, 0, has):
       raise ValueError(
-        f'{setting}={step!r}: CHECKPOINT_PATH={location} is a bundle of step '
-        f'{has} alone. Leave it unset, or export the other step.'
+        f'{setting}={step!r}: CHECKPOINT_PATH={location} is a bundle, which '
+        f'has step {has} only. Leave {setting} unset, or export the other step.'
       )
     return has
   if isinstance(step, str):
     raise ValueError(
-      f'{setting}={step!r}: CHECKPOINT_PATH={location} is a model as it came, '
-      'of which training has chosen nothing. Leave it unset.'
+      f'{setting}={step!r}: CHECKPOINT_PATH={location} is a pretrained model, '
+      f'which has no checkpoints to choose from. Leave {setting} unset.'
     )
   return opening.open_source(location, step or None).step() or 0
 
@@ -148,7 +149,7 @@ def output_dir(location: str, given: str | None, setting: str) -> pathlib.Path:
   """
   if given is None and not is_run(location):
     raise ValueError(
-      f'CHECKPOINT_PATH={location} is a model as it came, and nothing is '
-      f'written beside it: set {setting} to a folder for the results.'
+      f'CHECKPOINT_PATH={location} is a pretrained model, and results are not '
+      f'written into its folder. Set {setting} to a folder for the results.'
     )
   return pathlib.Path(given or location)

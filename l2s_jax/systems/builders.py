@@ -100,8 +100,8 @@ def llm_to_slm_system(
   """
   if llm.path is None:
     raise ValueError(
-      'LLM-to-SLM needs a pretrained LLM: set LLM_PATH to a run of ours, a '
-      'Hugging Face folder, a checkpoint of T5X or a GGUF file.'
+      'LLM-to-SLM needs a pretrained LLM: set LLM_PATH to a run of l2s_jax, a '
+      'Hugging Face folder, a T5X checkpoint or a GGUF file.'
     )
   if injection not in l2s.INJECTIONS:
     raise ValueError(f'INJECTION={injection!r} is not one of {l2s.INJECTIONS}.')
@@ -111,7 +111,7 @@ def llm_to_slm_system(
     if llm_config.is_encoder_decoder:
       raise ValueError(
         'LLM_BIDIRECTIONAL=True is for a decoder-only LLM; the encoder of '
-        f'{llm.path} is bidirectional anyway. Leave it unset.'
+        f'{llm.path} is always bidirectional. Leave it unset.'
       )
     llm_config = dataclasses.replace(llm_config, bidirectional_prefix=True)
   if train_llm:

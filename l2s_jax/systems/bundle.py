@@ -37,7 +37,7 @@ BESIDE = 'beside'
 # Folder and key of a single language model.
 MODEL = 'model'
 _KEYS = {'system', 'continues', 'step', 'dtype', 'source'}
-_REMEDY = 'Export again, or copy the folder whole from where it was made.'
+_REMEDY = 'Export again, or copy the whole folder again from the original.'
 
 
 def is_bundle(location: str | pathlib.Path) -> bool:
@@ -82,7 +82,7 @@ class Bundle:
     path = folder / manifest.FILE
     model = self.content['model']
     if model.keys() != _KEYS or not isinstance(model['system'], dict):
-      raise ValueError(f'{path} does not say which model it has. {_REMEDY}')
+      raise ValueError(f'{path} does not describe its model. {_REMEDY}')
     self.step: int | None = model['step']
     description = runs.check_description(model['system'], path)
     is_pair = description['kind'] == 'llm_to_slm'

@@ -115,8 +115,8 @@ def load_frozen(
   if isinstance(system.module, l2s.DraftAndVerify):
     if shapes_lib.is_encoder_alone(source.shapes()):
       raise ValueError(
-        f'The LLM in {source.location} is an encoder alone, and drafts are '
-        'verified by its decoder. Set LLM_PATH to the whole LLM, or '
+        f"The LLM in {source.location} is encoder-only, but the LLM's decoder "
+        'verifies drafts. Set LLM_PATH to the complete LLM, or '
         'Decoding.draft_len to 0.'
       )
     # Loaded separately: a run's fingerprint covers the encoding part alone.
@@ -140,14 +140,16 @@ def _with_fingerprint(
   """
   if system.llm_fingerprint not in (None, fingerprint):
     raise ValueError(
-      f'The LLM in {system.sources["llm"]} is not the one that this run was '
-      f'trained with: its fingerprint is {fingerprint[:16]}, the run has '
-      f'{system.llm_fingerprint[:16]}. Set LLM_PATH to the right weights.'
+      f'The LLM in {system.sources["llm"]} is not the LLM of this run: its '
+      f'fingerprint is {fingerprint[:16]}, the run expects '
+      f'{system.llm_fingerprint[:16]}. Set LLM_PATH to the LLM that the run '
+      'was trained with.'
     )
   if distributed.from_first(fingerprint) != fingerprint:
     raise ValueError(
-      f'The LLM in {system.sources["llm"]} was not the same to all processes: '
-      'it changes, or is not shared. Start again when it is at rest.'
+      f'The LLM in {system.sources["llm"]} differs between processes: it is '
+      'being changed, or is not on a shared file system. Start again when it '
+      'no longer changes.'
     )
   return dataclasses.replace(
     system,
@@ -184,10 +186,11 @@ def _load_beside_states(
   if system.llm_fingerprint != states.llm_fingerprint:
     raise ValueError(
       f'{states.location} has the states of another LLM than '
-      f'{system.sources["llm"]}: their LLM has the fingerprint '
-      f'{states.llm_fingerprint[:16]}, this one {system.llm_fingerprint[:16]}. '
-      'Set LLM_PATH to the right weights, cache the features of this LLM in '
-      'another CACHE_DIR, or set USE_FEATURES=False.'
+      f'{system.sources["llm"]}: the states have the LLM fingerprint '
+      f'{states.llm_fingerprint[:16]}, LLM_PATH has '
+      f'{system.llm_fingerprint[:16]}. Set LLM_PATH to the LLM of the cache, '
+      'cache the features of this LLM in another CACHE_DIR, or set '
+      'USE_FEATURES=False.'
     )
   return system, params
 
@@ -204,8 +207,8 @@ def open_llm(path: str, step: int | None) -> source_lib.Source:
   """
   if not pathlib.Path(path).exists() and not hub.is_name(path):
     raise FileNotFoundError(
-      f"The LLM's weights are not at {path}. Set LLM_PATH to where they are "
-      'now.'
+      f"The LLM's weights are not at {path}. Set LLM_PATH to their new "
+      'location.'
     )
   # A converted run has no steps; its fingerprint identifies the model.
   return opening.open_source(path, step, may_lack_steps=True)
@@ -310,7 +313,7 @@ def _of_bundle(
   ]
   if misfits:
     raise ValueError(
-      f'{opened.folder / bundle.BESIDE} does not hold the tensors of its '
+      f'{opened.folder / bundle.BESIDE} does not match the tensors of its '
       f'model: {", ".join(misfits)[:300]}. Export again.'
     )
   beside = {
@@ -378,7 +381,7 @@ def merge(*trees: Mapping[str, PyTree]) -> dict[str, PyTree]:
       elif isinstance(value, Mapping) and isinstance(merged[name], Mapping):
         merged[name] = merge(merged[name], value)
       else:
-        raise ValueError(f'Two parameter trees hold {name!r}.')
+        raise ValueError(f'Two parameter trees contain {name!r}.')
   return merged
 
 

@@ -56,7 +56,7 @@ def save(system: system_lib.System, run_dir: str | pathlib.Path) -> None:
         runs.load_vocabulary(folder, description, name)
         continue
       except (ValueError, FileNotFoundError) as error:
-        distributed.say(f'{error} It is written anew.')
+        distributed.say(f'{error} It is written again.')
         shutil.rmtree(place, ignore_errors=True)
     vocabulary.save(place)
   files.write_json(path, description)
@@ -197,8 +197,8 @@ def _with_older_vocabularies(
   if not kept:
     return system
   print(
-    f'{run_dir} goes on with the tokenizers that it began with; an older '
-    "l2s_jax read the model's folder without its added tokens and special ids."
+    f'{run_dir} keeps the tokenizers of its first start; an older l2s_jax read '
+    "the model's folder without its added tokens and special ids."
   )
   module = system.module
   if isinstance(module, l2s.LlmToSlm):

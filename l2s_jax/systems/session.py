@@ -140,35 +140,37 @@ def with_cached_states(
     return system
   if not isinstance(system.module, l2s.LlmToSlm):
     raise ValueError(
-      f'USE_FEATURES=True: {features.folder} has the states of an LLM, and '
-      'this is a language model alone, which reads prompts itself. Set it to '
-      'False.'
+      f'USE_FEATURES=True: {features.folder} has the states of an LLM, but the '
+      'model is a single language model, which reads prompts itself. Set '
+      'USE_FEATURES=False.'
     )
   module = system.module
   if module.train_llm:
     raise ValueError(
       f'USE_FEATURES=True: {features.folder} has the states of a frozen LLM, '
-      'and this one is to be trained. Set it, or TRAIN_LLM, to False.'
+      'but TRAIN_LLM=True trains the LLM. Set one of them to False.'
     )
   if module.llm_layer != features.layer:
     raise ValueError(
       f'{features.folder} has the states of {_layer(features.layer)} of the '
-      f'LLM, and LLM_LAYER={module.llm_layer!r} asks for '
-      f'{_layer(module.llm_layer)}. Set it to {features.layer!r}, cache the '
-      'features of the other in another CACHE_DIR, or set USE_FEATURES=False.'
+      f'LLM, but LLM_LAYER={module.llm_layer!r} selects '
+      f'{_layer(module.llm_layer)}. Set LLM_LAYER={features.layer!r}, cache '
+      'the features of that layer in another CACHE_DIR, or set '
+      'USE_FEATURES=False.'
     )
   is_bidirectional = module.llm_config.bidirectional_prefix
   if features.bidirectional != is_bidirectional:
     raise ValueError(
-      f'{features.folder} has the states of an LLM that has read with '
-      f'LLM_BIDIRECTIONAL={features.bidirectional}, and this one reads with '
-      f'{is_bidirectional}. Set it to {features.bidirectional}, cache the '
-      'features of the other in another CACHE_DIR, or set USE_FEATURES=False.'
+      f'{features.folder} has the states of an LLM with '
+      f'LLM_BIDIRECTIONAL={features.bidirectional}, but this LLM has '
+      f'{is_bidirectional}. Set LLM_BIDIRECTIONAL={features.bidirectional}, '
+      'cache the features of this LLM in another CACHE_DIR, or set '
+      'USE_FEATURES=False.'
     )
   if features.prefix_ids != tuple(module.llm_prefix_ids):
     raise ValueError(
-      f'{features.folder} has the states of an LLM that has read the tokens '
-      f'{features.prefix_ids} in front of every prompt, and this one reads '
+      f'{features.folder} has the states of an LLM with the tokens '
+      f'{features.prefix_ids} before each prompt, but this LLM has '
       f'{tuple(module.llm_prefix_ids)}. Cache the features again in another '
       'CACHE_DIR, or set USE_FEATURES=False.'
     )
@@ -176,8 +178,8 @@ def with_cached_states(
   if features.width != width:
     raise ValueError(
       f'{features.folder} has the states of another LLM than '
-      f'{system.sources.get("llm")}: they have {features.width} numbers a '
-      f'token, its have {width}. Set LLM_PATH to the right weights, or '
+      f'{system.sources.get("llm")}: they have the width {features.width}, its '
+      f'states have {width}. Set LLM_PATH to the LLM of the cache, or '
       'USE_FEATURES=False.'
     )
   states = system_lib.CachedStates(
@@ -208,16 +210,15 @@ def _check_states(
   features = bound_tasks.features_of(mixture_or_task_name)
   if states is None and features is not None:
     raise ValueError(
-      f'{label}={mixture_or_task_name}: the features of {features.folder} are '
-      'asked for, and the LLM reads the prompts of the other tasks. Set '
-      'features of all caches to True, or of none (USE_FEATURES).'
+      f'{label}={mixture_or_task_name}: this task uses the features of '
+      f'{features.folder}, but the other tasks need the LLM. Set features=True '
+      'for all caches, or for none (USE_FEATURES).'
     )
   if states is not None and features is None:
     raise ValueError(
-      f'{label}={mixture_or_task_name}: the states of {states.location} take '
-      'the place of the LLM, which is not in memory, and of this task there '
-      'are none. Cache it with --features and name the cache, or set '
-      'USE_FEATURES=False.'
+      f'{label}={mixture_or_task_name}: the states of {states.location} '
+      'replace the LLM, which is not in memory, but this task has no states. '
+      'Cache it with --features and set its cache, or set USE_FEATURES=False.'
     )
   if states is None or features is None:
     return

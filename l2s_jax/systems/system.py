@@ -51,8 +51,8 @@ class Tower:
     """
     if isinstance(self.config, str):
       raise ValueError(
-        f'LLM / SLM is the text {self.config!r}; a config is named with a '
-        f'percent sign: %{self.config}, with its gin file beside it.'
+        f'LLM / SLM is the string {self.config!r}, expected a reference to a '
+        f'config: write %{self.config} and add its gin file.'
       )
     if self.config is not None:
       return self.config

@@ -84,7 +84,7 @@ def factoring(
   if len(names) != len(shape) or not set(names) <= set(known):
     raise ValueError(
       f'adafactor: {path} {shape} has the logical axes {names}; expected one '
-      f'of {known} for each axis. Say in adafactor.py what the others are.'
+      f'of {known} for each axis. Add the other axes to adafactor.py.'
     )
 
   def having(part):

@@ -86,7 +86,7 @@ class Distillation:
     if self.teacher_dtype not in (None, 'float32', 'bfloat16'):
       raise ValueError(
         f"TEACHER_DTYPE={self.teacher_dtype!r}: expected 'float32', 'bfloat16' "
-        "or None for that of the student's LLM."
+        "or None (the dtype of the student's LLM)."
       )
 
   def check_gold(self, **settings: float) -> None:
@@ -101,8 +101,8 @@ class Distillation:
     given = [f'{name}={value}' for name, value in settings.items() if value]
     if self.weight == 1 and given:
       raise ValueError(
-        f'DISTILL_WEIGHT={self.weight} leaves the loss of the gold answers '
-        f'out, and {" and ".join(given)} would change that loss alone. Set '
+        f'DISTILL_WEIGHT={self.weight} removes the loss on the gold answers, '
+        f'and {" and ".join(given)} would change only that loss. Set '
         'DISTILL_WEIGHT below 1, or the others to 0.'
       )
 
@@ -138,8 +138,8 @@ class Distillation:
       return None
     if data.pack and self.on_policy:
       raise ValueError(
-        f'ON_POLICY={self.on_policy} with PACK=True: a row has one sample, and '
-        'packed rows hold several examples. Set one of them to its default.'
+        f'ON_POLICY={self.on_policy} with PACK=True: a row has one sample, but '
+        'packed rows have several examples. Set one of them to its default.'
       )
     teacher = teachers.find(
       self.teacher,
@@ -151,8 +151,8 @@ class Distillation:
     if data.pack and not teacher.module.config.is_encoder_decoder:
       raise ValueError(
         f'PACK=True, but the teacher {teacher.path} is decoder-only and reads '
-        'a row as one text. Set PACK=False, and LENGTH_BUCKETS to have batches '
-        'with less padding.'
+        'a row as one text. Set PACK=False; LENGTH_BUCKETS also reduces '
+        'padding.'
       )
     vocabulary = session.system.answer_vocabulary
     ids = strategies.Ids(

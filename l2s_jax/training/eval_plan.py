@@ -118,8 +118,8 @@ class Plan:
           raise ValueError(
             f'EVALUATIONS {other[:-1]} and {prefix[:-1]} would write the '
             f'predictions of task {scored!r} on split {planned.split!r} to one '
-            'file. Leave one out: the scores of a mixture hold those of each '
-            'of its tasks.'
+            'file. Leave one out: the scores of a mixture include those of '
+            'each of its tasks.'
           )
       found[prefix] = task
     if self.best is not None:
@@ -209,9 +209,9 @@ def make(
   if 'test' in split:
     name = f'the split of EVALUATIONS {prefix[:-1]}' if prefix else 'eval_split'
     raise ValueError(
-      f'BEST_METRIC={best_metric!r} with {name}={split!r}: a checkpoint is '
-      "chosen on validation data only. Set train.eval_split to 'validation', "
-      'and score the chosen checkpoint on the test split with evaluate and '
+      f'BEST_METRIC={best_metric!r} with {name}={split!r}: select checkpoints '
+      "on validation data only. Set train.eval_split to 'validation', and "
+      'score the chosen checkpoint on the test split with evaluate and '
       "EVAL_STEPS='best'."
     )
   return Plan(by_prefix, (prefix, score), batch_size)
@@ -228,7 +228,7 @@ def _by_prefix(
     if not isinstance(evaluation, Evaluation):
       raise ValueError(
         f'EVALUATIONS[{number}]={evaluation!r}: expected an Evaluation, such '
-        'as @NAME/Evaluation() with NAME/Evaluation.task bound beside it.'
+        'as @NAME/Evaluation() with a binding of NAME/Evaluation.task.'
       )
     planned = evaluation.planned(run)
     if not planned.split:
@@ -246,9 +246,9 @@ def _by_prefix(
     prefix = f'{planned.task}-{planned.split}/'
     if prefix in found:
       raise ValueError(
-        f'EVALUATIONS has two of task {planned.task!r} and split '
-        f'{planned.split!r}, whose scores would have the same names. Leave one '
-        'out.'
+        f'EVALUATIONS has two evaluations of task {planned.task!r} and split '
+        f'{planned.split!r}, and their scores would have the same names. Leave '
+        'one out.'
       )
     found[prefix] = planned
   return found
@@ -271,8 +271,8 @@ def _of_score(
     if score.startswith(prefix):
       return prefix, score.removeprefix(prefix)
   raise ValueError(
-    f'{setting}={score!r} is of no evaluation of this run; expected a score '
-    f'with its task and split, such as {next(iter(evaluations))}loss. '
+    f'{setting}={score!r} does not name an evaluation of this run; expected a '
+    f'score with its task and split, such as {next(iter(evaluations))}loss. '
     f'EVALUATIONS has {", ".join(p[:-1] for p in evaluations)}.'
   )
 
@@ -299,7 +299,7 @@ def check_score(
   known = scoring.score_names(task, split)
   if known is not None and score not in known:
     raise ValueError(
-      f'{name}={prefix + score!r} is not a score of this task; there are '
+      f'{name}={prefix + score!r} is not a score of this task. Its scores are '
       f'{", ".join(prefix + other for other in known)}.'
     )
 

@@ -97,7 +97,7 @@ def learning_rate_schedule(
     ('learning_rate_schedule.min_learning_rate', min_learning_rate),
   ):
     if not value >= 0:
-      raise ValueError(f'{name}={value!r}: expected a number from 0.')
+      raise ValueError(f'{name}={value!r}: expected a number, at least 0.')
   warm = max(warmup_steps, 1)
 
   def to_end(n):
@@ -153,8 +153,8 @@ def _parse_factors(
   for name in names:
     if name not in known:
       raise ValueError(
-        f'{setting}: {name!r} is not one of {", ".join(known)}. Write them '
-        "with '*' between, as in 'constant * linear_warmup'."
+        f'{setting}: {name!r} is not one of {", ".join(known)}. Join them with '
+        "'*', as in 'constant * linear_warmup'."
       )
     if name.endswith('_to_end') and (
       total_steps is None or total_steps <= warmup_steps
@@ -165,8 +165,8 @@ def _parse_factors(
       )
   if 'linear_decay' in names and len(names) > 1:
     raise ValueError(
-      f"{setting}: 'linear_decay' has its base rate and warm-up in it; "
-      "write 'linear_decay' alone."
+      f"{setting}: 'linear_decay' includes the base rate and the warm-up. Use "
+      'it as the only factor.'
     )
   return names
 
@@ -316,11 +316,11 @@ def _check_settings(
   name = description['name']
   for limits, fits, values in (
     (
-      'from 0 to below 1',
+      'at least 0 and below 1',
       lambda x: 0 <= x < 1,
       {key: description.get(key, 0) for key in ('b1', 'b2')},
     ),
-    ('from 0', lambda x: x >= 0, {'weight_decay': weight_decay}),
+    ('at least 0', lambda x: x >= 0, {'weight_decay': weight_decay}),
     ('above 0, or None', lambda x: x > 0, {'max_grad_norm': max_grad_norm}),
   ):
     for key, value in values.items():
@@ -328,7 +328,8 @@ def _check_settings(
         raise ValueError(f'{name}.{key}={value!r}: expected a number {limits}.')
   if not isinstance(projector_steps, int) or projector_steps < 0:
     raise ValueError(
-      f'PROJECTOR_STEPS={projector_steps!r}: expected a number of steps from 0.'
+      f'PROJECTOR_STEPS={projector_steps!r}: expected a number of steps, at '
+      'least 0.'
     )
 
 
@@ -444,8 +445,8 @@ def _check_projector(projector_steps: int, paths: list[str]) -> None:
   """
   if not any(path.startswith('projector/') for path in paths):
     raise ValueError(
-      f'PROJECTOR_STEPS={projector_steps}: the first steps train the projector '
-      'alone, and a language model alone has none. Set it to 0.'
+      f'PROJECTOR_STEPS={projector_steps}: the first steps train only the '
+      'projector, but a single language model has no projector. Set it to 0.'
     )
 
 
@@ -514,12 +515,13 @@ def _check_numbers(by_path: Mapping[str, float]) -> None:
       re.compile(pattern)
     except re.error as error:
       raise ValueError(
-        f'learning_rate_by_path: {pattern!r} is no regular expression: {error}.'
+        f'learning_rate_by_path: {pattern!r} is not a regular expression: '
+        f'{error}.'
       ) from error
     if not 0 <= multiple < math.inf:
       raise ValueError(
         f'learning_rate_by_path: {pattern!r} has {multiple!r}; expected a '
-        'number that the learning rate is multiplied by, from 0.'
+        'factor for the learning rate, at least 0.'
       )
 
 
@@ -535,9 +537,9 @@ def _multiples(
   idle = [x for x in by_path if x not in patterns.values()]
   if idle:
     raise ValueError(
-      f'learning_rate_by_path: {", ".join(map(repr, idle))} decides nothing. '
-      'A pattern must match the whole path of a trained parameter that none '
-      'before it matches. The paths are:\n  ' + '\n  '.join(paths)
+      f'learning_rate_by_path: {", ".join(map(repr, idle))} has no effect. A '
+      'pattern must match the whole path of a trained parameter that no '
+      'earlier pattern matches. The paths are:\n  ' + '\n  '.join(paths)
     )
   return {path: _multiple(path, by_path) for path in paths}
 

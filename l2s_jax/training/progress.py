@@ -113,10 +113,9 @@ class Progress:
     )
     return (
       f'Step {step} has a loss of {sums["loss"]},{of_teacher} a gradient norm '
-      f'of {sums["grad_norm"]}, and leaves a parameter norm of '
-      f'{sums["param_norm"]}. {_rows_of(part)} in {path}. No '
-      'checkpoint holds what came of it. A lower LEARNING_RATE, or '
-      'DTYPE=float32, may help.'
+      f'of {sums["grad_norm"]}, and a parameter norm of {sums["param_norm"]}. '
+      f'{_rows_of(part)} in {path}. No checkpoint has the result of this step. '
+      'A lower LEARNING_RATE, or DTYPE=float32, may help.'
     )
 
   @contextlib.contextmanager
@@ -217,7 +216,10 @@ def _rows_of(part: batching.Part) -> str:
   num_rows = len(part.rows)
   if num_rows == part.num_rows:
     return 'Its batch is'
-  return f'{num_rows} of its {part.num_rows} rows, those of this process, are'
+  return (
+    f'{num_rows} of the {part.num_rows} rows of its batch (those of this '
+    'process) are'
+  )
 
 
 class _Reminder:
@@ -256,8 +258,8 @@ class _Reminder:
       if waited >= due:
         due += PATIENCE_SECS
         print(
-          f'process {jax.process_index()} has waited for a batch for '
-          f'{waited:.0f} s: the data source is slow, or hangs.',
+          f'process {jax.process_index()} has waited {waited:.0f} s for a '
+          'batch: the data source is slow, or hangs.',
           file=sys.stderr,
           flush=True,
         )

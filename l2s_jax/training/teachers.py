@@ -176,7 +176,7 @@ def find(
   if tower.path is None:
     raise ValueError(
       'A teacher needs weights: set TEACHER_PATH to a run of a baseline, a '
-      'Hugging Face or converted folder, a checkpoint of T5X or a GGUF file.'
+      'Hugging Face or converted folder, a T5X checkpoint or a GGUF file.'
     )
   system = session.system
   is_llm = step is None and _is_llm(tower, system, dtype)
@@ -276,8 +276,8 @@ def _is_llm(
 def _encoder_alone(path: str) -> ValueError:
   """Returns the error for a teacher without a decoder."""
   return ValueError(
-    f'TEACHER_PATH={path} has the weights of an encoder alone, and a teacher '
-    'writes. Set it to the whole model.'
+    f'TEACHER_PATH={path} has the weights of an encoder only, but a teacher '
+    'needs a decoder. Set it to the complete model.'
   )
 
 
@@ -292,9 +292,9 @@ def _check_kind(path: str) -> None:
     'language_model'
   ):
     raise ValueError(
-      f'TEACHER_PATH={path} is a run of LLM-to-SLM, which is a student. The '
-      'teacher is a language model alone: name the run of a baseline, or a '
-      'model as it came.'
+      f'TEACHER_PATH={path} is an LLM-to-SLM run, which is a student. The '
+      'teacher is a single language model: give a run of a baseline, or a '
+      'pretrained model.'
     )
 
 
@@ -322,19 +322,19 @@ def _check_vocabularies(
     if not loading.share_ids(teacher, vocabulary):
       raise ValueError(
         f'TEACHER_PATH={path}: the teacher has the tokenizer {teacher.path} '
-        f'({teacher.vocab_size} ids), and the {what} of the student are ids of '
-        f'{vocabulary.path} ({vocabulary.vocab_size} ids). Probabilities of '
-        'tokens are compared in one vocabulary alone: set TEACHER_PATH to a '
-        'model with that tokenizer, or train on the answers that the verb '
-        'distill has the teacher write, whatever its tokenizer.'
+        f'({teacher.vocab_size} ids), but the {what} of the student have '
+        f'{vocabulary.path} ({vocabulary.vocab_size} ids). Token probabilities '
+        'can be compared only in one vocabulary. Set TEACHER_PATH to a model '
+        'with that tokenizer, or train on answers from the verb distill, which '
+        'accepts any tokenizer.'
       )
   start_id = system.answer_vocabulary.start_id
   if begins_answers and teacher.start_id != start_id:
     raise ValueError(
       f"TEACHER_PATH={path}: the teacher's answers begin with the token "
-      f"{teacher.start_id}, the student's with {start_id}, of equal "
-      'tokenizers. Set TEACHER_VOCABULARY to the one that names the right '
-      'start token.'
+      f"{teacher.start_id}, the student's with {start_id}, although the "
+      'tokenizers are equal. Set TEACHER_VOCABULARY to a tokenizer with the '
+      'right start token.'
     )
 
 

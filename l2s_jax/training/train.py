@@ -265,7 +265,7 @@ def _run(
     except preemption.Preempted:
       loop.watcher.leave()
       loop.save_and_wait()
-      loop.say(f'Saved step {loop.step}. Start again to go on from there.')
+      loop.say(f'Saved step {loop.step}. Start again to resume from it.')
       raise SystemExit(loop.watcher.exit_code) from None
 
 
@@ -292,7 +292,7 @@ def _parts(
     )
   if loop.step:
     loop.say(
-      f'Goes on at step {loop.step}; {loop.num_rows} rows were passed over in '
+      f'Resuming from step {loop.step}; skipped {loop.num_rows:,} rows in '
       f'{time.perf_counter() - start_secs:.1f} s.'
     )
   return itertools.chain([first], parts)

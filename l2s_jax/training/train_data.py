@@ -44,8 +44,8 @@ class TrainData:
     batching.bucket_lengths(self.task_feature_lengths, self.length_buckets)
     if self.pack and self.length_buckets:
       raise ValueError(
-        f'PACK=True and LENGTH_BUCKETS={self.length_buckets!r}: packed rows '
-        'are all of one length. Set PACK=False or LENGTH_BUCKETS=().'
+        f'PACK=True and LENGTH_BUCKETS={self.length_buckets!r}: all packed '
+        'rows have the same length. Set PACK=False or LENGTH_BUCKETS=().'
       )
 
   def check_model(
@@ -67,9 +67,9 @@ class TrainData:
     ]
     if names:
       raise ValueError(
-        'PACK=True, but what is decoder-only reads a row as one text: '
-        f'{" and ".join(names)}. Set PACK=False, and LENGTH_BUCKETS to have '
-        'batches with less padding.'
+        'PACK=True, but a decoder-only model reads a row as one text: '
+        f'{" and ".join(names)}. Set PACK=False; LENGTH_BUCKETS also reduces '
+        'padding.'
       )
 
   def batch_shapes(self) -> list[tuple[int, int, int]]:

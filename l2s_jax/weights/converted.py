@@ -22,7 +22,7 @@ from l2s_jax.weights import source as source_lib
 from l2s_jax.weights.formats import tensor_files
 
 DESCRIPTION = run_format.CONVERTED
-_REMEDY = 'convert again, or copy the folder whole.'
+_REMEDY = 'convert again, or copy the whole folder again.'
 _KEYS = {
   'format_version',
   'written_by',
@@ -63,14 +63,15 @@ class ConvertedFolder:
       value = description[key]
       if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(
-          f'{path}: {key} is {config_lib.shorten(repr(value))}, which no '
-          f'converted folder has. {_REMEDY.capitalize()}'
+          f'{path}: {key} is {config_lib.shorten(repr(value))}, which is not '
+          f'valid in a converted folder. {_REMEDY.capitalize()}'
         )
     if integrity.is_sealed(content) and integrity.verification():
       if integrity.unseal(content) is None:
         raise ValueError(
-          f'{path} is not as it was written. Convert again, or copy the folder '
-          'again from where it was made.'
+          f'{path} was changed after it was written: its digest does not '
+          'match. Convert again, or copy the whole folder again from the '
+          'original.'
         )
     known = dict.fromkeys((*_KEYS, 'fingerprint', integrity.DIGEST))
     known['config'] = dict.fromkeys(config_lib.field_names())
@@ -87,8 +88,8 @@ class ConvertedFolder:
     if differing:
       raise ValueError(
         misfits.refusal(
-          f'The files in {folder} do not hold the tensors that {path} lists',
-          'Convert again, or copy the folder whole',
+          f'The tensors in {folder} do not match the list in {path}',
+          'Convert again, or copy the whole folder again',
           differing,
         )
       )

@@ -87,9 +87,9 @@ def _refuse(
   problem = f'{location} holds NaN or infinity in {shown}'
   if not allow_non_finite:
     raise ValueError(
-      f'{problem}: what such weights compute is garbage. Get them again, in '
-      'bfloat16 or float32 if float16 was too small. They are read all the '
-      'same with --gin.weights.allow_non_finite=True (in convert '
+      f'{problem}, so its outputs would be meaningless. Download the weights '
+      'again, in bfloat16 or float32 if float16 overflowed. To read them '
+      'anyway, set --gin.weights.allow_non_finite=True (in convert '
       '--allow_non_finite).'
     )
-  distributed.say_once(f'{problem}; they are read all the same.')
+  distributed.say_once(f'{problem}; they are read anyway.')

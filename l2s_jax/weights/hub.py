@@ -36,7 +36,7 @@ def download(name: str) -> pathlib.Path:
       pytorch_model.bin.
   """
   extras.require(
-    f'{name} is no folder here, and a download from the Hugging Face Hub',
+    f'{name} is not a local folder, and a download from the Hugging Face Hub',
     'huggingface_hub',
   )
   import huggingface_hub
@@ -56,9 +56,9 @@ def download(name: str) -> pathlib.Path:
         return folder
   except huggingface_hub.errors.GatedRepoError as error:
     raise ValueError(
-      f'{name} is not given to everyone. Ask for access on its page on the '
-      'Hugging Face Hub, log in (hf auth login, or HF_TOKEN) and start again, '
-      'or download the files elsewhere and name their folder.'
+      f'{name} is a gated model. Request access on its page on the Hugging '
+      'Face Hub, log in (hf auth login, or HF_TOKEN) and start again, or '
+      'download the files elsewhere and give their folder.'
     ) from error
   except (
     OSError,
@@ -66,11 +66,11 @@ def download(name: str) -> pathlib.Path:
     huggingface_hub.errors.HFValidationError,
   ) as error:
     raise ValueError(
-      f'{name} is no folder here, and could not be fetched from the Hugging '
-      f'Face Hub: {os_errors.first_line(error)}. Check the name and the '
-      'network, or download the files elsewhere and name their folder.'
+      f'{name} is not a local folder, and it could not be downloaded from the '
+      f'Hugging Face Hub: {os_errors.first_line(error)}. Check the name and '
+      'the network, or download the files elsewhere and give their folder.'
     ) from error
   raise ValueError(
     f'{name} has neither *.safetensors nor pytorch_model*.bin on the Hugging '
-    'Face Hub. Name a model that has.'
+    'Face Hub. Choose a model that has one of them.'
   )

@@ -17,7 +17,7 @@ from l2s_jax.weights import run_format
 
 FILE = run_format.EXPORT
 BUNDLE = 'bundle'
-_REMEDY = 'export again, or copy the folder whole from where it was made.'
+_REMEDY = 'export again, or copy the whole folder again from the original.'
 _KEYS: dict[str, Any] = {
   'format_version': int,
   'form': str,
@@ -123,8 +123,8 @@ def read(folder: str | pathlib.Path, form: str) -> dict[str, Any]:
   )
   if content['form'] != form:
     raise ValueError(
-      f'{path} is of the form {str(content["form"])[:40]!r}, expected '
-      f'{form!r}. Export the model with --to={form}.'
+      f'{path} has the form {str(content["form"])[:40]!r}, expected {form!r}. '
+      f'Export the model with --to={form}.'
     )
   _check_files(folder, path, content['files'])
   return content
@@ -141,7 +141,7 @@ def _check_files(
       )
     if not isinstance(entry, dict) or entry.keys() != _FILE_KEYS:
       raise ValueError(
-        f'{manifest} has no size and hash of {name[:200]!r}. '
+        f'{manifest} lacks size or hash of {name[:200]!r}. '
         f'{_REMEDY.capitalize()}'
       )
   found = _list(folder)
@@ -161,12 +161,12 @@ def _check_files(
     size = path.stat().st_size
     if size != listed[name]['bytes']:
       raise ValueError(
-        f'{path} has {size} bytes, and {manifest} says '
+        f'{path} has {size} bytes, but {manifest} lists '
         f'{str(listed[name]["bytes"])[:20]}. {_REMEDY.capitalize()}'
       )
     if integrity.verification() and _hashed(path) != listed[name]['sha256']:
       raise ValueError(
-        f'{path} is not as it was written: its SHA-256 is not that of '
+        f'{path} was changed after it was written: its SHA-256 does not match '
         f'{manifest}. {_REMEDY.capitalize()}'
       )
 
@@ -193,8 +193,8 @@ def _list(folder: pathlib.Path) -> dict[str, pathlib.Path]:
   for path in sorted(folder.rglob('*')):
     if path.is_symlink():
       raise ValueError(
-        f'{path} is a link, and an export has none: what it leads to may be '
-        f'outside the folder. {_REMEDY.capitalize()}'
+        f'{path} is a symbolic link, which an export must not contain, since '
+        f'it may point outside the folder. {_REMEDY.capitalize()}'
       )
     if path.is_file() and path != folder / FILE:
       found[path.relative_to(folder).as_posix()] = path

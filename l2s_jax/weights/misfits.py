@@ -171,8 +171,8 @@ def layers(
       continue
     key = keys.get(stack, field)
     causes.append(
-      f'the files hold {found or "no"} {stack} layer'
-      f'{"" if found == 1 else "s"}, {key} says {said}'
+      f'the files hold {found or "no"} {stack} '
+      f'layer{"" if found == 1 else "s"}, but {key} is {said}'
     )
   return causes
 
@@ -224,7 +224,7 @@ def widths(
       numbers += f' = {_product(named, sizes)}'
     if 'c' in letters:
       found //= sizes['c']
-    causes.append(f'{said} says {numbers}, the tensors have {found}')
+    causes.append(f'{said} is {numbers}, but the tensors have {found}')
   return causes
 
 

@@ -48,8 +48,8 @@ def open_source(
     has = manifest.read(folder, manifest.BUNDLE)['model'].get('step')
     if step not in (None, has) and not may_lack_steps:
       raise ValueError(
-        f'{location} is a bundle of step {has} alone, and step {step} was '
-        'asked for. Leave the step out, or export the other step.'
+        f'{location} is a bundle, which has step {has} only, but step {step} '
+        'was requested. Leave the step unset, or export the other step.'
       )
     # As for a run, the SLM of an LLM-to-SLM model.
     name = 'slm' if (folder / 'slm').is_dir() else 'model'
@@ -62,8 +62,8 @@ def open_source(
     return t5x.Checkpoint(folder, step)
   if step is not None and not may_lack_steps and folder.exists():
     raise ValueError(
-      f'{location} is one model, without steps, and step {step} was asked for. '
-      'Leave the step out.'
+      f'{location} is a single model without steps, but step {step} was '
+      'requested. Leave the step unset.'
     )
   if (folder / converted.DESCRIPTION).is_file():
     return converted.ConvertedFolder(folder)
@@ -125,10 +125,10 @@ def check_no_adapter(folder: pathlib.Path) -> None:
     for key in ('peft_type', 'base_model_name_or_path')
   )
   raise ValueError(
-    f'{folder} is a {kind} adapter of {base}, not a model. Merge the two and '
-    "name the folder that this leaves: peft's PeftModel.from_pretrained("
-    f"model, '{folder}').merge_and_unload().save_pretrained(FOLDER), with the "
-    'tokenizer copied beside it.'
+    f'{folder} is a {kind} adapter of {base}, not a model. Merge them and use '
+    "the merged folder: peft's PeftModel.from_pretrained(model, "
+    f"'{folder}').merge_and_unload().save_pretrained(FOLDER), and copy the "
+    'tokenizer into it.'
   )
 
 
@@ -138,17 +138,18 @@ def _what_it_is_not(folder: pathlib.Path) -> str:
   if not folder.exists():
     return (
       f'{folder} is missing: expected a folder of weights, a GGUF file or a '
-      'checkpoint of T5X.'
+      'T5X checkpoint.'
     )
   if folder.is_file():
     return (
-      f'{folder} is no weights file that can be named alone: expected GGUF, or '
-      "T5X's msgpack; of safetensors and pytorch_model.bin name the folder."
+      f"{folder} is not a single weights file: expected GGUF, or T5X's "
+      'msgpack. For safetensors and pytorch_model.bin, give the folder.'
     )
   files = sorted(path.name for path in folder.glob('*.gguf'))
   return (
     f'{folder} is not a folder of weights: it has neither '
     f'{converted.DESCRIPTION} (a converted folder) nor model.json (a run of '
-    'ours) nor config.json (a Hugging Face folder) nor checkpoint_STEP (T5X).'
-    + (f' Name one of its files: {", ".join(files[:5])}.' if files else '')
+    'l2s_jax) nor config.json (a Hugging Face folder) nor checkpoint_STEP '
+    '(T5X).'
+    + (f' Give one of its files: {", ".join(files[:5])}.' if files else '')
   )

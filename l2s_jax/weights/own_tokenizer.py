@@ -51,9 +51,9 @@ def vocabularies_are_in(folder: pathlib.Path) -> bool:
 
 def _asks_for_one(location: str, setting: str) -> str:
   return (
-    f'{location} brings no tokenizer that is read here: set {setting} to the '
-    'one that the model was trained with, a SentencePiece model, a '
-    'tokenizer.json, or a folder that has one.'
+    f'{location} has no supported tokenizer: set {setting} to the tokenizer of '
+    'the model, a SentencePiece model, a tokenizer.json, or a folder with one '
+    'of them.'
   )
 
 

@@ -123,7 +123,10 @@ def read_sealed(
   found = migrate(kind, content, path, remedy=remedy)
   files.check_keys(found, path, keys=keys, remedy=remedy)
   if integrity.unseal(content) is None:
-    raise ValueError(f'{path} is not as it was written; {remedy}')
+    raise ValueError(
+      f'{path} was changed after it was written: its digest does not match; '
+      f'{remedy}'
+    )
   del found[integrity.DIGEST]
   refuse_unknown(found, known(found), path, remedy=remedy)
   return found
@@ -185,7 +188,7 @@ def _sentence(remedy: str) -> str:
 def _writer(description: Mapping[str, Any]) -> str:
   version = description.get('written_by')
   if not isinstance(version, str):
-    return 'an l2s_jax that does not say its version'
+    return 'an unknown version of l2s_jax'
   return f'l2s_jax {" ".join(version.split())[:40]}'
 
 

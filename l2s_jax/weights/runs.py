@@ -22,7 +22,7 @@ VOCABULARIES = 'vocabularies'
 MAY_CHANGE = ('llm_path', 'frozen_dtype', *config_lib.RUNTIME_FIELDS)
 # Fields about the file itself.
 _OF_THE_FILE = ('format_version', 'written_by')
-_REMEDY = 'copy it again from where the run was made.'
+_REMEDY = 'copy it again from the original run.'
 # Required keys of `model.json`, by kind of system.
 _KEYS = {
   'language_model': {*_OF_THE_FILE, 'config', 'vocabularies'},
@@ -75,9 +75,9 @@ def check_description(
   kind = description.get('kind')
   if not isinstance(kind, str) or kind not in _KEYS:
     raise ValueError(
-      f'{path}: kind is {config_lib.shorten(repr(kind))}; known are '
-      f'{", ".join(_KEYS)}. Copy it again from where the run was made, or '
-      'update l2s_jax.'
+      f'{path}: kind is {config_lib.shorten(repr(kind))}; expected one of '
+      f'{", ".join(_KEYS)}. Copy it again from the original run, or update '
+      'l2s_jax.'
     )
   missing = sorted(_KEYS[kind] - description.keys())
   if missing:
@@ -143,9 +143,9 @@ def read_description(folder: pathlib.Path) -> dict[str, Any]:
     )
     if different:
       raise ValueError(
-        f'{path} is not the description that the checkpoints of the run were '
-        'saved with. Copy it again from where the run was made, or set these '
-        'back:\n' + '\n'.join(different)
+        f"{path} differs from the description in the run's checkpoints. Copy "
+        'it again from the original run, or undo these changes:\n'
+        + '\n'.join(different)
       )
   return description
 
@@ -169,9 +169,9 @@ def load_vocabulary(
   expected = description['vocabularies'].get(name)
   if vocabulary.fingerprint() != expected:
     raise ValueError(
-      f'{place} is not the tokenizer that the run was trained with: its '
-      f'fingerprint is {vocabulary.fingerprint()[:16]}, model.json has '
-      f'{str(expected)[:16]}. Copy it again from where the run was made.'
+      f"{place} is not the tokenizer of the run's training: its fingerprint is "
+      f'{vocabulary.fingerprint()[:16]}, model.json has {str(expected)[:16]}. '
+      'Copy it again from the original run.'
     )
   return vocabulary
 

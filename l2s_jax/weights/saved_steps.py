@@ -81,8 +81,8 @@ def best_step(run_dir: str | pathlib.Path) -> int | None:
   found = files.read_json(
     path,
     keys={'step': int},
-    remedy='remove it (training writes it anew after its next evaluation), '
-    'or name a step.',
+    remedy='remove it (training writes it again after its next evaluation), or '
+    'give a step.',
   )
   return found['step']
 
@@ -109,7 +109,7 @@ def params_folder(
     if step is None:
       raise FileNotFoundError(
         f'{run_dir} has no best checkpoint: it was trained without '
-        f'BEST_METRIC, or not evaluated yet. It has steps {found}.'
+        f'BEST_METRIC, or is not evaluated yet. It has steps {found}.'
       )
   if step is None and found:
     step, _ = newest_good(run_dir, ITEMS[:1])
@@ -117,15 +117,15 @@ def params_folder(
     if wrong := problem(run_dir, step):
       others = [other for other in found if other != step]
       raise DamagedError(
-        f'{wrong}. Name another step of {others}, or copy this one again from '
-        'where it was made.'
+        f'{wrong}. Choose another step of {others}, or copy this one again '
+        'from the original run.'
       )
   elif step is not None:
     wanted = f'the checkpoint {step}'
   if step not in found:
     raise FileNotFoundError(
-      f'{run_dir} does not hold {wanted}; it has steps {found}. Name the '
-      'folder of a run that was trained (the one with model.json).'
+      f'{run_dir} does not have {wanted}; it has steps {found}. Give the '
+      'folder of a trained run (the one with model.json).'
     )
   assert step is not None
   return folder / str(step) / 'params', step
@@ -158,11 +158,11 @@ def newest_good(
       bad[step] = wrong
       continue
     for sentence in bad.values():
-      distributed.say(f'{sentence}: step {step} is taken in its place.')
+      distributed.say(f'{sentence}: step {step} is used instead.')
     return step, list(bad)
   if bad:
     raise DamagedError(
-      'no checkpoint of this run is as it was saved: '
+      'all checkpoints of this run are damaged: '
       + '; '.join(bad.values())
       + f'. Copy one again into {pathlib.Path(run_dir) / FOLDER}, or remove '
       'that folder to train from the start.'
@@ -191,7 +191,7 @@ def problem(
   try:
     return _problem(folder, tuple(items), _state_of_files(folder))
   except FileNotFoundError:
-    return f'the checkpoint {folder} was removed while it was read'
+    return f'the checkpoint {folder} was removed during reading'
 
 
 def _state_of_files(folder: pathlib.Path) -> tuple[Any, ...]:
@@ -227,14 +227,14 @@ def _problem_here(folder: pathlib.Path, items: Sequence[str]) -> str | None:
   if digests is None:
     distributed.say(
       f'{folder} was saved by an earlier version, without digests; it is read '
-      'unchecked.'
+      'without verification.'
     )
     digests = {item: {name: {} for name in names[item]} for item in items}
   for item in items:
     if sorted(names[item]) != sorted(digests[item]):
       return (
-        f'the checkpoint {folder} is damaged: {item} does not list the arrays '
-        'that were saved'
+        f'the checkpoint {folder} is damaged: {item} does not list the saved '
+        'arrays'
       )
     share = sorted(digests[item])[jax.process_index() :: jax.process_count()]
     bad = integrity.damaged(
@@ -243,9 +243,8 @@ def _problem_here(folder: pathlib.Path, items: Sequence[str]) -> str | None:
     )
     if bad:
       return (
-        f'the checkpoint {folder} is damaged: {len(bad)} of '
-        f'{len(names[item])} arrays of {item} are not as they were saved, '
-        f'the first {bad[0]}'
+        f'the checkpoint {folder} is damaged: {len(bad)} of {len(names[item])} '
+        f'arrays of {item} do not match their digests, the first is {bad[0]}'
       )
   return None
 
@@ -283,7 +282,7 @@ def read_data(folder: pathlib.Path) -> dict[str, Any]:
   if not integrity.is_sealed(data):
     return data
   if (content := integrity.unseal(data)) is None:
-    raise DamagedError(f'{path} is not as it was saved')
+    raise DamagedError(f'{path} does not match its digest')
   return content
 
 
@@ -332,7 +331,8 @@ def saved_nsecs(params: pathlib.Path) -> int:
     found = ocp.metadata.get_step_metadata(params.parent).init_timestamp_nsecs
     if found is None:
       raise DamagedError(
-        f'{params.parent} lacks what Orbax notes of a step: when it was saved'
+        f"{params.parent} lacks Orbax's metadata of the step, the time of the "
+        'save'
       )
     return found
 

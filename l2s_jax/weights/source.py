@@ -228,7 +228,7 @@ def check_shapes(
     raise ValueError(
       misfits.refusal(
         f'The weights in {source.location} do not fit the model',
-        'Use the config that they came with',
+        'Use the config of these weights',
         problems,
       )
     )
@@ -253,8 +253,8 @@ def check_digests(
   )
   if changed:
     raise ValueError(
-      f'{source.location} has changed since its digests were taken. Convert or '
-      'copy it again; these tensors differ:\n  ' + '\n  '.join(changed)
+      f'{source.location} was changed after its digests were computed. Convert '
+      'or copy it again; these tensors differ:\n  ' + '\n  '.join(changed)
     )
 
 

@@ -21,7 +21,7 @@ def problem(folder):
 
   path = os.path.join(folder, 'manifest.json')
   if os.path.islink(path):
-    return f'{path} is a link. {_REMEDY}'
+    return f'{path} is a symbolic link. {_REMEDY}'
   try:
     with open(path, encoding='utf-8') as file:
       content = json.load(file)
@@ -37,13 +37,13 @@ def problem(folder):
     )
   text = json.dumps(content, sort_keys=True)
   if hashlib.sha256(text.encode()).hexdigest() != digest:
-    return f'{path} is not as it was written. {_REMEDY}'
+    return f'{path} was changed after it was written. {_REMEDY}'
   found = {}
   for parent, folders, names in os.walk(folder):
     for name in (*folders, *names):
       file = os.path.join(parent, name)
       if os.path.islink(file):
-        return f'{file} is a link. {_REMEDY}'
+        return f'{file} is a symbolic link. {_REMEDY}'
       if name in names and file != path:
         found[os.path.relpath(file, folder).replace(os.sep, '/')] = file
   for name in sorted(entries.keys() | found.keys()):
@@ -60,7 +60,7 @@ def problem(folder):
     with open(found[name], 'rb') as file:
       hasher = hashlib.file_digest(file, 'sha256')
     if hasher.hexdigest() != entries[name][1]:
-      return f'{found[name]} is not as it was written. {_REMEDY}'
+      return f'{found[name]} was changed after it was written. {_REMEDY}'
   return None
 
 

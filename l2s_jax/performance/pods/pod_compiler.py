@@ -144,7 +144,7 @@ class Compiler:
       shardings = jax.tree.map(lambda x: x.sharding, tree)
       num_bytes = partitioning.bytes_per_device(tree, shardings)
       texts.append(f'{name} {chips.gib(num_bytes)}')
-    return f'arguments of the train step, a device: {", ".join(texts)}'
+    return f'arguments of the train step per device: {", ".join(texts)}'
 
   def _lay_out(self, setting: Setting) -> programs.Programs:
     mesh = partitioning.make_mesh(setting.mesh, self._devices)
@@ -197,17 +197,20 @@ class Compiler:
         continue
       if row['fits']:
         text = (
-          f'This fits, as compiled, with {chips.gib(row["peak_bytes"])} a '
+          f'This fits, as compiled, with {chips.gib(row["peak_bytes"])} per '
           f'device: {other}.'
         )
         if other.num_microbatches > 1:
           rows = other.batch_size // other.num_microbatches
-          text += f' So does BATCH_SIZE={rows} in one part, which holds less.'
+          text += (
+            f' So does BATCH_SIZE={rows} without microbatches, which needs '
+            'less memory.'
+          )
         return f'{text} Tried before: {"; ".join(tried) or "nothing"}.', row
       tried.append(f'{other} ({chips.gib(row["peak_bytes"])})')
     text = (
-      'Nothing near it fits; it takes more chips, or a smaller model. '
-      f'Compiled: {"; ".join(tried)}.'
+      'No similar setting fits. Use more chips, or a smaller model. Compiled: '
+      f'{"; ".join(tried)}.'
     )
     return text, None
 
@@ -384,7 +387,9 @@ def out_of_memory(message: str, chip: chips.Chip) -> TableRow:
   """
   size = re.search(r'HLO temporaries \(([\d.]+)([MGT])\)', message)
   if size is None:
-    raise ValueError(f'The compiler ran out of memory, but which? {message}')
+    raise ValueError(
+      f'The compiler ran out of memory of an unknown kind: {message}'
+    )
   unit = {'M': 2**20, 'G': 2**30, 'T': 2**40}[size[2]]
   peak_bytes = float(size[1]) * unit
   return {

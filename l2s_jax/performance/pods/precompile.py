@@ -102,8 +102,8 @@ def precompile(
   _check(program_names, injection)
   if topology is None:
     raise ValueError(
-      'What is compiled for? Set --topology to a TPU and how many chips stand '
-      'along each axis of its links, such as v5e:2x4.'
+      'No topology is set. Set --topology to a TPU and the number of chips '
+      'along each axis of its interconnect, such as v5e:2x4.'
     )
   slice_ = chips.find(topology, num_slices)
   folder = None
@@ -222,15 +222,16 @@ def _check(program_names: Sequence[str], injection: str) -> None:
   unknown = set(program_names) - set(pod_compiler.PROGRAMS)
   if unknown or isinstance(program_names, str):
     raise ValueError(
-      f'PROGRAMS={program_names!r}: it is a tuple of {pod_compiler.PROGRAMS}.'
+      f'PROGRAMS={program_names!r}: expected a tuple of '
+      f'{pod_compiler.PROGRAMS}.'
     )
   if (
     pod_compiler.DECODE in program_names
     and pod_compiler.PREFILL not in program_names
   ):
     raise ValueError(
-      f'PROGRAMS={program_names!r}: decode begins with what prefill returns; '
-      'add it.'
+      f'PROGRAMS={program_names!r}: decode needs the result of prefill. Add '
+      'prefill.'
     )
 
 
@@ -263,8 +264,8 @@ def _devices(slice_: chips.Slice) -> list[Any]:
     )
   except jax.errors.JaxRuntimeError as error:
     raise ValueError(
-      f'TOPOLOGY={slice_.name!r} is no slice that the compiler knows; hosts '
-      f'have 2 x 2 chips, so that axes of more than one are even. {error}'
+      f'TOPOLOGY={slice_.name!r} is not a slice that the compiler supports. '
+      f'Hosts have 2 x 2 chips, so each axis above 1 must be even. {error}'
     ) from None
   return list(topology.devices)
 

@@ -15,10 +15,10 @@ def describe(row: TableRow) -> str:
   """Formats the row of a program as text."""
   title = f'{row["program"]}, {row["batch_size"]} rows'
   if 'flops' not in row:
-    return f'{title}: DOES NOT FIT, {chips.gib(row["peak_bytes"])} a device'
+    return f'{title}: DOES NOT FIT, {chips.gib(row["peak_bytes"])} per device'
   verdict = 'fits' if row['fits'] else 'DOES NOT FIT'
   lines = [
-    f'{title}: {verdict}, {chips.gib(row["peak_bytes"])} a device, '
+    f'{title}: {verdict}, {chips.gib(row["peak_bytes"])} per device, '
     f'{100 * row["free_fraction"]:.0f} % free',
     f'  arguments {chips.gib(row["argument_bytes"])}, temporaries '
     f'{chips.gib(row["temporary_bytes"])}',
@@ -36,8 +36,8 @@ def describe(row: TableRow) -> str:
     lines += [f'    {_tensor(tensor)}' for tensor in row[name]]
   if row['loops_counted_once']:
     lines.append(
-      f'  {row["loops_counted_once"]} loops turn as often as their data say, '
-      'and were counted once: all figures but the bytes held are too low'
+      f'  {row["loops_counted_once"]} loops have a trip count that depends on '
+      'data, and were counted once: all figures except memory are too low'
     )
   lines.append('  collectives:')
   for x in row['collectives'][:_NUM_COLLECTIVES]:
@@ -61,8 +61,8 @@ def refusal(row: TableRow) -> str:
   takes = f'{chips.gib(row["peak_bytes"])} of the {chips.gib(free)}'
   lines = [
     f'{row["program"]} for {row["batch_size"]} rows does not fit on '
-    f'{row["topology"]}: it takes {takes} '
-    'that a device has. Largest arguments a device:',
+    f'{row["topology"]}: it needs {takes} of a device. Largest arguments per '
+    'device:',
     *(f'  {_tensor(tensor)}' for tensor in row['arguments']),
   ]
   if row.get('temporaries'):
@@ -97,7 +97,7 @@ def write(
       indent=2,
     )
   columns = (
-    'program', 'rows', 'fits', 'GiB a device', 'free', 'time at least',
+    'program', 'rows', 'fits', 'GiB per device', 'free', 'time at least',
     'bound by', 'utilization at most',
   )  # fmt: skip
   table = [columns, ('---',) * len(columns), *map(_cells, rows)]

@@ -15,9 +15,9 @@ _ANY_COUNT = 'a whole number from 0 to 2**31 - 1'
 _POSITIVE = 'a number above 0'
 _NUMBER = 'a number, 0 or more'
 _FLAG = 'true or false'
-_TEXT = 'a text'
+_TEXT = 'a string'
 _OBJECT = 'an object'
-_TEXTS = 'a list of texts'
+_TEXTS = 'a list of strings'
 _IDS = 'a token id, or a list of them'
 _KEYS = {
   _COUNT: (

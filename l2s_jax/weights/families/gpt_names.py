@@ -200,8 +200,8 @@ def _parse_opt(
   d = config['hidden_size']
   if config.get('word_embed_proj_dim') not in (None, d):
     raise ValueError(
-      f'word_embed_proj_dim={config["word_embed_proj_dim"]} is not hidden_size='
-      f'{d}: embeddings that are projected (OPT-350M) are not supported'
+      f'word_embed_proj_dim={config["word_embed_proj_dim"]} is not '
+      f'hidden_size={d}: projected embeddings (OPT-350M) are not supported'
     )
   stddev = config.get('init_std', 0.02)
   return config_lib.TransformerConfig(

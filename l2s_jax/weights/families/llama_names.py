@@ -206,7 +206,9 @@ def _parse_gemma(
   config: Mapping[str, Any], is_tied: bool
 ) -> config_lib.TransformerConfig:
   if config.get('use_bidirectional_attention'):
-    raise ValueError('use_bidirectional_attention is true: it does not write')
+    raise ValueError(
+      'use_bidirectional_attention is true: it is not a causal language model'
+    )
   fields = _parse_sizes(config, is_tied)
   is_gemma3 = config['model_type'] == 'gemma3_text'
   window, period = _windows(config, default_period=6 if is_gemma3 else 2)
@@ -283,7 +285,9 @@ def _ropes_of_gemma3(
     for name in ('full_attention', 'sliding_attention')
   )
   if name_table.rope_scaling(local):
-    raise ValueError('its layers with a window are stretched, too')
+    raise ValueError(
+      'its sliding_attention layers have RoPE scaling, which is not supported'
+    )
   if local['rope_theta'] == full['rope_theta'] and not name_table.rope_scaling(
     full
   ):

@@ -126,9 +126,9 @@ def _remark(config: Mapping[str, Any], is_tied: bool) -> str:
   ):
     return ''
   return (
-    'lm_head.weight is not the embedding table, though config.json does not '
-    'say tie_word_embeddings=false: it is read as transformers 5 does, with '
-    'scaled logits; transformers 4 would put the table in its place'
+    'lm_head.weight differs from the embedding table, although config.json '
+    'lacks tie_word_embeddings=false. It is used with scaled logits, as in '
+    'transformers 5; transformers 4 would replace it by the table'
   )
 
 

@@ -211,8 +211,9 @@ class _Header:
       if not (is_count if key in _COUNTS else is_number):
         raise ValueError(
           f'{path}: {self.arch}.{key} is {config_lib.shorten(repr(value))}; '
-          f'expected a {"whole number above 0" if key in _COUNTS else "number"}'
-          '. Make or download the file again.'
+          'expected a '
+          f'{"whole number above 0" if key in _COUNTS else "number"}. Convert '
+          'or download the file again.'
         )
 
   def config(self, keys: Mapping[str, str], **fixed: Any) -> dict[str, Any]:
@@ -361,8 +362,8 @@ class File(huggingface.HuggingFaceWeights):
       architecture = _ARCHITECTURES[header.arch](header)
     except ValueError as error:
       raise ValueError(
-        f'{path} has rotary positions that are not supported. Convert the '
-        f'Hugging Face folder that it was made from:\n{error}'
+        f'{path} has unsupported rotary positions. Convert its original '
+        f'Hugging Face folder instead:\n{error}'
       ) from error
     config = architecture.config
     if _TABLE in stored and len(stored[_TABLE].shape) == 2:
@@ -388,10 +389,10 @@ class File(huggingface.HuggingFaceWeights):
     ours = positions.frequencies(plain) / positions.frequencies(self.config)
     if ours.shape != found.shape or not np.allclose(ours, found, rtol=1e-4):
       raise ValueError(
-        f'{path} slows rotary positions down by rope_freqs.weight='
-        f'{np.round(found, 4).tolist()}, which is not what Llama 3.1 did: '
-        f'{np.round(ours, 4).tolist()}. Convert the Hugging Face folder that '
-        'it was made from.'
+        f'{path} has rope_freqs.weight={np.round(found, 4).tolist()}; only the '
+        'frequency scaling of Llama 3.1 is supported: '
+        f'{np.round(ours, 4).tolist()}. Convert its original Hugging Face '
+        'folder instead.'
       )
 
 
@@ -438,7 +439,7 @@ def _open(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     metadata = {name: field.contents() for name, field in reader.fields.items()}
   except (ValueError, IndexError, KeyError, TypeError) as error:
     raise ValueError(
-      f'{path} ({path.stat().st_size} bytes) is not a whole GGUF file: '
+      f'{path} ({path.stat().st_size} bytes) is not a complete GGUF file: '
       f'{config_lib.shorten(str(error), 200)}. Download it again.'
     ) from error
   num_parts = metadata.get('split.count', 1)
@@ -459,8 +460,8 @@ def _check_quantizations(path: pathlib.Path, stored: Mapping[str, Any]) -> None:
   ]
   if problems:
     raise ValueError(
-      f'{path} has tensors of kinds that the package gguf cannot dequantize. '
-      'Take a file of another quantization, such as Q8_0 or BF16:\n'
+      f'{path} has tensor types that the package gguf cannot dequantize. Use a '
+      'file with another quantization, such as Q8_0 or BF16:\n'
       + '\n'.join(problems)
     )
 
@@ -563,8 +564,8 @@ def _tensors(
     tensors[f'{theirs}.{kind}'] = _tensor(name, tensor, architecture)
   if unknown:
     raise ValueError(
-      f'{path} has tensors that no {architecture.config["model_type"]} read '
-      f'here has:\n{misfits.listed(unknown)}'
+      f'{path} has tensors that are unknown for '
+      f'{architecture.config["model_type"]}:\n{misfits.listed(unknown)}'
     )
   return tensors
 

@@ -31,7 +31,7 @@ class _Cursor:
     start = self.at
     if num_bytes > len(self._content) - start:
       raise ValueError(
-        f'byte {start} begins {num_bytes} bytes, and the file has '
+        f'{num_bytes} bytes should begin at byte {start}, but the file has '
         f'{len(self._content)}'
       )
     self.at += num_bytes
@@ -55,7 +55,7 @@ class _Cursor:
       self.skip(self.number('Q'))
     elif kind == _LIST:
       if depth > 3:
-        raise ValueError(f'byte {self.at} is in a list in a list in a list')
+        raise ValueError(f'lists are nested too deeply at byte {self.at}')
       inner, count = self.number('I'), self.number('Q')
       if inner in _SIZES:
         self.skip(count * _SIZES[inner])
@@ -67,7 +67,9 @@ class _Cursor:
     elif kind in _SIZES:
       self.skip(_SIZES[kind])
     else:
-      raise ValueError(f'byte {self.at} has a value of the unknown type {kind}')
+      raise ValueError(
+        f'the value at byte {self.at} has the unknown type {kind}'
+      )
     return None
 
   def count(self, count: int, num_bytes: int) -> int:
@@ -78,7 +80,7 @@ class _Cursor:
     """
     if count > (len(self._content) - self.at) // num_bytes:
       raise ValueError(
-        f'byte {self.at} begins {count} entries, and the file has '
+        f'{count} entries should begin at byte {self.at}, but the file has '
         f'{len(self._content)} bytes'
       )
     return count
@@ -113,13 +115,16 @@ def check(path: pathlib.Path) -> None:
       if key == b'general.alignment':
         alignment = value or 0
     if alignment < 1 or alignment & (alignment - 1):
-      raise ValueError(f'general.alignment is {alignment}, no power of two')
+      raise ValueError(
+        f'general.alignment is {alignment}, which is not a power of two'
+      )
     ends = [_tensor(cursor, gguf) for _ in range(num_tensors)]
     start = -(-cursor.at // alignment) * alignment
     for name, end in ends:
       if start + end > size:
         raise ValueError(
-          f'{name} ends at byte {start + end}, and the file has {size}'
+          f'{name} should end at byte {start + end}, but the file has {size} '
+          'bytes'
         )
 
 
@@ -134,5 +139,5 @@ def _tensor(cursor: _Cursor, gguf: Any) -> tuple[str, int]:
   offset = cursor.number('Q')
   block, num_bytes = gguf.GGML_QUANT_SIZES[kind]
   if 0 in sizes or sizes[0] % block:
-    raise ValueError(f'{name} has the shape {sizes}, of which there is none')
+    raise ValueError(f'{name} has the impossible shape {sizes}')
   return name, offset + math.prod(sizes) // block * num_bytes

@@ -105,8 +105,9 @@ def _table(metadata: Mapping[str, Any], location: str) -> _Table:
   for name, column in (('token_type', kinds), ('scores', scores)):
     if len(column) != len(tokens):
       raise ValueError(
-        f'{location}: tokenizer.ggml.{name} has {len(column)} entries, '
-        f'tokenizer.ggml.tokens {len(tokens)}. Download or make it again.'
+        f'{location}: tokenizer.ggml.{name} has {len(column)} entries, but '
+        f'tokenizer.ggml.tokens has {len(tokens)}. Download or convert the '
+        'file again.'
       )
   return _Table(tokens, kinds, scores, special_ids)
 
@@ -129,32 +130,33 @@ def _check_lists(metadata: Mapping[str, Any], location: str) -> None:
       isinstance(entry, kind) for entry in value
     ):
       raise ValueError(
-        f'{location}: tokenizer.ggml.{name} is no list of '
-        f'{"texts" if kind is str else "numbers"}. Download or make it again.'
+        f'{location}: tokenizer.ggml.{name} is not a list of '
+        f'{"strings" if kind is str else "numbers"}. Download or convert the '
+        'file again.'
       )
   for name in _SPECIAL.values():
     value = metadata.get(f'tokenizer.ggml.{name}_token_id', -1)
     if not isinstance(value, int):
       raise ValueError(
-        f'{location}: tokenizer.ggml.{name}_token_id is no number. Download or '
-        'make it again.'
+        f'{location}: tokenizer.ggml.{name}_token_id is not a number. Download '
+        'or convert the file again.'
       )
   if not all(
     0 <= byte < 256
     for byte in metadata.get('tokenizer.ggml.precompiled_charsmap', [])
   ):
     raise ValueError(
-      f'{location}: tokenizer.ggml.precompiled_charsmap holds no bytes. '
-      'Download or make it again.'
+      f'{location}: tokenizer.ggml.precompiled_charsmap is not a list of '
+      'bytes. Download or convert the file again.'
     )
 
 
 def _required(metadata: Mapping[str, Any], key: str, location: str) -> Any:
   if key not in metadata:
     raise ValueError(
-      f'{location} lacks {key}, without which its tokenizer '
-      f'({metadata["tokenizer.ggml.model"]}) cannot be made. Make the file '
-      'again from the Hugging Face folder, or convert that.'
+      f'{location} lacks {key}, which its tokenizer '
+      f'({metadata["tokenizer.ggml.model"]}) needs. Make the file again from '
+      'the Hugging Face folder, or convert that folder instead.'
     )
   return metadata[key]
 
@@ -188,7 +190,8 @@ def _byte_pairs(
     if len(merge) != 2 or not {*merge, ''.join(merge)} <= vocab.keys():
       raise ValueError(
         f'{location}: tokenizer.ggml.merges has {" ".join(merge)!r}, which '
-        'joins no two tokens into a third. Download or make it again.'
+        'does not merge two tokens into a third. Download or convert the file '
+        'again.'
       )
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
   if name == 'qwen2':

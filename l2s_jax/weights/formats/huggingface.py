@@ -130,8 +130,8 @@ class HuggingFaceWeights:
     wrapper = wrappers.prefix(tensors.keys(), family)
     if wrapper:
       distributed.say_once(
-        f'{location}: all tensors have {wrapper!r} in front of their names, as '
-        'wrappers of a model put it there; it is taken off.'
+        f'{location}: all tensor names have the prefix {wrapper!r}, as saved '
+        'by a wrapper of the model; it is removed.'
       )
     self._tensors, self._stored = _by_name_of_table(
       tensors, family, wrapper, location
@@ -184,9 +184,8 @@ class HuggingFaceWeights:
     self, described_by: str, causes: Sequence[str], problems: Sequence[str]
   ) -> str:
     return misfits.refusal(
-      f'The tensors in {self.location} are not those that {described_by} '
-      'describes',
-      'Use the files as they were saved together',
+      f'The tensors in {self.location} do not match {described_by}',
+      'Use files that were saved together',
       problems,
       causes,
     )
@@ -312,7 +311,7 @@ def _family(described_by: str, config: Mapping[str, Any]) -> Family:
   ]
   if problems:
     raise ValueError(
-      f'{described_by} does not describe a {model_type} that can be read:\n  '
+      f'{described_by} describes an unsupported {model_type}:\n  '
       + '\n  '.join(problems)
     )
   return family
@@ -337,8 +336,8 @@ def _by_name_of_table(
     inner = name.removeprefix(wrapper).removeprefix(family.prefix)
     if inner in stored:
       raise ValueError(
-        f'{location} has both {stored[inner]} and {name}, which are one tensor '
-        'of the model. Remove the one that it is not.'
+        f'{location} has both {stored[inner]} and {name}, which are the same '
+        'tensor of the model. Remove the wrong one.'
       )
     stored[inner] = name
   for name, aliases in family.aliases.items():

@@ -110,16 +110,16 @@ def _open_shards(
   if not isinstance(weight_map, dict):
     raise ValueError(
       f'{index}: weight_map is {config_lib.shorten(repr(weight_map))}; '
-      'expected an object of file names by the names of tensors. Download '
-      'it again.'
+      'expected an object that maps tensor names to file names. Download it '
+      'again.'
     )
   for name, file in weight_map.items():
     # No paths, which could lead out of the folder.
     if not isinstance(file, str) or not _is_file_name(file):
       raise ValueError(
         f'{index}: weight_map has {config_lib.shorten(repr(file))} for '
-        f'{config_lib.shorten(repr(name))}; expected the name of a file '
-        'beside it. Download it again.'
+        f'{config_lib.shorten(repr(name))}; expected the name of a file in the '
+        'same folder. Download it again.'
       )
   files = sorted(set(weight_map.values()))
   missing = [file for file in files if not (index.parent / file).is_file()]
@@ -159,8 +159,8 @@ def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
       pass  # Compares the header with the file size.
   except safetensors.SafetensorError as error:
     raise ValueError(
-      f'{path} ({path.stat().st_size} bytes) is not a whole safetensors file: '
-      f'{config_lib.shorten(str(error))}. The download may have been cut '
+      f'{path} ({path.stat().st_size} bytes) is not a complete safetensors '
+      f'file: {config_lib.shorten(str(error))}. The download may have been cut '
       'short, or left a Git LFS pointer; download it again.'
     ) from error
   try:
@@ -261,19 +261,19 @@ class _Pickle:
       code = re.search(r'GLOBAL (\S+)', str(error))
       what = f' ({config_lib.shorten(code[1])})' if code else ''
       raise ValueError(
-        f'{path} ({path.stat().st_size} bytes) was not read: it is cut '
-        f'short, or holds more than tensors{what}, which is never unpickled. '
-        f'Take {WEIGHTS} instead, or save tensors alone.'
+        f'{path} ({path.stat().st_size} bytes) was not read: it is cut short, '
+        f'or contains objects other than tensors{what}, which are never '
+        f'unpickled. Use {WEIGHTS} instead, or save only tensors.'
       ) from error
     except _BROKEN as error:
       raise ValueError(
         f'{path} ({path.stat().st_size} bytes) was not read: it is cut short '
-        f'or damaged. Download it again, or {WEIGHTS} instead.'
+        f'or damaged. Download it again, or download {WEIGHTS} instead.'
       ) from error
     if not isinstance(stored, dict):
       raise ValueError(
-        f'{path} holds a {type(stored).__name__}; expected a dict of tensors '
-        f'by their names. Download {WEIGHTS} instead.'
+        f'{path} holds a {type(stored).__name__}; expected a dict from names '
+        f'to tensors. Download {WEIGHTS} instead.'
       )
     return stored
 
@@ -371,5 +371,5 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
       'again.'
     ) from error
   if not isinstance(content, dict):
-    raise ValueError(f'{path} holds no JSON object. Download it again.')
+    raise ValueError(f'{path} is not a JSON object. Download it again.')
   return content
