@@ -4,6 +4,7 @@
 import importlib.util
 import io
 import json
+import os
 import pathlib
 import runpy
 import sys
@@ -30,7 +31,14 @@ def run_cells(path):
     import nbformat
 
     found = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(found, timeout=600).execute(cwd=str(path.parent))
+    places = [
+      str(EXAMPLES.parent),
+      *filter(None, [os.environ.get('PYTHONPATH')]),
+    ]
+    nbclient.NotebookClient(found, timeout=600).execute(
+      cwd=str(path.parent),
+      env=os.environ | {'PYTHONPATH': os.pathsep.join(places)},
+    )
     return
   names: dict[str, object] = {'__name__': '__main__'}
   for cell in cells:

@@ -129,7 +129,7 @@ def test_trackers_that_cannot_be_are_refused_by_name():
   absent = [n for n in READ if importlib.util.find_spec(n) is None]
   for name in absent:
     with pytest.raises(
-      ValueError, match=f'the package {name} is not installed'
+      ValueError, match=f'needs {name}, which is not installed'
     ):
       trackers.check([name])
 

@@ -33,7 +33,9 @@ EXTRAS: Mapping[str, str] = {
   'tensorflow_datasets': 'tasks',
   'tensorflow_text': 'tasks',
   'torch': 'hf',
+  'trackio': 'trackers',
   'transformers': 'hf',
+  'wandb': 'trackers',
 }
 
 

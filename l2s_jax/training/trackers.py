@@ -8,7 +8,6 @@ and the last step that was sent of each number. TensorBoard's files are written
 by `evaluation/metric_writer.py`.
 """
 
-import importlib.util
 import os
 import pathlib
 import secrets
@@ -16,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from l2s_jax.evaluation import metric_writer
-from l2s_jax.runtime import distributed, files
+from l2s_jax.runtime import distributed, extras, files
 from l2s_jax.training import hooks as hooks_lib
 
 TENSORBOARD = 'tensorboard'
@@ -83,11 +82,8 @@ def check(names: Sequence[str]) -> None:
       "such as ('tensorboard', 'wandb')."
     )
   for name in names:
-    if name != TENSORBOARD and importlib.util.find_spec(name) is None:
-      raise ValueError(
-        f'TRACKERS={names!r}: the package {name} is not installed: pip install '
-        f'{name}, or leave it out.'
-      )
+    if name != TENSORBOARD:
+      extras.require(f'TRACKERS={names!r}', name, instead='Or leave it out.')
 
 
 def hooks(names: Sequence[str], run_dir: pathlib.Path) -> list['Tracker']:
