@@ -210,7 +210,7 @@ beams, drafts = l2s_jax.Decoding(num_beams=2), l2s_jax.Decoding(draft_len=2)
 train = lambda examples, **more: l2s_jax.train(
     system, examples, 'absent', train_steps=1, **more)
 for call, kind, words in (
-    (lambda: l2s_jax.load('absent'), FileNotFoundError, 'absent is neither a run'),
+    (lambda: l2s_jax.load('absent'), FileNotFoundError, 'absent is neither'),
     (lambda: l2s_jax.load(run, step=7), FileNotFoundError, '7'),
     (lambda: l2s_jax.load(system, step=7), ValueError, 'a system has its own'),
     (lambda: l2s_jax.load(run, max_decode_len=0), ValueError, 'MAX_DECODE_LEN'),

@@ -17,6 +17,7 @@ __all__ = (
   'gin_internals',
   'integrity',
   'locks',
+  'memory',
   'os_errors',
   'partitioning',
   'preemption',

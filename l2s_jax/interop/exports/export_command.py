@@ -181,18 +181,7 @@ def export(
       made = opened.folder
     else:
       made = scratch / to
-      made.mkdir(parents=True)
-      form.write(opened, made)
-      manifest.write(
-        made,
-        to,
-        opened.content['model'],
-        license=license or opened.license,
-        how_to_run=FORMS[to].how_to_run,
-        parameters=opened.parameters(),
-      )
-      too_large = comparing.too_large(opened.num_params)
-      print(f'{to}: {too_large or form.compare(opened, made, texts)}')
+      _write_form(form, to, opened, made, texts, license)
     size = sum(p.stat().st_size for p in made.rglob('*') if p.is_file())
     made.rename(folder)
   secs = time.perf_counter() - start_secs
@@ -254,6 +243,29 @@ def _export_state(
     said = t5x_state.write(source, scratch, number, llm_path)
     scratch.rename(folder)
   print(f'wrote {folder} ({T5X}): {said}')
+
+
+def _write_form(
+  form: Any,
+  to: str,
+  opened: bundle.Bundle,
+  folder: pathlib.Path,
+  prompts: Sequence[str],
+  license: str | None,
+) -> None:
+  """Writes a form of a bundle into a new folder, and compares it."""
+  folder.mkdir(parents=True)
+  form.write(opened, folder)
+  manifest.write(
+    folder,
+    to,
+    opened.content['model'],
+    license=license or opened.license,
+    how_to_run=FORMS[to].how_to_run,
+    parameters=opened.parameters(),
+  )
+  too_large = comparing.too_large(opened.num_params)
+  print(f'{to}: {too_large or form.compare(opened, folder, prompts)}')
 
 
 def _form(to: str) -> Any:
