@@ -2,7 +2,7 @@
 """Laws of the wheel, its requirements, and packages that may be missing."""
 
 import functools
-import importlib.metadata
+import importlib
 import json
 import re
 import subprocess
