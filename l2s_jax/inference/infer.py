@@ -172,10 +172,8 @@ def infer(
     distributed.say(report)
   if folder is not None and not source.is_stdin and distributed.is_first():
     gin_config.save_operative_config(folder / part.name('config', '.gin'))
-  if metrics and folder is not None and distributed.is_first():
-    scored = predictions.write_scores(folder, part, scored_by, target_column)
-    for path, results in scored.items():
-      print(f'{path}: {predictions.describe_scores(results)}')
+    if metrics:
+      _score(folder, part, scored_by, target_column)
   distributed.wait_for_all('infer')
 
 
@@ -189,6 +187,18 @@ def _output_folder(output_dir: str | None) -> pathlib.Path | None:
       'INFER_OUTPUT_DIR, or start one process.'
     )
   return None
+
+
+def _score(
+  folder: pathlib.Path,
+  part: predictions.Shard,
+  scored_by: Sequence[metric_fns.Metric],
+  target_column: str,
+) -> None:
+  """Writes the scores of a shard, or of all, and prints them."""
+  scored = predictions.write_scores(folder, part, scored_by, target_column)
+  for path, results in scored.items():
+    print(f'{path}: {predictions.describe_scores(results)}')
 
 
 def _check_stream(
