@@ -156,7 +156,7 @@ def test_grain_reads_what_we_read(cached, monkeypatch):
     ({'mixture_or_task_name': 'mixture'}, 'one of its tasks: local\\.'),
     ({'batch_size': 16}, 'timing needs two batches: set BATCH_SIZE=16 lower'),
     ({'process_counts': (8,)}, 'DATA_PROCESSES=8: each needs a row'),
-    ({'lengths': ((3, 1),)}, 'expected pairs of a prompt length'),
+    ({'lengths': ((3, 1),)}, 'expected pairs of lengths'),
   ],
 )
 def test_what_cannot_be_timed_is_refused(given, tmp_path, changes, message):
