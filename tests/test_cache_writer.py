@@ -341,7 +341,7 @@ def test_a_folder_of_other_files_is_left_alone(data, model, tmp_path):
   folder = tmp_path / 'photos'
   folder.mkdir()
   (folder / 'x.jpg').write_bytes(b'x')
-  with pytest.raises(ValueError, match='holds x.jpg and no plan.json'):
+  with pytest.raises(ValueError, match='has x.jpg and no plan.json'):
     write(folder, model, local(data))
 
 

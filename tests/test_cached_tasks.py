@@ -196,7 +196,7 @@ def test_a_missing_cache_is_named(cached, vocabulary, tmp_path):
   with pytest.raises(FileNotFoundError) as error:
     helpers.streamed(task).check_data('train', LENGTHS)
   message = str(error.value)
-  assert f'looked for {tmp_path}/my/task, in TASK_CACHE_DIRS' in message
+  assert f'file COMPLETED in {tmp_path}/my/task. Create' in message
   assert '  seqio_cache_tasks --tasks=my:task --output_cache_dir=' in message
 
 

@@ -171,7 +171,7 @@ def test_a_difference_is_significant_if_chance_does_not_make_it(folder):
 @pytest.mark.parametrize(
   'spoil,note',
   [
-    (lambda run: (run / PREDICTIONS).unlink(), '400.jsonl is missing: l2s has'),
+    (lambda run: (run / PREDICTIONS).unlink(), 'jsonl is missing: l2s is not'),
     (
       lambda run: (run / PREDICTIONS).write_text(
         (run / PREDICTIONS).read_text().replace('"target": "Ä', '"target": "A')
@@ -241,7 +241,7 @@ def tear(path):
       lambda run: (run / PREDICTIONS).write_text(
         (run / PREDICTIONS).read_text().partition('\n')[2]
       ),
-      'has 7 answers, and 8 were scored. Evaluate its step again.',
+      'has 7 answers, but 8 were scored. Evaluate its step again.',
     ),
     (lambda run: tear(run / 'model.json'), 'model.json is not JSON'),
     (

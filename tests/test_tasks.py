@@ -384,7 +384,7 @@ def test_bad_bindings_are_named(vocabulary, tmp_path, kwargs, error, message):
 def test_template_column_that_text_lacks_is_named(vocabulary, tmp_path):
   pair = (write(tmp_path / 'a.en', 'a'), write(tmp_path / 'a.de', 'b'))
   task = bind_local(vocabulary, tmp_path, {'train': pair}, template='{style}')
-  with pytest.raises(ValueError, match='names style, but the parallel text'):
+  with pytest.raises(ValueError, match='uses the columns style, but the par'):
     read(task)
 
 

@@ -218,7 +218,7 @@ def test_bad_text_lines_are_named_and_passed_over(write):
   [
     ('x.tsv', '', r'x\.tsv:1 is empty; expected a header with the'),
     ('x.csv', b'\xff', r'x\.csv:1 is not UTF-8'),
-    ('x.tsv', 'a\ta\n', r'x\.tsv has more than one column a'),
+    ('x.tsv', 'a\ta\n', r'x\.tsv has more than one column named a'),
     (
       'x.tsv',
       'a\tb\n',
