@@ -189,7 +189,7 @@ def test_scores_of_a_model_as_it_came_need_a_folder(folders):
     'task_feature_lengths': {'inputs': 8, 'targets': 8},
     'batch_size': 8,
   }
-  with pytest.raises(ValueError, match='came.*: set EVAL_OUTPUT_DIR to a fold'):
+  with pytest.raises(ValueError, match='pretrained.* Set EVAL_OUTPUT_DIR to'):
     evaluate.evaluate(**arguments)
 
 

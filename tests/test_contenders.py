@@ -108,7 +108,7 @@ def test_lines_of_the_right_length_and_scores_of_the_step_are_taken(
     'SLM': {},
     'LLM-to-SLM': {'bleu': 31.5},
   }
-  with pytest.raises(ValueError, match='has 1 lines of 3 tokens.* have 3, 6:'):
+  with pytest.raises(ValueError, match='has 1 lines of 3 tokens.* have 3, 6 '):
     benchmark.benchmark(
       str(tmp_path), **options, batch_sizes=2, prompt_lengths=3
     )

@@ -326,7 +326,7 @@ def test_parameters_can_be_taken_apart_one_by_one(gpt2):
 
 
 def test_more_tokens_at_least_than_at_most_are_refused(gpt2):
-  with pytest.raises(ValueError, match='min_decode_len=9 .* 6 tokens'):
+  with pytest.raises(ValueError, match='min_decode_len=9 .* MAX_DECODE_LEN=6'):
     make_generator(
       gpt2[0], eos_id=1, decoding=sampling.Decoding(min_decode_len=9)
     )

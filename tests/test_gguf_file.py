@@ -464,7 +464,7 @@ def test_a_tokenizer_that_lacks_a_list_is_refused(tmp_path):
     broken = {name: value for name, value in whole.items() if name != key}
     with pytest.raises(ValueError, match=f'^x.gguf lacks {key}'):
       gguf_tokenizer.save(broken, tmp_path, 'x.gguf')
-  with pytest.raises(ValueError, match='scores has 1 entries, .*tokens 2'):
+  with pytest.raises(ValueError, match='scores has 1 entries, .*tokens has 2'):
     gguf_tokenizer.save(pieces(['a', '<unk>'], scores=[0.0]), tmp_path, '')
 
 

@@ -172,7 +172,7 @@ def test_a_preset_stands_for_the_config(t5, tmp_path, capsys):
   assert convert(*flags, '--config=t5_1_1_small') == 2
   error = capsys.readouterr().err
   assert 'Name the one that they were trained with by --config' in error
-  assert 'vocab_size says 32128, the tensors have 264' in error
+  assert 'vocab_size is 32128, but the tensors have 264' in error
 
 
 def test_the_newest_step_is_taken_or_the_one_asked_for(t5):
