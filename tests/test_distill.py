@@ -357,7 +357,7 @@ def test_who_cannot_teach_is_refused(teacher, tmp_path):
   run_folder.save(system, student)
   for options, message in (
     ({'checkpoint_path': str(student)}, 'is an LLM-to-SLM run, which is the'),
-    ({'mixture_or_task_name': 'cached'}, 'Use the gin file of the cached task'),
+    ({'mixture_or_task_name': 'cached'}, 'Give the task that was cached'),
     (
       {'decoding': sampling.Decoding(draft_len=2)},
       'draft_len=2 needs LLM-to-SLM',
