@@ -239,6 +239,7 @@ def test_all_checkpoints_give_a_curve(run, tmp_path, capsys):
   assert '\n| numbers: words | examples |' in printed
   plot = tmp_path / 'eval' / 'curves-numbers-test.png'
   assert plot.read_bytes().startswith(b'\x89PNG') and str(plot) in printed
+  assert (tmp_path / 'eval' / 'config-numbers-test.gin').is_file()
 
 
 def test_what_was_evaluated_before_stays_in_the_curve(run, tmp_path, capsys):
