@@ -35,7 +35,7 @@ def wandb_records(path):
   After a header of seven bytes come blocks of 32 KiB, and in them pieces of
   records: a checksum, a size, a kind (1 whole, 2 first, 3 middle, 4 last).
   """
-  from wandb.proto import wandb_internal_pb2
+  proto = importlib.import_module('wandb.proto.wandb_internal_pb2')
 
   content, start, whole = path.read_bytes(), 7, b''
   while start + 7 <= len(content):
@@ -46,7 +46,7 @@ def wandb_records(path):
     whole += content[start + 7 : start + 7 + size]
     start += 7 + size
     if kind in (1, 4):
-      yield wandb_internal_pb2.Record.FromString(whole)
+      yield proto.Record.FromString(whole)
       whole = b''
 
 
