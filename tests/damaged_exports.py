@@ -72,7 +72,10 @@ def of(name: str) -> dict[str, tuple[Change, str]]:
     name: of a file in the folder.
   """
   return {
-    'cut short': (cutting(name), f'{name} has .* bytes, and .*manifest.json'),
+    'cut short': (
+      cutting(name),
+      f'{name} has .* bytes, (and|but) .*manifest.json',
+    ),
     'altered': (flipping(name), f'{name} was changed after'),
     'missing': (
       lambda path: (path / name).unlink(),
@@ -95,10 +98,10 @@ def of(name: str) -> dict[str, tuple[Change, str]]:
       lambda path: (path / manifest.FILE).write_text(
         (path / manifest.FILE).read_text().replace('sha256', 'sha257', 1)
       ),
-      'manifest.json is no|manifest.json has no size and hash',
+      'manifest.json (was changed|is no|has no size and hash)',
     ),
     'torn': (
       lambda path: (path / manifest.FILE).write_text('{'),
-      'manifest.json is no',
+      'manifest.json (was changed|is no)',
     ),
   }

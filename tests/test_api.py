@@ -237,7 +237,8 @@ for call, kind, words in (
      'nothing is evaluated'),
     (lambda: l2s_jax.train(run, [('a', 'b')], 'x', train_steps=1), ValueError,
      'expected a system'),
-    (lambda: l2s_jax.evaluate(llm, [('a', 'b')]), ValueError, 'as it came'),
+    (lambda: l2s_jax.evaluate(llm, [('a', 'b')]), ValueError,
+     'a pretrained model'),
     (lambda: l2s_jax.language_model('absent'), FileNotFoundError, 'absent'),
     (lambda: l2s_jax.loading, AttributeError, 'loading'),
 ):

@@ -157,7 +157,7 @@ def test_shards_that_were_cut_make_the_data_that_infer_would_have_written(
   told = capsys.readouterr().err
   num_cut = ended.count([False])
   assert f'{num_cut} answers that did not end (UNENDED=' in told
-  assert f'distilled: {len(kept)} examples of {NUM_PROMPTS} distilled' in told
+  assert f'distilled: {len(kept)} examples from {NUM_PROMPTS} distilled' in told
   gold = [('0', 'gold 0'), ('1', 'gold 1'), ('2', 'gold 2')]
   assert texts_of(of_task, 'validation') == gold
   bound = data_files.bind(helpers.vocabulary(), 'distilled', of_task)

@@ -179,7 +179,7 @@ def damaged(folder, tmp_path, change):
     ),
     (
       lambda path: (path / 'beside' / 'model.safetensors').write_bytes(b''),
-      'beside/model.safetensors has 0 bytes, and .* says',
+      'beside/model.safetensors has 0 bytes, but .* lists 3040',
     ),
     (
       lambda path: (path / 'slm' / 'weights.json').unlink(),

@@ -208,7 +208,9 @@ def test_a_length_at_which_the_llm_has_not_cut_is_refused(featured):
   features = feature_format.open_features(cache_format.open_cache(featured))
   features.check_length('one', 'train', LONGEST)
   for length in (LONGEST - 1, LONGEST + 1, 512):
-    with pytest.raises(ValueError, match=f"'inputs': {length}, .* cut to 14"):
+    with pytest.raises(
+      ValueError, match=f"'inputs': {length}, .* truncated to 14"
+    ):
       features.check_length('one', 'train', length)
 
 

@@ -140,5 +140,7 @@ def test_a_file_is_hashed_once_a_process(model, tmp_path, monkeypatch):
     opening.open_source(str(folder))
   assert len(hashed) == len(set(hashed)) > 1
   damaged_exports.flipping('model.safetensors')(folder)
-  with pytest.raises(ValueError, match='model.safetensors is not as it was'):
+  with pytest.raises(
+    ValueError, match='model.safetensors was changed after it was written'
+  ):
     opening.open_source(str(folder))

@@ -249,7 +249,7 @@ def test_convert_keeps_nothing_that_is_not_finite(not_finite, tmp_path):
   folder, name = not_finite
   out = tmp_path / 'out'
   arguments = {'from_': 'hf', 'to': 'l2s'}
-  with pytest.raises(ValueError, match=f'NaN or infinity in {name}: '):
+  with pytest.raises(ValueError, match=f'NaN or infinity in {name}, '):
     convert.convert(str(folder), str(out), **arguments)
   assert not out.exists()
   convert.convert(str(folder), str(out), allow_non_finite=True, **arguments)

@@ -165,7 +165,7 @@ def test_reads_the_compilers_error():
   assert row['free_fraction'] == -1
   row = pod_compiler.out_of_memory('HLO temporaries (1.25T) exceeds', V5E)
   assert row['peak_bytes'] == 1280 * chips.GIB
-  with pytest.raises(ValueError, match='which'):
+  with pytest.raises(ValueError, match='of an unknown kind'):
     pod_compiler.out_of_memory('RESOURCE_EXHAUSTED: of patience', V5E)
 
 

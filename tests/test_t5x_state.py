@@ -91,7 +91,7 @@ def test_the_verbs_carry_a_run_there_and_back(folder, tmp_path, capsys):
   [
     ('run', {'dtype': 'bfloat16'}, '--dtype=bfloat16: --to=t5x writes the'),
     ('run', {'vocabulary': 'x'}, '--vocabulary=x: --to=t5x writes the'),
-    ('run', {'step': '5'}, 'does not hold the checkpoint 5; it has steps .7'),
+    ('run', {'step': '5'}, 'does not have the checkpoint 5; it has steps .7'),
     ('t5x', {}, 't5x is no run. --to=t5x writes the training state of a run'),
   ],
 )

@@ -607,7 +607,9 @@ def test_task_without_prompt_is_refused(vocabulary, registered):
       {'targets': seqio.Feature(seqio.PassThroughVocabulary(size=0))},
     )
   )
-  with pytest.raises(ValueError, match="'no_prompt' gives targets and no inp"):
+  with pytest.raises(
+    ValueError, match="'no_prompt' has the features targets and no"
+  ):
     tasks.bind('no_prompt', vocabulary, vocabulary)
 
 

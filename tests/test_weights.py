@@ -433,7 +433,7 @@ def test_a_head_that_is_not_the_table_is_missed(
   tensors = to_theirs(config_json, config, random_params(config))
   tensors.pop(f'{head}.weight', None)
   folder = write_folder(tmp_path / 'hf', config_json, tensors)
-  with pytest.raises(ValueError, match='describes') as error:
+  with pytest.raises(ValueError, match='do not match') as error:
     huggingface.HuggingFaceFolder(folder)
   (line,) = str(error.value).splitlines()[1:]
   assert line.startswith(f'  {head}.weight (logits_dense/kernel)')

@@ -38,7 +38,9 @@ PROGRAMS = {
       'hf_answers', 'modeling_llm_to_slm', 'run_onnx', 'run_stablehlo',
       'verify')
 }
-LEFT_OUT = NEEDS_TENSORFLOW | PROGRAMS | {'l2s_jax.__main__'}
+# A model of T5X, for T5X.
+NEEDS_T5X = {'l2s_jax.interop.t5x'}
+LEFT_OUT = NEEDS_TENSORFLOW | NEEDS_T5X | PROGRAMS | {'l2s_jax.__main__'}
 for module in pkgutil.walk_packages(l2s_jax.__path__, 'l2s_jax.'):
   if module.name not in LEFT_OUT:
     importlib.import_module(module.name)

@@ -11,6 +11,7 @@ by `evaluation/metric_writer.py`.
 import os
 import pathlib
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,10 @@ def _start_wandb(run_dir: pathlib.Path, run_id: str) -> Any:
   import wandb
 
   mode: Any = os.environ.get('WANDB_MODE', 'offline')
+  # Its folders are named by the second. A second run in one would overwrite the
+  # first.
+  while [*run_dir.glob(f'wandb/*run-{time.strftime("%Y%m%d_%H%M%S")}-*')]:
+    time.sleep(0.1)
   run = wandb.init(
     project=os.environ.get('WANDB_PROJECT', PROJECT),
     name=run_dir.name,
