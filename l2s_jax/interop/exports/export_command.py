@@ -229,12 +229,9 @@ def _export_state(
       f'{source} is no run. --to=t5x writes the training state of a run: name '
       'a MODEL_DIR.'
     )
-  for name, value in given.items():
-    if value is not None:
-      raise ValueError(
-        f'--{name}={value}: --to=t5x writes the training state of a run as it '
-        'is. Leave it out.'
-      )
+  _refuse_given(
+    given, '--to=t5x writes the training state of a run as it is. Leave it out.'
+  )
   number = saved_steps.params_folder(source, _step(step))[1]
   print(f'{source}: step {number}')
   if dry_run:
@@ -303,12 +300,18 @@ def _check_further(source: str, to: str, given: Mapping[str, Any]) -> None:
       f'{source} is a bundle already. Copy the folder, or export the run that '
       'it was made of.'
     )
+  _refuse_given(
+    given,
+    f'{source} is a bundle, which has one model in one dtype, with its LLM and '
+    'tokenizers. Leave it out, or export the run.',
+  )
+
+
+def _refuse_given(given: Mapping[str, Any], reason: str) -> None:
+  """Refuses the first flag that is set, with the reason."""
   for name, value in given.items():
     if value is not None:
-      raise ValueError(
-        f'--{name}={value}: {source} is a bundle, which has one model in one '
-        'dtype, with its LLM and tokenizers. Leave it out, or export the run.'
-      )
+      raise ValueError(f'--{name}={value}: {reason}')
 
 
 def _prompts(source: str, path: str | None) -> list[str]:
