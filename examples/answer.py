@@ -4,7 +4,8 @@
     python examples/answer.py runs/multi30k prompts.txt
     echo 'A man sleeps.' | python examples/answer.py runs/multi30k --stream
 
-A prompt is a line. Tables, JSON lines, restarts and pods are for the verb
+Needs the package: `pip install .`, or PYTHONPATH=. in a clone. A prompt is a
+line. Tables, JSON lines, restarts and pods are for the verb
 `infer`; this is how a program of one's own calls the model.
 """
 

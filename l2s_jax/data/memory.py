@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from l2s_jax.data import record_files
+
 # Pairs of prompt and answer; or two columns, 'inputs' and 'targets'.
 Examples = Sequence[Sequence[str]] | Mapping[str, Sequence[str]] | np.ndarray
 
@@ -132,8 +134,6 @@ def text_problem(text: Any) -> str | None:
     return f'is of type {type(text).__name__}'
   if not text.strip():
     return 'is empty'
-  try:
-    text.encode()
-  except UnicodeEncodeError:
+  if record_files.has_half_characters(text):
     return 'holds half a character (a lone surrogate)'
   return None
