@@ -4,7 +4,8 @@
 It trains an LLM, an SLM and LLM-to-SLM on a translation task made from CLDR,
 compares the three, and writes a report to `runs/quickstart`. It prints the
 commands of training and evaluation and runs them in one process, since
-TensorFlow takes long to import. An interrupted quickstart resumes.
+TensorFlow takes long to import; only the SLM baseline, which does not read the
+LLM, trains beside the others. An interrupted quickstart resumes.
 """
 
 import os
@@ -15,12 +16,14 @@ if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
   signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
+import contextlib
 import pathlib
 import platform
 import shlex
+import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +40,7 @@ from l2s_jax.systems import system as system_lib
 from l2s_jax.vocabularies import sentencepiece
 
 PROMPT_LENGTH, ANSWER_LENGTH = 24, 20  # As in gin_configs/experiments.
+MIN_COMPILE_SECS = 0.5  # Of the programs that the compile cache keeps.
 VOCAB_SIZES = {'llm': 2000, 'slm': 1600}
 NAMES = {
   'llm': 'LLM baseline',
@@ -70,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   output_dir = _output_dir(args)
   # Training, evaluation and translation compile the same functions.
   jax.config.update('jax_compilation_cache_dir', str(output_dir / 'compiled'))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  jax.config.update(
+    'jax_persistent_cache_min_compile_time_secs', MIN_COMPILE_SECS
+  )
 
   _say('1/7 vocabularies: SentencePiece, trained on the train split')
   llm_vocabulary = _vocabulary(output_dir, 'llm')
@@ -86,21 +92,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     'slm': slm,
     'llm_to_slm': [f'LLM_PATH={output_dir / "llm"}', *slm],
   }
-  for number, (name, values) in enumerate(bindings.items(), start=2):
-    _say(f'{number}/7 training: {NAMES[name]}')
-    values = [*values, f'SEED={args.seed}']
-    if args.train_steps is not None:
-      warmup_steps = min(max(args.train_steps // 10, 1), args.train_steps - 1)
-      values = [
-        *values,
-        f'TRAIN_STEPS={args.train_steps}',
-        f'WARMUP_STEPS={warmup_steps}',
-      ]
-    _run(
-      'train',
-      [f'gin_configs/experiments/quickstart_{name}.gin'],
-      [f'MODEL_DIR={output_dir / name}', *values],
-    )
+  trainings = {
+    name: _training(name, output_dir, values, args)
+    for name, values in bindings.items()
+  }
+  _say(f'2/7 training: {NAMES["slm"]}')
+  with _beside(trainings['slm'], output_dir):
+    for number, name in enumerate(('llm', 'llm_to_slm'), start=3):
+      _say(f'{number}/7 training: {NAMES[name]}')
+      _run(trainings[name])
 
   _say('5/7 evaluation on the test split, with the controls')
   rows: dict[str, TableRow] = {}
@@ -205,16 +205,89 @@ def _vocabulary(output_dir: pathlib.Path, name: str) -> pathlib.Path:
   return path
 
 
-def _run(verb: str, gin_files: list[str], bindings: list[str]) -> None:
-  """Prints a command and runs it in this process."""
-  arguments = [
+def _training(
+  name: str,
+  output_dir: pathlib.Path,
+  bindings: Sequence[str],
+  args: argparse.Namespace,
+) -> list[str]:
+  """Returns the arguments of the command that trains one of the three."""
+  bindings = [f'MODEL_DIR={output_dir / name}', *bindings, f'SEED={args.seed}']
+  if args.train_steps is not None:
+    warmup_steps = min(max(args.train_steps // 10, 1), args.train_steps - 1)
+    bindings += [
+      f'TRAIN_STEPS={args.train_steps}',
+      f'WARMUP_STEPS={warmup_steps}',
+    ]
+  gin_file = f'gin_configs/experiments/quickstart_{name}.gin'
+  return _arguments('train', [gin_file], bindings)
+
+
+def _arguments(
+  verb: str, gin_files: Sequence[str], bindings: Sequence[str]
+) -> list[str]:
+  """Returns the arguments of a command."""
+  return [
     verb,
     *(f'--gin_file={file}' for file in gin_files),
     *(f'--gin.{binding}' for binding in bindings),
   ]
-  print(shlex.join(['python', '-m', 'l2s_jax', *arguments]), flush=True)
+
+
+def _run(arguments: list[str]) -> None:
+  """Prints a command and runs it in this process."""
+  print(_command(arguments), flush=True)
   status = __main__.main(arguments)
   if status:
+    sys.exit(status)
+
+
+def _command(arguments: list[str]) -> str:
+  """Returns a command as a shell reads it."""
+  return shlex.join(['python', '-m', 'l2s_jax', *arguments])
+
+
+@contextlib.contextmanager
+def _beside(arguments: list[str], output_dir: pathlib.Path) -> Iterator[None]:
+  """Runs a command in a second process while the body runs.
+
+  The command gets one core. Accelerators, and machines with one core, run it
+  in this process before the body.
+
+  Args:
+    arguments: Arguments of the command.
+    output_dir: Folder of the compile cache, and of the second process's output,
+      `slm.log`.
+  """
+  if jax.default_backend() != 'cpu' or (os.cpu_count() or 1) < 2:
+    _run(arguments)
+    yield
+    return
+  log_file = output_dir / 'slm.log'
+  print(f'{_command(arguments)}\nruns beside the next; output: {log_file}')
+  sys.stdout.flush()
+  one_core = '--xla_cpu_multi_thread_eigen=false'
+  with log_file.open('ab') as log:
+    process = subprocess.Popen(
+      [sys.executable, '-m', 'l2s_jax', *arguments],
+      env=os.environ
+      | {
+        'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {one_core}'.strip(),
+        'JAX_COMPILATION_CACHE_DIR': str(output_dir / 'compiled'),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': str(MIN_COMPILE_SECS),
+      },
+      stdin=subprocess.DEVNULL,
+      stdout=log,
+      stderr=subprocess.STDOUT,
+    )
+  try:
+    yield
+    status = process.wait()
+  finally:
+    process.terminate()
+    process.wait()
+  if status:
+    print(log_file.read_text(encoding='utf-8')[-2000:], file=sys.stderr)
     sys.exit(status)
 
 
@@ -224,16 +297,18 @@ def _evaluate(
   """Evaluates a run; returns its table row and those of its controls."""
   labels = {'none': label} | (CONTROLS if name == 'llm_to_slm' else {})
   _run(
-    'evaluate',
-    ['gin_configs/tasks/cldr.gin', 'gin_configs/runs/evaluate.gin'],
-    [
-      f'CHECKPOINT_PATH={run_dir}',
-      'EVAL_SPLIT=test',
-      f'EVAL_CONTROLS={tuple(labels)}',
-      f"TASK_FEATURE_LENGTHS={{'inputs': {PROMPT_LENGTH}, "
-      f"'targets': {ANSWER_LENGTH}}}",
-      'BATCH_SIZE=32',
-    ],
+    _arguments(
+      'evaluate',
+      ['gin_configs/tasks/cldr.gin', 'gin_configs/runs/evaluate.gin'],
+      [
+        f'CHECKPOINT_PATH={run_dir}',
+        'EVAL_SPLIT=test',
+        f'EVAL_CONTROLS={tuple(labels)}',
+        f"TASK_FEATURE_LENGTHS={{'inputs': {PROMPT_LENGTH}, "
+        f"'targets': {ANSWER_LENGTH}}}",
+        'BATCH_SIZE=32',
+      ],
+    )
   )
   results = evaluate.read_scores(run_dir / 'eval' / 'metrics-cldr-test.json')
   by_control = results[max(results, key=int)]
