@@ -94,6 +94,12 @@ LLAMA = dataclasses.replace(
   positions='rotary',
   rope_scaling=(8.0, 1.0, 4.0, 12.0),
 )
+MISTRAL = dataclasses.replace(
+  LLAMA, attention_bias='none', rope_scaling=(), sliding_window=3
+)
+QWEN2 = dataclasses.replace(
+  LLAMA, rope_scaling=(), sliding_window=3, first_window_layer=1
+)
 QWEN3 = dataclasses.replace(
   LLAMA, attention_bias='all', qk_norm=True, rope_scaling=()
 )
@@ -131,6 +137,8 @@ FAMILIES = {
   'opt': OPT,
   'pythia': PYTHIA,
   'llama': LLAMA,
+  'mistral': MISTRAL,
+  'qwen2': QWEN2,
   'qwen3': QWEN3,
   'gemma3': GEMMA3,
   'umt5': UMT5,

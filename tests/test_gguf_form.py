@@ -174,6 +174,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     l2s.build(dataclasses.replace(CONFIGS['gemma3'], rope_local_base=7.0)),
     'rope_local_base=7.0 .a file says 10000.0',
   ),
+  'mistral': (
+    l2s.build(dataclasses.replace(LLAMA, sliding_window=3)),
+    'architecture llama .*\n.*sliding_window=3 .a file says 0',
+  ),
+  'qwen2': (
+    l2s.build(dataclasses.replace(helpers.QWEN2, num_heads=4)),
+    '(?s)sliding_window=3 .a file says 0.*first_window_layer=1 .a file says 0',
+  ),
   'llama3': (
     l2s.build(dataclasses.replace(LLAMA, rope_scaling=(8.0, 1.0, 4.0, 12.0))),
     'that of Llama 3.1 alone',

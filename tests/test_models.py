@@ -495,7 +495,12 @@ def test_a_prompt_alone_beyond_the_position_table_is_refused():
     (
       'gpt2',
       dict(positions='rotary', rope_local_base=5.0, global_layer_period=2),
-      'global_layer_period and rope_local_base need sliding_window',
+      'global_layer_period, first_window_layer and rope_local_base need',
+    ),
+    (
+      'gpt2',
+      dict(first_window_layer=1),
+      'first_window_layer and rope_local_base need sliding_window',
     ),
     # Either would build a model that cannot tell the order of its tokens.
     ('gpt2', dict(positions='relative'), "'relative'.*decoder-only.*'learned'"),

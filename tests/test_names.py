@@ -26,7 +26,8 @@ CONFIGS = {
   'opt': helpers.OPT,
   'gpt_neox': helpers.PYTHIA,
   'llama': dataclasses.replace(helpers.LLAMA, attention_bias='all'),
-  'qwen2': helpers.LLAMA,
+  'mistral': helpers.MISTRAL,
+  'qwen2': helpers.QWEN2,
   'qwen3': helpers.QWEN3,
   'gemma2': dataclasses.replace(
     helpers.GEMMA3, qk_norm=False, rope_local_base=None
@@ -105,6 +106,17 @@ SUB_CONFIG = huggingface.config_json('t5gemma', helpers.T5GEMMA)['encoder']
     ),
     ('llama', {'hidden_act': 'mish'}, "'mish'; supported"),
     ('qwen2', {'mlp_bias': True}, 'mlp_bias is true and attention_bias is not'),
+    ('mistral', {'sliding_window': 0}, 'sliding_window is 0; expected null'),
+    (
+      'qwen2',
+      {'layer_types': ['sliding_attention', 'full_attention']},
+      'not full_attention in the first 0 layers and sliding_attention in the',
+    ),
+    (
+      'qwen3',
+      {'layer_types': ['full_attention', 'sliding_attention']},
+      'sliding_attention, without use_sliding_window and sliding_window',
+    ),
     (
       'gemma3_text',
       {'layer_types': ['sliding_attention', *['full_attention'] * 4]},
@@ -187,6 +199,52 @@ def test_layers_with_a_window_are_not_stretched_whatever_their_base():
   # Which no config.json says.
   all_stretched = dataclasses.replace(config, rope_local_base=None)
   assert 'gemma3_text' not in huggingface.model_types(all_stretched)
+
+
+@pytest.mark.parametrize('model_type', ['qwen2', 'qwen3'])
+@pytest.mark.parametrize(
+  'said, expected',
+  [
+    ({'use_sliding_window': False}, (0, 0)),
+    ({'sliding_window': None}, (0, 0)),
+    ({'max_window_layers': 2}, (0, 0)),
+    ({'max_window_layers': None}, (0, 0)),  # the default is 28
+    ({'max_window_layers': 1}, (3, 1)),
+    ({'max_window_layers': 0}, (3, 0)),
+    ({'max_window_layers': 0, 'sliding_window': ...}, (4096, 0)),
+    (
+      {'max_window_layers': 5, 'layer_types': ['sliding_attention'] * 2},
+      (3, 0),
+    ),
+  ],
+)
+def test_qwen_has_windows_where_transformers_has_them(
+  model_type, said, expected
+):
+  _, transformers = helpers.import_reference()
+  base = {'use_sliding_window': True, 'sliding_window': 3, 'layer_types': None}
+  changes = {k: v for k, v in (base | said).items() if v is not ...}
+  content = huggingface.config_json(model_type, CONFIGS[model_type])
+  absent = base.keys() - changes.keys()
+  if said.get('max_window_layers', 0) is None:
+    absent |= {'max_window_layers'}
+  content = {k: v for k, v in (content | changes).items() if k not in absent}
+  found = huggingface.FAMILIES[model_type].parse(content, True)
+  assert (found.sliding_window, found.first_window_layer) == expected
+  theirs = transformers.AutoConfig.for_model(**content)
+  windows = [kind == 'sliding_attention' for kind in theirs.layer_types]
+  window, first = expected
+  assert windows == [window > 0 and layer >= first for layer in range(2)]
+  if window:
+    assert theirs.sliding_window == window
+
+
+def test_a_mistral_may_have_no_window():
+  assert parse('mistral', sliding_window=None).sliding_window == 0
+  # Which is a Llama, where nobody said what it is.
+  plain = dataclasses.replace(helpers.MISTRAL, sliding_window=0)
+  assert huggingface.model_types(plain)[:2] == ['llama', 'mistral']
+  assert huggingface.model_types(helpers.MISTRAL) == ['mistral']
 
 
 def test_both_ways_to_write_rope_are_read():

@@ -93,6 +93,12 @@ QWEN2 = LLAMA | {
   'head_dim': 4,  # transformers has no say in it
   'tie_word_embeddings': True,
 }
+MISTRAL = LLAMA | {'model_type': 'mistral', 'sliding_window': 5}
+QWEN2_WINDOWS = QWEN2 | {
+  'use_sliding_window': True,
+  'sliding_window': 5,
+  'max_window_layers': 1,
+}
 QWEN3 = LLAMA | {'model_type': 'qwen3', 'num_key_value_heads': 3}
 GEMMA2: dict[str, Any] = LLAMA | {
   'model_type': 'gemma2',
@@ -153,11 +159,16 @@ DECODERS = {
   'llama3': LLAMA | {'rope_scaling': LLAMA3_SCALING},
   'llama-linear': LLAMA
   | {'rope_scaling': {'rope_type': 'linear', 'factor': 3.0}},
+  'mistral': MISTRAL,
+  'mistral-without-window': MISTRAL | {'sliding_window': None},
+  'mistral-default-head': MISTRAL | {'hidden_size': 24, 'head_dim': None},
   'qwen2': QWEN2,
+  'qwen2-windows': QWEN2_WINDOWS,
   'qwen2-yarn': QWEN2 | {'rope_scaling': YARN},
   'pythia-yarn': PYTHIA
   | {'rotary_pct': 0.75, 'rope_scaling': YARN | {'attention_factor': 1.3}},
   'qwen3': QWEN3,
+  'qwen3-windows': QWEN3 | QWEN2_WINDOWS | QWEN3,
   'gemma2': GEMMA2,
   'gemma3': GEMMA3,
   # From 4B on.
@@ -356,6 +367,41 @@ def test_a_decoder_computes_what_transformers_computes(tmp_path, name):
     assert_close(encoded[row, :n], expected.hidden_states[-1][0, :n])
     assert_close(logits[row, : len(answer)], expected.logits[0, n:])
     np.testing.assert_array_equal(tokens[row], written)
+
+
+@pytest.mark.parametrize('name', ['mistral', 'qwen2-windows', 'gemma2'])
+def test_padding_on_the_left_leaves_windows_where_they_were(tmp_path, name):
+  """Of theirs, whose windows count slots; prompts exceed the window."""
+  torch, theirs = save_pretrained(
+    tmp_path, DECODERS[name], 'AutoModelForCausalLM'
+  )
+  batch = make_batch()
+  model, params = load_model(tmp_path)
+  logits, tokens = (f(model, params, batch) for f in (compute_logits, generate))
+  mask = torch.tensor(batch['encoder_segment_ids'])
+  order = mask.argsort(dim=1, stable=True)
+  prompt = torch.tensor(batch['encoder_input_tokens']).long().gather(1, order)
+  mask = mask.gather(1, order)
+  answer = torch.tensor(batch['decoder_input_tokens']).long()
+  with torch.no_grad():
+    whole = torch.cat([prompt, answer], 1)
+    whole_mask = torch.cat([mask, torch.ones_like(answer).to(mask)], 1)
+    expected = theirs(
+      whole,
+      attention_mask=whole_mask,
+      position_ids=(whole_mask.cumsum(1) - 1).clamp(min=0),
+    ).logits[:, prompt.shape[1] :]
+    n = prompt.shape[1] + 1
+    written = theirs.generate(
+      whole[:, :n],
+      attention_mask=whole_mask[:, :n],
+      do_sample=False,
+      num_beams=1,
+      max_new_tokens=NUM_TOKENS,
+    )[:, n:]
+  real = batch['decoder_segment_ids'] > 0
+  assert_close(logits[real], expected[real])
+  np.testing.assert_array_equal(tokens, written)
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,17 @@ MODELS: dict[str, dict[str, Any]] = {
     'num_hidden_layers': 2,
   },
   'llama': LLAMA,
+  'mistral': LLAMA | {'model_type': 'mistral', 'sliding_window': 5},
+  'mistral-without-window': LLAMA
+  | {'model_type': 'mistral', 'sliding_window': None},
+  'qwen2': LLAMA
+  | {
+    'model_type': 'qwen2',
+    'head_dim': 4,
+    'use_sliding_window': True,
+    'sliding_window': 5,
+    'max_window_layers': 1,
+  },
   'qwen3': LLAMA | {'model_type': 'qwen3', 'tie_word_embeddings': True},
   'gemma2': GEMMA2,
 }

@@ -51,6 +51,8 @@ CONFIGS = {
   'gpt2': helpers.GPT2,
   'gpt_neox': helpers.PYTHIA,
   'llama': helpers.LLAMA,
+  'mistral': helpers.MISTRAL,
+  'qwen2': helpers.QWEN2,
   'qwen3': helpers.QWEN3,
   'gemma2': dataclasses.replace(
     helpers.GEMMA3, qk_norm=False, rope_local_base=None

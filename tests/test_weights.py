@@ -111,7 +111,8 @@ FAMILIES |= {
   for model_type, config in {
     'opt': helpers.OPT,
     'gpt_neox': helpers.PYTHIA,
-    'qwen2': helpers.LLAMA,
+    'mistral': helpers.MISTRAL,
+    'qwen2': helpers.QWEN2,
     'qwen3': helpers.QWEN3,
     'gemma3_text': helpers.GEMMA3,
     'umt5': helpers.UMT5,
@@ -421,7 +422,7 @@ def test_the_head_is_tied_where_neither_file_nor_config_has_another(
     ('mt5', T5_1_1, {'tie_word_embeddings': False}, 'lm_head'),
     ('gpt2', GPT2, {'tie_word_embeddings': False}, 'lm_head'),
     # Families that are not tied unless they say so.
-    ('qwen2', helpers.LLAMA, {'tie_word_embeddings': None}, 'lm_head'),
+    ('qwen2', helpers.QWEN2, {'tie_word_embeddings': None}, 'lm_head'),
     ('gpt_neox', helpers.PYTHIA, {'tie_word_embeddings': None}, 'embed_out'),
   ],
 )

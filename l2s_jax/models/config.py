@@ -43,7 +43,7 @@ class TransformerConfig:
     num_heads: attention heads.
     num_kv_heads: heads of keys and values; None means num_heads. Fewer are
       shared by groups of query heads, for a smaller KV cache (grouped-query
-      attention, Ainslie et al. 2023; Llama, Qwen, Gemma).
+      attention, Ainslie et al. 2023; Llama, Mistral, Qwen, Gemma).
     head_dim: width of a head; num_heads * head_dim may differ from emb_dim.
     mlp_dim: width of the MLP's hidden layer.
     num_decoder_layers: layers of the decoder, or of a decoder-only model; 0
@@ -92,10 +92,12 @@ class TransformerConfig:
       attention_factor; Peng et al. 2023). Sliding-window layers with a
       rope_local_base are not extended.
     sliding_window: tokens that a layer attends to backwards, the query
-      included (and forwards in an encoder); 0 means all.
+      included (and forwards in an encoder); 0 means all (Mistral: all layers).
     global_layer_period: with a sliding window, each layer whose number (from 1)
       is a multiple of this is global, that is without the window (Gemma 2: 2,
       Gemma 3: 6); 0 means no global layers.
+    first_window_layer: with a sliding window, the layers before this one
+      (numbered from 0) are global, too (Qwen2's max_window_layers).
     scale_attention: divide attention logits by sqrt(head_dim) (GPT-2, Llama).
       T5 does not: its query initialisation has that factor.
     query_pre_attn_scalar: divide by the square root of this instead (Gemma).
@@ -170,6 +172,7 @@ class TransformerConfig:
   rope_scaling_type: str = 'llama3'
   sliding_window: int = 0
   global_layer_period: int = 0
+  first_window_layer: int = 0
   scale_attention: bool = False
   query_pre_attn_scalar: float | None = None
   attention_softcap: float = 0.0
@@ -282,11 +285,14 @@ class TransformerConfig:
         f'positions={self.positions!r}.'
       )
     if not self.sliding_window and (
-      self.global_layer_period or self.rope_local_base is not None
+      self.global_layer_period
+      or self.first_window_layer
+      or self.rope_local_base is not None
     ):
       raise ValueError(
-        'TransformerConfig.global_layer_period and rope_local_base need '
-        'sliding_window: without it all layers attend to all tokens.'
+        'TransformerConfig.global_layer_period, first_window_layer and '
+        'rope_local_base need sliding_window: without it all layers attend to '
+        'all tokens.'
       )
     if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
       raise ValueError(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoder-only models: the prompt is a prefix, the answer follows.
 
-GPT-2, OPT, Pythia, Llama, Qwen and Gemma are configs of this one module.
+GPT-2, OPT, Pythia, Llama, Mistral, Qwen and Gemma are configs of this module.
 Padding stays between a short prompt and its answer and is masked. Positions
 count real tokens, so padding does not shift them.
 Source: Radford et al. 2019 (GPT-2), and the papers that

@@ -3,8 +3,9 @@
 
 These are formulas from the config, not measurements. FLOPs are those of matrix
 products in projections, attention and output head: a product of [m, k] and
-[k, n] has 2mkn. Norms, softmax and activations are left out. XLA's own count of
-the same functions is a few percent higher.
+[k, n] has 2mkn. Norms, softmax and activations are left out. Masked keys count:
+attention computes them, whether a causal mask or a sliding window hides them.
+XLA's own count of the same functions is a few percent higher.
 """
 
 import dataclasses

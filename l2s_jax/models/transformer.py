@@ -129,6 +129,8 @@ class Block(nn.Module):
       bias += self.relpos_bias(context.buckets)
     period = config.global_layer_period
     is_global = jnp.asarray((layer + 1) % period == 0 if period else False)
+    if config.first_window_layer:
+      is_global |= layer < config.first_window_layer
     if config.sliding_window:
       near = positions.window_mask(context.offsets, config.sliding_window)
       bias += attention.mask_bias(near | is_global)[:, None]

@@ -252,6 +252,13 @@ FAULTS = (
     'gemma',
   ),
   Fault(
+    'windows-from-the-next-layer',
+    'layer < config.first_window_layer',
+    'layer <= config.first_window_layer',
+    ('test_parity.py',),
+    'qwen2',
+  ),
+  Fault(
     'windows-everywhere',
     'attention.mask_bias(near | is_global)',
     'attention.mask_bias(near)',

@@ -30,6 +30,7 @@ FILE = 'model.gguf'
 # llama.cpp's names by transformers'.
 _ARCHITECTURES = {
   'llama': 'llama',
+  'mistral': 'llama',  # without a window, which llama.cpp would ignore
   'qwen2': 'qwen2',
   'qwen3': 'qwen3',
   'gemma2': 'gemma2',
@@ -165,7 +166,7 @@ def _metadata(
       'attention.key_length': config.head_dim,
       'attention.value_length': config.head_dim,
     }
-  if config.sliding_window:
+  if config.sliding_window and arch.startswith('gemma'):
     found['attention.sliding_window'] = config.sliding_window
   if config.attention_softcap:
     found['attn_logit_softcapping'] = config.attention_softcap

@@ -29,7 +29,9 @@ _KEYS = {
     'original_max_position_embeddings'
   ),
   # 0 for an encoder-only T5, and for a T5Gemma without a decoder.
-  _ANY_COUNT: 'num_decoder_layers num_hidden_layers sliding_window',
+  _ANY_COUNT: (
+    'num_decoder_layers num_hidden_layers sliding_window max_window_layers'
+  ),
   _POSITIVE: (
     'rope_theta rope_local_base_freq rotary_emb_base rotary_pct '
     'partial_rotary_factor query_pre_attn_scalar factor low_freq_factor '
@@ -42,7 +44,8 @@ _KEYS = {
   ),
   _FLAG: (
     'is_gated_act scale_decoder_outputs tie_word_embeddings scale_attn_weights '
-    'use_parallel_residual attention_bias mlp_bias use_bidirectional_attention'
+    'use_parallel_residual attention_bias mlp_bias use_bidirectional_attention '
+    'use_sliding_window'
   ),
   _TEXT: (
     'model_type feed_forward_proj dense_act_fn activation_function hidden_act '

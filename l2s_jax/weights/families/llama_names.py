@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor names and configs of Llama, Qwen and Gemma in transformers.
+"""Tensor names and configs of Llama, Mistral, Qwen and Gemma in transformers.
 
 All use Llama's names for the shared parts. T5Gemma is a Gemma 2 encoder and a
 Gemma 2 decoder with cross-attention.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from l2s_jax.models import config as config_lib
@@ -179,8 +179,8 @@ def _parse_llama(
 ) -> config_lib.TransformerConfig:
   fields = _parse_sizes(config, is_tied)
   rope = _rope(config)
-  if config['model_type'] == 'qwen2':
-    fields['attention_bias'] = 'qkv'
+  if config['model_type'] in _ATTENTION_BIAS:
+    fields['attention_bias'] = _ATTENTION_BIAS[config['model_type']]
   if config.get('mlp_bias'):
     if fields['attention_bias'] != 'all':
       raise ValueError('mlp_bias is true and attention_bias is not')
@@ -193,6 +193,10 @@ def _parse_llama(
   )
 
 
+# Of the families whose config.json does not decide on the biases.
+_ATTENTION_BIAS = {'mistral': 'none', 'qwen2': 'qkv'}
+
+
 def _unparse_llama(config: config_lib.TransformerConfig) -> dict[str, Any]:
   return _unparse_sizes(config) | {
     'hidden_act': name_table.activation_of_theirs(config.mlp_activations[0]),
@@ -200,6 +204,75 @@ def _unparse_llama(config: config_lib.TransformerConfig) -> dict[str, Any]:
     'mlp_bias': config.use_bias,
     'rope_scaling': name_table.rope_scaling_of_theirs(config),
   }
+
+
+def _parse_mistral(
+  config: Mapping[str, Any], is_tied: bool
+) -> config_lib.TransformerConfig:
+  return dataclasses.replace(
+    _parse_llama(config, is_tied), sliding_window=_window(config)
+  )
+
+
+def _unparse_mistral(config: config_lib.TransformerConfig) -> dict[str, Any]:
+  return _unparse_llama(config) | {
+    'sliding_window': config.sliding_window or None
+  }
+
+
+def _parse_qwen(
+  config: Mapping[str, Any], is_tied: bool
+) -> config_lib.TransformerConfig:
+  num_layers = config['num_hidden_layers']
+  window = _window(config) if config.get('use_sliding_window') else 0
+  types = config.get('layer_types')
+  first = config.get('max_window_layers', 28) if window else num_layers
+  if types is not None:
+    first = len(types)
+    if 'sliding_attention' in types:
+      first = types.index('sliding_attention')
+    if len(types) != num_layers or types != _late_windows(first, num_layers):
+      raise ValueError(
+        f'layer_types is not full_attention in the first {first} layers and '
+        f'sliding_attention in the others of {num_layers}'
+      )
+    if first < num_layers and not window:
+      raise ValueError(
+        'layer_types has sliding_attention, without use_sliding_window and '
+        'sliding_window'
+      )
+  fields = {'sliding_window': window, 'first_window_layer': first}
+  return dataclasses.replace(
+    _parse_llama(config, is_tied), **fields if first < num_layers else {}
+  )
+
+
+def _unparse_qwen(config: config_lib.TransformerConfig) -> dict[str, Any]:
+  window = config.sliding_window
+  num_layers = config.num_decoder_layers
+  first = config.first_window_layer if window else num_layers
+  return _unparse_llama(config) | {
+    'use_sliding_window': window > 0,
+    'sliding_window': window or None,
+    'max_window_layers': first,
+    'layer_types': _late_windows(first, num_layers),
+  }
+
+
+def _window(config: Mapping[str, Any]) -> int:
+  """Returns `sliding_window` of Mistral and Qwen; 0 for null."""
+  window: int | None = config.get('sliding_window', 4096)
+  if window == 0:
+    raise ValueError('sliding_window is 0; expected null, or 1 or more')
+  return window or 0
+
+
+def _late_windows(first: int, num_layers: int) -> list[str]:
+  """Returns the `layer_types` of Qwen, with windows from a layer on."""
+  return [
+    'full_attention' if layer < first else 'sliding_attention'
+    for layer in range(num_layers)
+  ]
 
 
 def _parse_gemma(
@@ -422,12 +495,18 @@ _SIZES = {
 }
 
 
-def _llama(architecture: str, *keys: str, **fixed: Any) -> Family:
+def _llama(
+  architecture: str,
+  *keys: str,
+  parse: Callable[..., config_lib.TransformerConfig] = _parse_llama,
+  unparse: Callable[..., dict[str, Any]] = _unparse_llama,
+  **fixed: Any,
+) -> Family:
   return Family(
     rows=_LLAMA,
     architecture=architecture,
-    parse=_parse_llama,
-    unparse=_unparse_llama,
+    parse=parse,
+    unparse=unparse,
     required=(*_KEYS, 'hidden_act', *keys),
     fixed={'quantization_config': None, **fixed},
     prefix='model.',
@@ -439,14 +518,28 @@ def _llama(architecture: str, *keys: str, **fixed: Any) -> Family:
 
 FAMILIES = {
   'llama': _llama('LlamaForCausalLM'),
+  'mistral': _llama(
+    'MistralForCausalLM',
+    'num_key_value_heads',
+    'sliding_window',
+    parse=_parse_mistral,
+    unparse=_unparse_mistral,
+    layer_types=None,  # MistralForCausalLM gives all layers the window
+    attention_bias=False,
+    mlp_bias=False,
+  ),
   'qwen2': _llama(
-    'Qwen2ForCausalLM', 'num_key_value_heads', use_sliding_window=False
+    'Qwen2ForCausalLM',
+    'num_key_value_heads',
+    parse=_parse_qwen,
+    unparse=_unparse_qwen,
   ),
   'qwen3': _llama(
     'Qwen3ForCausalLM',
     'num_key_value_heads',
     'head_dim',
-    use_sliding_window=False,
+    parse=_parse_qwen,
+    unparse=_unparse_qwen,
   ),
   'gemma2': Family(
     rows=_GEMMA,
