@@ -185,6 +185,7 @@ REFERENCES = {
   't5': (test_parity.T5, 'AutoModelForSeq2SeqLM'),
   'gpt2': (test_parity.GPT2, 'AutoModelForCausalLM'),
   'llama': (test_parity.LLAMA, 'AutoModelForCausalLM'),
+  'mistral': (test_parity.MISTRAL, 'AutoModelForCausalLM'),
   'gemma3': (
     test_parity.GEMMA3 | {'num_hidden_layers': 3},
     'AutoModelForCausalLM',
@@ -287,7 +288,7 @@ def test_beams_are_those_of_transformers(
 
 
 @pytest.mark.parametrize(
-  'reference', ['gpt2', 'llama', 'gemma3'], indirect=True
+  'reference', ['gpt2', 'llama', 'mistral', 'gemma3'], indirect=True
 )
 @pytest.mark.parametrize(
   'early_stopping, length_penalty', [(True, 1.0), (False, -1.0), ('never', 0.6)]

@@ -17,6 +17,7 @@ NAMES = (
   't5gemma',
   'gpt2',
   'llama',
+  'qwen2',
   'gemma3',
   'llm_to_gpt2-add-foreign',
 )

@@ -55,6 +55,14 @@ MODULES |= {
   'llama_to_llama': helpers.llm_to_slm(
     'llama', 'add', 'shared', dataclasses.replace(helpers.LLAMA, emb_dim=24)
   ).clone(llm_prefix_ids=(5, 9)),
+  # Both with windows that are narrower than the prompts.
+  'qwen2_to_mistral': helpers.llm_to_slm(
+    'mistral',
+    'add',
+    'foreign',
+    dataclasses.replace(helpers.QWEN2, emb_dim=24, num_heads=4),
+    num_heads=4,
+  ),
   'scaled': helpers.llm_to_slm(
     't5_1_1',
     'add',
@@ -73,14 +81,16 @@ MODULES |= {
 
 
 MODELS = {name: helpers.MODULES[name] for name in ('t5_1_1', 'gpt2', 'llama')}
-MODELS['llama'] = l2s.build(
-  dataclasses.replace(helpers.LLAMA, num_heads=4, max_positions=64)
-)
+MODELS |= {
+  name: l2s.build(dataclasses.replace(config, num_heads=4, max_positions=64))
+  for name, config in (('llama', helpers.LLAMA), ('mistral', helpers.MISTRAL))
+}
 # Of each kind of SLM one, with windows, another vocabulary, another layer.
 GENERATING = (
   'llm_to_t5_1_1-add-foreign',
   'llm_to_gpt2-add-foreign',
   'llm_to_gemma3-add-foreign',
+  'qwen2_to_mistral',
   'layer-mix-t5_1_0',
 )
 
@@ -150,7 +160,8 @@ def test_a_folder_runs_without_this_package(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'name, options', [('t5_1_1', {}), ('llama', {'continues': True})]
+  'name, options',
+  [('t5_1_1', {}), ('mistral', {}), ('llama', {'continues': True})],
 )
 def test_transformers_writes_the_tokens_of_a_model_alone(
   name, options, tmp_path

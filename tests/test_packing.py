@@ -132,7 +132,14 @@ ENCODER_DECODERS = {
     'umt5', 'add', 'foreign', helpers.T5GEMMA
   ),
 }
-BUCKETED = ('gpt2', 'llama', 'gemma3', 'llm_to_gpt2-add-foreign', 't5_1_1')
+BUCKETED = (
+  'gpt2',
+  'llama',
+  'qwen2',
+  'gemma3',
+  'llm_to_gpt2-add-foreign',
+  't5_1_1',
+)
 
 
 def random_examples(module):
