@@ -94,8 +94,9 @@ LLAMA = dataclasses.replace(
   positions='rotary',
   rope_scaling=(8.0, 1.0, 4.0, 12.0),
 )
+# Two such windows reach from the last token of a row to the first.
 MISTRAL = dataclasses.replace(
-  LLAMA, attention_bias='none', rope_scaling=(), sliding_window=3
+  LLAMA, attention_bias='none', rope_scaling=(), sliding_window=5
 )
 QWEN2 = dataclasses.replace(
   LLAMA, rope_scaling=(), sliding_window=3, first_window_layer=1

@@ -25,7 +25,7 @@ from l2s_jax.models import l2s
 from l2s_jax.runtime import integrity, partitioning
 from l2s_jax.systems import builders, parameters
 from l2s_jax.systems import system as system_lib
-from l2s_jax.vocabularies import loading
+from l2s_jax.vocabularies import loading, sentencepiece
 from l2s_jax.weights import converted, opening
 from l2s_jax.weights import source as source_lib
 from l2s_jax.weights.formats import huggingface
@@ -88,6 +88,34 @@ def test_hugging_face_and_back_is_the_same_to_the_byte(name, tmp_path):
     np.testing.assert_array_equal(opened.read(path), array)
   for file in first.iterdir():
     assert file.read_bytes() == (last / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize('kind', ['bpe', 'unigram'])
+@pytest.mark.parametrize('family', ['qwen2', 'qwen3'])
+def test_a_tokenizer_that_transformers_would_read_as_another_is_refused(
+  family, kind, tmp_path, capsys
+):
+  source = source_of(CONFIGS[family])
+  converted.save(source, tmp_path / 'ours')
+  sentencepiece.train(
+    ['the cat sat on the mat'] * 3,
+    tmp_path / 'spiece.model',
+    model_type=kind,
+    vocab_size=15,
+  )
+  arguments = (
+    '--from=l2s',
+    '--to=hf',
+    f'--vocabulary={tmp_path}/spiece.model',
+    tmp_path / 'ours',
+    tmp_path / 'out',
+  )
+  if family == 'qwen3':
+    assert not run(*arguments)
+    return
+  said = refusal(capsys, *arguments)
+  assert 'transformers reads any tokenizer beside a qwen2' in said
+  assert not (tmp_path / 'out').exists()
 
 
 def test_a_t5gemma_of_two_sizes_comes_in_as_its_encoder(tmp_path, capsys):

@@ -98,8 +98,11 @@ def write_config(folder, model_type):
 
 @pytest.mark.parametrize('model_type', CONFIGS)
 def test_every_family_reads_every_tokenizer(tokenizer, model_type, tmp_path):
-  if model_type == 'umt5' and (tokenizer / 'vocab.json').is_file():
-    pytest.skip('transformers reads a tokenizer.json alone beside umT5')
+  has_two_files = (tokenizer / 'vocab.json').is_file()
+  if model_type in ('umt5', 'mistral') and has_two_files:
+    pytest.skip('transformers reads a tokenizer.json alone beside these')
+  if model_type == 'qwen2' and not has_two_files:
+    pytest.skip('transformers reads bytes in pairs alone beside Qwen2')
   folder = tmp_path / 'exported'
   shutil.copytree(tokenizer, folder)
   ours = loading.load(folder)

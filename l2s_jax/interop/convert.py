@@ -442,6 +442,8 @@ def _write(
   with progress_bar(reading.num_bytes, 'converting') as reading.progress:
     if to == 'hf':
       to_huggingface.save(reading, model_folder, vocabulary)
+      if vocabulary is not None and not is_carried:
+        export.check(model_folder, to_huggingface.find_model_type(reading))
     elif to == 't5x':
       to_t5x.save(reading, folder)
     else:

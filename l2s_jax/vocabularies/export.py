@@ -17,6 +17,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from l2s_jax.runtime import files
 from l2s_jax.vocabularies import (
+  auto_tokenizer,
   base,
   byte,
   huggingface,
@@ -91,6 +92,32 @@ def complete(
     config[f'{kind}_token'] = tokens[number]
   config['clean_up_tokenization_spaces'] = False  # It would change text.
   files.write_json(path, config)
+
+
+def check(folder: pathlib.Path, family: str) -> None:
+  """Refuses a tokenizer that transformers reads as another beside a model.
+
+  For some families (Qwen2) AutoTokenizer takes the family's class, whatever
+  class tokenizer_config.json names.
+
+  Args:
+    folder: exported folder, with config.json.
+    family: its `model_type`, for the error.
+
+  Raises:
+    ValueError: if AutoTokenizer does not read the folder's tokenizer.json, or
+      GPT-2's files, as they are.
+  """
+  cause = ''
+  try:
+    found = auto_tokenizer.resolve(folder)
+  except ValueError as error:
+    found, cause = None, f'\n{error}'
+  if cause or (found is not None and not found.is_as_stored):
+    raise ValueError(
+      f'transformers reads any tokenizer beside a {family} by the class of '
+      f'that family, which makes other ids of this one. Choose --to=l2s.{cause}'
+    )
 
 
 def save(
