@@ -40,6 +40,10 @@ def to_slots(
   Args:
     slots: `v`, or `v_row` and `v_col`, of `AdafactorState`.
     factors: factoring of the parameter.
+
+  Returns:
+    `v_row`, `v_col`, `v` and `m`, without averaged axes. Unused ones are zeros
+    of the shape [1].
   """
   absent = np.zeros((1,), np.float32)
   theirs = dict.fromkeys(_SLOTS, absent)
@@ -65,6 +69,10 @@ def from_slots(
     factors: factoring of the parameter in `training/adafactor.py`.
     shape: shape of the parameter.
     path: path of the parameter, for errors.
+
+  Returns:
+    `v`, or `v_row` and `v_col`, of `AdafactorState`, with averaged axes of size
+    1.
 
   Raises:
     ValueError: if T5X's factoring is different, or it has momentum.

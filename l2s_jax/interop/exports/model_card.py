@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README.md of an exported folder: what it is, how well, how it is used.
+"""The README.md of an exported folder: description, usage and results.
 
-A bundle keeps the results that a run has measured; the card shows them, and
-says so where there are none.
+Results come from the bundle, which has those of the run's evaluations.
 """
 
 import json
@@ -16,20 +15,21 @@ from l2s_jax.models import l2s
 from l2s_jax.models import shapes as shapes_lib
 from l2s_jax.systems import system as system_lib
 
-# Of an evaluation: `task` (its name and split), `step` and `scores`.
+# Result of an evaluation: `task` (its name and split), `step` and `scores`.
 Result = dict[str, Any]
 
 _PAPER = 'arXiv:2402.16844'
 
 
 def measured(run_dir: pathlib.Path) -> list[Result]:
-  """Returns what a run has measured with the right prompt.
+  """Returns the evaluation results of a run, without those of control prompts.
 
   Args:
-    run_dir: a run, or the folder of an evaluation; of others there is nothing.
+    run_dir: a run, or the folder of an evaluation; other folders have no
+      results.
 
   Raises:
-    ValueError: if a file of results is broken.
+    ValueError: if a file of results is damaged.
   """
   if not any((run_dir / 'eval').glob('metrics-*.json')):
     return []
@@ -53,12 +53,12 @@ def text(
   examples: Sequence[str],
   library: str = 'transformers',
 ) -> str:
-  """Returns the card in Markdown.
+  """Returns the model card in Markdown.
 
   Args:
-    bundle: what was exported, whose manifest may have results and a license.
+    bundle: the exported model; its manifest may have results and a license.
     examples: Python programs that use the folder.
-    library: that runs the folder.
+    library: `library_name` for model hubs.
   """
   system = bundle.system
   facts = bundle.content.get('facts', {})
@@ -86,7 +86,7 @@ def text(
 def _front_matter(
   found: Sequence[Result], license_name: str | None, is_pair: bool, library: str
 ) -> str:
-  """Returns the YAML that model hubs read; JSON is YAML."""
+  """Returns the YAML header for model hubs, with JSON values (valid YAML)."""
   content: dict[str, Any] = {'library_name': library}
   if license_name is not None:
     content['license'] = license_name
@@ -113,6 +113,7 @@ def _front_matter(
 
 
 def _description(system: system_lib.System) -> str:
+  """Returns one paragraph about the architecture and its sizes."""
   module = system.module
   sizes: dict[str, int] = {}
   for path, shape in shapes_lib.of_module(module).items():
@@ -151,6 +152,7 @@ def _description(system: system_lib.System) -> str:
 
 
 def _beams() -> str:
+  """Returns the paragraph about beam search in transformers."""
   return (
     'Greedy tokens are those of `l2s_jax` in float32. So are beams with '
     "`num_beams=N`, where `l2s_jax` has `Decoding.length_penalty_form='power'` "
@@ -160,6 +162,7 @@ def _beams() -> str:
 
 
 def _results(found: Sequence[Result]) -> str:
+  """Returns the table of results."""
   if not found:
     return 'The run has measured nothing that it keeps.'
   rows = [
@@ -171,4 +174,5 @@ def _results(found: Sequence[Result]) -> str:
 
 
 def _shown(scores: Mapping[str, Any]) -> dict[str, str]:
+  """Returns scores with four significant digits."""
   return {name: f'{value:.4g}' for name, value in scores.items()}

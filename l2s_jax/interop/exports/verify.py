@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says whether this folder is as it was exported, by Python alone.
+"""Verifies the files of this folder, using Python only.
 
     python verify.py
 
-Compares all files with the sizes and hashes that manifest.json lists, and runs
-none of them. Prints the first that differs and ends with code 1.
+Compares all files with the sizes and SHA-256 hashes in manifest.json, and
+executes none of them. Prints the first problem and exits with code 1.
 """
 
 import os
@@ -15,7 +15,7 @@ _REMEDY = 'Export again, or copy the folder whole from where it was made.'
 
 
 def problem(folder):
-  """Returns what is wrong with a folder, or None."""
+  """Returns a description of the first problem of a folder, or None."""
   import hashlib
   import json
 
