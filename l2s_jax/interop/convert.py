@@ -40,7 +40,7 @@ from l2s_jax.weights.formats import gguf_file, huggingface, t5x
 _FORMS: dict[type, tuple[str, str]] = {
   gguf_file.File: ('a GGUF file', 'gguf'),
   huggingface.HuggingFaceFolder: ('a Hugging Face folder', 'hf'),
-  t5x.Checkpoint: ('a checkpoint of T5X', 't5x'),
+  t5x.Checkpoint: ('a T5X checkpoint', 't5x'),
 }
 # Tokenizer files to copy, with the chat template of transformers.
 _CARRIED = (*tokenizer_files.ALL_FILES, 'chat_template.jinja')
@@ -105,8 +105,8 @@ def convert(
     extras.require('--verify', 'torch', 'transformers')
     if 'hf' not in (from_, to):
       raise ValueError(
-        '--verify compares with transformers: it needs a Hugging Face folder '
-        f'at one end, and found --from={from_} --to={to}. Leave --verify out.'
+        '--verify compares logits with transformers and needs --from=hf or '
+        f'--to=hf, but found --from={from_} --to={to}. Remove --verify.'
       )
   opened = _open(source, from_, step, config)
   # An LLM may be an encoder without its decoder.
@@ -114,8 +114,8 @@ def convert(
   source_lib.check_shapes(opened, wanted, allow_others=False)
   if verify and shapes_lib.is_encoder_alone(opened.shapes()):
     raise ValueError(
-      f'--verify compares logits, and {opened.location} is an encoder alone: '
-      'it computes none. Leave --verify out.'
+      f'--verify compares logits, but {opened.location} is an encoder without '
+      'a decoder. Remove --verify.'
     )
   reading = Reading(opened, dtype, folds_scale=to == 'hf')
   folder = pathlib.Path(destination)
@@ -164,7 +164,7 @@ def unfinished_removed(
     if error.errno is None:
       raise
     raise ValueError(
-      f'{folder} could not be written: {error}. Nothing of it is kept.'
+      f'{folder} cannot be written: {error}. The partial output was deleted.'
     ) from error
   finally:
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -191,8 +191,8 @@ def _begin_run(
   if others != {'from': 't5x', 'to': 'run'} or given['run'] is None:
     flags = ' '.join(f'--{key}={x}' for key, x in given.items() if x)
     raise ValueError(
-      f'{flags}: a run is made by --from=t5x --to=run --run=RUN, where RUN is '
-      "the run that T5X's model was made of, and --step at most beside these."
+      f'{flags}: expected --from=t5x --to=run --run=RUN, with RUN the run of '
+      'the T5X model. The only other flag is --step.'
     )
   folder = pathlib.Path(destination)
   unfinished = folder.with_name(f'.{folder.name}.unfinished')
@@ -219,17 +219,22 @@ def _open(
   """
   if config is not None and form != 't5x':
     raise ValueError(
-      f'--config={config} is for --from=t5x; other forms bring their config.'
+      f'--config={config} applies only to --from=t5x; other formats contain '
+      'their config. Remove --config.'
     )
   if step is not None and form in ('hf', 'gguf'):
     raise ValueError(
-      f'--step={step} is for runs and T5X; --from={form} has one model.'
+      f'--step={step} applies only to runs and T5X checkpoints; '
+      f'--from={form} has no steps. Remove --step.'
     )
   location = pathlib.Path(source)
   if form == 'hf' and hub.is_name(source):
     location = hub.download(source)
   if not location.exists():
-    raise FileNotFoundError(f'{source} is missing: expected weights there.')
+    raise FileNotFoundError(
+      f'SOURCE={source} does not exist; expected a folder, a file, or a name '
+      'on the Hub.'
+    )
   if not hub.is_name(source):
     opening.check_export(location)
   if form == 't5x':
@@ -241,24 +246,24 @@ def _open(
     opening.check_no_adapter(location)
     if not (location / huggingface.CONFIG).is_file():
       raise FileNotFoundError(
-        f'{source} is not a Hugging Face folder: it has no '
-        f'{huggingface.CONFIG}.'
+        f'{source} is not a Hugging Face folder: {huggingface.CONFIG} is '
+        'missing. Set --from to the format of SOURCE.'
       )
     return huggingface.HuggingFaceFolder(location)
   if step is not None and (location / converted.DESCRIPTION).is_file():
     raise ValueError(
-      f'--step={step} is for runs and T5X; {source} is a converted folder, '
-      'which has one model.'
+      f'--step={step} applies only to runs and T5X checkpoints; {source} is a '
+      'converted folder without steps. Remove --step.'
     )
   opened = opening.open_source(source, step)
   if (location / 'slm').is_dir() and _bundle_of(opened) is not None:
     print(
-      f'{source} is a bundle of LLM-to-SLM: its SLM alone is converted; '
-      '`export` takes all of it'
+      f'{source} is a bundle of LLM-to-SLM: only its SLM is converted. Use '
+      '`export` for the whole model.'
     )
   for kind, theirs in _FORMS.items():
     if isinstance(opened, kind):
-      raise ValueError(f'{source} is {theirs[0]}: say --from={theirs[1]}.')
+      raise ValueError(f'{source} is {theirs[0]}. Use --from={theirs[1]}.')
   return opened
 
 
@@ -270,7 +275,9 @@ def _preset(name: str) -> config_lib.TransformerConfig:
   try:
     value = gin.query_parameter(f'{macro}/gin.macro.value')
   except ValueError as error:
-    raise ValueError(f'{file} does not name a config {macro}.') from error
+    raise ValueError(
+      f'{file} does not bind the macro {macro}; expected a model config.'
+    ) from error
   return value.scoped_configurable_fn()
 
 
@@ -424,20 +431,19 @@ def check_destination(folder: pathlib.Path, num_bytes: int) -> None:
   """
   if folder.exists():
     raise ValueError(
-      f'{folder} is there already. Name another DESTINATION, or remove it.'
+      f'{folder} already exists. Choose another DESTINATION, or remove it.'
     )
   parent = files.nearest_existing(folder)
   if not parent.is_dir():
     raise ValueError(
-      f'{parent} is a file: no folder can be made in it. Name another '
-      'DESTINATION.'
+      f'{parent} is a file, expected a folder. Choose another DESTINATION.'
     )
   free = shutil.disk_usage(parent).free
   if free < num_bytes:
     raise ValueError(
-      f'{parent} has {free / 1e9:,.1f} GB free; the weights take '
-      f'{num_bytes / 1e9:,.1f} GB. Make room, name another DESTINATION, or '
-      'halve it by --dtype=bfloat16.'
+      f'{parent} has {free / 1e9:,.1f} GB of free space, but the weights need '
+      f'{num_bytes / 1e9:,.1f} GB. Free disk space, choose another '
+      'DESTINATION, or halve the size with --dtype=bfloat16.'
     )
 
 
@@ -461,7 +467,7 @@ def _describe(reading: Reading, form: str) -> str:
     'encoder-decoder' if reading.config.is_encoder_decoder else 'decoder-only'
   )
   if shapes_lib.is_encoder_alone(reading.shapes()):
-    family += ', the encoder alone'
+    family += ', encoder only'
     if (
       isinstance(reading.source, huggingface.HuggingFaceWeights)
       and reading.source.left_out
@@ -469,14 +475,14 @@ def _describe(reading: Reading, form: str) -> str:
       family += f' ({reading.source.left_out})'
   at = f', step {reading.step()}' if reading.step() is not None else ''
   folded = (
-    '; the scale of its attention logits goes into the query kernels'
+    '; the scale of attention logits is folded into the query kernels'
     if reading.config != reading.source.config
     else ''
   )
   return (
     f'{reading.location} ({form}{at}): {family}, '
     f'{sum(shape.size for shape in shapes):,} parameters in {len(shapes)} '
-    f'tensors; to be stored as {", ".join(dtypes)}, '
+    f'tensors; written as {", ".join(dtypes)}, '
     f'{reading.num_bytes / 1e9:,.3f} GB{folded}'
   )
 
@@ -556,12 +562,12 @@ def _write_tokenizer(
     vocabulary = loading.load(source.location if is_copied else folder)
   except FileNotFoundError:
     print(
-      f'{source.location} brings no tokenizer that is known. Give one by '
-      '--vocabulary=FILE, or by LLM_VOCABULARY / SLM_VOCABULARY at use'
+      f'{source.location} has no tokenizer in a known format. Pass one with '
+      '--vocabulary=FILE, or later with LLM_VOCABULARY or SLM_VOCABULARY.'
     )
     return None
   except ValueError as error:  # transformers may accept it.
-    print(f'the tokenizer is copied, and cannot be used here: {error}')
+    print(f'The tokenizer is copied, but l2s_jax cannot use it: {error}')
     return None
   vocabulary.for_table(reading.config.vocab_size)
   ids = reading.special_ids
@@ -569,10 +575,9 @@ def _write_tokenizer(
   eos_ids = [said] if isinstance(said, int) else said
   if eos_ids and vocabulary.eos_id not in eos_ids:
     raise ValueError(
-      f'The tokenizer ends text by eos_id={vocabulary.eos_id}, and the '
-      f'config.json of {source.location} says eos_token_id={said}. Give the '
-      'tokenizer that the model was trained with (--vocabulary), or correct '
-      'the wrong one of them.'
+      f'The tokenizer has eos_id={vocabulary.eos_id}, but the config.json of '
+      f'{source.location} has eos_token_id={said}. Set --vocabulary to the '
+      "tokenizer of the model's training, or correct config.json."
     )
   return vocabulary
 
@@ -621,11 +626,11 @@ def _check_written(reading: Reading, folder: pathlib.Path, to: str) -> str:
       if written.get(path) != found.get(path)
     ]
     raise ValueError(
-      f'What was written to {folder} does not read back as it was. The disk '
-      'may be failing; these tensors differ:\n  ' + '\n  '.join(differing)
+      f'{folder}: tensors read back with other values than were written. The '
+      'disk may be failing. Differing tensors:\n  ' + '\n  '.join(differing)
     )
   return (
-    f'read back, {len(found)} tensors are equal in name, shape and content; '
+    f'{len(found)} tensors read back with equal names, shapes and values; '
     f'fingerprint {source_lib.fingerprint(found)}'
   )
 
@@ -639,8 +644,11 @@ def _compare(folder: pathlib.Path, source: source_lib.Source) -> str:
   difference = parity.compare(folder, source)
   if not difference < 1e-5:
     raise ValueError(
-      f'transformers computes other logits from {folder}: they differ by '
-      f'{difference:.1e} of the largest. Nothing is kept; please report this '
-      'with its config.json.'
+      f'The logits of {folder} differ from those of transformers by '
+      f'{difference:.1e} of the largest logit, expected less than 1e-5. The '
+      'output was deleted. Please report this with config.json.'
     )
-  return f'logits are those of transformers to {difference:.1e} of the largest'
+  return (
+    f'logits equal those of transformers to within {difference:.1e} of the '
+    'largest logit'
+  )

@@ -65,9 +65,9 @@ def check(
   if math.frexp(factor)[0] == 0.5 or jnp.float32 in (stored, written):
     return
   raise ValueError(
-    f'{location} divides attention logits by {1 / factor:g}, which goes into '
-    f'its query kernels; these are stored as {stored.name}, which would round '
-    'them a second time. Write them with --dtype=float32.'
+    f'{location} divides attention logits by {1 / factor:g}. --to=hf folds '
+    'this into the query kernels, and would round them a second time to '
+    f'{stored.name}. Use --dtype=float32.'
   )
 
 

@@ -252,7 +252,7 @@ class LlmToSlmModel(models.BaseTransformerModel):
     """
     if return_intermediates:
       raise ValueError(
-        'LlmToSlmModel keeps no intermediates. Set '
+        'LlmToSlmModel does not return intermediates. Set '
         'score_batch.return_intermediates to False.'
       )
     log_probs = jax.nn.log_softmax(self._compute_logits(params, batch))

@@ -192,9 +192,9 @@ def find_model_type(source: source_lib.Source) -> str:
     return source.model_type
   if not fitting:
     raise ValueError(
-      f'No family of transformers is built like the model in {source.location}.'
-      ' Choose --to=l2s. What sets it apart from a T5 v1.0:\n  '
-      + '\n  '.join(_unusual(source.config))
+      'No model family of transformers has the architecture of '
+      f'{source.location}. Use `convert --to=l2s` or `export --to=bundle`. Its '
+      'differences from T5 v1.0:\n  ' + '\n  '.join(_unusual(source.config))
     )
   return fitting[0]
 
@@ -252,9 +252,9 @@ def save_run(
   """
   if run.description['train_llm']:
     raise ValueError(
-      f'{run.location} has trained its LLM (TRAIN_LLM), which has no place in '
-      'the folder of a projector and an SLM beside an LLM as it came. Its SLM '
-      'alone is read where the run is named as SLM_PATH.'
+      f'{run.location} has a trained LLM (TRAIN_LLM), but `convert --to=hf` '
+      'writes only the projector and the SLM. Use `export` for the whole '
+      'model, or set SLM_PATH to the run to use its SLM.'
     )
   tensors = others(traverse_util.unflatten_dict(run.read_others()))
   shapes = {
@@ -286,11 +286,11 @@ def _what_is_read(layer: int | str | None) -> str:
   """Returns the definition of the projector's input H, for config.json."""
   if layer is None:
     return "H, the last hidden states of the LLM's encoder"
-  norm = "through the norm behind the LLM's last layer"
+  norm = "after the LLM's final norm"
   if layer == l2s.MIX:
     return (
-      'H, layer_mix.scale times a mean of the hidden states of the embeddings '
-      f'and of all layers of the LLM, each {norm}, with the shares '
+      'H, layer_mix.scale times the mean of the embeddings and the hidden '
+      f'states of all layers of the LLM, each {norm}, with the weights '
       'softmax(layer_mix.weights)'
     )
   return f'H, the hidden states after layer {layer} of the LLM, {norm}'

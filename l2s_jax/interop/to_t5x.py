@@ -95,8 +95,8 @@ def check(source: source_lib.Source) -> None:
   config = source.config
   if not config.is_encoder_decoder:
     raise ValueError(
-      f'{source.location} is decoder-only; T5X builds only T5 so that it is '
-      'read here. Choose --to=hf or --to=l2s.'
+      f'{source.location} is decoder-only; --to=t5x supports only T5. Use '
+      '--to=hf or --to=l2s.'
     )
   said = config_lib.TransformerConfig(
     **{name: getattr(config, name) for name in t5x.FIELDS},
@@ -119,11 +119,11 @@ def check(source: source_lib.Source) -> None:
     if name not in _ACTIVATIONS
   ]
   if ('decoder', 'final_norm', 'scale') not in source.shapes():
-    problems.append('it has no decoder')
+    problems.append('the model has no decoder')
   if problems:
     raise ValueError(
-      f'{source.location} is not a T5 as T5X builds one. Choose --to=hf or '
-      '--to=l2s:\n  ' + '\n  '.join(problems)
+      f'T5X cannot build the model in {source.location}. Use --to=hf or '
+      '--to=l2s. Differences:\n  ' + '\n  '.join(problems)
     )
 
 

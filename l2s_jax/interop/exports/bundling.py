@@ -233,11 +233,11 @@ def compare(parts: Parts, opened: bundle.Bundle, dtype: str | None) -> str:
       differing.append('/'.join(path))
   if differing:
     raise ValueError(
-      f'{len(differing)} of {count} tensors of the bundle are not those of '
-      f'{parts.name}. Nothing is kept; the disk may be failing. These differ:'
-      '\n  ' + '\n  '.join(differing[:20])
+      f'{len(differing)} of {count} tensors of the bundle differ from those of '
+      f'{parts.name}. The output was deleted. The disk may be failing. '
+      'Differing tensors:\n  ' + '\n  '.join(differing[:20])
     )
-  return f'all {count} tensors are those of {parts.name}, bit by bit'
+  return f'all {count} tensors equal those of {parts.name} bit by bit'
 
 
 def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
@@ -269,7 +269,7 @@ def _check_llm(parts: Parts) -> None:
   found = parts.towers['llm'].source_fingerprint()
   if found != expected:
     raise ValueError(
-      f'The LLM in {parts.system.sources["llm"]} is not the one that this run '
-      f'was trained with: its fingerprint is {found[:16]}, the run has '
-      f'{expected[:16]}. Set --llm_path to the right weights.'
+      f'The LLM in {parts.system.sources["llm"]} is not the LLM of this run: '
+      f'its fingerprint is {found[:16]}, expected {expected[:16]}. Set '
+      '--llm_path to the original weights.'
     )

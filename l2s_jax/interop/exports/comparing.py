@@ -225,8 +225,8 @@ def check_equal(
     theirs = until_end(row, ends)
     if list(ours) != theirs:
       raise ValueError(
-        f'{who} to {prompt!r}: {theirs}; the run writes {list(ours)}. Nothing '
-        'is kept; please report this.'
+        f'{who} generates {theirs} for the prompt {prompt!r}, but the run '
+        f'generates {list(ours)}. The output was deleted. Please report this.'
       )
 
 
@@ -240,8 +240,8 @@ def too_large(num_params: int) -> str | None:
   if free is None or needed <= free:
     return None
   return (
-    f'answers are not compared: that takes up to {needed / 1e9:,.1f} GB of '
-    f'memory, and {free / 1e9:,.1f} GB are free'
+    f'answers are not compared, which would need up to {needed / 1e9:,.1f} GB '
+    f'of memory; {free / 1e9:,.1f} GB are free'
   )
 
 

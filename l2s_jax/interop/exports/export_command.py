@@ -228,11 +228,12 @@ def _export_state(
   """
   if not as_it_came.is_run(source):
     raise FileNotFoundError(
-      f'{source} is no run. --to=t5x writes the training state of a run: name '
-      'a MODEL_DIR.'
+      f'{source} is not a run. --to=t5x writes the training state of a run; '
+      'pass its MODEL_DIR.'
     )
   _refuse_given(
-    given, '--to=t5x writes the training state of a run as it is. Leave it out.'
+    given,
+    '--to=t5x writes the training state of a run unchanged. Remove the flag.',
   )
   number = saved_steps.params_folder(source, _step(step))[1]
   print(f'{source}: step {number}')
@@ -276,7 +277,9 @@ def _form(to: str) -> Any:
   form = FORMS[to]
   name = f'{__package__}.{form.module}'
   if importlib.util.find_spec(name) is None:
-    raise ValueError(f'--to={to}: this l2s_jax has no {name}. Update l2s_jax.')
+    raise ValueError(
+      f'--to={to}: this version of l2s_jax has no {name}. Update l2s_jax.'
+    )
   extras.require(f'--to={to}', *form.packages)
   return importlib.import_module(name)
 
@@ -290,7 +293,7 @@ def _step(step: str | None) -> Any:
   if step is None or step == 'best':
     return step
   if not step.isdecimal():
-    raise ValueError(f'--step={step}: expected a number of steps, or best.')
+    raise ValueError(f'--step={step}: expected a step number, or best.')
   return int(step)
 
 
@@ -302,13 +305,13 @@ def _check_further(source: str, to: str, given: Mapping[str, Any]) -> None:
   """
   if to == manifest.BUNDLE:
     raise ValueError(
-      f'{source} is a bundle already. Copy the folder, or export the run that '
-      'it was made of.'
+      f'{source} is already a bundle. Copy the folder, or export the original '
+      'run.'
     )
   _refuse_given(
     given,
-    f'{source} is a bundle, which has one model in one dtype, with its LLM and '
-    'tokenizers. Leave it out, or export the run.',
+    f'{source} is a bundle with a fixed step, dtype, LLM and tokenizers. '
+    'Remove the flag, or export the original run.',
   )
 
 
@@ -330,7 +333,9 @@ def _prompts(source: str, path: str | None) -> list[str]:
     read = text_files.read_lines(epath.Path(path))
     lines = [line for line in read if line.strip()]
     if not lines:
-      raise ValueError(f'--prompts={path} is empty; expected a prompt a line.')
+      raise ValueError(
+        f'--prompts={path} is empty; expected one prompt per line.'
+      )
     return lines[:_MAX_PROMPTS]
   folder = pathlib.Path(source) / 'eval'
   for file in sorted(folder.rglob('*.jsonl')) if folder.is_dir() else ():
@@ -364,7 +369,7 @@ def _compare(
     prompts,
   )
   equal = sum(a == b for a, b in zip(expected, found, strict=True))
-  said = f'{equal} of {len(prompts)} greedy answers are those of {source}'
+  said = f'{equal} of {len(prompts)} greedy answers equal those of {source}'
   if equal == len(prompts):
     return said
   stored = dataclasses.replace(system, frozen_dtype=opened.system.frozen_dtype)
@@ -373,10 +378,13 @@ def _compare(
   for prompt, theirs, ours in zip(prompts, expected, found, strict=True):
     if theirs != ours:
       raise ValueError(
-        f'The bundle answers {prompt[:80]!r} by {ours[:80]!r}, and {source} '
-        f'by {theirs[:80]!r}. Nothing is kept; please report this.'
+        f'The bundle answers {prompt[:80]!r} with {ours[:80]!r}, but {source} '
+        f'with {theirs[:80]!r}. The output was deleted. Please report this.'
       )
-  return f'{said}; all are, once its tensors are rounded likewise'
+  return (
+    f'{said}; all are equal after its tensors are rounded to the dtypes of the '
+    'bundle'
+  )
 
 
 def _folded(

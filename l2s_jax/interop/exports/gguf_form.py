@@ -59,11 +59,10 @@ def check(model: comparing.Described) -> None:
   """
   if isinstance(model.system.module, l2s.LlmToSlm):
     raise ValueError(
-      'The model is LLM-to-SLM, whose SLM reads the prompt as embeddings that '
-      'a projector makes of another model. A GGUF file has one model that '
-      'reads tokens. llama.cpp would need the LLM as a file of its own '
-      '(t5encoder), the projector applied to its embeddings, and the SLM given '
-      'the sum by `llama_batch.embd` before the start token. Export --to=hf.'
+      'The model is LLM-to-SLM: its SLM reads embeddings from the projector, '
+      'but a GGUF file holds one model that reads tokens. llama.cpp would need '
+      'the LLM as a separate file (t5encoder), the projector, and the SLM with '
+      'the prompt in `llama_batch.embd` before the start token. Use --to=hf.'
     )
   source = _source(model)
   _check_said(source, _architecture(source))
@@ -85,8 +84,8 @@ def _architecture(source: source_lib.Source) -> str:
   """
   if source.config.is_encoder_decoder:
     raise ValueError(
-      f'{source.location} is an encoder-decoder; --to=gguf is for decoder-only '
-      'models. Export --to=hf.'
+      f'{source.location} is an encoder-decoder; --to=gguf supports only '
+      'decoder-only models. Use --to=hf.'
     )
   to_huggingface.find_model_type(source)
   fitting = [
@@ -98,9 +97,9 @@ def _architecture(source: source_lib.Source) -> str:
     return _ARCHITECTURES[source.model_type]
   if not fitting:
     raise ValueError(
-      f'{source.location} is a '
-      f'{to_huggingface.find_model_type(source)}, which --to=gguf does not '
-      f'write; it writes {", ".join(_ARCHITECTURES)}. Export --to=hf.'
+      f'{source.location} is of the family '
+      f'{to_huggingface.find_model_type(source)}; --to=gguf supports only '
+      f'{", ".join(_ARCHITECTURES)}. Use --to=hf.'
     )
   return _ARCHITECTURES[fitting[0]]
 
@@ -116,9 +115,9 @@ def _check_said(source: source_lib.Source, arch: str) -> None:
   if is_llama_3:
     if arch != 'llama' or config.rope_scaling[1:] != _LLAMA_3:
       raise ValueError(
-        f'{source.location} has rope_scaling={config.rope_scaling}; a GGUF '
-        f'file has that of Llama 3.1 alone: (factor, '
-        f'{", ".join(map(str, _LLAMA_3))}). Export --to=hf.'
+        f'{source.location} has rope_scaling={config.rope_scaling}; --to=gguf '
+        f'supports only that of Llama 3.1: (factor, '
+        f'{", ".join(map(str, _LLAMA_3))}). Use --to=hf.'
       )
     config = dataclasses.replace(config, rope_scaling=())
   metadata: dict[str, Any] = {'general.architecture': arch} | {
@@ -130,14 +129,15 @@ def _check_said(source: source_lib.Source, arch: str) -> None:
   expected, found = map(huggingface.effective, (config, again))
   unsaid = set(_UNSAID) | ({'max_positions'} - {_positions_key(config)})
   differing = [
-    f'  {name}={expected[name]!r} (a file says {found[name]!r})'
+    f'  {name}={expected[name]!r} (read back as {found[name]!r})'
     for name in expected
     if name not in unsaid and expected[name] != found[name]
   ]
   if differing:
     raise ValueError(
-      f'{source.location} has what no GGUF file of the architecture {arch} '
-      'says. Export --to=hf.\n' + '\n'.join(differing)
+      f'{source.location} has config values that a GGUF file of the '
+      f'architecture {arch} cannot express. Use --to=hf.\n'
+      + '\n'.join(differing)
     )
 
 
@@ -261,11 +261,11 @@ def _example(system: Any) -> str:
   before, after = comparing.around(system)
   return '\n'.join(
     [
-      'import llama_cpp  # llama-cpp-python, or llama.cpp itself',
+      'import llama_cpp  # the package llama-cpp-python',
       '',
       f"model = llama_cpp.Llama('{FILE}')",
       "ids = model.tokenize(b'a prompt', add_bos=False)",
-      f'ids = {before} + ids + {after}  # as the model was trained',
+      f'ids = {before} + ids + {after}  # special ids, as in training',
       'answer = []',
       'for token in model.generate(ids, temp=0.0):',
       f'  if token in {list(system.answer_vocabulary.eos_ids)}:',
@@ -380,8 +380,8 @@ def compare(
   ]
   if differing or file.shapes().keys() != source.shapes().keys():
     raise ValueError(
-      f'What was written to {folder / FILE} does not read back as it was. '
-      'Nothing is kept; these tensors differ:\n  '
+      f'{folder / FILE} reads back with other tensors than were written. The '
+      'output was deleted. Differing tensors:\n  '
       + '\n  '.join(sorted(set(differing)))
     )
   ids = comparing.prompt_ids(system, prompts)
@@ -400,12 +400,11 @@ def compare(
       ),
     )
   )
-  comparing.check_equal(
-    system, prompts, ours, found, f'{folder / FILE} writes other tokens'
-  )
+  comparing.check_equal(system, prompts, ours, found, f'{folder / FILE}')
   return (
-    f'read back, {len(theirs)} tensors and the tokenizer are equal, and so are '
-    f'greedy tokens to {len(prompts)} prompts (up to {num_tokens} tokens)'
+    f'{len(theirs)} tensors, the tokenizer and greedy answers to '
+    f'{len(prompts)} prompts (up to {num_tokens} tokens) are equal after the '
+    'file is read back'
   )
 
 
@@ -446,7 +445,7 @@ def _check_tokenizer(
   for prompt in prompts:
     if found.encode(prompt) != expected.encode(prompt):
       raise ValueError(
-        f'The tokenizer in {folder / FILE} gives other ids of {prompt!r}: '
-        f'{found.encode(prompt)}; the run reads {expected.encode(prompt)}. '
-        'Nothing is kept.'
+        f'The tokenizer in {folder / FILE} encodes {prompt!r} as '
+        f'{found.encode(prompt)}, but the run as {expected.encode(prompt)}. '
+        'The output was deleted.'
       )

@@ -45,8 +45,8 @@ def metadata(system: system_lib.System, num_rows: int) -> dict[str, Any]:
     found = _sentencepiece(vocabulary, num_rows)
   else:
     raise ValueError(
-      f'{vocabulary.path} reads bytes, of which llama.cpp has no tokenizer. '
-      'Export --to=hf.'
+      f'{vocabulary.path} is a byte tokenizer, which llama.cpp does not '
+      'support. Use --to=hf.'
     )
   ids = vocabulary.special_ids | {'eos': vocabulary.eos_id}
   names = {'bos': 'bos', 'eos': 'eos', 'unk': 'unknown', 'pad': 'padding'}
@@ -95,17 +95,16 @@ def _byte_pairs(
   }
   if not merges:
     raise ValueError(
-      f'{vocabulary.path} is a {model["type"]} without merges, of which '
-      'llama.cpp makes no tokenizer. Export --to=hf.'
+      f'{vocabulary.path} is a {model["type"]} tokenizer without merges, which '
+      'llama.cpp does not support. Use --to=hf.'
     )
   for name in gguf_tokenizer.CUTS:
     named = found | {f'{_PREFIX}pre': name}
     if _cut(content) == _cut(_read(named)):
       return named
   raise ValueError(
-    f'{vocabulary.path} cuts text in a way that is none of '
-    f'{", ".join(gguf_tokenizer.CUTS)}, which a GGUF file could name. Export '
-    '--to=hf.'
+    f'{vocabulary.path} has an unsupported pre-tokenizer; --to=gguf supports '
+    f'only {", ".join(gguf_tokenizer.CUTS)}. Use --to=hf.'
   )
 
 
@@ -182,15 +181,15 @@ def _check_sentencepiece(vocabulary: base.Vocabulary, proto: Any) -> None:
   trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
   problems = []
   if trainer.model_type not in _SENTENCEPIECE:
-    problems.append('its model_type is neither unigram nor bpe')
+    problems.append('a model_type other than unigram and bpe')
   if trainer.treat_whitespace_as_suffix:
-    problems.append('it has treat_whitespace_as_suffix')
+    problems.append('treat_whitespace_as_suffix')
   if trainer.model_type == 2 and (
     normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
   ):
-    problems.append('its model_type is bpe, and it normalizes text')
+    problems.append('normalization of text with model_type bpe')
   if problems:
     raise ValueError(
-      f'{vocabulary.path}: {"; ".join(problems)}, which llama.cpp cannot do. '
-      'Export --to=hf.'
+      f'{vocabulary.path}: llama.cpp does not support '
+      f'{", ".join(problems)}. Use --to=hf.'
     )

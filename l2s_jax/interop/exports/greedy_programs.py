@@ -309,7 +309,7 @@ def run_program(
   )
   if done.returncode:
     raise ValueError(
-      f'{folder / "run.py"} does not run; nothing is kept. Its words:\n'
+      f'{folder / "run.py"} failed. The output was deleted. The error is:\n'
       f'{done.stderr[-2000:]}'
     )
   found: list[list[int]] = json.loads(done.stdout)

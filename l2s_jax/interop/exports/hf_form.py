@@ -359,20 +359,20 @@ def compare(
   if reply['ids'] != ids:
     row = next(i for i, x in enumerate(reply['ids']) if x != ids[i])
     raise ValueError(
-      f'The tokenizer in {folder} gives other ids of {prompts[row]!r}: '
-      f'{reply["ids"][row]}; the run reads {ids[row]}. Nothing is kept.'
+      f'The tokenizer in {folder} encodes {prompts[row]!r} as '
+      f'{reply["ids"][row]}, but the run as {ids[row]}. The output was deleted.'
     )
   params = bundle.params()
   for num_beams in {way['num_beams'] for way in ways.values()}:
     ours = comparing.answers(system, params, ids, num_tokens, num_beams)
     for name, way in ways.items():
       if way['num_beams'] == num_beams:
-        who = f'transformers writes other tokens from {folder} ({name})'
+        who = f'transformers with {folder} ({name})'
         comparing.check_equal(system, prompts, ours, reply['tokens'][name], who)
   beams = f'greedy and {_NUM_BEAMS} beams' if has_beams else 'greedy'
   return (
-    f'transformers writes the same tokens to {len(prompts)} prompts as the '
-    f'run does in float32 ({beams}, up to {num_tokens} tokens)'
+    f'transformers generates the same tokens for {len(prompts)} prompts as the '
+    f'run in float32 ({beams}, up to {num_tokens} tokens)'
   )
 
 
@@ -411,8 +411,8 @@ def _ask_transformers(request: dict[str, Any]) -> dict[str, Any]:
     )
   if done.returncode:
     raise ValueError(
-      f'transformers cannot run {request["folder"]}; nothing is kept. Its '
-      f'words:\n{done.stderr[-2000:]}'
+      f'transformers cannot run {request["folder"]}. The output was deleted. '
+      f'The error is:\n{done.stderr[-2000:]}'
     )
   reply: dict[str, Any] = json.loads(done.stdout)
   return reply

@@ -75,10 +75,10 @@ def text(
     *([_beams()] if library == 'transformers' else []),
     '## Results',
     _results(found),
-    '## Licence',
+    '## License',
     license_name
-    or 'manifest.json has it, if anybody has said. The weights are under the '
-    'terms of the models and data that they were made from.',
+    or 'See `license` in manifest.json; null means that none was given. The '
+    'terms of the original models and training data apply to the weights.',
   ]
   return '\n\n'.join(sections) + '\n'
 
@@ -132,39 +132,40 @@ def _description(system: system_lib.System) -> str:
     layer = f'its layer {module.llm_layer}'
   between = sum(n for name, n in sizes.items() if name not in ('llm', 'slm'))
   takes = {
-    'add': 'added to its embeddings of the prompt',
-    'replace': 'in the place of its embeddings of the prompt',
+    'add': 'adds them to its embeddings of the prompt',
+    'replace': 'reads them in place of its embeddings of the prompt',
   }[module.injection]
   vocabulary = (
     'the same vocabulary'
     if module.shared_vocabulary
     else (
-      'a vocabulary of its own: read answers with the tokenizer in '
+      'its own vocabulary: decode answers with the tokenizer in '
       'answer_tokenizer/'
     )
   )
   return (
-    f'A large model ({sizes["llm"]:,} parameters) reads the prompt once. A '
-    f'projector ({between:,}) takes the states of {layer} to a small model '
-    f'({sizes["slm"]:,}), which has them {takes} and writes the answer in '
-    f'{vocabulary} ({_PAPER}).'
+    f'An LLM ({sizes["llm"]:,} parameters) encodes the prompt once. A '
+    f'projector ({between:,}) maps the hidden states of {layer} to a small '
+    f'language model (SLM, {sizes["slm"]:,}). The SLM {takes} and generates '
+    f'the answer in {vocabulary} ({_PAPER}).'
   )
 
 
 def _beams() -> str:
   """Returns the paragraph about beam search in transformers."""
   return (
-    'Greedy tokens are those of `l2s_jax` in float32. So are beams with '
-    "`num_beams=N`, where `l2s_jax` has `Decoding.length_penalty_form='power'` "
-    'with the same `length_penalty` and `early_stopping`, as by default. '
-    "`transformers` has no equal of `'gnmt'`."
+    'Greedy decoding generates the same tokens as `l2s_jax` in float32. Beam '
+    'search with `num_beams=N` does, too, if `l2s_jax` has the same '
+    '`length_penalty` and `early_stopping` and '
+    "`Decoding.length_penalty_form='power'`, as by default. `transformers` has "
+    "no equivalent of `'gnmt'`."
   )
 
 
 def _results(found: Sequence[Result]) -> str:
   """Returns the table of results."""
   if not found:
-    return 'The run has measured nothing that it keeps.'
+    return 'The run has no evaluation results.'
   rows = [
     {'task': result['task'], 'step': result['step'], **_shown(result['scores'])}
     for result in found

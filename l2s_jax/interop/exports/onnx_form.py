@@ -48,8 +48,7 @@ def check(model: comparing.Described) -> None:
   if extras.missing('jax2onnx'):
     raise ValueError(
       '--to=onnx needs jax2onnx, which is not installed: pip install --no-deps '
-      'jax2onnx (it asks for an older orbax-checkpoint, of which this form has '
-      'no need).'
+      'jax2onnx (without --no-deps, pip installs an older orbax-checkpoint).'
     )
   for _ in _converted(_programs(_OfShapes(model.system)), None):
     pass
@@ -258,9 +257,9 @@ def compare(
     prompts,
     expected,
     greedy_programs.run_program(folder, rows, num_tokens),
-    f'ONNX Runtime writes other tokens from {folder}',
+    f'ONNX Runtime with {folder}',
   )
   return (
-    f'ONNX Runtime writes the same tokens to {len(prompts)} prompts as the run '
-    f'does (greedy, up to {num_tokens} tokens)'
+    f'ONNX Runtime generates the same tokens for {len(prompts)} prompts as the '
+    f'run (greedy, up to {num_tokens} tokens)'
   )

@@ -79,8 +79,8 @@ def convert(
   ) as error:
     said = (str(error).splitlines() or [''])[0]
     raise ValueError(
-      f'--to=onnx: jax2onnx cannot convert this model: {said}. Take '
-      '--to=stablehlo, which has every model.'
+      f'--to=onnx: jax2onnx cannot convert this model: {said}. Use '
+      '--to=stablehlo, which supports every model.'
     ) from error
   _name_outputs(model.graph, outputs)
   if folder is None:

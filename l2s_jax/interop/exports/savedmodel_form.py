@@ -52,8 +52,9 @@ def check(model: comparing.Described) -> None:
     import tensorflow_text
   except ImportError as error:
     raise ValueError(
-      '--to=savedmodel needs tensorflow and tensorflow-text of one minor '
-      f'version, as the extra [tasks] has them. Importing them says: {error}'
+      '--to=savedmodel needs tensorflow and tensorflow-text of the same minor '
+      "version: pip install 'l2s_jax[tasks]'. The import failed: "
+      f'{error}'
     ) from error
   assert tensorflow_text
 
@@ -375,19 +376,19 @@ def compare(
     prompts,
     expected,
     reply['token_ids'],
-    f'TensorFlow writes other tokens from {folder}',
+    f'TensorFlow with {folder}',
   )
   if is_text and reply['text'] != texts:
     row = next(i for i, x in enumerate(reply['text']) if x != texts[i])
     raise ValueError(
-      f'TensorFlow reads the answer to {prompts[row]!r} from {folder} as '
-      f'{reply["text"][row]!r}; the run reads it as {texts[row]!r}. Nothing is '
-      'kept; please report this with the tokenizer.'
+      f'TensorFlow with {folder} decodes the answer to {prompts[row]!r} as '
+      f'{reply["text"][row]!r}, but the run as {texts[row]!r}. The output was '
+      'deleted. Please report this with the tokenizer.'
     )
   what = 'texts' if is_text else 'token ids'
   return (
-    f'TensorFlow alone writes the same {what} to {len(prompts)} prompts as the '
-    f'run does (greedy, up to {said["max_decode_len"]} tokens)'
+    f'TensorFlow generates the same {what} for {len(prompts)} prompts as the '
+    f'run (greedy, up to {said["max_decode_len"]} tokens)'
   )
 
 
@@ -436,8 +437,8 @@ def ask(
     )
     if done.returncode:
       raise ValueError(
-        f'TensorFlow cannot run {folder}; nothing is kept. Its words:\n'
-        f'{done.stderr[-2000:]}'
+        f'TensorFlow cannot run {folder}. The output was deleted. The error '
+        f'is:\n{done.stderr[-2000:]}'
       )
     found: dict[str, Any] = json.loads(reply.read_text(encoding='utf-8'))
   return found

@@ -192,11 +192,12 @@ def compare(
     ('generate.bin', whole),
     ('decode_step.bin', _step_by_step(folder, programs, inputs)),
   ):
-    who = f'{folder / name} writes other tokens'
+    who = f'{folder / name}'
     comparing.check_equal(bundle.system, prompts, expected, found, who)
   return (
-    f'JAX alone writes the same tokens to {len(prompts)} prompts as the run '
-    f'does, as a whole and step by step (greedy, up to {num_tokens} tokens)'
+    f'JAX generates the same tokens for {len(prompts)} prompts as the run, '
+    'with generate.bin and with decode_step.bin (greedy, up to '
+    f'{num_tokens} tokens)'
   )
 
 
