@@ -43,12 +43,12 @@ class Flag(NamedTuple):
   """A flag of one verb: a parameter of its function, which overrides gin.
 
   Attributes:
-    name: Name of the flag; an uppercase name is a positional argument.
-    type: Type of the value; a flag of type bool takes no value.
-    help: Help text.
-    choices: Allowed values; None allows all.
-    required: Whether the verb requires the flag.
-    is_repeated: Whether a positional argument takes several values.
+    name: name of the flag; an uppercase name is a positional argument.
+    type: type of the value; a flag of type bool takes no value.
+    help: help text.
+    choices: allowed values; None allows all.
+    required: whether the verb requires the flag.
+    is_repeated: whether a positional argument takes several values.
   """
 
   name: str
@@ -105,13 +105,13 @@ class Verb(NamedTuple):
   """A verb of the command line; its module is imported when it runs.
 
   Attributes:
-    module: Module of the function.
-    function: Name of the function.
-    summary: One line for `--help`.
-    example: Arguments of an example for `--help`.
-    flags: Flags in addition to those of all verbs.
-    joins: Whether several processes can run it as one distributed job.
-    gin_file: Gin file that is read before those of the command line.
+    module: module of the function.
+    function: name of the function.
+    summary: one line for `--help`.
+    example: arguments of an example for `--help`.
+    flags: flags in addition to those of all verbs.
+    joins: whether several processes can run it as one distributed job.
+    gin_file: gin file that is read before those of the command line.
   """
 
   module: str

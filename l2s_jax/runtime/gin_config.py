@@ -55,8 +55,8 @@ class ParsedConfig:
   """Result of `parse_config`. The bindings are in gin's global state.
 
   Attributes:
-    files: All gin files in reading order, including included ones.
-    assumed_strings: Strings of command-line bindings whose value gin cannot
+    files: all gin files in reading order, including included ones.
+    assumed_strings: strings of command-line bindings whose value gin cannot
       parse, by name.
     unread_macros: `FILE:LINE` of macros that are bound in files but not read,
       by name. Another verb may read them.
@@ -160,7 +160,7 @@ def check_required(
     fn: a configurable. Those it calls through bound `@name()` are checked too.
     given: parameters that the caller of `fn` passes.
     required: `ParsedConfig.required`.
-    others: Configurables that are not called; macros that only they read may be
+    others: configurables that are not called; macros that only they read may be
       missing.
 
   Raises:

@@ -40,24 +40,24 @@ class Loop:
   """State of a training run between two steps, for hooks.
 
   Attributes:
-    run_dir: Folder of the run.
-    system: The system being trained.
-    train_steps: Total number of updates.
-    state: Train state after `step` updates. The next step donates its buffers:
+    run_dir: folder of the run.
+    system: the system being trained.
+    train_steps: total number of updates.
+    state: train state after `step` updates. The next step donates its buffers:
       a hook copies the arrays that it keeps.
-    frozen: Parameters that are not trained.
-    teacher: Parameters of the teacher, which checkpoints do not contain; empty
+    frozen: parameters that are not trained.
+    teacher: parameters of the teacher, which checkpoints do not contain; empty
       without a teacher.
-    step: Number of updates, including those of earlier starts.
-    num_rows: Number of data rows consumed.
-    position: Position in a cache; None: the data resume after `num_rows`.
-    metrics: Values logged at this step, by name.
-    kind: Settings that determine the order of examples, for the checkpoint.
-    progress: Sums since the last log.
-    log: Writer of metrics.
-    bar: Progress bar.
-    checkpointer: Checkpointer of the run.
-    watcher: Watcher of signals. Its lock is held while `state`, `step`,
+    step: number of updates, including those of earlier starts.
+    num_rows: number of data rows consumed.
+    position: position in a cache; None: the data resume after `num_rows`.
+    metrics: values logged at this step, by name.
+    kind: settings that determine the order of examples, for the checkpoint.
+    progress: sums since the last log.
+    log: writer of metrics.
+    bar: progress bar.
+    checkpointer: checkpointer of the run.
+    watcher: watcher of signals. Its lock is held while `state`, `step`,
       `num_rows` and `progress` change.
   """
 
@@ -122,7 +122,7 @@ class Hook:
   if its evaluation is missing. An exception in a hook ends the run.
 
   Attributes:
-    every: Number of steps between two calls; None: after the last step only.
+    every: number of steps between two calls; None: after the last step only.
   """
 
   every: int | None = 1
@@ -142,9 +142,9 @@ class Hooked(NamedTuple):
   """The hooks of a run, in calling order.
 
   Attributes:
-    in_step: Hooks that run under the lock, as part of the step.
-    ours: Hooks of this package, after the step.
-    users: Hooks of the user, after `ours`.
+    in_step: hooks that run under the lock, as part of the step.
+    ours: hooks of this package, after the step.
+    users: hooks of the user, after `ours`.
   """
 
   in_step: Sequence[Hook]
@@ -195,9 +195,9 @@ class Log(Hook):
     """Initializes the hook.
 
     Args:
-      every: Number of steps between two lines.
-      schedule: Learning rate by update number, from 0.
-      constants: Scalars to log in each line.
+      every: number of steps between two lines.
+      schedule: learning rate by update number, from 0.
+      constants: scalars to log in each line.
     """
     self.every = every
     self._schedule = schedule
@@ -222,8 +222,8 @@ class Profile(Hook):
     """Initializes the hook.
 
     Args:
-      run_dir: Folder of the run.
-      steps: First and last step to trace; None traces nothing.
+      run_dir: folder of the run.
+      steps: first and last step to trace; None traces nothing.
     """
     self._profiler = profiling.Profiler(run_dir, steps)
 
@@ -263,11 +263,11 @@ class Evaluate(Hook):
     """Initializes the hook.
 
     Args:
-      every: Number of steps between evaluations; None evaluates at the end.
-      scorer: Evaluator of parameters.
-      prefix: Prefix of score names, after 'eval/'.
-      found: Scores of earlier starts, by step; these steps are not repeated.
-      best: Score that selects the best step to keep; None keeps no best step.
+      every: number of steps between evaluations; None evaluates at the end.
+      scorer: evaluator of parameters.
+      prefix: prefix of score names, after 'eval/'.
+      found: scores of earlier starts, by step; these steps are not repeated.
+      best: score that selects the best step to keep; None keeps no best step.
     """
     self.every = every
     self.found = {step: dict(scores) for step, scores in found.items()}

@@ -41,16 +41,16 @@ class RunSettings:
   """Settings of a training run: its length and the periods of its hooks.
 
   Attributes:
-    run_dir: Folder of the run.
-    train_steps: Total number of updates; 0 saves the initial model.
-    log_period: Number of steps between log lines.
-    checkpoint_period: Number of steps between saves.
-    keep_checkpoints: Number of newest checkpoints to keep; None keeps all.
-    preemption_grace_secs: Seconds between SIGTERM and the end of the process.
-    profile_steps: First and last step to trace; None traces nothing.
-    hooks: Hooks of the user.
-    trackers: Names of trackers; see `trackers.py`.
-    began: Start time of this process, in seconds since the epoch.
+    run_dir: folder of the run.
+    train_steps: total number of updates; 0 saves the initial model.
+    log_period: number of steps between log lines.
+    checkpoint_period: number of steps between saves.
+    keep_checkpoints: number of newest checkpoints to keep; None keeps all.
+    preemption_grace_secs: seconds between SIGTERM and the end of the process.
+    profile_steps: first and last step to trace; None traces nothing.
+    hooks: hooks of the user.
+    trackers: names of trackers; see `trackers.py`.
+    began: start time of this process, in seconds since the epoch.
   """
 
   run_dir: pathlib.Path
@@ -102,9 +102,9 @@ class RunSettings:
     """Returns the hooks of the run.
 
     Args:
-      schedule: Learning rate by update number, from 0.
-      compile_secs: Compilation time of the step in seconds, for the log.
-      evaluates: Hooks of the evaluations.
+      schedule: learning rate by update number, from 0.
+      compile_secs: compilation time of the step in seconds, for the log.
+      evaluates: hooks of the evaluations.
     """
     constants = {'train/compile_secs': compile_secs}
     return hooks_lib.Hooked(
@@ -128,13 +128,13 @@ def begin(
   """Returns the run at its newest checkpoint, or at step 0.
 
   Args:
-    opened: Receives the locks and files that it opens.
-    session: The system and its layout.
-    optimizer: Optimizer of the trainable parameters.
-    settings: Settings of the run.
-    kind: Settings that determine the order of examples and the optimizer state;
+    opened: receives the locks and files that it opens.
+    session: the system and its layout.
+    optimizer: optimizer of the trainable parameters.
+    settings: settings of the run.
+    kind: settings that determine the order of examples and the optimizer state;
       includes 'seed'.
-    teacher: Teacher of the run.
+    teacher: teacher of the run.
   """
   run_dir, train_steps = settings.run_dir, settings.train_steps
   watcher = opened.enter_context(
@@ -211,9 +211,9 @@ def check_position(
   """Returns the position at which training resumes.
 
   Args:
-    position: Position of the checkpoint; None without a checkpoint.
-    kind: Settings that determine the order of examples and the optimizer state.
-    run_dir: Folder of the run, for the error message.
+    position: position of the checkpoint; None without a checkpoint.
+    kind: settings that determine the order of examples and the optimizer state.
+    run_dir: folder of the run, for the error message.
 
   Returns:
     `position`, with at least 'num_rows', 'sums' and 'clock'.
@@ -268,9 +268,9 @@ def first_params(
   """Returns the trainable parameters at step 0.
 
   Args:
-    system: The system.
-    layout: Layout of its parameters.
-    seed: Seed of the parameters that are not pretrained.
+    system: the system.
+    layout: layout of its parameters.
+    seed: seed of the parameters that are not pretrained.
   """
   params = parameters.load_pretrained(system, layout)
   known = traverse_util.flatten_dict(params, sep='/')

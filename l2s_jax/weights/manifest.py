@@ -36,8 +36,8 @@ def is_export(folder: str | pathlib.Path, form: str) -> bool:
   does not count.
 
   Args:
-    folder: The folder to check.
-    form: The export form, such as 'bundle'.
+    folder: the folder to check.
+    form: the export form, such as 'bundle'.
   """
   path = pathlib.Path(folder) / FILE
   if not path.is_file():

@@ -353,9 +353,9 @@ def open_part(
   """Opens a subtree of a T5X train state, of any model.
 
   Args:
-    location: As in `Checkpoint`.
-    step: As in `Checkpoint`.
-    part: Keys of the subtree: 'target' has the parameters, 'state' the step and
+    location: as in `Checkpoint`.
+    step: as in `Checkpoint`.
+    part: keys of the subtree: 'target' has the parameters, 'state' the step and
       the optimizer state.
 
   Returns:
