@@ -58,6 +58,8 @@ class TransformerConfig:
     norm_epsilon: added to the variance.
     norm_unit_offset: multiply by 1 + scale, so that weight decay pulls the
       factor to 1 and not to 0 (Gemma).
+    pre_norm: norm the input of attention and MLP; off, only their output
+      (OLMo 2, with post_norm).
     post_norm: also norm the output of attention and MLP before the residual
       sum (Gemma: steadier training).
     parallel_residual: attention and MLP read the same input, and both outputs
@@ -67,6 +69,8 @@ class TransformerConfig:
       query, key and value (Qwen2), or 'all' for the output, too.
     qk_norm: norm each query and key, which bounds attention logits (Qwen3,
       Gemma 3).
+    qk_norm_all_heads: with qk_norm, norm queries and keys over all heads
+      together, with a scale for each feature of each head (OLMo 2).
     positions: 'relative' (T5: a bias per bucket of offsets, shared by all
       layers of a stack), 'learned' (GPT-2: a table added to embeddings) or
       'rotary' (queries and keys rotated by an angle proportional to the
@@ -83,6 +87,8 @@ class TransformerConfig:
       Gemma 3 keeps a small one there, as its rope_base grew with the context.
     rope_dim: number of rotated features per head; None means all. Pythia
       rotates a quarter.
+    no_rope_period: each layer whose number (from 1) is a multiple of this has
+      no rotary positions (SmolLM3: 4); 0 means that all layers have them.
     rope_scaling: parameters of the context extension after pretraining; empty
       without one.
     rope_scaling_type: kind of the extension, named as in transformers, with its
@@ -154,11 +160,13 @@ class TransformerConfig:
   norm: str = 'rms'
   norm_epsilon: float = 1e-6
   norm_unit_offset: bool = False
+  pre_norm: bool = True
   post_norm: bool = False
   parallel_residual: bool = False
   use_bias: bool = False
   attention_bias: str = 'none'
   qk_norm: bool = False
+  qk_norm_all_heads: bool = False
   positions: str = 'relative'
   relpos_buckets: int = 32
   relpos_max_distance: int = 128
@@ -168,6 +176,7 @@ class TransformerConfig:
   rope_base: float = 10_000.0
   rope_local_base: float | None = None
   rope_dim: int | None = None
+  no_rope_period: int = 0
   rope_scaling: Sequence[float] = ()
   rope_scaling_type: str = 'llama3'
   sliding_window: int = 0
@@ -253,6 +262,13 @@ class TransformerConfig:
         f'TransformerConfig.num_heads={self.num_heads} does not divide over '
         f'num_kv_heads={self.num_kv_heads}.'
       )
+    if not self.pre_norm and not self.post_norm:
+      raise ValueError(
+        'TransformerConfig.pre_norm=False needs post_norm: a layer without '
+        'norms does not train.'
+      )
+    if self.qk_norm_all_heads and not self.qk_norm:
+      raise ValueError('TransformerConfig.qk_norm_all_heads needs qk_norm.')
     self._check_positions()
 
   def _check_positions(self):
@@ -293,6 +309,11 @@ class TransformerConfig:
         'TransformerConfig.global_layer_period, first_window_layer and '
         'rope_local_base need sliding_window: without it all layers attend to '
         'all tokens.'
+      )
+    if self.no_rope_period and self.positions != 'rotary':
+      raise ValueError(
+        "TransformerConfig.no_rope_period needs positions='rotary', got "
+        f'positions={self.positions!r}.'
       )
     if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
       raise ValueError(

@@ -110,6 +110,12 @@ class Rotation(struct.PyTreeNode):
     kind = jnp.where(is_global, 0, self.cos.shape[0] - 1)
     return Rotation(self.cos[kind], self.sin[kind])
 
+  def only_if(self, rotates: Bool[Array, '']) -> 'Rotation':
+    """Returns these angles if `rotates`, else angles of zero."""
+    return Rotation(
+      jnp.where(rotates, self.cos, 1.0), jnp.where(rotates, self.sin, 0.0)
+    )
+
 
 def rotation(
   config: config_lib.TransformerConfig,

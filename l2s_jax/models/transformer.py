@@ -45,19 +45,21 @@ class Context(struct.PyTreeNode):
 
 
 class Block(nn.Module):
-  """A pre-norm block: self-attention, optional cross-attention, MLP."""
+  """A block: self-attention, optional cross-attention, MLP, with norms."""
 
   config: config_lib.TransformerConfig
   has_cross_attention: bool = False
 
   def setup(self):
     config = self.config
-    self.pre_self_attention_norm = layers.Norm(config)
+    if config.pre_norm:
+      self.pre_self_attention_norm = layers.Norm(config)
+      if self.has_cross_attention:
+        self.pre_cross_attention_norm = layers.Norm(config)
+      self.pre_mlp_norm = layers.Norm(config)
     self.self_attention = attention.Attention(config)
     if self.has_cross_attention:
-      self.pre_cross_attention_norm = layers.Norm(config)
       self.cross_attention = attention.Attention(config)
-    self.pre_mlp_norm = layers.Norm(config)
     self.mlp = layers.Mlp(config)
     self.dropout = layers.Dropout(config.dropout_rate)
     if config.post_norm:
@@ -90,7 +92,7 @@ class Block(nn.Module):
       this call, else None.
     """
     config, inputs = self.config, x  # [batch, query, embed]
-    h = self.pre_self_attention_norm(x)
+    h = self.pre_self_attention_norm(x) if config.pre_norm else x
     self_bias, rotation = self._positions(layer, context)
     kv = self.self_attention.project_kv(h, rotation)
     h = self.self_attention(
@@ -101,7 +103,7 @@ class Block(nn.Module):
     x += self.dropout(h, deterministic=deterministic)
 
     if self.has_cross_attention:
-      h = self.pre_cross_attention_norm(x)
+      h = self.pre_cross_attention_norm(x) if config.pre_norm else x
       if cross_kv is None:
         cross_kv = self.cross_attention.project_kv(context.encoded)
       h = self.cross_attention(
@@ -111,7 +113,9 @@ class Block(nn.Module):
         h = self.post_cross_attention_norm(h)
       x += self.dropout(h, deterministic=deterministic)
 
-    h = self.pre_mlp_norm(inputs if config.parallel_residual else x)
+    h = inputs if config.parallel_residual else x
+    if config.pre_norm:
+      h = self.pre_mlp_norm(h)
     h = self.mlp(h, deterministic=deterministic)
     if config.post_norm:
       h = self.post_mlp_norm(h)
@@ -136,6 +140,8 @@ class Block(nn.Module):
       bias += attention.mask_bias(near | is_global)[:, None]
     if rotation is not None:
       rotation = rotation.of_layer(is_global)
+      if config.no_rope_period:
+        rotation = rotation.only_if((layer + 1) % config.no_rope_period != 0)
     return bias, rotation
 
 
