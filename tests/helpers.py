@@ -101,6 +101,18 @@ MISTRAL = dataclasses.replace(
 QWEN2 = dataclasses.replace(
   LLAMA, rope_scaling=(), sliding_window=3, first_window_layer=1
 )
+OLMO2 = dataclasses.replace(
+  LLAMA,
+  attention_bias='none',
+  rope_scaling=(),
+  pre_norm=False,
+  post_norm=True,
+  qk_norm=True,
+  qk_norm_all_heads=True,
+)
+SMOLLM3 = dataclasses.replace(
+  LLAMA, attention_bias='none', rope_scaling=(), no_rope_period=2
+)
 QWEN3 = dataclasses.replace(
   LLAMA, attention_bias='all', qk_norm=True, rope_scaling=()
 )
@@ -139,6 +151,8 @@ FAMILIES = {
   'pythia': PYTHIA,
   'llama': LLAMA,
   'mistral': MISTRAL,
+  'olmo2': OLMO2,
+  'smollm3': SMOLLM3,
   'qwen2': QWEN2,
   'qwen3': QWEN3,
   'gemma3': GEMMA3,

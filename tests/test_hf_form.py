@@ -83,7 +83,12 @@ MODULES |= {
 MODELS = {name: helpers.MODULES[name] for name in ('t5_1_1', 'gpt2', 'llama')}
 MODELS |= {
   name: l2s.build(dataclasses.replace(config, num_heads=4, max_positions=64))
-  for name, config in (('llama', helpers.LLAMA), ('mistral', helpers.MISTRAL))
+  for name, config in (
+    ('llama', helpers.LLAMA),
+    ('mistral', helpers.MISTRAL),
+    ('olmo2', helpers.OLMO2),
+    ('smollm3', helpers.SMOLLM3),
+  )
 }
 # Of each kind of SLM one, with windows, another vocabulary, another layer.
 GENERATING = (
@@ -161,7 +166,13 @@ def test_a_folder_runs_without_this_package(tmp_path):
 
 @pytest.mark.parametrize(
   'name, options',
-  [('t5_1_1', {}), ('mistral', {}), ('llama', {'continues': True})],
+  [
+    ('t5_1_1', {}),
+    ('mistral', {}),
+    ('olmo2', {}),
+    ('smollm3', {}),
+    ('llama', {'continues': True}),
+  ],
 )
 def test_transformers_writes_the_tokens_of_a_model_alone(
   name, options, tmp_path

@@ -502,6 +502,9 @@ def test_a_prompt_alone_beyond_the_position_table_is_refused():
       dict(first_window_layer=1),
       'first_window_layer and rope_local_base need sliding_window',
     ),
+    ('gpt2', dict(pre_norm=False), 'pre_norm=False needs post_norm'),
+    ('gpt2', dict(qk_norm_all_heads=True), 'needs qk_norm'),
+    ('gpt2', dict(no_rope_period=2), "no_rope_period needs positions='rotary'"),
     # Either would build a model that cannot tell the order of its tokens.
     ('gpt2', dict(positions='relative'), "'relative'.*decoder-only.*'learned'"),
     (

@@ -27,6 +27,8 @@ CONFIGS = {
   'gpt_neox': helpers.PYTHIA,
   'llama': dataclasses.replace(helpers.LLAMA, attention_bias='all'),
   'mistral': helpers.MISTRAL,
+  'olmo2': helpers.OLMO2,
+  'smollm3': helpers.SMOLLM3,
   'qwen2': helpers.QWEN2,
   'qwen3': helpers.QWEN3,
   'gemma2': dataclasses.replace(
@@ -106,6 +108,21 @@ SUB_CONFIG = huggingface.config_json('t5gemma', helpers.T5GEMMA)['encoder']
     ),
     ('llama', {'hidden_act': 'mish'}, "'mish'; supported"),
     ('qwen2', {'mlp_bias': True}, 'mlp_bias is true and attention_bias is not'),
+    (
+      'smollm3',
+      {'no_rope_layers': [0, 1]},
+      'no_rope_layers is not 0 every 1 layers and 1 between, for 2 layers',
+    ),
+    (
+      'smollm3',
+      {'no_rope_layers': None, 'no_rope_layer_interval': 0},
+      'no_rope_layer_interval is 0; expected 1 or more',
+    ),
+    (
+      'smollm3',
+      {'layer_types': ['full_attention', 'sliding_attention']},
+      'layer_types has others than full_attention',
+    ),
     ('mistral', {'sliding_window': 0}, 'sliding_window is 0; expected null'),
     (
       'qwen2',

@@ -99,6 +99,8 @@ QWEN2_WINDOWS = QWEN2 | {
   'sliding_window': 5,
   'max_window_layers': 1,
 }
+OLMO2 = LLAMA | {'model_type': 'olmo2', 'num_key_value_heads': 3}
+SMOLLM3 = LLAMA | {'model_type': 'smollm3', 'no_rope_layer_interval': 2}
 QWEN3 = LLAMA | {'model_type': 'qwen3', 'num_key_value_heads': 3}
 GEMMA2: dict[str, Any] = LLAMA | {
   'model_type': 'gemma2',
@@ -162,6 +164,10 @@ DECODERS = {
   'mistral': MISTRAL,
   'mistral-without-window': MISTRAL | {'sliding_window': None},
   'mistral-default-head': MISTRAL | {'hidden_size': 24, 'head_dim': None},
+  'olmo2': OLMO2,
+  'olmo2-grouped': LLAMA | {'model_type': 'olmo2'},
+  'smollm3': SMOLLM3,
+  'smollm3-rotary': SMOLLM3 | {'no_rope_layers': [1, 1, 1]},
   'qwen2': QWEN2,
   'qwen2-windows': QWEN2_WINDOWS,
   'qwen2-yarn': QWEN2 | {'rope_scaling': YARN},
@@ -369,7 +375,9 @@ def test_a_decoder_computes_what_transformers_computes(tmp_path, name):
     np.testing.assert_array_equal(tokens[row], written)
 
 
-@pytest.mark.parametrize('name', ['mistral', 'qwen2-windows', 'gemma2'])
+@pytest.mark.parametrize(
+  'name', ['mistral', 'olmo2', 'smollm3', 'qwen2-windows', 'gemma2']
+)
 def test_padding_on_the_left_leaves_windows_where_they_were(tmp_path, name):
   """Of theirs, whose windows count slots; prompts exceed the window."""
   torch, theirs = save_pretrained(

@@ -73,6 +73,13 @@ MODELS: dict[str, dict[str, Any]] = {
   'mistral': LLAMA | {'model_type': 'mistral', 'sliding_window': 5},
   'mistral-without-window': LLAMA
   | {'model_type': 'mistral', 'sliding_window': None},
+  'olmo2': LLAMA | {'model_type': 'olmo2'},
+  'smollm3': LLAMA
+  | {
+    'model_type': 'smollm3',
+    'no_rope_layer_interval': 2,
+    'pad_token_id': 0,  # The default is beyond this vocabulary.
+  },
   'qwen2': LLAMA
   | {
     'model_type': 'qwen2',

@@ -112,6 +112,8 @@ FAMILIES |= {
     'opt': helpers.OPT,
     'gpt_neox': helpers.PYTHIA,
     'mistral': helpers.MISTRAL,
+    'olmo2': helpers.OLMO2,
+    'smollm3': helpers.SMOLLM3,
     'qwen2': helpers.QWEN2,
     'qwen3': helpers.QWEN3,
     'gemma3_text': helpers.GEMMA3,

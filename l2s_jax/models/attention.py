@@ -41,8 +41,9 @@ class Attention(nn.Module):
       config.use_bias or config.attention_bias == 'all',
     )
     if config.qk_norm:
-      self.query_norm = layers.Norm(config, 'kv')
-      self.key_norm = layers.Norm(config, 'kv')
+      all_heads = config.qk_norm_all_heads
+      self.query_norm = layers.Norm(config, axes[1:] if all_heads else ('kv',))
+      self.key_norm = layers.Norm(config, kv_axes[1:] if all_heads else ('kv',))
     self.dropout = layers.Dropout(config.dropout_rate)
 
   def project_kv(
@@ -51,9 +52,10 @@ class Attention(nn.Module):
     rotation: positions.Rotation | None = None,
   ) -> cache_lib.KeyValues:
     """Projects inputs to keys and values; rotary positions rotate the keys."""
-    key, value = _by_head(self.key(inputs)), _by_head(self.value(inputs))
+    key = self.key(inputs)  # [batch, length, kv_heads, kv]
     if self.config.qk_norm:
       key = self.key_norm(key)
+    key, value = _by_head(key), _by_head(self.value(inputs))
     if rotation is not None:
       key = positions.rotate(key, rotation)
     axes = ('batch', 'kv_heads', 'length', 'kv')
@@ -84,12 +86,12 @@ class Attention(nn.Module):
       deterministic: disables dropout.
     """
     config = self.config
-    query = _by_head(self.query(inputs))  # [batch, heads, query, kv]
-    query = nn.with_logical_constraint(
-      query, ('batch', 'heads', 'length', 'kv')
-    )
+    query = self.query(inputs)  # [batch, query, heads, kv]
     if config.qk_norm:
       query = self.query_norm(query)
+    query = nn.with_logical_constraint(
+      _by_head(query), ('batch', 'heads', 'length', 'kv')
+    )
     if rotation is not None:
       query = positions.rotate(query, rotation)
     if config.scale_attention:

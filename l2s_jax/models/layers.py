@@ -204,35 +204,37 @@ class Norm(nn.Module):
 
   Attributes:
     config: its `norm` selects one.
-    axis: logical name of the normalised axis.
+    axes: logical names of the normalised axes, the last ones.
   """
 
   config: config_lib.TransformerConfig
-  axis: str = 'embed'
+  axes: tuple[str, ...] = ('embed',)
 
   @nn.compact
   def __call__(
     self, inputs: Float[Array, '*batch embed']
   ) -> Float[Array, '*batch embed']:
     config = self.config
+    axis = tuple(range(-len(self.axes), 0))
     # bfloat16 has 8 bits of mantissa: a mean over `embed` needs float32.
     x = inputs.astype(jnp.float32)
     if config.norm == 'layer':
-      x -= x.mean(-1, keepdims=True)
-    x *= jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + config.norm_epsilon)
-    shape = inputs.shape[-1:]
+      x -= x.mean(axis, keepdims=True)
+    square = jnp.mean(x * x, axis, keepdims=True)
+    x *= jax.lax.rsqrt(square + config.norm_epsilon)
+    shape = inputs.shape[-len(self.axes) :]
     zeros, ones = nn.initializers.zeros, nn.initializers.ones
     scale = self.param(
       'scale',
       nn.with_logical_partitioning(
-        zeros if config.norm_unit_offset else ones, (self.axis,)
+        zeros if config.norm_unit_offset else ones, self.axes
       ),
       shape,
     )
     x *= 1 + scale if config.norm_unit_offset else scale
     if config.norm == 'layer':
       x += self.param(
-        'bias', nn.with_logical_partitioning(zeros, (self.axis,)), shape
+        'bias', nn.with_logical_partitioning(zeros, self.axes), shape
       )
     return x.astype(config.activation_dtype)
 

@@ -141,7 +141,8 @@ class Block(nn.Module):
     if rotation is not None:
       rotation = rotation.of_layer(is_global)
       if config.no_rope_period:
-        rotation = rotation.only_if((layer + 1) % config.no_rope_period != 0)
+        number = jnp.asarray(layer + 1)
+        rotation = rotation.only_if(number % config.no_rope_period != 0)
     return bias, rotation
 
 

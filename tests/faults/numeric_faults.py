@@ -259,6 +259,20 @@ FAULTS = (
     'qwen2',
   ),
   Fault(
+    'rotary-positions-everywhere',
+    'rotation = rotation.only_if(',
+    'rotation.only_if(',
+    ('test_parity.py',),
+    'smollm3',
+  ),
+  Fault(
+    'norms-of-single-heads',
+    "axes[1:] if all_heads else ('kv',)",
+    "('kv',)",
+    ('test_parity.py',),
+    'olmo2',
+  ),
+  Fault(
     'windows-everywhere',
     'attention.mask_bias(near | is_global)',
     'attention.mask_bias(near)',

@@ -18,6 +18,7 @@ _FLAG = 'true or false'
 _TEXT = 'a string'
 _OBJECT = 'an object'
 _TEXTS = 'a list of strings'
+_BITS = 'a list of 0 and 1'
 _IDS = 'a token id, or a list of them'
 _KEYS = {
   _COUNT: (
@@ -30,7 +31,8 @@ _KEYS = {
   ),
   # 0 for an encoder-only T5, and for a T5Gemma without a decoder.
   _ANY_COUNT: (
-    'num_decoder_layers num_hidden_layers sliding_window max_window_layers'
+    'num_decoder_layers num_hidden_layers sliding_window max_window_layers '
+    'no_rope_layer_interval'
   ),
   _POSITIVE: (
     'rope_theta rope_local_base_freq rotary_emb_base rotary_pct '
@@ -56,6 +58,7 @@ _KEYS = {
     'sliding_attention'
   ),
   _TEXTS: 'layer_types',
+  _BITS: 'no_rope_layers',
   _IDS: 'bos_token_id eos_token_id pad_token_id decoder_start_token_id',
 }
 _KIND_OF = {key: kind for kind, keys in _KEYS.items() for key in keys.split()}
@@ -74,6 +77,7 @@ _NULLABLE = {
   'layer_types',
   'mlp_bias',
   'n_inner',
+  'no_rope_layers',
   'num_decoder_layers',
   'num_key_value_heads',
   'original_max_position_embeddings',
@@ -143,5 +147,9 @@ def _is(value: Any, kind: str) -> bool:
     return isinstance(value, Mapping)
   if kind == _TEXTS:
     return isinstance(value, list) and all(isinstance(x, str) for x in value)
+  if kind == _BITS:
+    return isinstance(value, list) and all(
+      config_lib.is_count(x) and x in (0, 1) for x in value
+    )
   ids = value if isinstance(value, list) else [value]
   return all(config_lib.is_count(i) and i >= -1 for i in ids)

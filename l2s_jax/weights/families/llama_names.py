@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor names and configs of Llama, Mistral, Qwen and Gemma in transformers.
+"""Tensor names and configs of Llama and related models in transformers.
 
-All use Llama's names for the shared parts. T5Gemma is a Gemma 2 encoder and a
-Gemma 2 decoder with cross-attention.
+Mistral, OLMo 2, SmolLM3, Qwen and Gemma use Llama's names for the shared parts.
+T5Gemma is a Gemma 2 encoder and a Gemma 2 decoder with cross-attention.
 """
 
 import dataclasses
@@ -57,6 +57,31 @@ _LLAMA = (
     (
       *_norms({'pre_self_attention': 'input', 'pre_mlp': 'post_attention'}),
       *name_table.under('self_attention/', 'self_attn.', _ATTENTION),
+      *name_table.under('mlp/', 'mlp.', _MLP),
+    ),
+  ),
+)
+_OLMO2 = (
+  *_TABLE_AND_HEAD,
+  *name_table.under(
+    'decoder/layers/',
+    'layers.{layer}.',
+    (
+      *_norms(
+        {
+          'post_self_attention': 'post_attention',
+          'post_mlp': 'post_feedforward',
+        }
+      ),
+      *name_table.under(
+        'self_attention/',
+        'self_attn.',
+        (
+          *(row for row in _ATTENTION if '_norm/' not in row.ours),
+          Row('query_norm/scale', 'q_norm.weight', '(n h) -> n h'),
+          Row('key_norm/scale', 'k_norm.weight', '(k h) -> k h'),
+        ),
+      ),
       *name_table.under('mlp/', 'mlp.', _MLP),
     ),
   ),
@@ -171,7 +196,8 @@ def _unparse_sizes(config: config_lib.TransformerConfig) -> dict[str, Any]:
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the RoPE parameters, from transformers 5 or earlier keys."""
   parameters = config.get('rope_parameters') or config.get('rope_scaling') or {}
-  return {'rope_theta': config.get('rope_theta', 10_000.0), **parameters}
+  default = 2e6 if config['model_type'] == 'smollm3' else 1e4
+  return {'rope_theta': config.get('rope_theta', default), **parameters}
 
 
 def _parse_llama(
@@ -257,6 +283,66 @@ def _unparse_qwen(config: config_lib.TransformerConfig) -> dict[str, Any]:
     'max_window_layers': first,
     'layer_types': _late_windows(first, num_layers),
   }
+
+
+def _parse_olmo2(
+  config: Mapping[str, Any], is_tied: bool
+) -> config_lib.TransformerConfig:
+  return dataclasses.replace(
+    _parse_llama(config, is_tied),
+    pre_norm=False,
+    post_norm=True,
+    qk_norm=True,
+    qk_norm_all_heads=True,
+  )
+
+
+def _unparse_olmo2(config: config_lib.TransformerConfig) -> dict[str, Any]:
+  # Without the key transformers takes the id of OLMo's own tokenizer.
+  return _unparse_llama(config) | {'pad_token_id': None}
+
+
+def _parse_smollm3(
+  config: Mapping[str, Any], is_tied: bool
+) -> config_lib.TransformerConfig:
+  num_layers = config['num_hidden_layers']
+  types = config.get('layer_types')
+  if types is not None and types != ['full_attention'] * len(types):
+    raise ValueError('layer_types has others than full_attention')
+  period = config.get('no_rope_layer_interval', 4)
+  rotates = config.get('no_rope_layers')
+  if rotates is not None:
+    period = rotates.index(0) + 1 if 0 in rotates else 0
+    # Length is compared first: a damaged config.json may ask for more layers
+    # than memory holds.
+    if len(rotates) != num_layers or rotates != _rotates(period, num_layers):
+      raise ValueError(
+        f'no_rope_layers is not 0 every {period} layers and 1 between, for '
+        f'{num_layers} layers'
+      )
+  elif not period:
+    raise ValueError('no_rope_layer_interval is 0; expected 1 or more')
+  return dataclasses.replace(
+    _parse_llama(config, is_tied),
+    no_rope_period=period if period <= num_layers else 0,
+  )
+
+
+def _unparse_smollm3(config: config_lib.TransformerConfig) -> dict[str, Any]:
+  num_layers = config.num_decoder_layers
+  return _unparse_llama(config) | {
+    'pad_token_id': None,  # As for OLMo 2.
+    'no_rope_layer_interval': config.no_rope_period or num_layers + 1,
+    'no_rope_layers': _rotates(config.no_rope_period, num_layers),
+  }
+
+
+def _rotates(period: int, num_layers: int) -> list[int]:
+  """Returns SmolLM3's `no_rope_layers`: 1 for layers with rotary positions."""
+  return [
+    0 if period and (layer + 1) % period == 0 else 1
+    for layer in range(num_layers)
+  ]
 
 
 def _window(config: Mapping[str, Any]) -> int:
@@ -500,10 +586,12 @@ def _llama(
   *keys: str,
   parse: Callable[..., config_lib.TransformerConfig] = _parse_llama,
   unparse: Callable[..., dict[str, Any]] = _unparse_llama,
+  rows: tuple[Row, ...] = _LLAMA,
+  may_be_tied: Callable[..., bool] = name_table.is_said_to_be_tied,
   **fixed: Any,
 ) -> Family:
   return Family(
-    rows=_LLAMA,
+    rows=rows,
     architecture=architecture,
     parse=parse,
     unparse=unparse,
@@ -512,7 +600,7 @@ def _llama(
     prefix='model.',
     ignored=_IGNORED,
     sizes=_SIZES,
-    may_be_tied=name_table.is_said_to_be_tied,
+    may_be_tied=may_be_tied,
   )
 
 
@@ -527,6 +615,22 @@ FAMILIES = {
     layer_types=None,  # MistralForCausalLM gives all layers the window
     attention_bias=False,
     mlp_bias=False,
+  ),
+  'olmo2': _llama(
+    'Olmo2ForCausalLM',
+    'rms_norm_eps',
+    parse=_parse_olmo2,
+    unparse=_unparse_olmo2,
+    rows=_OLMO2,
+    mlp_bias=False,
+  ),
+  'smollm3': _llama(
+    'SmolLM3ForCausalLM',
+    'num_key_value_heads',
+    parse=_parse_smollm3,
+    unparse=_unparse_smollm3,
+    may_be_tied=name_table.may_be_tied,
+    use_sliding_window=False,
   ),
   'qwen2': _llama(
     'Qwen2ForCausalLM',
