@@ -174,6 +174,10 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
   return {'rope_theta': config.get('rope_theta', 10_000.0), **parameters}
 
 
+# Of the families whose config.json does not decide on the biases.
+_ATTENTION_BIAS = {'mistral': 'none', 'qwen2': 'qkv'}
+
+
 def _parse_llama(
   config: Mapping[str, Any], is_tied: bool
 ) -> config_lib.TransformerConfig:
@@ -191,10 +195,6 @@ def _parse_llama(
     rope_base=float(rope['rope_theta']),
     **name_table.rope_scaling(rope),
   )
-
-
-# Of the families whose config.json does not decide on the biases.
-_ATTENTION_BIAS = {'mistral': 'none', 'qwen2': 'qkv'}
 
 
 def _unparse_llama(config: config_lib.TransformerConfig) -> dict[str, Any]:
