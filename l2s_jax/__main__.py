@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: `python -m l2s_jax VERB --gin_file=FILE ...`.
 
-A verb is a gin configurable, called as `fn(dry_run=...)` once the gin files
-and `--gin.NAME=VALUE` bindings are read and checked. Nothing heavy is imported
-before the command line is understood. What a verb does is its module's affair.
+A verb is a gin configurable, called as `fn(dry_run=...)` after gin files and
+`--gin.NAME=VALUE` bindings are parsed and checked. Large packages are imported
+only after the command line is parsed.
 """
 
 import os
 import signal
 
 if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-  # The imports take a while; until then Ctrl-C has nothing to leave behind.
+  # Imports take seconds; until they are done, Ctrl-C exits at once.
   signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import gin
 
+from l2s_jax import console
 from l2s_jax.runtime import (
   compilation,
   extras,
@@ -39,15 +40,15 @@ from l2s_jax.runtime import (
 
 
 class Flag(NamedTuple):
-  """A flag of one verb: a parameter of its function, over what gin binds.
+  """A flag of one verb: a parameter of its function, which overrides gin.
 
   Attributes:
-    name: of the flag; in capitals it is what stands without one.
-    type: of its value; bool takes none.
-    help: what it means.
-    choices: the values that it can have.
-    required: whether the verb does nothing without it.
-    is_repeated: whether several may stand one after the other.
+    name: name of the flag; an uppercase name is a positional argument.
+    type: type of the value; a flag of type bool takes no value.
+    help: help text.
+    choices: allowed values; None allows all.
+    required: whether the verb requires the flag.
+    is_repeated: whether a positional argument takes several values.
   """
 
   name: str
@@ -59,7 +60,7 @@ class Flag(NamedTuple):
 
   @property
   def parameter(self) -> str:
-    """The function's name for it: `from` is no name in Python, `from_` is."""
+    """The function's parameter; a Python keyword gets a `_`, as in `from_`."""
     name = self.name.lower()
     return f'{name}_' if keyword.iskeyword(name) else name
 
@@ -101,16 +102,16 @@ class Flag(NamedTuple):
 
 
 class Verb(NamedTuple):
-  """Names the function behind a verb, imported only when it is asked for.
+  """A verb of the command line; its module is imported when it runs.
 
   Attributes:
-    module: where the function is.
-    function: its name.
-    summary: of what it does.
-    example: of its arguments.
-    flags: beside those of all verbs.
-    joins: whether several processes run it together.
-    gin_file: read before those of the command line.
+    module: module of the function.
+    function: name of the function.
+    summary: one line for `--help`.
+    example: arguments of an example for `--help`.
+    flags: flags in addition to those of all verbs.
+    joins: whether several processes can run it as one distributed job.
+    gin_file: gin file that is read before those of the command line.
   """
 
   module: str
@@ -123,7 +124,7 @@ class Verb(NamedTuple):
 
   @property
   def is_all_flags(self) -> bool:
-    """Whether it needs no gin file: all that it must know, flags say."""
+    """Whether flags alone configure the verb, without a gin file."""
     return any(flag.required for flag in self.flags)
 
   def load(self) -> Callable[..., Any]:
@@ -134,7 +135,7 @@ VERBS: Mapping[str, Verb] = {
   'train': Verb(
     'l2s_jax.training.train',
     'train',
-    'trains LLM-to-SLM, or an LLM or SLM baseline; resumes by itself',
+    'trains LLM-to-SLM, or an LLM or SLM baseline; resumes an earlier run',
     '--gin_file=gin_configs/experiments/multi30k.gin '
     '--gin.DATA_DIR=data/multi30k --gin.SLM_VOCABULARY=vocabulary.model '
     '--gin.LLM_PATH=runs/multi30k_llm --gin.MODEL_DIR=runs/multi30k',
@@ -143,7 +144,7 @@ VERBS: Mapping[str, Verb] = {
   'evaluate': Verb(
     'l2s_jax.evaluation.evaluate',
     'evaluate',
-    'scores checkpoints of a run; writes metrics and predictions',
+    'evaluates checkpoints of a run; writes metrics and predictions',
     '--gin_file=gin_configs/tasks/multi30k_bare.gin '
     '--gin_file=gin_configs/runs/evaluate.gin '
     '--gin.DATA_DIR=data/multi30k --gin.CHECKPOINT_PATH=runs/multi30k',
@@ -152,13 +153,13 @@ VERBS: Mapping[str, Verb] = {
   'infer': Verb(
     'l2s_jax.inference.infer',
     'infer',
-    'answers the prompts of a file, a task, or stdin (-); restartable',
+    'answers prompts of a file, a task, or stdin (-); restartable',
     '--gin_file=gin_configs/runs/infer.gin '
     '--gin.CHECKPOINT_PATH=runs/multi30k --gin.INPUT=prompts.txt '
     '--gin.INFER_OUTPUT_DIR=answers --shard=0 --num_shards=4',
     (
-      Flag('shard', int, 'which part of the input to answer, from 0'),
-      Flag('num_shards', int, 'into how many parts the input is divided'),
+      Flag('shard', int, 'index of the shard of the input to answer, from 0'),
+      Flag('num_shards', int, 'number of shards of the input'),
     ),
     joins=True,
   ),
@@ -171,27 +172,27 @@ VERBS: Mapping[str, Verb] = {
     '--gin.CHECKPOINT_PATH=runs/multi30k_llm '
     '--gin.DISTILL_DIR=distilled/multi30k --shard=0 --num_shards=4',
     (
-      Flag('shard', int, 'which part of the prompts to answer, from 0'),
-      Flag('num_shards', int, 'into how many parts they are divided'),
+      Flag('shard', int, 'index of the shard of the prompts to answer, from 0'),
+      Flag('num_shards', int, 'number of shards of the prompts'),
     ),
     joins=True,
   ),
   'cache': Verb(
     'l2s_jax.caching.cache_command',
     'cache',
-    'tokenizes a task into files that train and evaluate read; restartable',
+    'tokenizes a task into files for train and evaluate; restartable',
     '--gin_file=gin_configs/experiments/multi30k.gin '
     '--gin.DATA_DIR=data/multi30k --gin.SLM_VOCABULARY=vocabulary.model '
     '--gin.LLM_PATH=runs/multi30k_llm --gin.CACHE_DIR=caches/multi30k',
     (
-      Flag('shard', int, 'which part of the work to do, from 0'),
-      Flag('num_shards', int, 'into how many parts the work is divided'),
-      Flag('show', int, 'print the first so many examples of a cache'),
-      Flag('features', bool, "keep the frozen LLM's last states, too"),
+      Flag('shard', int, 'index of the shard of the work, from 0'),
+      Flag('num_shards', int, 'number of shards of the work'),
+      Flag('show', int, 'print the first N examples of a cache'),
+      Flag('features', bool, "also cache the frozen LLM's last states"),
       Flag(
         'beam_pipeline_options',
         str,
-        'let Apache Beam do it: --runner=DataflowRunner,--project=mine',
+        'run on Apache Beam: --runner=DataflowRunner,--project=mine',
       ),
     ),
     joins=True,
@@ -200,38 +201,43 @@ VERBS: Mapping[str, Verb] = {
   'benchmark': Verb(
     'l2s_jax.performance.benchmark',
     'benchmark',
-    'times LLM, SLM and LLM-to-SLM, beside other engines if asked',
+    'times LLM, SLM and LLM-to-SLM; --peers adds other engines',
     '--gin_file=gin_configs/models/t5_large.gin '
     '--gin_file=gin_configs/models/t5_small.gin '
     '--gin_file=gin_configs/runs/benchmark.gin '
     '--gin.LLM=%T5_LARGE --gin.SLM=%T5_SMALL --peers',
     (
-      Flag('peers', bool, 'time other engines, too'),
-      Flag('train', bool, 'time training steps, not generation'),
-      Flag('data', bool, 'time tokenizing and reading back, not generation'),
+      Flag('peers', bool, 'also time other engines'),
+      Flag('train', bool, 'time training steps instead of generation'),
+      Flag('data', bool, 'time tokenization and reading instead of generation'),
     ),
   ),
   'report': Verb(
     'l2s_jax.evaluation.report_command',
     'report',
-    'tables and plots of runs side by side, with what tells them apart',
+    'compares runs: tables, plots, significance, differing settings',
     'runs/llm runs/slm runs/llm_to_slm --output=reports/mine '
     '--speed=runs/benchmark/benchmark.json',
     (
       Flag(
         'RUN',
         str,
-        'a MODEL_DIR of training, or an EVAL_OUTPUT_DIR',
+        'MODEL_DIR of train, or EVAL_OUTPUT_DIR of evaluate',
         is_repeated=True,
       ),
-      Flag('output', str, 'a folder for report.md, .json, PNGs', required=True),
-      Flag('speed', str, 'benchmark.json of a benchmark of these systems'),
+      Flag(
+        'output',
+        str,
+        'folder of report.md and its plots',
+        required=True,
+      ),
+      Flag('speed', str, 'benchmark.json of these systems'),
     ),
   ),
   'precompile': Verb(
     'l2s_jax.performance.pods.precompile',
     'precompile',
-    'compiles for TPUs that are not here: memory, collectives, time bounds',
+    'compiles for absent TPUs: memory, collectives, time bounds',
     '--gin_file=gin_configs/models/t5_1_1_xl.gin '
     '--gin_file=gin_configs/models/t5_1_1_small.gin '
     '--gin_file=gin_configs/meshes/data_fsdp_tensor.gin '
@@ -240,80 +246,84 @@ VERBS: Mapping[str, Verb] = {
     '--topology=v5e:2x4 --gin.FSDP=8 --gin.TENSOR=1',
     (
       Flag(
-        'topology', str, 'a TPU and its chips: v5e:2x4, v6e:16x16, v5p:4x4x4'
+        'topology', str, 'TPU type and chips: v5e:2x4, v6e:16x16, v5p:4x4x4'
       ),
     ),
   ),
   'convert': Verb(
     'l2s_jax.interop.convert',
     'convert',
-    'Hugging Face, T5X and GGUF weights in; Hugging Face and T5X out',
+    'converts weights from Hugging Face, T5X, GGUF; to Hugging Face, T5X',
     'downloads/flan-t5-xxl weights/flan-t5-xxl '
     '--from=hf --to=l2s --dtype=bfloat16',
     (
       Flag(
         'from',
         str,
-        'the form of SOURCE; l2s is a run of ours or a converted folder',
+        'format of SOURCE; l2s is a run or a converted folder',
         ('hf', 't5x', 'gguf', 'l2s'),
         required=True,
       ),
       Flag(
-        'to', str, 'the form of DESTINATION', ('l2s', 'hf', 't5x', 'run'), True
+        'to', str, 'format of DESTINATION', ('l2s', 'hf', 't5x', 'run'), True
       ),
-      Flag('SOURCE', str, 'a folder, a file, or a name on the Hub'),
-      Flag('DESTINATION', str, 'a folder that is not there yet'),
+      Flag(
+        'SOURCE',
+        str,
+        'a folder, a file, or a repository on the Hub',
+      ),
+      Flag('DESTINATION', str, 'a new folder'),
       Flag(
         'dtype',
         str,
-        'what to store; as stored in SOURCE if not given',
+        'dtype to store; default: as in SOURCE',
         ('float32', 'bfloat16'),
       ),
-      Flag('step', int, 'the checkpoint of a run; the newest if not given'),
+      Flag('step', int, 'step of a run; default: the newest'),
       Flag(
         'config',
         str,
-        'a preset (t5_1_1_small) for a T5X checkpoint without its own',
+        'preset (t5_1_1_small) for a T5X checkpoint without a config',
       ),
-      Flag('vocabulary', str, 'the tokenizer, where SOURCE has none'),
+      Flag('vocabulary', str, 'tokenizer, for a SOURCE without one'),
       Flag('verify', bool, 'compare logits with those of transformers'),
-      Flag('allow_non_finite', bool, 'keep NaN and infinity in the weights'),
-      Flag('run', str, "for --to=run, the run that T5X's model was made of"),
+      Flag('allow_non_finite', bool, 'accept NaN and infinity in weights'),
+      Flag('run', str, "for --to=run: the run from which T5X's model was made"),
     ),
   ),
   'export': Verb(
     'l2s_jax.interop.exports.export_command',
     'export',
-    'a run as one folder that stands alone; compared with the run',
+    'exports a run as a self-contained folder; compares it with the run',
     'runs/multi30k exports/multi30k --to=bundle --step=best',
     (
       Flag(
         'to',
         str,
-        'the form of DESTINATION',
+        'format of DESTINATION',
         ('bundle', 'gguf', 'hf', 'onnx', 'savedmodel', 'stablehlo', 't5x'),
         True,
       ),
-      Flag('SOURCE', str, 'a run, a bundle, or a model as it came'),
-      Flag('DESTINATION', str, 'a folder that is not there yet'),
-      Flag('step', str, 'of a run: a number, or best; the newest if not given'),
+      Flag('SOURCE', str, 'a run, a bundle, or a pretrained model'),
+      Flag('DESTINATION', str, 'a new folder'),
+      Flag('step', str, 'step of a run: N or best; default: the newest'),
       Flag(
         'dtype',
         str,
-        'what to store; as stored in SOURCE if not given',
+        'dtype to store; default: as in SOURCE',
         ('float32', 'bfloat16'),
       ),
-      Flag('prompts', str, 'a text file, a prompt a line, to compare on'),
-      Flag('license', str, 'of the weights, for the manifest'),
-      Flag('llm_path', str, 'LLM_PATH: where the LLM is, if it has moved'),
-      Flag('vocabulary', str, 'the tokenizer, where SOURCE has none'),
-      Flag('extra_ids', int, 'EXTRA_IDS: sentinels behind that tokenizer'),
+      Flag('prompts', str, 'text file with a prompt per line, to compare on'),
+      Flag('license', str, 'license of the weights, for the manifest'),
+      Flag('llm_path', str, 'LLM_PATH, if the LLM has moved'),
+      Flag('vocabulary', str, 'tokenizer, for a SOURCE without one'),
+      Flag('extra_ids', int, 'EXTRA_IDS of that tokenizer'),
     ),
   ),
 }
 
-# Their configurables can be bound whatever the verb, so that one experiment
-# file serves all of them. None imports TensorFlow.
+# Modules of configurables that every verb can bind, so that one experiment file
+# serves all verbs. None of them imports TensorFlow.
 CONFIGURABLE_MODULES = (
   'l2s_jax.runtime.integrity',
   'l2s_jax.runtime.partitioning',
@@ -335,7 +345,6 @@ CONFIGURABLE_MODULES = (
   'l2s_jax.interop.exports.export_command',
 )
 
-_PROGRAM = 'python -m l2s_jax'
 _GIN_USAGE = (
   '--gin_file=FILE [--gin_file=FILE ...]',
   '[--gin.NAME=VALUE ...]',
@@ -344,7 +353,7 @@ _GIN_USAGE = (
 )
 _GIN_HELP = (
   '\n\n--gin.NAME=VALUE binds a macro (--gin.TRAIN_STEPS=10) or a parameter,\n'
-  'over the files. A VALUE that is not a gin value is taken as a string.'
+  'over the gin files. A VALUE that gin cannot parse is a string.'
 )
 
 
@@ -356,8 +365,9 @@ def main(
 ) -> int:
   """Runs one verb and returns the exit status.
 
-  0: done; 1: a loss that is not finite, or an error of the operating system; 2:
-  wrong input. What SIGTERM ended ends with 75, what Ctrl-C ended with 130.
+  Returns:
+    0: success; 1: a loss that is not finite, or an error of the operating
+    system; 2: invalid input; 75: stopped by SIGTERM; 130: stopped by Ctrl-C.
   """
   argv = list(sys.argv[1:] if argv is None else argv)
   if not argv or argv[0] in ('-h', '--help'):
@@ -366,7 +376,7 @@ def main(
   name = argv[0]
   if name not in verbs:
     return _refuse(
-      f'{name!r} is no verb{gin_config.near_misses(name, verbs)} '
+      f'{name!r} is not a verb{gin_config.near_misses(name, verbs)} '
       f'Verbs: {", ".join(verbs)}.'
     )
   parser = _parser(name, verbs[name])
@@ -375,7 +385,7 @@ def main(
     return 0
   args, bindings = _parse_args(parser, argv[1:])
   compilation.use_cache()
-  # TensorFlow reads this when it is imported: warnings, or errors alone.
+  # TensorFlow reads this at import. 1 logs warnings and errors, 2 errors only.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '1' if args.verbose else '2')
   if args.verbose:
     logging.basicConfig(level=logging.INFO)
@@ -384,7 +394,7 @@ def main(
   try:
     together = contextlib.nullcontext
     if verbs[name].joins:
-      # Not above: SIGTERM is heeded before JAX is imported.
+      # Imported here: SIGTERM must be handled before the import of JAX.
       distributed = importlib.import_module('l2s_jax.runtime.distributed')
       distributed.initialize()
       together = distributed.together
@@ -430,7 +440,7 @@ def _run(
   given: Mapping[str, Any],
   others: Sequence[Callable[..., Any]],
 ) -> None:
-  """Configures gin, checks that `fn` has all it needs, and calls it."""
+  """Configures gin, checks the required parameters of `fn`, and calls it."""
   parsed = gin_config.parse_config(
     args.gin_file, bindings, args.gin_search_paths
   )
@@ -447,12 +457,12 @@ def _run(
 
 def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
-    prog=f'{_PROGRAM} {name}',
+    prog=f'{console.name()} {name}',
     usage=_usage(name, verb),
     description=f'{name}: {verb.summary}.'
     + ('' if verb.is_all_flags else _GIN_HELP),
     epilog='example:\n  '
-    + f'{_PROGRAM} {name} {verb.example}'.replace(' --', ' \\\n    --'),
+    + f'{console.name()} {name} {verb.example}'.replace(' --', ' \\\n    --'),
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
     add_help=False,
@@ -462,34 +472,36 @@ def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
     metavar='FILE',
     action='append',
     default=[] if verb.gin_file is None else [verb.gin_file],
-    help='may be repeated; later files override earlier ones. Looked up in '
-    'the working directory, the search paths, the installed package',
+    help='repeatable; later files override earlier ones. Searched in the '
+    'working directory, the search paths, the installed package',
   )
   parser.add_argument(
     '--gin_search_paths',
     metavar='DIRS',
     type=lambda dirs: dirs.split(','),
     default=[],
-    help='folders to look for gin files in, separated by commas',
+    help='search paths of gin files, separated by commas',
   )
   parser.add_argument(
     '--tfds_data_dir',
     metavar='DIR',
-    help='the folder with TFDS data sets of every task, over DATA_DIR',
+    help='folder of the TFDS datasets of all tasks; overrides DATA_DIR',
   )
   for flag in verb.flags:
     flag.add_to(parser)
   parser.add_argument(
     '--dry_run',
     action='store_true',
-    help='print what would be done (config, sizes, shardings), and stop',
+    help='print config, sizes and shardings, and exit',
   )
   parser.add_argument(
     '--verbose',
     action='store_true',
-    help="libraries' logs, and tracebacks of errors that are a sentence",
+    help='show logs of libraries, and tracebacks of all errors',
   )
-  parser.add_argument('-h', '--help', action='store_true', help='this text')
+  parser.add_argument(
+    '-h', '--help', action='store_true', help='show this text'
+  )
   return parser
 
 
@@ -500,7 +512,7 @@ def _usage(name: str, verb: Verb) -> str:
     '[--dry_run]',
     '[--verbose]',
   ]
-  lines = [f'{_PROGRAM} {name}']
+  lines = [f'{console.name()} {name}']
   for word in words:
     if len(lines[-1]) + len(word) > 78:
       lines.append(' ' * 8)
@@ -521,13 +533,13 @@ def _parse_args(
     name = arg.partition('=')[0]
     if re.fullmatch('-*[A-Z][A-Z0-9_]*', name):
       parser.error(
-        f'what is {arg}? A gin name is set in one word: '
+        f'{arg} is not a flag; a gin macro is set by '
         f'--gin.{name.lstrip("-")}=VALUE.'
       )
     known = [f'--{flag.rstrip("_")}' for flag in vars(args)]
     theirs = t5x_names.answer(name.lstrip('-'), t5x_names.FLAGS)
-    near = gin_config.near_misses(name, known)[:-1]
-    parser.error(f'what is {arg}?{theirs or near}')
+    near = gin_config.near_misses(name, known)
+    parser.error(f'{arg} is not a flag' + (f'.{theirs}' if theirs else near))
   if args.tfds_data_dir is not None:
     bindings.append(f'tfds.data_dir={args.tfds_data_dir!r}')
   return args, bindings
@@ -536,20 +548,21 @@ def _parse_args(
 def _overview(verbs: Mapping[str, Verb]) -> str:
   width = max(len(name) for name in verbs)
   lines = [f'  {name:{width}}  {verb.summary}' for name, verb in verbs.items()]
+  program = console.name()
   return '\n'.join(
     [
-      f'usage: {_PROGRAM} VERB [--gin_file=FILE ...] [--gin.NAME=VALUE ...]',
+      f'usage: {program} VERB [--gin_file=FILE ...] [--gin.NAME=VALUE ...]',
       '',
       'verbs:',
       *lines,
       '',
-      f'{_PROGRAM} VERB --help: an example, and the gin names it reads.',
+      f'{program} VERB --help: an example, and the gin names it reads.',
     ]
   )
 
 
 def _gin_help(name: str, verb: Verb) -> str:
-  """Returns what gin can bind of a verb: its parameters and their meaning."""
+  """Returns the parameters of a verb, for its `--help`."""
   fn = verb.load()
   lines = [f'\ngin names of {name} (--gin.{name}.NAME=VALUE, or in a file):']
   for parameter in inspect.signature(fn).parameters.values():
@@ -564,21 +577,21 @@ def _gin_help(name: str, verb: Verb) -> str:
 
 
 def _is_deliberate(error: Exception) -> bool:
-  """Returns whether the message alone tells the user what to do.
+  """Returns whether this package raised the error, with a message for users.
 
-  True of what this package raises itself. A ValueError out of a library is a
-  bug and keeps its traceback.
+  A ValueError raised by a library is a bug and keeps its traceback.
   """
   frame = traceback.extract_tb(error.__traceback__)[-1]
   package = pathlib.Path(__file__).resolve().parent
-  # JAX cuts its own frames off, so the last frame in our files is not enough.
+  # JAX removes its own frames from tracebacks, so the last frame can be ours
+  # although JAX raised the error.
   return pathlib.Path(frame.filename).is_relative_to(package) and (
     frame.line or ''
   ).startswith('raise')
 
 
 def _own_words(error: Exception) -> str:
-  """Returns the message without the configurables that gin adds to it."""
+  """Returns the message without the names of configurables that gin appends."""
   return re.sub('\n  In call to configurable .*', '', str(error))
 
 
@@ -588,16 +601,17 @@ def _refuse(message: str, status: int = 2) -> int:
 
 
 def process(main: Callable[[], int | None]) -> int:
-  """Runs a program that is a process of its own; returns its exit status.
+  """Runs the program of a process.
 
-  Errors of the operating system end it with one sentence, and 1; SIGTERM means
-  to start again (75) and Ctrl-C to stop (130).
+  Returns:
+    The exit status: 1 after an error of the operating system, which is printed
+    as one sentence; 75 after SIGTERM (start again); 130 after Ctrl-C.
   """
   hooks = os_errors.Hooks()
   if '--verbose' not in sys.argv:
     hooks.install()
   status = preemption.run(main)
-  sys.stdout.flush()  # Here, where it can be told that nobody reads it.
+  sys.stdout.flush()  # Here, where a closed pipe can be reported.
   if hooks.of_thread and not status:
     status = _refuse(hooks.of_thread, status=1)
   return status

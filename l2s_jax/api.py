@@ -86,7 +86,7 @@ class Model:
       batch_size: prompts a batch; None is that of `load`.
 
     Raises:
-      ValueError: if a prompt is no text or empty, or a setting does not fit.
+      ValueError: if a prompt is not a text or empty, or a setting does not fit.
     """
     records = self.predict(
       prompts,

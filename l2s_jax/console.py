@@ -1,9 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The console command `l2s_jax`: `python -m l2s_jax` by another name."""
+"""The console command `l2s_jax`, equal to `python -m l2s_jax`."""
 
 import runpy
 
+_name = 'python -m l2s_jax'
+
+
+def name() -> str:
+  """Returns the name of this process's command line, for usage messages."""
+  return _name
+
 
 def run() -> None:
-  """Runs the command line of this process, and ends it."""
+  """Runs the command line `l2s_jax` and exits the process."""
+  global _name
+  _name = 'l2s_jax'
   runpy.run_module('l2s_jax', run_name='__main__', alter_sys=True)

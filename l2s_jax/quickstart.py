@@ -255,8 +255,8 @@ def _beside(arguments: list[str], output_dir: pathlib.Path) -> Iterator[None]:
   in this process before the body.
 
   Args:
-    arguments: Arguments of the command.
-    output_dir: Folder of the compile cache, and of the second process's output,
+    arguments: arguments of the command.
+    output_dir: folder of the compile cache, and of the second process's output,
       `slm.log`.
   """
   if jax.default_backend() != 'cpu' or (os.cpu_count() or 1) < 2:

@@ -79,7 +79,7 @@ def of(name: str) -> dict[str, tuple[Change, str]]:
     'altered': (flipping(name), f'{name} was changed after'),
     'missing': (
       lambda path: (path / name).unlink(),
-      f'{name} is missing|lists .{name}., which is no file',
+      f'{name} is missing|lists .{name}., which is not a file',
     ),
     'more': (
       lambda path: (path / 'numpy.py').write_text(

@@ -186,7 +186,7 @@ def test_training_and_scores_are_those_of_the_verbs(folder, tmp_path):
     num_bootstrap_samples=0,
   )
   assert again == scores
-  with pytest.raises(ValueError, match='was trained otherwise so far'):
+  with pytest.raises(ValueError, match='was trained with other settings'):
     train(system, run, train_steps=4, examples=EXAMPLES[1:])
 
 

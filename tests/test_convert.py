@@ -129,7 +129,7 @@ def test_a_t5gemma_of_two_sizes_comes_in_as_its_encoder(tmp_path, capsys):
 
   assert not run('--from=hf', '--to=l2s', folder, tmp_path / 'l2s')
   assert (
-    't5gemma, the encoder alone (the decoder is left out, which differs in '
+    't5gemma, encoder only (the decoder is left out, which differs in '
     'num_kv_heads), '
   ) in capsys.readouterr().out
   for path in (folder, tmp_path / 'l2s'):
@@ -378,7 +378,7 @@ def test_a_destination_that_is_there_is_left_alone(t5, tmp_path, capsys):
   (tmp_path / 'out').mkdir()
   (tmp_path / 'out' / 'precious').write_text('x')
   error = refusal(capsys, '--from=hf', '--to=l2s', folder, tmp_path / 'out')
-  assert f'{tmp_path / "out"} is there already' in error
+  assert f'{tmp_path / "out"} already exists' in error
   assert [p.name for p in (tmp_path / 'out').iterdir()] == ['precious']
 
 
@@ -389,7 +389,7 @@ def test_a_disk_that_is_too_small_is_seen_before(
   usage = shutil.disk_usage(tmp_path)._replace(free=1000)
   monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage)
   error = refusal(capsys, '--from=hf', '--to=l2s', folder, tmp_path / 'out')
-  assert 'GB free; the weights take' in error
+  assert 'GB of free space, but the weights need' in error
   assert nothing_written(tmp_path / 'out')
 
 
@@ -425,7 +425,7 @@ def test_a_conversion_that_fails_leaves_nothing(
   before = sorted(tmp_path.iterdir())
   for out in (tmp_path / 'out', tmp_path / 'new' / 'folders' / 'out'):
     error = refusal(capsys, '--from=hf', '--to=l2s', folder, out)
-    assert f'{out} could not be written' in error
+    assert f'{out} cannot be written' in error
     assert 'No space left' in error
     assert sorted(tmp_path.iterdir()) == before
 
@@ -459,7 +459,7 @@ def test_what_is_no_model_is_refused_in_any_form(part):
     ('missing', 'decoder.final_layer_norm.weight (decoder/final_norm/scale)'),
     ('unknown', 'encoder.block.9.layer.0.layer_norm.weight (16,): unknown'),
     ('family', "model_type is 'bert'; supported are t5"),
-    ('form', 'is a Hugging Face folder: say --from=hf'),
+    ('form', 'is a Hugging Face folder. Use --from=hf'),
   ],
 )
 def test_what_cannot_be_read_is_named_and_nothing_is_written(
@@ -524,10 +524,10 @@ def test_a_model_that_a_form_cannot_say_is_refused(tmp_path, capsys, flags):
   error = refusal(
     capsys, '--from=hf', '--to=t5x', tmp_path / 'gpt2', tmp_path / 'out', *flags
   )
-  assert 'is decoder-only; T5X builds only T5' in error
+  assert 'is decoder-only; --to=t5x supports only T5' in error
   assert nothing_written(tmp_path / 'out')
   odd = type(helpers.T5_1_1)(**helpers.T5_1_1.to_json() | {'norm': 'layer'})
-  with pytest.raises(ValueError, match="from a T5 v1.0:\n(.*\n)*  norm='l"):
+  with pytest.raises(ValueError, match="from T5 v1.0:\n(.*\n)*  norm='l"):
     to_huggingface.save(source_of(odd), tmp_path / 'odd', None)
 
 
@@ -547,8 +547,8 @@ def test_the_scale_of_attention_goes_into_query_kernels(
   converted.save(source, tmp_path / 'ours')
   flags = ('--from=l2s', '--to=hf', tmp_path / 'ours')
   assert not run(*flags, tmp_path / 'out')
-  assert 'goes into the query kernels' in capsys.readouterr().out
-  assert 'logits are those of' in convert._compare(tmp_path / 'out', source)
+  assert 'is folded into the query kernels' in capsys.readouterr().out
+  assert 'logits equal those of' in convert._compare(tmp_path / 'out', source)
   # Of kernels in bfloat16 a power of two alone leaves the digits as they were.
   halves = source_of(config, jnp.bfloat16)
   converted.save(halves, tmp_path / 'halves')
@@ -579,11 +579,11 @@ def test_verifying_compares_with_transformers(t5, tmp_path, capsys):
   pytest.importorskip('transformers', reason=reason)
   folder, _ = t5
   assert not run('--from=hf', '--to=l2s', '--verify', folder, tmp_path / 'out')
-  assert 'logits are those of transformers to' in capsys.readouterr().out
+  assert 'logits equal those of transformers to' in capsys.readouterr().out
   other = dataclasses.replace(
     helpers.T5_1_1, mlp_activations=('silu', 'linear')
   )
-  with pytest.raises(ValueError, match='transformers computes other logits'):
+  with pytest.raises(ValueError, match='differ from those of transformers'):
     convert._compare(folder, source_of(other))
 
 
@@ -593,7 +593,7 @@ def test_what_transformers_computes_otherwise_is_not_kept(
   helpers.import_reference()
   monkeypatch.setattr(convert.parity, 'compare', lambda *unused: 2e-5)
   flags = ('--from=hf', '--to=hf', '--verify', t5[0], tmp_path / 'out')
-  assert 'transformers computes other logits' in refusal(capsys, *flags)
+  assert 'differ from those of transformers' in refusal(capsys, *flags)
   assert nothing_written(tmp_path / 'out')
 
 
@@ -607,7 +607,9 @@ def test_an_encoder_alone_has_no_logits_to_verify(t5, tmp_path, capsys):
   }
   safetensors.numpy.save_file(tensors, file)
   flags = ('--from=hf', '--to=l2s', t5[0], tmp_path / 'out')
-  assert 'is an encoder alone' in refusal(capsys, *flags, '--verify')
+  assert 'is an encoder without a decoder' in refusal(
+    capsys, *flags, '--verify'
+  )
   assert nothing_written(tmp_path / 'out')
   assert not run(*flags)
 
@@ -615,8 +617,8 @@ def test_an_encoder_alone_has_no_logits_to_verify(t5, tmp_path, capsys):
 @pytest.mark.parametrize(
   ('flag', 'message'),
   [
-    ('--step=3', '--step=3 is for runs and T5X'),
-    ('--config=t5_small', '--config=t5_small is for --from=t5x'),
+    ('--step=3', '--step=3 applies only to runs and T5X'),
+    ('--config=t5_small', '--config=t5_small applies only to --from=t5x'),
   ],
 )
 def test_a_flag_that_would_mean_nothing_is_refused(

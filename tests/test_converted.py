@@ -40,5 +40,5 @@ def test_it_has_no_steps(folder, tmp_path, capsys):
   out = tmp_path / 'out'
   assert command_line.main(['convert', *flags, str(folder), str(out)]) == 2
   gin.clear_config()
-  assert '--step=5 is for runs and T5X' in capsys.readouterr().err
+  assert '--step=5 applies only to runs and T5X' in capsys.readouterr().err
   assert not out.exists()

@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / 'docs'
 PAGES = [
   *(ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')),
+  *sorted((ROOT / '.github').rglob('*.md')),
   *sorted(DOCS.rglob('*.md')),
 ]
 COMMAND = re.compile(r'(?:python -m )?l2s_jax ([a-z]+ .*)')
@@ -85,6 +86,13 @@ def test_files_that_a_page_names_are_there(page):
     if '/NAME.' not in path and not (ROOT / path).is_file()
   ]
   assert not missing
+
+
+@pytest.mark.parametrize('page', PAGES, ids=name)
+def test_lines_have_100_columns(page):
+  lines = page.read_text(encoding='utf-8').splitlines()
+  # A row of a table cannot be wrapped.
+  assert not [x for x in lines if len(x) > 100 and not x.startswith('|')]
 
 
 def test_every_page_is_in_the_navigation():

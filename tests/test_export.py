@@ -248,13 +248,13 @@ def test_a_folder_that_is_not_as_it_was_written_is_refused(
 @pytest.mark.parametrize(
   'arguments,message',
   [
-    (['kept/l2s', 'bundles/l2s'], 'is there already'),
+    (['kept/l2s', 'bundles/l2s'], 'already exists'),
     (['kept/none', 'new'], 'is neither a run'),
     (['kept/l2s', 'new'], 'LLM_PATH'),  # It is not where it was.
     (['kept/l2s', 'new', '--step=401'], 'step'),
-    (['kept/l2s', 'new', '--step=last'], 'expected a number of steps, or best'),
-    (['bundles/l2s', 'new'], 'is a bundle already'),
-    (['kept/llm', 'new', '--prompts=EMPTY'], 'is empty; expected a prompt'),
+    (['kept/l2s', 'new', '--step=last'], 'expected a step number, or best'),
+    (['bundles/l2s', 'new'], 'is already a bundle'),
+    (['kept/llm', 'new', '--prompts=EMPTY'], 'is empty; expected one prompt'),
   ],
 )
 def test_what_cannot_be_exported_is_refused(
@@ -272,7 +272,7 @@ def test_what_cannot_be_exported_is_refused(
 
 def test_a_form_refuses_a_model_before_anything_is_written(folder, tmp_path):
   pytest.importorskip('gguf', reason='the form gguf needs the package gguf')
-  with pytest.raises(ValueError, match='The model is LLM-to-SLM, whose SLM'):
+  with pytest.raises(ValueError, match='The model is LLM-to-SLM: its SLM'):
     export_command.export(
       f'{folder}/kept/l2s',
       f'{tmp_path}/new',
@@ -291,7 +291,7 @@ def test_a_bundle_with_other_tensors_is_not_kept(folder, monkeypatch):
 
   monkeypatch.setattr(bundle, 'save_beside', save_others)
   with pytest.raises(
-    ValueError, match='of the bundle are not those of l2s.*\n  projector/'
+    ValueError, match='of the bundle differ from those of l2s.*\n  projector/'
   ):
     export_command.export(
       f'{folder}/kept/l2s',

@@ -160,19 +160,19 @@ def test_another_way_of_cutting_text_is_refused(tmp_path):
   )
   tokenizer.save(str(tmp_path / 'tokenizer.json'))
   vocabulary = loading.load(str(tmp_path / 'tokenizer.json'))
-  with pytest.raises(ValueError, match='none of gpt-2, qwen2, smollm'):
+  with pytest.raises(ValueError, match='supports only gpt-2, qwen2, smollm'):
     gguf_form.check(make(helpers.GPT2, tmp_path, vocabulary))
-  with pytest.raises(ValueError, match='BPE without merges'):
+  with pytest.raises(ValueError, match='BPE tokenizer without merges'):
     gguf_form.check(make(helpers.GPT2, tmp_path, helpers.vocabulary()))
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
   'pair': (helpers.MODULES['llm_to_gpt2-add-foreign'], 'llama_batch.embd'),
   't5': (l2s.build(helpers.T5_1_1), 'is an encoder-decoder'),
-  'opt': (l2s.build(helpers.OPT), 'is a opt, which --to=gguf does not write'),
+  'opt': (l2s.build(helpers.OPT), 'of the family opt; --to=gguf supports only'),
   'gemma3': (
     l2s.build(dataclasses.replace(CONFIGS['gemma3'], rope_local_base=7.0)),
-    'rope_local_base=7.0 .a file says 10000.0',
+    'rope_local_base=7.0 .read back as 10000.0',
   ),
   'mistral': (
     l2s.build(dataclasses.replace(LLAMA, sliding_window=3)),
@@ -184,7 +184,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
   ),
   'llama3': (
     l2s.build(dataclasses.replace(LLAMA, rope_scaling=(8.0, 1.0, 4.0, 12.0))),
-    'that of Llama 3.1 alone',
+    'supports only that of Llama 3.1',
   ),
 }
 
@@ -205,7 +205,9 @@ def test_other_tensors_are_noticed(tmp_path):
       'embedding': -bundle.arrays['token_embedder']['embedding']
     },
   }
-  with pytest.raises(ValueError, match='differ:\n  token_embedder/embedding'):
+  with pytest.raises(
+    ValueError, match='Differing tensors:\n  token_embedder/embedding'
+  ):
     gguf_form.compare(
       dataclasses.replace(bundle, arrays=changed), folder, bundles.PROMPTS
     )

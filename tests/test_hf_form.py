@@ -154,7 +154,7 @@ def test_a_folder_runs_without_this_package(tmp_path):
   helpers.import_reference()
   bundle = bundles.make(MODELS['gpt2'], tmp_path)
   folder = write(bundle, tmp_path / 'hf')
-  assert 'same tokens to 2 prompts' in hf_form.compare(
+  assert 'same tokens for 2 prompts' in hf_form.compare(
     bundle, folder, bundles.PROMPTS[:2]
   )
 
@@ -179,7 +179,7 @@ def test_other_weights_are_noticed(tmp_path):
   bundle = bundles.make(module, tmp_path)
   folder = write(bundle, tmp_path / 'hf')
   changed = jax.tree.map(np.asarray, helpers.random_params(module, seed=1))
-  with pytest.raises(ValueError, match='writes other tokens from'):
+  with pytest.raises(ValueError, match='generates .* but the run generates'):
     hf_form.compare(
       dataclasses.replace(bundle, arrays=changed),
       folder,
@@ -193,7 +193,7 @@ def test_another_tokenizer_is_noticed(tmp_path):
   bundle = bundles.make(MODELS['t5_1_1'], tmp_path)
   folder = write(bundle, tmp_path / 'hf')
   export.save(folder, bundle.system.prompt_vocabulary)  # without EOS
-  with pytest.raises(ValueError, match="gives other ids of 'a'"):
+  with pytest.raises(ValueError, match="encodes 'a' as .* but the run as"):
     hf_form.compare(bundle, folder, bundles.PROMPTS[:1], answer)
 
 
@@ -246,7 +246,7 @@ def test_the_verb_leaves_a_folder_that_was_compared(name, tmp_path, capsys):
     llm_path=f'{kept}/llm',
     license='mit',
   )
-  assert 'hf: transformers writes the same tokens' in capsys.readouterr().out
+  assert 'hf: transformers generates the same tokens' in capsys.readouterr().out
   content = manifest.read(tmp_path / 'out', 'hf')
   assert {hf_form.MODELING, 'README.md', 'tokenizer.json'} <= set(
     content['files']

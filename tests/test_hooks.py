@@ -95,8 +95,8 @@ def test_a_hook_of_the_user_sees_steps_and_metrics(folder):
 
 def test_what_is_no_hook_is_refused(folder, capsys):
   for value, message in (
-    ('[@Stranger()]', 'expected an object of a subclass of l2s_jax'),
-    ("['Tracker']", "HOOKS[0]='Tracker': expected an object"),
+    ('[@Stranger()]', 'expected an instance of a subclass of l2s_jax'),
+    ("['Tracker']", "HOOKS[0]='Tracker': expected an instance"),
     ('[@Tracker]', 'write @NAME()'),
   ):
     assert train(folder, 'refused', f'--gin.HOOKS={value}') == 2

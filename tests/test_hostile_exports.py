@@ -81,6 +81,14 @@ def test_a_model_that_was_changed_on_purpose_is_read_without_a_manifest(
   opening.open_source(str(folder))
 
 
+def test_a_manifest_of_another_program_is_ignored(model, tmp_path):
+  folder = tmp_path / 'model'
+  shutil.copytree(model, folder)
+  (folder / manifest.FILE).write_text('{"name": "web app", "files": []}')
+  as_it_came.load(str(folder))
+  opening.open_source(str(folder))
+
+
 @pytest.mark.parametrize('form', PROGRAMS)
 def test_programs_are_not_a_model_that_is_read_here(form, tmp_path):
   folder = with_programs(form, tmp_path / form)

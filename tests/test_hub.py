@@ -163,7 +163,7 @@ def test_a_name_is_fetched_and_converted(server, tmp_path):
     text=True,
   )
   assert done.returncode == 0, done.stderr
-  assert 'read back, 29 tensors are equal' in done.stdout
+  assert '29 tensors read back with equal' in done.stdout
   ours = opening.open_source(str(tmp_path / 'out'))
   theirs = opening.open_source(str(server.folder))
   for path in theirs.shapes():

@@ -151,11 +151,14 @@ def test_dry_run_prints_the_config_and_passes_itself_on(capsys):
   [
     (
       ['polihs'],
-      "'polihs' is no verb; did you mean polish? Verbs: polish, trade.",
+      "'polihs' is not a verb; did you mean polish? Verbs: polish, trade.",
     ),
-    (['polish', '--gin_flie=x'], '--gin_flie=x?; did you mean --gin_file'),
-    (['polish', '--MODEL_DIR=x'], 'in one word: --gin.MODEL_DIR=VALUE.'),
-    (['polish', '--gin.MODEL_DIR', 'x'], 'what is x?'),
+    (
+      ['polish', '--gin_flie=x'],
+      '--gin_flie=x is not a flag; did you mean --gin_file?',
+    ),
+    (['polish', '--MODEL_DIR=x'], 'set by --gin.MODEL_DIR=VALUE.'),
+    (['polish', '--gin.MODEL_DIR', 'x'], 'x is not a flag'),
     (['polish', '--gin.MODEL_DIR'], 'in one word: --gin.NAME=VALUE.'),
     (['polish', '--gin_file=absent.gin'], "no gin file 'absent.gin' in "),
     (['polish', '--gin.polish.nmu_steps=1'], 'did you mean num_steps?'),
@@ -241,7 +244,7 @@ def test_flags_of_a_verb_are_parameters_of_its_function(capsys):
     (['a', 'b'], 'required: --from'),
     (['a', '--from=tin'], 'required: YOURS'),
     (['a', 'b', '--from=gold'], "invalid choice: 'gold'"),
-    (['a', 'b', 'c', '--from=tin'], 'what is c?'),
+    (['a', 'b', 'c', '--from=tin'], 'c is not a flag'),
     (['a', 'b', '--frm=tin', '--from=tin'], 'did you mean --from'),
   ],
 )
@@ -266,7 +269,7 @@ def test_help_is_quick_since_it_imports_nothing_heavy():
 def test_python_m_exits_with_the_status():
   result = python_m('trian')
   assert result.returncode == 2
-  assert "l2s_jax: error: 'trian' is no verb; did you mean train?" in (
+  assert "l2s_jax: error: 'trian' is not a verb; did you mean train?" in (
     result.stderr
   )
 

@@ -71,7 +71,7 @@ def written(request, tmp_path_factory):
 def test_onnx_runtime_writes_the_tokens_of_the_run(written):
   bundle, folder = written
   found = onnx_form.compare(bundle, folder, PROMPTS)
-  assert 'same tokens to 3 prompts' in found
+  assert 'same tokens for 3 prompts' in found
 
 
 def test_both_models_map_the_weights_of_one_file(written):
@@ -128,7 +128,7 @@ def test_other_tokens_are_refused(written):
   other = dataclasses.replace(
     bundle, arrays=jax.tree.map(lambda x: -x, bundle.arrays)
   )
-  with pytest.raises(ValueError, match='writes other tokens from .*the run'):
+  with pytest.raises(ValueError, match='generates .* but the run generates'):
     onnx_form.compare(other, folder, PROMPTS)
 
 

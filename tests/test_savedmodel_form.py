@@ -33,7 +33,7 @@ def written(vocabulary, tmp_path_factory):
 def test_tensorflow_alone_writes_the_texts_of_the_run(written):
   bundle, folder = written
   found = savedmodel_form.compare(bundle, folder, PROMPTS)
-  assert 'same texts to 4 prompts' in found
+  assert 'same texts for 4 prompts' in found
 
 
 def test_weights_are_variables(written):
@@ -104,7 +104,7 @@ def test_other_weights_are_refused(written):
   other = bundles.Bundle(
     bundle.system, jax.tree.map(lambda x: -x, bundle.arrays)
   )
-  with pytest.raises(ValueError, match='writes other tokens from .*the run'):
+  with pytest.raises(ValueError, match='generates .* but the run generates'):
     savedmodel_form.compare(other, folder, PROMPTS[:1])
 
 
@@ -113,7 +113,7 @@ def test_a_tokenizer_that_tensorflow_lacks_leaves_token_ids(tmp_path):
   bundle = bundles.of(helpers.MODULES['gpt2'], continues=True)
   savedmodel_form.write(bundle, tmp_path, **LENGTHS)
   found = savedmodel_form.compare(bundle, tmp_path, ['a', 'The cat'])
-  assert 'same token ids to 2 prompts' in found
+  assert 'same token ids for 2 prompts' in found
   said = json.loads((tmp_path / savedmodel_form.SIGNATURE).read_text())
   assert said['serving_default'] == 'token_ids'
   assert not (tmp_path / savedmodel_form.VERSION / 'assets.extra').exists()

@@ -51,7 +51,7 @@ def written(request, tmp_path_factory):
 def test_jax_alone_writes_the_tokens_of_the_run(written):
   bundle, folder = written
   found = stablehlo_form.compare(bundle, folder, PROMPTS)
-  assert 'same tokens to 3 prompts' in found
+  assert 'same tokens for 3 prompts' in found
 
 
 def test_programs_hold_no_weights_and_no_calls_of_one_platform(written):
@@ -89,7 +89,7 @@ def test_other_tokens_are_refused(tmp_path):
   stablehlo_form.write(bundle, tmp_path)
   manifest.write(tmp_path, 'stablehlo', {})
   bundle.arrays = jax.tree.map(lambda x: -x, bundle.arrays)
-  with pytest.raises(ValueError, match='writes other tokens to .*the run writ'):
+  with pytest.raises(ValueError, match='generates .* but the run generates'):
     stablehlo_form.compare(bundle, tmp_path, PROMPTS)
 
 

@@ -92,7 +92,7 @@ def test_the_verbs_carry_a_run_there_and_back(folder, tmp_path, capsys):
     ('run', {'dtype': 'bfloat16'}, '--dtype=bfloat16: --to=t5x writes the'),
     ('run', {'vocabulary': 'x'}, '--vocabulary=x: --to=t5x writes the'),
     ('run', {'step': '5'}, 'does not have the checkpoint 5; it has steps .7'),
-    ('t5x', {}, 't5x is no run. --to=t5x writes the training state of a run'),
+    ('t5x', {}, 't5x is not a run. --to=t5x writes the training state'),
   ],
 )
 def test_what_export_does_not_take(source, given, message, folder, tmp_path):
@@ -106,9 +106,12 @@ def test_what_export_does_not_take(source, given, message, folder, tmp_path):
 @pytest.mark.parametrize(
   ('given', 'message'),
   [
-    ({'to': 'run'}, '--from=t5x --to=run: a run is made by .* --run=RUN'),
-    ({'to': 'l2s', 'run': 'x'}, '--to=l2s --run=x: a run is made by'),
-    ({'to': 'run', 'run': 'x', 'verify': True}, '--verify=True: a run is'),
+    ({'to': 'run'}, '--from=t5x --to=run: expected .* --run=RUN'),
+    ({'to': 'l2s', 'run': 'x'}, '--to=l2s --run=x: expected --from=t5x'),
+    (
+      {'to': 'run', 'run': 'x', 'verify': True},
+      '--verify=True: expected --from',
+    ),
   ],
 )
 def test_what_convert_does_not_take(given, message, folder, tmp_path):

@@ -78,7 +78,7 @@ def report(
 
   Raises:
     FileNotFoundError: if a file is missing.
-    ValueError: if a folder is no run or evaluation, or a file is damaged.
+    ValueError: if a folder is not a run or evaluation, or a file is damaged.
   """
   folder = files.local_folder(output, '--output')
   records = run_records.read_all(run)
@@ -301,7 +301,7 @@ def _read_speeds(path: str) -> list[TableRow]:
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: if it is no benchmark.
+    ValueError: if it is not a benchmark.
   """
   remedy = 'set --speed to a benchmark.json written by `benchmark`.'
   rows = files.read_json(path, keys={'rows': list}, remedy=remedy)['rows']

@@ -103,7 +103,7 @@ class Answering(AnswerSettings):
   extra_ids: int
 
   def __post_init__(self):
-    """Checks what needs no model.
+    """Checks the settings that do not depend on the model.
 
     Raises:
       ValueError: names the setting.

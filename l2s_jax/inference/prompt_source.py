@@ -97,7 +97,7 @@ class PromptSource:
 
   @property
   def is_task(self) -> bool:
-    """Whether the input is a task, which has its own prompt template."""
+    """Whether the input is a task, with its own prompt template."""
     return self.input.startswith(TASK)
 
   @property

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Out of this project: what others read, and proofs that it is equal.
+"""Conversion to other frameworks' formats, and checks against these frameworks.
 
-`convert` is the verb. Reading the forms of others is in `weights/formats/`.
-`t5x` is LLM-to-SLM as a model of T5X, and imports that.
+`convert` implements the verb `convert`; the package `exports` implements
+`export`. `weights/formats/` reads weights in other formats. Only `t5x`, the
+LLM-to-SLM model for T5X, imports the package t5x.
 """
 
-# The modules that other packages may import.
+# Public modules.
 __all__ = (
   'convert',
   'parity',

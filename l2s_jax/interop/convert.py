@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `convert`: weights from one form into another, checked.
+"""The verb `convert`: weights in one format, written and verified in another.
 
-Forms: `hf`, a Hugging Face folder or a model's name on the Hub; `t5x`, a
-checkpoint of T5X; `gguf`, a file; `l2s`, a run of ours or what `--to=l2s` left.
-Tensors go through memory layer by layer. A destination appears when it is
-whole and has been read back.
+Formats: `hf` is a Hugging Face folder or the name of a model on the Hub, `t5x`
+a T5X checkpoint, `gguf` a GGUF file, and `l2s` a run of l2s_jax or a folder
+that `--to=l2s` wrote. Tensors are read, cast and written layer by layer. The
+destination appears only after all of it has been written and read back.
 """
 
 import contextlib
@@ -36,13 +36,13 @@ from l2s_jax.weights import converted, finite, hub, manifest, opening, runs
 from l2s_jax.weights import source as source_lib
 from l2s_jax.weights.formats import gguf_file, huggingface, t5x
 
-# What is not --from=l2s.
+# Formats other than --from=l2s: their names in errors, and values of --from.
 _FORMS: dict[type, tuple[str, str]] = {
   gguf_file.File: ('a GGUF file', 'gguf'),
   huggingface.HuggingFaceFolder: ('a Hugging Face folder', 'hf'),
-  t5x.Checkpoint: ('a checkpoint of T5X', 't5x'),
+  t5x.Checkpoint: ('a T5X checkpoint', 't5x'),
 }
-# Beside the tokenizer's own files, what transformers keeps with them.
+# Tokenizer files to copy, with the chat template of transformers.
 _CARRIED = (*tokenizer_files.ALL_FILES, 'chat_template.jinja')
 
 
@@ -62,19 +62,38 @@ def convert(
   run: str | None = None,
   dry_run: bool = False,
 ) -> None:
-  """Converts weights and says what was checked.
+  """Converts weights to another format and verifies the result.
 
-  Every tensor must be there with the shape that the config gives it, and no
-  other; the tokenizer must fit the embedding table. The result is read back
-  and compared number by number. Of an LLM-to-SLM run, `--to=hf` writes the SLM
-  (slm/), the projector and a config.json that says how they fit; other forms
-  take the SLM alone.
+  The source must have exactly the tensors of its config, in their shapes, and
+  the tokenizer must fit the embedding table. The written tensors are read back
+  and their digests compared with those of the source after the cast. For an
+  LLM-to-SLM run, `--to=hf` writes the SLM (slm/), the projector, and a
+  config.json that describes how they fit together; other formats take the SLM
+  only.
+
+  Args:
+    source: location of the weights: a folder, a file, or a name on the Hub.
+    destination: folder to write; it must not exist.
+    from_: format of the source: 'hf', 't5x', 'gguf' or 'l2s'.
+    to: format of the destination: 'l2s', 'hf', 't5x' or 'run'. 'run' makes a
+      run with optimizer state from a T5X checkpoint of LLM-to-SLM.
+    dtype: dtype of the written tensors, 'float32' or 'bfloat16'; None keeps
+      that of the source.
+    step: checkpoint step of a run or of T5X; None means the newest.
+    config: model config of a T5X checkpoint without config.json: a name in
+      `gin_configs/models/` or a gin file.
+    vocabulary: tokenizer to write, in place of that of the source.
+    verify: whether to compare logits with those of transformers; one of the two
+      formats must be 'hf'.
+    allow_non_finite: whether to accept NaN and infinity in the weights.
+    run: for `to='run'`, the run of the T5X model.
+    dry_run: whether to print the plan and stop.
 
   Raises:
-    FileNotFoundError: if there are no weights of that form.
-    ValueError: if the weights cannot be read, are not what their config says,
-      cannot be said in the form asked for, do not fit on the disk, or come
-      out other than they went in.
+    FileNotFoundError: if the source does not exist in the given format.
+    ValueError: if flags do not go together; if the weights are unreadable, do
+      not match their config or cannot be expressed in the new format; if there
+      is not enough disk space; or if the written tensors differ.
   """
   if run is not None or to == 'run':
     given: dict[str, Any] = {'from': from_, 'to': to, 'run': run}
@@ -86,22 +105,22 @@ def convert(
     extras.require('--verify', 'torch', 'transformers')
     if 'hf' not in (from_, to):
       raise ValueError(
-        '--verify compares with transformers: it needs a Hugging Face folder '
-        f'at one end, and found --from={from_} --to={to}. Leave --verify out.'
+        '--verify compares logits with transformers and needs --from=hf or '
+        f'--to=hf, but found --from={from_} --to={to}. Remove --verify.'
       )
   opened = _open(source, from_, step, config)
-  # An encoder may come without its decoder: an LLM needs no more.
+  # An LLM may be an encoder without its decoder.
   wanted = source_lib.demanded(opened.config, opened.shapes())
   source_lib.check_shapes(opened, wanted, allow_others=False)
   if verify and shapes_lib.is_encoder_alone(opened.shapes()):
     raise ValueError(
-      f'--verify compares logits, and {opened.location} is an encoder alone: '
-      'it computes none. Leave --verify out.'
+      f'--verify compares logits, but {opened.location} is an encoder without '
+      'a decoder. Remove --verify.'
     )
   reading = Reading(opened, dtype, folds_scale=to == 'hf')
   folder = pathlib.Path(destination)
   unfinished = folder.with_name(f'.{folder.name}.unfinished')
-  shutil.rmtree(unfinished, ignore_errors=True)  # Left by one that was killed.
+  shutil.rmtree(unfinished, ignore_errors=True)  # Left by a killed process.
   check_destination(folder, reading.num_bytes)
   _check_form(reading, to)
   print(_describe(reading, from_))
@@ -127,29 +146,31 @@ def convert(
 def unfinished_removed(
   folder: pathlib.Path, unfinished: pathlib.Path
 ) -> Iterator[None]:
-  """Removes what is unfinished; where it fails, nothing is kept.
+  """Removes the temporary folder, and after a failure new parent folders, too.
+
+  The block writes to `unfinished` and renames it to `folder` as its last step.
 
   Args:
-    folder: the destination, which the block makes, last of all.
-    unfinished: the folder beside it that the block writes to.
+    folder: the destination.
+    unfinished: the temporary folder beside it.
 
   Raises:
-    ValueError: if the disk refuses something, with what it says.
+    ValueError: for an error of the file system, with its message.
   """
   missing = [path for path in folder.absolute().parents if not path.exists()]
   try:
     yield
   except OSError as error:
-    if error.errno is None:  # In words already.
+    if error.errno is None:
       raise
     raise ValueError(
-      f'{folder} could not be written: {error}. Nothing of it is kept.'
+      f'{folder} cannot be written: {error}. The partial output was deleted.'
     ) from error
   finally:
     shutil.rmtree(unfinished, ignore_errors=True)
     if not folder.exists():
       for parent in missing:
-        with contextlib.suppress(OSError):  # It was not made, or is in use.
+        with contextlib.suppress(OSError):  # Absent or not empty.
           parent.rmdir()
 
 
@@ -161,21 +182,21 @@ def _begin_run(
   *,
   dry_run: bool,
 ) -> None:
-  """Makes a run of ours from a checkpoint of T5X, with its optimizer state.
+  """Makes a run from a T5X checkpoint with optimizer state.
 
   Raises:
-    ValueError: if it is not asked for as it must be.
+    ValueError: if the flags are not those of such a conversion.
   """
   others = {key: x for key, x in given.items() if x and key != 'run'}
   if others != {'from': 't5x', 'to': 'run'} or given['run'] is None:
     flags = ' '.join(f'--{key}={x}' for key, x in given.items() if x)
     raise ValueError(
-      f'{flags}: a run is made by --from=t5x --to=run --run=RUN, where RUN is '
-      "the run that T5X's model was made of, and --step at most beside these."
+      f'{flags}: expected --from=t5x --to=run --run=RUN, with RUN the run of '
+      'the T5X model. The only other flag is --step.'
     )
   folder = pathlib.Path(destination)
   unfinished = folder.with_name(f'.{folder.name}.unfinished')
-  shutil.rmtree(unfinished, ignore_errors=True)  # Left by one that was killed.
+  shutil.rmtree(unfinished, ignore_errors=True)  # Left by a killed process.
   check_destination(folder, 0)
   target, _ = t5x.open_part(pathlib.Path(source), step, ('target',))
   print(f'{source}: {len(target)} parameters')
@@ -190,20 +211,30 @@ def _begin_run(
 def _open(
   source: str, form: str, step: int | None, config: str | None
 ) -> source_lib.Source:
-  """Opens the weights as the form that they are said to have."""
+  """Opens weights in the format `form`, a value of --from.
+
+  Raises:
+    FileNotFoundError: if there are no weights of this format.
+    ValueError: if a flag does not apply, or the weights have another format.
+  """
   if config is not None and form != 't5x':
     raise ValueError(
-      f'--config={config} is for --from=t5x; other forms bring their config.'
+      f'--config={config} applies only to --from=t5x; other formats contain '
+      'their config. Remove --config.'
     )
   if step is not None and form in ('hf', 'gguf'):
     raise ValueError(
-      f'--step={step} is for runs and T5X; --from={form} has one model.'
+      f'--step={step} applies only to runs and T5X checkpoints; '
+      f'--from={form} has no steps. Remove --step.'
     )
   location = pathlib.Path(source)
   if form == 'hf' and hub.is_name(source):
     location = hub.download(source)
   if not location.exists():
-    raise FileNotFoundError(f'{source} is missing: expected weights there.')
+    raise FileNotFoundError(
+      f'SOURCE={source} does not exist; expected a folder, a file, or a name '
+      'on the Hub.'
+    )
   if not hub.is_name(source):
     opening.check_export(location)
   if form == 't5x':
@@ -215,41 +246,55 @@ def _open(
     opening.check_no_adapter(location)
     if not (location / huggingface.CONFIG).is_file():
       raise FileNotFoundError(
-        f'{source} is not a Hugging Face folder: it has no '
-        f'{huggingface.CONFIG}.'
+        f'{source} is not a Hugging Face folder: {huggingface.CONFIG} is '
+        'missing. Set --from to the format of SOURCE.'
       )
     return huggingface.HuggingFaceFolder(location)
   if step is not None and (location / converted.DESCRIPTION).is_file():
     raise ValueError(
-      f'--step={step} is for runs and T5X; {source} is a converted folder, '
-      'which has one model.'
+      f'--step={step} applies only to runs and T5X checkpoints; {source} is a '
+      'converted folder without steps. Remove --step.'
     )
   opened = opening.open_source(source, step)
   if (location / 'slm').is_dir() and _bundle_of(opened) is not None:
     print(
-      f'{source} is a bundle of LLM-to-SLM: its SLM alone is converted; '
-      '`export` takes all of it'
+      f'{source} is a bundle of LLM-to-SLM: only its SLM is converted. Use '
+      '`export` for the whole model.'
     )
   for kind, theirs in _FORMS.items():
     if isinstance(opened, kind):
-      raise ValueError(f'{source} is {theirs[0]}: say --from={theirs[1]}.')
+      raise ValueError(f'{source} is {theirs[0]}. Use --from={theirs[1]}.')
   return opened
 
 
 def _preset(name: str) -> config_lib.TransformerConfig:
-  """Returns the config in `gin_configs/models/NAME.gin`, or in a gin file."""
+  """Returns the config of `gin_configs/models/NAME.gin`, or of a gin file."""
   file = name if name.endswith('.gin') else f'gin_configs/models/{name}.gin'
   gin_config.parse_config([file])
   macro = pathlib.Path(file).stem.upper()
   try:
     value = gin.query_parameter(f'{macro}/gin.macro.value')
   except ValueError as error:
-    raise ValueError(f'{file} does not name a config {macro}.') from error
+    raise ValueError(
+      f'{file} does not bind the macro {macro}; expected a model config.'
+    ) from error
   return value.scoped_configurable_fn()
 
 
 class Reading:
-  """A source that takes notes: a cast, the digests, how far it has come."""
+  """A source with a cast that records digests, progress and non-finite values.
+
+  It implements `source.Source` for the tensors after the cast.
+
+  Attributes:
+    source: the source before the cast.
+    config: the model config; with `folds_scale`, the one without a scale.
+    num_bytes: size of all tensors after the cast.
+    progress: progress bar of `read`, in bytes; None for none.
+    notes: record of non-finite tensors.
+    keeps_stored: whether to record the digests of all tensors before the cast,
+      too; otherwise only of those with stored digests.
+  """
 
   def __init__(
     self,
@@ -258,6 +303,17 @@ class Reading:
     *,
     folds_scale: bool = False,
   ):
+    """Opens nothing; computes shapes and sizes.
+
+    Args:
+      source: the source.
+      dtype: dtype of the cast; None keeps the stored dtypes.
+      folds_scale: whether to fold the scale of attention logits into the query
+        kernels, for a model family without such a scale; see `scale_folding`.
+
+    Raises:
+      ValueError: if the cast would round the folded kernels twice.
+    """
     self.source = source
     self.config, self._query_factor = source.config, 1.0
     if folds_scale:
@@ -283,16 +339,17 @@ class Reading:
     )
     self.progress: Any = None
     self.notes = finite.Notes(source)
-    # Whether the digests of all that is read are kept, before the cast.
     self.keeps_stored = False
 
   def step(self) -> int | None:
     return self.source.step()
 
   def shapes(self) -> dict[shapes_lib.Path, jax.ShapeDtypeStruct]:
+    """Returns the shapes, with the dtypes after the cast."""
     return self._shapes
 
   def read(self, path: shapes_lib.Path, layer: int | None = None) -> np.ndarray:
+    """Reads a tensor or one layer of it, casts it and records its digest."""
     stored = self.source.read(path, layer)
     if self.keeps_stored or self.source.digest(path) is not None:
       self._stored[path, layer or 0] = source_lib.digest_layer(stored)
@@ -311,19 +368,23 @@ class Reading:
     return self.source.name(path)
 
   def digest(self, path: shapes_lib.Path) -> str:
+    """Returns a tensor's digest after the cast; all its layers must be read."""
     return self._whole(path, self._layers)
 
   def source_fingerprint(self) -> str:
-    """Returns the fingerprint of the source, all of which has been read."""
+    """Returns the fingerprint of the source before the cast.
+
+    All tensors must have been read, with `keeps_stored`.
+    """
     return source_lib.fingerprint(
       {path: self._whole(path, self._stored) for path in self._shapes}
     )
 
   def check_source(self) -> None:
-    """Refuses what was read if it is not what the source's digests say.
+    """Checks the tensors read so far against the digests stored in the source.
 
     Raises:
-      ValueError: names the tensors.
+      ValueError: lists the tensors that differ.
     """
     if integrity.verification():
       paths = {path for path, _ in self._stored}
@@ -341,39 +402,57 @@ class Reading:
 
 
 def progress_bar(num_bytes: int, what: str) -> Any:
+  """Returns a progress bar on standard error; silent unless that is a terminal.
+
+  Args:
+    num_bytes: total size.
+    what: label of the bar.
+  """
   return tqdm.tqdm(
     total=num_bytes,
     desc=what,
     unit='B',
     unit_scale=True,
     file=sys.stderr,
-    disable=None,  # Where nobody looks on.
+    disable=None,  # Without a terminal.
     leave=False,
   )
 
 
 def check_destination(folder: pathlib.Path, num_bytes: int) -> None:
+  """Checks that a folder does not exist and that the disk has room for it.
+
+  Args:
+    folder: the destination.
+    num_bytes: size of the tensors to write.
+
+  Raises:
+    ValueError: if the folder exists, is inside a file, or does not fit.
+  """
   if folder.exists():
     raise ValueError(
-      f'{folder} is there already. Name another DESTINATION, or remove it.'
+      f'{folder} already exists. Choose another DESTINATION, or remove it.'
     )
   parent = files.nearest_existing(folder)
   if not parent.is_dir():
     raise ValueError(
-      f'{parent} is a file: no folder can be made in it. Name another '
-      'DESTINATION.'
+      f'{parent} is a file, expected a folder. Choose another DESTINATION.'
     )
   free = shutil.disk_usage(parent).free
   if free < num_bytes:
     raise ValueError(
-      f'{parent} has {free / 1e9:,.1f} GB free; the weights take '
-      f'{num_bytes / 1e9:,.1f} GB. Make room, name another DESTINATION, or '
-      'halve it by --dtype=bfloat16.'
+      f'{parent} has {free / 1e9:,.1f} GB of free space, but the weights need '
+      f'{num_bytes / 1e9:,.1f} GB. Free disk space, choose another '
+      'DESTINATION, or halve the size with --dtype=bfloat16.'
     )
 
 
 def _check_form(source: 'Reading', to: str) -> None:
-  """Refuses a model that the form asked for cannot say."""
+  """Checks that a format can express the model.
+
+  Raises:
+    ValueError: lists the differences.
+  """
   if to == 'hf':
     to_huggingface.find_model_type(source)
   elif to == 't5x':
@@ -381,13 +460,14 @@ def _check_form(source: 'Reading', to: str) -> None:
 
 
 def _describe(reading: Reading, form: str) -> str:
+  """Returns a summary: format, model family, number of parameters, size."""
   shapes = reading.shapes().values()
   dtypes = sorted({shape.dtype.name for shape in shapes})
   family = reading.model_type or (
     'encoder-decoder' if reading.config.is_encoder_decoder else 'decoder-only'
   )
   if shapes_lib.is_encoder_alone(reading.shapes()):
-    family += ', the encoder alone'
+    family += ', encoder only'
     if (
       isinstance(reading.source, huggingface.HuggingFaceWeights)
       and reading.source.left_out
@@ -395,14 +475,14 @@ def _describe(reading: Reading, form: str) -> str:
       family += f' ({reading.source.left_out})'
   at = f', step {reading.step()}' if reading.step() is not None else ''
   folded = (
-    '; the scale of its attention logits goes into the query kernels'
+    '; the scale of attention logits is folded into the query kernels'
     if reading.config != reading.source.config
     else ''
   )
   return (
     f'{reading.location} ({form}{at}): {family}, '
     f'{sum(shape.size for shape in shapes):,} parameters in {len(shapes)} '
-    f'tensors; to be stored as {", ".join(dtypes)}, '
+    f'tensors; written as {", ".join(dtypes)}, '
     f'{reading.num_bytes / 1e9:,.3f} GB{folded}'
   )
 
@@ -413,7 +493,7 @@ def _write(
   to: str,
   vocabulary_path: str | None,
 ) -> None:
-  """Writes the whole destination into an empty folder."""
+  """Writes weights and tokenizer into a new folder."""
   folder.mkdir(parents=True)
   model_folder = folder
   source = reading.source
@@ -455,11 +535,11 @@ def _write(
 def _write_tokenizer(
   reading: Reading, folder: pathlib.Path, path: str | None
 ) -> base.Vocabulary | None:
-  """Writes the tokenizer beside the weights; None where there is none.
+  """Writes the tokenizer beside the weights; returns None without a usable one.
 
   Raises:
-    ValueError: if it has more ids than the embedding table has rows, or ends
-      text by another id than config.json says.
+    ValueError: if the tokenizer has more ids than the embedding table has rows,
+      or another EOS id than config.json.
   """
   source = reading.source
   if path is not None:
@@ -480,16 +560,16 @@ def _write_tokenizer(
     and _bundle_of(source) is None
   )
   try:
-    # What it is depends on the family too, which `folder` does not say yet.
+    # The type of tokenizer also depends on `model_type`; `folder` has none yet.
     vocabulary = loading.load(source.location if is_copied else folder)
   except FileNotFoundError:
     print(
-      f'{source.location} brings no tokenizer that is known. Give one by '
-      '--vocabulary=FILE, or by LLM_VOCABULARY / SLM_VOCABULARY at use'
+      f'{source.location} has no tokenizer in a known format. Pass one with '
+      '--vocabulary=FILE, or later with LLM_VOCABULARY or SLM_VOCABULARY.'
     )
     return None
-  except ValueError as error:  # Kept all the same: transformers may read it.
-    print(f'the tokenizer is copied, and cannot be used here: {error}')
+  except ValueError as error:  # transformers may accept it.
+    print(f'The tokenizer is copied, but l2s_jax cannot use it: {error}')
     return None
   vocabulary.for_table(reading.config.vocab_size)
   ids = reading.special_ids
@@ -497,16 +577,15 @@ def _write_tokenizer(
   eos_ids = [said] if isinstance(said, int) else said
   if eos_ids and vocabulary.eos_id not in eos_ids:
     raise ValueError(
-      f'The tokenizer ends text by eos_id={vocabulary.eos_id}, and the '
-      f'config.json of {source.location} says eos_token_id={said}. Give the '
-      'tokenizer that the model was trained with (--vocabulary), or correct '
-      'the wrong one of them.'
+      f'The tokenizer has eos_id={vocabulary.eos_id}, but the config.json of '
+      f'{source.location} has eos_token_id={said}. Set --vocabulary to the '
+      "tokenizer of the model's training, or correct config.json."
     )
   return vocabulary
 
 
 def _bundle_of(source: source_lib.Source) -> pathlib.Path | None:
-  """Returns the bundle that a converted folder is in, if it is in one."""
+  """Returns the bundle that contains a converted folder; None without one."""
   folder = pathlib.Path(source.location).parent
   is_in_one = isinstance(
     source, converted.ConvertedFolder
@@ -515,10 +594,12 @@ def _bundle_of(source: source_lib.Source) -> pathlib.Path | None:
 
 
 def _vocabulary(run: runs.Run, name: str) -> base.Vocabulary:
+  """Returns a vocabulary of a run, 'prompt' or 'answer'."""
   return runs.load_vocabulary(pathlib.Path(run.location), run.description, name)
 
 
 def _copy_tokenizer(source: pathlib.Path, destination: pathlib.Path) -> None:
+  """Copies the tokenizer files of a folder."""
   destination.mkdir(parents=True, exist_ok=True)
   for name in _CARRIED:
     if (source / name).is_file():
@@ -526,10 +607,10 @@ def _copy_tokenizer(source: pathlib.Path, destination: pathlib.Path) -> None:
 
 
 def _check_written(reading: Reading, folder: pathlib.Path, to: str) -> str:
-  """Reads back what was written; returns what was found equal.
+  """Reads the written tensors back; returns a summary of the comparison.
 
   Raises:
-    ValueError: lists the tensors that are not what was read before.
+    ValueError: lists the tensors whose digests differ.
   """
   if (folder / to_huggingface.SLM).is_dir():
     folder = folder / to_huggingface.SLM
@@ -547,26 +628,29 @@ def _check_written(reading: Reading, folder: pathlib.Path, to: str) -> str:
       if written.get(path) != found.get(path)
     ]
     raise ValueError(
-      f'What was written to {folder} does not read back as it was. The disk '
-      'may be failing; these tensors differ:\n  ' + '\n  '.join(differing)
+      f'{folder}: tensors read back with other values than were written. The '
+      'disk may be failing. Differing tensors:\n  ' + '\n  '.join(differing)
     )
   return (
-    f'read back, {len(found)} tensors are equal in name, shape and content; '
+    f'{len(found)} tensors read back with equal names, shapes and values; '
     f'fingerprint {source_lib.fingerprint(found)}'
   )
 
 
 def _compare(folder: pathlib.Path, source: source_lib.Source) -> str:
-  """Returns how near our logits are to those of transformers.
+  """Compares logits with those of transformers; returns a summary.
 
   Raises:
-    ValueError: if they differ by more than float32 explains.
+    ValueError: if they differ by more than float32 rounding.
   """
   difference = parity.compare(folder, source)
   if not difference < 1e-5:
     raise ValueError(
-      f'transformers computes other logits from {folder}: they differ by '
-      f'{difference:.1e} of the largest. Nothing is kept; please report this '
-      'with its config.json.'
+      f'The logits of {folder} differ from those of transformers by '
+      f'{difference:.1e} of the largest logit, expected less than 1e-5. The '
+      'output was deleted. Please report this with config.json.'
     )
-  return f'logits are those of transformers to {difference:.1e} of the largest'
+  return (
+    f'logits equal those of transformers to within {difference:.1e} of the '
+    'largest logit'
+  )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares what a model computes here and in the package transformers.
+"""Compares logits with those of the package transformers.
 
-For `convert --verify` and for tests; torch and transformers are imported only
-by the functions that need them.
+Used by `convert --verify` and by tests. torch and transformers are imported
+inside functions.
 """
 
 import pathlib
@@ -19,14 +19,14 @@ _PROMPT_LENGTHS, _ANSWER_LENGTHS = (11, 1, 6), (7, 5, 3)
 
 
 def compare(folder: pathlib.Path, source: source_lib.Source) -> float:
-  """Returns the largest difference of logits, by the largest logit.
+  """Returns the largest difference of logits, relative to the largest logit.
 
-  Both models are held whole, in float32, and read the same random tokens in
-  rows of unequal length.
+  Both models are in memory in float32, and read the same random tokens in rows
+  of different lengths.
 
   Args:
-    folder: of Hugging Face.
-    source: the same weights, in any form.
+    folder: Hugging Face folder.
+    source: the same weights, in any format.
   """
   generator = np.random.default_rng(0)
   vocab_size = source.config.vocab_size
@@ -52,7 +52,7 @@ def _logits(
   prompts: list[np.ndarray],
   answers: list[np.ndarray],
 ) -> np.ndarray:
-  """Returns logits of a padded batch, [row, answer position, vocab]."""
+  """Returns the logits of a padded batch: [row, answer position, vocab]."""
   batch = {}
   for side, rows in (('encoder', prompts), ('decoder', answers)):
     tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
@@ -82,7 +82,7 @@ def _logits_of_transformers(
   answers: list[np.ndarray],
   is_encoder_decoder: bool,
 ) -> list[np.ndarray]:
-  """Returns logits of each row alone, [answer position, vocab]."""
+  """Returns transformers' logits of unpadded rows, [answer position, vocab]."""
   import torch
   import transformers
 
@@ -106,8 +106,8 @@ def _logits_of_transformers(
         both = np.concatenate([prompt, answer])
         logits = model(torch.tensor(both)[None]).logits[:, len(prompt) :]
     if model.config.model_type == 'umt5':
-      # transformers 5 scales as if umT5 were tied, which it is not; the golden
-      # checkpoint of T5X has it unscaled.
+      # transformers 5 scales umT5's logits as if its embeddings were tied. They
+      # are not, and T5X does not scale them, as a golden test shows.
       logits *= model.config.d_model**0.5
     rows.append(logits[0].numpy())
   return rows

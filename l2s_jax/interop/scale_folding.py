@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scale of attention logits, moved into the query kernels.
+"""Folds the scale of attention logits into the query kernels.
 
-A model of ours may divide attention logits by sqrt(head_dim) and have relative
-positions (`TransformerConfig.scale_attention`), which no T5 of others does. The
-same model without the scale has query kernels that are as much smaller.
+Models here can have relative positions and attention logits divided by
+sqrt(head_dim) (`TransformerConfig.scale_attention`). T5 in other frameworks has
+no such scale. A model without the scale computes the same logits with query
+kernels multiplied by the scale.
 """
 
 import dataclasses
@@ -20,10 +21,10 @@ from l2s_jax.weights.formats import huggingface
 def fold(
   config: config_lib.TransformerConfig,
 ) -> tuple[config_lib.TransformerConfig, float]:
-  """Returns a config without the scale, and the factor of query kernels.
+  """Returns the config without the scale, and the factor of the query kernels.
 
-  A config that a family of transformers says as it is, or that no family says
-  without the scale either, comes back with the factor 1.
+  The config is returned unchanged, with factor 1, if a model family of
+  transformers can express it, or if none can express it without the scale.
   """
   factor = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
   unscaled = dataclasses.replace(
@@ -31,7 +32,7 @@ def fold(
   )
   if (
     not config.scale_attention
-    or config.qk_norm  # It would undo the factor.
+    or config.qk_norm  # QK norm would undo the factor.
     or huggingface.model_types(config)
     or not huggingface.model_types(unscaled)
   ):
@@ -40,29 +41,36 @@ def fold(
 
 
 def is_query(path: shapes_lib.Path) -> bool:
+  """Returns whether a parameter is a query kernel or bias."""
   return len(path) > 1 and path[-2] == 'query'
 
 
 def check(
   factor: float, stored: np.dtype, written: np.dtype, location: str
 ) -> None:
-  """Refuses a factor that the dtype of the kernels does not hold.
+  """Checks that folding the scale does not round query kernels a second time.
 
-  A power of two is exact in any dtype; others are rounded once, which a float32
-  does not show, nor a kernel that is rounded to another dtype as it is written.
+  A power of two is exact in every dtype. Another factor rounds once, which is
+  acceptable in float32, and in a cast that rounds anyway.
+
+  Args:
+    factor: factor from `fold`.
+    stored: dtype of the source.
+    written: dtype of the destination.
+    location: location of the weights, for errors.
 
   Raises:
-    ValueError: with the dtype that does.
+    ValueError: if neither dtype is float32 and the factor is no power of two.
   """
   if math.frexp(factor)[0] == 0.5 or jnp.float32 in (stored, written):
     return
   raise ValueError(
-    f'{location} divides attention logits by {1 / factor:g}, which goes into '
-    f'its query kernels; these are stored as {stored.name}, which would round '
-    'them a second time. Write them with --dtype=float32.'
+    f'{location} divides attention logits by {1 / factor:g}. --to=hf folds '
+    'this into the query kernels, and would round them a second time to '
+    f'{stored.name}. Use --dtype=float32.'
   )
 
 
 def scale(array: np.ndarray, factor: float, dtype: np.dtype) -> np.ndarray:
-  """Returns a query kernel times the factor, rounded once."""
+  """Returns a query kernel multiplied by the factor in float32, then cast."""
   return (array.astype(np.float32) * np.float32(factor)).astype(dtype)

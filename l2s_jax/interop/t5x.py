@@ -245,10 +245,14 @@ class LlmToSlmModel(models.BaseTransformerModel):
   def score_batch(
     self, params: Params, batch: Batch, return_intermediates: bool = False
   ) -> jax.Array:
-    """Returns the log probability of each answer, in nats."""
+    """Returns the log-probability of each answer, in nats, [batch].
+
+    Raises:
+      ValueError: if `return_intermediates` is set.
+    """
     if return_intermediates:
       raise ValueError(
-        'LlmToSlmModel keeps no intermediates. Set '
+        'LlmToSlmModel does not return intermediates. Set '
         'score_batch.return_intermediates to False.'
       )
     log_probs = jax.nn.log_softmax(self._compute_logits(params, batch))
@@ -269,8 +273,11 @@ class LlmToSlmModel(models.BaseTransformerModel):
   ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
     """Decodes answers with T5X's `decode_fn`.
 
-    The LLM reads each prompt once; the decoding loop carries the SLM's cache.
+    The LLM encodes each prompt once; the decode loop carries the SLM's cache.
     Arguments and results are those of T5X's `EncoderDecoderModel`.
+
+    Raises:
+      ValueError: if `prompt_with_targets` is set.
     """
     if prompt_with_targets:
       raise ValueError(
@@ -327,7 +334,10 @@ def _system(run_dir: str, dropout_rate: float | None) -> system_lib.System:
 
 
 def is_trained(system: system_lib.System) -> Callable[[str], bool]:
-  """Returns whether a system trains the parameter of a path, as a function."""
+  """Returns a predicate: whether a system trains the parameter of a path.
+
+  Paths have '/' between keys.
+  """
 
   def check(path: str) -> bool:
     return path.split('/')[0] not in system.frozen and system.is_trained(path)
@@ -406,6 +416,9 @@ def bound_task(run_dir: str, name: str) -> str:
     run_dir: MODEL_DIR of the run.
     name: MIXTURE_OR_TASK_NAME: a task or mixture of l2s_jax or of SeqIO's
       registry.
+
+  Returns:
+    The name of the registered task or mixture.
 
   Raises:
     ValueError: if there is no such task.

@@ -40,6 +40,10 @@ def to_slots(
   Args:
     slots: `v`, or `v_row` and `v_col`, of `AdafactorState`.
     factors: factoring of the parameter.
+
+  Returns:
+    `v_row`, `v_col`, `v` and `m`, without averaged axes. Unused ones are zeros
+    of the shape [1].
   """
   absent = np.zeros((1,), np.float32)
   theirs = dict.fromkeys(_SLOTS, absent)
@@ -66,13 +70,17 @@ def from_slots(
     shape: shape of the parameter.
     path: path of the parameter, for errors.
 
+  Returns:
+    `v`, or `v_row` and `v_col`, of `AdafactorState`, with averaged axes of size
+    1.
+
   Raises:
     ValueError: if T5X's factoring is different, or it has momentum.
   """
   if slots['m'].shape != (1,):
     raise ValueError(
-      f'{path}: T5X has trained with momentum (Adafactor.beta1), and adafactor '
-      'here has none. Train with beta1 = None.'
+      f'{path}: T5X trained with momentum (Adafactor.beta1), but Adafactor of '
+      'l2s_jax has none. Train with beta1 = None.'
     )
   if not factors.rows:
     ours = {'v': slots['v']}
@@ -139,7 +147,7 @@ def write(
   """
   system, layout = _open(run_dir, llm_path)
   if wrong := saved_steps.problem(run_dir, step, saved_steps.ITEMS):
-    raise ValueError(f'{wrong}. Name another step by --step.')
+    raise ValueError(f'{wrong}. Choose another step with --step.')
   params = parameters.load_params(system, layout, run_dir, step)
   states = _read_states(system, layout, pathlib.Path(run_dir), step)
   state: dict[str, Any] = {'step': np.int32(step)}
@@ -180,8 +188,8 @@ def _check_written(path: pathlib.Path, parts: Mapping[str, PyTree]) -> None:
     if bad:
       raise ValueError(
         f'{path}: {bad[0]} and {len(bad) - 1} other arrays of {part} read back '
-        'with other values than were written. The checkpoint is removed; check '
-        'the disk.'
+        'with other values than were written. The checkpoint was deleted. The '
+        'disk may be failing.'
       )
 
 
@@ -379,7 +387,7 @@ def _read_params(
   if problems:
     raise ValueError(
       f'{location} does not have the parameters of the run. Pass the run that '
-      'was RUN in T5X:\n  ' + '\n  '.join(problems[:20])
+      'T5X had as RUN. Differences:\n  ' + '\n  '.join(problems[:20])
     )
   return traverse_util.unflatten_dict(
     {
@@ -432,7 +440,7 @@ def _read_slots(
     if missing:
       raise ValueError(
         f"{location} has no {missing[0]}: expected the state of T5X's "
-        'Adafactor. Take a checkpoint of t5x.train with it.'
+        'Adafactor. Use a checkpoint that t5x.train wrote with Adafactor.'
       )
     theirs = {name: state[full].read() for name, full in names.items()}
     slots[path] = from_slots(theirs, factors, flat[path].shape, path)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes weights as a Hugging Face folder, and an LLM-to-SLM run as two.
 
-The way in is `weights/formats/huggingface.py`; both go through the same tables
-of names.
+Reading is in `weights/formats/huggingface.py`; both directions use the same
+name tables.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ from l2s_jax.weights.formats import huggingface, tensor_files
 SLM = 'slm'
 PROJECTOR = 'projector'
 
-# Their name, as in a torch.nn.Sequential(Linear, ReLU, Linear), of each of our
-# tensors; PyTorch's Linear keeps [out, in].
+# Names in a torch.nn.Sequential(Linear, ReLU, Linear), by parameter path.
+# PyTorch's Linear stores kernels as [out, in].
 _PROJECTOR = {
   ('projector', 'wi', 'kernel'): 'projector.0.weight',
   ('projector', 'wi', 'bias'): 'projector.0.bias',
@@ -50,14 +50,16 @@ def save(
   """Writes config.json and safetensors files, tensor by tensor.
 
   Args:
-    source: where from.
-    folder: where to; made if absent.
-    vocabulary: whose special ids config.json names where nobody said what
-      family the source is of; None: T5's.
-    max_file_bytes: of one file, before another is begun.
+    source: the weights.
+    folder: destination, created if absent.
+    vocabulary: tokenizer that defines the special ids in config.json if the
+      source has no `model_type`; None: T5's ids for an encoder-decoder, else
+      none.
+    max_file_bytes: maximum size of a safetensors file; larger models are
+      sharded.
 
   Raises:
-    ValueError: if transformers has no family that is built so.
+    ValueError: if no model family of transformers has this architecture.
   """
   tensors = Tensors(source)
   tensor_files.save_safetensors(
@@ -78,10 +80,10 @@ def save(
 
 
 class Tensors:
-  """A model's tensors by the names and in the shapes of transformers.
+  """A model's tensors under the names and in the shapes of transformers.
 
   Attributes:
-    shapes: of all of them, with dtypes.
+    shapes: shapes and dtypes by name.
   """
 
   def __init__(
@@ -91,16 +93,16 @@ class Tensors:
     is_reader: bool = False,
     prefix: str = '',
   ):
-    """Finds the names; nothing is read yet.
+    """Maps names; reads no tensors.
 
     Args:
-      source: where from.
-      is_reader: whether only what reads a prompt is wanted, of a model that
-        has no head, whose names transformers gives without the model's own.
-      prefix: of all names.
+      source: the weights.
+      is_reader: whether to take only the tensors that encode a prompt, under
+        the names of the base model (`AutoModel`, without a head).
+      prefix: prefix of all names.
 
     Raises:
-      ValueError: if transformers has no family that is built so.
+      ValueError: if no model family of transformers has this architecture.
     """
     family = huggingface.FAMILIES[find_model_type(source)]
     config = source.config
@@ -113,7 +115,8 @@ class Tensors:
         continue
       if is_reader and not is_of_reader(row.path, config):
         continue
-      # save_pretrained prefixes all but the head, and no encoder by itself.
+      # save_pretrained prefixes all names but those of the head and of an
+      # encoder alone.
       is_bare = is_reader or row.path[0] == 'logits_dense'
       before = prefix + ('' if is_bare else family.prefix)
       for layer, name in enumerate(row.names(config)):
@@ -126,6 +129,7 @@ class Tensors:
     }
 
   def read(self, name: str) -> np.ndarray:
+    """Reads a tensor by its name in transformers."""
     parts = self._parts[name]
     return name_table.to_theirs(
       [row for row, _ in parts],
@@ -137,7 +141,7 @@ class Tensors:
 def is_of_reader(
   path: shapes_lib.Path, config: config_lib.TransformerConfig
 ) -> bool:
-  """Returns whether a tensor takes part where a model reads a prompt."""
+  """Returns whether a tensor is used to encode a prompt."""
   if config.is_encoder_decoder:
     return path[0] in l2s.ENCODER
   return path[0] != 'logits_dense'
@@ -149,15 +153,15 @@ def describe(
   *,
   is_reader: bool = False,
 ) -> dict[str, Any]:
-  """Returns what config.json says of the model, its tokens and its dtype.
+  """Returns config.json with special token ids and dtype.
 
   Args:
     source: the model.
-    vocabulary: as `save` takes it.
-    is_reader: as `Tensors` takes it.
+    vocabulary: see `save`.
+    is_reader: see `Tensors`.
 
   Raises:
-    ValueError: if transformers has no family that is built so.
+    ValueError: if no model family of transformers has this architecture.
   """
   content = huggingface.config_json(find_model_type(source), source.config)
   stored = source.shapes()
@@ -178,21 +182,25 @@ def describe(
 
 
 def find_model_type(source: source_lib.Source) -> str:
-  """Returns the family to write: that of the source, or one that fits."""
+  """Returns the `model_type` to write: the source's if possible.
+
+  Raises:
+    ValueError: if no model family of transformers has this architecture.
+  """
   fitting = huggingface.model_types(source.config)
   if source.model_type in fitting:
     return source.model_type
   if not fitting:
     raise ValueError(
-      f'No family of transformers is built like the model in {source.location}.'
-      ' Choose --to=l2s. What sets it apart from a T5 v1.0:\n  '
-      + '\n  '.join(_unusual(source.config))
+      'No model family of transformers has the architecture of '
+      f'{source.location}. Use `convert --to=l2s` or `export --to=bundle`. Its '
+      'differences from T5 v1.0:\n  ' + '\n  '.join(_unusual(source.config))
     )
   return fitting[0]
 
 
 def _unusual(config: config_lib.TransformerConfig) -> list[str]:
-  """Returns the fields that are not as their default."""
+  """Returns the config fields with other values than their defaults."""
   return [
     f'{field.name}={getattr(config, field.name)!r}'
     for field in dataclasses.fields(config)
@@ -204,7 +212,11 @@ def special_ids(
   source: source_lib.Source,
   vocabulary: base.Vocabulary | None,
 ) -> dict[str, Any]:
-  """Returns the special ids as the source has them, else the tokenizer's."""
+  """Returns the special ids of the source, or else of the tokenizer.
+
+  Returns:
+    Ids by their keys in config.json, such as 'eos_token_id'.
+  """
   if source.model_type is not None:
     return dict(source.special_ids)
   is_encoder_decoder = source.config.is_encoder_decoder
@@ -215,7 +227,7 @@ def special_ids(
       'eos_token_id': ends[0] if len(ends) == 1 else list(ends),
       start: vocabulary.start_id,
     }
-    # A made-up one would be masked in prompts: 0 is GPT-2's '!'.
+    # Attention would mask an invented id: 0 is GPT-2's '!'.
     if vocabulary.has_pad:
       ids['pad_token_id'] = vocabulary.pad_id
     return ids
@@ -227,19 +239,22 @@ def special_ids(
 def save_run(
   source: source_lib.Source, run: runs.Run, folder: pathlib.Path
 ) -> None:
-  """Writes what an LLM-to-SLM run has beside its SLM.
+  """Writes the projector of an LLM-to-SLM run, and a config.json.
 
   Args:
-    source: the SLM, which `save` writes into the folder `slm`.
+    source: the SLM; `save` writes it into the folder `slm`.
     run: the run.
-    folder: gets `projector.safetensors` and a config.json that says how LLM,
-      projector and SLM fit together.
+    folder: destination of `projector.safetensors` and of the config.json, which
+      describes how LLM, projector and SLM fit together.
+
+  Raises:
+    ValueError: if the run trained its LLM.
   """
   if run.description['train_llm']:
     raise ValueError(
-      f'{run.location} has trained its LLM (TRAIN_LLM), which has no place in '
-      'the folder of a projector and an SLM beside an LLM as it came. Its SLM '
-      'alone is read where the run is named as SLM_PATH.'
+      f'{run.location} has a trained LLM (TRAIN_LLM), but `convert --to=hf` '
+      'writes only the projector and the SLM. Use `export` for the whole '
+      'model, or set SLM_PATH to the run to use its SLM.'
     )
   tensors = others(traverse_util.unflatten_dict(run.read_others()))
   shapes = {
@@ -253,10 +268,10 @@ def save_run(
 
 
 def others(params: Any) -> dict[str, np.ndarray]:
-  """Returns what stands between LLM and SLM, by the names of torch's Linear.
+  """Returns the parameters between LLM and SLM, with torch.nn.Linear's names.
 
   Args:
-    params: of LLM-to-SLM; those of LLM and SLM may be absent.
+    params: parameters of LLM-to-SLM; those of LLM and SLM may be absent.
   """
   flat = traverse_util.flatten_dict(
     {name: x for name, x in params.items() if name not in ('llm', 'slm')}
@@ -268,19 +283,21 @@ def others(params: Any) -> dict[str, np.ndarray]:
 
 
 def _what_is_read(layer: int | str | None) -> str:
+  """Returns the definition of the projector's input H, for config.json."""
   if layer is None:
     return "H, the last hidden states of the LLM's encoder"
-  norm = "through the norm behind the LLM's last layer"
+  norm = "after the LLM's final norm"
   if layer == l2s.MIX:
     return (
-      'H, layer_mix.scale times a mean of the hidden states of the embeddings '
-      f'and of all layers of the LLM, each {norm}, with the shares '
+      'H, layer_mix.scale times the mean of the embeddings and the hidden '
+      f'states of all layers of the LLM, each {norm}, with the weights '
       'softmax(layer_mix.weights)'
     )
   return f'H, the hidden states after layer {layer} of the LLM, {norm}'
 
 
 def _how_it_fits(source: source_lib.Source, run: runs.Run) -> dict[str, Any]:
+  """Returns the config.json of `save_run`."""
   description = run.description
   is_own = description['shared_vocabulary']
   if description['injection'] == 'replace':

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes weights as a checkpoint that T5X restores.
+"""Writes weights as a T5X checkpoint.
 
-Parameters alone, as of T5X's InferenceState: a msgpack file that names a zarr
-array for each. The way in, and the table of names, is `weights/formats/t5x.py`.
+The checkpoint has parameters and a step, as T5X's InferenceState: a msgpack
+file that refers to one zarr array per parameter. The name table and the reader
+are in `weights/formats/t5x.py`.
 """
 
 import json
@@ -19,24 +20,24 @@ from l2s_jax.weights import source as source_lib
 from l2s_jax.weights.families import name_table
 from l2s_jax.weights.formats import t5x
 
-# T5X looks them up among those of flax.linen, which mean the same by them.
+# Activations that T5X looks up in flax.linen, with the same meaning as here.
 _ACTIVATIONS = ('gelu', 'linear', 'relu', 'silu')
 
 
 def save(source: source_lib.Source, folder: pathlib.Path) -> None:
-  """Writes `checkpoint_STEP` as T5X does, and its config.json beside it.
+  """Writes `checkpoint_STEP` in T5X's format, and a config.json beside it.
 
   Args:
-    source: a T5.
-    folder: where to: what T5X calls MODEL_DIR.
+    source: a T5 model.
+    folder: destination, MODEL_DIR in T5X.
 
   Raises:
-    ValueError: if T5X's networks are not built so; lists the fields.
+    ValueError: if T5X cannot build the model; lists the differences.
   """
   config = source.config
   check(source)
-  folder = folder.resolve()  # tensorstore takes no path that holds `..`.
-  step = source.step() or 1  # T5X finds no checkpoint_0.
+  folder = folder.resolve()  # tensorstore rejects paths with `..`.
+  step = source.step() or 1  # T5X ignores checkpoint_0.
   path = folder / f'checkpoint_{step}'
   path.mkdir(parents=True)
   is_scanned = config.relpos_per_layer
@@ -58,7 +59,7 @@ def save(source: source_lib.Source, folder: pathlib.Path) -> None:
         path,
         t5x.scanned(row.theirs),
         (shape[0], count, *shape[1:]),
-        (shape[0], 1, *shape[1:]),  # A layer can be written alone.
+        (shape[0], 1, *shape[1:]),  # One chunk per layer.
         dtype,
       )
       _insert(target, t5x.scanned(row.theirs), spec)
@@ -85,12 +86,17 @@ def save(source: source_lib.Source, folder: pathlib.Path) -> None:
 
 
 def check(source: source_lib.Source) -> None:
-  """Refuses what T5Config has no field for, and an LLM without its decoder."""
+  """Checks that T5X can build the model.
+
+  Raises:
+    ValueError: if the model is decoder-only, has no decoder, or has config
+      values without a field in T5Config; lists the differences.
+  """
   config = source.config
   if not config.is_encoder_decoder:
     raise ValueError(
-      f'{source.location} is decoder-only; T5X builds only T5 so that it is '
-      'read here. Choose --to=hf or --to=l2s.'
+      f'{source.location} is decoder-only; --to=t5x supports only T5. Use '
+      '--to=hf or --to=l2s.'
     )
   said = config_lib.TransformerConfig(
     **{name: getattr(config, name) for name in t5x.FIELDS},
@@ -113,11 +119,11 @@ def check(source: source_lib.Source) -> None:
     if name not in _ACTIVATIONS
   ]
   if ('decoder', 'final_norm', 'scale') not in source.shapes():
-    problems.append('it has no decoder')
+    problems.append('the model has no decoder')
   if problems:
     raise ValueError(
-      f'{source.location} is not a T5 as T5X builds one. Choose --to=hf or '
-      '--to=l2s:\n  ' + '\n  '.join(problems)
+      f'T5X cannot build the model in {source.location}. Use --to=hf or '
+      '--to=l2s. Differences:\n  ' + '\n  '.join(problems)
     )
 
 
@@ -128,7 +134,7 @@ def _create(
   chunks: tuple[int, ...],
   dtype: Any,
 ) -> tuple[dict[str, Any], tensorstore.TensorStore]:
-  """Returns what the msgpack says of an array, and the array to be filled."""
+  """Creates a zarr array; returns it with its spec for the msgpack file."""
   place = 'target.' + name.replace('/', '.') + '/'
   spec = {
     'driver': 'zarr',
@@ -145,6 +151,7 @@ def _create(
 
 
 def _insert(tree: dict[str, Any], name: str, value: Any) -> None:
+  """Inserts a value into nested dicts at a path with '/' between keys."""
   *parents, last = name.split('/')
   for parent in parents:
     tree = tree.setdefault(parent, {})

@@ -175,7 +175,7 @@ def params_for_generation(
     if not (is_stacked or num_contracted):
       return x
     if isinstance(x, np.ndarray) and not num_contracted:
-      return tuple(x)  # Views: what is mapped stays on the disk.
+      return tuple(x)  # Views: memory-mapped arrays stay on disk.
     converted = _convert(x, is_stacked, num_contracted)
     if consume and isinstance(x, jax.Array):
       x.delete()

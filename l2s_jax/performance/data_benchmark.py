@@ -106,7 +106,7 @@ def run(
     dry_run: prints the input, and stops.
 
   Raises:
-    ValueError: if a setting is invalid, or the task is no single text task.
+    ValueError: if a setting is invalid, or the task is not a single text task.
   """
   given.check()
   # Limits a process to one core: the library has threads of its own.

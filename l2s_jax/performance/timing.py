@@ -268,7 +268,7 @@ def in_turns(
 
 
 class Size(NamedTuple):
-  """Numbers of examples for which a contender is called.
+  """Number of examples of each call of a contender.
 
   Attributes:
     few: number of examples of the call that measures startup.

@@ -52,16 +52,16 @@ _Key = tuple[str, str, str]
 
 @dataclasses.dataclass(frozen=True)
 class ParsedConfig:
-  """Says what was read; the bindings themselves are in gin.
+  """Result of `parse_config`. The bindings are in gin's global state.
 
   Attributes:
-    files: every gin file read, included ones too, in order.
-    assumed_strings: of command-line bindings whose value is no gin value and
-      was therefore taken as a string, name to that string.
-    unread_macros: macros bound in files that nothing reads, name to
-      `FILE:LINE`. No error: another verb may read them.
-    required: macros and parameters left to the user, `%gin.REQUIRED`, name to
-      `FILE:LINE`. No error unless a call needs them: see `check_required`.
+    files: all gin files in reading order, including included ones.
+    assumed_strings: strings of command-line bindings whose value gin cannot
+      parse, by name.
+    unread_macros: `FILE:LINE` of macros that are bound in files but not read,
+      by name. Another verb may read them.
+    required: `FILE:LINE` of macros and parameters bound to `%gin.REQUIRED`, by
+      name. `check_required` refuses those that a call needs.
   """
 
   files: tuple[pathlib.Path, ...]
@@ -93,7 +93,7 @@ def parse_config(
   bindings: Iterable[str] = (),
   search_paths: Sequence[str] = (),
 ) -> ParsedConfig:
-  """Clears gin, binds what the files and then `bindings` say, and locks it.
+  """Clears gin, binds files, then `bindings`, and locks the config.
 
   Args:
     gin_files: paths, absolute or looked up (as are the files they include) in
@@ -107,8 +107,8 @@ def parse_config(
     ValueError: naming file and line (or flag) and near misses, if a line does
       not parse; a module cannot be imported; a configurable or parameter does
       not exist; a macro is read and not bound, or was bound in `bindings` and
-      is read by nothing; or a parameter of this package gets what its
-      annotation does not allow.
+      is not read; or the value of a parameter of this package does not
+      match its annotation.
   """
   gin.clear_config()
   roots = [pathlib.Path.cwd(), *map(pathlib.Path, search_paths), REPO_ROOT]
@@ -159,9 +159,9 @@ def check_required(
   Args:
     fn: a configurable. Those it calls through bound `@name()` are checked too.
     given: parameters that the caller of `fn` passes.
-    required: what was left to the user, from `parse_config`.
-    others: configurables that are not called: what they alone would need may
-      be missing.
+    required: `ParsedConfig.required`.
+    others: configurables that are not called; macros that only they read may be
+      missing.
 
   Raises:
     ValueError: listing each parameter without default that nothing binds, and
@@ -233,7 +233,7 @@ def check_between(
 
 
 def check_lengths(task_feature_lengths: Mapping[str, int]) -> None:
-  """Checks that TASK_FEATURE_LENGTHS has what it must.
+  """Checks the keys and values of TASK_FEATURE_LENGTHS.
 
   Raises:
     ValueError: if the length of prompts or answers is missing or not positive.
@@ -261,7 +261,7 @@ def config() -> str:
 
 
 def operative_config() -> str:
-  """Returns what calls so far have read, defaults too, as a gin file.
+  """Returns the operative config of all calls so far as the text of a gin file.
 
   Parsed again, it gives those calls the same arguments; those that gin cannot
   write down (arrays, functions without a gin name) are left out.
@@ -538,7 +538,7 @@ def _missing_parameters(
   given: Collection[str] = (),
   callers: tuple[str, ...] = (),
 ) -> Iterator[str]:
-  """Yields `scope/configurable.parameter` of what a call would not find."""
+  """Yields `scope/configurable.parameter` of a call's missing parameters."""
   with gin.config_scope(scope):
     bindings = gin.get_bindings(fn, resolve_references=False)
   name = f'{"/".join(scope)}/{fn.__name__}'.lstrip('/')

@@ -7,7 +7,7 @@ _MEMINFO = pathlib.Path('/proc/meminfo')
 
 
 def free_bytes() -> int | None:
-  """Returns what programs can still take, caches given up; None: unknown."""
+  """Returns the available memory in bytes, with evictable caches; or None."""
   try:
     text = _MEMINFO.read_text()
   except OSError:  # Not Linux.

@@ -28,9 +28,9 @@ _REMEDIES = {
   errno.EACCES: _RIGHTS,
   errno.EPERM: _RIGHTS,
   errno.EROFS: 'choose another folder',
-  errno.ENOTDIR: 'a file is in the place of a folder: remove it, or correct '
+  errno.ENOTDIR: 'a file has the name of a folder: remove it, or correct '
   'the path',
-  errno.EISDIR: 'a folder is in the place of a file: remove it, or correct the '
+  errno.EISDIR: 'a folder has the name of a file: remove it, or correct the '
   'path',
   errno.EEXIST: 'remove it, or choose another path',
   errno.ENOENT: _PATH,

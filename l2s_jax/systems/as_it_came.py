@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens CHECKPOINT_PATH: a run, a bundle, or a pretrained model as it came.
+"""Opens CHECKPOINT_PATH: a run, a bundle, or a pretrained model.
 
-A model as it came is a single language model with weights and tokenizer from
-elsewhere: a Hugging Face folder, a converted one, a T5X checkpoint, a GGUF
-file, or a name on the Hub. It can stand in for a run without training, and
-nothing is written beside it.
+A pretrained model is a language model with weights and tokenizer: a Hugging
+Face folder, a converted folder, a T5X checkpoint, a GGUF file, or a repository
+on the Hugging Face Hub. It replaces a run without training, and nothing is
+written beside it.
 """
 
 import dataclasses

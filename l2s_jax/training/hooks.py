@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training run does beside its steps, each every so many of them.
+"""Hooks of the training loop: logging, checkpoints, evaluation, profiling.
 
-A hook is called between two steps and sees the run as it is then. Logging,
-checkpoints, evaluation and profiling are hooks, and so is whatever HOOKS adds:
+A hook is called between two steps and reads the run's state at that time. HOOKS
+adds hooks of the user:
 
     @gin.configurable
     class MyTracker(hooks.Hook):
@@ -37,27 +37,28 @@ PyTree = Any
 
 @dataclasses.dataclass
 class Loop:
-  """A training run between two steps, as hooks see it.
+  """State of a training run between two steps, for hooks.
 
   Attributes:
-    run_dir: the run's folder.
-    system: what is trained.
-    train_steps: updates in all.
-    state: after `step` updates. The next step takes its memory: what a hook
-      keeps it must copy.
-    frozen: the parameters that are not trained.
-    teacher: those of the teacher, which no checkpoint holds; empty: none.
-    step: updates done, those of earlier starts included.
-    num_rows: rows of the data that were trained on.
-    position: where the data go on, of a cache; None: behind `num_rows`.
-    metrics: what was logged at this step, by name.
-    kind: what the order of examples depends on, for the checkpoint.
+    run_dir: folder of the run.
+    system: the system being trained.
+    train_steps: total number of updates.
+    state: train state after `step` updates. The next step donates its buffers:
+      a hook copies the arrays that it keeps.
+    frozen: parameters that are not trained.
+    teacher: parameters of the teacher, which checkpoints do not contain; empty
+      without a teacher.
+    step: number of updates, including those of earlier starts.
+    num_rows: number of data rows consumed.
+    position: position in a cache; None: the data resume after `num_rows`.
+    metrics: values logged at this step, by name.
+    kind: settings that determine the order of examples, for the checkpoint.
     progress: sums since the last log.
-    log: where `write` writes.
-    bar: the progress bar.
-    checkpointer: of the run.
-    watcher: of signals; its lock is held while `state`, `step`, `num_rows` and
-      `progress` change.
+    log: writer of metrics.
+    bar: progress bar.
+    checkpointer: checkpointer of the run.
+    watcher: watcher of signals. Its lock is held while `state`, `step`,
+      `num_rows` and `progress` change.
   """
 
   run_dir: pathlib.Path
@@ -82,7 +83,7 @@ class Loop:
     return parameters.merge(self.frozen, self.state.trainable)
 
   def write(self, scalars: Mapping[str, float]) -> None:
-    """Logs numbers by name, under this step."""
+    """Logs scalars by name, at this step."""
     self.metrics |= scalars
     self.log.write(self.step, scalars)
 
@@ -91,7 +92,7 @@ class Loop:
     self.bar.write(text)
 
   def save(self) -> None:
-    """Starts to save this step, unless that was done."""
+    """Starts an asynchronous save of this step, unless it is saved already."""
     with self.watcher.lock:
       self.progress.settle()
       self.checkpointer.save(
@@ -107,43 +108,43 @@ class Loop:
       )
 
   def save_and_wait(self) -> None:
-    """Saves this step and returns when it is on disk."""
+    """Saves this step and waits until it is on disk."""
     self.save()
     self.checkpointer.wait()
 
 
 class Hook:
-  """Called every so many steps, and at the end of the run.
+  """Base class: called every `every` steps and after the last step.
 
-  With several processes each has its own, and all are called; what goes out
-  once is the first's (`distributed.is_first`). Steps that are done again after
-  a restart are seen again, and so is the step that a run goes on from where an
-  evaluation was still to be made. What a hook raises ends the run.
+  Each process has its own hooks and calls all of them. Output that must be
+  written once is written by the first process (`distributed.is_first`). After a
+  restart, hooks are called again for repeated steps, and for the restored step
+  if its evaluation is missing. An exception in a hook ends the run.
 
   Attributes:
-    every: steps between two calls; None: at the end of the run alone.
+    every: number of steps between two calls; None: after the last step only.
   """
 
   every: int | None = 1
 
   def before(self, loop: Loop) -> None:
-    """Called before each step, whatever `every` is."""
+    """Called before each step, regardless of `every`."""
 
   def __call__(self, loop: Loop) -> None:
-    """Called after a step that is a multiple of `every`, and after the last."""
+    """Called after each multiple of `every`, and after the last step."""
     raise NotImplementedError
 
   def close(self) -> None:
-    """Called once, when the run ends or is left."""
+    """Called once, when the run ends or is interrupted."""
 
 
 class Hooked(NamedTuple):
-  """The hooks of a run, in the order in which they are called.
+  """The hooks of a run, in calling order.
 
   Attributes:
-    in_step: under the lock: what they change belongs to the step.
-    ours: that follow it.
-    users: that follow those.
+    in_step: hooks that run under the lock, as part of the step.
+    ours: hooks of this package, after the step.
+    users: hooks of the user, after `ours`.
   """
 
   in_step: Sequence[Hook]
@@ -152,38 +153,38 @@ class Hooked(NamedTuple):
 
 
 def check(hooks: Sequence[Any]) -> None:
-  """Refuses what HOOKS lists and is no hook.
+  """Checks that HOOKS lists instances of `Hook`.
 
   Raises:
-    ValueError: names the first that is none.
+    ValueError: if an element is not a hook, or its `every` is not positive.
   """
   for number, hook in enumerate(hooks):
     name = f'HOOKS[{number}]'
     if not isinstance(hook, Hook):
       hint = '; write @NAME()' if isinstance(hook, type) else ''
       raise ValueError(
-        f'{name}={hook!r}: expected an object of a subclass of '
+        f'{name}={hook!r}: expected an instance of a subclass of '
         f'{Hook.__module__}.Hook, such as @my_module.MyTracker(){hint}.'
       )
     gin_config.check_positive(**{f'{name}.every': hook.every})
 
 
 def is_due(hook: Hook, loop: Loop) -> bool:
-  """Whether a hook is called after the step that was done."""
+  """Returns whether a hook is called after the current step."""
   return loop.step == loop.train_steps or bool(
     hook.every and loop.step % hook.every == 0
   )
 
 
 def call(hooks: Iterable[Hook], loop: Loop) -> None:
-  """Calls those hooks that are due, in order."""
+  """Calls the hooks that are due, in order."""
   for hook in hooks:
     if is_due(hook, loop):
       hook(loop)
 
 
 class Log(Hook):
-  """Logs losses and speeds since the last time, and begins to sum up anew."""
+  """Logs losses and speeds since the last call, and resets their sums."""
 
   def __init__(
     self,
@@ -191,12 +192,12 @@ class Log(Hook):
     schedule: Callable[[int], Any],
     constants: Mapping[str, float],
   ):
-    """Prepares.
+    """Initializes the hook.
 
     Args:
-      every: steps between two lines.
-      schedule: learning rate by the number of the update, from 0.
-      constants: numbers to log in each line.
+      every: number of steps between two lines.
+      schedule: learning rate by update number, from 0.
+      constants: scalars to log in each line.
     """
     self.every = every
     self._schedule = schedule
@@ -215,10 +216,15 @@ class Log(Hook):
 
 
 class Profile(Hook):
-  """Traces the steps from a first to a last one, into `profile/`."""
+  """Traces a range of steps into `profile/`."""
 
   def __init__(self, run_dir: pathlib.Path, steps: Sequence[int] | None):
-    """Prepares; `steps` are the first and the last, None traces nothing."""
+    """Initializes the hook.
+
+    Args:
+      run_dir: folder of the run.
+      steps: first and last step to trace; None traces nothing.
+    """
     self._profiler = profiling.Profiler(run_dir, steps)
 
   def before(self, loop: Loop) -> None:
@@ -234,7 +240,7 @@ class Profile(Hook):
 
 
 class SaveCheckpoint(Hook):
-  """Saves the run, so that it can go on from here."""
+  """Saves a checkpoint."""
 
   def __init__(self, every: int):
     self.every = every
@@ -244,7 +250,7 @@ class SaveCheckpoint(Hook):
 
 
 class Evaluate(Hook):
-  """Scores the model, once a step, whatever was killed in between."""
+  """Evaluates the model, once per step even across restarts."""
 
   def __init__(
     self,
@@ -254,14 +260,14 @@ class Evaluate(Hook):
     found: Mapping[int, Mapping[str, float]],
     best: str | None = None,
   ):
-    """Prepares.
+    """Initializes the hook.
 
     Args:
-      every: steps between evaluations; None evaluates at the end.
-      scorer: evaluates parameters.
-      prefix: of the names of the scores, behind 'eval/'.
-      found: evaluations of earlier starts, by step; not done again.
-      best: the score whose best step is kept; None: no step is.
+      every: number of steps between evaluations; None evaluates at the end.
+      scorer: evaluator of parameters.
+      prefix: prefix of score names, after 'eval/'.
+      found: scores of earlier starts, by step; these steps are not repeated.
+      best: score that selects the best step to keep; None keeps no best step.
     """
     self.every = every
     self.found = {step: dict(scores) for step, scores in found.items()}
@@ -272,7 +278,7 @@ class Evaluate(Hook):
   def __call__(self, loop: Loop) -> None:
     if loop.step in self.found:
       return
-    loop.save()  # Before: a kill while evaluating costs no step.
+    loop.save()  # First: a kill during the evaluation then loses no step.
     with loop.progress.paused():
       scores = self._scorer.evaluate(
         loop.params(),
@@ -288,7 +294,7 @@ class Evaluate(Hook):
     self.keep_best(loop.checkpointer)
 
   def keep_best(self, checkpointer: checkpoint.Checkpointer) -> None:
-    """Keeps the best step of all evaluations so far.
+    """Keeps the checkpoint of the best step so far.
 
     Raises:
       ValueError: if no evaluation has the score.
@@ -301,9 +307,9 @@ class Evaluate(Hook):
       if self._best in row
     }
     metric = f'{self.prefix}{self._best}'
-    if self.found and not scores:  # Of a metric that is not of metrics.py.
+    if self.found and not scores:  # A metric of the user.
       raise ValueError(
-        f'BEST_METRIC={metric!r} is not among the scores of the evaluation: '
+        f'BEST_METRIC={metric!r} is not a score of the evaluation; its scores: '
         + ', '.join(
           f'{self.prefix}{name}' for name in self.found[max(self.found)]
         )

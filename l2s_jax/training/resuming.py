@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Begins a training run, or goes on where an earlier start has left it."""
+"""Starts a training run, or resumes it from its newest checkpoint."""
 
 import contextlib
 import dataclasses
@@ -38,19 +38,19 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
-  """How long a run goes, and what it does every so many steps.
+  """Settings of a training run: its length and the periods of its hooks.
 
   Attributes:
-    run_dir: the run's folder.
-    train_steps: updates in all; 0: it is a run of the model as it came.
-    log_period: steps between lines in the log.
-    checkpoint_period: steps between saves.
-    keep_checkpoints: the newest so many are kept; None keeps all.
-    preemption_grace_secs: between SIGTERM and the end of the process.
-    profile_steps: the first and the last step to trace; None traces nothing.
-    hooks: what users do beside.
-    trackers: names, see `trackers.py`.
-    began: seconds since the epoch, of this start.
+    run_dir: folder of the run.
+    train_steps: total number of updates; 0 saves the initial model.
+    log_period: number of steps between log lines.
+    checkpoint_period: number of steps between saves.
+    keep_checkpoints: number of newest checkpoints to keep; None keeps all.
+    preemption_grace_secs: seconds between SIGTERM and the end of the process.
+    profile_steps: first and last step to trace; None traces nothing.
+    hooks: hooks of the user.
+    trackers: names of trackers; see `trackers.py`.
+    began: start time of this process, in seconds since the epoch.
   """
 
   run_dir: pathlib.Path
@@ -65,10 +65,10 @@ class RunSettings:
   began: float = dataclasses.field(default_factory=time.time)
 
   def __post_init__(self):
-    """Checks them.
+    """Checks the settings.
 
     Raises:
-      ValueError: names the setting.
+      ValueError: if a setting is invalid.
     """
     if self.train_steps != 0:
       gin_config.check_positive(TRAIN_STEPS=self.train_steps)
@@ -83,8 +83,8 @@ class RunSettings:
     trackers_lib.check(self.trackers)
 
   def metric_writer(self, step: int) -> metric_writer.MetricWriter:
-    """Returns what writes the numbers of a run that goes on behind a step."""
-    # The end of a run that goes on now was no end of a period.
+    """Returns the metric writer of a run that resumes after `step`."""
+    # The run ended at `step` before, which is not the end of a log period.
     is_off = step % self.log_period and step < self.train_steps
     return metric_writer.MetricWriter(
       self.run_dir,
@@ -99,12 +99,12 @@ class RunSettings:
     compile_secs: float,
     evaluates: Sequence[hooks_lib.Evaluate],
   ) -> hooks_lib.Hooked:
-    """Returns what is called beside the steps.
+    """Returns the hooks of the run.
 
     Args:
-      schedule: learning rate by the number of the update, from 0.
-      compile_secs: what compiling the step took; logged.
-      evaluates: the evaluations.
+      schedule: learning rate by update number, from 0.
+      compile_secs: compilation time of the step in seconds, for the log.
+      evaluates: hooks of the evaluations.
     """
     constants = {'train/compile_secs': compile_secs}
     return hooks_lib.Hooked(
@@ -125,16 +125,16 @@ def begin(
   kind: Mapping[str, Any],
   teacher: teachers.Teacher | None = None,
 ) -> hooks_lib.Loop:
-  """Returns a run where it goes on: what an earlier start has left, or step 0.
+  """Returns the run at its newest checkpoint, or at step 0.
 
   Args:
-    opened: closes what is opened here.
+    opened: receives the locks and files that it opens.
     session: the system and its layout.
-    optimizer: of the trainable parameters.
-    settings: of the run.
-    kind: what the order of examples and the optimizer's slots depend on; has
-      the 'seed'.
-    teacher: of the run.
+    optimizer: optimizer of the trainable parameters.
+    settings: settings of the run.
+    kind: settings that determine the order of examples and the optimizer state;
+      includes 'seed'.
+    teacher: teacher of the run.
   """
   run_dir, train_steps = settings.run_dir, settings.train_steps
   watcher = opened.enter_context(
@@ -196,7 +196,7 @@ def _load_teacher(
   system: system_lib.System,
   kind: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns a teacher's parameters, and what must stay the same with it."""
+  """Returns the teacher's parameters, and `kind` with its identity."""
   if teacher is None:
     return {}, {**kind, 'teacher': None}
   params, found = teacher.load(system)
@@ -208,29 +208,32 @@ def check_position(
   kind: Mapping[str, Any],
   run_dir: pathlib.Path,
 ) -> Mapping[str, Any]:
-  """Returns where training goes on: 'num_rows', 'sums' and 'clock'.
+  """Returns the position at which training resumes.
 
   Args:
-    position: from the checkpoint; None at the start.
-    kind: what the order of examples and the optimizer's slots depend on.
-    run_dir: the run's folder, for the error.
+    position: position of the checkpoint; None without a checkpoint.
+    kind: settings that determine the order of examples and the optimizer state.
+    run_dir: folder of the run, for the error message.
+
+  Returns:
+    `position`, with at least 'num_rows', 'sums' and 'clock'.
 
   Raises:
-    ValueError: if that was otherwise at the checkpoint; lists the differences.
+    ValueError: if `kind` differs from the checkpoint's; lists the differences.
   """
   if position is None:
     return {'num_rows': 0, 'sums': {}, 'clock': None}
-  if 'begun_elsewhere' in position:  # In another program's order of examples.
+  if 'begun_elsewhere' in position:  # Another program ordered the examples.
     kind = {'optimizer': kind['optimizer']}
   differences = files.differences(
     {name: position.get(name) for name in kind}, kind
   )
   if differences:
     raise ValueError(
-      f'{run_dir} holds a run that was trained otherwise so far: its place in '
-      'the data, or what its optimizer holds, means nothing now, or it learned '
-      'from another teacher. Set these as they were, or choose another '
-      'MODEL_DIR:\n' + '\n'.join(differences)
+      f'{run_dir} contains a run that was trained with other settings: its '
+      'position in the data, its optimizer state or its teacher does not fit '
+      'the present ones. Restore these settings, or choose another MODEL_DIR:\n'
+      + '\n'.join(differences)
     )
   return position
 
@@ -243,10 +246,10 @@ def restore_or_create(
   checkpointer: checkpoint.Checkpointer,
   seed: int,
 ) -> state_lib.TrainState:
-  """Returns the newest state of the run, or of a run that begins the first.
+  """Returns the newest train state of the run, or the initial one.
 
-  What comes from weights is read, and the rest initialised: nothing is in
-  memory twice.
+  Pretrained parameters are read and the others initialized, so that no
+  parameter is in memory twice.
   """
   shapes, shardings = _state_shapes(system, layout, optimizer, mesh)
   restored = checkpointer.restore(shapes, shardings)
@@ -266,8 +269,8 @@ def first_params(
 
   Args:
     system: the system.
-    layout: of its parameters.
-    seed: of those that no weights have.
+    layout: layout of its parameters.
+    seed: seed of the parameters that are not pretrained.
   """
   params = parameters.load_pretrained(system, layout)
   known = traverse_util.flatten_dict(params, sep='/')
@@ -289,7 +292,7 @@ def _state_shapes(
   optimizer: optax.GradientTransformation,
   mesh: jax.sharding.Mesh,
 ) -> tuple[state_lib.TrainState, state_lib.TrainState]:
-  """Returns the shapes and the shardings of the state."""
+  """Returns the shapes and shardings of the train state."""
   _, shapes = parameters.split(layout.shapes, system.frozen)
   _, shardings = parameters.split(layout.shardings, system.frozen)
   return state_lib.shardings(shapes, shardings, optimizer, mesh)
@@ -298,7 +301,7 @@ def _state_shapes(
 def optimizer_bytes(
   session: session_lib.Session, optimizer: optax.GradientTransformation
 ) -> int:
-  """Returns what the optimizer's state takes on a device."""
+  """Returns the size of the optimizer state on a device, in bytes."""
   shapes, shardings = _state_shapes(
     session.system, session.layout, optimizer, session.mesh
   )

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experiment trackers beside `metrics.jsonl`: Weights & Biases and Trackio.
 
-TRACKERS names them. A tracker is a hook: it sends each number that the run logs
-once, whatever was stopped in between and however often the run was started.
-`trackers.json` in the run's folder keeps, for each tracker, the run's id there
-and the last step that was sent of each number. TensorBoard's files are written
+TRACKERS names them. A tracker is a hook that sends each logged number once,
+also across restarts. `trackers.json` in the run's folder has each tracker's run
+id and the last sent step of each number. TensorBoard files are written
 by `evaluation/metric_writer.py`.
 """
 
@@ -54,7 +53,7 @@ def _start_wandb(run_dir: pathlib.Path, run_id: str) -> Any:
 
 
 def _start_trackio(run_dir: pathlib.Path, run_id: str) -> Any:
-  """Returns a run of Trackio, whose database is in TRACKIO_DIR."""
+  """Returns a run of Trackio, with its database in TRACKIO_DIR."""
   import trackio
 
   return trackio.init(
@@ -153,7 +152,7 @@ class Tracker(hooks_lib.Hook):
 
 
 def _read(path: pathlib.Path) -> dict[str, dict[str, Any]]:
-  """Returns what the trackers of a run have sent.
+  """Returns the last sent steps of a run's trackers.
 
   Raises:
     ValueError: if the file is broken.

@@ -148,7 +148,7 @@ class ByteVocabulary(base.Vocabulary):
 def in_text_of(
   arguments: Mapping[str, Any],
 ) -> dict[str, tokenizers.AddedToken]:
-  """Returns the rules by which transformers matches special tokens in text.
+  """Returns transformers' rules for special tokens in text.
 
   Args:
     arguments: arguments of the tokenizer class, from

@@ -141,7 +141,7 @@ def _load_as_transformers(
   says_bos = _says_bos(config)
   config = {f'{kind}_token': token for kind, token in resolved.tokens.items()}
   if config.get('unk_token') == config.get('eos_token'):
-    config.pop('unk_token', None)  # GPT-2's unk_token is no unknown token.
+    config.pop('unk_token', None)  # GPT-2's unk_token is not an unknown token.
   config |= {
     'tokenizer_class': 'PreTrainedTokenizerFast',
     'clean_up_tokenization_spaces': False,

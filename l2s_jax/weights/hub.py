@@ -14,7 +14,7 @@ _PICKLES = ('pytorch_model*.bin', tensor_files.PICKLE_INDEX)
 
 
 def is_name(text: str) -> bool:
-  """Returns whether `text` has the form ORGANISATION/NAME and is no path."""
+  """Returns whether `text` has the form ORGANISATION/NAME and is not a path."""
   return (
     re.fullmatch(r'[\w.-]+/[\w.-]+', text) is not None
     and not pathlib.Path(text).exists()

@@ -28,25 +28,27 @@ _KEYS: dict[str, Any] = {
 _FILE_KEYS = {'bytes', 'sha256'}
 
 
-def is_export(folder: str | pathlib.Path, form: str | None = None) -> bool:
-  """Returns whether a folder holds an export.
+def is_export(folder: str | pathlib.Path, form: str) -> bool:
+  """Returns whether a folder holds an export of a form.
 
-  A manifest that cannot be parsed counts as an export of any form; `read` then
-  reports the error.
+  A manifest that cannot be parsed, or has lost its form, counts as an export of
+  any form; `read` then reports the error. A `manifest.json` of another program
+  does not count.
 
   Args:
     folder: the folder to check.
-    form: the export form to require, such as 'bundle'; None accepts any.
+    form: the export form, such as 'bundle'.
   """
   path = pathlib.Path(folder) / FILE
   if not path.is_file():
     return False
-  if form is None:
-    return True
   try:
-    return files.read_json(path, remedy=_REMEDY).get('form', form) == form
+    content = files.read_json(path, remedy=_REMEDY)
   except ValueError:
     return True
+  return (
+    content.get('form', form if integrity.DIGEST in content else None) == form
+  )
 
 
 def form_of(folder: str | pathlib.Path) -> str | None:

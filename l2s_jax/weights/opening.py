@@ -76,7 +76,7 @@ def open_source(
 
 
 def check_export(folder: pathlib.Path) -> None:
-  """Refuses what `export` wrote and nobody reads here, or somebody changed.
+  """Refuses exported folders that are not models, or were changed.
 
   Args:
     folder: any; or a file, of which its folder is looked at. Bundles are left

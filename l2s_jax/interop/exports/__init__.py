@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run or a model as one folder that stands alone, in the forms of others.
+"""Exports of a run or a pretrained model as one self-contained folder.
 
-`export_command` is the verb. It makes a bundle of the model, or opens one, and
-each form is written from that: a module with `check`, `write` and `compare`.
-Files that a folder carries along, and programs of their own, import nothing of
-this project.
+`export_command` implements the verb `export`. It writes a bundle, or opens one,
+and writes the other formats from the bundle. Each format is a module with the
+functions `check`, `write` and `compare`. Files that are copied into an export,
+and programs that run in a process of their own, do not import l2s_jax.
 """
 
-# The modules that other packages may import.
+# Public modules.
 __all__ = (
   'export_command',
   'gguf_form',

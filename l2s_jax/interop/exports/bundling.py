@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a bundle of a run, or of a model as it came, tensor by tensor."""
+"""Writes a run or a pretrained model as a bundle, tensor by tensor."""
 
 import dataclasses
 import pathlib
@@ -17,20 +17,20 @@ from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import converted, manifest, opening, runs
 from l2s_jax.weights import source as source_lib
 
-# So many bytes are compared at once.
+# Bytes per comparison.
 _BLOCK = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-  """What a bundle is made of.
+  """The contents of a bundle.
 
   Attributes:
-    system: as the run or the model has it.
-    towers: its language models: 'llm' and 'slm', or 'model'.
-    beside: the other tensors of LLM-to-SLM, by path.
-    step: of a run.
-    name: of the folder, for people.
+    system: the system of the run or the model.
+    towers: the language models: 'llm' and 'slm', or 'model'.
+    beside: the other parameters of LLM-to-SLM, by path.
+    step: checkpoint step of a run.
+    name: name of the source folder, for people.
   """
 
   system: system_lib.System
@@ -41,13 +41,13 @@ class Parts:
 
   @property
   def num_bytes(self) -> int:
-    """What the tensors take on the disk."""
+    """Size of all tensors in the bundle."""
     beside = sum(array.nbytes for array in self.beside.values())
     return beside + sum(tower.num_bytes for tower in self.towers.values())
 
 
 class _Encoder:
-  """Of a source, the tensors that read prompts."""
+  """The tensors of a source that encode prompts."""
 
   def __init__(
     self, source: source_lib.Source, paths: set[shapes_lib.Path]
@@ -83,18 +83,18 @@ def open_parts(
   vocabulary: str | None = None,
   extra_ids: int = 0,
 ) -> Parts:
-  """Opens a run, or a model as it came, to be made into a bundle.
+  """Opens a run or a pretrained model for `write`.
 
   Args:
-    location: CHECKPOINT_PATH.
-    step: of a run; None takes the newest.
-    dtype: to store tensors in; None: as they are.
-    llm_path: where the LLM of a run is now, if it has moved.
-    vocabulary: tokenizer of a model as it came that brings none.
-    extra_ids: sentinels that T5 adds behind its SentencePiece model.
+    location: location of the source, as CHECKPOINT_PATH.
+    step: checkpoint step of a run; None means the newest.
+    dtype: dtype of the written tensors; None keeps that of the source.
+    llm_path: new location of the run's LLM, if it has moved.
+    vocabulary: tokenizer of a pretrained model without one.
+    extra_ids: number of T5's sentinel ids behind its SentencePiece model.
 
   Raises:
-    FileNotFoundError: if there is no such model.
+    FileNotFoundError: if the model does not exist.
     ValueError: if it cannot be read.
   """
   system = as_it_came.load(
@@ -106,7 +106,7 @@ def open_parts(
   if not isinstance(system.module, l2s.LlmToSlm):
     tower = convert.Reading(source, dtype)
     return Parts(system, {bundle.MODEL: tower}, {}, source.step(), name)
-  assert isinstance(source, runs.Run)  # Of other weights none is a pair.
+  assert isinstance(source, runs.Run)  # Only runs are LLM-to-SLM.
   beside = source.read_others(but=('llm', 'slm'))
   wanted = {
     path[1:]: shape
@@ -137,14 +137,14 @@ def write(
   """Writes a bundle into an empty folder.
 
   Args:
-    parts: what it is made of.
-    folder: where to.
-    dtype: as `open_parts` was given it.
-    **facts: of the manifest, for people.
+    parts: contents from `open_parts`.
+    folder: destination.
+    dtype: the dtype of `open_parts`.
+    **facts: information for people, for the manifest.
 
   Raises:
-    ValueError: if weights are not what their digests say, or the LLM is not
-      the one that the run was trained with.
+    ValueError: if tensors do not match their digests or are not finite, or the
+      LLM is not the one of the run's training.
   """
   system = parts.system
   for name, tower in parts.towers.items():
@@ -187,18 +187,18 @@ def write(
 
 
 def compare(parts: Parts, opened: bundle.Bundle, dtype: str | None) -> str:
-  """Compares a bundle's tensors with those of its source, layer by layer.
+  """Compares a bundle's tensors bit by bit with those of its source.
 
   Args:
-    parts: what the bundle was made of; its tensors are read again.
+    parts: contents of the bundle; tensors are read again, layer by layer.
     opened: the bundle.
-    dtype: as `open_parts` was given it.
+    dtype: the dtype of `open_parts`.
 
   Returns:
-    What was found equal.
+    A summary.
 
   Raises:
-    ValueError: lists the tensors that differ in a bit, or are missing.
+    ValueError: lists the tensors that differ or are missing.
   """
   differing, count = [], 0
   for name, tower in parts.towers.items():
@@ -233,15 +233,15 @@ def compare(parts: Parts, opened: bundle.Bundle, dtype: str | None) -> str:
       differing.append('/'.join(path))
   if differing:
     raise ValueError(
-      f'{len(differing)} of {count} tensors of the bundle are not those of '
-      f'{parts.name}. Nothing is kept; the disk may be failing. These differ:'
-      '\n  ' + '\n  '.join(differing[:20])
+      f'{len(differing)} of {count} tensors of the bundle differ from those of '
+      f'{parts.name}. The output was deleted. The disk may be failing. '
+      'Differing tensors:\n  ' + '\n  '.join(differing[:20])
     )
-  return f'all {count} tensors are those of {parts.name}, bit by bit'
+  return f'all {count} tensors equal those of {parts.name} bit by bit'
 
 
 def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
-  """Returns whether arrays are equal; a NaN is that of the same bits."""
+  """Returns whether arrays are equal in shape, dtype and every bit."""
   if a.shape != b.shape or a.dtype != b.dtype:
     return False
   x, y = (np.ascontiguousarray(c).reshape(-1).view(np.uint8) for c in (a, b))
@@ -252,19 +252,24 @@ def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _made(folder: pathlib.Path) -> pathlib.Path:
+  """Creates a folder and returns it."""
   folder.mkdir(parents=True)
   return folder
 
 
 def _check_llm(parts: Parts) -> None:
-  """Refuses an LLM that the run was not trained with, as `infer` would."""
+  """Checks that the LLM is the one of the run's training.
+
+  Raises:
+    ValueError: if its fingerprint differs.
+  """
   expected = parts.system.llm_fingerprint
   if expected is None or 'llm' not in parts.system.frozen:
     return
   found = parts.towers['llm'].source_fingerprint()
   if found != expected:
     raise ValueError(
-      f'The LLM in {parts.system.sources["llm"]} is not the one that this run '
-      f'was trained with: its fingerprint is {found[:16]}, the run has '
-      f'{expected[:16]}. Set --llm_path to the right weights.'
+      f'The LLM in {parts.system.sources["llm"]} is not the LLM of this run: '
+      f'its fingerprint is {found[:16]}, expected {expected[:16]}. Set '
+      '--llm_path to the original weights.'
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all forms share: a bundle as they see it, and our answers to prompts.
+"""Shared by all formats: interfaces of a bundle, and answers by l2s_jax.
 
-A form is compared with what the run itself writes, in float32, so that neither
-the dtype of the weights nor that of the activations explains a difference.
+Exports are compared with answers that l2s_jax computes in the same dtypes. A
+difference therefore cannot come from rounding weights or activations.
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ from l2s_jax.systems import system as system_lib
 
 PyTree = Any
 
-# Tokens of a prompt, and of an answer, that are compared at most.
+# Maximum numbers of prompt and answer tokens in comparisons.
 MAX_PROMPT_LEN, COMPARED_TOKENS = 256, 32
 
 
-@runtime_checkable  # which beartype, in tests, has to ask
+@runtime_checkable  # for the type checker of the tests
 class Described(Protocol):
-  """What a form asks before anything is written: of a run or of a bundle."""
+  """A model before it is written, for `check`: `bundling.Parts` or a bundle."""
 
   @property
   def system(self) -> system_lib.System:
@@ -41,20 +41,25 @@ class Described(Protocol):
 
 @runtime_checkable
 class Exportable(Described, Protocol):
-  """What a form reads of an opened bundle."""
+  """An opened bundle, for `write` and `compare`.
+
+  Attributes:
+    folder: folder of the bundle.
+    content: content of its manifest.
+  """
 
   folder: pathlib.Path
   content: dict[str, Any]
 
   def params(self) -> PyTree:
-    """Returns all parameters, mapped from the disk, as training has them."""
+    """Returns all parameters as a pytree of memory-mapped arrays."""
 
 
 def around(system: system_lib.System) -> tuple[list[int], list[int]]:
-  """Returns the ids before and behind a prompt.
+  """Returns the ids before and after the ids of a prompt's text.
 
-  A decoder-only model alone that was trained on prompts and answers is told by
-  its start token where the answer begins.
+  A single decoder-only model trained on pairs of prompt and answer needs the
+  start token after the prompt.
   """
   vocabulary = system.prompt_vocabulary
   if system.continues:
@@ -70,6 +75,7 @@ def around(system: system_lib.System) -> tuple[list[int], list[int]]:
 def prompt_ids(
   system: system_lib.System, prompts: Sequence[str]
 ) -> list[list[int]]:
+  """Returns the ids of prompts with special ids, [prompt][token]."""
   before, after = around(system)
   return [
     [*before, *system.prompt_vocabulary.encode(prompt), *after]
@@ -78,10 +84,10 @@ def prompt_ids(
 
 
 def positions(system: system_lib.System) -> tuple[int | None, int | None]:
-  """Returns the tokens that there are learned positions for.
+  """Returns the numbers of learned positions; None for no limit.
 
-  Those of a prompt, and those of a prompt and its answer together; None: of
-  any number.
+  Returns:
+    The limit in tokens of a prompt, and of a prompt with its answer.
   """
   together, rows = None, []
   config = l2s.writer(system.module)[0].config
@@ -100,12 +106,12 @@ def lengths(
   max_prompt_len: int = MAX_PROMPT_LEN,
   max_decode_len: int = COMPARED_TOKENS,
 ) -> tuple[int, int]:
-  """Returns tokens of a prompt and of an answer that a model has room for.
+  """Returns numbers of prompt and answer tokens that fit the model's positions.
 
   Args:
-    system: of the model.
-    max_prompt_len: tokens of a prompt at most.
-    max_decode_len: tokens of an answer at most.
+    system: the system of the model.
+    max_prompt_len: maximum number of prompt tokens.
+    max_decode_len: maximum number of answer tokens.
   """
   most, together = positions(system)
   if most is not None:
@@ -123,14 +129,14 @@ def answers(
   num_tokens: int,
   num_beams: int = 1,
 ) -> list[list[int]]:
-  """Returns what the run writes to prompts in float32; see `tokens`.
+  """Returns the run's answers to prompts, computed in float32; see `tokens`.
 
   Args:
-    system: of the run.
-    params: all, of any dtype.
-    ids: from `prompt_ids`.
-    num_tokens: of an answer at most.
-    num_beams: 1 is greedy.
+    system: the system of the run.
+    params: all parameters, of any dtype.
+    ids: ids from `prompt_ids`.
+    num_tokens: maximum number of answer tokens.
+    num_beams: number of beams; 1 is greedy.
   """
   batch = batching.prompt_batch(
     ids,
@@ -141,7 +147,7 @@ def answers(
   if not isinstance(module, l2s.LlmToSlm) and (
     not module.config.is_encoder_decoder
   ):
-    # The last token before the answer is read when it is written.
+    # The decode loop reads the last prompt token as its first input.
     batch = batching.continuing(batch, (), ())
   params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
   return tokens(in_float32(system), params, batch, num_tokens, num_beams)
@@ -154,15 +160,18 @@ def tokens(
   num_tokens: int,
   num_beams: int = 1,
 ) -> list[list[int]]:
-  """Returns what `infer`'s code writes to a batch, up to an end, it included.
+  """Returns answers of `infer`'s decode loop, up to the first EOS, inclusive.
 
   Args:
-    system: computes in the dtype of its configs.
-    params: all, as training has them.
-    batch: prompts; `first_tokens` where answers do not begin with the start
+    system: the system; it computes in the dtypes of its configs.
+    params: all parameters, in the structure of training.
+    batch: prompts, and `first_tokens` if answers do not begin with the start
       token.
-    num_tokens: of an answer at most.
-    num_beams: 1 is greedy.
+    num_tokens: maximum number of answer tokens.
+    num_beams: number of beams; 1 is greedy.
+
+  Returns:
+    Token ids, [prompt][token].
   """
   generator = generate.generator(
     system,
@@ -170,7 +179,7 @@ def tokens(
     decoding=sampling.Decoding(num_beams=num_beams),
     unstack_llm=False,
   )
-  # Mapped arrays are views of files: each call would read them again.
+  # Without copies each call would read the memory-mapped files again.
   params = jax.tree.map(jnp.asarray, generator.prepare(params))
   found = generator(params, jax.tree.map(jnp.asarray, dict(batch)))
   ends = system.answer_vocabulary.eos_ids
@@ -178,7 +187,7 @@ def tokens(
 
 
 def in_float32(system: system_lib.System) -> system_lib.System:
-  """Returns a system whose activations are float32."""
+  """Returns a system with float32 activations."""
   module = system.module
   names = (
     ('llm_config', 'slm_config')
@@ -199,14 +208,14 @@ def check_equal(
   found: Sequence[Sequence[int]],
   who: str,
 ) -> None:
-  """Refuses tokens that differ from the run's before an answer's end.
+  """Checks that tokens equal those of the run, up to the first EOS.
 
   Args:
-    system: of the run.
-    prompts: for the message.
-    expected: from `tokens` or `answers`.
-    found: the same prompts' tokens, with what is behind an end.
-    who: wrote them, and from where.
+    system: the system of the run.
+    prompts: prompts, for the error.
+    expected: tokens from `tokens` or `answers`.
+    found: tokens of the export, with any tokens after EOS.
+    who: the beginning of the error: the program and the folder.
 
   Raises:
     ValueError: with the first prompt whose tokens differ.
@@ -216,27 +225,27 @@ def check_equal(
     theirs = until_end(row, ends)
     if list(ours) != theirs:
       raise ValueError(
-        f'{who} to {prompt!r}: {theirs}; the run writes {list(ours)}. Nothing '
-        'is kept; please report this.'
+        f'{who} generates {theirs} for the prompt {prompt!r}, but the run '
+        f'generates {list(ours)}. The output was deleted. Please report this.'
       )
 
 
 def too_large(num_params: int) -> str | None:
-  """Returns why a model is too large to answer here; None: it is not.
+  """Returns a message if the memory is too small for a comparison, else None.
 
-  Comparing holds it in float32 here and in another program.
+  A comparison holds the model in float32 here and in another program.
   """
   needed = 4 * 4 * num_params
   free = memory.free_bytes()
   if free is None or needed <= free:
     return None
   return (
-    f'answers are not compared: that takes up to {needed / 1e9:,.1f} GB of '
-    f'memory, and {free / 1e9:,.1f} GB are free'
+    f'answers are not compared, which would need up to {needed / 1e9:,.1f} GB '
+    f'of memory; {free / 1e9:,.1f} GB are free'
   )
 
 
 def until_end(tokens: Sequence[int], ends: Sequence[int]) -> list[int]:
-  """Returns the tokens up to the first that ends an answer, it included."""
+  """Returns the tokens up to the first EOS, inclusive."""
   end = next((i for i, t in enumerate(tokens) if t in ends), len(tokens))
   return list(tokens[: end + 1])

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `export`: a run, or a model as it came, as one folder.
+"""The verb `export`: a run or a pretrained model as one self-contained folder.
 
-The model is made into a bundle first, beside DESTINATION where another form is
-asked for, and each form is written from the mapped tensors of that. What is
-written is loaded back and compared with the source: tensor by tensor and, where
-memory allows it, by answers to prompts. DESTINATION appears when all of this is
-done, and not at all where it fails.
+The model is first written as a bundle, in a temporary folder beside
+DESTINATION, and other formats are written from the bundle's memory-mapped
+tensors. The result is compared with the source: tensor by tensor and, if there
+is enough memory, by greedy answers to prompts. DESTINATION appears only after
+all of this has succeeded.
 """
 
 import dataclasses
@@ -36,12 +36,13 @@ PyTree = Any
 
 
 class Form(NamedTuple):
-  """A form beside the bundle.
+  """An export format other than the bundle.
 
   Attributes:
-    module: in this package; has `check`, `write` and `compare`.
-    packages: modules that it imports and the core of l2s_jax does not need.
-    how_to_run: for the manifest.
+    module: name of the module in this package, with `check`, `write` and
+      `compare`.
+    packages: modules to import that are not among l2s_jax's core dependencies.
+    how_to_run: example for the manifest.
   """
 
   module: str
@@ -69,7 +70,7 @@ FORMS: Mapping[str, Form] = {
   ),
   'onnx': Form(
     'onnx_form',
-    # Its `check` says how to install jax2onnx beside them.
+    # `check` reports a missing jax2onnx.
     ('onnx', 'onnx_ir', 'onnxruntime'),
     "echo '[[37, 12, 1]]' | python THIS_FOLDER/run.py 32",
   ),
@@ -80,8 +81,8 @@ _HOW_TO_RUN = (
   '--gin.CHECKPOINT_PATH=THIS_FOLDER --gin.INPUT=prompts.txt '
   '--gin.INFER_OUTPUT_DIR=answers'
 )
-T5X = 't5x'  # Of a run's training state, not of a bundle.
-# What models are compared on where there are no predictions of the run.
+T5X = 't5x'  # From the training state of a run, without a bundle.
+# Prompts for the comparison if the run has no predictions.
 PROMPTS = (
   'translate English to German: Two dogs are running through the snow.',
   'summarize: The committee met on Tuesday and agreed on a new budget, which '
@@ -106,32 +107,34 @@ def export(
   extra_ids: int | None = None,
   dry_run: bool = False,
 ) -> None:
-  """Exports a model as one folder and says what was compared.
+  """Exports a model as one folder and compares it with the source.
 
   Args:
-    source: a run, a bundle, or a model as it came: see CHECKPOINT_PATH.
-    destination: a folder that is not there yet.
-    to: 'bundle', 't5x' or one of `FORMS`.
-    step: of a run: a number, or 'best'; None is the newest.
-    dtype: to store tensors in; None: as they are.
-    prompts: a text file, a prompt a line, to compare answers on; None: those
-      that the run was evaluated on, or a few of our own.
-    license: of the weights, for the manifest.
-    llm_path: where the LLM of a run is now, if it has moved.
-    vocabulary: tokenizer of a model as it came that brings none.
-    extra_ids: sentinels that T5 adds behind its SentencePiece model.
-    dry_run: says what would be written, and stops.
+    source: a run, a bundle, or a pretrained model; see CHECKPOINT_PATH of
+      `infer`.
+    destination: folder to write; it must not exist.
+    to: format: 'bundle', 't5x' or a key of `FORMS`.
+    step: checkpoint step of a run, a number or 'best'; None means the newest.
+    dtype: dtype of the written tensors; None keeps that of the source.
+    prompts: text file with one prompt per line, for the comparison; None: the
+      prompts of the run's evaluations, or three built-in ones.
+    license: license of the weights, for the manifest.
+    llm_path: new location of the run's LLM, if it has moved.
+    vocabulary: tokenizer of a pretrained model without one.
+    extra_ids: number of T5's sentinel ids behind its SentencePiece model.
+    dry_run: whether to print the plan and stop.
 
   Raises:
-    FileNotFoundError: if there is no such model, or no file of prompts.
-    ValueError: if the form cannot say the model, there is no room, or what was
-      written does not answer as the source does.
+    FileNotFoundError: if the model or the file of prompts does not exist.
+    ValueError: if flags do not go together, the format cannot express the
+      model, there is not enough disk space, or the exported model gives other
+      answers.
   """
   start_secs = time.perf_counter()
   folder = pathlib.Path(destination)
   convert.check_destination(folder, 0)
   scratch = folder.with_name(f'.{folder.name}.unfinished')
-  shutil.rmtree(scratch, ignore_errors=True)  # Left by one that was killed.
+  shutil.rmtree(scratch, ignore_errors=True)  # Left by a killed process.
   if to == T5X:
     not_taken = {'dtype': dtype, 'prompts': prompts}
     not_taken |= {'license': license, 'vocabulary': vocabulary}
@@ -195,7 +198,7 @@ def _bundle(
   dtype: str | None,
   license: str | None,
 ) -> bundle.Bundle:
-  """Writes a bundle, with what its source has measured, and opens it."""
+  """Writes and opens a bundle, with the run's evaluation results."""
   path.mkdir(parents=True)
   bundling.write(
     parts,
@@ -217,20 +220,20 @@ def _export_state(
   given: Mapping[str, str | None],
   dry_run: bool,
 ) -> None:
-  """Writes a run's training state for T5X; a bundle has none.
+  """Writes a run's training state for T5X.
 
   Raises:
-    FileNotFoundError: if there is no run.
-    ValueError: if something is asked for beside its step, or T5X cannot hold
-      the state.
+    FileNotFoundError: if `source` is not a run.
+    ValueError: if a flag does not apply, or T5X cannot hold the state.
   """
   if not as_it_came.is_run(source):
     raise FileNotFoundError(
-      f'{source} is no run. --to=t5x writes the training state of a run: name '
-      'a MODEL_DIR.'
+      f'{source} is not a run. --to=t5x writes the training state of a run; '
+      'pass its MODEL_DIR.'
     )
   _refuse_given(
-    given, '--to=t5x writes the training state of a run as it is. Leave it out.'
+    given,
+    '--to=t5x writes the training state of a run unchanged. Remove the flag.',
   )
   number = saved_steps.params_folder(source, _step(step))[1]
   print(f'{source}: step {number}')
@@ -250,7 +253,7 @@ def _write_form(
   prompts: Sequence[str],
   license: str | None,
 ) -> None:
-  """Writes a form of a bundle into a new folder, and compares it."""
+  """Writes a format from a bundle into a new folder, and compares the two."""
   folder.mkdir(parents=True)
   form.write(opened, folder)
   manifest.write(
@@ -266,66 +269,73 @@ def _write_form(
 
 
 def _form(to: str) -> Any:
-  """Returns the module of a form.
+  """Returns the module of a format.
 
   Raises:
-    ValueError: if this l2s_jax lacks it, or a package that it imports is
-      missing; says what to install.
+    ValueError: if l2s_jax has no such module, or a package is not installed.
   """
   form = FORMS[to]
   name = f'{__package__}.{form.module}'
   if importlib.util.find_spec(name) is None:
-    raise ValueError(f'--to={to}: this l2s_jax has no {name}. Update l2s_jax.')
+    raise ValueError(
+      f'--to={to}: this version of l2s_jax has no {name}. Update l2s_jax.'
+    )
   extras.require(f'--to={to}', *form.packages)
   return importlib.import_module(name)
 
 
 def _step(step: str | None) -> Any:
-  """Returns --step as `as_it_came.choose_step` takes it.
+  """Parses --step: a number, 'best', or None.
 
   Raises:
-    ValueError: if it is neither a number nor 'best'.
+    ValueError: for other values.
   """
   if step is None or step == 'best':
     return step
   if not step.isdecimal():
-    raise ValueError(f'--step={step}: expected a number of steps, or best.')
+    raise ValueError(f'--step={step}: expected a step number, or best.')
   return int(step)
 
 
 def _check_further(source: str, to: str, given: Mapping[str, Any]) -> None:
-  """Refuses what cannot be asked of a bundle."""
+  """Checks the flags of an export whose source is a bundle.
+
+  Raises:
+    ValueError: if the format is 'bundle', or a flag does not apply.
+  """
   if to == manifest.BUNDLE:
     raise ValueError(
-      f'{source} is a bundle already. Copy the folder, or export the run that '
-      'it was made of.'
+      f'{source} is already a bundle. Copy the folder, or export the original '
+      'run.'
     )
   _refuse_given(
     given,
-    f'{source} is a bundle, which has one model in one dtype, with its LLM and '
-    'tokenizers. Leave it out, or export the run.',
+    f'{source} is a bundle with a fixed step, dtype, LLM and tokenizers. '
+    'Remove the flag, or export the original run.',
   )
 
 
 def _refuse_given(given: Mapping[str, Any], reason: str) -> None:
-  """Refuses the first flag that is set, with the reason."""
+  """Raises a ValueError for the first flag that is set."""
   for name, value in given.items():
     if value is not None:
       raise ValueError(f'--{name}={value}: {reason}')
 
 
 def _prompts(source: str, path: str | None) -> list[str]:
-  """Returns the prompts that models are compared on.
+  """Returns the prompts for the comparison.
 
   Raises:
-    FileNotFoundError: if a file that was named is missing.
+    FileNotFoundError: if the file of --prompts does not exist.
     ValueError: if it has no prompts.
   """
   if path is not None:
     read = text_files.read_lines(epath.Path(path))
     lines = [line for line in read if line.strip()]
     if not lines:
-      raise ValueError(f'--prompts={path} is empty; expected a prompt a line.')
+      raise ValueError(
+        f'--prompts={path} is empty; expected one prompt per line.'
+      )
     return lines[:_MAX_PROMPTS]
   folder = pathlib.Path(source) / 'eval'
   for file in sorted(folder.rglob('*.jsonl')) if folder.is_dir() else ():
@@ -343,13 +353,13 @@ def _compare(
   prompts: Sequence[str],
   dtype: str | None,
 ) -> str:
-  """Returns how the answers of a bundle compare with those of its source.
+  """Compares greedy answers of a bundle and its source; returns a summary.
 
-  Where they differ, those of the source are taken again, with LoRA merged and
-  its tensors rounded as the bundle has them: nothing else may explain it.
+  If answers differ, the source answers again with LoRA merged and with its
+  tensors rounded to the bundle's dtypes. These answers must be equal.
 
   Raises:
-    ValueError: if something else does.
+    ValueError: if they are not.
   """
   chosen = as_it_came.choose_step(source, _step(step), '--step')
   expected = _answers(system, _load(system, source, chosen), prompts)
@@ -359,7 +369,7 @@ def _compare(
     prompts,
   )
   equal = sum(a == b for a, b in zip(expected, found, strict=True))
-  said = f'{equal} of {len(prompts)} greedy answers are those of {source}'
+  said = f'{equal} of {len(prompts)} greedy answers equal those of {source}'
   if equal == len(prompts):
     return said
   stored = dataclasses.replace(system, frozen_dtype=opened.system.frozen_dtype)
@@ -368,16 +378,19 @@ def _compare(
   for prompt, theirs, ours in zip(prompts, expected, found, strict=True):
     if theirs != ours:
       raise ValueError(
-        f'The bundle answers {prompt[:80]!r} by {ours[:80]!r}, and {source} '
-        f'by {theirs[:80]!r}. Nothing is kept; please report this.'
+        f'The bundle answers {prompt[:80]!r} with {ours[:80]!r}, but {source} '
+        f'with {theirs[:80]!r}. The output was deleted. Please report this.'
       )
-  return f'{said}; all are, once its tensors are rounded likewise'
+  return (
+    f'{said}; all are equal after its tensors are rounded to the dtypes of the '
+    'bundle'
+  )
 
 
 def _folded(
   system: system_lib.System, params: PyTree, dtype: str | None
 ) -> PyTree:
-  """Returns parameters with LoRA merged, rounded to a dtype, in the CPU."""
+  """Returns parameters on the host, with LoRA merged, cast to a dtype."""
   params = jax.tree.map(np.asarray, params)
   writer, name = l2s.writer(system.module)
   if writer.config.lora_rank:
@@ -393,7 +406,7 @@ def _folded(
 
 
 def _load(system: system_lib.System, location: str, step: int) -> PyTree:
-  """Returns the parameters of a run, a bundle or a model as it came."""
+  """Returns the parameters of a run, a bundle or a pretrained model."""
   session = session_lib.start(
     lambda: system, None, _lengths(system), batch_sizes={}
   )
@@ -406,7 +419,7 @@ def _load(system: system_lib.System, location: str, step: int) -> PyTree:
 def _answers(
   system: system_lib.System, params: PyTree, prompts: Sequence[str]
 ) -> list[str]:
-  """Returns greedy answers, at most so long as the model has positions for."""
+  """Returns greedy answers of at most `_ANSWER_LENGTH` tokens."""
   lengths = _lengths(system)
   session = session_lib.start(lambda: system, None, lengths, batch_sizes={})
   num_devices = session.mesh.size
@@ -431,6 +444,6 @@ def _answers(
 
 
 def _lengths(system: system_lib.System) -> dict[str, int]:
-  """Returns lengths of prompts and answers, where there are few positions."""
+  """Returns lengths of prompts and answers that fit the model's positions."""
   prompt, answer = comparing.lengths(system, _PROMPT_LENGTH, _ANSWER_LENGTH)
   return {'inputs': prompt, 'targets': answer}

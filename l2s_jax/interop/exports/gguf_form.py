@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The form `gguf`: a decoder-only model as one file of llama.cpp.
+"""The format `gguf`: a decoder-only model as one file for llama.cpp.
 
-The package gguf writes the file and knows llama.cpp's names of tensors; what
-llama.cpp's converter does to the numbers is done here, one tensor at a time.
-The file is read back by `weights/formats/gguf_file.py`.
+The package gguf writes the file and has llama.cpp's tensor names. This module
+changes tensors like llama.cpp's converter, one tensor at a time.
+`weights/formats/gguf_file.py` reads the file back.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from l2s_jax.weights.formats import gguf_file, huggingface
 
 FILE = 'model.gguf'
 
-# llama.cpp's names by transformers'.
+# llama.cpp's architecture by transformers' `model_type`.
 _ARCHITECTURES = {
   'llama': 'llama',
   'mistral': 'llama',  # without a window, which llama.cpp would ignore
@@ -38,7 +38,7 @@ _ARCHITECTURES = {
   'gpt2': 'gpt2',
   'gpt_neox': 'gptneox',
 }
-# Of a config, what no file has to say.
+# Config fields that a file need not have.
 _UNSAID = (
   *config_lib.RUNTIME_FIELDS,
   'kernel_init_stddev',
@@ -46,25 +46,24 @@ _UNSAID = (
   'lora_alpha',
   'lora_kernels',
 )
-# Llama 3.1's: low and high frequency factors, and the context before.
+# Llama 3.1's low and high frequency factors and original context length.
 _LLAMA_3 = (1.0, 4.0, 8192.0)
-_CONTEXT = 4096  # Where a model does not say what it was trained on.
-_FLOAT32_NAMES = ('position_embd',)  # Beside norms and biases.
+_CONTEXT = 4096  # For models without a maximum.
+_FLOAT32_NAMES = ('position_embd',)  # And all norms and biases.
 
 
 def check(model: comparing.Described) -> None:
-  """Refuses what llama.cpp, or this project's reading of its files, lacks.
+  """Checks that llama.cpp supports the model, and that it can be read back.
 
   Raises:
-    ValueError: names what it is.
+    ValueError: names the unsupported property.
   """
   if isinstance(model.system.module, l2s.LlmToSlm):
     raise ValueError(
-      'The model is LLM-to-SLM, whose SLM reads the prompt as embeddings that '
-      'a projector makes of another model. A GGUF file has one model that '
-      'reads tokens. llama.cpp would need the LLM as a file of its own '
-      '(t5encoder), the projector applied to its embeddings, and the SLM given '
-      'the sum by `llama_batch.embd` before the start token. Export --to=hf.'
+      'The model is LLM-to-SLM: its SLM reads embeddings from the projector, '
+      'but a GGUF file holds one model that reads tokens. llama.cpp would need '
+      'the LLM as a separate file (t5encoder), the projector, and the SLM with '
+      'the prompt in `llama_batch.embd` before the start token. Use --to=hf.'
     )
   source = _source(model)
   _check_said(source, _architecture(source))
@@ -72,17 +71,22 @@ def check(model: comparing.Described) -> None:
 
 
 def _source(bundle: comparing.Described) -> source_lib.Source:
+  """Returns the language model of a bundle with one."""
   (source,) = bundle.towers.values()
   checked: source_lib.Source = source
   return checked
 
 
 def _architecture(source: source_lib.Source) -> str:
-  """Returns llama.cpp's name of the family."""
+  """Returns llama.cpp's name of the model family.
+
+  Raises:
+    ValueError: if llama.cpp or this module does not support the family.
+  """
   if source.config.is_encoder_decoder:
     raise ValueError(
-      f'{source.location} is an encoder-decoder; --to=gguf is for decoder-only '
-      'models. Export --to=hf.'
+      f'{source.location} is an encoder-decoder; --to=gguf supports only '
+      'decoder-only models. Use --to=hf.'
     )
   to_huggingface.find_model_type(source)
   fitting = [
@@ -94,23 +98,27 @@ def _architecture(source: source_lib.Source) -> str:
     return _ARCHITECTURES[source.model_type]
   if not fitting:
     raise ValueError(
-      f'{source.location} is a '
-      f'{to_huggingface.find_model_type(source)}, which --to=gguf does not '
-      f'write; it writes {", ".join(_ARCHITECTURES)}. Export --to=hf.'
+      f'{source.location} is of the family '
+      f'{to_huggingface.find_model_type(source)}; --to=gguf supports only '
+      f'{", ".join(_ARCHITECTURES)}. Use --to=hf.'
     )
   return _ARCHITECTURES[fitting[0]]
 
 
 def _check_said(source: source_lib.Source, arch: str) -> None:
-  """Refuses a config that would come back as another."""
+  """Checks that the config is equal after a round trip through the metadata.
+
+  Raises:
+    ValueError: lists the config fields that differ.
+  """
   config = source.config
   is_llama_3 = config.rope_scaling_type == 'llama3' and config.rope_scaling
   if is_llama_3:
     if arch != 'llama' or config.rope_scaling[1:] != _LLAMA_3:
       raise ValueError(
-        f'{source.location} has rope_scaling={config.rope_scaling}; a GGUF '
-        f'file has that of Llama 3.1 alone: (factor, '
-        f'{", ".join(map(str, _LLAMA_3))}). Export --to=hf.'
+        f'{source.location} has rope_scaling={config.rope_scaling}; --to=gguf '
+        f'supports only that of Llama 3.1: (factor, '
+        f'{", ".join(map(str, _LLAMA_3))}). Use --to=hf.'
       )
     config = dataclasses.replace(config, rope_scaling=())
   metadata: dict[str, Any] = {'general.architecture': arch} | {
@@ -122,26 +130,27 @@ def _check_said(source: source_lib.Source, arch: str) -> None:
   expected, found = map(huggingface.effective, (config, again))
   unsaid = set(_UNSAID) | ({'max_positions'} - {_positions_key(config)})
   differing = [
-    f'  {name}={expected[name]!r} (a file says {found[name]!r})'
+    f'  {name}={expected[name]!r} (read back as {found[name]!r})'
     for name in expected
     if name not in unsaid and expected[name] != found[name]
   ]
   if differing:
     raise ValueError(
-      f'{source.location} has what no GGUF file of the architecture {arch} '
-      'says. Export --to=hf.\n' + '\n'.join(differing)
+      f'{source.location} has config values that a GGUF file of the '
+      f'architecture {arch} cannot express. Use --to=hf.\n'
+      + '\n'.join(differing)
     )
 
 
 def _positions_key(config: config_lib.TransformerConfig) -> str:
-  """Returns 'max_positions' where the model says how many it has."""
+  """Returns 'max_positions' if the model has a maximum, else ''."""
   return 'max_positions' if config.max_positions else ''
 
 
 def _metadata(
   config: config_lib.TransformerConfig, arch: str
 ) -> dict[str, Any]:
-  """Returns the metadata of the architecture, '{arch}.' left out."""
+  """Returns the metadata of an architecture, without its prefix '{arch}.'."""
   found: dict[str, Any] = {
     'vocab_size': config.vocab_size,
     'context_length': config.max_positions or _CONTEXT,
@@ -188,7 +197,12 @@ def _metadata(
 
 
 def write(bundle: comparing.Exportable, folder: pathlib.Path) -> None:
-  """Writes the file and a model card."""
+  """Writes the GGUF file and a model card.
+
+  Args:
+    bundle: the opened bundle.
+    folder: destination, created if absent.
+  """
   import gguf
 
   source, system = _source(bundle), bundle.system
@@ -230,6 +244,7 @@ def write(bundle: comparing.Exportable, folder: pathlib.Path) -> None:
 
 
 def _kind(value: Any) -> Any:
+  """Returns the GGUF type of a Python value."""
   import gguf
 
   kinds = gguf.GGUFValueType
@@ -243,14 +258,15 @@ def _kind(value: Any) -> Any:
 
 
 def _example(system: Any) -> str:
+  """Returns the Python example of the model card."""
   before, after = comparing.around(system)
   return '\n'.join(
     [
-      'import llama_cpp  # llama-cpp-python, or llama.cpp itself',
+      'import llama_cpp  # the package llama-cpp-python',
       '',
       f"model = llama_cpp.Llama('{FILE}')",
       "ids = model.tokenize(b'a prompt', add_bos=False)",
-      f'ids = {before} + ids + {after}  # as the model was trained',
+      f'ids = {before} + ids + {after}  # special ids, as in training',
       'answer = []',
       'for token in model.generate(ids, temp=0.0):',
       f'  if token in {list(system.answer_vocabulary.eos_ids)}:',
@@ -262,7 +278,7 @@ def _example(system: Any) -> str:
 
 
 class _Tensors:
-  """The tensors of a model by the names and in the order of llama.cpp."""
+  """The tensors of a model under llama.cpp's names, in its order."""
 
   def __init__(self, source: source_lib.Source, arch: str):
     import gguf
@@ -290,7 +306,7 @@ class _Tensors:
   def _shape(
     self, name: str, shape: jax.ShapeDtypeStruct
   ) -> jax.ShapeDtypeStruct:
-    """Returns the shape and the dtype in which llama.cpp wants a tensor."""
+    """Returns the shape and dtype of a tensor in llama.cpp."""
     is_float32 = len(shape.shape) == 1 or name.startswith(_FLOAT32_NAMES)
     dtype = np.dtype(np.float32) if is_float32 else shape.dtype
     swaps = self._is_transposed(name) and len(shape.shape) == 2
@@ -299,11 +315,11 @@ class _Tensors:
     )
 
   def _is_transposed(self, name: str) -> bool:
-    """Whether transformers has the axes of a product the other way round."""
+    """Returns whether transformers stores a kernel transposed, as in GPT-2."""
     return self._arch == 'gpt2' and name.startswith('blk.')
 
   def read(self, name: str) -> np.ndarray:
-    """Returns a tensor as llama.cpp's converter leaves it."""
+    """Reads a tensor in the form of llama.cpp's converter."""
     if name == 'rope_freqs.weight':
       assert self._factors is not None
       return self._factors
@@ -312,12 +328,13 @@ class _Tensors:
     if self._is_transposed(name) and array.ndim == 2:
       array = array.T
     if self._arch == 'llama' and ('.attn_q.' in name or '.attn_k.' in name):
-      # Pairs that turn together lie beside each other.
+      # llama.cpp rotates pairs of adjacent features, transformers pairs across
+      # the two halves.
       heads = self._config.num_heads if '_q.' in name else self._config.kv_heads
       halves = array.reshape(heads, 2, -1, *array.shape[1:])
       array = halves.swapaxes(1, 2).reshape(array.shape)
     if self._arch == 'gptneox' and '.attn_qkv.' in name:
-      # All queries, then all keys and all values.
+      # From [head, query/key/value] to [query/key/value, head].
       parts = array.reshape(self._config.num_heads, 3, -1, *array.shape[1:])
       array = parts.swapaxes(0, 1).reshape(array.shape)
     if self._config.norm_unit_offset and name.endswith('norm.weight'):
@@ -328,7 +345,7 @@ class _Tensors:
 def _factors(
   config: config_lib.TransformerConfig,
 ) -> np.ndarray | None:
-  """Returns by what Llama 3.1 slows each pair of features down."""
+  """Returns Llama 3.1's divisors of the rotary frequencies, or None."""
   if not config.rope_scaling:
     return None
   plain = dataclasses.replace(config, rope_scaling=())
@@ -339,22 +356,22 @@ def _factors(
 def compare(
   bundle: comparing.Exportable, folder: pathlib.Path, prompts: Sequence[str]
 ) -> str:
-  """Reads the file back and compares tensors, tokenizer and greedy tokens.
+  """Reads the file back and compares tensors, tokenizer and greedy answers.
 
   Args:
-    bundle: what the file was written from.
-    folder: as `write` left it.
-    prompts: at least one.
+    bundle: the bundle that the file was written from.
+    folder: folder from `write`.
+    prompts: at least one prompt.
 
   Returns:
-    What was found equal.
+    A summary.
 
   Raises:
-    ValueError: if it reads back as something else.
+    ValueError: if one of them differs.
   """
   source, system = _source(bundle), bundle.system
   file = gguf_file.File(folder / FILE)
-  # Adding 1 to a norm's scale and taking it off again rounds.
+  # Adding 1 to a norm's scale and subtracting it again rounds.
   atol = 2**-22 if source.config.norm_unit_offset else 0.0
   differing = [
     '/'.join(path)
@@ -364,8 +381,8 @@ def compare(
   ]
   if differing or file.shapes().keys() != source.shapes().keys():
     raise ValueError(
-      f'What was written to {folder / FILE} does not read back as it was. '
-      'Nothing is kept; these tensors differ:\n  '
+      f'{folder / FILE} reads back with other tensors than were written. The '
+      'output was deleted. Differing tensors:\n  '
       + '\n  '.join(sorted(set(differing)))
     )
   ids = comparing.prompt_ids(system, prompts)
@@ -384,12 +401,11 @@ def compare(
       ),
     )
   )
-  comparing.check_equal(
-    system, prompts, ours, found, f'{folder / FILE} writes other tokens'
-  )
+  comparing.check_equal(system, prompts, ours, found, f'{folder / FILE}')
   return (
-    f'read back, {len(theirs)} tensors and the tokenizer are equal, and so are '
-    f'greedy tokens to {len(prompts)} prompts (up to {num_tokens} tokens)'
+    f'{len(theirs)} tensors, the tokenizer and greedy answers to '
+    f'{len(prompts)} prompts (up to {num_tokens} tokens) are equal after the '
+    'file is read back'
   )
 
 
@@ -400,6 +416,10 @@ def _is_near(
   layer: int | None,
   atol: float,
 ) -> bool:
+  """Returns whether a tensor is equal in both sources.
+
+  Norm scales may differ by `atol`, relative to values above 1.
+  """
   if path not in b.shapes() or a.shapes()[path].shape != b.shapes()[path].shape:
     return False
   x, y = (np.asarray(s.read(path, layer)).astype(np.float32) for s in (a, b))
@@ -414,7 +434,11 @@ def _check_tokenizer(
   prompts: Sequence[str],
   folder: pathlib.Path,
 ) -> None:
-  """Refuses a tokenizer that reads back as another."""
+  """Checks that the file's tokenizer gives the same ids.
+
+  Raises:
+    ValueError: with the first prompt whose ids differ.
+  """
   expected = system.prompt_vocabulary
   with tempfile.TemporaryDirectory() as scratch:
     file.save_tokenizer(pathlib.Path(scratch))
@@ -422,7 +446,7 @@ def _check_tokenizer(
   for prompt in prompts:
     if found.encode(prompt) != expected.encode(prompt):
       raise ValueError(
-        f'The tokenizer in {folder / FILE} gives other ids of {prompt!r}: '
-        f'{found.encode(prompt)}; the run reads {expected.encode(prompt)}. '
-        'Nothing is kept.'
+        f'The tokenizer in {folder / FILE} encodes {prompt!r} as '
+        f'{found.encode(prompt)}, but the run as {expected.encode(prompt)}. '
+        'The output was deleted.'
       )

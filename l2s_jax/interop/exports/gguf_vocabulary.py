@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tokenizer as the metadata of a GGUF file.
+"""A tokenizer as metadata of a GGUF file.
 
-Byte-level BPE is named by how it cuts text (`tokenizer.ggml.pre`), of which
-`weights/formats/gguf_tokenizer.py` knows a few; SentencePiece's models bring
-their pieces and scores. Any other is refused: llama.cpp would cut text
-otherwise, and say nothing.
+A file names the pre-tokenizer of byte-level BPE (`tokenizer.ggml.pre`) from a
+list in `weights/formats/gguf_tokenizer.py`, and contains the pieces and scores
+of a SentencePiece model. Other tokenizers are rejected: llama.cpp would
+tokenize text differently without an error.
 """
 
 import json
@@ -20,19 +20,20 @@ from l2s_jax.systems import system as system_lib
 from l2s_jax.vocabularies import base, huggingface, sentencepiece
 from l2s_jax.weights.formats import gguf_tokenizer
 
-_MODELS: Any = sentencepiece_model_pb2  # It ships no types.
+_MODELS: Any = sentencepiece_model_pb2  # The module has no type stubs.
 _PREFIX = 'tokenizer.ggml.'
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
-# SentencePiece's kinds of models, as llama.cpp calls them.
+# llama.cpp's names of SentencePiece model types (1: unigram, 2: BPE).
 _SENTENCEPIECE = {1: 't5', 2: 'llama'}
 
 
 def metadata(system: system_lib.System, num_rows: int) -> dict[str, Any]:
-  """Returns what a file says of a system's tokenizer.
+  """Returns the GGUF metadata of a system's tokenizer.
 
   Args:
-    system: a language model alone.
-    num_rows: of its table of embeddings; what has no token is padding.
+    system: system of a single language model.
+    num_rows: number of rows of its embedding table; rows without a token become
+      padding tokens.
 
   Raises:
     ValueError: if llama.cpp has no such tokenizer.
@@ -44,8 +45,8 @@ def metadata(system: system_lib.System, num_rows: int) -> dict[str, Any]:
     found = _sentencepiece(vocabulary, num_rows)
   else:
     raise ValueError(
-      f'{vocabulary.path} reads bytes, of which llama.cpp has no tokenizer. '
-      'Export --to=hf.'
+      f'{vocabulary.path} is a byte tokenizer, which llama.cpp does not '
+      'support. Use --to=hf.'
     )
   ids = vocabulary.special_ids | {'eos': vocabulary.eos_id}
   names = {'bos': 'bos', 'eos': 'eos', 'unk': 'unknown', 'pad': 'padding'}
@@ -62,6 +63,11 @@ def metadata(system: system_lib.System, num_rows: int) -> dict[str, Any]:
 def _byte_pairs(
   vocabulary: huggingface.HuggingFaceVocabulary, num_rows: int
 ) -> dict[str, Any]:
+  """Returns the metadata of byte-level BPE.
+
+  Raises:
+    ValueError: if it has no merges, or an unknown pre-tokenizer.
+  """
   tokenizer = vocabulary.copy_tokenizer()
   content = json.loads(tokenizer.to_str())
   model = content['model']
@@ -89,22 +95,21 @@ def _byte_pairs(
   }
   if not merges:
     raise ValueError(
-      f'{vocabulary.path} is a {model["type"]} without merges, of which '
-      'llama.cpp makes no tokenizer. Export --to=hf.'
+      f'{vocabulary.path} is a {model["type"]} tokenizer without merges, which '
+      'llama.cpp does not support. Use --to=hf.'
     )
   for name in gguf_tokenizer.CUTS:
     named = found | {f'{_PREFIX}pre': name}
     if _cut(content) == _cut(_read(named)):
       return named
   raise ValueError(
-    f'{vocabulary.path} cuts text in a way that is none of '
-    f'{", ".join(gguf_tokenizer.CUTS)}, which a GGUF file could name. Export '
-    '--to=hf.'
+    f'{vocabulary.path} has an unsupported pre-tokenizer; --to=gguf supports '
+    f'only {", ".join(gguf_tokenizer.CUTS)}. Use --to=hf.'
   )
 
 
 def _read(named: dict[str, Any]) -> dict[str, Any]:
-  """Returns the tokenizer.json that a file's metadata is read as."""
+  """Returns the tokenizer.json that this metadata is read as."""
   with tempfile.TemporaryDirectory() as scratch:
     folder = pathlib.Path(scratch)
     gguf_tokenizer.save(named, folder, 'the file')
@@ -115,14 +120,14 @@ def _read(named: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cut(content: dict[str, Any]) -> Any:
-  """Returns how a tokenizer.json normalizes and cuts text."""
+  """Returns the normalizers and pre-tokenizers of a tokenizer.json."""
 
   def parts(value: Any, key: str) -> list[Any]:
     if value is None:
       return []
     if value['type'] == 'Sequence':
       return [part for inner in value[key] for part in parts(inner, key)]
-    # Where in the text a token is; its id does not depend on it.
+    # `trim_offsets` changes offsets, not ids.
     return [{k: v for k, v in value.items() if k != 'trim_offsets'}]
 
   return (
@@ -134,6 +139,11 @@ def _cut(content: dict[str, Any]) -> Any:
 def _sentencepiece(
   vocabulary: sentencepiece.SentencePieceVocabulary, num_rows: int
 ) -> dict[str, Any]:
+  """Returns the metadata of a SentencePiece model.
+
+  Raises:
+    ValueError: if llama.cpp does not support one of its settings.
+  """
   proto = _MODELS.ModelProto()
   proto.ParseFromString(vocabulary.model)
   trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
@@ -145,7 +155,7 @@ def _sentencepiece(
   found = {
     f'{_PREFIX}model': _SENTENCEPIECE[trainer.model_type],
     f'{_PREFIX}tokens': [
-      # llama.cpp matches these in the text itself.
+      # llama.cpp matches user-defined pieces in the raw text.
       text.replace('▁', ' ') if kind == _USER_DEFINED else text
       for text, _, kind in pieces
     ],
@@ -163,18 +173,23 @@ def _sentencepiece(
 
 
 def _check_sentencepiece(vocabulary: base.Vocabulary, proto: Any) -> None:
+  """Checks that llama.cpp supports the settings of a SentencePiece model.
+
+  Raises:
+    ValueError: lists the unsupported settings.
+  """
   trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
   problems = []
   if trainer.model_type not in _SENTENCEPIECE:
-    problems.append('its model_type is neither unigram nor bpe')
+    problems.append('a model_type other than unigram and bpe')
   if trainer.treat_whitespace_as_suffix:
-    problems.append('it has treat_whitespace_as_suffix')
+    problems.append('treat_whitespace_as_suffix')
   if trainer.model_type == 2 and (
     normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
   ):
-    problems.append('its model_type is bpe, and it normalizes text')
+    problems.append('normalization of text with model_type bpe')
   if problems:
     raise ValueError(
-      f'{vocabulary.path}: {"; ".join(problems)}, which llama.cpp cannot do. '
-      'Export --to=hf.'
+      f'{vocabulary.path}: llama.cpp does not support '
+      f'{", ".join(problems)}. Use --to=hf.'
     )

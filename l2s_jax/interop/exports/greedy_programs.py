@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generation as functions of flat arrays, for forms that hold programs.
+"""Greedy decoding as functions of flat dicts of arrays, for export.
 
-Other formats have no trees: parameters and the cache are dicts of arrays by
-name, `slm/decoder/layers_0/...`. Answers are greedy. Weights are arguments, not
-constants of a program.
+Other formats have no pytrees: parameters and the KV cache are dicts of arrays
+by name, such as `slm/decoder/layers_0/...`. Parameters are arguments of the
+functions, not constants.
 """
 
 import functools
@@ -35,32 +35,37 @@ _VERIFY = 'verify.py'
 Flat = dict[str, jax.Array]
 
 
-@runtime_checkable  # which beartype, in tests, has to ask
+@runtime_checkable  # for the type checker of the tests
 class SystemWithParams(Protocol):
-  """What a program's form reads of an opened bundle."""
+  """An opened bundle, as the formats with programs use it."""
 
   @property
   def system(self) -> system_lib.System:
     """The module and its vocabularies."""
 
   def params(self) -> PyTree:
-    """Returns all parameters, mapped from the disk, as training has them."""
+    """Returns all parameters as a pytree of memory-mapped arrays."""
 
 
 class GreedyPrograms:
-  """The programs of one system, to be traced.
+  """The functions of one system for tracing.
 
   Attributes:
     system: the module and its vocabularies.
-    params: all parameters by name, in the layout of generation. What the
-      layout does not change is a view of the bundle's files.
-    writer_names: of those, the parameters that `decode_step` reads.
-    continues: whether an answer goes on where its prompt ends. The last token
-      of the prompt is then a first token, and not part of the prompt.
+    params: all parameters by name, in the layout of generation. Parameters with
+      the same layout in the bundle are memory-mapped.
+    writer_names: names of the parameters that `decode_step` reads.
+    continues: whether an answer continues its prompt. The last prompt token is
+      then the first input of the decode loop and not part of the prompt.
   """
 
   def __init__(self, bundle: SystemWithParams, *, unstack_llm: bool = False):
-    """Lays the parameters out; the LLM's layers, which read once, if asked."""
+    """Arranges the parameters for generation.
+
+    Args:
+      bundle: the opened bundle.
+      unstack_llm: whether to unstack the LLM's layers, too.
+    """
     system = bundle.system
     self._module = l2s.for_generation(system.module, unstack_llm=unstack_llm)
     params = l2s.params_for_generation(self._module, bundle.params())
@@ -84,9 +89,9 @@ class GreedyPrograms:
 
   @property
   def constraints(self) -> list[str]:
-    """What lengths have to be, for `jax.export.symbolic_shape`.
+    """Constraints on lengths for `jax.export.symbolic_shape`.
 
-    Tokens of a prompt are called `prompt`, those of an answer `answer`.
+    The symbolic dimensions are `prompt` and `answer`, in tokens.
     """
     found = ['prompt >= 1', 'answer >= 1']
     most, together = comparing.positions(self.system)
@@ -104,14 +109,17 @@ class GreedyPrograms:
     segment_ids: Int[Array, 'batch prompt'],
     answer: Int[Array, ' answer'],
   ) -> Flat:
-    """Reads prompts; returns a cache with room for an answer.
+    """Encodes prompts; returns a cache with slots for the answers.
 
     Args:
-      params: all.
-      prompt_tokens: of the prompts, padded.
+      params: all parameters by name.
+      prompt_tokens: token ids of the prompts, padded.
       segment_ids: 1 for tokens, 0 for padding.
-      answer: its length is the number of tokens that an answer may have; its
-        values are not read.
+      answer: its length is the maximum number of answer tokens; its values are
+        not read.
+
+    Returns:
+      The cache's arrays by name; see `flatten`.
     """
     return flatten(
       self.read_prompts(params, prompt_tokens, segment_ids, answer.shape[0])
@@ -120,7 +128,7 @@ class GreedyPrograms:
   def read_prompts(
     self, params: Flat, tokens: Array, segment_ids: Array, num_slots: Any
   ) -> cache_lib.Cache:
-    """Returns the cache behind prompts, with so many slots for answers."""
+    """Returns the cache after prompts, with `num_slots` slots for answers."""
     batch = {
       'encoder_input_tokens': tokens,
       'encoder_segment_ids': segment_ids,
@@ -136,12 +144,12 @@ class GreedyPrograms:
   def decode_step(
     self, params: Flat, token: Int[Array, ' batch'], cache: Flat
   ) -> tuple[Float[Array, 'batch vocab'], Flat]:
-    """Reads one token a row; returns the logits of the next, and the cache.
+    """Decodes one token per row; returns the next token's logits and the cache.
 
     Args:
-      params: those of `writer_names`.
-      token: the last token of each answer, or its first token.
-      cache: from `prefill` or from the step before.
+      params: the parameters of `writer_names`, by name.
+      token: the last token of each answer, or its first input.
+      cache: the cache of `prefill` or of the previous step.
     """
     logits, after = self._writer.apply(
       {'params': self._writer_params(params)},
@@ -152,6 +160,7 @@ class GreedyPrograms:
     return logits[:, 0], flatten(after)
 
   def _writer_params(self, params: Flat) -> PyTree:
+    """Returns the parameters of the decoding module as a pytree."""
     tree = traverse_util.unflatten_dict(params, sep='/')
     return l2s.writer_params(tree, self._writer_name)
 
@@ -163,19 +172,19 @@ class GreedyPrograms:
     first_tokens: Int[Array, ' batch'],
     answer: Int[Array, ' answer'],
   ) -> Flat:
-    """Writes answers, from the first token to the last.
+    """Generates answers: prefill and the whole decode loop.
 
     Args:
-      params: all.
-      prompt_tokens: see `prefill`, as for `segment_ids` and `answer`.
-      segment_ids: a row without tokens gets no answer.
-      first_tokens: the start token; where answers continue prompts, the last
-        token of each prompt, or -1 for a row without a prompt.
+      params: all parameters by name.
+      prompt_tokens: see `prefill`.
+      segment_ids: see `prefill`; a row without tokens gets no answer.
+      first_tokens: the start token or, if answers continue prompts, the last
+        token of each prompt, and -1 for a row without a prompt.
       answer: see `prefill`.
 
     Returns:
-      `tokens` [batch, answer], padded behind the end, and `scores` [batch], the
-      sums of the tokens' log-probabilities.
+      `tokens` [batch, answer], padded after EOS, and `scores` [batch], the sum
+      of the tokens' log-probabilities in nats.
     """
     num_steps = answer.shape[0]
     cache = self.read_prompts(params, prompt_tokens, segment_ids, num_steps)
@@ -184,7 +193,7 @@ class GreedyPrograms:
       has_prompt = first_tokens >= 0
     prompts = strategies.Prompts(
       has_prompt=has_prompt,
-      # Greedy decoding draws nothing.
+      # Greedy decoding uses no random numbers.
       row_keys=jax.vmap(jax.random.key)(jnp.zeros_like(first_tokens)),
       max_decode_lens=jnp.full_like(first_tokens, num_steps),
       first_tokens=first_tokens,
@@ -201,7 +210,7 @@ class GreedyPrograms:
 
   @property
   def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that stand before and behind those of a prompt's text."""
+    """The special ids before and after the ids of a prompt's text."""
     vocabulary = self.system.prompt_vocabulary
     if self.continues:
       return vocabulary.prefix_ids, ()
@@ -210,7 +219,7 @@ class GreedyPrograms:
   def prompt_rows(
     self, prompts: Sequence[str], max_prompt_len: int
   ) -> list[list[int]]:
-    """Returns the ids of prompts, as `infer` reads them."""
+    """Returns the ids of prompts as in `infer`, at most `max_prompt_len`."""
     vocabulary = self.system.prompt_vocabulary
     before, after = self.around
     rows = [[*before, *ids, *after] for ids in vocabulary.encode_batch(prompts)]
@@ -219,7 +228,12 @@ class GreedyPrograms:
   def inputs(
     self, rows: Sequence[Sequence[int]], max_decode_len: int
   ) -> dict[str, np.ndarray]:
-    """Returns the arguments of `generate` behind the parameters."""
+    """Returns the arguments of `generate` after `params`, by name.
+
+    Args:
+      rows: ids from `prompt_rows`.
+      max_decode_len: maximum number of answer tokens.
+    """
     batch = batching.prompt_batch(
       rows,
       length=max(map(len, rows)),
@@ -239,7 +253,7 @@ class GreedyPrograms:
 
   @property
   def signature(self) -> dict[str, Any]:
-    """What programs cannot say themselves, as `signature.json` has it."""
+    """Lengths and special ids for `signature.json`."""
     before, after = self.around
     answers = self.system.answer_vocabulary
     return {
@@ -250,7 +264,7 @@ class GreedyPrograms:
         'after': list(after),
       },
       'answer': {
-        # None: the last token of the prompt, which is then not part of it.
+        # None: the last token of the prompt, which is removed from the prompt.
         'first_token': None if self.continues else answers.start_id,
         'eos_ids': list(answers.eos_ids),
         'pad_id': answers.pad_id,
@@ -259,11 +273,11 @@ class GreedyPrograms:
 
 
 def copy_along(folder: pathlib.Path, programs: Mapping[str, str]) -> None:
-  """Copies programs of this package, and the check of all files, to a folder.
+  """Copies programs of this package, and `verify.py`, into an export.
 
   Args:
     folder: the export.
-    programs: their names in the folder, by those in this package.
+    programs: names in the export, by names in this package.
   """
   for ours, theirs in {**programs, _VERIFY: _VERIFY}.items():
     shutil.copyfile(pathlib.Path(__file__).with_name(ours), folder / theirs)
@@ -272,15 +286,18 @@ def copy_along(folder: pathlib.Path, programs: Mapping[str, str]) -> None:
 def run_program(
   folder: pathlib.Path, rows: Sequence[Sequence[int]], num_tokens: int
 ) -> list[list[int]]:
-  """Returns what `run.py` prints, in a fresh process without this package.
+  """Runs the export's `run.py` without l2s_jax in a separate process.
 
   Args:
-    folder: the export, which has `run.py` and a manifest.
+    folder: the export, with `run.py` and a manifest.
     rows: ids of prompts.
-    num_tokens: tokens of an answer.
+    num_tokens: maximum number of answer tokens.
+
+  Returns:
+    Token ids of the answers, [prompt][token].
 
   Raises:
-    ValueError: if it does not run, with its words.
+    ValueError: if the program fails; with its standard error.
   """
   done = subprocess.run(
     [sys.executable, '-P', 'run.py', str(num_tokens)],
@@ -292,7 +309,7 @@ def run_program(
   )
   if done.returncode:
     raise ValueError(
-      f'{folder / "run.py"} does not run; nothing is kept. Its words:\n'
+      f'{folder / "run.py"} failed. The output was deleted. The error is:\n'
       f'{done.stderr[-2000:]}'
     )
   found: list[list[int]] = json.loads(done.stdout)
@@ -302,11 +319,11 @@ def run_program(
 def expected_tokens(
   bundle: SystemWithParams, inputs: Mapping[str, np.ndarray]
 ) -> list[list[int]]:
-  """Returns the run's own answers, EOS included, by the code of `infer`.
+  """Returns the run's answers by `infer`'s decode loop, up to EOS, inclusive.
 
   Args:
-    bundle: has the run.
-    inputs: from `GreedyPrograms.inputs`.
+    bundle: the bundle of the run.
+    inputs: arguments from `GreedyPrograms.inputs`.
   """
   batch = {
     'encoder_input_tokens': inputs['prompt_tokens'],
@@ -320,7 +337,7 @@ def expected_tokens(
 
 
 def flatten(cache: cache_lib.Cache) -> Flat:
-  """Returns the arrays of a cache by name."""
+  """Returns the arrays of a cache by name: `valid`, `slot`, `key_00`, ..."""
   found = {'valid': cache.valid, 'slot': cache.slot}
   if cache.cross_valid is not None:
     found['cross_valid'] = cache.cross_valid
@@ -332,7 +349,7 @@ def flatten(cache: cache_lib.Cache) -> Flat:
 
 
 def unflatten(arrays: Flat) -> cache_lib.Cache:
-  """Returns the cache that `flatten` has taken apart."""
+  """Inverts `flatten`."""
 
   def layers(prefix: str) -> tuple[cache_lib.KeyValues, ...]:
     numbers = sorted(
@@ -357,9 +374,10 @@ def unflatten(arrays: Flat) -> cache_lib.Cache:
 
 
 def traced(function: Callable[..., Any]) -> Callable[..., Any]:
-  """Returns a function to be traced with symbolic shapes.
+  """Wraps a function for tracing with symbolic shapes.
 
-  Checkers of annotations take a symbolic length for no `int`.
+  jaxtyping's checks are off during the call: they reject a symbolic dimension
+  as an `int`.
   """
 
   @functools.wraps(function)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers prompts with a Hugging Face folder, by transformers and torch alone.
+"""Answers prompts with a Hugging Face folder by transformers and torch only.
 
-A program that `hf_form` starts in a process of its own: it reads a request as
-JSON from the standard input and writes a reply as JSON to the standard output.
-It imports nothing of l2s_jax, as a user of the folder does not.
+`hf_form` runs this program in a separate process. It reads a request as JSON
+from standard input and writes a reply as JSON to standard output. It does not
+import l2s_jax, like the code of a user of the folder.
 
-Request: `folder`, `prompts`, `max_prompt_len` and `max_new_tokens` (tokens),
-`ways`: options of `generate` and `padding_side`, by name.
-Reply: `ids` of each prompt; `tokens` and `texts` of its answer, by way.
+Request: `folder`, `prompts`, `max_prompt_len` and `max_new_tokens` (both in
+tokens), and `ways`: options of `generate` and `padding_side`, by a name.
+Reply: `ids` of the prompts; `tokens` and `texts` of the answers, by that name.
 """
 
 import json

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The form `hf`: a folder that the package transformers loads and runs.
+"""The format `hf`: a folder for the package transformers.
 
-Of LLM-to-SLM it has the classes of transformers for LLM and SLM, composed by
-`modeling_llm_to_slm.py`, which goes along; a language model alone is a folder
-of its own family.
+LLM-to-SLM is exported with transformers' classes of LLM and SLM, composed by
+`modeling_llm_to_slm.py`, which is copied into the folder. A single language
+model is exported in the format of its own family.
 """
 
 import dataclasses
@@ -37,17 +37,17 @@ MODELING = 'modeling_llm_to_slm.py'
 _ANSWERS = 'hf_answers.py'
 _CLASS = 'LlmToSlmForConditionalGeneration'
 _ANSWER_TOKENIZER = 'answer_tokenizer'
-# Tokens of an answer, where nobody says how many.
+# Default of max_new_tokens in generation_config.json.
 _MAX_NEW_TOKENS = 256
-# Of the comparison.
+# Number of beams in the comparison.
 _NUM_BEAMS = 4
 
 
 class _Tower:
-  """A model as transformers can say it: a source of weights.
+  """A language model in a form that transformers can express.
 
-  The scale of its attention logits may have gone into the query kernels, and
-  layers behind those that are read are left out.
+  The scale of attention logits is folded into the query kernels if needed, and
+  layers above `llm_layer` are dropped with `_up_to`.
   """
 
   def __init__(
@@ -84,17 +84,17 @@ class _Tower:
 
 
 def check(model: comparing.Described) -> None:
-  """Refuses what transformers has no classes for.
+  """Checks that transformers has classes for the model.
 
   Raises:
-    ValueError: names what it is.
+    ValueError: if it has none; lists the config fields.
   """
   for tower in _towers(model).values():
     to_huggingface.find_model_type(tower)
 
 
 def _towers(bundle: comparing.Described) -> dict[str, _Tower]:
-  """Returns 'llm' and 'slm', or 'model'."""
+  """Returns the language models: 'llm' and 'slm', or 'model'."""
   module = bundle.system.module
   towers = {}
   for name, source in bundle.towers.items():
@@ -109,13 +109,13 @@ def _towers(bundle: comparing.Described) -> dict[str, _Tower]:
 def _up_to(
   config: config_lib.TransformerConfig, layer: int | str | None
 ) -> config_lib.TransformerConfig:
-  """Returns an LLM without the layers behind the last that is read."""
+  """Returns the config of an LLM without the layers above `layer`."""
   if not isinstance(layer, int):
     return config
   field = (
     'num_encoder_layers' if config.is_encoder_decoder else 'num_decoder_layers'
   )
-  # One at least, and as many as tell which of them have windows.
+  # At least one, and enough to express the pattern of sliding windows.
   for count in range(max(layer, 1), l2s.num_reading_layers(config)):
     changed: dict[str, Any] = {field: count}
     shorter = dataclasses.replace(config, **changed)
@@ -125,7 +125,12 @@ def _up_to(
 
 
 def write(bundle: comparing.Exportable, folder: pathlib.Path) -> None:
-  """Writes the folder: weights, configs, tokenizers, code and model card."""
+  """Writes weights, configs, tokenizers, code and model card.
+
+  Args:
+    bundle: the opened bundle.
+    folder: an empty folder.
+  """
   system = bundle.system
   if isinstance(system.module, l2s.LlmToSlm):
     _write_pair(bundle, system.module, folder)
@@ -137,7 +142,7 @@ def write(bundle: comparing.Exportable, folder: pathlib.Path) -> None:
 
 
 def _write_model(bundle: comparing.Exportable, folder: pathlib.Path) -> None:
-  """Writes a language model alone."""
+  """Writes a single language model."""
   (tower,) = _towers(bundle).values()
   system = bundle.system
   vocabulary = system.prompt_vocabulary
@@ -209,7 +214,7 @@ def _pair_json(
     'slm_is_tied': towers['slm'].config.logits_via_embedding,
     'injection': module.injection,
     'shared_vocabulary': module.shared_vocabulary,
-    # Of the layers behind the one that is read few are there.
+    # Layers above `llm_layer` may be absent.
     'llm_layer': None if is_last else module.llm_layer,
     'llm_prefix_ids': list(module.llm_prefix_ids),
     'is_encoder_decoder': True,
@@ -219,9 +224,9 @@ def _pair_json(
 
 
 def _generation(vocabulary: base.Vocabulary) -> dict[str, Any]:
-  """Returns how answers are written unless `generate` is told otherwise.
+  """Returns generation_config.json: greedy decoding by default.
 
-  With `num_beams` these are the beams of `Decoding`'s defaults.
+  With `num_beams` it is the beam search of `Decoding`'s defaults.
   """
   return {
     'decoder_start_token_id': vocabulary.start_id,
@@ -242,7 +247,7 @@ def _save_prompt_tokenizer(
   folder: pathlib.Path,
   config: config_lib.TransformerConfig,
 ) -> None:
-  """Writes the tokenizer that gives what is read before the first token."""
+  """Writes a tokenizer that adds the special ids around a prompt."""
   before, after = comparing.around(system)
   writer = l2s.writer(system.module)[0].config
   is_continued = not isinstance(system.module, l2s.LlmToSlm) and (
@@ -259,11 +264,12 @@ def _save_prompt_tokenizer(
 
 
 def _sentinels_below(config: config_lib.TransformerConfig) -> int:
+  """Returns the size of the vocabulary for T5, 0 for other models."""
   return config.vocab_size if 'relative' in config.positions else 0
 
 
 def _example(system: system_lib.System) -> str:
-  """Returns how the folder is used, in Python."""
+  """Returns the Python example of the model card."""
   module = system.module
   is_pair = isinstance(module, l2s.LlmToSlm)
   is_continued = not (
@@ -303,21 +309,25 @@ def compare(
   prompts: Sequence[str],
   ask: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> str:
-  """Answers prompts here and in transformers, both in float32.
+  """Compares answers of l2s_jax and of transformers, both in float32.
 
-  Greedily, and with beams; padded on the right and on the left.
+  Decoding is greedy, and by beam search unless transformers scales the logits
+  of the family differently. Prompts are padded on the left; for all models but
+  decoder-only ones, on the right as well.
 
   Args:
-    bundle: what the folder was written from.
-    folder: as `write` left it.
-    prompts: at least one.
-    ask: replies as `hf_answers.answer`; None asks a process of its own.
+    bundle: the bundle that `folder` was written from.
+    folder: folder from `write`.
+    prompts: at least one prompt.
+    ask: function of a request for `hf_answers.answer` that returns its reply;
+      None runs it in a separate process.
 
   Returns:
-    What was found equal.
+    A summary.
 
   Raises:
-    ValueError: if the folder cannot be run, or gives other tokens.
+    ValueError: if transformers cannot run the folder, or generates other
+      tokens.
   """
   system = bundle.system
   writer = l2s.writer(system.module)[0].config
@@ -329,7 +339,7 @@ def compare(
   ways: dict[str, dict[str, Any]] = {
     'greedy': {'num_beams': 1, 'padding_side': 'left'},
   }
-  if not is_continued:  # transformers reads these padded on the left alone.
+  if not is_continued:  # Decoder-only models need left padding.
     ways['greedy, padded on the right'] = {
       'num_beams': 1,
       'padding_side': 'right',
@@ -349,27 +359,27 @@ def compare(
   if reply['ids'] != ids:
     row = next(i for i, x in enumerate(reply['ids']) if x != ids[i])
     raise ValueError(
-      f'The tokenizer in {folder} gives other ids of {prompts[row]!r}: '
-      f'{reply["ids"][row]}; the run reads {ids[row]}. Nothing is kept.'
+      f'The tokenizer in {folder} encodes {prompts[row]!r} as '
+      f'{reply["ids"][row]}, but the run as {ids[row]}. The output was deleted.'
     )
   params = bundle.params()
   for num_beams in {way['num_beams'] for way in ways.values()}:
     ours = comparing.answers(system, params, ids, num_tokens, num_beams)
     for name, way in ways.items():
       if way['num_beams'] == num_beams:
-        who = f'transformers writes other tokens from {folder} ({name})'
+        who = f'transformers with {folder} ({name})'
         comparing.check_equal(system, prompts, ours, reply['tokens'][name], who)
   beams = f'greedy and {_NUM_BEAMS} beams' if has_beams else 'greedy'
   return (
-    f'transformers writes the same tokens to {len(prompts)} prompts as the '
-    f'run does in float32 ({beams}, up to {num_tokens} tokens)'
+    f'transformers generates the same tokens for {len(prompts)} prompts as the '
+    f'run in float32 ({beams}, up to {num_tokens} tokens)'
   )
 
 
 def _scales_for_itself(folder: pathlib.Path) -> bool:
-  """Whether transformers divides the logits where the model does not.
+  """Returns whether transformers scales logits that the model does not scale.
 
-  That of umT5, since version 5: no greedy token changes, but beams do.
+  transformers 5 does for umT5. Greedy tokens are the same, beams are not.
   """
   return (
     json.loads((folder / huggingface.CONFIG).read_text()).get('model_type')
@@ -378,7 +388,11 @@ def _scales_for_itself(folder: pathlib.Path) -> bool:
 
 
 def _ask_transformers(request: dict[str, Any]) -> dict[str, Any]:
-  """Returns what `hf_answers.py` replies, in a process of its own."""
+  """Runs `hf_answers.py` in a separate process and returns its reply.
+
+  Raises:
+    ValueError: if the process fails.
+  """
   program = pathlib.Path(__file__).with_name(_ANSWERS)
   with tempfile.TemporaryDirectory() as scratch:
     done = subprocess.run(
@@ -397,8 +411,8 @@ def _ask_transformers(request: dict[str, Any]) -> dict[str, Any]:
     )
   if done.returncode:
     raise ValueError(
-      f'transformers cannot run {request["folder"]}; nothing is kept. Its '
-      f'words:\n{done.stderr[-2000:]}'
+      f'transformers cannot run {request["folder"]}. The output was deleted. '
+      f'The error is:\n{done.stderr[-2000:]}'
     )
   reply: dict[str, Any] = json.loads(done.stdout)
   return reply

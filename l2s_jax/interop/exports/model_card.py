@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README.md of an exported folder: what it is, how well, how it is used.
+"""The README.md of an exported folder: description, usage and results.
 
-A bundle keeps the results that a run has measured; the card shows them, and
-says so where there are none.
+Results come from the bundle, which has those of the run's evaluations.
 """
 
 import json
@@ -16,20 +15,21 @@ from l2s_jax.models import l2s
 from l2s_jax.models import shapes as shapes_lib
 from l2s_jax.systems import system as system_lib
 
-# Of an evaluation: `task` (its name and split), `step` and `scores`.
+# Result of an evaluation: `task` (its name and split), `step` and `scores`.
 Result = dict[str, Any]
 
 _PAPER = 'arXiv:2402.16844'
 
 
 def measured(run_dir: pathlib.Path) -> list[Result]:
-  """Returns what a run has measured with the right prompt.
+  """Returns the evaluation results of a run, without those of control prompts.
 
   Args:
-    run_dir: a run, or the folder of an evaluation; of others there is nothing.
+    run_dir: a run, or the folder of an evaluation; other folders have no
+      results.
 
   Raises:
-    ValueError: if a file of results is broken.
+    ValueError: if a file of results is damaged.
   """
   if not any((run_dir / 'eval').glob('metrics-*.json')):
     return []
@@ -53,12 +53,12 @@ def text(
   examples: Sequence[str],
   library: str = 'transformers',
 ) -> str:
-  """Returns the card in Markdown.
+  """Returns the model card in Markdown.
 
   Args:
-    bundle: what was exported, whose manifest may have results and a license.
+    bundle: the exported model; its manifest may have results and a license.
     examples: Python programs that use the folder.
-    library: that runs the folder.
+    library: `library_name` for model hubs.
   """
   system = bundle.system
   facts = bundle.content.get('facts', {})
@@ -75,10 +75,10 @@ def text(
     *([_beams()] if library == 'transformers' else []),
     '## Results',
     _results(found),
-    '## Licence',
+    '## License',
     license_name
-    or 'manifest.json has it, if anybody has said. The weights are under the '
-    'terms of the models and data that they were made from.',
+    or 'See `license` in manifest.json; null means that none was given. The '
+    'terms of the original models and training data apply to the weights.',
   ]
   return '\n\n'.join(sections) + '\n'
 
@@ -86,7 +86,7 @@ def text(
 def _front_matter(
   found: Sequence[Result], license_name: str | None, is_pair: bool, library: str
 ) -> str:
-  """Returns the YAML that model hubs read; JSON is YAML."""
+  """Returns the YAML header for model hubs, with JSON values (valid YAML)."""
   content: dict[str, Any] = {'library_name': library}
   if license_name is not None:
     content['license'] = license_name
@@ -113,6 +113,7 @@ def _front_matter(
 
 
 def _description(system: system_lib.System) -> str:
+  """Returns one paragraph about the architecture and its sizes."""
   module = system.module
   sizes: dict[str, int] = {}
   for path, shape in shapes_lib.of_module(module).items():
@@ -131,37 +132,40 @@ def _description(system: system_lib.System) -> str:
     layer = f'its layer {module.llm_layer}'
   between = sum(n for name, n in sizes.items() if name not in ('llm', 'slm'))
   takes = {
-    'add': 'added to its embeddings of the prompt',
-    'replace': 'in the place of its embeddings of the prompt',
+    'add': 'adds them to its embeddings of the prompt',
+    'replace': 'reads them in place of its embeddings of the prompt',
   }[module.injection]
   vocabulary = (
     'the same vocabulary'
     if module.shared_vocabulary
     else (
-      'a vocabulary of its own: read answers with the tokenizer in '
+      'its own vocabulary: decode answers with the tokenizer in '
       'answer_tokenizer/'
     )
   )
   return (
-    f'A large model ({sizes["llm"]:,} parameters) reads the prompt once. A '
-    f'projector ({between:,}) takes the states of {layer} to a small model '
-    f'({sizes["slm"]:,}), which has them {takes} and writes the answer in '
-    f'{vocabulary} ({_PAPER}).'
+    f'An LLM ({sizes["llm"]:,} parameters) encodes the prompt once. A '
+    f'projector ({between:,}) maps the hidden states of {layer} to a small '
+    f'language model (SLM, {sizes["slm"]:,}). The SLM {takes} and generates '
+    f'the answer in {vocabulary} ({_PAPER}).'
   )
 
 
 def _beams() -> str:
+  """Returns the paragraph about beam search in transformers."""
   return (
-    'Greedy tokens are those of `l2s_jax` in float32. So are beams with '
-    "`num_beams=N`, where `l2s_jax` has `Decoding.length_penalty_form='power'` "
-    'with the same `length_penalty` and `early_stopping`, as by default. '
-    "`transformers` has no equal of `'gnmt'`."
+    'Greedy decoding generates the same tokens as `l2s_jax` in float32. Beam '
+    'search with `num_beams=N` does, too, if `l2s_jax` has the same '
+    '`length_penalty` and `early_stopping` and '
+    "`Decoding.length_penalty_form='power'`, as by default. `transformers` has "
+    "no equivalent of `'gnmt'`."
   )
 
 
 def _results(found: Sequence[Result]) -> str:
+  """Returns the table of results."""
   if not found:
-    return 'The run has measured nothing that it keeps.'
+    return 'The run has no evaluation results.'
   rows = [
     {'task': result['task'], 'step': result['step'], **_shown(result['scores'])}
     for result in found
@@ -171,4 +175,5 @@ def _results(found: Sequence[Result]) -> str:
 
 
 def _shown(scores: Mapping[str, Any]) -> dict[str, str]:
+  """Returns scores with four significant digits."""
   return {name: f'{value:.4g}' for name, value in scores.items()}

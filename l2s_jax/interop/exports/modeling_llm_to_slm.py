@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLM-to-SLM for the package transformers (5 or newer) and PyTorch.
 
-The LLM reads the prompt once, a projector takes its states to the width of the
-SLM, and the SLM writes the answer (arXiv:2402.16844). LLM and SLM are the
-classes of transformers; this file composes them. It imports transformers and
-torch alone, so that a folder with it needs nothing else.
+The LLM encodes the prompt once, a projector maps its hidden states to the width
+of the SLM, and the SLM generates the answer (arXiv:2402.16844). LLM and SLM are
+classes of transformers, composed by this file. The only imports are
+transformers and torch, so that the folder needs no other package.
 
-Prompts may be padded on either side. Inside, padding is moved to the left, so
-that an answer stands right behind its prompt.
+Prompts may be padded on either side. Internally padding is moved to the left,
+so that the answer follows its prompt directly.
 """
 
 import copy
@@ -18,30 +18,31 @@ import transformers
 from transformers import masking_utils, modeling_outputs
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-# Their model multiplies `inputs_embeds` by sqrt(hidden_size), unless their
-# table of embeddings does.
+# Families that multiply `inputs_embeds` by sqrt(hidden_size) in the model,
+# unless their embedding layer does.
 _SCALED_INPUTS = ('gemma', 'gemma2', 't5gemma')
 _FINAL_NORMS = ('final_layer_norm', 'norm', 'ln_f')
-# Whatever their config says, encoder and decoder share a table of embeddings.
+# Families that share embeddings between encoder and decoder for any value of
+# tie_word_embeddings.
 _T5 = ('t5', 'mt5', 'umt5')
 _MIX = 'mix'
 
 
 class LlmToSlmConfig(transformers.PretrainedConfig):
-  """The config of an LLM, of an SLM, and of what is between them.
+  """The configs of an LLM and an SLM, and of their connection.
 
   Attributes:
-    llm: of the LLM, or of that part of it that reads prompts.
-    slm: of the SLM.
-    slm_is_tied: whether the SLM's output head is its table of embeddings.
-    injection: 'add' projected states to the SLM's embeddings of the prompt, or
-      'replace' them.
-    shared_vocabulary: whether a prompt's ids are the SLM's own. If not, 'add'
-      takes the LLM's embeddings through `prompt_embedder`.
-    llm_layer: None for the LLM's last states, a number for those after so many
-      layers, 'mix' for a mix of all layers.
-    llm_prefix_ids: that the LLM reads in front of each prompt; their own states
-      are left out.
+    llm: config of the LLM, or of its encoder.
+    slm: config of the SLM.
+    slm_is_tied: whether the SLM's output head shares its embedding table.
+    injection: 'add' adds the projected states to the SLM's embeddings of the
+      prompt, 'replace' replaces the embeddings.
+    shared_vocabulary: whether the SLM has the LLM's vocabulary. If not, 'add'
+      projects the LLM's embeddings of the prompt with `prompt_embedder`.
+    llm_layer: None for the LLM's last hidden states, a number for those after
+      this many layers, 'mix' for a learned mix of all layers.
+    llm_prefix_ids: token ids that the LLM reads before each prompt; their
+      hidden states are dropped.
   """
 
   model_type = 'llm_to_slm'
@@ -62,7 +63,7 @@ class LlmToSlmConfig(transformers.PretrainedConfig):
     **kwargs,
   ):
     kwargs.setdefault('is_encoder_decoder', True)
-    kwargs['tie_word_embeddings'] = False  # Each part says so of itself.
+    kwargs['tie_word_embeddings'] = False  # LLM and SLM have their own.
     self.llm, self.slm = _config(llm), _config(slm)
     self.slm_is_tied = slm_is_tied
     if self.slm.model_type not in _T5:
@@ -77,6 +78,7 @@ class LlmToSlmConfig(transformers.PretrainedConfig):
     super().__init__(**kwargs)
 
   def get_text_config(self, decoder=None, encoder=None):
+    """Returns the SLM's config for `decoder`, the LLM's for `encoder`."""
     if decoder and not encoder:
       return self.slm.get_text_config(decoder=True)
     if encoder and not decoder:
@@ -85,6 +87,7 @@ class LlmToSlmConfig(transformers.PretrainedConfig):
 
 
 def _config(values):
+  """Returns a config from a dict with `model_type`; None means a default T5."""
   if isinstance(values, transformers.PretrainedConfig):
     return values
   values = dict(values or {'model_type': 't5'})
@@ -92,11 +95,12 @@ def _config(values):
 
 
 def _is_encoder(config):
-  """Whether an LLM is an encoder, which has no positions to be told."""
+  """Returns whether the LLM is an encoder, which takes no position_ids."""
   return config.model_type in (*_T5, 't5gemma')
 
 
 def _make_llm(config):
+  """Returns the LLM without a head; of an encoder-decoder, the encoder only."""
   if not _is_encoder(config):
     return transformers.AutoModel.from_config(config)
   name = type(config).__name__.removesuffix('Config')
@@ -104,7 +108,7 @@ def _make_llm(config):
 
 
 def _input_scale(model):
-  """Returns by what a model multiplies the embeddings that it is given."""
+  """Returns the factor by which a model multiplies its `inputs_embeds`."""
   config = model.config
   if config.model_type not in _SCALED_INPUTS:
     return 1.0
@@ -114,9 +118,9 @@ def _input_scale(model):
 
 
 def _narrow_window(encoder):
-  """Lets the layers of a T5Gemma encoder see as far as Gemma's own do.
+  """Sets the sliding window of a T5Gemma encoder to that of Gemma's own code.
 
-  transformers 5 counts one token more on each side.
+  transformers 5 includes one token more on each side.
   """
   overlay = masking_utils.sliding_window_bidirectional_overlay(1)
   if overlay(0, 0, 0, 1):
@@ -125,11 +129,12 @@ def _narrow_window(encoder):
 
 
 def _positions(mask):
+  """Returns position ids, [batch, length], that do not count padding."""
   return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 class _LayerMix(torch.nn.Module):
-  """A mix of layers' states: softmax weights, one a layer, and a scale."""
+  """A mix of layers' hidden states with softmax weights and one scale."""
 
   def __init__(self, num_layers):
     super().__init__()
@@ -146,10 +151,10 @@ class _LayerMix(torch.nn.Module):
 class LlmToSlmForConditionalGeneration(
   transformers.PreTrainedModel, transformers.GenerationMixin
 ):
-  """An LLM, a projector and an SLM, used as an encoder-decoder is.
+  """An LLM, a projector and an SLM, with the interface of an encoder-decoder.
 
-  What stands for its encoder ends with the SLM's encoder or, where the SLM has
-  none, with the embeddings of the prompt that its decoder reads first.
+  Its encoder ends with the SLM's encoder. For a decoder-only SLM it ends with
+  the prompt embeddings, which the SLM reads before the answer.
   """
 
   config_class = LlmToSlmConfig
@@ -209,14 +214,18 @@ class LlmToSlmForConditionalGeneration(
     output_hidden_states=None,
     return_dict=True,
   ):
-    """Returns what the SLM's decoder reads of prompts, padded on the left.
+    """Returns the encoder output, with padding moved to the left.
 
     Args:
-      input_ids: of the prompts, [batch, length].
-      attention_mask: 1 for tokens, 0 for padding; None where there is none.
-      output_attentions: for `generate`; nothing is returned of them.
-      output_hidden_states: likewise.
-      return_dict: likewise.
+      input_ids: token ids of the prompts, [batch, length].
+      attention_mask: 1 for tokens, 0 for padding, [batch, length]; None means
+        no padding.
+      output_attentions: ignored; `generate` passes it.
+      output_hidden_states: ignored.
+      return_dict: ignored.
+
+    Returns:
+      A BaseModelOutput: `last_hidden_state` is [batch, length, hidden_size].
     """
     del output_attentions, output_hidden_states, return_dict
     if attention_mask is None:
@@ -237,7 +246,7 @@ class LlmToSlmForConditionalGeneration(
     return modeling_outputs.BaseModelOutput(last_hidden_state=embeddings)
 
   def _embed(self, input_ids, scale):
-    """Returns the SLM's embeddings of prompts, before its model scales them."""
+    """Returns the SLM's prompt embeddings, before the SLM scales them."""
     if self.config.shared_vocabulary:
       return self.slm.get_input_embeddings()(input_ids)
     embeddings = self.llm.get_input_embeddings()(input_ids)
@@ -245,12 +254,12 @@ class LlmToSlmForConditionalGeneration(
     return self.prompt_embedder(embeddings) / scale
 
   def _read(self, input_ids, mask):
-    """Returns the LLM's states of prompts."""
+    """Returns the LLM's hidden states of prompts, without its prefix."""
     prefix = input_ids.new_tensor(self.config.llm_prefix_ids)
     prefix = prefix.expand(input_ids.shape[0], -1)
     input_ids = torch.cat([prefix, input_ids], dim=1)
     mask = torch.cat([torch.ones_like(prefix).to(mask), mask], dim=1)
-    order = mask.argsort(dim=1, stable=True)  # Again padding goes to the left.
+    order = mask.argsort(dim=1, stable=True)  # Padding before the prefix.
     input_ids, mask = (x.gather(1, order) for x in (input_ids, mask))
     inputs = {'input_ids': input_ids, 'attention_mask': mask}
     if not _is_encoder(self.config.llm):
@@ -258,7 +267,7 @@ class LlmToSlmForConditionalGeneration(
     return self._states(inputs)[:, prefix.shape[1] :]
 
   def _states(self, inputs):
-    """Returns the states after the layer that is read, or their mix."""
+    """Returns the hidden states after `llm_layer`, or the mix of all layers."""
     layer = self.config.llm_layer
     if layer is None:
       return self.llm(**inputs).last_hidden_state
@@ -269,6 +278,7 @@ class LlmToSlmForConditionalGeneration(
     return self.layer_mix([*(norm(x) for x in states[:-1]), states[-1]])
 
   def _final_norm(self):
+    """Returns the norm after the LLM's last layer."""
     stack = self.llm
     for name in ('encoder', 'decoder'):
       stack = getattr(stack, name, stack)
@@ -289,19 +299,26 @@ class LlmToSlmForConditionalGeneration(
     return_dict=None,
     **kwargs,
   ):
-    """Returns logits of the answer, and with `labels` their cross-entropy.
+    """Returns the logits of answers and, with `labels`, the cross-entropy.
 
     Args:
-      input_ids: of the prompts.
-      attention_mask: of the prompts; None where they have no padding.
-      decoder_input_ids: of the answers, behind the start token.
-      decoder_attention_mask: of the answers, those in the cache included.
-      encoder_outputs: what `encode` has returned, in place of `input_ids`.
+      input_ids: token ids of the prompts, [batch, prompt].
+      attention_mask: 1 for tokens, 0 for padding, [batch, prompt]; None means
+        no padding.
+      decoder_input_ids: token ids of the answers after the start token,
+        inclusive, [batch, answer].
+      decoder_attention_mask: mask of all answer tokens, including those in the
+        cache.
+      encoder_outputs: output of `encode`, in place of `input_ids`.
       past_key_values: an EncoderDecoderCache.
-      labels: of the answers, -100 where there is none.
+      labels: token ids of the answers, -100 to ignore a position.
       use_cache: whether to return the cache.
-      return_dict: whether to return names with the values.
-      **kwargs: what `generate` tells other models.
+      return_dict: False returns a tuple.
+      **kwargs: ignored arguments of `generate`.
+
+    Returns:
+      A Seq2SeqLMOutput: `logits` are [batch, answer, vocab_size], `loss` is in
+      nats per label.
     """
     if encoder_outputs is None:
       encoder_outputs = self.encode(input_ids, attention_mask)
@@ -349,7 +366,7 @@ class LlmToSlmForConditionalGeneration(
     return outputs.to_tuple() if return_dict is False else outputs
 
   def _is_scaled_as_if_tied(self):
-    """Whether the SLM is a umT5 whose head is not the table of embeddings."""
+    """Returns whether transformers scales the logits of an untied umT5."""
     config = self.slm.config
     return (
       config.model_type == 'umt5'
@@ -360,7 +377,7 @@ class LlmToSlmForConditionalGeneration(
   def _continue(
     self, prompt, mask, tokens, decoder_mask, past_key_values, use_cache
   ):
-    """Returns logits of a decoder-only SLM, and its cache."""
+    """Returns the logits and the cache of a decoder-only SLM."""
     cache = past_key_values
     if isinstance(cache, EncoderDecoderCache):
       cache = cache.self_attention_cache
@@ -389,7 +406,7 @@ class LlmToSlmForConditionalGeneration(
 
   def _prepare_cache_for_generation(self, *args, **kwargs):
     super()._prepare_cache_for_generation(*args, **kwargs)
-    # Layers with a window see all of the prompt: their window is the answer's.
+    # Cross-attention has no sliding window: its cache keeps the whole prompt.
     signature = inspect.signature(super()._prepare_cache_for_generation)
     model_kwargs = signature.bind(*args, **kwargs).arguments['model_kwargs']
     cache = model_kwargs.get('past_key_values')
@@ -397,6 +414,7 @@ class LlmToSlmForConditionalGeneration(
       cache.cross_attention_cache = DynamicCache()
 
   def _shift_right(self, labels):
+    """Returns decoder inputs: the start token, then all labels but the last."""
     start = labels.new_full(
       (labels.shape[0], 1), self.generation_config.decoder_start_token_id
     )
@@ -406,11 +424,12 @@ class LlmToSlmForConditionalGeneration(
     )
 
   def prepare_decoder_input_ids_from_labels(self, labels):
+    """Returns the decoder inputs for `labels`; data collators call it."""
     return self._shift_right(labels)
 
 
 class _Encoder:
-  """What `generate` calls before the first token."""
+  """The encoder that `generate` calls before the first token."""
 
   def __init__(self, model):
     self.forward = model.encode

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The form `onnx`: two models for ONNX Runtime, and their weights.
+"""The format `onnx`: two models for ONNX Runtime, and their weights.
 
-    prefill.onnx, decode_step.onnx   without weights
-    model.safetensors                their weights, mapped by both
+    prefill.onnx, decode_step.onnx   the models, without weights
+    model.safetensors                weights, memory-mapped by both models
     signature.json                   special ids, lengths
     run.py, verify.py                an example; a check of the files
 
-`prefill` has the LLM's encoder, the projector and what the SLM makes of the
-prompt; `decode_step` has the SLM, one token a row. Both compute in float32, for
-any number of prompts and any lengths.
+`prefill` contains the LLM's encoder, the projector and the SLM's part for the
+prompt. `decode_step` contains the SLM and decodes one token per row. Both
+compute in float32, for any batch size and any lengths.
 """
 
 import dataclasses
@@ -32,23 +32,23 @@ from l2s_jax.weights.formats import tensor_files
 
 SIGNATURE = 'signature.json'
 _RUN = 'run_onnx.py'
-# What a step reads and writes: `past.key_00` in, `present.key_00` out.
+# Prefixes of the cache arrays of a step: `past.key_00` in, `present.key_00`
+# out.
 _PAST, _PRESENT = 'past.', 'present.'
 
 Shape = jax.ShapeDtypeStruct
 
 
 def check(model: comparing.Described) -> None:
-  """Refuses what jax2onnx cannot convert, by converting its shapes.
+  """Checks that jax2onnx can convert the model, with zeros as weights.
 
   Raises:
-    ValueError: with jax2onnx's words, or the packages that are missing.
+    ValueError: if it cannot, with its error, or if it is not installed.
   """
   if extras.missing('jax2onnx'):
     raise ValueError(
       '--to=onnx needs jax2onnx, which is not installed: pip install --no-deps '
-      'jax2onnx (it asks for an older orbax-checkpoint, of which this form has '
-      'no need).'
+      'jax2onnx (without --no-deps, pip installs an older orbax-checkpoint).'
     )
   for _ in _converted(_programs(_OfShapes(model.system)), None):
     pass
@@ -57,7 +57,12 @@ def check(model: comparing.Described) -> None:
 def write(
   bundle: greedy_programs.SystemWithParams, folder: pathlib.Path
 ) -> None:
-  """Writes models, parameters, signature and example."""
+  """Writes models, weights, signature and example.
+
+  Args:
+    bundle: the opened bundle.
+    folder: an empty folder.
+  """
   import onnx
 
   programs = _programs(bundle)
@@ -75,7 +80,7 @@ def write(
 
 
 def _params(programs: greedy_programs.GreedyPrograms) -> dict[str, Shape]:
-  """Returns the shapes of the parameters as the models have them."""
+  """Returns the shapes of the parameters in float32."""
   return {
     name: Shape(x.shape, np.dtype(np.float32))
     for name, x in programs.params.items()
@@ -85,10 +90,10 @@ def _params(programs: greedy_programs.GreedyPrograms) -> dict[str, Shape]:
 def _converted(
   programs: greedy_programs.GreedyPrograms, folder: pathlib.Path | None
 ) -> Iterator[tuple[str, Any]]:
-  """Yields both models with their names; see `onnx_lowering.convert`."""
+  """Yields the names and ONNX models; see `onnx_lowering.convert`."""
   system, params = programs.system, _params(programs)
   is_decoder_only = not l2s.writer(system.module)[0].config.is_encoder_decoder
-  # Apart from the symbols of a step, whose slots are of one kind.
+  # Symbolic dimensions of prefill; those of a step are in `_of_a_step`.
   batch, prompt, answer = jax.export.symbolic_shape('batch, prompt, answer')
   inputs = {
     'prompt_tokens': Shape((batch, prompt), jnp.int32),
@@ -111,7 +116,7 @@ def _converted(
 
 @dataclasses.dataclass(frozen=True)
 class _InFloat32:
-  """A bundle that computes in float32, with parameters as they are."""
+  """A bundle with float32 activations; parameters keep their dtypes."""
 
   bundle: greedy_programs.SystemWithParams
 
@@ -125,7 +130,7 @@ class _InFloat32:
 
 @dataclasses.dataclass(frozen=True)
 class _OfShapes:
-  """A bundle of zeros, which take no memory."""
+  """A bundle of zeros, broadcast from scalars to take no memory."""
 
   system: system_lib.System
 
@@ -135,7 +140,7 @@ class _OfShapes:
       {
         path: np.broadcast_to(np.zeros((), shape.dtype), shape.shape)
         for path, shape in shapes.items()
-        if not lora.is_learned(path[-1])  # It is merged.
+        if not lora.is_learned(path[-1])  # Bundles have LoRA merged.
       }
     )
 
@@ -143,7 +148,8 @@ class _OfShapes:
 def _programs(
   bundle: greedy_programs.SystemWithParams,
 ) -> greedy_programs.GreedyPrograms:
-  # A loop over the LLM's layers would copy each layer's weights.
+  """Returns the programs in float32, with the LLM's layers unstacked."""
+  # A scan over stacked layers would copy the weights of each layer.
   return greedy_programs.GreedyPrograms(_InFloat32(bundle), unstack_llm=True)
 
 
@@ -153,7 +159,7 @@ def _prefill(
   params: greedy_programs.Flat,
   inputs: greedy_programs.Flat,
 ) -> greedy_programs.Flat:
-  """Returns the cache of a prompt, with room for an answer."""
+  """Returns the cache of prompts with slots for answers, names prefixed."""
   num_slots = inputs['answer'].shape[0]
   cache = programs.read_prompts(
     params,
@@ -167,7 +173,10 @@ def _prefill(
 
 
 def _append_room(cache: cache_lib.Cache, num_slots: Any) -> cache_lib.Cache:
-  """Does what `cache.grow` does; jax2onnx pads by no symbol."""
+  """Appends empty slots, like `cache.grow` without a symbolic pad.
+
+  jax2onnx cannot convert a pad by a symbolic dimension.
+  """
 
   def append(x: jax.Array, axis: int) -> jax.Array:
     shape = (*x.shape[:axis], num_slots, *x.shape[axis + 1 :])
@@ -184,7 +193,7 @@ def _decode_step(
   params: greedy_programs.Flat,
   inputs: greedy_programs.Flat,
 ) -> greedy_programs.Flat:
-  """Returns the logits of the next token, and what of the cache has changed."""
+  """Returns the logits of the next token, and the changed part of the cache."""
   cache = {n.removeprefix(_PAST): x for n, x in inputs.items() if n != 'token'}
   logits, after = programs.decode_step(params, inputs['token'], cache)
   changed = {n: x for n, x in after.items() if not _is_of_prompt(n)}
@@ -192,7 +201,7 @@ def _decode_step(
 
 
 def _named(cache: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-  """Puts a prefix before the names of what each step changes."""
+  """Adds a prefix to the names of the arrays that change in each step."""
   return {
     name if _is_of_prompt(name) else f'{prefix}{name}': x
     for name, x in cache.items()
@@ -200,11 +209,12 @@ def _named(cache: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _is_of_prompt(name: str) -> bool:
+  """Returns whether an array is a cross-attention cache: steps keep it."""
   return name.startswith('cross_')
 
 
 def _of_a_step(cache: Mapping[str, Shape]) -> dict[str, Shape]:
-  """Returns the inputs of a step, with lengths of their own."""
+  """Returns the input shapes of a step, with its own symbolic dimensions."""
   batch, slots, prompt = jax.export.symbolic_shape('batch, slots, prompt')
   found = {'token': Shape((batch,), jnp.int32)}
   for name, x in cache.items():
@@ -223,18 +233,18 @@ def compare(
   folder: pathlib.Path,
   prompts: Sequence[str],
 ) -> str:
-  """Answers prompts by `infer`'s code and, in a fresh process, by the folder.
+  """Compares answers of `infer`'s decode loop and of the export's `run.py`.
 
   Args:
-    bundle: what the folder was written from.
-    folder: as `write` left it.
-    prompts: at least one.
+    bundle: the bundle that `folder` was written from.
+    folder: folder from `write`.
+    prompts: at least one prompt.
 
   Returns:
-    What was found equal.
+    A summary.
 
   Raises:
-    ValueError: if a model does not run, or gives other tokens.
+    ValueError: if a model does not run, or generates other tokens.
   """
   programs = _programs(bundle)
   max_prompt_len, num_tokens = comparing.lengths(bundle.system)
@@ -247,9 +257,9 @@ def compare(
     prompts,
     expected,
     greedy_programs.run_program(folder, rows, num_tokens),
-    f'ONNX Runtime writes other tokens from {folder}',
+    f'ONNX Runtime with {folder}',
   )
   return (
-    f'ONNX Runtime writes the same tokens to {len(prompts)} prompts as the run '
-    f'does (greedy, up to {num_tokens} tokens)'
+    f'ONNX Runtime generates the same tokens for {len(prompts)} prompts as the '
+    f'run (greedy, up to {num_tokens} tokens)'
   )

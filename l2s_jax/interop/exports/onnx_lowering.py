@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A function of arrays as an ONNX model, by jax2onnx.
+"""Converts a function of arrays to an ONNX model, using jax2onnx.
 
-jax2onnx 0.17 takes lengths that are symbols where a primitive has no need of
-them. Here a traced function is first written in such primitives: calls and
-custom derivatives are taken apart, and a split, a pad and the update of one
-slot become slices, concatenations and a choice.
+jax2onnx 0.17 supports symbolic dimensions in some primitives only. The traced
+function is therefore rewritten in these primitives first: calls and custom
+derivatives are inlined; split, pad and dynamic_update_slice become slices,
+concatenations and selects.
 
-Parameters are no part of the model: they are external data, in safetensors
-files beside it.
+Parameters are external data of the model, in safetensors files beside it.
 """
 
 import collections
@@ -27,7 +26,7 @@ from l2s_jax.weights.formats import tensor_files
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
-# Primitives whose results are their operands, where nothing is derived.
+# Primitives that return their operands if nothing is differentiated.
 _TRANSPARENT = ('name', 'stop_gradient', 'sharding_constraint')
 _CALLS = ('jit', 'pjit', 'closed_call', 'custom_jvp_call', 'custom_vjp_call')
 
@@ -41,18 +40,18 @@ def convert(
   """Returns the `onnx.ModelProto` of a function.
 
   Args:
-    function: of the dicts `params` and `inputs`; its results have names that
-      no input has.
-    params: found in the folder.
-    inputs: with symbols among their lengths.
-    folder: of the safetensors files with the parameters; None: nobody will run
-      the model.
+    function: function of the dicts `params` and `inputs`. The names of its
+      results must differ from those of all inputs.
+    params: shapes of the parameters by name.
+    inputs: shapes of the inputs by name, with symbolic dimensions.
+    folder: folder with the parameters in safetensors files, and of the model;
+      None leaves parameters as inputs, for a trial conversion.
 
   Raises:
-    ValueError: if jax2onnx lacks what the function needs.
+    ValueError: if jax2onnx does not support the function.
   """
-  # At import, of each example whose own needs are not installed; later, of
-  # each shape that is not known.
+  # Hides warnings: at import about examples whose packages are missing, later
+  # about unknown shapes.
   for name in ('jax2onnx', 'onnx_ir'):
     logging.getLogger(name).setLevel(logging.ERROR)
   import jax2onnx
@@ -80,8 +79,8 @@ def convert(
   ) as error:
     said = (str(error).splitlines() or [''])[0]
     raise ValueError(
-      f'--to=onnx: jax2onnx cannot convert this model: {said}. Take '
-      '--to=stablehlo, which has every model.'
+      f'--to=onnx: jax2onnx cannot convert this model: {said}. Use '
+      '--to=stablehlo, which supports every model.'
     ) from error
   _name_outputs(model.graph, outputs)
   if folder is None:
@@ -92,13 +91,13 @@ def convert(
 
 
 def _plain(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-  """Evaluates a jaxpr with primitives that jax2onnx takes with symbols."""
+  """Evaluates a jaxpr with primitives that support symbolic dimensions."""
   values = dict(zip(jaxpr.constvars, consts, strict=True))
   values |= dict(zip(jaxpr.invars, args, strict=True))
 
   def read(x: Any) -> Any:
     if isinstance(x, jax.extend.core.Literal):
-      aval: Any = x.aval  # Of an array.
+      aval: Any = x.aval  # Its type has no dtype for mypy.
       return np.asarray(x.val, aval.dtype)
     return values[x]
 
@@ -121,6 +120,7 @@ def _plain(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
 
 
 def _split(x: Any, *, sizes: Sequence[Any], axis: int) -> list[Any]:
+  """Splits an array by slices."""
   found, start = [], 0
   for size in sizes:
     found.append(lax.slice_in_dim(x, start, start + size, axis=axis))
@@ -129,6 +129,7 @@ def _split(x: Any, *, sizes: Sequence[Any], axis: int) -> list[Any]:
 
 
 def _pad(x: Any, value: Any, *, padding_config: Any) -> list[Any]:
+  """Pads or crops an array by slices and concatenations."""
   for axis, (low, high, interior) in enumerate(padding_config):
     assert interior == 0, 'no model pads between its elements'
 
@@ -144,7 +145,7 @@ def _pad(x: Any, value: Any, *, padding_config: Any) -> list[Any]:
 
 
 def _update(buffer: Any, x: Any, *starts: Any) -> list[Any]:
-  """Writes one slot, or all, as a choice between old and new."""
+  """Implements dynamic_update_slice of one slot, or of all, by a select."""
   axes = [i for i in range(x.ndim) if x.shape[i] != buffer.shape[i]]
   if not axes:
     return [x]
@@ -157,9 +158,10 @@ def _update(buffer: Any, x: Any, *starts: Any) -> list[Any]:
 
 
 def _select(which: Any, *cases: Any) -> list[Any]:
+  """Implements select_n; for booleans by logical operations."""
   if which.dtype != bool or cases[0].dtype != bool:
     return [lax.select_n(which, *cases)]
-  # ONNX Runtime has no choice between truths.
+  # ONNX Runtime has no select of booleans.
   no, yes = cases
   no = lax.bitwise_and(lax.bitwise_not(which), no)
   return [lax.bitwise_or(lax.bitwise_and(which, yes), no)]
@@ -174,13 +176,13 @@ _RULES: dict[str, Callable[..., list[Any]]] = {
 
 
 def _name_outputs(graph: Any, outputs: Shapes) -> None:
-  """Gives results their names, and shapes as JAX has them."""
+  """Sets the names of outputs, and their shapes from JAX."""
   import onnx
 
   found = [x.name for x in graph.output]
-  # Those that were inferred say `prompt` of `prompt + answer`.
+  # Inferred shapes are wrong: `prompt` in place of `prompt + answer`.
   del graph.output[:], graph.value_info[:]
-  # A tree's leaves stand in the order of the names of a dict.
+  # JAX flattens a dict in the order of its sorted keys.
   for source, name in zip(found, sorted(outputs), strict=True):
     shape = outputs[name]
     graph.node.append(onnx.helper.make_node('Identity', [source], [name]))
@@ -194,7 +196,7 @@ def _name_outputs(graph: Any, outputs: Shapes) -> None:
 
 
 def _make_external(graph: Any, names: set[str], folder: pathlib.Path) -> None:
-  """Makes of inputs that are parameters data in the files beside the model."""
+  """Turns inputs that are parameters into external data."""
   import onnx
 
   tensors = tensor_files.open_folder(folder)
@@ -202,7 +204,7 @@ def _make_external(graph: Any, names: set[str], folder: pathlib.Path) -> None:
   kept = [x for x in graph.input if x.name not in names]
   for value in [x for x in graph.input if x.name in names & read]:
     array = tensors[value.name].read()
-    mapped: Any = array.base  # of a view of the file
+    mapped: Any = array.base  # the numpy.memmap
     tensor = onnx.TensorProto(
       name=value.name,
       data_type=value.type.tensor_type.elem_type,
@@ -221,10 +223,10 @@ def _make_external(graph: Any, names: set[str], folder: pathlib.Path) -> None:
 
 
 def _multiply_matrices(graph: Any) -> None:
-  """Says products with kernels as the quantizer of ONNX Runtime knows them.
+  """Rewrites products with kernels as MatMul nodes.
 
-  An `Einsum` is not quantized, and is slower; nor is a kernel that is reshaped
-  first.
+  ONNX Runtime's quantizer ignores Einsum nodes, and kernels behind a Reshape
+  node. Einsum is also slower.
   """
   import onnx
 
@@ -246,7 +248,7 @@ def _multiply_matrices(graph: Any) -> None:
       and node.input[1] in shapes
       and (shapes[node.input[1]] > 0).all()
     ):
-      # The same bytes in the file.
+      # The bytes in the file are the same.
       tensor.dims[:] = shapes[node.input[1]].tolist()
       reshaped[node.output[0]] = tensor.name
       continue

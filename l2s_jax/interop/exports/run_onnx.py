@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers prompts with this folder, by ONNX Runtime and NumPy alone.
+"""Answers prompts with this folder, using ONNX Runtime and NumPy only.
 
     echo '[[37, 12, 1], [8, 1]]' | python run.py 32
 
-reads the token ids of prompts and prints those of their answers. 32 is the
-number of tokens that an answer may have; signature.json has the special ids.
-A folder that is not as manifest.json says is refused.
+Reads token ids of prompts from standard input and prints the token ids of the
+answers. 32 is the maximum number of answer tokens. signature.json lists the
+special ids. The files are compared with manifest.json first.
 """
 
 import os
 import sys
 
 folder = os.path.dirname(os.path.abspath(__file__))
-# No file of the folder stands in for a library.
+# No file in this folder may shadow a library.
 sys.path[:] = [path for path in sys.path if os.path.abspath(path) != folder]
 
 
 def main():
+  """Reads prompts, runs prefill and the decode loop, and prints the answers."""
   import json
   import runpy
 
@@ -30,14 +31,14 @@ def main():
   with open(os.path.join(folder, 'signature.json')) as file:
     signature = json.load(file)
   options = onnxruntime.SessionOptions()
-  options.log_severity_level = 3  # Errors alone.
+  options.log_severity_level = 3  # Errors only.
   prefill, decode_step = (
     onnxruntime.InferenceSession(os.path.join(folder, f'{name}.onnx'), options)
     for name in ('prefill', 'decode_step')
   )
 
   def run(session, arrays):
-    """Returns the results of a model by name; what is new is then past."""
+    """Runs a model; returns its outputs, `present.` renamed to `past.`."""
     inputs = {x.name: arrays[x.name] for x in session.get_inputs()}
     names = [x.name.replace('present.', 'past.') for x in session.get_outputs()]
     return dict(zip(names, session.run(None, inputs), strict=True))

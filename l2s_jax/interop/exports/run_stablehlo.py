@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers prompts with this folder, by JAX and NumPy alone.
+"""Answers prompts with this folder, using JAX and NumPy only.
 
     echo '[[37, 12, 1], [8, 1]]' | python run.py 32
 
-reads the token ids of prompts and prints those of their answers. 32 is the
-number of tokens that an answer may have; signature.json has the special ids.
-A folder that is not as manifest.json says is refused.
+Reads token ids of prompts from standard input and prints the token ids of the
+answers. 32 is the maximum number of answer tokens. signature.json lists the
+special ids. The files are compared with manifest.json first.
 """
 
 import os
 import sys
 
 folder = os.path.dirname(os.path.abspath(__file__))
-# No file of the folder stands in for a library.
+# No file in this folder may shadow a library.
 sys.path[:] = [path for path in sys.path if os.path.abspath(path) != folder]
 
 
 def main():
+  """Reads prompts, runs `generate`, and prints the answers."""
   import json
   import pathlib
   import runpy

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers prompts with a SavedModel, by TensorFlow alone.
+"""Answers prompts with a SavedModel, using TensorFlow only.
 
-A program that `savedmodel_form` starts in a process of its own: it reads a
-request as JSON from the standard input and writes a reply as JSON to a file.
-It imports neither JAX nor l2s_jax, as a server does not.
+`savedmodel_form` runs this program in a separate process. It reads a request as
+JSON from standard input and writes a reply as JSON to a file. It imports
+neither JAX nor l2s_jax, like a server.
 
-Request: `folder`, `signature` and `inputs`, a list by the name of an input.
-Reply: a list by the name of an output.
+Request: `folder`, `signature` and `inputs`, lists by input name.
+Reply: lists by output name.
 """
 
 import json
@@ -15,7 +15,7 @@ import sys
 
 def answer(request):
   """Returns the reply to a request."""
-  # None: not to be imported.
+  # None makes their import fail.
   sys.modules.update({'jax': None, 'l2s_jax': None})  # type: ignore[dict-item]
   import tensorflow as tf
   import tensorflow_text
@@ -34,6 +34,7 @@ def answer(request):
 
 
 def _plain(x):
+  """Returns an array as lists, with bytes decoded to text."""
   if x.dtype != object:
     return x.tolist()
   return [text.decode('utf-8') for text in x]

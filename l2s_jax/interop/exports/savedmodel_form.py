@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The form `savedmodel`: text in, text out, for TensorFlow Serving.
+"""The format `savedmodel`: text in, text out, for TensorFlow Serving.
 
-    1/                        the SavedModel; its number is a version
+    1/                        the SavedModel; the number is its version
     1/assets.extra/           warm-up requests
     batching_parameters.txt   for --batching_parameters_file
-    signature.json            what goes in and comes out, and the lengths
+    signature.json            inputs, outputs and lengths
     verify.py                 a check of the files
 
-Tokenization, generation and detokenization are one graph. Where a tokenizer is
-not a SentencePiece model, which alone TensorFlow has operations for, token ids
-go in and come out.
+Tokenization, generation and detokenization are one graph. TensorFlow has
+operations for SentencePiece models only; with other tokenizers, inputs and
+outputs are token ids.
 """
 
 import itertools
@@ -34,8 +34,8 @@ VERSION = '1'
 BATCHING = 'batching_parameters.txt'
 WARMUP = 'assets.extra/tf_serving_warmup_requests'
 MAX_PROMPT_LEN, MAX_DECODE_LEN = 512, 128
-# A program is compiled for each shape: prompts are padded to one of few
-# lengths, and a server fills batches up to one of few sizes.
+# Each shape is compiled separately. Prompts are therefore padded to one of a
+# few lengths, and servers fill batches up to one of a few sizes.
 _SHORTEST = 16
 BATCH_SIZES = (1, 4, 16)
 _PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -43,23 +43,24 @@ _ANSWERS = 'savedmodel_answers.py'
 
 
 def check(model: comparing.Described) -> None:
-  """Refuses where the packages are missing.
+  """Checks that tensorflow and tensorflow-text can be imported.
 
   Raises:
-    ValueError: with how to install them.
+    ValueError: if they cannot; with the command to install them.
   """
   try:
     import tensorflow_text
   except ImportError as error:
     raise ValueError(
-      '--to=savedmodel needs tensorflow and tensorflow-text of one minor '
-      f'version, as the extra [tasks] has them. Importing them says: {error}'
+      '--to=savedmodel needs tensorflow and tensorflow-text of the same minor '
+      "version: pip install 'l2s_jax[tasks]'. The import failed: "
+      f'{error}'
     ) from error
   assert tensorflow_text
 
 
 def reads_text(system: system_lib.System) -> bool:
-  """Whether TensorFlow has operations for both tokenizers."""
+  """Returns whether TensorFlow has operations for both tokenizers."""
   return all(
     isinstance(x, sentencepiece.SentencePieceVocabulary)
     for x in (system.prompt_vocabulary, system.answer_vocabulary)
@@ -67,7 +68,7 @@ def reads_text(system: system_lib.System) -> bool:
 
 
 def buckets(max_prompt_len: int) -> list[int]:
-  """Returns the lengths that prompts are padded to."""
+  """Returns the padded lengths of prompts: powers of two, then the maximum."""
   powers = (_SHORTEST << i for i in itertools.count())
   shorter = itertools.takewhile(lambda n: n < max_prompt_len, powers)
   return [*shorter, max_prompt_len]
@@ -80,13 +81,14 @@ def write(
   max_prompt_len: int = MAX_PROMPT_LEN,
   max_decode_len: int = MAX_DECODE_LEN,
 ) -> None:
-  """Writes the SavedModel and what its server reads.
+  """Writes the SavedModel and the server's files.
 
   Args:
     bundle: the opened bundle.
     folder: an empty folder.
-    max_prompt_len: tokens; longer prompts are cut.
-    max_decode_len: tokens of an answer at most.
+    max_prompt_len: maximum number of prompt tokens; longer prompts are
+      truncated.
+    max_decode_len: maximum number of answer tokens.
   """
   import tensorflow as tf
 
@@ -120,12 +122,12 @@ def _build(
   max_prompt_len: int,
   max_decode_len: int,
 ) -> Any:
-  """Returns a `tf.Module` with the functions of the signatures."""
+  """Returns a `tf.Module` with a function for each signature."""
   import tensorflow as tf
 
   generate = _converted(programs, max_prompt_len, max_decode_len)
   model = tf.Module()
-  # Variables are files of their own; a graph with constants ends at 2 GB.
+  # Variables have their own files; a graph with constants is limited to 2 GB.
   model.weights = [
     tf.Variable(x, trainable=False, name=f'w{i}')
     for i, x in enumerate(programs.params.values())
@@ -176,7 +178,7 @@ def _converted(
   max_prompt_len: int,
   max_decode_len: int,
 ) -> Any:
-  """Returns generation as a function of TensorFlow's."""
+  """Returns `GreedyPrograms.generate` as a TensorFlow function."""
   from jax.experimental import jax2tf
 
   def generate(
@@ -206,7 +208,8 @@ def _tokenizers(
   prompts, answers = system.prompt_vocabulary, system.answer_vocabulary
   assert isinstance(prompts, sentencepiece.SentencePieceVocabulary)
   assert isinstance(answers, sentencepiece.SentencePieceVocabulary)
-  # Attributes, since what a function alone holds is not saved.
+  # Attributes of the module, because objects that only a function holds are not
+  # saved.
   model.reader, model.writer = (
     tensorflow_text.SentencepieceTokenizer(model=vocabulary.model)
     for vocabulary in (prompts, answers)
@@ -243,7 +246,7 @@ def _signature(
   max_prompt_len: int,
   max_decode_len: int,
 ) -> dict[str, Any]:
-  """Returns what `signature.json` holds."""
+  """Returns the content of `signature.json`."""
   before, after = programs.around
   outputs = {
     'token_ids': ['int32', ['batch', max_decode_len]],
@@ -269,7 +272,7 @@ def _signature(
 
 
 def _batching() -> str:
-  """Returns how a server makes batches of requests."""
+  """Returns the content of `batching_parameters.txt`."""
   sizes = '\n'.join(f'allowed_batch_sizes: {size}' for size in BATCH_SIZES)
   return (
     f'max_batch_size {{ value: {BATCH_SIZES[-1]} }}\n'
@@ -285,7 +288,7 @@ def _write_warmup(
   programs: greedy_programs.GreedyPrograms,
   max_prompt_len: int,
 ) -> None:
-  """Writes a request for each program that a server compiles."""
+  """Writes one warm-up request for each shape that a server compiles."""
   import tensorflow as tf
 
   path.parent.mkdir()
@@ -298,7 +301,7 @@ def _write_warmup(
 
 
 def _text_of(programs: greedy_programs.GreedyPrograms, length: int) -> str:
-  """Returns a text of so many tokens, or a few less."""
+  """Returns a text of `length` tokens, or a few less."""
   num_words = length
   while True:
     text = ' '.join(['a'] * num_words)
@@ -309,14 +312,14 @@ def _text_of(programs: greedy_programs.GreedyPrograms, length: int) -> str:
 
 
 def _prediction_log(tensor: bytes) -> bytes:
-  """Returns a `tensorflow.serving.PredictionLog` of a request by text.
+  """Returns a serialized `tensorflow.serving.PredictionLog` of a text request.
 
-  The package of these messages wants a TensorFlow of its own. Of them these
-  fields are used, by number:
+  The package with these messages needs its own TensorFlow. The fields and their
+  numbers are:
 
       PredictionLog    6 predict_log
       PredictLog       1 request
-      PredictRequest   1 model_spec, 2 inputs (of a map: 1 key, 2 value)
+      PredictRequest   1 model_spec, 2 inputs (a map: 1 key, 2 value)
       ModelSpec        3 signature_name
   """
   inputs = _field(1, b'text') + _field(2, tensor)
@@ -326,7 +329,7 @@ def _prediction_log(tensor: bytes) -> bytes:
 
 
 def _field(number: int, content: bytes) -> bytes:
-  """Returns a field of a protocol buffer that holds bytes."""
+  """Returns a serialized bytes field of a protocol buffer."""
   size, length = len(content), bytearray()
   while size > 0x7F:
     length.append(size & 0x7F | 0x80)
@@ -340,18 +343,21 @@ def compare(
   folder: pathlib.Path,
   prompts: Sequence[str],
 ) -> str:
-  """Answers prompts by `infer`'s code and by TensorFlow in a fresh process.
+  """Compares answers of `infer`'s decode loop and of the SavedModel.
+
+  TensorFlow runs in a separate process without JAX.
 
   Args:
-    bundle: what the folder was written from.
-    folder: as `write` left it.
-    prompts: at least one.
+    bundle: the bundle that `folder` was written from.
+    folder: folder from `write`.
+    prompts: at least one prompt.
 
   Returns:
-    What was found equal.
+    A summary.
 
   Raises:
-    ValueError: if the SavedModel does not run, or gives other tokens or texts.
+    ValueError: if the SavedModel does not run, or generates other tokens or
+      texts.
   """
   system = bundle.system
   programs = greedy_programs.GreedyPrograms(bundle)
@@ -370,19 +376,19 @@ def compare(
     prompts,
     expected,
     reply['token_ids'],
-    f'TensorFlow writes other tokens from {folder}',
+    f'TensorFlow with {folder}',
   )
   if is_text and reply['text'] != texts:
     row = next(i for i, x in enumerate(reply['text']) if x != texts[i])
     raise ValueError(
-      f'TensorFlow reads the answer to {prompts[row]!r} from {folder} as '
-      f'{reply["text"][row]!r}; the run reads it as {texts[row]!r}. Nothing is '
-      'kept; please report this with the tokenizer.'
+      f'TensorFlow with {folder} decodes the answer to {prompts[row]!r} as '
+      f'{reply["text"][row]!r}, but the run as {texts[row]!r}. The output was '
+      'deleted. Please report this with the tokenizer.'
     )
   what = 'texts' if is_text else 'token ids'
   return (
-    f'TensorFlow alone writes the same {what} to {len(prompts)} prompts as the '
-    f'run does (greedy, up to {said["max_decode_len"]} tokens)'
+    f'TensorFlow generates the same {what} for {len(prompts)} prompts as the '
+    f'run (greedy, up to {said["max_decode_len"]} tokens)'
   )
 
 
@@ -400,10 +406,18 @@ def _padded(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
 def ask(
   folder: pathlib.Path, signature: str, inputs: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Returns what a signature gives, in a fresh process without JAX.
+  """Runs a signature of the SavedModel without JAX in a separate process.
+
+  Args:
+    folder: the export.
+    signature: name of the signature.
+    inputs: lists by input name, JSON-serializable.
+
+  Returns:
+    Lists by output name.
 
   Raises:
-    ValueError: if it cannot be run, with TensorFlow's words.
+    ValueError: if the process fails; with its standard error.
   """
   program = pathlib.Path(__file__).with_name(_ANSWERS)
   request = {
@@ -423,8 +437,8 @@ def ask(
     )
     if done.returncode:
       raise ValueError(
-        f'TensorFlow cannot run {folder}; nothing is kept. Its words:\n'
-        f'{done.stderr[-2000:]}'
+        f'TensorFlow cannot run {folder}. The output was deleted. The error '
+        f'is:\n{done.stderr[-2000:]}'
       )
     found: dict[str, Any] = json.loads(reply.read_text(encoding='utf-8'))
   return found

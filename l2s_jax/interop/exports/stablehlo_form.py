@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The form `stablehlo`: programs that JAX alone runs, and their weights.
+"""The format `stablehlo`: programs that need only JAX, and their weights.
 
     prefill.bin, decode_step.bin, generate.bin   programs of `jax.export`
     model.safetensors                            their parameters
     signature.json                               their inputs and outputs
     run.py, verify.py                            an example; a check of files
 
-The programs are for CPU, CUDA and TPU, and for any number of prompts and any
-lengths of prompts and answers. No weight is in them.
+The programs run on CPU, CUDA and TPU, for any batch size and any lengths of
+prompts and answers. They contain no weights.
 """
 
 import pathlib
@@ -29,13 +29,18 @@ _RUN = 'run_stablehlo.py'
 
 
 def check(model: comparing.Described) -> None:
-  """Refuses what these programs cannot say: nothing today."""
+  """Accepts every model: the programs can express all of them."""
 
 
 def write(
   bundle: greedy_programs.SystemWithParams, folder: pathlib.Path
 ) -> None:
-  """Writes programs, parameters, signature and example."""
+  """Writes programs, parameters, signature and example.
+
+  Args:
+    bundle: the opened bundle.
+    folder: an empty folder.
+  """
   programs = greedy_programs.GreedyPrograms(bundle)
   shapes = {n: _shape(x) for n, x in programs.params.items()}
   tensor_files.save_safetensors(
@@ -53,7 +58,7 @@ def _export(
   programs: greedy_programs.GreedyPrograms,
   params: Mapping[str, jax.ShapeDtypeStruct],
 ) -> dict[str, jax.export.Exported]:
-  """Traces the three programs with symbolic lengths."""
+  """Exports the three programs with symbolic dimensions."""
   batch, prompt, answer = jax.export.symbolic_shape(
     'batch, prompt, answer', constraints=programs.constraints
   )
@@ -81,9 +86,10 @@ def _export(
 def _of_a_step(
   cache: Mapping[str, Any],
 ) -> tuple[jax.ShapeDtypeStruct, dict[str, jax.ShapeDtypeStruct]]:
-  """Returns the shapes of tokens and a cache, with lengths of their own.
+  """Returns the input shapes of a step, with its own symbolic dimensions.
 
-  A step knows nothing of prompt and answer: `slots` are those of its cache.
+  `slots` is the number of slots in the cache, for prompt and answer together if
+  the SLM is decoder-only.
   """
   batch, slots, prompt = jax.export.symbolic_shape('batch, slots, prompt')
   axes = {'valid': (batch, slots), 'slot': (), 'cross_valid': (batch, prompt)}
@@ -98,10 +104,12 @@ def _of_a_step(
 
 
 def _ints(*shape: Any) -> jax.ShapeDtypeStruct:
+  """Returns the shape of an int32 array."""
   return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 def _shape(x: np.ndarray) -> jax.ShapeDtypeStruct:
+  """Returns the shape and dtype of an array."""
   return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
@@ -109,7 +117,7 @@ def _signature(
   programs: greedy_programs.GreedyPrograms,
   exported: Mapping[str, jax.export.Exported],
 ) -> dict[str, Any]:
-  """Returns what `signature.json` holds."""
+  """Returns the content of `signature.json`."""
   arguments = {
     'prefill': ('params', 'prompt_tokens', 'segment_ids', 'answer'),
     'decode_step': ('params', 'token', 'cache'),
@@ -141,12 +149,13 @@ def _signature(
 
 
 def _described(program: jax.export.Exported) -> Sequence[Any]:
+  """Returns dtypes and shapes of a program's arguments, in their order."""
   args, _ = jax.tree.unflatten(program.in_tree, program.in_avals)
   return [_words(x) for x in args]
 
 
 def _words(tree: Any) -> Any:
-  """Returns a tree with dtype and shape in the place of each array."""
+  """Returns a pytree with the dtype and shape of each array as text."""
   return jax.tree.map(
     lambda x: {'dtype': str(x.dtype), 'shape': [str(n) for n in x.shape]}, tree
   )
@@ -157,21 +166,21 @@ def compare(
   folder: pathlib.Path,
   prompts: Sequence[str],
 ) -> str:
-  """Answers prompts by `infer`'s code and by the programs in the folder.
+  """Compares answers of `infer`'s decode loop and of the exported programs.
 
-  `generate` runs in a fresh process, by `run.py`; `prefill` and `decode_step`
-  run in this one.
+  `generate` runs in a separate process, in `run.py`; `prefill` and
+  `decode_step` run in this process.
 
   Args:
-    bundle: what the folder was written from.
-    folder: as `write` left it.
-    prompts: at least one.
+    bundle: the bundle that `folder` was written from.
+    folder: folder from `write`.
+    prompts: at least one prompt.
 
   Returns:
-    What was found equal.
+    A summary.
 
   Raises:
-    ValueError: if a program does not run, or gives other tokens.
+    ValueError: if a program does not run, or generates other tokens.
   """
   programs = greedy_programs.GreedyPrograms(bundle)
   max_prompt_len, num_tokens = comparing.lengths(bundle.system)
@@ -183,11 +192,12 @@ def compare(
     ('generate.bin', whole),
     ('decode_step.bin', _step_by_step(folder, programs, inputs)),
   ):
-    who = f'{folder / name} writes other tokens'
+    who = f'{folder / name}'
     comparing.check_equal(bundle.system, prompts, expected, found, who)
   return (
-    f'JAX alone writes the same tokens to {len(prompts)} prompts as the run '
-    f'does, as a whole and step by step (greedy, up to {num_tokens} tokens)'
+    f'JAX generates the same tokens for {len(prompts)} prompts as the run, '
+    'with generate.bin and with decode_step.bin (greedy, up to '
+    f'{num_tokens} tokens)'
   )
 
 
@@ -196,7 +206,7 @@ def _step_by_step(
   programs: greedy_programs.GreedyPrograms,
   inputs: Mapping[str, np.ndarray],
 ) -> list[list[int]]:
-  """Returns the tokens that prefill and decode step give, without ends."""
+  """Returns tokens from `prefill` and `decode_step`, not cut at EOS."""
   prefill, step = (
     jax.jit(
       jax.export.deserialize(

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says whether this folder is as it was exported, by Python alone.
+"""Verifies the files of this folder, using Python only.
 
     python verify.py
 
-Compares all files with the sizes and hashes that manifest.json lists, and runs
-none of them. Prints the first that differs and ends with code 1.
+Compares all files with the sizes and SHA-256 hashes in manifest.json, and
+executes none of them. Prints the first problem and exits with code 1.
 """
 
 import os
 import sys
 
 FORMAT_VERSION = 2
-_REMEDY = 'Export again, or copy the folder whole from where it was made.'
+_REMEDY = 'Export again, or copy the whole folder again from the original.'
 
 
 def problem(folder):
-  """Returns what is wrong with a folder, or None."""
+  """Returns a description of the first problem of a folder, or None."""
   import hashlib
   import json
 
@@ -29,11 +29,11 @@ def problem(folder):
     digest = content.pop('digest')
     entries = {name: (x['bytes'], x['sha256']) for name, x in listed.items()}
   except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-    return f'{path} is no manifest: {error!r}. {_REMEDY}'
+    return f'{path} is not a valid manifest: {error!r}. {_REMEDY}'
   if version != FORMAT_VERSION:
     return (
-      f'{path} has format version {version}, and this program knows '
-      f'{FORMAT_VERSION}. Take the verify.py and run.py of that version.'
+      f'{path} has format version {version}, but this program supports '
+      f'{FORMAT_VERSION}. Use the verify.py and run.py of that version.'
     )
   text = json.dumps(content, sort_keys=True)
   if hashlib.sha256(text.encode()).hexdigest() != digest:
@@ -48,13 +48,15 @@ def problem(folder):
         found[os.path.relpath(file, folder).replace(os.sep, '/')] = file
   for name in sorted(entries.keys() | found.keys()):
     if name not in found:
-      return f'{path} lists {name!r}, which is no file in here. {_REMEDY}'
+      return (
+        f'{path} lists {name!r}, which is not a file in this folder. {_REMEDY}'
+      )
     if name not in entries:
       return f'{found[name]} is not listed in {path}. Remove it.'
     size = os.path.getsize(found[name])
     if size != entries[name][0]:
       return (
-        f'{found[name]} has {size} bytes, and {path} says {entries[name][0]}. '
+        f'{found[name]} has {size} bytes, but {path} lists {entries[name][0]}. '
         f'{_REMEDY}'
       )
     with open(found[name], 'rb') as file:

@@ -232,7 +232,7 @@ def divide(config: Mapping[str, Any], width: str, heads: str) -> int:
     heads: key of the number of heads.
 
   Raises:
-    ValueError: if the width is no multiple of the number of heads.
+    ValueError: if the width is not a multiple of the number of heads.
   """
   if config[width] % config[heads]:
     raise ValueError(

@@ -53,7 +53,7 @@ _DTYPES = tuple(tensor_files.DTYPES.values())
 # No compressor makes weights so much smaller; of little nothing is asked.
 _MOST_COMPRESSED = 5000
 _SMALL = 2**26
-# What msgpack and Flax raise over bytes that are not what they should be.
+# Exceptions of msgpack and Flax for malformed bytes.
 _BROKEN = (
   msgpack.exceptions.UnpackException,
   ValueError,
@@ -288,7 +288,7 @@ class Checkpoint:
 
 
 def unmerged(row: Row, sizes: Mapping[str, int]) -> tuple[int, ...]:
-  """Returns the shape of theirs in scalable_t5, which keeps heads and kv."""
+  """Returns the shape of a tensor in scalable_t5, heads and kv apart."""
   return tuple(sizes[letter] for group in row.groups() for letter in group)
 
 
@@ -350,17 +350,17 @@ def _find(
 def open_part(
   location: pathlib.Path, step: int | None, part: Sequence[str]
 ) -> tuple[dict[str, Any], int | None]:
-  """Opens a part of a state that T5X has saved, whatever its model.
+  """Opens a subtree of a T5X train state, of any model.
 
   Args:
-    location: as `Checkpoint` takes it.
-    step: the same.
-    part: the keys that lead to it: 'target' are the parameters, 'state' the
-      step and the optimizer's state.
+    location: as in `Checkpoint`.
+    step: as in `Checkpoint`.
+    part: keys of the subtree: 'target' has the parameters, 'state' the step and
+      the optimizer state.
 
   Returns:
-    Arrays by name, with `shape`, `dtype` and `read()`; and the step, where the
-    name of the checkpoint says it.
+    Arrays by name, with `shape`, `dtype` and `read()`; and the step, if
+    the name of the checkpoint contains it.
 
   Raises:
     FileNotFoundError: if there is no checkpoint.
@@ -414,8 +414,9 @@ def _place(path: pathlib.Path, name: str, leaf: Any) -> str:
   place = (path.parent / found).resolve()
   if not place.is_relative_to(path.parent):
     raise ValueError(
-      f'{path}: the parameter {config_lib.shorten(name)} is said to be in '
-      f'{config_lib.shorten(found)}, out of the checkpoint. Copy it whole.'
+      f'{path}: the parameter {config_lib.shorten(name)} refers to '
+      f'{config_lib.shorten(found)}, outside the checkpoint. Copy the whole '
+      'checkpoint.'
     )
   return f'{place}/'
 
@@ -489,7 +490,7 @@ def _open_array(
   spec = {
     'driver': driver,
     'kvstore': kvstore,
-    'fill_missing_data_reads': False,  # A chunk that is not there is no zeros.
+    'fill_missing_data_reads': False,  # Missing chunks are errors, not zeros.
   }
   try:
     store = tensorstore.open(spec, open=True, read=True).result()
@@ -530,7 +531,7 @@ def _stored_bytes(kvstore: Mapping[str, Any]) -> int:
 def _config(
   path: pathlib.Path, arrays: Mapping[str, _Array], is_scanned: bool
 ) -> config_lib.TransformerConfig:
-  """Returns the config: what the shapes say, then what a file beside says."""
+  """Returns the config, from shapes and a config file beside the weights."""
   layer = 'encoder/encoder/' if is_scanned else 'encoder/layers_0/'
   shared = layer if is_scanned else 'encoder/'
   per_layer = f'{layer}relpos_bias/rel_embedding'

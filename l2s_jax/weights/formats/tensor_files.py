@@ -28,7 +28,7 @@ PICKLE = 'pytorch_model.bin'
 PICKLE_INDEX = 'pytorch_model.bin.index.json'
 # Default of `save_pretrained`.
 MAX_FILE_BYTES = 5 * 10**9
-# Bytes read from a mapped PyTorch file before it is mapped anew.
+# Bytes read from a mapped PyTorch file before it is mapped again.
 _MAX_MAPPED_BYTES = 2**28
 # Exceptions of PyTorch and pickle for damaged files.
 _BROKEN = (
@@ -221,7 +221,7 @@ def _open_pickle(path: pathlib.Path) -> dict[str, Tensor]:
 
 
 class _Pickle:
-  """A PyTorch file, mapped anew after every `_MAX_MAPPED_BYTES` read.
+  """A PyTorch file, mapped again after every `_MAX_MAPPED_BYTES` read.
 
   Pages read from a mapping stay in memory as long as the mapping, which lives
   as long as any of its tensors. Files from before PyTorch 1.6 cannot be mapped
