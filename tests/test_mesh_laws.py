@@ -28,8 +28,7 @@ NUM_STEPS = 20
 # Eight heads: they divide over eight devices.
 LLM = dataclasses.replace(helpers.LLM, num_heads=8, head_dim=4)
 # With dropout. GPT-2's vocabulary does not divide, nor its two heads of keys;
-# its second layer has a window, as in Qwen2; queries and keys are normed over
-# all heads, as in OLMo 2.
+# its second layer has a window, as in Qwen2.
 MODULES = {
   't5': helpers.llm_to_slm(
     't5_1_1', 'add', 'shared', LLM, num_heads=8, dropout_rate=0.1
@@ -44,8 +43,6 @@ MODULES = {
     vocab_size=261,
     sliding_window=3,
     first_window_layer=1,
-    qk_norm=True,
-    qk_norm_all_heads=True,
     dropout_rate=0.1,
   ),
 }

@@ -267,8 +267,8 @@ FAULTS = (
   ),
   Fault(
     'norms-of-single-heads',
-    "axes[1:] if all_heads else ('kv',)",
-    "('kv',)",
+    "(config, axes[1:] if all_heads else ('kv',))",
+    "(config, ('kv',))",
     ('test_parity.py',),
     'olmo2',
   ),

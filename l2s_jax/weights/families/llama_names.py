@@ -200,6 +200,10 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
   return {'rope_theta': config.get('rope_theta', default), **parameters}
 
 
+# Of the families whose config.json does not decide on the biases.
+_ATTENTION_BIAS = {'mistral': 'none', 'qwen2': 'qkv'}
+
+
 def _parse_llama(
   config: Mapping[str, Any], is_tied: bool
 ) -> config_lib.TransformerConfig:
@@ -217,10 +221,6 @@ def _parse_llama(
     rope_base=float(rope['rope_theta']),
     **name_table.rope_scaling(rope),
   )
-
-
-# Of the families whose config.json does not decide on the biases.
-_ATTENTION_BIAS = {'mistral': 'none', 'qwen2': 'qkv'}
 
 
 def _unparse_llama(config: config_lib.TransformerConfig) -> dict[str, Any]:
