@@ -397,6 +397,7 @@ class Reading:
     path: shapes_lib.Path,
     layers: Mapping[tuple[shapes_lib.Path, int], bytes],
   ) -> str:
+    """Returns the digest of a tensor from those of its layers."""
     count = len(list(source_lib.layers(path, self._shapes[path].shape)))
     return source_lib.digest(layers[path, i] for i in range(count))
 

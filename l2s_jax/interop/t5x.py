@@ -39,7 +39,7 @@ _KEY_VALUES = ('kv', 'cross_kv')
 
 
 class FeatureConverter(features.L2SFeatureConverter):
-  """Makes batches with the keys that the model reads, and no others."""
+  """Makes batches with exactly the keys that the model reads."""
 
   MODEL_FEATURES = {
     key: features.L2SFeatureConverter.MODEL_FEATURES[key]
@@ -91,9 +91,11 @@ class TrainedAlone(optimizers.OptimizerDef):
     return self._inner.hyper_params
 
   def _trained(self, tree: Params) -> PyTree:
+    """Returns the trained part of a pytree."""
     return flax.core.freeze(self._split(tree)[0])
 
   def _split(self, tree: Params) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the trained and the frozen part of a pytree."""
     return parameters.split_by_path(flax.core.unfreeze(tree), self._is_trained)
 
   def init_state(self, params: Params) -> optimizers.OptimizerState:
@@ -428,6 +430,7 @@ def bound_task(run_dir: str, name: str) -> str:
 
 @functools.cache
 def _register(run_dir: str, name: str) -> str:
+  """Implements `bound_task`, once per run and task."""
   prompt, answer = (wrapped.vocabulary for wrapped in _vocabularies(run_dir))
   suffix = f'_{prompt.fingerprint()[:6]}_{answer.fingerprint()[:6]}'
 

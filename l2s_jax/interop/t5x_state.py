@@ -170,7 +170,7 @@ def write(
 
 
 def _check_written(path: pathlib.Path, parts: Mapping[str, PyTree]) -> None:
-  """Compares a checkpoint with the arrays that were to be written.
+  """Compares a written checkpoint with the arrays in memory.
 
   Raises:
     ValueError: if an array is different, missing or unknown.

@@ -258,7 +258,7 @@ def _made(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _check_llm(parts: Parts) -> None:
-  """Checks that the LLM is the one of the run's training.
+  """Checks that the LLM equals that of the run's training.
 
   Raises:
     ValueError: if its fingerprint differs.

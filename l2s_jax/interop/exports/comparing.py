@@ -28,7 +28,7 @@ MAX_PROMPT_LEN, COMPARED_TOKENS = 256, 32
 
 @runtime_checkable  # for the type checker of the tests
 class Described(Protocol):
-  """A model before it is written, for `check`: `bundling.Parts` or a bundle."""
+  """Interface of a model for `check`: `bundling.Parts` or a bundle."""
 
   @property
   def system(self) -> system_lib.System:
@@ -41,7 +41,7 @@ class Described(Protocol):
 
 @runtime_checkable
 class Exportable(Described, Protocol):
-  """An opened bundle, for `write` and `compare`.
+  """Interface of an opened bundle for `write` and `compare`.
 
   Attributes:
     folder: folder of the bundle.

@@ -254,7 +254,7 @@ class LlmToSlmForConditionalGeneration(
     return self.prompt_embedder(embeddings) / scale
 
   def _read(self, input_ids, mask):
-    """Returns the LLM's hidden states of prompts, without its prefix."""
+    """Returns the LLM's hidden states of prompts, without `llm_prefix_ids`."""
     prefix = input_ids.new_tensor(self.config.llm_prefix_ids)
     prefix = prefix.expand(input_ids.shape[0], -1)
     input_ids = torch.cat([prefix, input_ids], dim=1)
@@ -405,6 +405,7 @@ class LlmToSlmForConditionalGeneration(
     return outputs.logits[:, -tokens.shape[1] :], past_key_values
 
   def _prepare_cache_for_generation(self, *args, **kwargs):
+    """Sets a cross-attention cache without a sliding window."""
     super()._prepare_cache_for_generation(*args, **kwargs)
     # Cross-attention has no sliding window: its cache keeps the whole prompt.
     signature = inspect.signature(super()._prepare_cache_for_generation)

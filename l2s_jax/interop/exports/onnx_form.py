@@ -209,7 +209,7 @@ def _named(cache: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _is_of_prompt(name: str) -> bool:
-  """Returns whether an array is a cross-attention cache: steps keep it."""
+  """Returns whether a cache array is of cross-attention: steps keep it."""
   return name.startswith('cross_')
 
 
