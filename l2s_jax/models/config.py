@@ -262,6 +262,10 @@ class TransformerConfig:
         f'TransformerConfig.num_heads={self.num_heads} does not divide over '
         f'num_kv_heads={self.num_kv_heads}.'
       )
+    self._check_norms()
+    self._check_positions()
+
+  def _check_norms(self):
     if not self.pre_norm and not self.post_norm:
       raise ValueError(
         'TransformerConfig.pre_norm=False needs post_norm: a layer without '
@@ -269,7 +273,6 @@ class TransformerConfig:
       )
     if self.qk_norm_all_heads and not self.qk_norm:
       raise ValueError('TransformerConfig.qk_norm_all_heads needs qk_norm.')
-    self._check_positions()
 
   def _check_positions(self):
     expected = 'relative' if self.is_encoder_decoder else 'learned'

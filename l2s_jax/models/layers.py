@@ -220,8 +220,8 @@ class Norm(nn.Module):
     x = inputs.astype(jnp.float32)
     if config.norm == 'layer':
       x -= x.mean(axis, keepdims=True)
-    square = jnp.mean(x * x, axis, keepdims=True)
-    x *= jax.lax.rsqrt(square + config.norm_epsilon)
+    variance = jnp.mean(x * x, axis, keepdims=True)
+    x *= jax.lax.rsqrt(variance + config.norm_epsilon)
     shape = inputs.shape[-len(self.axes) :]
     zeros, ones = nn.initializers.zeros, nn.initializers.ones
     scale = self.param(
