@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 
 import gin
 
-from l2s_jax import console
 from l2s_jax.runtime import (
   compilation,
+  console,
   extras,
   gin_config,
   os_errors,

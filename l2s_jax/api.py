@@ -63,7 +63,8 @@ class Model:
     self.step = step
     self._session = session
     self._settings = settings
-    self._answerers = {settings: first}
+    # Without their seeds, which the compiled programs do not have.
+    self._answerers = {_with_seed(settings, 0): first}
 
   def answer(
     self,
@@ -221,6 +222,7 @@ class Model:
     self, settings: answer_settings.AnswerSettings
   ) -> answerer.PromptAnswerer:
     """Returns the answerer of some settings; each is compiled once."""
+    seed, settings = settings.decoding.seed, _with_seed(settings, 0)
     if settings not in self._answerers:
       first, *others = self._answerers
       if len(others) >= _NUM_KEPT:
@@ -228,7 +230,14 @@ class Model:
       self._answerers[settings] = settings.answerer(
         self._session, self._answerers[first].params, are_prepared=True
       )
-    return self._answerers[settings]
+    return self._answerers[settings].with_seed(seed)
+
+
+def _with_seed(
+  settings: answer_settings.AnswerSettings, seed: int
+) -> answer_settings.AnswerSettings:
+  decoding = dataclasses.replace(settings.decoding, seed=seed)
+  return dataclasses.replace(settings, decoding=decoding)
 
 
 def load(

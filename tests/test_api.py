@@ -2,6 +2,7 @@
 """Laws of the Python API: it answers, trains and scores as the verbs do."""
 
 import json
+import logging
 import os
 import pathlib
 import re
@@ -11,6 +12,7 @@ from typing import Any
 
 import gin
 import helpers
+import jax
 import pytest
 import saved_runs
 
@@ -81,6 +83,29 @@ def test_answers_are_those_of_infer(folder, model, decoding, tmp_path):
   with pytest.warns(UserWarning):
     answers = model.answer(PROMPTS, decoding=decoding)
   assert answers == [record['prediction'] for record in records]
+
+
+def test_seeds_share_compiled_programs(model, caplog):
+  def sample(seed):
+    return model.answer(
+      PROMPTS[-2:],
+      decoding=l2s_jax.Decoding(temperature=2.0, seed=seed),
+      prompt_length=24,
+    )
+
+  first = sample(1)
+  stream = model.stream(
+    PROMPTS[-2],
+    decoding=l2s_jax.Decoding(temperature=2.0, seed=1),
+    prompt_length=24,
+  )
+  with jax.log_compiles(), caplog.at_level(logging.WARNING):
+    others = [sample(seed) for seed in (2, 3)]
+  assert not [r for r in caplog.records if 'ompil' in r.getMessage()]
+  assert first not in others and others[0] != others[1]
+  assert sample(1) == first
+  # A stream keeps its seed while others are drawn.
+  assert ''.join(stream) == first[0]
 
 
 def test_a_model_as_it_came_answers_as_in_infer(folder, tmp_path):

@@ -118,11 +118,12 @@ def test_what_is_best_no_more_goes_at_once_and_the_best_stays(tmp_path):
   assert names == {'4', '8'}
 
 
-def test_the_least_loss_is_the_best(tmp_path):
+@pytest.mark.parametrize('metric', ['task/loss', 'ter', 'task/ter'])
+def test_the_least_loss_or_error_rate_is_the_best(metric, tmp_path):
   save(tmp_path, make_state(1), make_state(2), make_state(3))
   checkpointer = checkpoint.Checkpointer(tmp_path)
   # Step 9 was evaluated, and is not there any more.
-  checkpointer.keep_best('task/loss', {1: 2.5, 2: 1.5, 3: 4.0, 9: 0.1})
+  checkpointer.keep_best(metric, {1: 2.5, 2: 1.5, 3: 4.0, 9: 0.1})
   checkpointer.close()
   assert saved_steps.params_folder(tmp_path, 'best')[1] == 2
 

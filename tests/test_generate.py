@@ -366,6 +366,34 @@ def test_a_second_call_compiles_nothing(name, caplog):
   assert compiled(batches[1]) == []
 
 
+@pytest.mark.parametrize('seed', [1, 2**31, 2**32 - 1])
+def test_another_seed_compiles_nothing_and_draws_as_its_setting(seed, caplog):
+  module = helpers.MODULES['gpt2']
+  params = helpers.random_params(module)
+  batch = helpers.batch_for(module)
+
+  def make(seed):
+    return make_generator(
+      module,
+      eos_id=-1,
+      decoding=sampling.Decoding(temperature=2.0, seed=seed),
+    )
+
+  generator = make(0)
+  params = generator.prepare(params)
+  first = generator(params, batch)
+  with jax.log_compiles(), caplog.at_level(logging.WARNING):
+    found = generator.start(params, batch, seed=seed).finish().tokens[:, 0]
+  assert not [r for r in caplog.records if 'ompil' in r.getMessage()]
+  assert (found != first).any()
+  np.testing.assert_array_equal(found, make(seed)(params, batch))
+  # The key is that of the Python number, as in JAX's own examples.
+  np.testing.assert_array_equal(
+    jax.random.key_data(jax.jit(jax.random.key)(np.uint32(seed))),
+    jax.random.key_data(jax.random.key(seed)),
+  )
+
+
 # --- id 0 is `!`, not padding ---
 
 

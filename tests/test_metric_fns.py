@@ -6,6 +6,7 @@ import inspect
 import json
 
 import pytest
+import sacrebleu
 
 from l2s_jax.metrics import metric_fns
 
@@ -15,6 +16,7 @@ METRICS = [
   metric_fns.rouge,
   metric_fns.exact_match,
   metric_fns.token_f1,
+  metric_fns.ter,
 ]
 TARGETS = ['the cat sat on the mat', 'a dog ran in the big park', 'yes', 'no']
 PREDICTIONS = ['the cat sat on a mat', 'a dog ran in the park', 'yes', 'yes']
@@ -44,15 +46,16 @@ def test_scores_of_translation_systems_are_those_of_sacrebleu(shared_data):
 
 
 @pytest.mark.parametrize('metric', METRICS)
-def test_perfect_predictions_score_100(metric):
+def test_perfect_predictions_score_100_or_no_errors(metric):
   scores = metric(TARGETS[:2], TARGETS[:2])
-  assert list(scores.values()) == pytest.approx([100] * len(scores))
+  best = 0 if metric.lower_is_better else 100
+  assert list(scores.values()) == pytest.approx([best] * len(scores))
 
 
 @pytest.mark.parametrize('metric', METRICS)
-def test_disjoint_predictions_score_0(metric):
+def test_disjoint_predictions_score_0_or_all_errors(metric):
   score = metric(['aaa bbb ccc ddd eee'], ['vvv www xxx yyy zzz'])
-  assert set(score.values()) == {0}
+  assert set(score.values()) == {100 if metric.lower_is_better else 0}
 
 
 @pytest.mark.parametrize('metric', METRICS)
@@ -69,7 +72,7 @@ def test_a_list_of_one_reference_is_that_reference(metric):
   )
 
 
-@pytest.mark.parametrize('metric', METRICS)
+@pytest.mark.parametrize('metric', METRICS[:-1])  # TER has its own law.
 def test_the_best_of_a_varying_number_of_references_counts(metric):
   references = [
     ['xxx', TARGETS[0]],
@@ -159,6 +162,47 @@ def test_human_subject_lines_against_three_others(shared_data):
     assert len(alone) == 3 and score > max(alone)
 
 
+def test_ter_by_hand():
+  # A shift of a phrase, a substitution and an insertion; case does not count.
+  references = ['a b c d', 'e f g h', 'x y']
+  answers = ['c d a b', 'E f g x', 'x z y']
+  assert metric_fns.ter(references, answers) == {'ter': 100 * 3 / 10}
+  assert metric_fns.ter(['x'], ['a b c']) == {'ter': 300}
+
+
+def test_ter_counts_the_fewest_edits_and_the_mean_length():
+  # 1 edit of the first reference, 4 of the second; 2 and 6 words.
+  ter = metric_fns.ter([['a b', 'c d e f g h']], ['a x'])['ter']
+  assert ter == 100 * 1 / 4
+
+
+@pytest.mark.parametrize('pair', ['en-ro', 'en-de'])
+def test_ter_of_a_translation_system_is_that_of_sacrebleu(pair, shared_data):
+  outputs = shared_data / 'mt_system_outputs'
+  (*_, path) = sorted(outputs.glob(f'{pair}.flores-dev.*.gz'))
+  name = f'flores-dev.{pair[-2:]}.gz'
+  references = read_lines(shared_data / 'flores' / name)[:300]
+  answers = read_lines(path)[:300]
+  expected = sacrebleu.metrics.TER()
+  score = expected.corpus_score(answers, [references]).score
+  assert 20 < score < 80
+  assert metric_fns.ter(references, answers) == {'ter': score}
+  assert metric_fns.ter.signature(references) == str(expected.get_signature())
+  both = [
+    [one, other] for one, other in zip(references, answers[::-1], strict=True)
+  ]
+  streams = [references, answers[::-1]]
+  score = expected.corpus_score(answers, streams).score
+  assert metric_fns.ter(both, answers) == {'ter': score}
+
+
+def test_losses_and_error_rates_are_lower_is_better():
+  lower = ('ter', 'newstest/ter', 'loss', 'news/loss')
+  assert all(map(metric_fns.lower_is_better, lower))
+  higher = ('bleu', 'ter/bleu', 'rougeLsum', 'token_accuracy', 'comet')
+  assert not any(map(metric_fns.lower_is_better, higher))
+
+
 def test_exact_match_of_one_in_four_is_25():
   assert metric_fns.exact_match(TARGETS, PREDICTIONS) == {'exact_match': 25}
 
@@ -245,6 +289,9 @@ def test_signatures_say_what_is_computed():
   )
   assert metric_fns.chrf_signature().startswith(
     'nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:'
+  )
+  assert metric_fns.ter.signature(['a']).startswith(
+    'nrefs:1|case:lc|tok:tercom|norm:no|punct:yes|asian:no|version:'
   )
   assert metric_fns.bleu_signature(3).startswith('nrefs:3|')
   assert metric_fns.chrf_signature(None).startswith('nrefs:var|')

@@ -225,3 +225,28 @@ def test_the_console_command_infers_outside_the_clone(installed, tmp_path):
   assert result.returncode == 0, result.stdout + result.stderr
   lines = (tmp_path / 'answers' / 'predictions.jsonl').read_text().splitlines()
   assert [json.loads(line)['prompt'] for line in lines] == ['one', 'two']
+
+
+@pytest.mark.parametrize('name', ['l2s_jax', 'python -m l2s_jax'])
+def test_usage_lines_and_hints_name_the_command(name, installed, tmp_path):
+  module = [sys.executable, '-m', 'l2s_jax']
+  argv = [str(installed / 'bin' / name)] if name == 'l2s_jax' else module
+  run = functools.partial(
+    subprocess.run,
+    cwd=tmp_path,
+    env=forked.environment() | {'PYTHONPATH': str(installed)},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  overview = run([*argv, '--help']).stdout
+  assert overview.startswith(f'usage: {name} VERB ')
+  assert f'\n{name} VERB --help: ' in overview
+  usage = run([*argv, 'report', '--help']).stdout
+  assert usage.startswith(f'usage: {name} report RUN ')
+  assert f'example:\n  {name} report runs/llm ' in usage
+  mistaken = run([*argv, 'report', 'runs/llm', '--outptu=x']).stderr
+  assert mistaken.startswith(f'usage: {name} report RUN ')
+  hint = run([*argv, 'cache', '--show=1', '--gin.CACHE_DIR=missing'])
+  assert hint.returncode == 2
+  assert f'Run `{name} cache` with this CACHE_DIR' in hint.stderr

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables, verdicts and plots."""
 
+from typing import Any
+
 import pytest
 
 from l2s_jax.evaluation import report
@@ -55,6 +57,22 @@ def test_verdict_needs_both_controls_to_be_worse(
   assert sentence.startswith(f'The SLM {verdict}: ')
   assert report.MAIN_SCORES[name] in sentence
   assert f'{right:.1f}' in sentence and f'{other:.1f}' in sentence
+
+
+@pytest.mark.parametrize(
+  'zero,other,verdict',
+  [
+    (95.0, 96.0, 'uses what the LLM read'),
+    (40.5, 96.0, 'reads the states of the LLM but does not gain from them'),
+    (95.0, 39.0, 'does not use the LLM'),
+    (5.0, 4.0, 'does not use the LLM'),
+  ],
+)
+def test_verdict_by_an_error_rate_goes_the_other_way(zero, other, verdict):
+  for interval in ({}, {'ter_low': 39.0, 'ter_high': 41.0}):
+    found = controls(40.0, zero, other, 'ter', **interval)
+    sentence = report.describe_controls(found)
+    assert sentence.startswith(f'The SLM {verdict}: TER 40.0')
 
 
 def test_figures_of_other_controls_are_given_beside_the_verdict():
@@ -117,6 +135,8 @@ def test_the_first_of_equally_good_steps_is_the_best():
   assert report.best_step(by_step, 'loss') == 4
   by_step = {8: {'bleu': 1.0}, 4: {'bleu': 3.0}, 2: {'bleu': 3.0}}
   assert report.best_step(by_step, 'bleu') == 2
+  by_step = {8: {'a/ter': 60.0}, 4: {'a/ter': 40.0}, 2: {'a/ter': 40.0}}
+  assert report.best_step(by_step, 'a/ter') == 2
 
 
 def test_table_of_steps_marks_the_best():
@@ -140,3 +160,28 @@ def test_curves_are_drawn_also_where_a_step_lacks_a_score(tmp_path):
   }
   report.plot_curves(by_control, path, title='a task')
   assert path.read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('lower_is_better', [False, True])
+def test_up_is_better_in_the_plot_of_quality(
+  lower_is_better, tmp_path, monkeypatch
+):
+  figures: list[Any] = []
+  monkeypatch.setattr('matplotlib.pyplot.close', figures.append)
+  report.plot_quality_against_speed(
+    [
+      {'system': 'one', 'ms': 1.0, 'quality': 40.0},
+      {'system': 'other', 'ms': 2.0, 'quality': 60.0},
+    ],
+    tmp_path / 'speed.png',
+    quality='quality',
+    quality_label='TER',
+    speed='ms',
+    speed_label='ms per token',
+    title='news',
+    lower_is_better=lower_is_better,
+  )
+  (axes,) = figures.pop().axes
+  bottom, top = axes.get_ylim()
+  assert (bottom > top) == lower_is_better
+  assert ('lower is better' in axes.get_ylabel()) == lower_is_better

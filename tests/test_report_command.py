@@ -11,6 +11,7 @@ import gin
 import pytest
 
 from l2s_jax import __main__ as command_line
+from l2s_jax.metrics import metric_fns
 from l2s_jax.models import flops, shapes
 from l2s_jax.systems import run_folder
 
@@ -166,6 +167,37 @@ def test_a_difference_is_significant_if_chance_does_not_make_it(folder):
   ends = ('difference', 'difference_low', 'difference_high')
   assert [same[end] for end in ends] == [0, 0, 0] and not same['significant']
   assert right['difference_high'] < -50 and right['significant']
+
+
+def test_a_difference_of_error_rates_says_which_is_better(folder):
+  shutil.copytree(folder / 'llm', folder / 'right')
+  lines = [json.loads(line) for line in (folder / 'llm' / PREDICTIONS).open()]
+  (folder / 'right' / PREDICTIONS).write_text(
+    ''.join(
+      json.dumps(line | {'prediction': line['target']}) + '\n' for line in lines
+    )
+  )
+  ter = metric_fns.ter(
+    [line['target'] for line in lines], [line['prediction'] for line in lines]
+  )['ter']
+  for name, score in (('llm', ter), ('right', 0.0)):
+    edit(
+      folder / name / METRICS,
+      lambda found, score=score: found['400'].update(
+        none={
+          key: value
+          for key, value in found['400']['none'].items()
+          if not key.startswith(('bleu', 'chrf', 'exact_match'))
+        }
+        | {'ter': score}
+      ),
+    )
+  assert report(folder, 'llm', 'right') == 0
+  (row,) = read(folder)['evaluations']['local-validation']['differences']
+  assert row['score'] == 'ter' and row['difference'] == ter
+  assert row['significant'] and row['difference_low'] > 0
+  text = (folder / 'out' / 'report.md').read_text()
+  assert f'| ter (lower is better) | +{ter:.1f} [' in text
 
 
 @pytest.mark.parametrize(

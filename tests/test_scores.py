@@ -79,36 +79,44 @@ HERE = [
 SHORT = ['yes', 'да', '是', 'ใช่', 'نعم', 'はい', '네', 'ναι', '3', '。', '?!']
 
 
+def best(metric):
+  """Returns the score of equal texts."""
+  return 0 if metric.lower_is_better else 100
+
+
 @pytest.mark.parametrize('metric', HERE, ids=lambda metric: metric.name)
 @pytest.mark.parametrize('language', LANGUAGES)
-def test_equal_texts_score_100_in_every_language(metric, language):
+def test_equal_texts_have_the_best_score_in_every_language(metric, language):
   for texts in (LANGUAGES[language], LANGUAGES[language][:1]):
     found = metric_fns.with_intervals(metric, num_samples=20)(texts, texts)
-    assert list(found.values()) == pytest.approx([100] * len(found))
+    assert list(found.values()) == pytest.approx([best(metric)] * len(found))
 
 
 @pytest.mark.parametrize('metric', HERE, ids=lambda metric: metric.name)
 @pytest.mark.parametrize('text', [*SHORT, '', ' ', 'a', 'The.'])
-def test_equal_texts_of_a_word_or_of_none_score_100(metric, text):
+def test_equal_texts_of_a_word_or_of_none_have_the_best_score(metric, text):
   found = metric_fns.with_intervals(metric, num_samples=5)(
     [text] * 2, [text] * 2
   )
-  assert list(found.values()) == pytest.approx([100] * len(found))
+  assert list(found.values()) == pytest.approx([best(metric)] * len(found))
 
 
 @pytest.mark.parametrize('metric', HERE, ids=lambda metric: metric.name)
 def test_equal_texts_of_all_languages_at_once_score_well(metric):
   texts = [text for pair in LANGUAGES.values() for text in pair]
-  assert min(metric(texts, texts).values()) > 99.9
+  for score in metric(texts, texts).values():
+    assert abs(score - best(metric)) < 0.1
   # rouge_score gives 0 to an example without the n-gram that others have.
-  assert min(metric(SHORT, SHORT).values()) > 0
+  for score in metric(SHORT, SHORT).values():
+    assert abs(score - best(metric)) < 100
 
 
 @pytest.mark.parametrize('metric', HERE, ids=lambda metric: metric.name)
 @pytest.mark.parametrize('language', LANGUAGES)
-def test_other_texts_score_less(metric, language):
+def test_other_texts_score_worse(metric, language):
   texts = LANGUAGES[language]
-  assert max(metric(texts, texts[::-1]).values()) < 70
+  for score in metric(texts, texts[::-1]).values():
+    assert abs(score - best(metric)) > 30
 
 
 @pytest.mark.parametrize('language', UNSPACED)
@@ -119,6 +127,8 @@ def test_words_that_a_tokenizer_does_not_find_are_warned_of(language, capsys):
   assert "'13a' finds no words" in said and 'scores.bleu_tokenizer' in said
   bleu.Bleu('bleu', 'char')(texts, texts)
   assert not capsys.readouterr().err
+  metric_fns.ter(texts, texts)
+  assert 'whole sentences are compared' in capsys.readouterr().err
   metric_fns.rouge(texts, texts)
   assert 'tok:words' in capsys.readouterr().err
   rouge.Rouge('rouge', 'latin')(texts, texts)
@@ -132,6 +142,7 @@ def test_text_with_spaces_is_not_warned_of(capsys):
   for language in ('English', 'Korean', 'Arabic', 'Hindi', 'Amharic'):
     metric_fns.bleu(LANGUAGES[language], LANGUAGES[language])
     metric_fns.token_f1(LANGUAGES[language], LANGUAGES[language])
+    metric_fns.ter(LANGUAGES[language], LANGUAGES[language])
   metric_fns.rouge(LANGUAGES['English'], LANGUAGES['English'])
   assert not capsys.readouterr().err
 

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from l2s_jax.runtime import files, integrity
+from l2s_jax.runtime import console, files, integrity
 from l2s_jax.weights import run_format
 
 FILE = run_format.DISTILLED
@@ -136,7 +136,7 @@ def open_folder(path: str) -> Folder:
       )
     raise FileNotFoundError(
       f'DISTILL_DIR={path} has no {FILE}: it contains no distilled answers. '
-      'Generate them with `python -m l2s_jax distill`.'
+      f'Generate them with `{console.name()} distill`.'
     )
   found = files.read_json(manifest, keys=_KEYS, remedy=_REMEDY)
   found = run_format.migrate(FILE, found, manifest, remedy=_REMEDY)

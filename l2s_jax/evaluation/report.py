@@ -14,6 +14,8 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from l2s_jax.metrics import metric_fns
+
 # All numbers of an evaluation by name: scores, intervals and counts.
 Numbers = Mapping[str, float | int]
 # A row of a table or JSON file: values by column key.
@@ -25,6 +27,7 @@ MAIN_SCORES = {
   'rougeLsum': 'ROUGE-Lsum',
   'token_f1': 'token F1',
   'chrf': 'chrF',
+  'ter': 'TER',
   'exact_match': 'exact match',
   'loss': 'loss',
 }
@@ -47,6 +50,7 @@ _OF_TOKENS = ('loss', 'token_accuracy')
 _UNITS = {
   'loss': 'nats per target token',
   'token_accuracy': 'fraction of tokens',
+  'ter': 'edits per 100 words',
 }
 _COUNTS = ('num_', 'min_references', 'max_references')
 
@@ -70,13 +74,13 @@ def is_interval_end(name: str, scores: Numbers) -> bool:
 
 
 def best_step(by_step: Mapping[int, Numbers], name: str) -> int:
-  """Returns the first step with the best score: lowest loss, or highest value.
+  """Returns the first step with the best score, as `lower_is_better` says.
 
   Args:
     by_step: numbers by step.
     name: name of a score that at least one step has.
   """
-  sign = -1 if name.endswith('loss') else 1
+  sign = -1 if metric_fns.lower_is_better(name) else 1
   return max(
     (step for step in by_step if name in by_step[step]),
     key=lambda step: (sign * by_step[step][name], -step),
@@ -228,11 +232,11 @@ def _describe_task(prefix: str, by_control: Mapping[str, Numbers]) -> str:
   right = by_control['none']
   name = main_score(right, prefix)
   key = f'{prefix}{name}'
-  if name == 'loss':
-    bound, sign = right[key] + _NOISE_NATS, -1
+  noise = _NOISE_NATS if name == 'loss' else _NOISE_POINTS
+  if metric_fns.lower_is_better(name):
+    bound, sign = right.get(f'{key}_high', right[key] + noise), -1
   else:
-    sign = 1
-    bound = right.get(f'{key}_low', right[key] - _NOISE_POINTS)
+    bound, sign = right.get(f'{key}_low', right[key] - noise), 1
   other_is_worse, zero_is_worse = (
     sign * by_control[control][key] < sign * bound
     for control in ('other', 'zero')
@@ -434,6 +438,7 @@ def plot_quality_against_speed(
   speed: str,
   speed_label: str,
   title: str,
+  lower_is_better: bool = False,
 ) -> None:
   """Writes a scatter plot, as PNG, of quality by speed of systems.
 
@@ -448,6 +453,7 @@ def plot_quality_against_speed(
     speed: key of the time per unit.
     speed_label: label of the horizontal axis.
     title: title of the figure.
+    lower_is_better: whether a lower quality is better; 0 is then at the top.
   """
   # Imported here: it takes a second, and only reports need it.
   import matplotlib
@@ -471,6 +477,9 @@ def plot_quality_against_speed(
   axes.set_ylim(0, 1.15 * max(max(row[quality] for row in rows), 1))
   axes.set_xlabel(speed_label)
   axes.set_ylabel(quality_label)
+  if lower_is_better:
+    axes.invert_yaxis()
+    axes.set_ylabel(f'{quality_label} (lower is better)')
   axes.set_title(title)
   axes.grid(alpha=0.3)
   figure.savefig(path, dpi=150)

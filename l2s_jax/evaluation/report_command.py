@@ -15,6 +15,7 @@ import gin
 from l2s_jax.evaluation import report as report_lib
 from l2s_jax.evaluation import run_pairs, run_records
 from l2s_jax.evaluation.report import TableRow
+from l2s_jax.metrics import metric_fns
 from l2s_jax.runtime import files
 
 JSON, MARKDOWN = 'report.json', 'report.md'
@@ -291,6 +292,7 @@ def _quality_against_speed(
       speed='ms_per_token',
       speed_label='ms per token',
       title=f'{name} {task}'.strip(),
+      lower_is_better=metric_fns.lower_is_better(score),
     )
     parts.append(f'![quality against speed]({png})\n')
   return parts
@@ -350,7 +352,11 @@ def _shown(row: TableRow) -> TableRow:
 
 def _difference(row: TableRow) -> TableRow:
   low, high = row['difference_low'], row['difference_high']
+  score = row['score']
+  if metric_fns.lower_is_better(score):
+    score += ' (lower is better)'
   return row | {
+    'score': score,
     'shown': f'{row["difference"]:+.1f} [{low:+.1f}, {high:+.1f}]',
     'verdict': 'yes' if row['significant'] else 'no',
   }

@@ -22,6 +22,7 @@ _METRICS: Mapping[str, metric_fns.Metric] = {
   'rougeLsum': metric_fns.rouge,
   'token_f1': metric_fns.token_f1,
   'chrf': metric_fns.chrf,
+  'ter': metric_fns.ter,
   'exact_match': metric_fns.exact_match,
 }
 # The references of each example, and the `corpus.Sums` of the score.

@@ -6,6 +6,7 @@ Tokenizes, packs batches, runs generation and detokenizes. Stop texts
 For streaming, this module also finds the part of a text that is final.
 """
 
+import copy
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -125,6 +126,7 @@ class PromptAnswerer:
     self._prompt_length = prompt_length
     self._says_ends = says_ends
     self._decoding = self.generator.decoding
+    self._seed = self._decoding.seed
     self._stops = self._decoding.stop
     self._buckets = length_buckets.Buckets(
       prompt_length=prompt_length,
@@ -132,6 +134,12 @@ class PromptAnswerer:
       batch_size=batch_size,
       num_shards=mesh.shape['data'] * mesh.shape['fsdp'],
     )
+
+  def with_seed(self, seed: int) -> 'PromptAnswerer':
+    """Returns an answerer with another seed, and the same compiled programs."""
+    other = copy.copy(self)
+    other._seed = seed
+    return other
 
   def __call__(self, texts: Sequence[str]) -> list[str]:
     """Returns the answer to each text."""
@@ -208,7 +216,7 @@ class PromptAnswerer:
       arrays.pop('max_decode_lens'),
     )
     generation = self.generator.start(
-      self.params, arrays, row_ids, max_decode_lens
+      self.params, arrays, row_ids, max_decode_lens, self._seed
     )
     if num_tokens is None and self._looks_for_stops:
       num_tokens = _STOP_PERIOD

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, UInt32
 
 from l2s_jax.inference import beam, sampling, speculative, strategies
 from l2s_jax.models import cache as cache_lib
@@ -35,7 +35,7 @@ class Generator:
   """Compiled generation for one system, one strategy and one `max_decode_len`.
 
   Prefill compiles once per prompt shape, the decode loop once per cache shape.
-  A second call with the same shapes does not compile.
+  A second call with the same shapes does not compile, nor does another seed.
   """
 
   def __init__(
@@ -121,6 +121,7 @@ class Generator:
     batch: language_model.Batch,
     row_ids: Int[np.ndarray | Array, 'batch'] | None = None,
     max_decode_lens: Int[np.ndarray | Array, 'batch'] | None = None,
+    seed: int | None = None,
   ) -> 'Generation':
     """Prefills a batch of prompts and returns its generation.
 
@@ -132,6 +133,7 @@ class Generator:
         defaults to the index in the batch.
       max_decode_lens: maximum number of answer tokens of each row; defaults to
         `max_decode_len`.
+      seed: PRNG seed; defaults to `Decoding.seed`.
 
     Raises:
       ValueError: if the model lacks positions for prompt and answer.
@@ -149,7 +151,12 @@ class Generator:
     with self.announce(f'prefill for {shape}'):
       cache = self.prefill(prepared, batch)
       state = self._begin(
-        cache, segment_ids, row_ids, max_decode_lens, first_tokens
+        cache,
+        segment_ids,
+        row_ids,
+        max_decode_lens,
+        first_tokens,
+        np.uint32(self.decoding.seed if seed is None else seed),
       )
     return Generation(self, self.writer_params(prepared), state, shape)
 
@@ -160,6 +167,7 @@ class Generator:
     row_ids: Int[Array, 'batch'],
     max_decode_lens: Int[Array, 'batch'],
     first_tokens: Int[Array, 'batch'] | None,
+    seed: UInt32[Array, ''],
   ) -> Any:
     """Returns the strategy's initial state. Called within jit.
 
@@ -175,7 +183,7 @@ class Generator:
       has_prompt=has_prompt,
       first_tokens=first_tokens,
       row_keys=jax.vmap(jax.random.fold_in, (None, 0))(
-        jax.random.key(self.decoding.seed), row_ids
+        jax.random.key(seed), row_ids
       ),
       max_decode_lens=max_decode_lens,
     )

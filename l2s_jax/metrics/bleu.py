@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BLEU and chrF by sacreBLEU, with tokenizers for all languages.
+"""BLEU, chrF and TER by sacreBLEU; BLEU with tokenizers for all languages.
 
 If every example has a reference of fewer than four tokens, and no answer has
 more, sacreBLEU's BLEU is 0 even for equal texts. In this case the maximum
@@ -12,7 +12,7 @@ import itertools
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from l2s_jax.metrics import corpus
 
 if TYPE_CHECKING:
   import sacrebleu.metrics
+  import sacrebleu.metrics.base
 
 TOKENIZERS = (
   '13a',
@@ -177,16 +178,58 @@ class Chrf(corpus.Metric):
     return corpus.Sums(_sacrebleu_rows(metric, references, predictions), score)
 
 
+@dataclasses.dataclass(frozen=True)
+class Ter(corpus.Metric):
+  """Corpus translation edit rate (Snover et al. 2006); lower is better.
+
+  The number of edits for each 100 words of the references: insertions,
+  deletions, substitutions, and shifts of phrases. It can exceed 100. Words are
+  separated by white space, without case, as by default in sacreBLEU. Each
+  example uses the reference with the fewest edits, and the mean length of its
+  references.
+  """
+
+  lower_is_better: ClassVar[bool] = True
+
+  def signature(self, references: corpus.References) -> str:
+    return _signature(self._sacrebleu(), references)
+
+  def _sacrebleu(self) -> 'sacrebleu.metrics.TER':
+    import sacrebleu.metrics
+
+    return sacrebleu.metrics.TER()
+
+  def warnings(self, references: corpus.References) -> Iterator[str]:
+    texts = corpus.all_texts(references)
+    if corpus.finds_no_words(texts, sum(len(text.split()) for text in texts)):
+      yield (
+        'words are separated by white space, but the script of these '
+        'references has none between words; whole sentences are compared. Use '
+        'chrf for this script.'
+      )
+
+  def sums(
+    self, references: corpus.References, predictions: Sequence[str]
+  ) -> corpus.Sums:
+    metric = self._sacrebleu()
+
+    def score(sums: Float[np.ndarray, ' statistic']) -> dict[str, float]:
+      return {self.name: metric._compute_score_from_stats(sums.tolist()).score}
+
+    return corpus.Sums(_sacrebleu_rows(metric, references, predictions), score)
+
+
 def _sacrebleu_rows(
-  metric: 'sacrebleu.metrics.BLEU | sacrebleu.metrics.CHRF',
+  metric: 'sacrebleu.metrics.base.Metric',
   references: corpus.References,
   predictions: Sequence[str],
 ) -> Float[np.ndarray, 'example statistic']:
   """Returns sacreBLEU's statistics of each example."""
   # This is sacreBLEU's interface between its metrics and its significance
   # tests. The public bootstrap returns half the interval's width only and
-  # allocates [sample, example, statistic]; chrF's statistics are not public. A
-  # test verifies that the scores equal those of the public functions exactly.
+  # allocates [sample, example, statistic]; the statistics of chrF and TER are
+  # not public. A test verifies that the scores equal those of the public
+  # functions exactly.
   rows = metric._extract_corpus_statistics(predictions, _streams(references))
   return np.array(rows, np.float64)
 
@@ -201,7 +244,7 @@ def _streams(references: corpus.References) -> list[list[Any]]:
 
 
 def _signature(
-  metric: 'sacrebleu.metrics.BLEU | sacrebleu.metrics.CHRF',
+  metric: 'sacrebleu.metrics.base.Metric',
   references: corpus.References,
 ) -> str:
   """Returns sacreBLEU's signature of a metric."""

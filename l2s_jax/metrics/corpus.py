@@ -39,6 +39,8 @@ class Metric:
   name: str
   # Whether the score is a function of sums over examples.
   adds_up: ClassVar[bool] = True
+  # Whether a lower score is the better one.
+  lower_is_better: ClassVar[bool] = False
 
   @property
   def score_names(self) -> tuple[str, ...]:

@@ -3,8 +3,9 @@
 
 A metric takes `(targets, predictions)`: one prediction per example, and as
 target one reference or a list of them. It returns `{name: score}` on a scale
-from 0 to 100. With several references the best one counts, as defined by each
-metric. `with_intervals` adds confidence intervals. BLEU and chrF are those of
+from 0 to 100, higher is better; TER is an error rate, lower is better. With
+several references the best one counts, as defined by each metric.
+`with_intervals` adds confidence intervals. BLEU, chrF and TER are those of
 sacreBLEU and ROUGE is that of `rouge_score`, for comparison with published
 results; the `signature` of a metric states its settings. `scores.py` configures
 the metrics of a task. Token losses and accuracies are in `models/losses.py`.
@@ -123,12 +124,33 @@ exact_match = ExactMatch('exact_match')
 token_f1 = TokenF1('token_f1')
 spbleu = bleu_lib.Bleu('spbleu', 'flores200', 'scores.spbleu_tokenizer')
 chrfpp = bleu_lib.Chrf('chrfpp', word_order=2)
+ter = bleu_lib.Ter('ter')
 
 # Metrics by their names in configs, with default settings.
 METRICS: Mapping[str, Metric] = {
   metric.name: metric
-  for metric in (bleu, chrf, rouge, exact_match, token_f1, spbleu, chrfpp)
+  for metric in (bleu, chrf, rouge, exact_match, token_f1, spbleu, chrfpp, ter)
 }
+
+_LOWER_IS_BETTER = frozenset(
+  score
+  for metric in METRICS.values()
+  if metric.lower_is_better
+  for score in metric.score_names
+)
+
+
+def lower_is_better(score: str) -> bool:
+  """Returns whether a lower value of a score is the better one.
+
+  True of losses and error rates. User-defined metrics are higher-is-better,
+  unless their name ends in 'loss'.
+
+  Args:
+    score: name of a score, in a mixture with its task: 'ter', 'task/loss'.
+  """
+  name = score.rpartition('/')[2]
+  return name.endswith('loss') or name in _LOWER_IS_BETTER
 
 
 def bleu_signature(num_references: int | None = 1) -> str:

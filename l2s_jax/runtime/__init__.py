@@ -10,6 +10,7 @@ configs. Nothing here depends on models or tasks.
 __all__ = (
   'chips',
   'compilation',
+  'console',
   'distributed',
   'extras',
   'files',

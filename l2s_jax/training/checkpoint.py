@@ -13,6 +13,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from l2s_jax.metrics import metric_fns
 from l2s_jax.runtime import distributed, files, integrity, partitioning
 from l2s_jax.training import state as state_lib
 from l2s_jax.weights import saved_steps
@@ -138,10 +139,10 @@ class Checkpointer:
     """Keeps the best checkpoint from now on, and records it on disk.
 
     Args:
-      metric: its name; less is better if it ends in 'loss', more otherwise.
+      metric: its name; `metric_fns.lower_is_better` gives its direction.
       scores: by step; steps without a checkpoint are ignored.
     """
-    sign = -1 if metric.endswith('loss') else 1
+    sign = -1 if metric_fns.lower_is_better(metric) else 1
     saved = scores.keys() & set(self._manager.all_steps())
     if not saved:
       return

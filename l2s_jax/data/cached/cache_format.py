@@ -37,7 +37,7 @@ import numpy as np
 import xxhash
 from array_record.python import array_record_module
 
-from l2s_jax.runtime import files, integrity, os_errors
+from l2s_jax.runtime import console, files, integrity, os_errors
 from l2s_jax.weights import run_format
 
 FILE = run_format.CACHE
@@ -506,7 +506,7 @@ def open_cache(folder: str | os.PathLike[str]) -> TokenCache:
     state = 'is not complete' if begun else 'is not a cache'
     raise FileNotFoundError(
       f'CACHE_DIR={folder} {state}: it has no {FILE}, which is written when '
-      'all shards are complete. Run `python -m l2s_jax cache` with this '
+      f'all shards are complete. Run `{console.name()} cache` with this '
       f'CACHE_DIR{" to resume" if begun else ""}.'
     )
   return TokenCache(folder, read_description(path, remedy))

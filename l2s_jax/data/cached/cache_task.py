@@ -24,6 +24,7 @@ from l2s_jax.data.cached import (
 )
 from l2s_jax.data.cached import order as order_lib
 from l2s_jax.metrics import scores
+from l2s_jax.runtime import console
 from l2s_jax.vocabularies import base
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class CachedData:
       raise ValueError(
         "MIXTURE_OR_TASK_NAME='cached', but cached.cache_dir is not set; "
         'include gin_configs/tasks/cached.gin and set CACHE_DIR to a folder '
-        'written by `python -m l2s_jax cache`.'
+        f'written by `{console.name()} cache`.'
       )
     return cache_format.open_cache(self.cache_dir)
 

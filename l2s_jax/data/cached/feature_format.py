@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from l2s_jax.data.cached import cache_format
-from l2s_jax.runtime import integrity
+from l2s_jax.runtime import console, integrity
 from l2s_jax.weights import run_format
 
 FILE = run_format.FEATURES
@@ -276,7 +276,7 @@ def open_features(cache: cache_format.TokenCache) -> FeatureCache:
   if not path.exists():
     raise FileNotFoundError(
       f'CACHE_DIR={cache.folder} has no features: it has no {FILE}, which is '
-      'written when all features are complete. Run `python -m l2s_jax cache '
+      f'written when all features are complete. Run `{console.name()} cache '
       '--features` with this CACHE_DIR (an interrupted command resumes), or '
       'set USE_FEATURES=False.'
     )

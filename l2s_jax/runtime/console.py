@@ -7,7 +7,7 @@ _name = 'python -m l2s_jax'
 
 
 def name() -> str:
-  """Returns the name of this process's command line, for usage messages."""
+  """Returns the command of this process, for usage lines and hints."""
   return _name
 
 
