@@ -108,7 +108,7 @@ def test_seeds_share_compiled_programs(model, caplog):
   assert ''.join(stream) == first[0]
 
 
-def test_a_model_as_it_came_answers_as_in_infer(folder, tmp_path):
+def test_a_model_model_paths_answers_as_in_infer(folder, tmp_path):
   model = l2s_jax.load(folder / 'weights/slm', **LENGTHS)
   assert model.step == 0
   with pytest.warns(UserWarning):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decoder-only model as it came goes on where the prompt ends.
+"""A pretrained decoder-only model continues the prompt.
 
 Its tokens and its loss are those of transformers, which knows of no EOS behind
 a prompt and of no start token before an answer.
@@ -17,7 +17,7 @@ from l2s_jax.inference import infer
 from l2s_jax.interop import to_huggingface
 from l2s_jax.models import l2s, losses
 from l2s_jax.runtime import partitioning
-from l2s_jax.systems import as_it_came, parameters
+from l2s_jax.systems import model_paths, parameters
 
 PROMPTS = ('a red box', 'x', 'the cat')
 
@@ -84,7 +84,7 @@ def test_answers_are_those_of_transformers(folder, tmp_path, num_beams):
 
 def test_loss_is_that_of_the_answer_behind_the_prompt(folder):
   log_probs = reference(folder)
-  system = as_it_came.load(str(folder))
+  system = model_paths.load(str(folder))
   assert system.continues
   mesh_config = partitioning.MeshConfig(data=1)
   mesh = partitioning.make_mesh(mesh_config, jax.devices()[:1])

@@ -176,7 +176,7 @@ def test_shards_that_were_cut_make_the_data_that_infer_would_have_written(
 
 
 @pytest.mark.parametrize('name', ['t5_1_1', 'gpt2'])
-def test_a_model_as_it_came_teaches(teacher, tmp_path, name):
+def test_a_model_model_paths_teaches(teacher, tmp_path, name):
   """A T5 as a run of it does; a decoder-only model as it answers elsewhere."""
   module = helpers.MODULES[name]
   assert isinstance(module, language_model.LanguageModel)

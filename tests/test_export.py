@@ -23,7 +23,7 @@ from l2s_jax.inference import infer, sampling
 from l2s_jax.interop.exports import export_command
 from l2s_jax.performance import contenders
 from l2s_jax.runtime import partitioning
-from l2s_jax.systems import as_it_came, bundle, parameters, run_folder
+from l2s_jax.systems import bundle, model_paths, parameters, run_folder
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import manifest, opening
 
@@ -88,7 +88,7 @@ def test_a_bundle_answers_as_its_run(folder, name, tmp_path):
 @pytest.mark.parametrize('name', RUNS)
 def test_its_mapped_tensors_are_those_of_the_run(folder, name):
   location = str(folder / 'kept' / name)
-  system = as_it_came.load(
+  system = model_paths.load(
     location,
     llm_path=str(folder / 'kept' / 'llm') if name in ('l2s', 'gpt') else None,
   )
@@ -241,7 +241,7 @@ def test_a_folder_that_is_not_as_it_was_written_is_refused(
 ):
   path = damaged(folder, tmp_path, change)
   with pytest.raises((ValueError, FileNotFoundError), match=message):
-    system = as_it_came.load(str(path))
+    system = model_paths.load(str(path))
     load_params(system, str(path))
 
 

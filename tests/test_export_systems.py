@@ -15,7 +15,7 @@ from l2s_jax.interop import convert, to_huggingface
 from l2s_jax.interop.exports import bundling, export_command
 from l2s_jax.models import l2s, lora
 from l2s_jax.runtime import partitioning
-from l2s_jax.systems import as_it_came, bundle, parameters
+from l2s_jax.systems import bundle, model_paths, parameters
 from l2s_jax.weights import opening
 
 PLAIN = helpers.llm_to_slm('t5_1_1', 'add', 'shared')
@@ -39,7 +39,7 @@ MODULES = {
 
 
 def load(location):
-  system = as_it_came.load(str(location))
+  system = model_paths.load(str(location))
   mesh_config = partitioning.MeshConfig(data=1)
   mesh = partitioning.make_mesh(mesh_config, jax.devices()[:1])
   with partitioning.use_mesh(mesh):
@@ -142,14 +142,14 @@ def test_sentinels_are_asked_for_as_by_other_verbs(tmp_path):
   assert system.prompt_vocabulary.vocab_size == plain.vocab_size + 3
 
 
-def test_a_model_as_it_came_is_a_bundle_that_goes_on_with_prompts(tmp_path):
+def test_a_model_model_paths_is_a_bundle_that_goes_on_with_prompts(tmp_path):
   params = helpers.random_params(l2s.build(helpers.GPT2))
   source = helpers.Arrays(helpers.GPT2, params)
   vocabulary = helpers.vocabulary()
   to_huggingface.save(source, tmp_path / 'gpt2', vocabulary)
   vocabulary.save(tmp_path / 'gpt2')
   opened = make(tmp_path / 'gpt2', tmp_path / 'bundle')
-  theirs = as_it_came.load(str(tmp_path / 'gpt2'))
+  theirs = model_paths.load(str(tmp_path / 'gpt2'))
   assert opened.system.continues and opened.step is None
   assert opened.system.module == theirs.module
   assert opened.system.prompt_vocabulary == theirs.prompt_vocabulary
@@ -174,7 +174,7 @@ def test_rounding_and_lora_explain_other_answers_and_nothing_else_does(
   assert opened.license == 'MIT'
 
   # What the source is held against is exactly what the bundle has.
-  system = as_it_came.load(run)
+  system = model_paths.load(run)
   stored = dataclasses.replace(system, frozen_dtype='bfloat16')
   folded = export_command._folded(
     stored, export_command._load(stored, run, 1), 'bfloat16'
@@ -205,7 +205,7 @@ def test_convert_takes_the_slm_of_a_bundle_with_its_tokenizer(tmp_path, capsys):
     str(tmp_path / 'bundle'), str(tmp_path / 'hf'), from_='l2s', to='hf'
   )
   assert 'only its SLM is converted' in capsys.readouterr().out
-  found = as_it_came.load(str(tmp_path / 'hf'))
+  found = model_paths.load(str(tmp_path / 'hf'))
   assert found.prompt_vocabulary == opened.system.answer_vocabulary
   source = opening.open_source(str(tmp_path / 'hf'))
   embedding = ('token_embedder', 'embedding')

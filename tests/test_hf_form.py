@@ -15,7 +15,7 @@ import pytest
 
 from l2s_jax.interop.exports import export_command, hf_form
 from l2s_jax.models import l2s
-from l2s_jax.systems import as_it_came
+from l2s_jax.systems import model_paths
 from l2s_jax.vocabularies import export
 from l2s_jax.weights import manifest
 
@@ -267,7 +267,7 @@ def test_the_verb_leaves_a_folder_that_was_compared(name, tmp_path, capsys):
   for path in (tmp_path / 'out').rglob('*.json'):
     assert str(kept) not in path.read_text()
   with pytest.raises(ValueError, match="model_type is 'llm_to_slm'; supported"):
-    as_it_came.load(str(tmp_path / 'out'))
+    model_paths.load(str(tmp_path / 'out'))
   with pytest.raises(ValueError, match='The model is LLM-to-SLM'):
     export_command.export(
       f'{kept}/{name}', f'{tmp_path}/other', to='gguf', llm_path=f'{kept}/llm'

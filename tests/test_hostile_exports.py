@@ -18,7 +18,7 @@ import pytest
 from l2s_jax.interop import convert, to_huggingface
 from l2s_jax.interop.exports import greedy_programs, verify
 from l2s_jax.models import l2s
-from l2s_jax.systems import as_it_came
+from l2s_jax.systems import model_paths
 from l2s_jax.weights import manifest, opening, run_format
 
 FAULTS = damaged_exports.of('model.safetensors')
@@ -55,11 +55,11 @@ def with_programs(form, folder):
 def test_a_changed_model_is_not_opened(fault, model, tmp_path):
   folder = tmp_path / 'model'
   shutil.copytree(model, folder)
-  as_it_came.load(str(folder))
+  model_paths.load(str(folder))
   change, message = FAULTS[fault]
   change(folder)
   for load in (
-    lambda: as_it_came.load(str(folder)),
+    lambda: model_paths.load(str(folder)),
     lambda: opening.open_source(str(folder)),
   ):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -85,7 +85,7 @@ def test_a_manifest_of_another_program_is_ignored(model, tmp_path):
   folder = tmp_path / 'model'
   shutil.copytree(model, folder)
   (folder / manifest.FILE).write_text('{"name": "web app", "files": []}')
-  as_it_came.load(str(folder))
+  model_paths.load(str(folder))
   opening.open_source(str(folder))
 
 
@@ -93,7 +93,7 @@ def test_a_manifest_of_another_program_is_ignored(model, tmp_path):
 def test_programs_are_not_a_model_that_is_read_here(form, tmp_path):
   folder = with_programs(form, tmp_path / form)
   with pytest.raises(ValueError, match=f'is an export of the form {form}, whi'):
-    as_it_came.load(str(folder))
+    model_paths.load(str(folder))
 
 
 @pytest.mark.parametrize('form', PROGRAMS)

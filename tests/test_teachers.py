@@ -134,7 +134,7 @@ def teacher_config(**changes):
   )
 
 
-def test_an_slm_alone_learns_from_a_model_as_it_came(tmp_path):
+def test_an_slm_alone_learns_from_a_model_model_paths(tmp_path):
   teacher = hugging_face(
     tmp_path / 'teacher', teacher_config(), KEPT / 'data' / 'tiny.model'
   )

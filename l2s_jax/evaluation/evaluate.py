@@ -23,7 +23,7 @@ from l2s_jax.inference import generate, sampling
 from l2s_jax.metrics import length_bins as length_bins_lib
 from l2s_jax.models import l2s
 from l2s_jax.runtime import distributed, files, gin_config, locks, partitioning
-from l2s_jax.systems import as_it_came, parameters
+from l2s_jax.systems import model_paths, parameters
 from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import run_format, saved_steps
@@ -108,12 +108,14 @@ def evaluate(
     num_bootstrap_samples=num_bootstrap_samples,
     length_bins=length_bins,
   )
-  as_it_came.check_path(checkpoint_path)
-  folder = as_it_came.output_dir(checkpoint_path, output_dir, 'EVAL_OUTPUT_DIR')
+  model_paths.check_path(checkpoint_path)
+  folder = model_paths.output_dir(
+    checkpoint_path, output_dir, 'EVAL_OUTPUT_DIR'
+  )
 
   session = session_lib.start(
     lambda: session_lib.with_cached_states(
-      as_it_came.load(
+      model_paths.load(
         checkpoint_path,
         llm_path=llm_path,
         vocabulary=vocabulary,
@@ -329,8 +331,8 @@ def _score_steps(
 def _choose_steps(run_dir: str, steps: Any) -> list[int]:
   """Returns the existing steps to evaluate."""
   if steps == 'all':
-    if not as_it_came.is_run(run_dir):
-      return [as_it_came.choose_step(run_dir, steps, 'EVAL_STEPS')]  # raises
+    if not model_paths.is_run(run_dir):
+      return [model_paths.choose_step(run_dir, steps, 'EVAL_STEPS')]  # raises
     found = distributed.from_first(saved_steps.steps(run_dir))
     bad = {step: saved_steps.problem(run_dir, step) for step in found}
     for wrong in filter(None, bad.values()):
@@ -345,7 +347,7 @@ def _choose_steps(run_dir: str, steps: Any) -> list[int]:
       "(1000, 2000), 'all', 'best', or None for the newest."
     )
   return [
-    as_it_came.choose_step(run_dir, step, 'EVAL_STEPS') for step in wanted
+    model_paths.choose_step(run_dir, step, 'EVAL_STEPS') for step in wanted
   ]
 
 

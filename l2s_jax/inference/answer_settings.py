@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from l2s_jax.inference import answerer, generate, sampling
 from l2s_jax.runtime import distributed, gin_config
-from l2s_jax.systems import as_it_came, parameters
+from l2s_jax.systems import model_paths, parameters
 from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
 
@@ -109,11 +109,11 @@ class Answering(AnswerSettings):
       ValueError: names the setting.
     """
     super().__post_init__()
-    as_it_came.check_path(self.checkpoint_path)
+    model_paths.check_path(self.checkpoint_path)
 
   def load_system(self) -> system_lib.System:
     """Returns the system, without its weights."""
-    system = as_it_came.load(
+    system = model_paths.load(
       self.checkpoint_path,
       llm_path=self.llm_path,
       vocabulary=self.vocabulary,
@@ -127,7 +127,7 @@ class Answering(AnswerSettings):
     The run may still be training and saving checkpoints.
     """
     return distributed.from_first(
-      as_it_came.choose_step(self.checkpoint_path, self.step, 'INFER_STEP')
+      model_paths.choose_step(self.checkpoint_path, self.step, 'INFER_STEP')
     )
 
   def load(
@@ -155,7 +155,7 @@ class Answering(AnswerSettings):
     """
     return {
       'checkpoint_path': os.path.abspath(self.checkpoint_path),
-      'checkpoint_saved_nsecs': as_it_came.saved_nsecs(
+      'checkpoint_saved_nsecs': model_paths.saved_nsecs(
         self.checkpoint_path, step
       ),
       'decoding': dataclasses.asdict(self.decoding),

@@ -33,7 +33,7 @@ from l2s_jax.performance import (
 from l2s_jax.performance import data_input as data_input_lib
 from l2s_jax.performance import peers as peers_lib
 from l2s_jax.runtime import files, gin_config
-from l2s_jax.systems import as_it_came
+from l2s_jax.systems import model_paths
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import runs
 
@@ -408,7 +408,7 @@ class _Prompts:
         f'BENCHMARK_PROMPTS={path} needs the tokenizer of a run: set '
         'CHECKPOINT_PATH.'
       )
-    system = as_it_came.load(checkpoint_path)
+    system = model_paths.load(checkpoint_path)
     vocabulary = system.prompt_vocabulary
     module = system.module
     reader = (

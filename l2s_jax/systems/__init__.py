@@ -2,16 +2,16 @@
 """Systems: a module, its vocabularies and its parameters.
 
 `builders` builds a system from gin's settings, `run_folder` from a run's
-folder, `bundle` from an exported run, `as_it_came` from a pretrained model.
+folder, `bundle` from an exported run, `model_paths` from any CHECKPOINT_PATH.
 `parameters` shards its parameters over a mesh and loads them. `session` is the
 start of every verb: mesh, system, layout, task and lengths.
 """
 
 # Modules that other packages may import.
 __all__ = (
-  'as_it_came',
   'builders',
   'bundle',
+  'model_paths',
   'parameters',
   'run_folder',
   'session',

@@ -14,7 +14,7 @@ from flax import traverse_util
 from l2s_jax.models import l2s, lora
 from l2s_jax.models import shapes as shapes_lib
 from l2s_jax.runtime import distributed, partitioning
-from l2s_jax.systems import as_it_came, bundle
+from l2s_jax.systems import bundle, model_paths
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import hub, opening, saved_steps
 from l2s_jax.weights import source as source_lib
@@ -268,7 +268,7 @@ def load_trained(
   """
   if bundle.is_bundle(run_dir):
     return _of_bundle(system, layout, bundle.open_bundle(run_dir))
-  if not as_it_came.is_run(run_dir):
+  if not model_paths.is_run(run_dir):
     source = opening.open_source(str(run_dir), step or None)
     params, _ = source_lib.load(source, layout.shapes, layout.shardings)
     return params
@@ -331,7 +331,7 @@ def fingerprint(layout: Layout, location: str, step: int) -> str:
   Args:
     layout: of its parameters.
     location: CHECKPOINT_PATH, a language model's run or a pretrained model.
-    step: from `as_it_came.choose_step`.
+    step: from `model_paths.choose_step`.
   """
   source = opening.open_source(location, step or None)
   return source_lib.read_fingerprint(source, layout.shapes)

@@ -26,7 +26,7 @@ from l2s_jax.models import (
   stored_states,
 )
 from l2s_jax.runtime import partitioning
-from l2s_jax.systems import as_it_came, parameters
+from l2s_jax.systems import model_paths, parameters
 from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
 from l2s_jax.vocabularies import base, loading
@@ -202,7 +202,7 @@ def find(
     )
   module = l2s.build(config)
   continues = None
-  if not (config.is_encoder_decoder or as_it_came.is_run(tower.path)):
+  if not (config.is_encoder_decoder or model_paths.is_run(tower.path)):
     continues = vocabulary.prefix_ids, vocabulary.eos_ids
   _check_vocabularies(tower.path, vocabulary, system, continues is None)
   try:

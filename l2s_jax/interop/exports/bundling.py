@@ -12,7 +12,7 @@ import numpy as np
 from l2s_jax.interop import convert
 from l2s_jax.models import l2s
 from l2s_jax.models import shapes as shapes_lib
-from l2s_jax.systems import as_it_came, bundle, parameters
+from l2s_jax.systems import bundle, model_paths, parameters
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import converted, manifest, opening, runs
 from l2s_jax.weights import source as source_lib
@@ -97,10 +97,10 @@ def open_parts(
     FileNotFoundError: if the model does not exist.
     ValueError: if it cannot be read.
   """
-  system = as_it_came.load(
+  system = model_paths.load(
     location, llm_path=llm_path, vocabulary=vocabulary, extra_ids=extra_ids
   )
-  chosen = as_it_came.choose_step(location, step, '--step')
+  chosen = model_paths.choose_step(location, step, '--step')
   source = opening.open_source(location, chosen or None, may_lack_steps=True)
   name = pathlib.Path(location).resolve().name
   if not isinstance(system.module, l2s.LlmToSlm):

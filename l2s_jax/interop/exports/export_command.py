@@ -27,7 +27,7 @@ from l2s_jax.interop import convert, t5x_state
 from l2s_jax.interop.exports import bundling, comparing, model_card
 from l2s_jax.models import l2s, lora
 from l2s_jax.runtime import extras, files
-from l2s_jax.systems import as_it_came, bundle, parameters
+from l2s_jax.systems import bundle, model_paths, parameters
 from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import manifest, saved_steps
@@ -226,7 +226,7 @@ def _export_state(
     FileNotFoundError: if `source` is not a run.
     ValueError: if a flag does not apply, or T5X cannot hold the state.
   """
-  if not as_it_came.is_run(source):
+  if not model_paths.is_run(source):
     raise FileNotFoundError(
       f'{source} is not a run. --to=t5x writes the training state of a run; '
       'pass its MODEL_DIR.'
@@ -361,7 +361,7 @@ def _compare(
   Raises:
     ValueError: if they are not.
   """
-  chosen = as_it_came.choose_step(source, _step(step), '--step')
+  chosen = model_paths.choose_step(source, _step(step), '--step')
   expected = _answers(system, _load(system, source, chosen), prompts)
   found = _answers(
     opened.system,

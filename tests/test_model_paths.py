@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model answers as it came: without a step of training, in any form."""
+"""A pretrained model answers without a step of training, in any format."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from l2s_jax.interop import convert, to_huggingface, to_t5x
 from l2s_jax.models import l2s
 from l2s_jax.performance import contenders
 from l2s_jax.runtime import partitioning
-from l2s_jax.systems import as_it_came, builders, parameters, run_folder
+from l2s_jax.systems import builders, model_paths, parameters, run_folder
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import opening
 
@@ -80,7 +80,7 @@ def test_the_parameters_are_those_of_the_files(folders, tmp_path):
   vocabulary = str(folders / 'tokenizer')
   mesh = partitioning.make_mesh(partitioning.MeshConfig())
   for path in (gguf, folders / 't5x', folders / 'gpt2'):
-    system = as_it_came.load(str(path), vocabulary=vocabulary)
+    system = model_paths.load(str(path), vocabulary=vocabulary)
     assert system.describe()['kind'] == 'language_model'
     with partitioning.use_mesh(mesh):
       layout = parameters.layout(system, mesh, partitioning.MeshConfig())
@@ -92,7 +92,7 @@ def test_the_parameters_are_those_of_the_files(folders, tmp_path):
 def test_a_decoder_reads_the_prompt_in_its_own_words(folders, tmp_path):
   path = folders / 'gpt2'
   baseline = builders.language_model_system(system_lib.Tower(path=str(path)))
-  system = as_it_came.load(str(path))
+  system = model_paths.load(str(path))
   assert system.module == baseline.module
   assert system.prompt_vocabulary == system.answer_vocabulary
   assert len(answers(path, tmp_path)) == 2
@@ -157,7 +157,7 @@ def test_a_decoder_only_llm_reads_both_ways_where_asked(folders):
 
 def test_a_model_without_a_tokenizer_asks_for_it_by_name(folders):
   with pytest.raises(ValueError, match='t5x has no supported .*set VOCABUL'):
-    as_it_came.load(str(folders / 't5x'))
+    model_paths.load(str(folders / 't5x'))
   tower = system_lib.Tower(path=str(folders / 't5x'))
   with pytest.raises(ValueError, match='set LLM_VOCABULARY / SLM_VOCABULARY'):
     builders.language_model_system(tower)
@@ -182,7 +182,7 @@ def test_a_checkpoint_of_t5x_is_an_llm(folders):
   np.testing.assert_array_equal(found, expected['token_embedder']['embedding'])
 
 
-def test_scores_of_a_model_as_it_came_need_a_folder(folders):
+def test_scores_of_a_model_model_paths_need_a_folder(folders):
   arguments = {
     'checkpoint_path': str(folders / 'hf'),
     'mixture_or_task_name': 'any',
@@ -197,15 +197,15 @@ def test_scores_of_a_model_as_it_came_need_a_folder(folders):
 def test_what_has_one_model_has_no_steps(folders, step):
   path = str(folders / 'hf')
   with pytest.raises(ValueError, match='Leave'):
-    as_it_came.choose_step(path, step, 'INFER_STEP')
-  assert as_it_came.choose_step(path, None, 'INFER_STEP') == 0
-  assert as_it_came.choose_step(str(folders / 't5x'), 1, 'INFER_STEP') == 1
+    model_paths.choose_step(path, step, 'INFER_STEP')
+  assert model_paths.choose_step(path, None, 'INFER_STEP') == 0
+  assert model_paths.choose_step(str(folders / 't5x'), 1, 'INFER_STEP') == 1
 
 
 def test_what_a_run_has_is_not_given_beside_it(tmp_path):
   run_folder.save(helpers.system(helpers.MODULES['t5_1_1']), tmp_path)
   with pytest.raises(ValueError, match='Leave VOCABULARY and EXTRA_IDS unset'):
-    as_it_came.load(str(tmp_path), vocabulary='spiece.model')
+    model_paths.load(str(tmp_path), vocabulary='spiece.model')
 
 
 def test_a_model_alone_is_timed_as_the_llm(folders):
