@@ -126,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
   """Returns the command line's flags."""
   parser = argparse.ArgumentParser(
-    'launch/quickstart.sh',
+    # `launch/quickstart.sh` is in a clone alone.
+    'python -m l2s_jax.quickstart',
     description='Trains and compares an LLM, an SLM and LLM-to-SLM.',
   )
   parser.add_argument(

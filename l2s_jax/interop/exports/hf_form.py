@@ -349,7 +349,7 @@ def compare(
     ways['beams'] = {'num_beams': _NUM_BEAMS, 'padding_side': 'left'}
   reply = (ask or _ask_transformers)(
     {
-      'folder': str(folder),
+      'folder': str(folder.absolute()),
       'prompts': list(prompts),
       'max_prompt_len': max_prompt_len,
       'max_new_tokens': num_tokens,
