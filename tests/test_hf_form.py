@@ -247,12 +247,15 @@ def test_the_card_has_the_results_of_the_run(tmp_path):
 @pytest.mark.parametrize(
   'name', [pytest.param('l2s', marks=pytest.mark.long), 'gpt']
 )
-def test_the_verb_leaves_a_folder_that_was_compared(name, tmp_path, capsys):
+def test_the_verb_leaves_a_folder_that_was_compared(
+  name, tmp_path, capsys, monkeypatch
+):
   helpers.import_reference()
+  monkeypatch.chdir(tmp_path)
   kept = pathlib.Path(__file__).parent / 'kept_runs' / '1'
   export_command.export(
     f'{kept}/{name}',
-    f'{tmp_path}/out',
+    'out',  # transformers runs in another folder.
     to='hf',
     llm_path=f'{kept}/llm',
     license='mit',
