@@ -100,7 +100,7 @@ def test_a_run_that_was_broken_off_learns_what_an_unbroken_one_does(tmp_path):
     f'MODEL_DIR={broken}', *settings, f'TEACHER_PATH={other}', check=False
   )
   assert result.returncode == 2
-  assert 'or it learned from another teacher' in result.stderr
+  assert 'its teacher does not fit' in result.stderr
   assert 'teacher.fingerprint.writing: the run has' in result.stderr
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import pathlib
 import struct
+import time
 
 import pytest
 
@@ -43,6 +44,8 @@ def wandb_records(path):
       start += 2**15 - start % 2**15
       continue
     _, size, kind = struct.unpack_from('<IHB', content, start)
+    if start + 7 + size > len(content):
+      return  # Still being written.
     whole += content[start + 7 : start + 7 + size]
     start += 7 + size
     if kind in (1, 4):
@@ -52,6 +55,12 @@ def wandb_records(path):
 
 def of_wandb(run_dir):
   """Returns the rows of all offline runs, in order, and the runs' ids."""
+  # `finish` returns before the service has written the file of the last run.
+  *_, last = sorted(run_dir.glob('wandb/offline-run-*/run-*.wandb'))
+  for _ in range(300):
+    if any(record.HasField('exit') for record in wandb_records(last)):
+      break
+    time.sleep(0.1)
   rows, ids = [], []
   for path in sorted(run_dir.glob('wandb/offline-run-*/run-*.wandb')):
     for record in wandb_records(path):

@@ -445,7 +445,7 @@ def test_another_order_of_the_data_is_refused_with_the_differences():
       order | {'task': 'wmt16_en_de', 'task_feature_lengths': {'inputs': 16}},
       RUN,
     )
-  assert str(error.value).startswith('runs/mine holds a run')
+  assert str(error.value).startswith('runs/mine contains a run')
   assert str(error.value).splitlines()[1:] == [
     "  task: the run has 'cldr', the config says 'wmt16_en_de'",
     '  task_feature_lengths.inputs: the run has 8, the config says 16',
