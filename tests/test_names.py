@@ -264,6 +264,16 @@ def test_a_mistral_may_have_no_window():
   assert huggingface.model_types(helpers.MISTRAL) == ['mistral']
 
 
+@pytest.mark.parametrize('model_type, base', [('llama', 1e4), ('smollm3', 2e6)])
+def test_a_family_has_its_own_default_of_rope(model_type, base):
+  _, transformers = helpers.import_reference()
+  content = huggingface.config_json(model_type, CONFIGS[model_type])
+  del content['rope_theta']
+  assert huggingface.FAMILIES[model_type].parse(content, True).rope_base == base
+  theirs = transformers.AutoConfig.for_model(model_type)
+  assert theirs.rope_parameters['rope_theta'] == base
+
+
 def test_both_ways_to_write_rope_are_read():
   """Of transformers 5, and of those before."""
   new = {

@@ -46,9 +46,9 @@ def is_export(folder: str | pathlib.Path, form: str) -> bool:
     content = files.read_json(path, remedy=_REMEDY)
   except ValueError:
     return True
-  return (
-    content.get('form', form if integrity.DIGEST in content else None) == form
-  )
+  if 'form' not in content and integrity.DIGEST not in content:
+    return False
+  return content.get('form', form) == form
 
 
 def form_of(folder: str | pathlib.Path) -> str | None:

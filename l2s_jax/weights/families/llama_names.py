@@ -6,7 +6,7 @@ T5Gemma is a Gemma 2 encoder and a Gemma 2 decoder with cross-attention.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from l2s_jax.models import config as config_lib
@@ -49,69 +49,51 @@ def _norms(names: Mapping[str, str]) -> tuple[Row, ...]:
   )
 
 
-_LLAMA = (
-  *_TABLE_AND_HEAD,
-  *name_table.under(
-    'decoder/layers/',
-    'layers.{layer}.',
-    (
-      *_norms({'pre_self_attention': 'input', 'pre_mlp': 'post_attention'}),
-      *name_table.under('self_attention/', 'self_attn.', _ATTENTION),
-      *name_table.under('mlp/', 'mlp.', _MLP),
-    ),
-  ),
+def _block(
+  norms: Mapping[str, str], attention: Sequence[Row] = _ATTENTION
+) -> tuple[Row, ...]:
+  """Returns the rows of a layer, with their names inside the layer."""
+  return (
+    *_norms(norms),
+    *name_table.under('self_attention/', 'self_attn.', attention),
+    *name_table.under('mlp/', 'mlp.', _MLP),
+  )
+
+
+def _decoder(block: Sequence[Row]) -> tuple[Row, ...]:
+  """Returns the rows of a decoder-only model."""
+  return (
+    *_TABLE_AND_HEAD,
+    *name_table.under('decoder/layers/', 'layers.{layer}.', block),
+  )
+
+
+_LLAMA = _decoder(
+  _block({'pre_self_attention': 'input', 'pre_mlp': 'post_attention'})
 )
-_OLMO2 = (
-  *_TABLE_AND_HEAD,
-  *name_table.under(
-    'decoder/layers/',
-    'layers.{layer}.',
+_OLMO2 = _decoder(
+  _block(
+    {'post_self_attention': 'post_attention', 'post_mlp': 'post_feedforward'},
     (
-      *_norms(
-        {
-          'post_self_attention': 'post_attention',
-          'post_mlp': 'post_feedforward',
-        }
-      ),
-      *name_table.under(
-        'self_attention/',
-        'self_attn.',
-        (
-          *(row for row in _ATTENTION if '_norm/' not in row.ours),
-          Row('query_norm/scale', 'q_norm.weight', '(n h) -> n h'),
-          Row('key_norm/scale', 'k_norm.weight', '(k h) -> k h'),
-        ),
-      ),
-      *name_table.under('mlp/', 'mlp.', _MLP),
+      *(row for row in _ATTENTION if '_norm/' not in row.ours),
+      Row('query_norm/scale', 'q_norm.weight', '(n h) -> n h'),
+      Row('key_norm/scale', 'k_norm.weight', '(k h) -> k h'),
     ),
-  ),
+  )
 )
 _MLP_NORMS = {'pre_mlp': 'pre_feedforward', 'post_mlp': 'post_feedforward'}
-_GEMMA = (
-  *_TABLE_AND_HEAD,
-  *name_table.under(
-    'decoder/layers/',
-    'layers.{layer}.',
-    (
-      *_norms(
-        {'pre_self_attention': 'input', 'post_self_attention': 'post_attention'}
-        | _MLP_NORMS
-      ),
-      *name_table.under('self_attention/', 'self_attn.', _ATTENTION),
-      *name_table.under('mlp/', 'mlp.', _MLP),
-    ),
-  ),
-)
-_T5GEMMA_BLOCK = (
-  *_norms(
-    {
-      'pre_self_attention': 'pre_self_attn',
-      'post_self_attention': 'post_self_attn',
-    }
+_GEMMA = _decoder(
+  _block(
+    {'pre_self_attention': 'input', 'post_self_attention': 'post_attention'}
     | _MLP_NORMS
-  ),
-  *name_table.under('self_attention/', 'self_attn.', _ATTENTION),
-  *name_table.under('mlp/', 'mlp.', _MLP),
+  )
+)
+_T5GEMMA_BLOCK = _block(
+  {
+    'pre_self_attention': 'pre_self_attn',
+    'post_self_attention': 'post_self_attn',
+  }
+  | _MLP_NORMS
 )
 _T5GEMMA = (
   Row('token_embedder/embedding', 'encoder.embed_tokens.weight', 'v d -> v d'),
@@ -193,10 +175,14 @@ def _unparse_sizes(config: config_lib.TransformerConfig) -> dict[str, Any]:
   }
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the RoPE parameters, from transformers 5 or earlier keys."""
+def _rope(config: Mapping[str, Any], default: float = 1e4) -> dict[str, Any]:
+  """Returns the RoPE parameters, from transformers 5 or earlier keys.
+
+  Args:
+    config: content of config.json.
+    default: the family's `rope_theta`.
+  """
   parameters = config.get('rope_parameters') or config.get('rope_scaling') or {}
-  default = 2e6 if config['model_type'] == 'smollm3' else 1e4
   return {'rope_theta': config.get('rope_theta', default), **parameters}
 
 
@@ -205,10 +191,10 @@ _ATTENTION_BIAS = {'mistral': 'none', 'qwen2': 'qkv'}
 
 
 def _parse_llama(
-  config: Mapping[str, Any], is_tied: bool
+  config: Mapping[str, Any], is_tied: bool, rope_theta: float = 1e4
 ) -> config_lib.TransformerConfig:
   fields = _parse_sizes(config, is_tied)
-  rope = _rope(config)
+  rope = _rope(config, rope_theta)
   if config['model_type'] in _ATTENTION_BIAS:
     fields['attention_bias'] = _ATTENTION_BIAS[config['model_type']]
   if config.get('mlp_bias'):
@@ -323,7 +309,7 @@ def _parse_smollm3(
   elif not period:
     raise ValueError('no_rope_layer_interval is 0; expected 1 or more')
   return dataclasses.replace(
-    _parse_llama(config, is_tied),
+    _parse_llama(config, is_tied, rope_theta=2e6),
     no_rope_period=period if period <= num_layers else 0,
   )
 
