@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import operator
+import re
 
 import helpers
 import jax
@@ -380,6 +381,23 @@ def test_h_of_layer_0_is_the_normed_embeddings():
   norm = params['llm']['encoder']['final_norm']['scale']
   mean = np.mean(np.square(x), axis=-1, keepdims=True)
   helpers.assert_close(found, x / np.sqrt(mean + 1e-6) * norm)
+
+
+@pytest.mark.parametrize('llm', [helpers.LLM, DECODER_ONLY])
+def test_generation_has_no_llm_parameter_that_no_prompt_reads(llm):
+  """A tied head would be a second copy of the LLM's embedding table."""
+  generating = l2s.for_generation(
+    l2s.LlmToSlm(llm, helpers.T5_1_0, 'replace', shared_vocabulary=False)
+  )
+  params = l2s.params_for_generation(
+    generating, helpers.random_params(generating)
+  )['llm']
+  read = functools.partial(generating.apply, method='read_prompt')
+  batch = helpers.batch_for(generating)
+  program = jax.jit(lambda llm: read({'params': {'llm': llm}}, batch))
+  # Tracing drops the arguments that nothing reads.
+  (signature,) = re.findall(r'@main\((.*)\)', program.lower(params).as_text())
+  assert signature.count('%arg') == len(jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize('layer', [-1, 4, True, 'last'])

@@ -415,7 +415,11 @@ def params_for_generation(
     return convert(module.config, params)
   changed = {'slm': convert(module.slm_config, params['slm'])}
   if module.llm_config.for_generation:
-    changed['llm'] = convert(module.llm_config, params['llm'])
+    changed['llm'] = convert(
+      module.llm_config,
+      params['llm'],
+      decodes=isinstance(module, DraftAndVerify),
+    )
   return {**params, **changed}
 
 

@@ -141,6 +141,7 @@ def params_for_generation(
   params: PyTree,
   *,
   consume: bool = False,
+  decodes: bool = True,
 ) -> PyTree:
   """Returns a language model's parameters in the form for generation.
 
@@ -154,11 +155,12 @@ def params_for_generation(
     params: layers stacked, as in training and checkpoints. Unchanged arrays are
       not copied; NumPy arrays give views, except for int8.
     consume: deletes each array after its copy is made.
+    decodes: whether the model has an output head. False for a decoder-only LLM
+      that only reads prompts.
   """
   if config.lora_rank:
     params = lora.merge(params, config.lora_alpha)
-  tied = config.logits_via_embedding and 'decoder' in params
-  if tied:
+  if decodes and config.logits_via_embedding and 'decoder' in params:
     name = 'decoder_token_embedder'
     table = params[name if name in params else 'token_embedder']['embedding']
     is_view = isinstance(table, np.ndarray)
