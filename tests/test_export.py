@@ -286,8 +286,8 @@ def test_a_bundle_with_other_tensors_is_not_kept(folder, monkeypatch):
   """A weight that changes between writing and reading is named."""
   save = bundle.save_beside
 
-  def save_others(path, arrays, dtype):
-    save(path, {name: x + 1 for name, x in arrays.items()}, dtype)
+  def save_others(path, arrays):
+    save(path, {name: x + 1 for name, x in arrays.items()})
 
   monkeypatch.setattr(bundle, 'save_beside', save_others)
   with pytest.raises(

@@ -20,12 +20,13 @@ import gin
 import jax
 import numpy as np
 from etils import epath
+from flax import traverse_util
 
 from l2s_jax.data import text_files
 from l2s_jax.inference import answerer
 from l2s_jax.interop import convert, t5x_state
 from l2s_jax.interop.exports import bundling, comparing, model_card
-from l2s_jax.models import l2s, lora
+from l2s_jax.models import int8, l2s, lora
 from l2s_jax.runtime import extras, files
 from l2s_jax.systems import bundle, model_paths, parameters
 from l2s_jax.systems import session as session_lib
@@ -100,6 +101,7 @@ def export(
   to: str,
   step: str | None = None,
   dtype: str | None = None,
+  quantization: str | None = None,
   prompts: str | None = None,
   license: str | None = None,
   llm_path: str | None = None,
@@ -116,6 +118,8 @@ def export(
     to: format: 'bundle', 't5x' or a key of `FORMS`.
     step: checkpoint step of a run, a number or 'best'; None means the newest.
     dtype: dtype of the written tensors; None keeps that of the source.
+    quantization: 'int8' stores the kernels of the language models in int8, one
+      scale per output, in a bundle; None stores floats.
     prompts: text file with one prompt per line, for the comparison; None: the
       prompts of the run's evaluations, or three built-in ones.
     license: license of the weights, for the manifest.
@@ -136,16 +140,24 @@ def export(
   scratch = folder.with_name(f'.{folder.name}.unfinished')
   shutil.rmtree(scratch, ignore_errors=True)  # Left by a killed process.
   if to == T5X:
-    not_taken = {'dtype': dtype, 'prompts': prompts}
+    not_taken = {'dtype': dtype, 'quantization': quantization}
+    not_taken |= {'prompts': prompts}
     not_taken |= {'license': license, 'vocabulary': vocabulary}
     _export_state(source, folder, scratch, step, llm_path, not_taken, dry_run)
     return
+  if to != manifest.BUNDLE and not bundle.is_bundle(source):
+    _refuse_given(
+      {'quantization': quantization},
+      f'--to={to} has floats. Export --to=bundle with this flag; --to={to} of '
+      'the bundle then has its rounded weights.',
+    )
   texts = _prompts(source, prompts)
   form = None if to == manifest.BUNDLE else _form(to)
   parts = opened = None
   if bundle.is_bundle(source):
     given: dict[str, Any] = {'step': step, 'dtype': dtype, 'llm_path': llm_path}
     given |= {'vocabulary': vocabulary, 'extra_ids': extra_ids}
+    given['quantization'] = quantization
     _check_further(source, to, given)
     opened = bundle.open_bundle(source)
     size = sum(entry['bytes'] for entry in opened.content['files'].values())
@@ -156,6 +168,7 @@ def export(
       source,
       _step(step),
       dtype,
+      quantization=quantization,
       llm_path=llm_path,
       vocabulary=vocabulary,
       extra_ids=extra_ids or 0,
@@ -173,13 +186,7 @@ def export(
     if opened is None:
       assert parts is not None
       path = scratch / manifest.BUNDLE
-      opened = _bundle(parts, path, source, dtype, license)
-      print(f'bundle: {bundling.compare(parts, opened, dtype)}')
-      too_large = comparing.too_large(opened.num_params)
-      said = too_large or _compare(
-        source, parts.system, step, opened, texts, dtype
-      )
-      print(f'bundle: {said}')
+      opened = _bundle(parts, path, source, step, texts, dtype, license)
     if form is None:
       made = opened.folder
     else:
@@ -195,10 +202,12 @@ def _bundle(
   parts: bundling.Parts,
   path: pathlib.Path,
   source: str,
+  step: str | None,
+  prompts: Sequence[str],
   dtype: str | None,
   license: str | None,
 ) -> bundle.Bundle:
-  """Writes and opens a bundle, with the run's evaluation results."""
+  """Writes a bundle, with the run's evaluation results, and compares it."""
   path.mkdir(parents=True)
   bundling.write(
     parts,
@@ -208,7 +217,12 @@ def _bundle(
     how_to_run=_HOW_TO_RUN,
     results=model_card.measured(pathlib.Path(source)),
   )
-  return bundle.open_bundle(path)
+  opened = bundle.open_bundle(path)
+  print(f'bundle: {bundling.compare(parts, opened)}')
+  too_large = comparing.too_large(opened.num_params)
+  said = too_large or _compare(source, parts, step, opened, prompts, dtype)
+  print(f'bundle: {said}')
+  return opened
 
 
 def _export_state(
@@ -347,7 +361,7 @@ def _prompts(source: str, path: str | None) -> list[str]:
 
 def _compare(
   source: str,
-  system: system_lib.System,
+  parts: bundling.Parts,
   step: str | None,
   opened: bundle.Bundle,
   prompts: Sequence[str],
@@ -356,12 +370,13 @@ def _compare(
   """Compares greedy answers of a bundle and its source; returns a summary.
 
   If answers differ, the source answers again with LoRA merged and with its
-  tensors rounded to the bundle's dtypes. These answers must be equal.
+  tensors rounded as the bundle's. These answers must be equal.
 
   Raises:
     ValueError: if they are not.
   """
   chosen = model_paths.choose_step(source, _step(step), '--step')
+  system = parts.system
   expected = _answers(system, _load(system, source, chosen), prompts)
   found = _answers(
     opened.system,
@@ -372,8 +387,7 @@ def _compare(
   said = f'{equal} of {len(prompts)} greedy answers equal those of {source}'
   if equal == len(prompts):
     return said
-  stored = dataclasses.replace(system, frozen_dtype=opened.system.frozen_dtype)
-  params = _folded(stored, _load(stored, source, chosen), dtype)
+  params = _folded(parts, source, chosen, dtype, opened.system.frozen_dtype)
   expected = _answers(opened.system, params, prompts)
   for prompt, theirs, ours in zip(prompts, expected, found, strict=True):
     if theirs != ours:
@@ -382,16 +396,33 @@ def _compare(
         f'with {theirs[:80]!r}. The output was deleted. Please report this.'
       )
   return (
-    f'{said}; all are equal after its tensors are rounded to the dtypes of the '
+    f'{said}; all are equal after its tensors are rounded as those of the '
     'bundle'
   )
 
 
 def _folded(
-  system: system_lib.System, params: PyTree, dtype: str | None
+  parts: bundling.Parts,
+  source: str,
+  step: int,
+  dtype: str | None,
+  frozen_dtype: Any,
 ) -> PyTree:
-  """Returns parameters on the host, with LoRA merged, cast to a dtype."""
-  params = jax.tree.map(np.asarray, params)
+  """Returns the source's parameters, rounded as those of the bundle.
+
+  Args:
+    parts: contents of the bundle.
+    source: the run or the pretrained model.
+    step: its checkpoint step.
+    dtype: the dtype of `open_parts`.
+    frozen_dtype: dtype of the bundle's LLM.
+  """
+  system = dataclasses.replace(
+    parts.system,
+    # int8 rounds the stored LLM, before it is cast.
+    frozen_dtype='float32' if parts.quantization else frozen_dtype,
+  )
+  params = jax.tree.map(np.asarray, _load(system, source, step))
   writer, name = l2s.writer(system.module)
   if writer.config.lora_rank:
     alpha = writer.config.lora_alpha
@@ -399,10 +430,21 @@ def _folded(
       params = lora.merge(params, alpha)
     else:
       params = {**params, name: lora.merge(params[name], alpha)}
-  if dtype is None:
-    return params
-  rounded = jax.numpy.dtype(dtype)
-  return jax.tree.map(lambda x: x.astype(rounded), params)
+  flat = traverse_util.flatten_dict(params)
+  for path, array in flat.items():
+    axes: tuple[int, ...] = ()
+    if parts.quantization and (name is None or path[0] in parts.towers):
+      axes = int8.contracted_axes(path, is_stacked='layers' in path)
+    if axes:
+      flat[path] = int8.round_kernel(array, axes)
+    elif dtype is not None:
+      flat[path] = array.astype(jax.numpy.dtype(dtype))
+  params = traverse_util.unflatten_dict(flat)
+  for frozen in system.frozen:
+    params[frozen] = jax.tree.map(
+      lambda x: x.astype(frozen_dtype), params[frozen]
+    )
+  return params
 
 
 def _load(system: system_lib.System, location: str, step: int) -> PyTree:
