@@ -140,29 +140,20 @@ def export(
   scratch = folder.with_name(f'.{folder.name}.unfinished')
   shutil.rmtree(scratch, ignore_errors=True)  # Left by a killed process.
   if to == T5X:
-    not_taken = {'dtype': dtype, 'quantization': quantization}
-    not_taken |= {'prompts': prompts}
-    not_taken |= {'license': license, 'vocabulary': vocabulary}
-    _export_state(source, folder, scratch, step, llm_path, not_taken, dry_run)
+    given = {'dtype': dtype, 'quantization': quantization, 'prompts': prompts}
+    given |= {'license': license, 'vocabulary': vocabulary}
+    _export_state(source, folder, scratch, step, llm_path, given, dry_run)
     return
-  if to != manifest.BUNDLE and not bundle.is_bundle(source):
-    _refuse_given(
-      {'quantization': quantization},
-      f'--to={to} has floats. Export --to=bundle with this flag; --to={to} of '
-      'the bundle then has its rounded weights.',
-    )
   texts = _prompts(source, prompts)
-  form = None if to == manifest.BUNDLE else _form(to)
+  form = None if to == manifest.BUNDLE else _form(to, quantization)
   parts = opened = None
   if bundle.is_bundle(source):
-    given: dict[str, Any] = {'step': step, 'dtype': dtype, 'llm_path': llm_path}
-    given |= {'vocabulary': vocabulary, 'extra_ids': extra_ids}
-    given['quantization'] = quantization
-    _check_further(source, to, given)
+    of_run = {'step': step, 'dtype': dtype, 'quantization': quantization}
+    of_run |= {'llm_path': llm_path, 'vocabulary': vocabulary}
+    _check_further(source, to, {**of_run, 'extra_ids': extra_ids})
     opened = bundle.open_bundle(source)
-    size = sum(entry['bytes'] for entry in opened.content['files'].values())
-    convert.check_destination(folder, size)
-    print(f'{source}: a bundle of {size / 1e9:,.3f} GB')
+    convert.check_destination(folder, opened.num_bytes)
+    print(f'{source}: a bundle, {opened.num_bytes / 1e9:,.3f} GB of tensors')
   else:
     parts = bundling.open_parts(
       source,
@@ -282,12 +273,18 @@ def _write_form(
   print(f'{to}: {too_large or form.compare(opened, folder, prompts)}')
 
 
-def _form(to: str) -> Any:
+def _form(to: str, quantization: str | None) -> Any:
   """Returns the module of a format.
 
   Raises:
-    ValueError: if l2s_jax has no such module, or a package is not installed.
+    ValueError: if l2s_jax has no such module, a package is not installed, or
+      the format has no int8.
   """
+  _refuse_given(
+    {'quantization': quantization},
+    f'--to={to} has floats. Export --to=bundle with this flag; --to={to} of '
+    'the bundle then has its rounded weights.',
+  )
   form = FORMS[to]
   name = f'{__package__}.{form.module}'
   if importlib.util.find_spec(name) is None:
