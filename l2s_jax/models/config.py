@@ -143,9 +143,9 @@ class TransformerConfig:
     for_generation: parameters have the form of
       `language_model.params_for_generation`: each layer apart (`layers_0`,
       ...), a tied head transposed.
-    quantization: of kernels in that form: 'none'; 'int8' for weights alone, one
-      scale per output; 'int8_dynamic' for activations, too, one scale per
-      token, so that products are of integers where the device has them.
+    quantization: of kernels and token embeddings in that form: 'none'; 'int8'
+      for weights alone, one scale per output; 'int8_dynamic' for activations,
+      too, one scale per token, so that products are of integers.
   """
 
   vocab_size: int
