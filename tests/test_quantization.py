@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from l2s_jax.inference import quantization
-from l2s_jax.models import int8, l2s
+from l2s_jax.models import config as config_lib
+from l2s_jax.models import int8, l2s, mixed_product
 
 NAMES = ('t5_1_0', 't5_1_1', 'gpt2', 'llama', 'llm_to_gpt2-add-foreign')
 
@@ -28,7 +29,7 @@ def read(module, params, batch):
   )[0]
 
 
-@pytest.mark.parametrize('kind', ['int8', 'int8_dynamic'])
+@pytest.mark.parametrize('kind', ['int8', 'int8_dynamic', 'int8_unsigned'])
 @pytest.mark.parametrize('name', NAMES)
 def test_int8_logits_are_near_those_of_float32(name, kind):
   module = helpers.MODULES[name]
@@ -81,14 +82,15 @@ def test_kernels_and_tables_are_int8_with_a_scale_for_each_output(name):
   assert num_rounded > 5
 
 
-def test_states_of_one_row_and_of_many_have_the_same_product():
+@pytest.mark.parametrize('kind', ['int8_dynamic', 'int8_unsigned'])
+def test_states_of_one_row_and_of_many_have_the_same_product(kind):
   """And it is that of the rounded numbers."""
   generator = np.random.default_rng(0)
   x = generator.normal(size=(1, 3, 4, 8)).astype(np.float32)
   x[0, 1] = 0
   kernel = int8.pack(jnp.asarray(generator.normal(size=(4, 8, 5))), (0, 1))
   product = functools.partial(
-    int8.multiply, kernel=kernel, dtype=jnp.float32, rounds_states=True
+    int8.multiply, kernel=kernel, dtype=jnp.float32, quantization=kind
   )
   whole = np.asarray(product(x))
   rows = [np.asarray(product(x[:, i : i + 1])) for i in range(3)]
@@ -100,19 +102,43 @@ def test_states_of_one_row_and_of_many_have_the_same_product():
   np.testing.assert_allclose(whole, exact, rtol=1e-5, atol=1e-6)
 
 
-SLOW = {'none': [3.0, 0.4], 'int8': [8.0, 0.8], 'int8_dynamic': [9.0, 0.9]}
-FAST = {**SLOW, 'int8_dynamic': [2.0, 0.2]}
+def test_bytes_are_multiplied_exactly_alone_compiled_and_mapped():
+  generator = np.random.default_rng(0)
+  x = generator.integers(0, 256, (2, 3, 4, 70), np.uint8)
+  kernel = generator.integers(-128, 128, (9, 70), np.int8)
+  exact = x.astype(np.int64) @ kernel.T.astype(np.int64)
+  x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+  multiply = mixed_product.multiply
+  for found in (
+    multiply(x[0], kernel)[None],
+    jax.jit(multiply)(x[0], kernel)[None],
+    jax.vmap(multiply, (0, None))(x, kernel),
+    jax.vmap(multiply, (1, None), 1)(x, kernel),
+  ):
+    np.testing.assert_array_equal(found, exact[: len(found)])
+
+
+SLOW = {
+  'none': [3.0, 0.4],
+  'int8': [8.0, 0.8],
+  'int8_dynamic': [9.0, 0.9],
+  'int8_unsigned': [40.0, 9.0],
+}
+VNNI = {**SLOW, 'int8_dynamic': [2.0, 0.2], 'int8_unsigned': [1.0, 0.1]}
+AMX = {**VNNI, 'int8_dynamic': [0.3, 0.1]}
 
 
 @pytest.mark.parametrize(
   ('kind', 'measured', 'expected'),
   [
-    ('none', FAST, 'none'),
-    ('int8', FAST, 'int8_dynamic'),
-    ('auto', FAST, 'int8_dynamic'),
+    ('none', VNNI, 'none'),
+    ('int8', VNNI, 'int8_unsigned'),
+    ('int8', AMX, 'int8_dynamic'),
+    ('int8_dynamic', VNNI, 'int8_unsigned'),
+    ('auto', VNNI, 'int8_unsigned'),
     ('int8', SLOW, 'int8'),
-    ('auto', SLOW, 'none'),
     ('int8_dynamic', SLOW, 'int8_dynamic'),
+    ('auto', SLOW, 'none'),
     # Faster than weights alone, slower than float32.
     ('int8', {**SLOW, 'int8_dynamic': [4.0, 0.5]}, 'int8_dynamic'),
     ('auto', {**SLOW, 'int8_dynamic': [4.0, 0.5]}, 'none'),
@@ -130,7 +156,7 @@ def test_products_are_measured_once_for_a_machine(tmp_path, monkeypatch):
   path.write_text('{"other": {}, "x"')  # Cut off.
   monkeypatch.setattr(quantization, '_path', lambda: path)
   found = quantization.times.__wrapped__()
-  assert found.keys() == {'none', 'int8', 'int8_dynamic'}
+  assert set(found) == set(config_lib.QUANTIZATIONS)
   assert all(x > 0 for ms in found.values() for x in ms)
   assert quantization.times.__wrapped__() == found
   assert list(json.loads(path.read_text()).values()) == [found]

@@ -24,6 +24,13 @@ from l2s_jax.runtime import chips, distributed, files
 
 AUTO = 'auto'
 KINDS = (*config_lib.QUANTIZATIONS, AUTO)
+# Forms of products of integers, whose results are equal.
+_OF_INTEGERS = ('int8_dynamic', 'int8_unsigned')
+_CANDIDATES = {
+  'int8': ('int8', *_OF_INTEGERS),
+  'int8_dynamic': _OF_INTEGERS,
+  AUTO: ('none', *_OF_INTEGERS),
+}
 
 # Milliseconds of a product by form, for each number of rows in `_ROWS`.
 Times = Mapping[str, Sequence[float]]
@@ -39,31 +46,29 @@ def form(kind: str) -> str:
   """Returns the form of weights and products, see `TransformerConfig`.
 
   Args:
-    kind: 'none' and 'int8_dynamic' are forms. 'int8' stores int8; on CPU it is
-      'int8_dynamic' where that form is faster than 'int8'. 'auto' is
-      'int8_dynamic' on CPUs where that is faster than float32, and 'none'
-      elsewhere.
+    kind: a form, or 'auto'. On CPU the fastest of several forms is taken: for
+      'int8' one of all forms of int8, for 'int8_dynamic' one of those that
+      round activations, for 'auto' one of these or 'none'. On other devices
+      'auto' is 'none'.
   """
-  if kind not in ('int8', AUTO):
-    return kind
-  otherwise = 'none' if kind == AUTO else kind
   if jax.default_backend() != 'cpu':
-    return otherwise
-  return faster(times(), otherwise)
+    return 'none' if kind == AUTO else kind
+  return fastest(times(), _CANDIDATES[kind]) if kind in _CANDIDATES else kind
 
 
-def faster(measured: Times, otherwise: str) -> str:
-  """Returns 'int8_dynamic' if an answer takes less time in that form.
+def fastest(measured: Times, candidates: Sequence[str]) -> str:
+  """Returns the form in which an answer takes the least time.
 
   Args:
     measured: from `times`.
-    otherwise: the form that it is compared with.
+    candidates: the forms to choose from.
   """
-  dynamic, other = (
-    sum(n * ms for n, ms in zip(_ROWS.values(), measured[name], strict=True))
-    for name in ('int8_dynamic', otherwise)
-  )
-  return 'int8_dynamic' if dynamic < other else otherwise
+
+  def total(name: str) -> float:
+    pairs = zip(_ROWS.values(), measured[name], strict=True)
+    return sum(count * ms for count, ms in pairs)
+
+  return min(candidates, key=total)
 
 
 @functools.cache
@@ -87,8 +92,8 @@ def measure() -> dict[str, list[float]]:
   kernel = kernel.reshape(_INPUTS, _OUTPUTS)
   with jax.default_device(jax.local_devices(backend='cpu')[0]):
     packed = jax.jit(int8.pack, static_argnums=1)(kernel, (0,))
-    operands = {'none': jax.device_put(kernel)}
-    operands |= dict.fromkeys(('int8', 'int8_dynamic'), packed)
+    operands = dict.fromkeys(config_lib.QUANTIZATIONS, packed)
+    operands['none'] = jax.device_put(kernel)
     found: dict[str, list[float]] = {name: [] for name in operands}
     for rows in _ROWS:
       x = jax.device_put(kernel[:1, :_INPUTS].repeat(rows, 0)[None])
@@ -106,11 +111,7 @@ def _product(name: str) -> Callable[[Any, Any], Any]:
   if name == 'none':
     return jax.jit(lambda x, kernel: x @ kernel)
   return jax.jit(
-    functools.partial(
-      int8.multiply,
-      dtype=np.dtype('float32'),
-      rounds_states=name == 'int8_dynamic',
-    )
+    functools.partial(int8.multiply, dtype='float32', quantization=name)
   )
 
 

@@ -16,7 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from l2s_jax.models import mixed_product
+
 _LARGEST = 127
+# Added to integers from -127 to make them unsigned.
+_OFFSET = 128
 
 
 class Rounded(NamedTuple):
@@ -28,10 +32,12 @@ class Rounded(NamedTuple):
   Attributes:
     values: int8, [outputs..., inputs...]; of a table [rows, features].
     scale: float32 of the same rank, 1 in place of the inputs.
+    sums: int32, sums of the values over the inputs, [outputs...].
   """
 
   values: Any
   scale: Any
+  sums: Any
 
 
 def contracted_axes(
@@ -83,20 +89,19 @@ def pack(kernel: Any, axes: tuple[int, ...]) -> Rounded:
     axes: the contracted axes, as consecutive numbers.
   """
   last = tuple(range(-len(axes), 0))
-  return Rounded(*(jnp.moveaxis(x, axes, last) for x in quantize(kernel, axes)))
+  values, scale = (jnp.moveaxis(x, axes, last) for x in quantize(kernel, axes))
+  return Rounded(values, scale, values.sum(last, dtype=jnp.int32))
 
 
-def multiply(
-  x: Any, kernel: Rounded, dtype: Any, *, rounds_states: bool
-) -> Any:
+def multiply(x: Any, kernel: Rounded, dtype: Any, quantization: str) -> Any:
   """Returns the product of states and a rounded kernel.
 
   Args:
     x: floats, [batch, length, inputs...].
     kernel: the kernel.
     dtype: of the result.
-    rounds_states: whether to round the states to int8, too, one scale per
-      token, so that the product is one of integers.
+    quantization: of `TransformerConfig`. All but 'int8' round the states, too,
+      one scale per token, so that the product is one of integers.
 
   Returns:
     [batch, length, outputs...].
@@ -108,18 +113,25 @@ def multiply(
   values = kernel.values.reshape(-1, num_inputs)
   scale = kernel.scale.reshape(-1)
   contracted = (((2,), (1,)), ((), ()))
-  if rounds_states:
+  if quantization != 'int8':
     x = x.astype(jnp.float32)
     step = jnp.abs(x).max(axis=-1, keepdims=True) / _LARGEST
     step = jnp.where(step == 0, 1, step)
-    x = jnp.rint(x / step).astype(jnp.int8)
+    x = jnp.rint(x / step)
+    is_unsigned = quantization == 'int8_unsigned'
+    x = (x + _OFFSET).astype(jnp.uint8) if is_unsigned else x.astype(jnp.int8)
     if batch * length == 1:
       # XLA:CPU lowers an integer product of one row to a loop without vector
       # instructions, 4 to 80 times as slow as its library's product of two.
       x = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
-    product = jax.lax.dot_general(
-      x, values, contracted, preferred_element_type=jnp.int32
-    )[:, :length]
+    if is_unsigned:
+      product = mixed_product.multiply(x, values)
+      product -= _OFFSET * kernel.sums.reshape(-1)
+    else:
+      product = jax.lax.dot_general(
+        x, values, contracted, preferred_element_type=jnp.int32
+      )
+    product = product[:, :length]
     product = product.astype(jnp.float32) * (step * scale)
   else:
     product = jax.lax.dot_general(

@@ -137,16 +137,11 @@ def contract(
   Args:
     x: in the dtype of the product.
     kernel: floats, or in int8.
-    config: 'int8_dynamic' as its `quantization` quantizes `x`, too.
+    config: its `quantization` says how int8 is multiplied.
     dtype: of the result; None is that of `x`.
   """
   if isinstance(kernel, int8.Rounded):
-    return int8.multiply(
-      x,
-      kernel,
-      dtype or x.dtype,
-      rounds_states=config.quantization == 'int8_dynamic',
-    )
+    return int8.multiply(x, kernel, dtype or x.dtype, config.quantization)
   # A product of two matrices: XLA:CPU lowers an einsum over heads to one that
   # copies the kernel first, at every token.
   outputs = kernel.shape[x.ndim - 2 :]
@@ -272,8 +267,8 @@ class Embed(nn.Module):
   def __call__(self, ids: Int[Array, '*batch']) -> Float[Array, '*batch embed']:
     table = self.embedding
     if isinstance(table, int8.Rounded):
-      axes = (self.axes, (self.axes[0], None))
-      values, scale = map(partitioning.look_up, table, (ids, ids), axes)
+      values = partitioning.look_up(table.values, ids, self.axes)
+      scale = partitioning.look_up(table.scale, ids, (self.axes[0], None))
       embeddings = int8.dequantize(values, scale)
     else:
       embeddings = partitioning.look_up(table, ids, self.axes)

@@ -37,7 +37,13 @@ from l2s_jax.systems import model_paths
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import runs
 
-BYTES = {'float32': 4, 'bfloat16': 2, 'int8': 1, 'int8_dynamic': 1}
+BYTES = {
+  'float32': 4,
+  'bfloat16': 2,
+  'int8': 1,
+  'int8_dynamic': 1,
+  'int8_unsigned': 1,
+}
 # Seconds to wait between contenders: threads of some engines keep spinning
 # after their work.
 _PAUSE_SECS = 0.3
