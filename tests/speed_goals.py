@@ -82,6 +82,8 @@ _CTRANSLATE2 = {'engine': 'ctranslate2', 'dtype': 'float32'}
 _TRANSFORMERS = {'engine': 'transformers', 'dtype': 'float32'}
 _BFLOAT16 = {'engine': 'transformers', 'dtype': 'bfloat16'}
 _LLM = {'model': 'T5_LARGE'}
+_INT8 = {'engine': 'l2s_jax', 'dtype': 'int8'}
+_CTRANSLATE2_INT8 = {'engine': 'ctranslate2', 'dtype': 'int8'}
 
 
 def _against_ctranslate2(model: str, batch_size: int) -> Goal:
@@ -118,6 +120,24 @@ GOALS = (
   _against_our_llm(8, 2.75),
   _against_our_llm(1, 6.5, num_tokens=256),
   *(_against_ctranslate2(model, b) for model in _MODELS for b in (1, 8)),
+  Goal(
+    {**_PAIR, **_INT8},
+    {**_LLM, **_CTRANSLATE2_INT8},
+    'total_ms',
+    5.0,
+    _shape(1),
+  ),
+  *(
+    Goal(
+      {'model': model, **_INT8},
+      {'model': model, **_CTRANSLATE2_INT8},
+      'total_ms',
+      1 / 1.15,
+      _shape(batch_size),
+    )
+    for model in ('T5_SMALL', 'T5_BASE', 'T5_LARGE')
+    for batch_size in (1, 8)
+  ),
   *(
     Goal(
       {'model': model, **_OURS},

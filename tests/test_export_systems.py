@@ -160,7 +160,7 @@ def test_int8_decoding_of_an_int8_bundle_has_the_stored_values(name, tmp_path):
   assert stored.dtype == 'I8'
   for i, layer in enumerate(stored.read()):
     kernel = found['slm']['decoder'][f'layers_{i}']['mlp']['wo']['kernel']
-    np.testing.assert_array_equal(kernel.qvalue, layer)
+    np.testing.assert_array_equal(kernel.values.T, layer)
   listed = opened.content['facts']['parameters']
   assert listed['slm/decoder/layers/mlp/wo/kernel']['dtype'] == 'int8'
   assert 'slm/decoder/layers/mlp/wo/kernel_scale' in listed

@@ -16,10 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, UInt32
 
-from l2s_jax.inference import beam, sampling, speculative, strategies
+from l2s_jax.inference import (
+  beam,
+  quantization,
+  sampling,
+  speculative,
+  strategies,
+)
 from l2s_jax.models import cache as cache_lib
 from l2s_jax.models import l2s, language_model
-from l2s_jax.runtime import compilation, distributed, extras
+from l2s_jax.runtime import compilation, distributed
 from l2s_jax.systems import system as system_lib
 from l2s_jax.vocabularies import loading
 
@@ -60,11 +66,12 @@ class Generator:
     self.decoding = decoding or sampling.Decoding()
     check(self.decoding, max_decode_len)
     self.announce = compilation.Announcer(is_silent=not distributed.is_first())
+    llm_form = quantization.form(self.decoding.llm_quantization)
     module = l2s.for_generation(
       module,
-      unstack_llm=unstack_llm or self.decoding.llm_quantization != 'none',
-      llm_quantization=self.decoding.llm_quantization,
-      quantization=self.decoding.quantization,
+      unstack_llm=unstack_llm or llm_form != 'none',
+      llm_quantization=llm_form,
+      quantization=quantization.form(self.decoding.quantization),
     )
     self._module = module
     self._ids = ids
@@ -254,18 +261,13 @@ def check(decoding: sampling.Decoding, max_decode_len: int) -> None:
   """Validates the decoding settings that do not depend on the system.
 
   Raises:
-    ValueError: if `min_decode_len` exceeds `max_decode_len`, or int8 needs a
-      package that is not installed.
+    ValueError: if `min_decode_len` exceeds `max_decode_len`.
   """
   if decoding.min_decode_len > max_decode_len:
     raise ValueError(
       f'Decoding.min_decode_len={decoding.min_decode_len} is more than '
       f'MAX_DECODE_LEN={max_decode_len}.'
     )
-  for name in ('quantization', 'llm_quantization'):
-    kind = getattr(decoding, name)
-    if kind != 'none':
-      extras.require(f'Decoding.{name}={kind!r}', 'qwix')
 
 
 def for_decoding(

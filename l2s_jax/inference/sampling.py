@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from l2s_jax.models import config as config_lib
+from l2s_jax.inference import quantization as quantization_lib
 
 # Block size of the two-stage draw in `draw`.
 BLOCK_SIZE = 128
@@ -55,8 +55,8 @@ class Decoding:
     log_probs: whether to return scores and log-probabilities.
     draft_len: number of tokens that LLM-to-SLM drafts for the LLM to verify
       (`speculative.py`), which gives the LLM's answers; 0 means no drafts.
-    quantization: of the decoding model's weights: 'none', 'int8' or
-      'int8_dynamic', see `TransformerConfig.quantization`.
+    quantization: of the decoding model's weights: 'none', 'int8',
+      'int8_dynamic' or 'auto', see `quantization.form`.
     llm_quantization: the same for the frozen LLM.
 
   Raises:
@@ -184,8 +184,8 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
   ),
   **{
     name: (
-      f'one of {config_lib.QUANTIZATIONS}',
-      lambda x: x in config_lib.QUANTIZATIONS,
+      f'one of {quantization_lib.KINDS}',
+      lambda x: x in quantization_lib.KINDS,
     )
     for name in ('quantization', 'llm_quantization')
   },

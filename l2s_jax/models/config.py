@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 # Number of values in `rope_scaling`, by `rope_scaling_type`.
 ROPE_SCALINGS = {'linear': 1, 'llama3': 4, 'yarn': 5}
-QUANTIZATIONS = ('none', 'int8', 'int8_dynamic')
+QUANTIZATIONS = ('none', 'int8', 'int8_dynamic', 'int8_unsigned')
 ACTIVATIONS = ('relu', 'gelu', 'gelu_exact', 'silu', 'linear')
 # Fields that may change between two starts of a run: they set how the model is
 # computed, not the meaning of its parameters.
@@ -143,9 +143,11 @@ class TransformerConfig:
     for_generation: parameters have the form of
       `language_model.params_for_generation`: each layer apart (`layers_0`,
       ...), a tied head transposed.
-    quantization: of kernels in that form: 'none'; 'int8' for weights alone, one
-      scale per output; 'int8_dynamic' for activations, too, one scale per
-      token, so that products are of integers where the device has them.
+    quantization: of kernels and token embeddings in that form: 'none'; 'int8'
+      for weights alone, one scale per output; 'int8_dynamic' for activations,
+      too, one scale per token, so that products are of integers;
+      'int8_unsigned' for the same numbers with unsigned activations, which CPUs
+      with VNNI multiply fastest.
   """
 
   vocab_size: int

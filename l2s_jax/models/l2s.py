@@ -505,8 +505,10 @@ def from_llm(
 def _scaled_by_fan_in(
   config: config_lib.TransformerConfig,
 ) -> config_lib.TransformerConfig:
-  """Returns a config that initialises kernels by fan-in, without LoRA.
+  """Returns a config that initialises kernels by fan-in, without LoRA or int8.
 
   These layers are new: GPT-2's initial scale, made for its depth, does not fit.
   """
-  return dataclasses.replace(config, kernel_init_stddev=None, lora_rank=0)
+  return dataclasses.replace(
+    config, kernel_init_stddev=None, lora_rank=0, quantization='none'
+  )

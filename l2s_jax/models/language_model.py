@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
@@ -122,6 +121,13 @@ class LanguageModel(nn.Module):
     )
 
 
+# Ends of the paths of tables that int8 rounds, one scale per token.
+_TABLES = (
+  ['token_embedder', 'embedding'],
+  ['decoder_token_embedder', 'embedding'],
+)
+
+
 def for_generation(
   config: config_lib.TransformerConfig, quantization: str = 'none'
 ) -> config_lib.TransformerConfig:
@@ -146,9 +152,10 @@ def params_for_generation(
   """Returns a language model's parameters in the form for generation.
 
   LoRA is merged into the kernels. Each layer gets arrays of its own, a tied
-  output head becomes a transposed copy of its embedding table, and kernels are
-  quantized if the config says so. Every token reads all weights: on CPU, slices
-  of stacked layers are copied first, at 4 GB/s in place of 40.
+  output head becomes a transposed copy of its embedding table, and kernels and
+  token embeddings are quantized if the config says so. Every token reads all
+  weights: on CPU, slices of stacked layers are copied first, at 4 GB/s in place
+  of 40.
 
   Args:
     config: from `for_generation`.
@@ -172,7 +179,8 @@ def params_for_generation(
     is_stacked = names[1] == 'layers'
     axes: tuple[int, ...] = ()
     if config.quantization != 'none':
-      axes = int8.contracted_axes(tuple(names))
+      is_table = names[-2:] in _TABLES
+      axes = (1,) if is_table else int8.contracted_axes(tuple(names))
     if not (is_stacked or axes):
       return x
     if isinstance(x, np.ndarray) and not axes:
@@ -210,15 +218,11 @@ def _split_layers(stacked: PyTree, module: PyTree) -> PyTree:
 def _convert(x: Any, is_stacked: bool, axes: tuple[int, ...]) -> Any:
   """Returns an array, or a tuple of per-layer arrays if stacked.
 
-  Kernels with contracted axes are quantized to int8, one scale an output.
+  Those with axes are quantized to int8; see `int8.pack`.
   """
 
   def quantize(x: Any) -> Any:
-    if not axes:
-      return x
-    import qwix
-
-    return qwix.QArray(*int8.quantize(x, axes), qtype=jnp.int8)
+    return int8.pack(x, axes) if axes else x
 
   return tuple(map(quantize, x)) if is_stacked else quantize(x)
 

@@ -17,6 +17,7 @@ from jax import ad_checkpoint
 from jaxtyping import Array, Float, Int
 
 from l2s_jax.models import config as config_lib
+from l2s_jax.models import int8
 from l2s_jax.runtime import partitioning
 
 # Checkpoint name of kernel products, which 'minimal' rematerialisation saves.
@@ -63,7 +64,7 @@ class Dense(nn.Module):
     kernel = self.param(
       'kernel',
       nn.with_logical_partitioning(nn.initializers.normal(stddev), self.axes),
-      (*self.inputs, *self.outputs),
+      _kernel_shape(self.inputs, self.outputs, self.config),
     )
     inputs = x.astype(dtype)
     x = contract(inputs, kernel, self.config)
@@ -114,9 +115,20 @@ class Dense(nn.Module):
     return contract(hidden, up, self.config) * (self.config.lora_alpha / rank)
 
 
+def _kernel_shape(
+  inputs: tuple[int, ...],
+  outputs: tuple[int, ...],
+  config: config_lib.TransformerConfig,
+) -> tuple[int, ...]:
+  """Returns the stored shape of a kernel."""
+  if config.quantization != 'none':
+    return (*outputs, *inputs)  # as `int8.Rounded`
+  return (*inputs, *outputs)
+
+
 def contract(
   x: Float[Array, 'batch length ...'],
-  kernel: Float[Array, '...'] | Any,
+  kernel: Float[Array, '...'] | int8.Rounded,
   config: config_lib.TransformerConfig,
   dtype: Any = None,
 ) -> Float[Array, 'batch length ...']:
@@ -124,30 +136,19 @@ def contract(
 
   Args:
     x: in the dtype of the product.
-    kernel: float array, or an int8 QArray of Qwix.
-    config: 'int8_dynamic' as its `quantization` quantizes `x`, too.
+    kernel: floats, or in int8.
+    config: its `quantization` says how int8 is multiplied.
     dtype: of the result; None is that of `x`.
   """
-  num_contracted = x.ndim - 2
-  if isinstance(kernel, jax.Array):
-    # A product of two matrices: XLA:CPU lowers an einsum over heads to one that
-    # copies the kernel first, at every token.
-    outputs = kernel.shape[num_contracted:]
-    matrix = kernel.reshape(-1, math.prod(outputs)).astype(x.dtype)
-    x = multiply(x.reshape(*x.shape[:2], -1), matrix, dtype)
-    x = ad_checkpoint.checkpoint_name(x, PRODUCT)
-    return x.reshape(*x.shape[:2], *outputs)
-  import qwix
-
-  axes = tuple(range(num_contracted))
-  contracted = tuple(axis + 2 for axis in axes)
-  dtype = dtype or x.dtype
-  if config.quantization == 'int8_dynamic':
-    x = qwix.quantize(x, jnp.int8, channelwise_axes=(0, 1))
-  product = qwix.dot_general(
-    x, kernel, ((contracted, axes), ((), ())), preferred_element_type=dtype
-  )
-  return product.astype(dtype)
+  if isinstance(kernel, int8.Rounded):
+    return int8.multiply(x, kernel, dtype or x.dtype, config.quantization)
+  # A product of two matrices: XLA:CPU lowers an einsum over heads to one that
+  # copies the kernel first, at every token.
+  outputs = kernel.shape[x.ndim - 2 :]
+  matrix = kernel.reshape(-1, math.prod(outputs)).astype(x.dtype)
+  x = multiply(x.reshape(*x.shape[:2], -1), matrix, dtype)
+  x = ad_checkpoint.checkpoint_name(x, PRODUCT)
+  return x.reshape(*x.shape[:2], *outputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -264,7 +265,13 @@ class Embed(nn.Module):
     )
 
   def __call__(self, ids: Int[Array, '*batch']) -> Float[Array, '*batch embed']:
-    embeddings = partitioning.look_up(self.embedding, ids, self.axes)
+    table = self.embedding
+    if isinstance(table, int8.Rounded):
+      values = partitioning.look_up(table.values, ids, self.axes)
+      scale = partitioning.look_up(table.scale, ids, (self.axes[0], None))
+      embeddings = int8.dequantize(values, scale)
+    else:
+      embeddings = partitioning.look_up(table, ids, self.axes)
     return embeddings.astype(self.config.activation_dtype) * self.multiplier
 
   def attend(
@@ -315,7 +322,7 @@ class Head(nn.Module):
         nn.with_logical_partitioning(
           nn.initializers.normal(stddev), ('embed', 'vocab')
         ),
-        (config.emb_dim, config.vocab_size),
+        _kernel_shape((config.emb_dim,), (config.vocab_size,), config),
       )
       logits = contract(states, kernel, config, jnp.float32)
     logits = softcap(logits, config.logits_softcap)

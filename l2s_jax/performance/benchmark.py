@@ -37,7 +37,13 @@ from l2s_jax.systems import model_paths
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import runs
 
-BYTES = {'float32': 4, 'bfloat16': 2, 'int8': 1, 'int8_dynamic': 1}
+BYTES = {
+  'float32': 4,
+  'bfloat16': 2,
+  'int8': 1,
+  'int8_dynamic': 1,
+  'int8_unsigned': 1,
+}
 # Seconds to wait between contenders: threads of some engines keep spinning
 # after their work.
 _PAUSE_SECS = 0.3
@@ -67,7 +73,7 @@ def benchmark(
   data: bool = False,
   dry_run: bool = False,
 ) -> None:
-  """Times the LLM, the SLM and LLM-to-SLM, and writes a report.
+  """Times the LLM, the SLM and LLM-to-SLM, and writes a report at each shape.
 
   Prompts are random tokens, or lines of a file. All prompts of a shape have
   exactly the requested number of tokens.
@@ -150,19 +156,20 @@ def benchmark(
   if peers:
     entered += _of_peers(models, settings.peer_names, folder)
   bandwidth = bandwidth_lib.Bandwidth()
+  locations = {role: model.source.location for role, model in models.items()}
+  described = settings.described() | {
+    'weights': locations,
+    'checkpoint': checkpoint_path,
+  }
   rows: list[TableRow] = []
   for shape in shapes:
     rows += _time(entered, shape, rounds, prompts, bandwidth)
-  _complete(rows, scores, bandwidth)
-  measured = {'bandwidth_gb_per_sec': bandwidth.bytes_per_sec / 1e9}
-  locations = {role: model.source.location for role, model in models.items()}
-  speed_report.write(
-    folder,
-    rows,
-    speed_report.machine() | measured,
-    settings.described()
-    | {'weights': locations, 'checkpoint': checkpoint_path},
-  )
+    _complete(rows, scores, bandwidth)
+    measured = {'bandwidth_gb_per_sec': bandwidth.bytes_per_sec / 1e9}
+    text = speed_report.write(
+      folder, rows, speed_report.machine() | measured, described
+    )
+  print(f'{text}\nSee {folder}')
 
 
 def _benchmark_data(

@@ -63,6 +63,9 @@ PEERS = {
   'ctranslate2 float32': Peer(
     'ctranslate2', 'float32', ('ctranslate2', *TORCH)
   ),
+  'ctranslate2 bfloat16': Peer(
+    'ctranslate2', 'bfloat16', ('ctranslate2', *TORCH)
+  ),
   'ctranslate2 int8': Peer('ctranslate2', 'int8', ('ctranslate2', *TORCH)),
 }
 # Without torch.compile, which compiles a large model for minutes.
@@ -88,6 +91,12 @@ def why_missing(peer: Peer) -> str | None:
   for package in peer.packages:
     if importlib.util.find_spec(package) is None:
       return f'the package {package} is not installed'
+  if peer.engine == 'ctranslate2':
+    import ctranslate2
+
+    known = ctranslate2.get_supported_compute_types(_ctranslate2_device())
+    if peer.dtype not in known:
+      return f'CTranslate2 has no {peer.dtype} on this machine'
   if peer.is_compiled and not any(map(shutil.which, ('c++', 'g++', 'clang++'))):
     return 'torch.compile needs a C++ compiler (c++, g++ or clang++)'
   return None
@@ -224,11 +233,8 @@ def _load_ctranslate2(
   converted = folder / 'ctranslate2'
   if not converted.exists():
     _convert(folder, converted, config.vocab_size, start_id)
-  is_on_gpu = jax.default_backend() == 'gpu' and (
-    ctranslate2.get_cuda_device_count() > 0
-  )
   options = {
-    'device': 'cuda' if is_on_gpu else 'cpu',
+    'device': _ctranslate2_device(),
     'compute_type': peer.dtype,
     'inter_threads': 1,
     'intra_threads': distributed.num_cores(),
@@ -269,6 +275,16 @@ def _load_ctranslate2(
     )
 
   return start
+
+
+def _ctranslate2_device() -> str:
+  """Returns CTranslate2's name of the device kind that JAX uses."""
+  import ctranslate2
+
+  is_on_gpu = jax.default_backend() == 'gpu' and (
+    ctranslate2.get_cuda_device_count() > 0
+  )
+  return 'cuda' if is_on_gpu else 'cpu'
 
 
 def _convert(

@@ -14,7 +14,7 @@ import jax
 from l2s_jax.evaluation import report
 from l2s_jax.evaluation.report import TableRow
 from l2s_jax.performance import contenders, peers
-from l2s_jax.runtime import distributed, files
+from l2s_jax.runtime import chips, distributed, files
 
 JSON, MARKDOWN, PNG = 'benchmark.json', 'benchmark.md', 'benchmark.png'
 _TIMES = {
@@ -86,7 +86,7 @@ def machine() -> dict[str, Any]:
   packages = ('jax', 'jaxlib', 'flax')
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   description: dict[str, Any] = {
-    'cpu': _cpu(),
+    'cpu': chips.cpu(),
     'cpu_cores': distributed.num_cores(),
     'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
     'python': platform.python_version(),
@@ -101,22 +101,13 @@ def machine() -> dict[str, Any]:
   return description
 
 
-def _cpu() -> str:
-  path = pathlib.Path('/proc/cpuinfo')
-  if path.is_file():
-    for line in path.read_text().splitlines():
-      if line.startswith('model name'):
-        return line.partition(':')[2].strip()
-  return platform.processor() or platform.machine()
-
-
 def write(
   folder: pathlib.Path,
   rows: Sequence[TableRow],
   machine: Mapping[str, Any],
   settings: Mapping[str, Any],
-) -> None:
-  """Writes benchmark.json, benchmark.md and benchmark.png; prints tables.
+) -> str:
+  """Writes benchmark.json, benchmark.md and benchmark.png; returns the tables.
 
   Args:
     folder: output folder.
@@ -134,7 +125,7 @@ def write(
   with files.whole(folder / MARKDOWN) as file:
     file.write(text)
   plot(rows, folder / PNG)
-  print(f'{text}\nSee {folder}')
+  return text
 
 
 def markdown(

@@ -7,6 +7,8 @@ bytes; all rates are per chip and per second.
 
 import dataclasses
 import math
+import pathlib
+import platform
 import re
 from collections.abc import Sequence
 
@@ -218,3 +220,13 @@ def of_device(kind: str) -> Chip | None:
 def gib(num_bytes: int | float) -> str:
   """Formats a number of bytes in GiB."""
   return f'{num_bytes / GIB:.2f} GiB'
+
+
+def cpu() -> str:
+  """Returns the model name of this machine's processor."""
+  path = pathlib.Path('/proc/cpuinfo')
+  if path.is_file():
+    for line in path.read_text().splitlines():
+      if line.startswith('model name'):
+        return line.partition(':')[2].strip()
+  return platform.processor() or platform.machine()

@@ -24,7 +24,6 @@ EXTRAS: Mapping[str, str] = {
   'onnx_ir': 'onnx',
   'onnxruntime': 'onnx',
   'pyarrow': 'parquet',
-  'qwix': 'quantization',
   'regex': 'tasks',
   'rouge_score': 'tasks',
   'sacrebleu': 'tasks',

@@ -257,7 +257,7 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
 def look_up(
   table: jax.Array | np.ndarray,
   ids: jax.Array | np.ndarray,
-  table_axes: Sequence[str],
+  table_axes: Sequence[str | None],
 ) -> jax.Array:
   """Looks up table rows and returns them with the sharding of the batch.
 
@@ -270,7 +270,7 @@ def look_up(
   Args:
     table: [rows, features].
     ids: [batch, ...] indices of table rows.
-    table_axes: logical axes of the table.
+    table_axes: logical axes of the table; None for one without a name.
 
   Returns:
     [batch, ..., features].
