@@ -141,6 +141,9 @@ def test_shards_that_were_cut_make_the_data_that_infer_would_have_written(
   write(teacher, out, shard=0, num_shards=2)
   assert whole.read_bytes() == content
   assert (out / distilled.FILE).read_bytes() == manifest
+  for number in range(2):
+    config = (out / f'config-0000{number}-of-00002.gin').read_text()
+    assert 'local_task.data_files = ' in config
 
   found = records_of(out)
   ended = [record.pop('ended', None) for record in found]

@@ -3,19 +3,27 @@
 
 import dataclasses
 import functools
+import shutil
+import signal
+import time
 from typing import Any
 
 import bundles
+import damaged_exports
 import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_runs
 import tokenizers
 
-from l2s_jax.interop.exports import gguf_form
+from l2s_jax.interop import convert, to_huggingface
+from l2s_jax.interop.exports import export_command, gguf_form
 from l2s_jax.models import l2s
+from l2s_jax.systems import model_paths
 from l2s_jax.vocabularies import huggingface, loading, sentencepiece
+from l2s_jax.weights import opening
 from l2s_jax.weights.formats import gguf_file
 
 gguf = pytest.importorskip('gguf', reason='writes GGUF files')
@@ -218,3 +226,72 @@ def test_a_file_is_converted_like_any_other(tmp_path):
   bundle = make(LLAMA, tmp_path)
   folder = write(bundle, tmp_path / 'gguf')
   assert gguf_file.File(folder / gguf_form.FILE).config.rope_base == 12345.0
+
+
+@pytest.fixture(scope='module')
+def pretrained(tmp_path_factory):
+  """Returns the folder of a Llama that the verb exports."""
+  folder = tmp_path_factory.mktemp('pretrained')
+  bundle = make(LLAMA, folder)
+  vocabulary = bundle.system.prompt_vocabulary
+  source = helpers.Arrays(LLAMA, bundle.arrays)
+  to_huggingface.save(source, folder, vocabulary)
+  vocabulary.save(folder)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def exported(pretrained, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('exported') / 'gguf'
+  export_command.export(str(pretrained), str(folder), to='gguf')
+  return folder
+
+
+FAULTS = damaged_exports.of(gguf_form.FILE)
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_a_changed_folder_is_refused_by_name(fault, exported, tmp_path):
+  folder = tmp_path / 'gguf'
+  shutil.copytree(exported, folder)
+  file = str(folder / gguf_form.FILE)
+  model_paths.load(file)
+  change, message = FAULTS[fault]
+  change(folder)
+  errors = (ValueError, FileNotFoundError)
+  for load in (model_paths.load, opening.open_source):
+    with pytest.raises(errors, match=message):
+      load(file)
+  message += '|does not exist'
+  with pytest.raises(errors, match=message):
+    convert.convert(file, str(tmp_path / 'out'), from_='gguf', to='hf')
+  with pytest.raises(errors, match=message):
+    export_command.export(file, str(tmp_path / 'out'), to='bundle')
+  assert not (tmp_path / 'out').exists()
+
+
+def test_a_failed_comparison_leaves_nothing(pretrained, tmp_path, monkeypatch):
+  read = gguf_file.File.read
+
+  def read_another(self, path, layer=None):
+    return read(self, path, layer) + np.float32(path[-1] == 'embedding')
+
+  monkeypatch.setattr(gguf_file.File, 'read', read_another)
+  with pytest.raises(ValueError, match='Differing tensors:\n  token_embedder'):
+    export_command.export(str(pretrained), f'{tmp_path}/deep/new', to='gguf')
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('name', ['bundle', 'gguf'])
+def test_a_kill_leaves_nothing_at_the_target(name, pretrained, tmp_path):
+  """Killed while the bundle is compared, or the file is written."""
+  target = tmp_path / 'new'
+  process = tiny_runs.start('export', str(pretrained), str(target), '--to=gguf')
+  while not (tmp_path / '.new.unfinished' / name).exists():
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.01)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  assert not target.exists()
+  export_command.export(str(pretrained), str(target), to='gguf')
+  assert [path.name for path in tmp_path.iterdir()] == ['new']

@@ -56,7 +56,8 @@ def distill(
   `prompt`, `target` (the task's own answer), `prediction`, and `ended`: for
   each answer, whether it reached EOS or a stop text within its token limit.
   With `Decoding.num_answers` it also has `predictions`, the best first, and
-  `scores`. The same command resumes where it was stopped.
+  `scores`. The same command resumes where it was stopped. `config.gin` is the
+  operative config.
 
   Args:
     checkpoint_path: the teacher: a run of an LLM baseline (its MODEL_DIR); or a
@@ -143,6 +144,7 @@ def distill(
   if report := tally.describe(answering.prompt_length):
     distributed.say(report)
   if distributed.is_first():
+    gin_config.save_operative_config(folder / part.name('config', '.gin'))
     _complete(folder, part, settings | {'prompts_sha256': survey.sha256})
   distributed.wait_for_all('distill')
 

@@ -8,7 +8,7 @@
                                        predictions.jsonl
     scores.json                        scores; scores-00001-of-00004.json of a
                                        shard
-    config.gin                         operative config of `infer`; likewise
+    config.gin                         operative config; likewise
                                        config-00001-of-00004.gin
     .predictions.jsonl.digests         digests of the written lines
 

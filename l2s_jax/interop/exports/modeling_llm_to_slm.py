@@ -176,6 +176,7 @@ class LlmToSlmForConditionalGeneration(
         for name, table in self.slm._tied_weights_keys.items()
         if not name.startswith('lm_head')
       }
+      self.slm.all_tied_weights_keys = self.slm.get_expanded_tied_weights_keys()
     llm_width = self.llm.get_input_embeddings().embedding_dim
     width = self.slm.get_input_embeddings().embedding_dim
     self.projector = torch.nn.Sequential(
