@@ -117,7 +117,7 @@ def read_all(paths: Sequence[str]) -> list[ReportedRun]:
   Raises:
     ValueError: if a folder is given twice or cannot be read.
   """
-  folders = [pathlib.Path(path).absolute() for path in paths]
+  folders = [paths.of(path).absolute() for path in paths]
   for folder in folders:
     if folders.count(folder) > 1:
       raise ValueError(f'{folder} is given twice; give each RUN once.')

@@ -21,6 +21,7 @@ __all__ = (
   'memory',
   'os_errors',
   'partitioning',
+  'paths',
   'preemption',
   'profiling',
   't5x_names',
