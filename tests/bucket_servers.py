@@ -85,7 +85,9 @@ def gcs() -> Iterator[str]:
 
 def _binary() -> pathlib.Path:
   """Returns the server's program, which the package carries."""
-  (found,) = importlib.util.find_spec(_GCS).submodule_search_locations
+  spec = importlib.util.find_spec(_GCS)
+  assert spec is not None and spec.submodule_search_locations
+  (found,) = spec.submodule_search_locations
   machine = {'x86_64': 'amd64', 'aarch64': 'arm64'}[platform.machine()]
   (path,) = pathlib.Path(found).rglob(
     f'fake-gcs-server-{platform.system().lower()}-{machine}'

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
-from l2s_jax.runtime import distributed, files, paths
+from l2s_jax.runtime import distributed, files, storage
 
 FILE = 'metrics.jsonl'
 _NOT_SCALARS = ('step', 'time')
@@ -49,7 +49,7 @@ class MetricWriter:
     self._is_new = False
     if not distributed.is_first():
       return
-    path = paths.of(run_dir) / FILE
+    path = storage.of(run_dir) / FILE
     kept = [
       record
       for record in read(run_dir, distributed.say)
@@ -63,7 +63,7 @@ class MetricWriter:
     with files.whole(path) as file:
       file.writelines(lines)
     self._path = path
-    if isinstance(path, paths.BucketPath):
+    if isinstance(path, storage.BucketPath):
       self._scratch = tempfile.TemporaryDirectory(prefix='l2s_jax-logs-')
       path = pathlib.Path(self._scratch.name) / FILE
       path.write_text(''.join(lines), encoding='utf-8')
@@ -72,7 +72,7 @@ class MetricWriter:
 
     if not tensorboard:
       return
-    self._tensorboard = EventFile(paths.of(run_dir) / 'tensorboard')
+    self._tensorboard = EventFile(storage.of(run_dir) / 'tensorboard')
     for record in kept:
       self._add(record)
     self._tensorboard.replace_others()
@@ -105,7 +105,7 @@ class MetricWriter:
     if self._scratch is None or not self._is_new:
       return
     self._is_new = False
-    assert isinstance(self._path, paths.BucketPath)
+    assert isinstance(self._path, storage.BucketPath)
     self._path.upload(self._local)
     if self._tensorboard is not None:
       self._tensorboard.sync()
@@ -134,8 +134,8 @@ class EventFile:
     # tensorboardX imports torch where it is installed, which takes seconds.
     from tensorboardX import event_file_writer
 
-    self._remote: paths.BucketPath | None = None
-    if isinstance(folder, paths.BucketPath):
+    self._remote: storage.BucketPath | None = None
+    if isinstance(folder, storage.BucketPath):
       self._scratch = tempfile.TemporaryDirectory(prefix='l2s_jax-events-')
       self._remote = folder
       local = pathlib.Path(self._scratch.name)
@@ -199,7 +199,7 @@ def read(
     run_dir: the run.
     say: receives a message for each skipped line.
   """
-  path = paths.of(run_dir) / FILE
+  path = storage.of(run_dir) / FILE
   if not path.is_file():
     return []
   records = files.read_records(path, keys={'step': int, 'time': float}, say=say)

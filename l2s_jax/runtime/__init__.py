@@ -21,8 +21,8 @@ __all__ = (
   'memory',
   'os_errors',
   'partitioning',
-  'paths',
   'preemption',
   'profiling',
+  'storage',
   't5x_names',
 )

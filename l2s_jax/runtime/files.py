@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import IO, Any, NoReturn
 
-from l2s_jax.runtime import paths
+from l2s_jax.runtime import storage
 
 # Maximum nesting, far below the depth of Python's stack.
 _MOST_LEVELS = 200
@@ -40,9 +40,9 @@ def whole(path: str | os.PathLike[str], mode: str = 'w') -> Iterator[IO[Any]]:
     path: the file; its folder is created if absent.
     mode: 'w' for UTF-8 text, 'wb' for bytes.
   """
-  path = paths.of(path)
+  path = storage.of(path)
   encoding = 'utf-8' if mode == 'w' else None
-  if isinstance(path, paths.BucketPath):
+  if isinstance(path, storage.BucketPath):
     with tempfile.TemporaryDirectory(prefix='l2s_jax-') as scratch:
       local = pathlib.Path(scratch) / 'object'
       with local.open(mode, encoding=encoding) as file:
@@ -88,7 +88,7 @@ def read_json(
     ValueError: in one sentence, with the file, the problem and the remedy.
   """
   try:
-    content = paths.of(path).read_bytes()
+    content = storage.of(path).read_bytes()
   except IsADirectoryError as error:
     raise ValueError(
       f'{path} is a folder, expected a JSON file; {remedy}'
@@ -164,7 +164,7 @@ def read_records(
     The records in order.
   """
   records = []
-  lines = paths.of(path).read_bytes().splitlines(keepends=True)
+  lines = storage.of(path).read_bytes().splitlines(keepends=True)
   for number, line in enumerate(lines, start=1):
     place = f'{path}, line {number}'
     if not line.endswith(b'\n'):
@@ -334,7 +334,7 @@ def differences(
 
 def upload_folder(source: str | os.PathLike[str], target: pathlib.Path) -> None:
   """Copies all files of a local folder into a bucket."""
-  assert isinstance(target, paths.BucketPath), target
+  assert isinstance(target, storage.BucketPath), target
   for path in sorted(pathlib.Path(source).rglob('*')):
     if path.is_file():
       place = target / path.relative_to(source).as_posix()
@@ -343,8 +343,8 @@ def upload_folder(source: str | os.PathLike[str], target: pathlib.Path) -> None:
 
 def move_folder(folder: pathlib.Path, target: pathlib.Path) -> None:
   """Moves a folder; `target` must not exist."""
-  if isinstance(folder, paths.BucketPath):
-    assert isinstance(target, paths.BucketPath), target
+  if isinstance(folder, storage.BucketPath):
+    assert isinstance(target, storage.BucketPath), target
     folder.move_to(target)
     return
   target.parent.mkdir(exist_ok=True)
@@ -353,7 +353,7 @@ def move_folder(folder: pathlib.Path, target: pathlib.Path) -> None:
 
 def remove_folder(folder: pathlib.Path) -> None:
   """Removes a folder with its content, if it exists."""
-  if isinstance(folder, paths.BucketPath):
+  if isinstance(folder, storage.BucketPath):
     folder.rmtree()
   else:
     shutil.rmtree(folder, ignore_errors=True)
@@ -375,10 +375,10 @@ def folder(path: str, name: str) -> pathlib.Path:
   Raises:
     ValueError: if `path` is empty or a file, or its bucket cannot be opened.
   """
-  if paths.scheme(path) is None:
+  if storage.scheme(path) is None:
     return local_folder(path, name)
-  paths.check(path, name)
-  return paths.of(path)
+  storage.check(path, name)
+  return storage.of(path)
 
 
 def local_folder(path: str, name: str) -> pathlib.Path:
@@ -393,11 +393,7 @@ def local_folder(path: str, name: str) -> pathlib.Path:
   """
   if not str(path):
     raise ValueError(f'{name} is empty; give a folder.')
-  if '://' in str(path):
-    raise ValueError(
-      f'{name}={path}: only paths of the file system are supported here; give '
-      'a local path, or mount the bucket (such as with gcsfuse).'
-    )
+  storage.check_local(path, name)
   found = pathlib.Path(path)
   if found.exists() and not found.is_dir():
     raise ValueError(f'{name}={path} is a file; give a folder.')

@@ -24,7 +24,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from l2s_jax.runtime import distributed, files, paths
+from l2s_jax.runtime import distributed, files, storage
 
 RENEWAL_SECS = 5.0
 LEASE_SECS = 30.0
@@ -100,7 +100,7 @@ def _take(path: pathlib.Path, mine: dict[str, Any], setting: str) -> None:
       if _changes(path, content):
         raise ValueError(_refusal(path, who, setting))
       gone = f'it was not renewed for {_lease_secs(path):.0f} s'
-    is_bucket = isinstance(path, paths.BucketPath)
+    is_bucket = isinstance(path, storage.BucketPath)
     if is_bucket:
       is_taken = _overwrite(path, content, mine)
     else:
@@ -117,7 +117,7 @@ def _take(path: pathlib.Path, mine: dict[str, Any], setting: str) -> None:
 def _make(path: pathlib.Path, mine: dict[str, Any]) -> bool:
   """Creates the complete lock file if there is none; returns whether it did."""
   content = json.dumps({**mine, 'beat': 0})
-  if isinstance(path, paths.BucketPath):
+  if isinstance(path, storage.BucketPath):
     return path.create(content.encode())
   temporary = path.with_name(f'{path.name}.{mine["owner"]}')
   try:
@@ -144,7 +144,7 @@ def _overwrite(
 
 
 def _lease_secs(path: pathlib.Path) -> float:
-  return BUCKET_LEASE_SECS if paths.is_bucket(path) else LEASE_SECS
+  return BUCKET_LEASE_SECS if storage.is_bucket(path) else LEASE_SECS
 
 
 def _remove(path: pathlib.Path, content: bytes) -> bool:
@@ -168,7 +168,7 @@ def _renew(
   path: pathlib.Path, mine: dict[str, Any], stopped: threading.Event
 ) -> None:
   beat = 0
-  is_bucket = isinstance(path, paths.BucketPath)
+  is_bucket = isinstance(path, storage.BucketPath)
   while not stopped.wait(BUCKET_RENEWAL_SECS if is_bucket else RENEWAL_SECS):
     beat += 1
     # Training goes on while the disk is full or unreachable.
@@ -191,7 +191,7 @@ def _changes(path: pathlib.Path, content: bytes) -> bool:
   lease_secs = _lease_secs(path)
   deadline = time.monotonic() + lease_secs
   while time.monotonic() < deadline:
-    time.sleep(min(3.0 if paths.is_bucket(path) else 1.0, lease_secs / 10))
+    time.sleep(min(3.0 if storage.is_bucket(path) else 1.0, lease_secs / 10))
     try:
       if path.read_bytes() != content:
         return True

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 
-from l2s_jax.runtime import distributed, files, paths
+from l2s_jax.runtime import distributed, files, storage
 
 FOLDER = 'profile'
 
@@ -51,7 +51,7 @@ class Profiler:
     """Starts the trace before its first step; call it before each step."""
     if step == self._first and distributed.is_first():
       place = str(self._folder)
-      if isinstance(self._folder, paths.BucketPath):
+      if isinstance(self._folder, storage.BucketPath):
         self._scratch = tempfile.TemporaryDirectory(prefix='l2s_jax-profile-')
         place = self._scratch.name
       jax.profiler.start_trace(place)

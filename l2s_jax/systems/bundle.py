@@ -26,7 +26,7 @@ from flax import traverse_util
 
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
-from l2s_jax.runtime import paths
+from l2s_jax.runtime import storage
 from l2s_jax.systems import run_folder
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import converted, manifest, runs
@@ -55,7 +55,7 @@ def open_bundle(location: str | pathlib.Path) -> 'Bundle':
     FileNotFoundError: if a file is missing.
     ValueError: if a file does not match its hash; names the file.
   """
-  folder = paths.of(location).resolve()
+  folder = storage.of(location).resolve()
   return _open(folder, (folder / manifest.FILE).stat().st_mtime_ns)
 
 

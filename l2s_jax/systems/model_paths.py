@@ -12,7 +12,7 @@ import pathlib
 from typing import Literal
 
 from l2s_jax.runtime import files as files_lib
-from l2s_jax.runtime import paths
+from l2s_jax.runtime import storage
 from l2s_jax.systems import builders, bundle, run_folder
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import hub, opening, saved_steps
@@ -20,7 +20,7 @@ from l2s_jax.weights import hub, opening, saved_steps
 
 def is_run(location: str | pathlib.Path) -> bool:
   """Returns whether a folder is a run's."""
-  return (paths.of(location) / run_folder.DESCRIPTION).is_file()
+  return (storage.of(location) / run_folder.DESCRIPTION).is_file()
 
 
 def check_path(location: str) -> None:
@@ -29,8 +29,8 @@ def check_path(location: str) -> None:
   Raises:
     ValueError: if it is empty, or in a bucket of an unknown kind.
   """
-  paths.check(location, 'CHECKPOINT_PATH')
-  if paths.is_bucket(location) or not paths.of(location).is_file():
+  storage.check(location, 'CHECKPOINT_PATH')
+  if storage.is_bucket(location) or not storage.of(location).is_file():
     files_lib.folder(location, 'CHECKPOINT_PATH')
 
 
@@ -131,7 +131,7 @@ def saved_nsecs(location: str, step: int) -> int:
   if is_run(location):
     params, _ = saved_steps.params_folder(location, step)
     return saved_steps.saved_nsecs(params)
-  path = paths.of(location)
+  path = storage.of(location)
   if hub.is_name(location):
     path = hub.download(location)
   files = [path] if path.is_file() else path.iterdir()
@@ -154,4 +154,6 @@ def output_dir(location: str, given: str | None, setting: str) -> pathlib.Path:
       f'CHECKPOINT_PATH={location} is a pretrained model, and results are not '
       f'written into its folder. Set {setting} to a folder for the results.'
     )
-  return paths.of(given or location)
+  if given is not None:
+    storage.check(given, setting)
+  return storage.of(given or location)

@@ -14,7 +14,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from l2s_jax.metrics import metric_fns
-from l2s_jax.runtime import distributed, files, integrity, partitioning, paths
+from l2s_jax.runtime import distributed, files, integrity, partitioning, storage
 from l2s_jax.training import state as state_lib
 from l2s_jax.weights import saved_steps
 
@@ -59,7 +59,7 @@ def check_folder(model_dir: str) -> pathlib.Path:
     ValueError: if checkpoints cannot be there.
   """
   folder = files.folder(model_dir, 'MODEL_DIR')
-  if paths.scheme(folder) not in (None, 'gs'):
+  if storage.scheme(folder) not in (None, 'gs'):
     raise ValueError(
       f'MODEL_DIR={model_dir}: checkpoints are saved in local folders or in '
       'gs://, since Orbax opens no other store; give one of these.'
@@ -81,7 +81,7 @@ class Checkpointer:
     Raises:
       DamagedError: if all existing checkpoints are damaged.
     """
-    self.folder = paths.of(run_dir).absolute() / saved_steps.FOLDER
+    self.folder = storage.of(run_dir).absolute() / saved_steps.FOLDER
     _, bad = saved_steps.newest_good(run_dir, saved_steps.ITEMS)
     if distributed.is_first():
       for step in bad:
@@ -90,9 +90,9 @@ class Checkpointer:
     self._policy = _KeepNewestAndBest(keep, saved_steps.best_step(run_dir))
     # Of a checkpoint that is not kept, a bucket loses the commit file first,
     # and by one request; Orbax would delete its objects in any order.
-    self._deletes = isinstance(self.folder, paths.BucketPath)
+    self._deletes = isinstance(self.folder, storage.BucketPath)
     self._manager = _Manager(
-      paths.for_library(self.folder),
+      storage.for_library(self.folder),
       item_names=(*saved_steps.ITEMS, 'data'),
       options=ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.LatestN(None)

@@ -25,7 +25,7 @@ from l2s_jax.models import (
   shapes,
   stored_states,
 )
-from l2s_jax.runtime import partitioning, paths
+from l2s_jax.runtime import partitioning, storage
 from l2s_jax.systems import model_paths, parameters
 from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
@@ -268,7 +268,7 @@ def _is_llm(
     return False
   paths = {
     path
-    if path is None or hub.is_name(path) or paths.is_bucket(path)
+    if path is None or hub.is_name(path) or storage.is_bucket(path)
     else os.path.realpath(path)
     for path in (tower.path, system.sources['llm'])
   }

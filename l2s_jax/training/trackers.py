@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from l2s_jax.evaluation import metric_writer
-from l2s_jax.runtime import distributed, extras, files, paths
+from l2s_jax.runtime import distributed, extras, files, storage
 from l2s_jax.training import hooks as hooks_lib
 
 TENSORBOARD = 'tensorboard'
@@ -35,7 +35,7 @@ def _start_wandb(run_dir: pathlib.Path, run_id: str) -> Any:
   mode: Any = os.environ.get('WANDB_MODE', 'offline')
   # Its folders are named by the second. A second run in one would overwrite the
   # first.
-  local = pathlib.Path() if paths.is_bucket(run_dir) else run_dir
+  local = pathlib.Path() if storage.is_bucket(run_dir) else run_dir
   while [*local.glob(f'wandb/*run-{time.strftime("%Y%m%d_%H%M%S")}-*')]:
     time.sleep(0.1)
   run = wandb.init(
@@ -43,7 +43,7 @@ def _start_wandb(run_dir: pathlib.Path, run_id: str) -> Any:
     name=run_dir.name,
     id=run_id,
     resume='allow',
-    dir=None if paths.is_bucket(run_dir) else str(run_dir),
+    dir=None if storage.is_bucket(run_dir) else str(run_dir),
     mode=mode,
     settings=wandb.Settings(
       console='off', silent=True, disable_git=True, disable_code=True

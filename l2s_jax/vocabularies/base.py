@@ -17,7 +17,7 @@ from typing import Any
 import tokenizers
 
 from l2s_jax.runtime import files as files_lib
-from l2s_jax.runtime import paths
+from l2s_jax.runtime import storage
 from l2s_jax.vocabularies import (
   tokenizer_files,
 )
@@ -268,7 +268,7 @@ class Vocabulary(abc.ABC):
       ValueError: if the folder has files of another tokenizer, which `load`
         might read instead.
     """
-    folder = paths.of(folder)
+    folder = storage.of(folder)
     strangers = [
       name
       for name in tokenizer_files.ALL_FILES

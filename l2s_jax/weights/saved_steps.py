@@ -29,7 +29,7 @@ from l2s_jax.runtime import (
   integrity,
   os_errors,
   partitioning,
-  paths,
+  storage,
 )
 
 PyTree = Any
@@ -58,7 +58,7 @@ class DamagedError(ValueError):
 
 def steps(run_dir: str | pathlib.Path) -> list[int]:
   """Returns the steps of all complete checkpoints of a run, ascending."""
-  folder = paths.of(run_dir).absolute() / FOLDER
+  folder = storage.of(run_dir).absolute() / FOLDER
   if not folder.is_dir():
     return []
   return sorted(
@@ -74,7 +74,7 @@ def check_readable(run_dir: str | pathlib.Path) -> None:
   Raises:
     ValueError: names the path.
   """
-  if paths.scheme(run_dir) not in (None, 'gs'):
+  if storage.scheme(run_dir) not in (None, 'gs'):
     raise ValueError(
       f'{run_dir}: checkpoints of runs are in local folders or in gs://, since '
       'Orbax opens no other store. Copy the run, or give a converted folder.'
@@ -82,8 +82,8 @@ def check_readable(run_dir: str | pathlib.Path) -> None:
 
 
 def _is_complete(step_folder: pathlib.Path) -> bool:
-  if isinstance(step_folder, paths.BucketPath):
-    return (step_folder / paths.COMMIT).exists()
+  if isinstance(step_folder, storage.BucketPath):
+    return (step_folder / storage.COMMIT).exists()
   return ocp.path.step.is_checkpoint_finalized(step_folder)
 
 
@@ -95,7 +95,7 @@ def best_step(run_dir: str | pathlib.Path) -> int | None:
   Raises:
     ValueError: if `best.json` is damaged.
   """
-  path = paths.of(run_dir) / BEST
+  path = storage.of(run_dir) / BEST
   if not path.exists():
     return None
   found = files.read_json(
@@ -122,7 +122,7 @@ def params_folder(
     DamagedError: if the requested checkpoint, or every checkpoint, is damaged.
   """
   check_readable(run_dir)
-  folder = paths.of(run_dir).absolute() / FOLDER
+  folder = storage.of(run_dir).absolute() / FOLDER
   found = steps(run_dir)
   wanted = 'a checkpoint'
   if step == 'best':
@@ -185,7 +185,7 @@ def newest_good(
     raise DamagedError(
       'all checkpoints of this run are damaged: '
       + '; '.join(bad.values())
-      + f'. Copy one again into {paths.of(run_dir) / FOLDER}, or remove '
+      + f'. Copy one again into {storage.of(run_dir) / FOLDER}, or remove '
       'that folder to train from the start.'
     )
   return None, []
@@ -206,7 +206,7 @@ def problem(
     step: one of `steps(run_dir)`.
     items: items of the checkpoint to verify.
   """
-  folder = paths.of(run_dir).absolute() / FOLDER / str(step)
+  folder = storage.of(run_dir).absolute() / FOLDER / str(step)
   if not integrity.verification():
     return None
   try:
@@ -217,7 +217,7 @@ def problem(
 
 def _state_of_files(folder: pathlib.Path) -> tuple[Any, ...]:
   """Returns path, size, mtime and inode of each file, as a cache key."""
-  if isinstance(folder, paths.BucketPath):
+  if isinstance(folder, storage.BucketPath):
     return tuple((str(path), version) for path, version in folder.objects())
   stats = ((path, path.stat()) for path in sorted(folder.rglob('*')))
   return tuple(
@@ -279,7 +279,7 @@ def _open_array(folder: pathlib.Path, name: str) -> Any:
       'driver': 'zarr',
       'kvstore': {
         'driver': 'ocdbt',
-        'base': paths.kvstore(folder),
+        'base': storage.kvstore(folder),
         'path': f'{name.replace("/", ".")}/',
       },
     },
@@ -315,7 +315,7 @@ def description(run_dir: str | pathlib.Path) -> dict[str, Any] | None:
   Returns None if no checkpoint has one.
   """
   for step in reversed(steps(run_dir)):
-    folder = paths.of(run_dir).absolute() / FOLDER / str(step)
+    folder = storage.of(run_dir).absolute() / FOLDER / str(step)
     with contextlib.suppress(DamagedError):
       if model := read_data(folder).get(MODEL):
         return model
@@ -352,7 +352,7 @@ def saved_nsecs(params: pathlib.Path) -> int:
   """
   with reading(params.parent):
     found = ocp.metadata.get_step_metadata(
-      paths.for_library(params.parent)
+      storage.for_library(params.parent)
     ).init_timestamp_nsecs
     if found is None:
       raise DamagedError(
@@ -376,7 +376,7 @@ def restore_params(
   folder, _ = params_folder(run_dir, step)
   target = partitioning.with_shardings(shapes, shardings)
   with reading(folder), ocp.StandardCheckpointer() as checkpointer:
-    return checkpointer.restore(paths.for_library(folder), target)
+    return checkpointer.restore(storage.for_library(folder), target)
 
 
 def read_arrays(
@@ -391,7 +391,7 @@ def read_arrays(
   with reading(folder), ocp.PyTreeCheckpointer() as checkpointer:
     item = _nest({path: 0 for path in paths})
     restored = checkpointer.restore(
-      paths.for_library(folder),
+      storage.for_library(folder),
       args=ocp.args.PyTreeRestore(
         item=item,
         restore_args=jax.tree.map(
@@ -413,7 +413,7 @@ def array_shapes(
   """
   with reading(folder), ocp.PyTreeCheckpointer() as checkpointer:
     metadata = checkpointer.metadata(
-      paths.for_library(folder)
+      storage.for_library(folder)
     ).item_metadata.tree
     leaves = jax.tree_util.tree_leaves_with_path(metadata)
     return {

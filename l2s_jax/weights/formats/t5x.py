@@ -25,7 +25,7 @@ import tensorstore
 
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import shapes as shapes_lib
-from l2s_jax.runtime import gin_internals, paths
+from l2s_jax.runtime import gin_internals, storage
 from l2s_jax.weights import misfits, source
 from l2s_jax.weights.families import name_table
 from l2s_jax.weights.families.name_table import Row
@@ -465,8 +465,8 @@ def _open_orbax(
 
 def _kvstore(place: str) -> dict[str, Any]:
   """Returns TensorStore's key-value store of a folder or its prefix."""
-  if paths.is_bucket(place):
-    spec = paths.kvstore(paths.of(place))
+  if storage.is_bucket(place):
+    spec = storage.kvstore(storage.of(place))
     assert isinstance(spec, dict)
     return spec
   return {'driver': 'file', 'path': place}
@@ -535,7 +535,7 @@ def _stored_bytes(kvstore: Mapping[str, Any]) -> int:
   base = kvstore.get('base', kvstore)
   if 'bucket' in base:
     scheme = 's3' if base['driver'] == 's3' else 'gs'
-    folder = paths.of(f'{scheme}://{base["bucket"]}/{base["path"]}')
+    folder = storage.of(f'{scheme}://{base["bucket"]}/{base["path"]}')
   else:
     folder = pathlib.Path(base['path'])
   files = (path for path in folder.rglob('*') if path.is_file())

@@ -20,7 +20,7 @@ import numpy as np
 import safetensors
 
 from l2s_jax.models import config as config_lib
-from l2s_jax.runtime import extras, paths
+from l2s_jax.runtime import extras, storage
 
 WEIGHTS = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
@@ -154,7 +154,7 @@ def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
   Raises:
     ValueError: if the file is damaged; names it and its size.
   """
-  if isinstance(path, paths.BucketPath):
+  if isinstance(path, storage.BucketPath):
     return _open_safetensors_object(path)
   try:
     with safetensors.safe_open(path, framework='np'):
@@ -184,10 +184,10 @@ def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
   return {name: tensor(entry) for name, entry in header.items()}
 
 
-def _open_safetensors_object(path: paths.BucketPath) -> dict[str, Tensor]:
+def _open_safetensors_object(path: storage.BucketPath) -> dict[str, Tensor]:
   """Returns the tensors of an object; the header is read, and no tensor.
 
-  Tensors are `paths.BucketArray`: whoever indexes one reads that part.
+  Tensors are `storage.BucketArray`: whoever indexes one reads that part.
   """
   size = path.stat().st_size
   damaged = (
@@ -209,7 +209,7 @@ def _open_safetensors_object(path: paths.BucketPath) -> dict[str, Tensor]:
 
   def tensor(entry: Mapping[str, Any]) -> Tensor:
     shape, dtype = tuple(entry['shape']), entry['dtype']
-    array = paths.BucketArray(
+    array = storage.BucketArray(
       path,
       jnp.dtype(DTYPES.get(dtype, 'uint8')),
       shape,
@@ -238,7 +238,7 @@ def _open_pickle(path: pathlib.Path) -> dict[str, Tensor]:
   )
   import torch
 
-  if isinstance(path, paths.BucketPath):
+  if isinstance(path, storage.BucketPath):
     raise ValueError(
       f'{path} is a pickle, which is read from local files only. Copy the '
       f'folder, or put {WEIGHTS} into the bucket.'

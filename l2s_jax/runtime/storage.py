@@ -12,13 +12,12 @@ number of times. An error that remains is an OSError of one sentence.
 """
 
 import functools
-import importlib.util
 import io
 import os
 import pathlib
 import stat as stat_lib
-from collections.abc import Callable, Iterator
-from typing import IO, Any, NoReturn
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -28,7 +27,8 @@ from l2s_jax.runtime import extras, os_errors
 MODULES = {'gs': 'gcsfs', 's3': 's3fs'}
 # Orbax writes it last; a checkpoint in a bucket without it does not count.
 COMMIT = 'commit_success.txt'
-_EMULATOR = 'TENSORSTORE_GCS_HTTP_URL'
+# Of a file that is read in order.
+_BUFFER_BYTES = 2**20
 _REMEDY = (
   'check that the bucket exists, that its credentials are valid and allow it '
   '(gcloud auth application-default login; for s3, AWS_PROFILE), and the '
@@ -79,6 +79,23 @@ def check(path: str | os.PathLike[str], name: str) -> None:
   extras.require(f'{name}={os.fspath(path)}', MODULES[found])
 
 
+def check_local(path: str | os.PathLike[str], name: str) -> None:
+  """Refuses a path in a bucket.
+
+  Args:
+    path: given by the user.
+    name: name of the setting, for errors.
+
+  Raises:
+    ValueError: if it has a scheme.
+  """
+  if scheme(path) is not None:
+    raise ValueError(
+      f'{name}={os.fspath(path)}: only paths of the file system are supported '
+      'here; give a local path, or mount the bucket (such as with gcsfuse).'
+    )
+
+
 def lasting(path: str) -> str:
   """Returns a path that is valid in any working directory."""
   return path if is_bucket(path) else os.path.abspath(path)
@@ -127,6 +144,10 @@ def _filesystem(scheme: str, pid: int) -> Any:
   for name in ('gs', 'gcs', 's3'):
     fsspec.config.conf.setdefault(name, {})['use_listings_cache'] = False
   return fsspec.filesystem(scheme, use_listings_cache=False)
+
+
+def _copy(source: str, target: str, fs: Any) -> None:
+  fs.copy(source, target)
 
 
 class BucketPath(pathlib.PosixPath):
@@ -208,7 +229,7 @@ class BucketPath(pathlib.PosixPath):
       {'st_mtime_ns': nsecs, 'st_ctime_ns': nsecs, 'st_atime_ns': nsecs},
     )
 
-  def iterdir(self) -> Iterator['BucketPath']:
+  def iterdir(self) -> Generator['BucketPath', None, None]:
     for entry in self._list():
       yield self / entry
 
@@ -229,7 +250,9 @@ class BucketPath(pathlib.PosixPath):
     found = self._call(lambda fs: fs.glob(f'{self}/{pattern}'))
     return (BucketPath(f'{self.scheme}://{name}') for name in sorted(found))
 
-  def rglob(self, pattern: str, **_: Any) -> Iterator['BucketPath']:  # type: ignore[override]
+  def rglob(
+    self, pattern: str, **_: Any
+  ) -> Generator['BucketPath', None, None]:  # type: ignore[override]
     if pattern != '*':
       self._refuse(f'rglob({pattern!r})')
     return (path for path, _ in self.objects())
@@ -248,7 +271,7 @@ class BucketPath(pathlib.PosixPath):
       for name, info in sorted(found.items())
     ]
 
-  def mkdir(self, *_: Any, **__: Any) -> None:  # type: ignore[override]
+  def mkdir(self, *_: Any, **__: Any) -> None:
     """Does nothing: folders exist by their objects."""
 
   def rmdir(self) -> None:
@@ -275,11 +298,10 @@ class BucketPath(pathlib.PosixPath):
     The commit file of a checkpoint is deleted first, and not copied.
     """
     (self / COMMIT).unlink(missing_ok=True)
-    for path, _ in self.objects():
-      name = str(path).removeprefix(str(self))
-      self._call(
-        lambda fs, path=path, name=name: fs.copy(str(path), f'{target}{name}')
-      )
+    places = {str(path) for path, _ in self.objects()}
+    for place in sorted(places):
+      goal = f'{target}{place.removeprefix(str(self))}'
+      self._call(functools.partial(_copy, place, goal))
     self.rmtree()
 
   def read_bytes(self) -> bytes:
@@ -325,14 +347,15 @@ class BucketPath(pathlib.PosixPath):
     """Writes a local file as the object, which appears when it is complete."""
     self._call(lambda fs: fs.put_file(os.fspath(file), str(self)))
 
-  def open(self, mode: str = 'r', *_: Any, **__: Any) -> IO[Any]:  # type: ignore[override]
+  def open(self, mode: str = 'r', *_: Any, **__: Any) -> Any:  # type: ignore[override]
     """Opens an object for reading; `files.whole` writes."""
     if mode not in ('r', 'rb'):
       self._refuse(f'open(mode={mode!r})')
-    file = self._call(lambda fs: fs.open(str(self), 'rb'))
+    raw = self._call(lambda fs: fs.open(str(self), 'rb'))
+    file = io.BufferedReader(raw, _BUFFER_BYTES)
     if mode == 'r':
       return io.TextIOWrapper(file, encoding='utf-8')
-    return file  # type: ignore[no-any-return]
+    return file
 
   def rename(self, target: Any) -> NoReturn:
     self._refuse('rename')
@@ -454,9 +477,3 @@ class BucketArray:
     content = self._path.read_range(begin, begin + (stop - start) * row_bytes)
     shape = (stop - start, *row_shape) if self.shape else ()
     return np.frombuffer(content, self.dtype).reshape(shape)
-
-
-def missing_extra(path: str) -> bool:
-  """Returns whether the package that opens a bucket is not installed."""
-  module = MODULES.get(scheme(path) or '')
-  return module is not None and importlib.util.find_spec(module) is None
