@@ -2,16 +2,20 @@
 """Servers of object stores on this machine: real ones, of no cloud."""
 
 import contextlib
+import http.client
+import http.server
 import importlib.util
 import os
 import pathlib
 import platform
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -130,3 +134,102 @@ def s3() -> Iterator[str]:
       yield url
   finally:
     server.stop()
+
+
+class Proxy(http.server.ThreadingHTTPServer):
+  """Passes requests on to a server, and makes trouble.
+
+  Attributes:
+    trouble: what happens to a request, by its number from 0: 'busy' answers
+      503, 'cut' closes the connection before the answer, 'slow' waits a little,
+      and '' passes it on.
+    methods: methods and paths of all requests.
+  """
+
+  daemon_threads = True
+
+  def __init__(self, upstream: str, trouble: Callable[[int], str]):
+    """Listens on a free port of this machine."""
+    self.upstream = urllib.parse.urlsplit(upstream)
+    self.trouble = trouble
+    self.methods: list[tuple[str, str]] = []
+    super().__init__(('127.0.0.1', 0), _Passing)
+    self.url = f'http://127.0.0.1:{self.server_address[1]}'
+
+  def handle_error(self, request: object, client_address: object) -> None:
+    """Prints nothing: clients close connections, too."""
+
+
+class _Passing(http.server.BaseHTTPRequestHandler):
+  """One connection of a client."""
+
+  protocol_version = 'HTTP/1.1'
+  server: Proxy
+
+  def handle_one(self) -> None:
+    """Passes one request on, or not."""
+    number = len(self.server.methods)
+    self.server.methods.append((self.command, self.path))
+    body = self._body()
+    trouble = self.server.trouble(number)
+    if trouble == 'cut':
+      self.close_connection = True
+      self.connection.shutdown(socket.SHUT_RDWR)
+      return
+    if trouble == 'busy':
+      self._answer(503, [], b'busy')
+      return
+    if trouble == 'slow':
+      time.sleep(0.3)
+    host = self.server.upstream.netloc
+    upstream = http.client.HTTPConnection(host, timeout=60)
+    headers = {
+      name: value
+      for name, value in self.headers.items()
+      if name.lower() not in ('host', 'transfer-encoding', 'content-length')
+    }
+    upstream.request(self.command, self.path, body, headers)
+    answer = upstream.getresponse()
+    kept = [
+      (name, value.replace(f'http://{host}', self.server.url))
+      for name, value in answer.getheaders()
+      if name.lower() not in ('transfer-encoding', 'content-length')
+    ]
+    self._answer(answer.status, kept, answer.read())
+    upstream.close()
+
+  do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = handle_one
+
+  def _body(self) -> bytes:
+    if self.headers.get('Transfer-Encoding', '').lower() != 'chunked':
+      return self.rfile.read(int(self.headers.get('Content-Length', 0)))
+    body = b''
+    while size := int(self.rfile.readline().partition(b';')[0], 16):
+      body += self.rfile.read(size)
+      self.rfile.readline()
+    self.rfile.readline()
+    return body
+
+  def _answer(
+    self, status: int, headers: list[tuple[str, str]], content: bytes
+  ) -> None:
+    self.send_response_only(status)
+    for name, value in headers:
+      self.send_header(name, value)
+    self.send_header('Content-Length', str(len(content)))
+    self.end_headers()
+    if self.command != 'HEAD':
+      self.wfile.write(content)
+
+
+@contextlib.contextmanager
+def proxy(upstream: str, trouble: Callable[[int], str]) -> Iterator[Proxy]:
+  """Runs a proxy, with the variables of this process set to it."""
+  with Proxy(upstream, trouble) as server:
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+      with gcs_environment(server.url):
+        yield server
+    finally:
+      server.shutdown()

@@ -95,8 +95,7 @@ def convert(
       not match their config or cannot be expressed in the new format; if there
       is not enough disk space; or if the written tensors differ.
   """
-  storage.check_local(source, 'SOURCE')
-  storage.check_local(destination, 'DESTINATION')
+  storage.check_local(SOURCE=source, DESTINATION=destination)
   if run is not None or to == 'run':
     given: dict[str, Any] = {'from': from_, 'to': to, 'run': run}
     given |= {'dtype': dtype, 'config': config, 'vocabulary': vocabulary}

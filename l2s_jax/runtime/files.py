@@ -393,7 +393,7 @@ def local_folder(path: str, name: str) -> pathlib.Path:
   """
   if not str(path):
     raise ValueError(f'{name} is empty; give a folder.')
-  storage.check_local(path, name)
+  storage.check_local(**{name: path})
   found = pathlib.Path(path)
   if found.exists() and not found.is_dir():
     raise ValueError(f'{name}={path} is a file; give a folder.')

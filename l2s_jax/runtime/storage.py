@@ -79,21 +79,22 @@ def check(path: str | os.PathLike[str], name: str) -> None:
   extras.require(f'{name}={os.fspath(path)}', MODULES[found])
 
 
-def check_local(path: str | os.PathLike[str], name: str) -> None:
-  """Refuses a path in a bucket.
+def check_local(**given: str | os.PathLike[str]) -> None:
+  """Refuses paths in buckets.
 
   Args:
-    path: given by the user.
-    name: name of the setting, for errors.
+    **given: paths given by the user, by the names of their settings.
 
   Raises:
-    ValueError: if it has a scheme.
+    ValueError: if one has a scheme.
   """
-  if scheme(path) is not None:
-    raise ValueError(
-      f'{name}={os.fspath(path)}: only paths of the file system are supported '
-      'here; give a local path, or mount the bucket (such as with gcsfuse).'
-    )
+  for name, path in given.items():
+    if scheme(path) is not None:
+      raise ValueError(
+        f'{name}={os.fspath(path)}: only paths of the file system are '
+        'supported here; give a local path, or mount the bucket (such as with '
+        'gcsfuse).'
+      )
 
 
 def lasting(path: str) -> str:
@@ -250,9 +251,9 @@ class BucketPath(pathlib.PosixPath):
     found = self._call(lambda fs: fs.glob(f'{self}/{pattern}'))
     return (BucketPath(f'{self.scheme}://{name}') for name in sorted(found))
 
-  def rglob(
+  def rglob(  # type: ignore[override]
     self, pattern: str, **_: Any
-  ) -> Generator['BucketPath', None, None]:  # type: ignore[override]
+  ) -> Generator['BucketPath', None, None]:
     if pattern != '*':
       self._refuse(f'rglob({pattern!r})')
     return (path for path, _ in self.objects())

@@ -131,8 +131,7 @@ def export(
       answers.
   """
   start_secs = time.perf_counter()
-  storage.check_local(source, 'SOURCE')
-  storage.check_local(destination, 'DESTINATION')
+  storage.check_local(SOURCE=source, DESTINATION=destination)
   folder = pathlib.Path(destination)
   convert.check_destination(folder, 0)
   scratch = folder.with_name(f'.{folder.name}.unfinished')
