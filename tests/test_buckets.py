@@ -20,14 +20,17 @@ import pytest
 import test_checkpoint
 import test_preemption
 import tiny_runs
+import transformers
 from etils import epath
+from flax import traverse_util
 
 from l2s_jax import api
 from l2s_jax.data import text_files
 from l2s_jax.evaluation import metric_writer
+from l2s_jax.interop import convert
 from l2s_jax.runtime import extras, files, locks, os_errors, storage
 from l2s_jax.training import checkpoint
-from l2s_jax.weights import saved_steps
+from l2s_jax.weights import opening, saved_steps, source
 from l2s_jax.weights.formats import tensor_files
 
 
@@ -90,6 +93,7 @@ def test_paths_in_buckets_behave_as_local_ones(folder, tmp_path):
 
 def test_names_of_paths_in_buckets():
   path = storage.of('gs://bucket/a/b.json')
+  assert isinstance(path, storage.BucketPath)
   assert (path.scheme, path.bucket, path.key) == ('gs', 'bucket', 'a/b.json')
   assert str(path.parent / 'c') == f'{path.parent}/c' == 'gs://bucket/a/c'
   assert str(path.with_name('d')) == 'gs://bucket/a/d'
@@ -283,6 +287,46 @@ def test_of_a_tensor_only_the_requested_rows_are_read(
   np.testing.assert_array_equal(np.asarray(found), array)
   for part, expected in zip(found, array, strict=True):
     np.testing.assert_array_equal(part, expected)
+
+
+def test_weights_in_buckets_are_those_of_their_local_copy(folder, tmp_path):
+  """A Hugging Face folder, and its conversion, verified and by shards."""
+  torch_config = transformers.T5Config(
+    vocab_size=64,
+    d_model=16,
+    d_kv=8,
+    num_heads=2,
+    d_ff=32,
+    num_layers=2,
+    feed_forward_proj='gated-gelu',
+    tie_word_embeddings=False,
+  )
+  theirs = tmp_path / 'hf'
+  transformers.T5ForConditionalGeneration(torch_config).save_pretrained(theirs)
+  convert.convert(
+    str(theirs), str(tmp_path / 'l2s'), from_='hf', to='l2s', verify=False
+  )
+  mesh = jax.make_mesh((2,), ('fsdp',), devices=jax.devices()[:2])
+  sharding = jax.sharding.NamedSharding(
+    mesh, jax.sharding.PartitionSpec(None, 'fsdp')
+  )
+  for name in ('hf', 'l2s'):
+    files.upload_folder(tmp_path / name, folder / name)
+    loaded = []
+    for place in (tmp_path / name, folder / name):
+      opened = opening.open_source(str(place))
+      shapes = traverse_util.unflatten_dict(opened.shapes())
+      shardings = jax.tree.map(
+        lambda shape: (
+          sharding
+          if len(shape.shape) > 1
+          else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        ),
+        shapes,
+      )
+      loaded.append(source.load(opened, shapes, shardings))
+    helpers.assert_trees_equal(loaded[0][0], loaded[1][0])
+    assert loaded[0][1] == loaded[1][1]
 
 
 def test_a_truncated_safetensors_object_is_refused(folder, tmp_path):

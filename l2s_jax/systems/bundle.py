@@ -123,7 +123,7 @@ class Bundle:
   def beside(self) -> dict[tuple[str, ...], np.ndarray]:
     """Returns the tensors of projector, prompt embedder and layer mix."""
     return {
-      tuple(name.split('/')): tensor.read()
+      tuple(name.split('/')): np.asarray(tensor.read())
       for name, tensor in self._beside.items()
     }
 
@@ -132,7 +132,9 @@ class Bundle:
     flat = self.beside()
     for name, tower in self.towers.items():
       prefix = () if name == MODEL else (name,)
-      flat |= {prefix + path: tower.read(path) for path in tower.shapes()}
+      flat |= {
+        prefix + path: np.asarray(tower.read(path)) for path in tower.shapes()
+      }
     return traverse_util.unflatten_dict(flat)
 
 

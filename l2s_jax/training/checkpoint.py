@@ -136,7 +136,6 @@ class Checkpointer:
       for step in sorted(old):
         files.remove_folder(self.folder / str(step))
     distributed.wait_for_all('deleted checkpoints')
-    self._manager.reload()
 
   def save(
     self,

@@ -9,10 +9,10 @@ shard only.
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import shapes as shapes_lib
@@ -105,7 +105,8 @@ class ConvertedFolder:
       for name, tensor in self._tensors.items()
     }
 
-  def read(self, path: shapes_lib.Path, layer: int | None = None) -> np.ndarray:
+  def read(self, path: shapes_lib.Path, layer: int | None = None) -> Any:
+    # In a bucket, all layers are a `storage.BucketArray`.
     array = self._tensors['/'.join(path)].read()
     return array if layer is None else array[layer]
 
