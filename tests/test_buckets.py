@@ -299,7 +299,7 @@ def test_weights_in_buckets_are_those_of_their_local_copy(folder, tmp_path):
     d_ff=32,
     num_layers=2,
     feed_forward_proj='gated-gelu',
-    tie_word_embeddings=False,
+    tie_word_embeddings=False,  # type: ignore[call-arg]
   )
   theirs = tmp_path / 'hf'
   transformers.T5ForConditionalGeneration(torch_config).save_pretrained(theirs)

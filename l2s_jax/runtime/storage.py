@@ -17,6 +17,7 @@ import io
 import os
 import pathlib
 import stat as stat_lib
+import tempfile
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, NoReturn
 
@@ -350,6 +351,10 @@ class BucketPath(pathlib.PosixPath):
     """Writes a local file as the object, which appears when it is complete."""
     self._call(lambda fs: fs.put_file(os.fspath(file), str(self)))
 
+  def download(self, file: str | os.PathLike[str]) -> None:
+    """Copies the object to a local file."""
+    self._call(lambda fs: fs.get_file(str(self), os.fspath(file)))
+
   def open(self, mode: str = 'r', *_: Any, **__: Any) -> Any:
     """Opens an object for reading; `files.whole` writes."""
     if mode not in ('r', 'rb'):
@@ -422,6 +427,30 @@ class BucketPath(pathlib.PosixPath):
 
 def _unlink(path: BucketPath) -> None:
   path.unlink(missing_ok=True)
+
+
+def local_copy(path: str | os.PathLike[str]) -> str:
+  """Returns a local path with the content of a file.
+
+  It is the path itself, or the copy of an object in a temporary folder, which
+  is removed when the process ends. An object is copied once.
+  """
+  return _copied(os.fspath(path)) if is_bucket(path) else os.fspath(path)
+
+
+@functools.cache
+def _copied(path: str) -> str:
+  folder = tempfile.TemporaryDirectory(prefix='l2s_jax-copies-')
+  _COPIES.append(folder)
+  source = of(path)
+  assert isinstance(source, BucketPath)
+  target = os.path.join(folder.name, source.name)
+  source.download(target)
+  return target
+
+
+# Keeps references, since garbage collection would remove the folders.
+_COPIES: list[tempfile.TemporaryDirectory[str]] = []
 
 
 class BucketArray:
