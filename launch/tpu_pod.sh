@@ -3,8 +3,8 @@
 # Runs a verb on all hosts of a TPU pod; gcloud must be installed, logged in.
 #
 #   ./launch/tpu_pod.sh --name=pod --zone=us-west4-a --type=v5litepod-256 \
-#     --runtime=v2-alpha-tpuv5-lite --spot --bucket=mine -- \
-#     train --gin_file=... --gin.MODEL_DIR=/tmp/gcs/mine/runs/first
+#     --runtime=v2-alpha-tpuv5-lite --spot -- \
+#     train --gin_file=... --gin.MODEL_DIR=gs://mine/runs/first
 #
 # Makes the pod by a queued resource unless it is there, brings this clone to
 # its hosts (files that git tracks or would), installs, runs, and shows the log
@@ -19,7 +19,8 @@
 #   --spot            capacity that can be preempted
 #   --create_flag=F   a further flag of `gcloud compute tpus queued-resources
 #                     create`, such as --reserved; may be repeated
-#   --bucket=BUCKET   gs://BUCKET at /tmp/gcs/BUCKET of every host
+#   --bucket=BUCKET   mounts gs://BUCKET at /tmp/gcs/BUCKET of every host by
+#                     gcsfuse; paths of gs:// need no mount
 #   --delete          delete the pod once the run has finished (exit code 0)
 #   --dry_run         print every command, and run none
 #

@@ -533,9 +533,9 @@ def test_rows_within_rows_are_answered_and_scored(run, tmp_path):
     ),
     ({}, FileNotFoundError, r'is neither a run \(it has no model.json\) nor a'),
     (
-      {'checkpoint_path': 'gs://bucket/run'},
+      {'checkpoint_path': 'hdfs://bucket/run'},
       ValueError,
-      'CHECKPOINT_PATH=gs://bucket/run: only paths of the file system',
+      'CHECKPOINT_PATH=hdfs://bucket/run: hdfs:// is not supported',
     ),
   ],
 )

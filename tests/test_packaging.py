@@ -67,7 +67,10 @@ def read(name):
   ('file', 'expected'),
   [
     ('requirements.txt', core() | extra('quickstart')),
-    ('requirements-tpu.txt', core() | extra('quickstart') | extra('tpu')),
+    (
+      'requirements-tpu.txt',
+      core() | extra('quickstart') | extra('tpu') | extra('gcs'),
+    ),
     ('requirements-beam.txt', extra('beam')),
     ('requirements-dev.txt', core() | extra('dev')),
   ],

@@ -92,8 +92,8 @@ def test_a_run_keeps_to_the_llm_checkpoint_it_began_with(system, tmp_path):
 
 @pytest.mark.parametrize('path', ['gs://bucket/run', 's3://bucket/run'])
 def test_buckets_are_refused_not_written_beside_us(path):
-  with pytest.raises(ValueError, match='MODEL_DIR=.*mount the bucket'):
-    files.local_folder(path, 'MODEL_DIR')
+  with pytest.raises(ValueError, match='CACHE_DIR=.*mount the bucket'):
+    files.local_folder(path, 'CACHE_DIR')
 
 
 def test_summary_counts_frozen_and_trainable(system):

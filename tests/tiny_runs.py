@@ -119,13 +119,16 @@ def write_experiments(path):
 
 
 def train_arguments(folder, kind, run, *bindings):
-  """Returns the arguments that train a system of `write_experiments`."""
+  """Returns the arguments that train a system of `write_experiments`.
+
+  `run` is the name of a folder beside the data, or a URL.
+  """
   tower = 'LLM' if kind == 'llm_baseline' else 'SLM'
   return (
     'train',
     f'--gin_file={folder / kind}.gin',
     f'--gin.DATA_DIR={folder}',
     f'--gin.{tower}_VOCABULARY={folder / "tiny.model"}',
-    f'--gin.MODEL_DIR={folder / run}',
+    f'--gin.MODEL_DIR={run if "://" in run else folder / run}',
     *bindings,
   )

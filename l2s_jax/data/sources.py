@@ -25,6 +25,7 @@ from l2s_jax.data import (
 )
 from l2s_jax.data.record_files import Fields
 from l2s_jax.data.text_files import BadLine
+from l2s_jax.runtime import storage
 
 if TYPE_CHECKING:
   import seqio
@@ -442,7 +443,9 @@ def _read_parallel_text(
   dataset = tf.data.Dataset.zip(
     {
       name: tf.data.TextLineDataset(
-        str(path), 'GZIP' if input_files.is_gzip(path.name) else None
+        # TensorFlow has no s3://, and credentials of its own for gs://.
+        storage.local_copy(path),
+        'GZIP' if input_files.is_gzip(path.name) else None,
       )
       for name, path in zip(pair, paths, strict=True)
       if name in names

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metric logs of a run: `metrics.jsonl` and TensorBoard event files.
 
+A bucket has no append: there, `metrics.jsonl` is written again as a whole, and
+the event file uploaded, at save points (`sync`).
+
 After a restart both logs hold each step once: records after the restored
 checkpoint are dropped, since their steps are repeated.
 """
 
 import json
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import IO, Any
 
-from l2s_jax.runtime import distributed, files
+from l2s_jax.runtime import distributed, files, storage
 
 FILE = 'metrics.jsonl'
 _NOT_SCALARS = ('step', 'time')
@@ -37,11 +41,15 @@ class MetricWriter:
         dropped, too.
       tensorboard: whether to write TensorBoard's files.
     """
-    self._jsonl = None
+    self._jsonl: IO[str] | None = None
     self._tensorboard: EventFile | None = None
+    # Of a run in a bucket: the folder of local copies, and whether they have
+    # more than it.
+    self._scratch: tempfile.TemporaryDirectory[str] | None = None
+    self._is_new = False
     if not distributed.is_first():
       return
-    path = pathlib.Path(run_dir) / FILE
+    path = storage.of(run_dir) / FILE
     kept = [
       record
       for record in read(run_dir, distributed.say)
@@ -51,13 +59,20 @@ class MetricWriter:
         and not any(name.startswith(drop) for name in record)
       )
     ]
+    lines = [json.dumps(record) + '\n' for record in kept]
     with files.whole(path) as file:
-      file.writelines(json.dumps(record) + '\n' for record in kept)
+      file.writelines(lines)
+    self._path = path
+    if isinstance(path, storage.BucketPath):
+      self._scratch = tempfile.TemporaryDirectory(prefix='l2s_jax-logs-')
+      path = pathlib.Path(self._scratch.name) / FILE
+      path.write_text(''.join(lines), encoding='utf-8')
+    self._local = path
     self._jsonl = path.open('a', encoding='utf-8')
 
     if not tensorboard:
       return
-    self._tensorboard = EventFile(pathlib.Path(run_dir) / 'tensorboard')
+    self._tensorboard = EventFile(storage.of(run_dir) / 'tensorboard')
     for record in kept:
       self._add(record)
     self._tensorboard.replace_others()
@@ -75,6 +90,7 @@ class MetricWriter:
     record |= {name: float(value) for name, value in scalars.items()}
     self._jsonl.write(json.dumps(record) + '\n')
     self._jsonl.flush()
+    self._is_new = True
     self._add(record)
 
   def _add(self, record: Mapping[str, Any]) -> None:
@@ -84,11 +100,26 @@ class MetricWriter:
       self._tensorboard.add(name, value, record['step'], record['time'])
     self._tensorboard.flush()
 
+  def sync(self) -> None:
+    """Uploads the logs of a run in a bucket; does nothing for a local one."""
+    if self._scratch is None or not self._is_new:
+      return
+    self._is_new = False
+    assert isinstance(self._path, storage.BucketPath)
+    self._path.upload(self._local)
+    if self._tensorboard is not None:
+      self._tensorboard.sync()
+
   def close(self) -> None:
+    """Uploads what is new, and closes the logs."""
     if self._jsonl is not None:
       self._jsonl.close()
     if self._tensorboard is not None:
       self._tensorboard.close()
+    self.sync()
+    if self._scratch is not None:
+      self._scratch.cleanup()
+      self._scratch = None
 
 
 class EventFile:
@@ -103,10 +134,17 @@ class EventFile:
     # tensorboardX imports torch where it is installed, which takes seconds.
     from tensorboardX import event_file_writer
 
+    self._remote: storage.BucketPath | None = None
+    if isinstance(folder, storage.BucketPath):
+      self._scratch = tempfile.TemporaryDirectory(prefix='l2s_jax-events-')
+      self._remote = folder
+      local = pathlib.Path(self._scratch.name)
+    else:
+      local = folder
     folder.mkdir(parents=True, exist_ok=True)
     self._old = list(folder.glob('events.out.tfevents.*'))
     self._writer = event_file_writer.EventsWriter(
-      str(folder / 'events'), f'.{time.time_ns()}'
+      str(local / 'events'), f'.{time.time_ns()}'
     )
 
   def add(
@@ -135,11 +173,18 @@ class EventFile:
   def replace_others(self) -> None:
     """Removes earlier event files of the folder, which cannot be truncated."""
     self.flush()
+    self.sync()
     for path in self._old:
       path.unlink()
 
+  def sync(self) -> None:
+    """Uploads the file into its folder, if that is in a bucket."""
+    if self._remote is not None:
+      files.upload_folder(self._scratch.name, self._remote)
+
   def close(self) -> None:
     self._writer.close()
+    self.sync()
 
 
 def read(
@@ -154,7 +199,7 @@ def read(
     run_dir: the run.
     say: receives a message for each skipped line.
   """
-  path = pathlib.Path(run_dir) / FILE
+  path = storage.of(run_dir) / FILE
   if not path.is_file():
     return []
   records = files.read_records(path, keys={'step': int, 'time': float}, say=say)

@@ -14,7 +14,7 @@ from typing import Any
 from l2s_jax.evaluation import evaluate, metric_writer, report
 from l2s_jax.models import flops, l2s
 from l2s_jax.models import shapes as shapes_lib
-from l2s_jax.runtime import distributed, files
+from l2s_jax.runtime import distributed, files, storage
 from l2s_jax.systems import model_paths, run_folder
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import saved_steps
@@ -117,7 +117,7 @@ def read_all(paths: Sequence[str]) -> list[ReportedRun]:
   Raises:
     ValueError: if a folder is given twice or cannot be read.
   """
-  folders = [pathlib.Path(path).absolute() for path in paths]
+  folders = [storage.of(path).absolute() for path in paths]
   for folder in folders:
     if folders.count(folder) > 1:
       raise ValueError(f'{folder} is given twice; give each RUN once.')

@@ -16,7 +16,7 @@ from l2s_jax.inference import generate, sampling
 from l2s_jax.metrics import length_bins as length_bins_lib
 from l2s_jax.metrics import metric_fns
 from l2s_jax.models import losses
-from l2s_jax.runtime import distributed, partitioning
+from l2s_jax.runtime import distributed, partitioning, storage
 from l2s_jax.systems import system as system_lib
 
 PyTree = Any
@@ -170,7 +170,7 @@ class Evaluator:
     prepared = self.generator.prepare(params)
     folder = None
     if output_dir is not None and distributed.is_first():
-      folder = pathlib.Path(output_dir) / 'eval'
+      folder = storage.of(output_dir) / 'eval'
     by_task = self._by_seqio.evaluate(
       predict, control=control, step=step, output_dir=folder
     )

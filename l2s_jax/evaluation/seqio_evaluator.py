@@ -22,7 +22,7 @@ from l2s_jax.data.features import seqio, tf
 from l2s_jax.inference import length_buckets
 from l2s_jax.metrics import length_bins as length_bins_lib
 from l2s_jax.metrics import metric_fns
-from l2s_jax.runtime import distributed, files
+from l2s_jax.runtime import distributed, files, storage
 
 # Temporary registry name under which SeqIO's Evaluator finds a bound task.
 _REGISTERED_NAME = 'l2s_jax:bound'
@@ -207,9 +207,8 @@ class TaskEvaluator:
       if output_dir is not None:
         suffix = '' if control == 'none' else f'-{control}'
         _write_predictions(
-          pathlib.Path(
-            output_dir, f'{task.name}-{self._split}-{step}{suffix}.jsonl'
-          ),
+          storage.of(output_dir)
+          / (f'{task.name}-{self._split}-{step}{suffix}.jsonl'),
           examples,
           [vocabulary.decode(ids) for ids in predictions],
           references,

@@ -5,11 +5,10 @@ Settings of the input are in `prompt_source.py`.
 """
 
 import dataclasses
-import os
 from typing import Any, Literal
 
 from l2s_jax.inference import answerer, generate, sampling
-from l2s_jax.runtime import distributed, gin_config
+from l2s_jax.runtime import distributed, gin_config, storage
 from l2s_jax.systems import model_paths, parameters
 from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
@@ -154,7 +153,7 @@ class Answering(AnswerSettings):
     `PromptSource.settings` adds those of the input.
     """
     return {
-      'checkpoint_path': os.path.abspath(self.checkpoint_path),
+      'checkpoint_path': storage.lasting(self.checkpoint_path),
       'checkpoint_saved_nsecs': model_paths.saved_nsecs(
         self.checkpoint_path, step
       ),

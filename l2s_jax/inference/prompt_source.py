@@ -6,7 +6,6 @@ This module has the settings and their validation; `prompts.py` reads.
 
 import dataclasses
 import functools
-import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from etils import epath
 from l2s_jax.data import input_files, tasks, text_files
 from l2s_jax.inference import predictions, prompts
 from l2s_jax.metrics import scores
+from l2s_jax.runtime import storage
 from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
 
@@ -73,7 +73,7 @@ class PromptSource:
         'can read standard input. Set INPUT to a file, or start one process.'
       )
     if not self.is_stdin and not self.is_task:
-      if not pathlib.Path(self.input).is_file():
+      if not storage.of(self.input).is_file():
         raise FileNotFoundError(
           f'INPUT={self.input}: no such file. Set INPUT to a text file, '
           f'{input_files.ENDINGS} (each may be .gz), task:NAME, or - for '

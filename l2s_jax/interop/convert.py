@@ -31,7 +31,7 @@ from l2s_jax.interop import (
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import int8
 from l2s_jax.models import shapes as shapes_lib
-from l2s_jax.runtime import extras, files, gin_config, integrity
+from l2s_jax.runtime import extras, files, gin_config, integrity, storage
 from l2s_jax.vocabularies import base, export, loading, tokenizer_files
 from l2s_jax.weights import converted, finite, hub, manifest, opening, runs
 from l2s_jax.weights import source as source_lib
@@ -96,6 +96,7 @@ def convert(
       not match their config or cannot be expressed in the new format; if there
       is not enough disk space; or if the written tensors differ.
   """
+  storage.check_local(SOURCE=source, DESTINATION=destination)
   if run is not None or to == 'run':
     given: dict[str, Any] = {'from': from_, 'to': to, 'run': run}
     given |= {'dtype': dtype, 'config': config, 'vocabulary': vocabulary}

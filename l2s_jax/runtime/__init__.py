@@ -23,5 +23,6 @@ __all__ = (
   'partitioning',
   'preemption',
   'profiling',
+  'storage',
   't5x_names',
 )

@@ -10,10 +10,14 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
+import tempfile
 import types
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import IO, Any, NoReturn
+
+from l2s_jax.runtime import storage
 
 # Maximum nesting, far below the depth of Python's stack.
 _MOST_LEVELS = 200
@@ -29,19 +33,26 @@ def whole(path: str | os.PathLike[str], mode: str = 'w') -> Iterator[IO[Any]]:
 
   The data are written to a temporary file beside `path`, which replaces `path`
   when the block ends without an exception. After an exception, `path` keeps its
-  earlier content.
+  earlier content. For an object of a bucket, the temporary file is local, and
+  is uploaded at the end.
 
   Args:
     path: the file; its folder is created if absent.
     mode: 'w' for UTF-8 text, 'wb' for bytes.
   """
-  path = pathlib.Path(path)
+  path = storage.of(path)
+  encoding = 'utf-8' if mode == 'w' else None
+  if isinstance(path, storage.BucketPath):
+    with tempfile.TemporaryDirectory(prefix='l2s_jax-') as scratch:
+      local = pathlib.Path(scratch) / 'object'
+      with local.open(mode, encoding=encoding) as file:
+        yield file
+      path.upload(local)
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
   try:
-    with temporary.open(
-      mode, encoding='utf-8' if mode == 'w' else None
-    ) as file:
+    with temporary.open(mode, encoding=encoding) as file:
       yield file
     temporary.replace(path)
   finally:
@@ -77,7 +88,7 @@ def read_json(
     ValueError: in one sentence, with the file, the problem and the remedy.
   """
   try:
-    content = pathlib.Path(path).read_bytes()
+    content = storage.of(path).read_bytes()
   except IsADirectoryError as error:
     raise ValueError(
       f'{path} is a folder, expected a JSON file; {remedy}'
@@ -153,7 +164,7 @@ def read_records(
     The records in order.
   """
   records = []
-  lines = pathlib.Path(path).read_bytes().splitlines(keepends=True)
+  lines = storage.of(path).read_bytes().splitlines(keepends=True)
   for number, line in enumerate(lines, start=1):
     place = f'{path}, line {number}'
     if not line.endswith(b'\n'):
@@ -321,30 +332,69 @@ def differences(
   return [f'  {name}: {have} {left}, {want} {right}']
 
 
+def upload_folder(source: str | os.PathLike[str], target: pathlib.Path) -> None:
+  """Copies all files of a local folder into a bucket."""
+  assert isinstance(target, storage.BucketPath), target
+  for path in sorted(pathlib.Path(source).rglob('*')):
+    if path.is_file():
+      place = target / path.relative_to(source).as_posix()
+      place.upload(path)
+
+
+def move_folder(folder: pathlib.Path, target: pathlib.Path) -> None:
+  """Moves a folder; `target` must not exist."""
+  if isinstance(folder, storage.BucketPath):
+    assert isinstance(target, storage.BucketPath), target
+    folder.move_to(target)
+    return
+  target.parent.mkdir(exist_ok=True)
+  folder.rename(target)
+
+
+def remove_folder(folder: pathlib.Path) -> None:
+  """Removes a folder with its content, if it exists."""
+  if isinstance(folder, storage.BucketPath):
+    folder.rmtree()
+  else:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def nearest_existing(folder: pathlib.Path) -> pathlib.Path:
   """Returns a folder, or its nearest existing ancestor."""
   folder = folder.absolute()
   return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def local_folder(path: str, name: str) -> pathlib.Path:
+def folder(path: str, name: str) -> pathlib.Path:
   """Validates a folder given by the user; it need not exist.
+
+  Args:
+    path: the folder, local or in a bucket.
+    name: name of the setting, for errors.
+
+  Raises:
+    ValueError: if `path` is empty or a file, or its bucket cannot be opened.
+  """
+  if storage.scheme(path) is None:
+    return local_folder(path, name)
+  storage.check(path, name)
+  return storage.of(path)
+
+
+def local_folder(path: str, name: str) -> pathlib.Path:
+  """Validates a folder that must be local; it need not exist.
 
   Args:
     path: the folder.
     name: name of the setting, for errors.
 
   Raises:
-    ValueError: if `path` is empty, a bucket URL, or a file.
+    ValueError: if `path` is empty, in a bucket, or a file.
   """
   if not str(path):
     raise ValueError(f'{name} is empty; give a folder.')
-  if '://' in str(path):
-    raise ValueError(
-      f'{name}={path}: only paths of the file system are supported; mount the '
-      'bucket (such as with gcsfuse) and give its local path.'
-    )
-  folder = pathlib.Path(path)
-  if folder.exists() and not folder.is_dir():
+  storage.check_local(**{name: path})
+  found = pathlib.Path(path)
+  if found.exists() and not found.is_dir():
     raise ValueError(f'{name}={path} is a file; give a folder.')
-  return folder
+  return found

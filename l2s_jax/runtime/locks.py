@@ -5,6 +5,11 @@ On the owner's host, the recorded process tells whether the owner still runs. On
 other hosts, over a shared disk, only renewals are visible: a lock that is not
 renewed for LEASE_SECS belongs to a dead process and is taken over. The contents
 of the file are compared, not its times, since clocks differ.
+
+In a bucket the lock is an object. It is created on the condition that there is
+none, which the store decides. Whoever takes over a stale one writes its own,
+waits, and reads it back: of several, the last remains. A process whose lock was
+taken over ends at once, since two would write.
 """
 
 import contextlib
@@ -12,17 +17,23 @@ import json
 import os
 import pathlib
 import socket
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from l2s_jax.runtime import distributed, files
+from l2s_jax.runtime import distributed, files, storage
 
 RENEWAL_SECS = 5.0
 LEASE_SECS = 30.0
 NAME = '.lock'
+# In a bucket: each renewal is a request to pay for.
+BUCKET_RENEWAL_SECS = 20.0
+BUCKET_LEASE_SECS = 90.0
+# Longer than a write takes.
+_SETTLING_SECS = 3.0
 
 _KEYS = {'host': str, 'pid': int, 'start': str, 'birth': str, 'beat': int}
 
@@ -84,29 +95,56 @@ def _take(path: pathlib.Path, mine: dict[str, Any], setting: str) -> None:
     else:
       distributed.say(
         f'{path.parent} is locked by {_name(who)}; waiting up to '
-        f'{LEASE_SECS:.0f} s for it to renew the lock.'
+        f'{_lease_secs(path):.0f} s for it to renew the lock.'
       )
       if _changes(path, content):
         raise ValueError(_refusal(path, who, setting))
-      gone = f'it was not renewed for {LEASE_SECS:.0f} s'
-    if _remove(path, content):
+      gone = f'it was not renewed for {_lease_secs(path):.0f} s'
+    is_bucket = isinstance(path, storage.BucketPath)
+    if is_bucket:
+      is_taken = _overwrite(path, content, mine)
+    else:
+      is_taken = _remove(path, content)
+    if is_taken:
       distributed.say(
         f'{path.parent}: the lock of '
         f'{_name(who) if who else "another process"} is taken over; {gone}.'
       )
+      if is_bucket:
+        return
 
 
 def _make(path: pathlib.Path, mine: dict[str, Any]) -> bool:
   """Creates the complete lock file if there is none; returns whether it did."""
+  content = json.dumps({**mine, 'beat': 0})
+  if isinstance(path, storage.BucketPath):
+    return path.create(content.encode())
   temporary = path.with_name(f'{path.name}.{mine["owner"]}')
   try:
-    temporary.write_text(json.dumps({**mine, 'beat': 0}))
+    temporary.write_text(content)
     os.link(temporary, path)
   except FileExistsError:
     return False
   finally:
     temporary.unlink(missing_ok=True)
   return True
+
+
+def _overwrite(
+  path: pathlib.Path, content: bytes, mine: dict[str, Any]
+) -> bool:
+  """Replaces a stale lock in a bucket; False if another process was last."""
+  with contextlib.suppress(FileNotFoundError):
+    if path.read_bytes() != content:
+      return False
+    path.write_bytes(json.dumps({**mine, 'beat': 0}).encode())
+    time.sleep(_SETTLING_SECS)
+    return _owner(path) == mine['owner']
+  return False
+
+
+def _lease_secs(path: pathlib.Path) -> float:
+  return BUCKET_LEASE_SECS if storage.is_bucket(path) else LEASE_SECS
 
 
 def _remove(path: pathlib.Path, content: bytes) -> bool:
@@ -130,20 +168,30 @@ def _renew(
   path: pathlib.Path, mine: dict[str, Any], stopped: threading.Event
 ) -> None:
   beat = 0
-  while not stopped.wait(RENEWAL_SECS):
+  is_bucket = isinstance(path, storage.BucketPath)
+  while not stopped.wait(BUCKET_RENEWAL_SECS if is_bucket else RENEWAL_SECS):
     beat += 1
     # Training goes on while the disk is full or unreachable.
     with contextlib.suppress(OSError):
       if _owner(path) == mine['owner']:
         with files.whole(path) as file:
           file.write(json.dumps({**mine, 'beat': beat}))
+      elif is_bucket and path.exists() and not stopped.is_set():
+        print(
+          f'l2s_jax: error: the lock {path} was taken over by another process, '
+          'since it was not renewed in time; this process ends.',
+          file=sys.stderr,
+          flush=True,
+        )
+        os._exit(1)
 
 
 def _changes(path: pathlib.Path, content: bytes) -> bool:
   """Returns whether a lock file changes within the lease."""
-  deadline = time.monotonic() + LEASE_SECS
+  lease_secs = _lease_secs(path)
+  deadline = time.monotonic() + lease_secs
   while time.monotonic() < deadline:
-    time.sleep(min(1.0, LEASE_SECS / 10))
+    time.sleep(min(3.0 if storage.is_bucket(path) else 1.0, lease_secs / 10))
     try:
       if path.read_bytes() != content:
         return True

@@ -2,11 +2,12 @@
 """Profiler traces of selected training steps, for TensorBoard or Perfetto."""
 
 import pathlib
+import tempfile
 from collections.abc import Sequence
 
 import jax
 
-from l2s_jax.runtime import distributed
+from l2s_jax.runtime import distributed, files, storage
 
 FOLDER = 'profile'
 
@@ -42,13 +43,18 @@ class Profiler:
       steps: the first and the last step to trace; None traces nothing.
     """
     self._folder = run_dir / FOLDER
+    self._scratch: tempfile.TemporaryDirectory[str] | None = None
     self._first, self._last = steps or (0, 0)
     self._is_on = False
 
   def before(self, step: int) -> None:
     """Starts the trace before its first step; call it before each step."""
     if step == self._first and distributed.is_first():
-      jax.profiler.start_trace(str(self._folder))
+      place = str(self._folder)
+      if isinstance(self._folder, storage.BucketPath):
+        self._scratch = tempfile.TemporaryDirectory(prefix='l2s_jax-profile-')
+        place = self._scratch.name
+      jax.profiler.start_trace(place)
       self._is_on = True
 
   def is_last(self, step: int) -> bool:
@@ -63,3 +69,7 @@ class Profiler:
     if self._is_on:
       jax.profiler.stop_trace()
       self._is_on = False
+    if self._scratch is not None:
+      files.upload_folder(self._scratch.name, self._folder)
+      self._scratch.cleanup()
+      self._scratch = None

@@ -26,6 +26,7 @@ from flax import traverse_util
 
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
+from l2s_jax.runtime import storage
 from l2s_jax.systems import run_folder
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import converted, manifest, runs
@@ -55,7 +56,7 @@ def open_bundle(location: str | pathlib.Path) -> 'Bundle':
     FileNotFoundError: if a file is missing.
     ValueError: if a file does not match its hash; names the file.
   """
-  folder = pathlib.Path(location).resolve()
+  folder = storage.of(location).resolve()
   return _open(folder, (folder / manifest.FILE).stat().st_mtime_ns)
 
 
@@ -149,7 +150,7 @@ class Bundle:
   def beside(self) -> dict[tuple[str, ...], np.ndarray]:
     """Returns the tensors of projector, prompt embedder and layer mix."""
     return {
-      tuple(name.split('/')): tensor.read()
+      tuple(name.split('/')): np.asarray(tensor.read())
       for name, tensor in self._beside.items()
     }
 
@@ -158,7 +159,9 @@ class Bundle:
     flat = self.beside()
     for name, tower in self.towers.items():
       prefix = () if name == MODEL else (name,)
-      flat |= {prefix + path: tower.read(path) for path in tower.shapes()}
+      flat |= {
+        prefix + path: np.asarray(tower.read(path)) for path in tower.shapes()
+      }
     return traverse_util.unflatten_dict(flat)
 
 

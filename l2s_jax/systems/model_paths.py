@@ -12,6 +12,7 @@ import pathlib
 from typing import Literal
 
 from l2s_jax.runtime import files as files_lib
+from l2s_jax.runtime import storage
 from l2s_jax.systems import builders, bundle, run_folder
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import hub, opening, saved_steps
@@ -19,17 +20,18 @@ from l2s_jax.weights import hub, opening, saved_steps
 
 def is_run(location: str | pathlib.Path) -> bool:
   """Returns whether a folder is a run's."""
-  return (pathlib.Path(location) / run_folder.DESCRIPTION).is_file()
+  return (storage.of(location) / run_folder.DESCRIPTION).is_file()
 
 
 def check_path(location: str) -> None:
-  """Checks that CHECKPOINT_PATH is a local file or folder.
+  """Checks that CHECKPOINT_PATH can be opened.
 
   Raises:
-    ValueError: if it is remote; see `files.local_folder`.
+    ValueError: if it is empty, or in a bucket of an unknown kind.
   """
-  if not pathlib.Path(location).is_file():
-    files_lib.local_folder(location, 'CHECKPOINT_PATH')
+  storage.check(location, 'CHECKPOINT_PATH')
+  if storage.is_bucket(location) or not storage.of(location).is_file():
+    files_lib.folder(location, 'CHECKPOINT_PATH')
 
 
 def load(
@@ -129,7 +131,7 @@ def saved_nsecs(location: str, step: int) -> int:
   if is_run(location):
     params, _ = saved_steps.params_folder(location, step)
     return saved_steps.saved_nsecs(params)
-  path = pathlib.Path(location)
+  path = storage.of(location)
   if hub.is_name(location):
     path = hub.download(location)
   files = [path] if path.is_file() else path.iterdir()
@@ -152,4 +154,6 @@ def output_dir(location: str, given: str | None, setting: str) -> pathlib.Path:
       f'CHECKPOINT_PATH={location} is a pretrained model, and results are not '
       f'written into its folder. Set {setting} to a folder for the results.'
     )
-  return pathlib.Path(given or location)
+  if given is not None:
+    storage.check(given, setting)
+  return storage.of(given or location)

@@ -13,7 +13,7 @@ from flax import traverse_util
 
 from l2s_jax.models import l2s, lora
 from l2s_jax.models import shapes as shapes_lib
-from l2s_jax.runtime import distributed, partitioning
+from l2s_jax.runtime import distributed, partitioning, storage
 from l2s_jax.systems import bundle, model_paths
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import hub, opening, saved_steps
@@ -205,7 +205,7 @@ def open_llm(path: str, step: int | None) -> source_lib.Source:
   Raises:
     FileNotFoundError: if it does not exist.
   """
-  if not pathlib.Path(path).exists() and not hub.is_name(path):
+  if not storage.of(path).exists() and not hub.is_name(path):
     raise FileNotFoundError(
       f"The LLM's weights are not at {path}. Set LLM_PATH to their new "
       'location.'

@@ -7,13 +7,12 @@ build on it, given only its path.
 
 import dataclasses
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
-from l2s_jax.runtime import distributed, files
+from l2s_jax.runtime import distributed, files, storage
 from l2s_jax.systems import builders
 from l2s_jax.systems import system as system_lib
 from l2s_jax.vocabularies import base, loading
@@ -31,7 +30,7 @@ def save(system: system_lib.System, run_dir: str | pathlib.Path) -> None:
   Raises:
     ValueError: if the folder describes another system; lists the differences.
   """
-  folder = pathlib.Path(run_dir)
+  folder = storage.of(run_dir)
   path = folder / DESCRIPTION
   description = system.describe()
   if path.is_file():
@@ -57,7 +56,7 @@ def save(system: system_lib.System, run_dir: str | pathlib.Path) -> None:
         continue
       except (ValueError, FileNotFoundError) as error:
         distributed.say(f'{error} It is written again.')
-        shutil.rmtree(place, ignore_errors=True)
+        files.remove_folder(place)
     vocabulary.save(place)
   files.write_json(path, description)
 
@@ -76,7 +75,7 @@ def load(
     ValueError: if a newer version of this project wrote it, or something is
       missing.
   """
-  folder = pathlib.Path(run_dir)
+  folder = storage.of(run_dir)
   path = folder / DESCRIPTION
   if not path.is_file():
     raise FileNotFoundError(
@@ -157,11 +156,11 @@ def pin_llm(
   the tokenizers and the LLM's prefix ids, which older versions of this project
   may have read differently from the same folder.
   """
-  path = pathlib.Path(run_dir) / DESCRIPTION
+  path = storage.of(run_dir) / DESCRIPTION
   if not path.is_file():
     return system
-  description = runs.read_description(pathlib.Path(run_dir))
-  system = _with_older_vocabularies(system, pathlib.Path(run_dir), description)
+  description = runs.read_description(storage.of(run_dir))
+  system = _with_older_vocabularies(system, storage.of(run_dir), description)
   module = system.module
   if isinstance(module, l2s.LlmToSlm):
     # Kept from the run: earlier versions had no prefix ids.

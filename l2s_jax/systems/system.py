@@ -6,7 +6,6 @@ single language models, and LLM-to-SLM.
 """
 
 import dataclasses
-import os
 from typing import Any
 
 import gin
@@ -20,6 +19,7 @@ from l2s_jax.models import (
   stored_states,
 )
 from l2s_jax.models import config as config_lib
+from l2s_jax.runtime import storage
 from l2s_jax.vocabularies import base, loading
 from l2s_jax.weights import hub, opening, own_tokenizer, run_format
 
@@ -102,7 +102,7 @@ gin.external_configurable(Tower, module='l2s_jax')
 
 def _lasting(path: str) -> str:
   """Returns a path that is valid in any working directory."""
-  return path if hub.is_name(path) else os.path.abspath(path)
+  return path if hub.is_name(path) else storage.lasting(path)
 
 
 @dataclasses.dataclass(frozen=True)

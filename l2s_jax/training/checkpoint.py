@@ -14,7 +14,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from l2s_jax.metrics import metric_fns
-from l2s_jax.runtime import distributed, files, integrity, partitioning
+from l2s_jax.runtime import distributed, files, integrity, partitioning, storage
 from l2s_jax.training import state as state_lib
 from l2s_jax.weights import saved_steps
 
@@ -52,6 +52,21 @@ class _Manager(ocp.CheckpointManager):
     return False
 
 
+def check_folder(model_dir: str) -> pathlib.Path:
+  """Validates MODEL_DIR, the folder of a run; it need not exist.
+
+  Raises:
+    ValueError: if checkpoints cannot be there.
+  """
+  folder = files.folder(model_dir, 'MODEL_DIR')
+  if storage.scheme(folder) not in (None, 'gs'):
+    raise ValueError(
+      f'MODEL_DIR={model_dir}: checkpoints are saved in local folders or in '
+      'gs://, since Orbax opens no other store; give one of these.'
+    )
+  return folder
+
+
 class Checkpointer:
   """Saves and restores checkpoints of one run."""
 
@@ -66,18 +81,23 @@ class Checkpointer:
     Raises:
       DamagedError: if all existing checkpoints are damaged.
     """
-    self.folder = pathlib.Path(run_dir).absolute() / saved_steps.FOLDER
+    self.folder = storage.of(run_dir).absolute() / saved_steps.FOLDER
     _, bad = saved_steps.newest_good(run_dir, saved_steps.ITEMS)
     if distributed.is_first():
       for step in bad:
         _set_apart(self.folder, step)
     distributed.wait_for_all('damaged checkpoints')
     self._policy = _KeepNewestAndBest(keep, saved_steps.best_step(run_dir))
+    # Of a checkpoint that is not kept, a bucket loses the commit file first,
+    # and by one request; Orbax would delete its objects in any order.
+    self._deletes = isinstance(self.folder, storage.BucketPath)
     self._manager = _Manager(
-      self.folder,
+      storage.for_library(self.folder),
       item_names=(*saved_steps.ITEMS, 'data'),
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=self._policy,
+        preservation_policy=ocp.checkpoint_managers.LatestN(None)
+        if self._deletes
+        else self._policy,
         create=True,
         # Orbax then renames before it deletes: a killed process leaves no
         # checkpoint with missing files.
@@ -85,13 +105,37 @@ class Checkpointer:
       ),
     )
     self._empty_deleted()
+    self._delete_old()
 
   def _empty_deleted(self) -> None:
     """Deletes the content of the folder of deleted checkpoints."""
     # The folder itself stays: Orbax's thread may be moving a step into it.
-    if distributed.is_first():
+    if distributed.is_first() and not self._deletes:
       for path in (self.folder / _DELETED).glob('*'):
         shutil.rmtree(path, ignore_errors=True)
+
+  def _delete_old(self) -> None:
+    """Deletes from a bucket all checkpoints that are not kept.
+
+    An incomplete one, as a killed process leaves it, is overwritten by the save
+    of its step.
+    """
+    if not self._deletes:
+      return
+    steps = saved_steps.steps(self.folder.parent)
+    newest = (
+      steps
+      if self._policy.num_newest is None
+      else steps[-self._policy.num_newest :]
+    )
+    old = set(steps) - {*newest, self._policy.best_step}
+    distributed.wait_for_all('old checkpoints')
+    if not old:
+      return
+    if distributed.is_first():
+      for step in sorted(old):
+        files.remove_folder(self.folder / str(step))
+    distributed.wait_for_all('deleted checkpoints')
 
   def save(
     self,
@@ -110,6 +154,9 @@ class Checkpointer:
     if step in self._manager.all_steps():
       return
     self._empty_deleted()
+    if self._deletes:
+      self.wait()  # The save before is complete now, and others not kept.
+      self._delete_old()
     optimizer = {
       'opt_state': state.opt_state,
       'step': state.step,
@@ -155,6 +202,9 @@ class Checkpointer:
       )
     # Delete checkpoints that are not kept any more; Orbax does so only on save.
     self.wait()
+    if self._deletes:
+      self._delete_old()
+      return
     steps = self._manager.all_steps()
     newest = (
       steps
@@ -218,8 +268,10 @@ class Checkpointer:
 
   def close(self) -> None:
     """Waits for saves and closes Orbax's manager."""
+    self._manager.wait_until_finished()
+    self._delete_old()
     self._manager.close()
-    if distributed.is_first():
+    if distributed.is_first() and not self._deletes:
       shutil.rmtree(self.folder / _DELETED, ignore_errors=True)
 
 
@@ -230,6 +282,5 @@ def _set_apart(folder: pathlib.Path, step: int) -> None:
   while place.exists():
     count += 1
     place = place.with_name(f'{step}-{count}')
-  place.parent.mkdir(exist_ok=True)
-  (folder / str(step)).rename(place)
+  files.move_folder(folder / str(step), place)
   distributed.say(f'{folder / str(step)} was moved to {place}.')

@@ -93,6 +93,7 @@ class Loop:
 
   def save(self) -> None:
     """Starts an asynchronous save of this step, unless it is saved already."""
+    self.log.sync()
     with self.watcher.lock:
       self.progress.settle()
       self.checkpointer.save(
@@ -287,6 +288,7 @@ class Evaluate(Hook):
         stop=loop.watcher.check,
       )
     loop.write({f'eval/{self.prefix}{k}': v for k, v in scores.items()})
+    loop.log.sync()
     self.found[loop.step] = scores
     label = f', {self.prefix[:-1]}' if self.prefix else ''
     line = scoring.format_scores(scores, self._scorer.signatures)

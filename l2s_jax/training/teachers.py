@@ -25,7 +25,7 @@ from l2s_jax.models import (
   shapes,
   stored_states,
 )
-from l2s_jax.runtime import partitioning
+from l2s_jax.runtime import partitioning, storage
 from l2s_jax.systems import model_paths, parameters
 from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
@@ -267,7 +267,9 @@ def _is_llm(
   if 'llm' not in system.frozen or tower.config is not None:
     return False
   paths = {
-    path if path is None or hub.is_name(path) else os.path.realpath(path)
+    path
+    if path is None or hub.is_name(path) or storage.is_bucket(path)
+    else os.path.realpath(path)
     for path in (tower.path, system.sources['llm'])
   }
   return len(paths) == 1 and dtype in (None, system.frozen_dtype)

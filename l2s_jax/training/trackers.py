@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from l2s_jax.evaluation import metric_writer
-from l2s_jax.runtime import distributed, extras, files
+from l2s_jax.runtime import distributed, extras, files, storage
 from l2s_jax.training import hooks as hooks_lib
 
 TENSORBOARD = 'tensorboard'
@@ -35,14 +35,15 @@ def _start_wandb(run_dir: pathlib.Path, run_id: str) -> Any:
   mode: Any = os.environ.get('WANDB_MODE', 'offline')
   # Its folders are named by the second. A second run in one would overwrite the
   # first.
-  while [*run_dir.glob(f'wandb/*run-{time.strftime("%Y%m%d_%H%M%S")}-*')]:
+  local = pathlib.Path() if storage.is_bucket(run_dir) else run_dir
+  while [*local.glob(f'wandb/*run-{time.strftime("%Y%m%d_%H%M%S")}-*')]:
     time.sleep(0.1)
   run = wandb.init(
     project=os.environ.get('WANDB_PROJECT', PROJECT),
     name=run_dir.name,
     id=run_id,
     resume='allow',
-    dir=str(run_dir),
+    dir=None if storage.is_bucket(run_dir) else str(run_dir),
     mode=mode,
     settings=wandb.Settings(
       console='off', silent=True, disable_git=True, disable_code=True

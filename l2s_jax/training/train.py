@@ -20,15 +20,14 @@ import optax
 from l2s_jax.data import batching, bound_tasks
 from l2s_jax.runtime import (
   distributed,
-  files,
   partitioning,
   preemption,
 )
 from l2s_jax.systems import parameters, run_folder
 from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
-from l2s_jax.training import distillation as distillation_lib
 from l2s_jax.training import (
+  checkpoint,
   eval_plan,
   optim,
   programs,
@@ -36,6 +35,7 @@ from l2s_jax.training import (
   train_data,
   train_step,
 )
+from l2s_jax.training import distillation as distillation_lib
 from l2s_jax.training import hooks as hooks_lib
 from l2s_jax.training import progress as progress_lib
 
@@ -127,7 +127,7 @@ def train(
     SystemExit: after SIGTERM or SIGINT.
   """
   settings = resuming.RunSettings(
-    run_dir=files.local_folder(model_dir, 'MODEL_DIR'),
+    run_dir=checkpoint.check_folder(model_dir),
     train_steps=train_steps,
     log_period=log_period,
     checkpoint_period=checkpoint_period,

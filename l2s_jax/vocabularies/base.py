@@ -17,6 +17,7 @@ from typing import Any
 import tokenizers
 
 from l2s_jax.runtime import files as files_lib
+from l2s_jax.runtime import storage
 from l2s_jax.vocabularies import (
   tokenizer_files,
 )
@@ -267,7 +268,7 @@ class Vocabulary(abc.ABC):
       ValueError: if the folder has files of another tokenizer, which `load`
         might read instead.
     """
-    folder = pathlib.Path(folder)
+    folder = storage.of(folder)
     strangers = [
       name
       for name in tokenizer_files.ALL_FILES

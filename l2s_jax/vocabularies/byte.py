@@ -16,6 +16,7 @@ from typing import Any
 
 import tokenizers
 
+from l2s_jax.runtime import storage
 from l2s_jax.vocabularies import base, tokenizer_files
 
 _FIRST_BYTE = 3  # After pad, EOS and unknown.
@@ -67,7 +68,7 @@ class ByteVocabulary(base.Vocabulary):
       }
       files = {path.name: json.dumps(config).encode()}
     else:
-      path = pathlib.Path(path)
+      path = storage.of(path)
       files = tokenizer_files.read_special_files(path.parent)
       if path.name not in files:
         raise FileNotFoundError(f'{path} is missing: expected a tokenizer.')

@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
-from l2s_jax.runtime import files
+from l2s_jax.runtime import files, storage
 from l2s_jax.vocabularies import (
   auto_tokenizer,
   base,
@@ -62,7 +62,7 @@ def complete(
     'bos': config.get('add_bos_token', False),
     'eos': config.get('add_eos_token', adds_eos),
   }
-  source = pathlib.Path(vocabulary.path)
+  source = storage.of(vocabulary.path)
   if isinstance(vocabulary, sentencepiece.SentencePieceVocabulary):
     try:
       tokenizer = from_sentencepiece(source.read_bytes(), sentinels_below)

@@ -5,12 +5,12 @@ import copy
 import functools
 import json
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tokenizers
 
+from l2s_jax.runtime import storage
 from l2s_jax.vocabularies import (
   auto_tokenizer,
   base,
@@ -52,7 +52,7 @@ class HuggingFaceVocabulary(base.Vocabulary):
       ValueError: if a file is broken, `vocab.json` is not GPT-2's, a special
         token is not in the vocabulary, or as `Vocabulary`.
     """
-    path = pathlib.Path(path)
+    path = storage.of(path)
     folder = path if path.is_dir() else path.parent
     if contents is not None:
       files = {
@@ -185,7 +185,7 @@ def _hugging_face_tokenizer(
     content = files[tokenizer_files.TOKENIZER_FILE]
   else:
     content = gpt2_json(files, path)
-  file = pathlib.Path(path)
+  file = storage.of(path)
   auto_tokenizer.check(tokenizer_files.parse_json(content, file), file)
   with tokenizer_files.refusing(path):
     tokenizer = tokenizers.Tokenizer.from_buffer(content)
@@ -205,7 +205,7 @@ def gpt2_json(
   Raises:
     ValueError: if `vocab.json` is not GPT-2's.
   """
-  folder = pathlib.Path(path)
+  folder = storage.of(path)
   vocab, merges = tokenizer_parts.parse_gpt2_files(
     [files[name] for name in tokenizer_files.GPT2_FILES], folder
   )

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from l2s_jax.runtime import storage
 from l2s_jax.vocabularies import (
   auto_tokenizer,
   base,
@@ -48,7 +49,7 @@ def load(
     FileNotFoundError: if the path is missing, or a folder without a known file.
     ValueError: if the file is of no known kind or broken.
   """
-  folder = pathlib.Path(path)
+  folder = storage.of(path)
   overrides: dict[str, Any] = {
     'start_id': start_id,
     'eos_id': eos_id,

@@ -4,7 +4,6 @@
 import functools
 import io
 import os
-import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from l2s_jax.runtime import files as files_lib
+from l2s_jax.runtime import storage
 from l2s_jax.vocabularies import base, tokenizer_files
 
 
@@ -43,7 +43,7 @@ class SentencePieceVocabulary(base.Vocabulary):
       FileNotFoundError: if there is no such file.
       ValueError: if it is not a SentencePiece model, or as `Vocabulary`.
     """
-    path = pathlib.Path(path)
+    path = storage.of(path)
     content = tokenizer_files.read(path)
     processor = _sentencepiece_processor(content, path)
     sentinels = [f'▁<extra_id_{n}>' for n in reversed(range(extra_ids))]

@@ -13,6 +13,7 @@ They are read as float32, and their digests are of these floats.
 import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -134,13 +135,17 @@ class ConvertedFolder:
       )
     return found
 
-  def read(self, path: shapes_lib.Path, layer: int | None = None) -> np.ndarray:
+  def read(self, path: shapes_lib.Path, layer: int | None = None) -> Any:
     name = '/'.join(path)
-    tensor, index = self._tensors[name], ... if layer is None else layer
-    array = tensor.read()[index]
-    if tensor.dtype != _INT8:
+    # In a bucket, all layers are a `storage.BucketArray`.
+    array, scale = self._tensors[name].read(), None
+    if self._tensors[name].dtype == _INT8:
+      scale = self._tensors[name + SCALE].read()
+    if layer is not None:
+      array, scale = array[layer], None if scale is None else scale[layer]
+    if scale is None:
       return array
-    return int8.dequantize(array, self._tensors[name + SCALE].read()[index])
+    return int8.dequantize(np.asarray(array), np.asarray(scale))
 
   def name(self, path: shapes_lib.Path) -> str:
     return '/'.join(path)

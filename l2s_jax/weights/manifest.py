@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from l2s_jax.runtime import files, integrity
+from l2s_jax.runtime import files, integrity, storage
 from l2s_jax.weights import run_format
 
 FILE = run_format.EXPORT
@@ -39,7 +39,7 @@ def is_export(folder: str | pathlib.Path, form: str) -> bool:
     folder: the folder to check.
     form: the export form, such as 'bundle'.
   """
-  path = pathlib.Path(folder) / FILE
+  path = storage.of(folder) / FILE
   if not path.is_file():
     return False
   try:
@@ -57,7 +57,7 @@ def form_of(folder: str | pathlib.Path) -> str | None:
   Raises:
     ValueError: if there is a manifest that cannot be read.
   """
-  path = pathlib.Path(folder) / FILE
+  path = storage.of(folder) / FILE
   if not path.is_file():
     return None
   content = files.read_json(path, remedy=_REMEDY)
@@ -114,7 +114,7 @@ def read(folder: str | pathlib.Path, form: str) -> dict[str, Any]:
       by a newer version; or if a file was changed, is not listed, or lies
       outside the folder.
   """
-  folder = pathlib.Path(folder)
+  folder = storage.of(folder)
   path = folder / FILE
   content = run_format.read_sealed(
     FILE,

@@ -4,6 +4,7 @@
 import pathlib
 
 from l2s_jax.models import config as config_lib
+from l2s_jax.runtime import storage
 from l2s_jax.weights import source as source_lib
 
 ADAPTER = 'adapter_config.json'  # written by the package peft
@@ -37,7 +38,7 @@ def open_source(
     tensor_files,
   )
 
-  folder = pathlib.Path(location)
+  folder = storage.of(location)
   if hub.is_name(location):
     folder = hub.download(location)
   else:

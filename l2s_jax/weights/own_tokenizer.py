@@ -5,6 +5,7 @@ import functools
 import pathlib
 import tempfile
 
+from l2s_jax.runtime import storage
 from l2s_jax.vocabularies import base, loading, tokenizer_files
 from l2s_jax.weights import hub, manifest, runs
 from l2s_jax.weights.formats import gguf_file, t5x
@@ -23,7 +24,7 @@ def load(
   Raises:
     ValueError: if the weights have no tokenizer; names `setting`.
   """
-  path = pathlib.Path(location)
+  path = storage.of(location)
   if hub.is_name(location):
     path = hub.download(location)
   if (path / 'model.json').is_file():  # The answer tokenizer.
@@ -66,7 +67,7 @@ def _out_of_gguf(location: str, setting: str) -> pathlib.Path:
   folder = tempfile.TemporaryDirectory(prefix='l2s_jax-tokenizer-')
   _KEPT.append(folder)
   path = pathlib.Path(folder.name)
-  if not gguf_file.File(pathlib.Path(location)).save_tokenizer(path):
+  if not gguf_file.File(storage.of(location)).save_tokenizer(path):
     raise ValueError(_asks_for_one(location, setting))
   return path
 

@@ -29,6 +29,7 @@ from l2s_jax.runtime import (
   integrity,
   os_errors,
   partitioning,
+  storage,
 )
 
 PyTree = Any
@@ -57,14 +58,33 @@ class DamagedError(ValueError):
 
 def steps(run_dir: str | pathlib.Path) -> list[int]:
   """Returns the steps of all complete checkpoints of a run, ascending."""
-  folder = pathlib.Path(run_dir).absolute() / FOLDER
+  folder = storage.of(run_dir).absolute() / FOLDER
   if not folder.is_dir():
     return []
   return sorted(
     int(path.name)
     for path in folder.iterdir()
-    if path.name.isdigit() and ocp.path.step.is_checkpoint_finalized(path)
+    if path.name.isdigit() and _is_complete(path)
   )
+
+
+def check_readable(run_dir: str | pathlib.Path) -> None:
+  """Refuses a run in a bucket whose arrays Orbax does not open.
+
+  Raises:
+    ValueError: names the path.
+  """
+  if storage.scheme(run_dir) not in (None, 'gs'):
+    raise ValueError(
+      f'{run_dir}: checkpoints of runs are in local folders or in gs://, since '
+      'Orbax opens no other store. Copy the run, or give a converted folder.'
+    )
+
+
+def _is_complete(step_folder: pathlib.Path) -> bool:
+  if isinstance(step_folder, storage.BucketPath):
+    return (step_folder / storage.COMMIT).exists()
+  return ocp.path.step.is_checkpoint_finalized(step_folder)
 
 
 def best_step(run_dir: str | pathlib.Path) -> int | None:
@@ -75,7 +95,7 @@ def best_step(run_dir: str | pathlib.Path) -> int | None:
   Raises:
     ValueError: if `best.json` is damaged.
   """
-  path = pathlib.Path(run_dir) / BEST
+  path = storage.of(run_dir) / BEST
   if not path.exists():
     return None
   found = files.read_json(
@@ -101,7 +121,8 @@ def params_folder(
     FileNotFoundError: if there is no such checkpoint; lists the existing steps.
     DamagedError: if the requested checkpoint, or every checkpoint, is damaged.
   """
-  folder = pathlib.Path(run_dir).absolute() / FOLDER
+  check_readable(run_dir)
+  folder = storage.of(run_dir).absolute() / FOLDER
   found = steps(run_dir)
   wanted = 'a checkpoint'
   if step == 'best':
@@ -164,7 +185,7 @@ def newest_good(
     raise DamagedError(
       'all checkpoints of this run are damaged: '
       + '; '.join(bad.values())
-      + f'. Copy one again into {pathlib.Path(run_dir) / FOLDER}, or remove '
+      + f'. Copy one again into {storage.of(run_dir) / FOLDER}, or remove '
       'that folder to train from the start.'
     )
   return None, []
@@ -185,7 +206,7 @@ def problem(
     step: one of `steps(run_dir)`.
     items: items of the checkpoint to verify.
   """
-  folder = pathlib.Path(run_dir).absolute() / FOLDER / str(step)
+  folder = storage.of(run_dir).absolute() / FOLDER / str(step)
   if not integrity.verification():
     return None
   try:
@@ -196,6 +217,8 @@ def problem(
 
 def _state_of_files(folder: pathlib.Path) -> tuple[Any, ...]:
   """Returns path, size, mtime and inode of each file, as a cache key."""
+  if isinstance(folder, storage.BucketPath):
+    return tuple((str(path), version) for path, version in folder.objects())
   stats = ((path, path.stat()) for path in sorted(folder.rglob('*')))
   return tuple(
     (str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
@@ -256,7 +279,7 @@ def _open_array(folder: pathlib.Path, name: str) -> Any:
       'driver': 'zarr',
       'kvstore': {
         'driver': 'ocdbt',
-        'base': f'file://{folder}/',
+        'base': storage.kvstore(folder),
         'path': f'{name.replace("/", ".")}/',
       },
     },
@@ -292,7 +315,7 @@ def description(run_dir: str | pathlib.Path) -> dict[str, Any] | None:
   Returns None if no checkpoint has one.
   """
   for step in reversed(steps(run_dir)):
-    folder = pathlib.Path(run_dir).absolute() / FOLDER / str(step)
+    folder = storage.of(run_dir).absolute() / FOLDER / str(step)
     with contextlib.suppress(DamagedError):
       if model := read_data(folder).get(MODEL):
         return model
@@ -328,7 +351,9 @@ def saved_nsecs(params: pathlib.Path) -> int:
     DamagedError: if the time is missing or unreadable.
   """
   with reading(params.parent):
-    found = ocp.metadata.get_step_metadata(params.parent).init_timestamp_nsecs
+    found = ocp.metadata.get_step_metadata(
+      storage.for_library(params.parent)
+    ).init_timestamp_nsecs
     if found is None:
       raise DamagedError(
         f"{params.parent} lacks Orbax's metadata of the step, the time of the "
@@ -351,7 +376,7 @@ def restore_params(
   folder, _ = params_folder(run_dir, step)
   target = partitioning.with_shardings(shapes, shardings)
   with reading(folder), ocp.StandardCheckpointer() as checkpointer:
-    return checkpointer.restore(folder, target)
+    return checkpointer.restore(storage.for_library(folder), target)
 
 
 def read_arrays(
@@ -366,7 +391,7 @@ def read_arrays(
   with reading(folder), ocp.PyTreeCheckpointer() as checkpointer:
     item = _nest({path: 0 for path in paths})
     restored = checkpointer.restore(
-      folder,
+      storage.for_library(folder),
       args=ocp.args.PyTreeRestore(
         item=item,
         restore_args=jax.tree.map(
@@ -387,7 +412,9 @@ def array_shapes(
     folder: folder of the item, such as `params`.
   """
   with reading(folder), ocp.PyTreeCheckpointer() as checkpointer:
-    metadata = checkpointer.metadata(folder).item_metadata.tree
+    metadata = checkpointer.metadata(
+      storage.for_library(folder)
+    ).item_metadata.tree
     leaves = jax.tree_util.tree_leaves_with_path(metadata)
     return {
       tuple(integrity.name(path).split('/')): jax.ShapeDtypeStruct(

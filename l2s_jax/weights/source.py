@@ -107,9 +107,7 @@ def load(
       array = source.read(path)
       is_mine = number % jax.process_count() == jax.process_index()
       if is_mine and integrity.verification():
-        notes.look(array, path)
-        parts = array if 'layers' in path else [array]
-        digests[path] = digest(map(digest_layer, parts))
+        digests[path] = _verify(array, path, notes)
     loaded[path] = jax.make_array_from_callback(
       array.shape,
       flat_shardings[path],
@@ -290,7 +288,22 @@ def fingerprint(digests: Mapping[shapes_lib.Path, str]) -> str:
   return hashlib.sha256(''.join(lines).encode()).hexdigest()
 
 
-def _shard(array: np.ndarray, dtype: Any, index: Any) -> np.ndarray:
+def _verify(array: Any, path: shapes_lib.Path, notes: finite.Notes) -> str:
+  """Returns the digest of a tensor, and notes values that are not finite."""
+  if isinstance(array, np.ndarray):
+    notes.look(array, path)
+    parts = array if 'layers' in path else [array]
+    return digest(map(digest_layer, parts))
+  # In a bucket: each layer is read once, and not kept.
+  hashes = []
+  for layer in layers(path, array.shape):
+    part = np.asarray(array if layer is None else array[layer])
+    notes.look(part, path, layer)
+    hashes.append(digest_layer(part))
+  return digest(hashes)
+
+
+def _shard(array: Any, dtype: Any, index: Any) -> np.ndarray:
   return array[index].astype(dtype, copy=False)
 
 

@@ -28,7 +28,7 @@ from l2s_jax.inference import answerer
 from l2s_jax.interop import convert, t5x_state
 from l2s_jax.interop.exports import bundling, comparing, model_card
 from l2s_jax.models import int8, l2s, lora
-from l2s_jax.runtime import extras, files
+from l2s_jax.runtime import extras, files, storage
 from l2s_jax.systems import bundle, model_paths, parameters
 from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
@@ -140,6 +140,7 @@ def export(
       answers.
   """
   start_secs = time.perf_counter()
+  storage.check_local(SOURCE=source, DESTINATION=destination)
   folder = pathlib.Path(destination)
   convert.check_destination(folder, 0)
   scratch = folder.with_name(f'.{folder.name}.unfinished')

@@ -18,7 +18,7 @@ import numpy as np
 
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import positions
-from l2s_jax.runtime import extras
+from l2s_jax.runtime import extras, storage
 from l2s_jax.weights import misfits
 from l2s_jax.weights.formats import gguf_header, gguf_tokenizer, huggingface
 from l2s_jax.weights.formats.tensor_files import Tensor
@@ -349,6 +349,10 @@ class File(huggingface.HuggingFaceWeights):
         architecture, quantization or rotary positions are not supported; or as
         `huggingface.HuggingFaceWeights`.
     """
+    if storage.is_bucket(path):
+      raise ValueError(
+        f'{path}: GGUF files are read from local folders only. Copy the file.'
+      )
     self._metadata, stored = _open(path)
     _check_quantizations(path, stored)
     header = _Header(self._metadata, stored)

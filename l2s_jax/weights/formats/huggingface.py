@@ -213,7 +213,7 @@ class HuggingFaceWeights:
     if row.is_stacked and layer is None:
       return np.stack([self.read(path, i) for i in range(len(names))])
     tensor = self._tensors[names[layer or 0]]
-    array = tensor.read().astype(self._dtype(row), copy=False)
+    array = np.asarray(tensor.read()).astype(self._dtype(row), copy=False)
     return row.to_ours(array, self._sizes)
 
   def name(self, path: tuple[str, ...]) -> str:

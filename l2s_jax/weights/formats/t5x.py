@@ -25,7 +25,7 @@ import tensorstore
 
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import shapes as shapes_lib
-from l2s_jax.runtime import gin_internals
+from l2s_jax.runtime import gin_internals, storage
 from l2s_jax.weights import misfits, source
 from l2s_jax.weights.families import name_table
 from l2s_jax.weights.families.name_table import Row
@@ -395,7 +395,7 @@ def _open(
     if isinstance(leaf, np.ndarray | np.generic):
       arrays[name] = _Array(leaf.shape, leaf.dtype, np.asarray(leaf).copy)
     else:
-      kvstore = {'driver': 'file', 'path': _place(path, name, leaf)}
+      kvstore = _kvstore(_place(path, name, leaf))
       arrays[name] = _open_array(name, path, 'zarr', kvstore)
   return arrays
 
@@ -454,13 +454,22 @@ def _open_orbax(
     if '..' in pathlib.PurePath(place).parts:
       raise ValueError(f'{path}: {config_lib.shorten(place)} leads out of it.')
     if (folder / 'manifest.ocdbt').is_file():
-      base = {'driver': 'file', 'path': f'{folder}/'}
+      base = _kvstore(f'{folder}/')
       kvstore: dict[str, Any] = {'driver': 'ocdbt', 'base': base, 'path': place}
     else:
-      kvstore = {'driver': 'file', 'path': f'{folder}/{place}'}
+      kvstore = _kvstore(f'{folder}/{place}')
     name = '/'.join(keys[len(part) :])
     arrays[name] = _open_array(name, folder, driver, kvstore)
   return arrays
+
+
+def _kvstore(place: str) -> dict[str, Any]:
+  """Returns TensorStore's key-value store of a folder or its prefix."""
+  if storage.is_bucket(place):
+    spec = storage.kvstore(storage.of(place))
+    assert isinstance(spec, dict)
+    return spec
+  return {'driver': 'file', 'path': place}
 
 
 def _keys(path: pathlib.Path, name: str, leaf: Any) -> list[str]:
@@ -523,7 +532,12 @@ def _open_array(
 
 def _stored_bytes(kvstore: Mapping[str, Any]) -> int:
   """Returns how large the files of an array are, or of all that share them."""
-  folder = pathlib.Path(kvstore.get('base', kvstore)['path'])
+  base = kvstore.get('base', kvstore)
+  if 'bucket' in base:
+    scheme = 's3' if base['driver'] == 's3' else 'gs'
+    folder = storage.of(f'{scheme}://{base["bucket"]}/{base["path"]}')
+  else:
+    folder = pathlib.Path(base['path'])
   files = (path for path in folder.rglob('*') if path.is_file())
   return sum(file.stat().st_size for file in files)
 

@@ -20,7 +20,7 @@ import numpy as np
 import safetensors
 
 from l2s_jax.models import config as config_lib
-from l2s_jax.runtime import extras
+from l2s_jax.runtime import extras, storage
 
 WEIGHTS = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
@@ -156,6 +156,8 @@ def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
   Raises:
     ValueError: if the file is damaged; names it and its size.
   """
+  if isinstance(path, storage.BucketPath):
+    return _open_safetensors_object(path)
   try:
     with safetensors.safe_open(path, framework='np'):
       pass  # Compares the header with the file size.
@@ -184,6 +186,42 @@ def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
   return {name: tensor(entry) for name, entry in header.items()}
 
 
+def _open_safetensors_object(path: storage.BucketPath) -> dict[str, Tensor]:
+  """Returns the tensors of an object; the header is read, and no tensor.
+
+  Tensors are `storage.BucketArray`: whoever indexes one reads that part.
+  """
+  size = path.stat().st_size
+  damaged = (
+    f'{path} ({size} bytes) is not a complete safetensors file. The upload may '
+    'have been cut short; copy it again.'
+  )
+  length = int.from_bytes(path.read_range(0, min(8, size)), 'little')
+  if size < 8 or length > size - 8:
+    raise ValueError(damaged)
+  try:
+    header = json.loads(path.read_range(8, 8 + length))
+    header.pop('__metadata__', None)
+    ends = [entry['data_offsets'][1] for entry in header.values()]
+    is_whole = max(ends, default=0) == size - 8 - length
+  except (ValueError, RecursionError, LookupError, TypeError) as error:
+    raise ValueError(damaged) from error
+  if not is_whole:
+    raise ValueError(damaged)
+
+  def tensor(entry: Mapping[str, Any]) -> Tensor:
+    shape, dtype = tuple(entry['shape']), entry['dtype']
+    array = storage.BucketArray(
+      path,
+      jnp.dtype(DTYPES.get(dtype, 'uint8')),
+      shape,
+      8 + length + entry['data_offsets'][0],
+    )
+    return Tensor(shape, dtype, lambda: array)  # type: ignore[arg-type, return-value]
+
+  return {name: tensor(entry) for name, entry in header.items()}
+
+
 def _map(
   path: pathlib.Path, dtype: str, shape: tuple[int, ...], offset: int
 ) -> np.ndarray:
@@ -202,6 +240,11 @@ def _open_pickle(path: pathlib.Path) -> dict[str, Tensor]:
   )
   import torch
 
+  if isinstance(path, storage.BucketPath):
+    raise ValueError(
+      f'{path} is a pickle, which is read from local files only. Copy the '
+      f'folder, or put {WEIGHTS} into the bucket.'
+    )
   pickled = _Pickle(path)
 
   def tensor(name: str, value: Any) -> Tensor:

@@ -1,0 +1,515 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paths of the file system and of buckets: `gs://` and `s3://`.
+
+`of` returns a `pathlib.Path`. For a bucket it is a `BucketPath`, which has the
+same methods, by requests to the store. Code that reads and writes files thus
+does not distinguish the two, except where an object store lacks an operation:
+it has no rename, no append, and no empty folders. An object appears whole, or
+not at all.
+
+Requests are repeated by the libraries gcsfs, s3fs and TensorStore, a bounded
+number of times. An error that remains is an OSError of one sentence.
+"""
+
+import concurrent.futures
+import functools
+import io
+import os
+import pathlib
+import stat as stat_lib
+import tempfile
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, NoReturn
+
+import numpy as np
+
+from l2s_jax.runtime import extras, os_errors
+
+# By scheme: the module of its file system.
+MODULES = {'gs': 'gcsfs', 's3': 's3fs'}
+# Orbax writes it last; a checkpoint in a bucket without it does not count.
+COMMIT = 'commit_success.txt'
+# Of a file that is read in order.
+_BUFFER_BYTES = 2**20
+_NUM_DELETING = 16
+_REMEDY = (
+  'check that the bucket exists, that its credentials are valid and allow it '
+  '(gcloud auth application-default login; for s3, AWS_PROFILE), and the '
+  'network; then start again'
+)
+
+if not os.environ.get('EPATH_USE_TF') and not extras.missing('gcsfs'):
+  # Orbax and TFDS open buckets by etils, which otherwise takes TensorFlow.
+  os.environ['EPATH_USE_TF'] = 'false'
+
+
+def scheme(path: str | os.PathLike[str]) -> str | None:
+  """Returns what stands before '://', or None for a local path."""
+  head, separator, _ = os.fspath(path).partition('://')
+  return head if separator else None
+
+
+def is_bucket(path: str | os.PathLike[str]) -> bool:
+  """Returns whether a path is that of a bucket."""
+  return scheme(path) in MODULES
+
+
+def of(path: str | os.PathLike[str]) -> pathlib.Path:
+  """Returns the path object of a local path or of a bucket."""
+  if isinstance(path, pathlib.Path):
+    return path
+  return BucketPath(path) if is_bucket(path) else pathlib.Path(path)
+
+
+def check(path: str | os.PathLike[str], name: str) -> None:
+  """Checks that a path is local, or that its bucket can be opened.
+
+  Args:
+    path: given by the user.
+    name: name of the setting, for errors.
+
+  Raises:
+    ValueError: if its scheme is unknown, or the package for it is missing.
+  """
+  found = scheme(path)
+  if found is None:
+    return
+  if found not in MODULES:
+    raise ValueError(
+      f'{name}={os.fspath(path)}: {found}:// is not supported; give a local '
+      'path, gs://BUCKET/PATH or s3://BUCKET/PATH.'
+    )
+  extras.require(f'{name}={os.fspath(path)}', MODULES[found])
+
+
+def check_local(**given: str | os.PathLike[str]) -> None:
+  """Refuses paths in buckets.
+
+  Args:
+    **given: paths given by the user, by the names of their settings.
+
+  Raises:
+    ValueError: if one has a scheme.
+  """
+  for name, path in given.items():
+    if scheme(path) is not None:
+      raise ValueError(
+        f'{name}={os.fspath(path)}: only paths of the file system are '
+        'supported here; give a local path, or mount the bucket (such as with '
+        'gcsfuse).'
+      )
+
+
+def lasting(path: str) -> str:
+  """Returns a path that is valid in any working directory."""
+  return path if is_bucket(path) else os.path.abspath(path)
+
+
+def for_library(path: pathlib.Path) -> Any:
+  """Returns a path for Orbax: a local path as it is, a bucket's as epath."""
+  if not isinstance(path, BucketPath):
+    return path
+  from etils import epath
+
+  return epath.Path(str(path))
+
+
+def kvstore(folder: pathlib.Path) -> dict[str, Any] | str:
+  """Returns TensorStore's key-value store of a folder."""
+  if not isinstance(folder, BucketPath):
+    return f'file://{folder}/'
+  spec = {
+    'driver': 'gcs' if folder.scheme == 'gs' else 's3',
+    'bucket': folder.bucket,
+    'path': f'{folder.key}/',
+  }
+  endpoint = os.environ.get('AWS_ENDPOINT_URL_S3') or os.environ.get(
+    'AWS_ENDPOINT_URL'
+  )
+  if folder.scheme == 's3' and endpoint:
+    region = os.environ.get('AWS_REGION') or os.environ.get(
+      'AWS_DEFAULT_REGION', 'us-east-1'
+    )
+    spec |= {'endpoint': endpoint, 'aws_region': region}
+  return spec
+
+
+@functools.cache
+def _filesystem(scheme: str, pid: int) -> Any:
+  """Returns fsspec's file system of a scheme, in this process.
+
+  Without a cache of listings: other processes write, too.
+  """
+  del pid
+  extras.require(f'{scheme}://', MODULES[scheme])
+  import fsspec
+
+  # Orbax opens one of its own.
+  for name in ('gs', 'gcs', 's3'):
+    fsspec.config.conf.setdefault(name, {})['use_listings_cache'] = False
+  return fsspec.filesystem(scheme, use_listings_cache=False)
+
+
+def _copy(source: str, target: str, fs: Any) -> None:
+  fs.copy(source, target)
+
+
+class BucketPath(pathlib.PosixPath):
+  """A path in a bucket, with the methods of `pathlib.Path` in use here."""
+
+  @property
+  def scheme(self) -> str:
+    return self.parts[0].rstrip(':')
+
+  @property
+  def bucket(self) -> str:
+    return self.parts[1] if len(self.parts) > 1 else ''
+
+  @property
+  def key(self) -> str:
+    """The name within the bucket."""
+    return '/'.join(self.parts[2:])
+
+  def __str__(self) -> str:
+    return f'{self.scheme}://{"/".join(self.parts[1:])}'
+
+  def __fspath__(self) -> str:
+    return str(self)
+
+  def __repr__(self) -> str:
+    return f'BucketPath({str(self)!r})'
+
+  def __reduce__(self) -> tuple[Any, ...]:
+    return BucketPath, (str(self),)
+
+  def as_posix(self) -> str:
+    return str(self)
+
+  def absolute(self) -> 'BucketPath':
+    return self
+
+  def resolve(self, strict: bool = False) -> 'BucketPath':
+    del strict
+    return self
+
+  def expanduser(self) -> 'BucketPath':
+    return self
+
+  def is_absolute(self) -> bool:
+    return True
+
+  def is_symlink(self) -> bool:
+    return False
+
+  def exists(self, **_: Any) -> bool:
+    return self._info() is not None
+
+  def is_file(self) -> bool:
+    info = self._info()
+    return info is not None and info['type'] == 'file'
+
+  def is_dir(self) -> bool:
+    info = self._info()
+    return info is not None and info['type'] == 'directory'
+
+  def stat(self, **_: Any) -> os.stat_result:
+    """Returns size and modification time of an object."""
+    info = self._info()
+    if info is None:
+      raise FileNotFoundError(2, os.strerror(2), str(self))
+    kind = stat_lib.S_IFREG if info['type'] == 'file' else stat_lib.S_IFDIR
+    changed = info.get('updated') or info.get('mtime')
+    changed = changed or info.get('LastModified') or 0
+    if isinstance(changed, str):
+      import datetime
+
+      changed = datetime.datetime.fromisoformat(changed)
+    secs = changed if isinstance(changed, int | float) else changed.timestamp()
+    nsecs = round(secs * 1e9)
+    size = info.get('size') or 0
+    times = (int(secs), int(secs), int(secs))
+    return os.stat_result(
+      (kind, 0, 0, 1, 0, 0, size, *times),
+      {'st_mtime_ns': nsecs, 'st_ctime_ns': nsecs, 'st_atime_ns': nsecs},
+    )
+
+  def iterdir(self) -> Generator['BucketPath', None, None]:
+    for entry in self._list():
+      yield self / entry
+
+  def _list(self) -> list[str]:
+    found = self._call(lambda fs: fs.ls(str(self), detail=False))
+    names = (name.rstrip('/').rpartition('/')[2] for name in found)
+    # A marker of a folder, as some programs make it, is listed as its name.
+    own = f'{self.bucket}/{self.key}'.rstrip('/')
+    return sorted(
+      {
+        name
+        for name, path in zip(names, found, strict=True)
+        if path.rstrip('/') != own
+      }
+    )
+
+  def glob(self, pattern: str, **_: Any) -> Iterator['BucketPath']:  # type: ignore[override]
+    found = self._call(lambda fs: fs.glob(f'{self}/{pattern}'))
+    return (BucketPath(f'{self.scheme}://{name}') for name in sorted(found))
+
+  def rglob(
+    self, pattern: str, **_: Any
+  ) -> Generator['BucketPath', None, None]:
+    if pattern != '*':
+      self._refuse(f'rglob({pattern!r})')
+    return (path for path, _ in self.objects())
+
+  def objects(self) -> list[tuple['BucketPath', tuple[Any, ...]]]:
+    """Returns all objects below with their versions: size, time and tag."""
+    found = self._call(lambda fs: fs.find(str(self), detail=True))
+    return [
+      (
+        BucketPath(f'{self.scheme}://{name}'),
+        tuple(
+          str(info.get(key))
+          for key in ('size', 'generation', 'updated', 'ETag', 'LastModified')
+        ),
+      )
+      for name, info in sorted(found.items())
+    ]
+
+  def mkdir(self, *_: Any, **__: Any) -> None:
+    """Does nothing: folders exist by their objects."""
+
+  def rmdir(self) -> None:
+    """Does nothing, likewise."""
+
+  def unlink(self, missing_ok: bool = False) -> None:
+    try:
+      self._call(lambda fs: fs.rm_file(str(self)))
+    except FileNotFoundError:
+      if not missing_ok:
+        raise
+
+  def rmtree(self) -> None:
+    """Deletes all objects below; the commit file of a checkpoint first."""
+    (self / COMMIT).unlink(missing_ok=True)
+    # One list and a request for each object; `rm` lists many times.
+    with concurrent.futures.ThreadPoolExecutor(_NUM_DELETING) as pool:
+      for _ in pool.map(_unlink, [path for path, _ in self.objects()]):
+        pass
+
+  def move_to(self, target: 'BucketPath') -> None:
+    """Copies all objects below to another place, then deletes them here.
+
+    The commit file of a checkpoint is deleted first, and not copied.
+    """
+    (self / COMMIT).unlink(missing_ok=True)
+    places = {str(path) for path, _ in self.objects()}
+    for place in sorted(places):
+      goal = f'{target}{place.removeprefix(str(self))}'
+      self._call(functools.partial(_copy, place, goal))
+    self.rmtree()
+
+  def read_bytes(self) -> bytes:
+    content = self._call(lambda fs: fs.cat_file(str(self)))
+    assert isinstance(content, bytes)
+    return content
+
+  def read_range(self, start: int, stop: int) -> bytes:
+    """Returns the bytes [start, stop) of an object, by one request."""
+    if start >= stop:
+      return b''
+    content = self._call(
+      lambda fs: fs.cat_file(str(self), start=start, end=stop)
+    )
+    assert isinstance(content, bytes)
+    return content
+
+  def read_text(self, encoding: str | None = None, *_: Any, **__: Any) -> str:
+    text = self.read_bytes().decode(encoding or 'utf-8')
+    return text.replace('\r\n', '\n').replace('\r', '\n')
+
+  def write_bytes(self, data: Any) -> int:
+    content = bytes(data)
+    self._call(lambda fs: fs.pipe_file(str(self), content))
+    return len(content)
+
+  def write_text(self, data: str, *_: Any, **__: Any) -> int:
+    self.write_bytes(data.encode('utf-8'))
+    return len(data)
+
+  def create(self, content: bytes) -> bool:
+    """Writes an object unless it exists, atomically; returns whether it did."""
+    try:
+      self._call(
+        lambda fs: fs.pipe_file(str(self), content, mode='create'),
+        is_create=True,
+      )
+    except FileExistsError:
+      return False
+    return True
+
+  def upload(self, file: str | os.PathLike[str]) -> None:
+    """Writes a local file as the object, which appears when it is complete."""
+    self._call(lambda fs: fs.put_file(os.fspath(file), str(self)))
+
+  def download(self, file: str | os.PathLike[str]) -> None:
+    """Copies the object to a local file."""
+    self._call(lambda fs: fs.get_file(str(self), os.fspath(file)))
+
+  def open(self, mode: str = 'r', *_: Any, **__: Any) -> Any:
+    """Opens an object for reading; `files.whole` writes."""
+    if mode not in ('r', 'rb'):
+      self._refuse(f'open(mode={mode!r})')
+    raw = self._call(lambda fs: fs.open(str(self), 'rb'))
+    file = io.BufferedReader(raw, _BUFFER_BYTES)
+    if mode == 'r':
+      return io.TextIOWrapper(file, encoding='utf-8')
+    return file
+
+  def rename(self, target: Any) -> NoReturn:
+    self._refuse('rename')
+
+  def replace(self, target: Any) -> NoReturn:
+    self._refuse('replace')
+
+  def touch(self, *_: Any, **__: Any) -> NoReturn:
+    self._refuse('touch')
+
+  def chmod(self, *_: Any, **__: Any) -> NoReturn:
+    self._refuse('chmod')
+
+  def symlink_to(self, *_: Any, **__: Any) -> NoReturn:
+    self._refuse('symlink_to')
+
+  def _refuse(self, operation: str) -> NoReturn:
+    raise OSError(
+      f'{self}: {operation} is not possible in a bucket; give a local path'
+    )
+
+  def _info(self) -> dict[str, Any] | None:
+    try:
+      info = self._call(lambda fs: fs.info(str(self)))
+    except FileNotFoundError:
+      return None
+    assert isinstance(info, dict)
+    return info
+
+  def _call(
+    self, request: Callable[[Any], Any], *, is_create: bool = False
+  ) -> Any:
+    """Returns the result of a request, with errors as sentences.
+
+    Raises:
+      FileNotFoundError: if there is no such object.
+      FileExistsError: if `is_create` and there is one.
+      OSError: for all other errors of the store.
+    """
+    try:
+      return request(_filesystem(self.scheme, os.getpid()))
+    except FileNotFoundError as error:
+      raise FileNotFoundError(2, os.strerror(2), str(self)) from error
+    except (ValueError, TypeError, AssertionError, NotImplementedError):
+      raise
+    except Exception as error:  # Each library has classes of its own.
+      text = str(error)
+      if is_create and (
+        isinstance(error, FileExistsError)
+        or 'conditionNotMet' in text
+        or 'PreconditionFailed' in text
+        or '412' in text
+        or 'pre-condition' in text.lower()
+      ):
+        raise FileExistsError(17, os.strerror(17), str(self)) from error
+      raise OSError(
+        f'{self}: {type(error).__name__}: {os_errors.first_line(error)}; '
+        f'{_REMEDY}. Earlier output is intact.'
+      ) from error
+
+
+def _unlink(path: BucketPath) -> None:
+  path.unlink(missing_ok=True)
+
+
+def local_copy(path: str | os.PathLike[str]) -> str:
+  """Returns a local path with the content of a file.
+
+  It is the path itself, or the copy of an object in a temporary folder, which
+  is removed when the process ends. An object is copied once.
+  """
+  return _copied(os.fspath(path)) if is_bucket(path) else os.fspath(path)
+
+
+@functools.cache
+def _copied(path: str) -> str:
+  folder = tempfile.TemporaryDirectory(prefix='l2s_jax-copies-')
+  _COPIES.append(folder)
+  source = of(path)
+  assert isinstance(source, BucketPath)
+  target = os.path.join(folder.name, source.name)
+  source.download(target)
+  return target
+
+
+# Keeps references, since garbage collection would remove the folders.
+_COPIES: list[tempfile.TemporaryDirectory[str]] = []
+
+
+class BucketArray:
+  """An array stored as consecutive bytes of an object, read on demand.
+
+  Indexing reads only the range of rows that it needs.
+
+  Attributes:
+    shape: its shape.
+    dtype: its NumPy dtype.
+  """
+
+  def __init__(
+    self, path: BucketPath, dtype: np.dtype, shape: tuple[int, ...], offset: int
+  ):
+    """Reads nothing.
+
+    Args:
+      path: the object.
+      dtype: of the elements.
+      shape: of the array.
+      offset: of the first element, in bytes.
+    """
+    self.shape = shape
+    self.dtype = dtype
+    self._path = path
+    self._offset = offset
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  def __array__(
+    self, dtype: Any = None, copy: bool | None = None
+  ) -> np.ndarray:
+    del copy
+    return self._rows(0, self.shape[0] if self.shape else 1).astype(
+      dtype or self.dtype, copy=False
+    )
+
+  def __getitem__(self, index: Any) -> np.ndarray:
+    indices = index if isinstance(index, tuple) else (index,)
+    if not self.shape or not indices:
+      return np.asarray(self)[index]
+    first, *others = indices
+    if isinstance(first, int | np.integer):
+      first = int(first)
+      rows = self._rows(first, first + 1)
+      return rows[(0, *others)]
+    start, stop, step = first.indices(self.shape[0])
+    assert step == 1, first
+    return self._rows(start, max(start, stop))[(slice(None), *others)]
+
+  def __iter__(self) -> Iterator[np.ndarray]:
+    return (self[index] for index in range(len(self)))
+
+  def _rows(self, start: int, stop: int) -> np.ndarray:
+    row_shape = self.shape[1:]
+    row_bytes = int(np.prod(row_shape, dtype=np.int64)) * self.dtype.itemsize
+    begin = self._offset + start * row_bytes
+    content = self._path.read_range(begin, begin + (stop - start) * row_bytes)
+    shape = (stop - start, *row_shape) if self.shape else ()
+    return np.frombuffer(content, self.dtype).reshape(shape)

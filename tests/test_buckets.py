@@ -1,0 +1,427 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of runs, weights and files in buckets, by servers on this machine."""
+
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import bucket_servers
+import forked
+import helpers
+import jax
+import numpy as np
+import pytest
+import test_checkpoint
+import test_preemption
+import tiny_runs
+import transformers
+from etils import epath
+from flax import traverse_util
+
+from l2s_jax import api
+from l2s_jax.data import text_files
+from l2s_jax.evaluation import metric_writer
+from l2s_jax.interop import convert
+from l2s_jax.runtime import extras, files, locks, os_errors, storage
+from l2s_jax.training import checkpoint
+from l2s_jax.weights import opening, saved_steps, source
+from l2s_jax.weights.formats import tensor_files
+
+
+@pytest.fixture(scope='module')
+def gcs():
+  with bucket_servers.gcs() as url:
+    yield url
+
+
+@pytest.fixture(scope='module')
+def s3():
+  with bucket_servers.s3() as url:
+    yield url
+
+
+@pytest.fixture
+def bucket(gcs, request):
+  """A folder in gs:// of this test's own."""
+  name = re.sub(r'\W', '-', request.node.name)
+  return storage.of(f'gs://{bucket_servers.BUCKET}/{name}')
+
+
+@pytest.fixture(params=['gs', 's3'])
+def folder(request):
+  """A folder of either store of this test's own."""
+  request.getfixturevalue('gcs' if request.param == 'gs' else 's3')
+  name = re.sub(r'\W', '-', request.node.name)
+  return storage.of(f'{request.param}://{bucket_servers.BUCKET}/{name}')
+
+
+def test_paths_in_buckets_behave_as_local_ones(folder, tmp_path):
+  for root in (folder / 'run', tmp_path / 'run'):
+    assert not root.exists() and not root.is_dir()
+    files.write_json(root / 'a.json', {'a': 1})
+    with files.whole(root / 'x' / 'b.bin', 'wb') as file:
+      file.write(b'12345')
+    assert files.read_json(root / 'a.json', remedy='') == {'a': 1}
+    assert [path.name for path in root.iterdir()] == ['a.json', 'x']
+    assert [path.name for path in root.glob('*.json')] == ['a.json']
+    assert {p.name for p in root.rglob('*') if p.is_file()} == {
+      'a.json',
+      'b.bin',
+    }
+    assert root.is_dir() and not root.is_file()
+    assert (root / 'a.json').is_file() and not (root / 'a.json').is_dir()
+    assert (root / 'x' / 'b.bin').stat().st_size == 5
+    with (root / 'x' / 'b.bin').open('rb') as file:
+      file.seek(3)
+      assert file.read() == b'45'
+    files.move_folder(root / 'x', root / 'y' / '1')
+    assert not (root / 'x').exists()
+    assert (root / 'y' / '1' / 'b.bin').read_bytes() == b'12345'
+    (root / 'a.json').unlink()
+    (root / 'a.json').unlink(missing_ok=True)
+    with pytest.raises(FileNotFoundError, match=str(root / 'a.json')):
+      (root / 'a.json').read_bytes()
+    files.remove_folder(root)
+    assert not root.exists()
+
+
+def test_names_of_paths_in_buckets():
+  path = storage.of('gs://bucket/a/b.json')
+  assert isinstance(path, storage.BucketPath)
+  assert (path.scheme, path.bucket, path.key) == ('gs', 'bucket', 'a/b.json')
+  assert str(path.parent / 'c') == f'{path.parent}/c' == 'gs://bucket/a/c'
+  assert str(path.with_name('d')) == 'gs://bucket/a/d'
+  assert path.absolute() == path and storage.lasting(str(path)) == str(path)
+  assert storage.of('a/b') == tiny_runs.pathlib.Path('a/b')
+
+
+def test_an_interrupted_write_leaves_the_object_as_it_was(folder):
+  path = folder / 'model.json'
+  path.write_text('before')
+  with pytest.raises(KeyboardInterrupt), files.whole(path) as file:
+    file.write('after, in p')
+    raise KeyboardInterrupt
+  assert path.read_text() == 'before'
+  assert [p.name for p in folder.iterdir()] == ['model.json']
+
+
+def test_an_object_is_created_once(folder):
+  path = folder / 'lock'
+  assert path.create(b'first')
+  assert not path.create(b'second')
+  assert path.read_bytes() == b'first'
+
+
+def test_what_a_store_cannot_do_is_refused(folder):
+  with pytest.raises(OSError, match=r'rename is not possible in a bucket'):
+    (folder / 'a').rename(folder / 'b')
+  with pytest.raises(OSError, match=r"open\(mode='a'\) is not possible"):
+    (folder / 'a').open('a')
+
+
+def test_unknown_stores_and_missing_packages_are_named(monkeypatch):
+  with pytest.raises(ValueError, match='MODEL_DIR=hdfs://a: hdfs:// is not'):
+    files.folder('hdfs://a', 'MODEL_DIR')
+  with pytest.raises(ValueError, match='MODEL_DIR=s3://b/a: .*local folders'):
+    checkpoint.check_folder('s3://b/a')
+  with pytest.raises(ValueError, match='CACHE_DIR=gs://b/a: only paths of'):
+    files.local_folder('gs://b/a', 'CACHE_DIR')
+  monkeypatch.setattr(extras, 'missing', lambda *names: list(names))
+  with pytest.raises(ValueError, match=r'X=gs://b needs gcsfs.*l2s_jax\[gcs\]'):
+    storage.check('gs://b', 'X')
+
+
+def test_a_vanished_bucket_and_a_refusal_are_one_sentence(gcs):
+  """Without a traceback, with the path, for the command line."""
+  path = storage.of('gs://no-such-bucket/run/model.json')
+  with pytest.raises(OSError) as error:
+    path.write_text('x')
+  sentence = os_errors.describe(error.value)
+  assert sentence and str(path) in sentence and '\n' not in sentence
+
+
+def test_data_in_buckets_are_read_by_lines(folder):
+  (folder / 'train.en').write_text('one\ntwo\n')
+  path = epath.Path(str(folder / 'train.en'))
+  assert list(text_files.read_lines(path)) == ['one', 'two']
+
+
+def hold(folder):
+  with locks.held(folder, 'MODEL_DIR'):
+    pass
+
+
+def test_a_second_writer_is_refused_with_owner_and_time(folder):
+  with locks.held(folder, 'MODEL_DIR'):
+    who = json.loads((folder / locks.NAME).read_text())
+    with pytest.raises(ValueError) as error:
+      hold(folder)
+  for words in (str(folder), who['host'], str(who['pid']), who['start']):
+    assert words in str(error.value)
+  assert not (folder / locks.NAME).exists()
+
+
+def test_a_stale_lock_of_another_host_is_taken_over_with_a_message(
+  folder, monkeypatch, capsys
+):
+  monkeypatch.setattr(locks, 'BUCKET_LEASE_SECS', 0.5)
+  monkeypatch.setattr(locks, '_SETTLING_SECS', 0.1)
+  who = {
+    'host': 'elsewhere',
+    'pid': 7,
+    'start': 'Monday',
+    'birth': 'x',
+    'beat': 3,
+    'owner': 'them',
+  }
+  (folder / locks.NAME).write_text(json.dumps(who))
+  hold(folder)
+  said = capsys.readouterr()
+  assert 'the lock of process 7 on elsewhere' in said.out + said.err
+  assert 'is taken over' in said.out + said.err
+  # A living one renews it.
+  (folder / locks.NAME).write_text(json.dumps(who))
+  renewal = threading.Timer(
+    0.1,
+    lambda: (folder / locks.NAME).write_text(json.dumps({**who, 'beat': 4})),
+  )
+  renewal.start()
+  with pytest.raises(ValueError, match='process 7 on elsewhere'):
+    hold(folder)
+
+
+def test_logs_are_whole_at_save_points_and_hold_each_step_once(bucket):
+  writer = metric_writer.MetricWriter(bucket)
+  for step in (1, 2, 3):
+    writer.write(step, {'loss': step})
+    if step == 2:
+      writer.sync()
+  assert [r['step'] for r in metric_writer.read(bucket)] == [1, 2]
+  writer.close()
+  writer = metric_writer.MetricWriter(bucket, first_step=2)
+  writer.write(3, {'loss': 30})
+  writer.close()
+  assert [r['loss'] for r in metric_writer.read(bucket)] == [1, 2, 30]
+  (events,) = (bucket / 'tensorboard').iterdir()
+  assert events.stat().st_size > 0
+
+
+def test_checkpoints_are_restored_kept_and_deleted(bucket):
+  states = [test_checkpoint.make_state(n, seed=n) for n in (1, 2, 3, 4)]
+  checkpointer = checkpoint.Checkpointer(bucket, keep=1)
+  scores = {}
+  for state in states:
+    checkpointer.save(state, {'batches': int(state.step)})
+    scores[int(state.step)] = 9.0 if state.step == 2 else 1.0
+    checkpointer.keep_best('bleu', scores)
+  checkpointer.close()
+  assert saved_steps.steps(bucket) == [2, 4]
+  names = [p.name for p in (bucket / saved_steps.FOLDER).iterdir()]
+  assert names == ['2', '4']
+  restored, data = test_checkpoint.restore(bucket, states[0])
+  helpers.assert_trees_equal(restored, states[-1])
+  assert data == {'batches': 4}
+  assert saved_steps.params_folder(bucket, 'best')[1] == 2
+
+
+def test_an_incomplete_checkpoint_does_not_count_and_is_overwritten(bucket):
+  states = [test_checkpoint.make_state(step) for step in (1, 2)]
+  test_checkpoint.save(bucket, *states)
+  newest = bucket / saved_steps.FOLDER / '2'
+  (newest / storage.COMMIT).unlink()  # A kill before the last request.
+  assert saved_steps.steps(bucket) == [1]
+  test_checkpoint.save(bucket, test_checkpoint.make_state(2, seed=5))
+  restored, _ = test_checkpoint.restore(bucket, states[0])
+  helpers.assert_trees_equal(restored, test_checkpoint.make_state(2, seed=5))
+
+
+def test_a_damaged_checkpoint_is_set_apart(bucket, capsys):
+  states = [test_checkpoint.make_state(step, seed=step) for step in (1, 2)]
+  test_checkpoint.save(bucket, *states)
+  folder = bucket / saved_steps.FOLDER
+  params = folder / '2' / 'params'
+  largest = max(
+    (path for path, _ in params.objects() if '/d/' in str(path)),
+    key=lambda path: path.stat().st_size,
+  )
+  content = bytearray(largest.read_bytes())
+  content[len(content) // 2] ^= 1
+  largest.write_bytes(content)
+  restored, _ = test_checkpoint.restore(bucket, states[0])
+  helpers.assert_trees_equal(restored, states[0])
+  assert saved_steps.steps(bucket) == [1]
+  assert (folder / saved_steps.DAMAGED / '2' / 'params').is_dir()
+  assert 'step 1 is used instead' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_of_a_tensor_only_the_requested_rows_are_read(
+  folder, tmp_path, dtype, monkeypatch
+):
+  array = np.arange(4 * 6 * 2).reshape(4, 6, 2).astype(jax.numpy.dtype(dtype))
+  shapes = {
+    name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name in ('a', 'b')
+  }
+  tensor_files.save_safetensors(tmp_path, shapes, lambda name: [array])
+  (folder / tensor_files.WEIGHTS).upload(tmp_path / tensor_files.WEIGHTS)
+  ranges = []
+  read_range = storage.BucketPath.read_range
+
+  def counting(path, start, stop):
+    ranges.append(stop - start)
+    return read_range(path, start, stop)
+
+  monkeypatch.setattr(storage.BucketPath, 'read_range', counting)
+  found = tensor_files.open_folder(folder)['b'].read()
+  row_bytes = array[0].nbytes
+  for index in (1, slice(1, 3), (slice(2, 4), slice(None), 1), (0, 3)):
+    ranges.clear()
+    np.testing.assert_array_equal(found[index], array[index])
+    assert sum(ranges) <= 2 * row_bytes
+  np.testing.assert_array_equal(np.asarray(found), array)
+  for part, expected in zip(found, array, strict=True):
+    np.testing.assert_array_equal(part, expected)
+
+
+def test_weights_in_buckets_are_those_of_their_local_copy(folder, tmp_path):
+  """A Hugging Face folder, and its conversion, verified and by shards."""
+  torch_config = transformers.T5Config(
+    vocab_size=64,
+    d_model=16,
+    d_kv=8,
+    num_heads=2,
+    d_ff=32,
+    num_layers=2,
+    feed_forward_proj='gated-gelu',
+    tie_word_embeddings=False,  # type: ignore[call-arg]
+  )
+  theirs = tmp_path / 'hf'
+  transformers.T5ForConditionalGeneration(torch_config).save_pretrained(theirs)
+  convert.convert(
+    str(theirs), str(tmp_path / 'l2s'), from_='hf', to='l2s', verify=False
+  )
+  mesh = jax.make_mesh((2,), ('fsdp',), devices=jax.devices()[:2])
+  sharding = jax.sharding.NamedSharding(
+    mesh, jax.sharding.PartitionSpec(None, 'fsdp')
+  )
+  for name in ('hf', 'l2s'):
+    files.upload_folder(tmp_path / name, folder / name)
+    loaded = []
+    for place in (tmp_path / name, folder / name):
+      opened = opening.open_source(str(place))
+      shapes = traverse_util.unflatten_dict(opened.shapes())
+      shardings = jax.tree.map(
+        lambda shape: (
+          sharding
+          if len(shape.shape) > 1
+          else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        ),
+        shapes,
+      )
+      loaded.append(source.load(opened, shapes, shardings))
+    helpers.assert_trees_equal(loaded[0][0], loaded[1][0])
+    assert loaded[0][1] == loaded[1][1]
+
+
+def test_a_truncated_safetensors_object_is_refused(folder, tmp_path):
+  shape = jax.ShapeDtypeStruct((3,), np.dtype('float32'))
+  tensor_files.save_safetensors(
+    tmp_path, {'a': shape}, lambda name: [np.ones(3, np.float32)]
+  )
+  content = (tmp_path / tensor_files.WEIGHTS).read_bytes()
+  for size in (4, 20, len(content) - 1):
+    (folder / tensor_files.WEIGHTS).write_bytes(content[:size])
+    with pytest.raises(ValueError, match='not a complete safetensors file'):
+      tensor_files.open_folder(folder)
+
+
+SAVE_AND_RESTORE = """
+import sys
+import jax, numpy as np
+import test_checkpoint
+from l2s_jax.runtime import files, storage
+root = storage.of(sys.argv[1])
+files.write_json(root / 'a.json', {'a': 1})
+assert files.read_json(root / 'a.json', remedy='') == {'a': 1}
+states = [test_checkpoint.make_state(step, seed=step) for step in (1, 2, 3)]
+test_checkpoint.save(root, *states, keep=2)
+restored, data = test_checkpoint.restore(root, states[0])
+for found, saved in zip(jax.tree.leaves(restored), jax.tree.leaves(states[2])):
+  np.testing.assert_array_equal(found, saved)
+assert data == {'batches': 3}, data
+print('restored')
+"""
+
+
+def run_python(program, *arguments):
+  """Runs a program, which reads the variables of the store anew."""
+  return subprocess.run(
+    [sys.executable, '-c', program, *map(str, arguments)],
+    env=os.environ
+    | {'PYTHONPATH': f'{tiny_runs.ROOT}:{tiny_runs.ROOT}/tests'}
+    | forked.COMPILE_FAST,
+    capture_output=True,
+    text=True,
+    timeout=200,
+  )
+
+
+@pytest.mark.long  # Clients wait before they ask again.
+def test_a_slow_and_flaky_store_loses_nothing(gcs, bucket):
+  """Every seventh request is answered by 503, cut off, or late."""
+  kinds = ('busy', 'cut', 'slow')
+
+  def trouble(number):
+    return '' if number % 7 else kinds[number // 7 % len(kinds)]
+
+  with bucket_servers.proxy(gcs, trouble) as proxy:
+    result = run_python(SAVE_AND_RESTORE, bucket)
+  assert result.stdout.endswith('restored\n'), result.stdout + result.stderr
+  assert len(proxy.methods) > 50
+  assert saved_steps.steps(bucket) == [2, 3]
+
+
+@pytest.fixture(scope='module')
+def experiments(tmp_path_factory):
+  path = tmp_path_factory.mktemp('experiments')
+  tiny_runs.write_experiments(path)
+  return path
+
+
+def test_a_killed_run_in_a_bucket_equals_its_local_twin(gcs, experiments):
+  """Its answers are those of the twin, too."""
+  root = f'gs://{bucket_servers.BUCKET}/runs'
+  llm = functools.partial(
+    tiny_runs.train_arguments, experiments, 'llm_baseline'
+  )
+  period = ('--gin.CHECKPOINT_PERIOD=2', '--gin.TRAIN_STEPS=6')
+  process = tiny_runs.start(*llm(f'{root}/llm', *period))
+  in_bucket = storage.of(f'{root}/llm')
+  deadline = time.monotonic() + 120
+  while not saved_steps.steps(in_bucket) and process.poll() is None:
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+  process.send_signal(signal.SIGKILL)
+  process.communicate(timeout=60)
+  tiny_runs.l2s(*llm(f'{root}/llm', *period))
+  tiny_runs.l2s(*llm('llm', *period))
+  local = experiments / 'llm'
+  assert test_preemption.losses(in_bucket) == test_preemption.losses(local)
+  assert test_preemption.evaluations(in_bucket) == (
+    test_preemption.evaluations(local)
+  )
+  assert not (in_bucket / locks.NAME).exists()
+
+  answers = [
+    api.load(str(model), prompt_length=16, max_decode_len=4).answer(
+      ['one', 'two']
+    )
+    for model in (in_bucket, local)
+  ]
+  assert answers[0] == answers[1]
