@@ -161,6 +161,9 @@ def test_int8_decoding_of_an_int8_bundle_has_the_stored_values(name, tmp_path):
   for i, layer in enumerate(stored.read()):
     kernel = found['slm']['decoder'][f'layers_{i}']['mlp']['wo']['kernel']
     np.testing.assert_array_equal(kernel.values.T, layer)
+  table = tensors['token_embedder/embedding'].read()
+  embedder = found['slm']['token_embedder']['embedding']
+  np.testing.assert_array_equal(embedder.values, table)
   listed = opened.content['facts']['parameters']
   assert listed['slm/decoder/layers/mlp/wo/kernel']['dtype'] == 'int8'
   assert 'slm/decoder/layers/mlp/wo/kernel_scale' in listed

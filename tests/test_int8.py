@@ -66,6 +66,9 @@ def test_stacked_layers_have_scales_of_their_own():
     np.testing.assert_array_equal(found[1], scale[layer])
 
 
-def test_embeddings_and_norms_are_no_kernels():
-  assert int8.contracted_axes(('token_embedder', 'embedding')) == ()
+def test_tables_have_a_scale_for_each_token_and_norms_none():
+  path = ('llm', 'token_embedder', 'embedding')
+  assert int8.contracted_axes(path) == (1,)
+  path = ('encoder', 'relpos_bias', 'embedding')
+  assert int8.contracted_axes(path) == ()
   assert int8.contracted_axes(('decoder', 'final_norm', 'scale')) == ()

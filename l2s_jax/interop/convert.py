@@ -313,7 +313,8 @@ class Reading:
       dtype: dtype of the cast; None keeps the stored dtypes.
       folds_scale: whether to fold the scale of attention logits into the query
         kernels, for a model family without such a scale; see `scale_folding`.
-      with_int8: whether to round kernels to int8; they are read as float32.
+      with_int8: whether to round kernels and token embeddings to int8; they
+        are read as float32.
 
     Raises:
       ValueError: if the cast would round the folded kernels twice.

@@ -19,6 +19,11 @@ import numpy as np
 from l2s_jax.models import mixed_product
 
 _LARGEST = 127
+# Ends of the paths of embedding tables, which have one scale per token.
+_TABLES = (
+  ('token_embedder', 'embedding'),
+  ('decoder_token_embedder', 'embedding'),
+)
 # Added to integers from -127 to make them unsigned.
 _OFFSET = 128
 
@@ -43,16 +48,18 @@ class Rounded(NamedTuple):
 def contracted_axes(
   path: tuple[str, ...], *, is_stacked: bool = False
 ) -> tuple[int, ...]:
-  """Returns the axes that a kernel contracts.
+  """Returns the axes with one scale: those that a kernel contracts.
 
   Args:
     path: of a parameter of a language model.
     is_stacked: whether its first axis is that of layers.
 
   Returns:
-    The axes; none for parameters that are not kernels of products, such as
-    embeddings and norms.
+    The axes; of a table of token embeddings, its features. None for other
+    parameters, such as norms.
   """
+  if path[-2:] in _TABLES:
+    return (1,)
   if path[-1] != 'kernel':
     return ()
   first = int(is_stacked)

@@ -121,13 +121,6 @@ class LanguageModel(nn.Module):
     )
 
 
-# Ends of the paths of tables that int8 rounds, one scale per token.
-_TABLES = (
-  ['token_embedder', 'embedding'],
-  ['decoder_token_embedder', 'embedding'],
-)
-
-
 def for_generation(
   config: config_lib.TransformerConfig, quantization: str = 'none'
 ) -> config_lib.TransformerConfig:
@@ -179,8 +172,7 @@ def params_for_generation(
     is_stacked = names[1] == 'layers'
     axes: tuple[int, ...] = ()
     if config.quantization != 'none':
-      is_table = names[-2:] in _TABLES
-      axes = (1,) if is_table else int8.contracted_axes(tuple(names))
+      axes = int8.contracted_axes(tuple(names))
     if not (is_stacked or axes):
       return x
     if isinstance(x, np.ndarray) and not axes:

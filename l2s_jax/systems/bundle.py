@@ -75,7 +75,8 @@ class Bundle:
     system: module, vocabularies, and the LLM's path in the bundle.
     towers: the language models: 'llm' and 'slm', or 'model'.
     step: checkpoint step of the exported run; None for a pretrained model.
-    quantization: 'int8' for kernels in int8, which are read as float32.
+    quantization: 'int8' for kernels and token embeddings in int8, which are
+      read as float32.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -126,7 +127,7 @@ class Bundle:
 
   @property
   def num_bytes(self) -> int:
-    """Size of all tensors as they are read; int8 kernels as float32."""
+    """Size of all tensors as they are read; int8 as float32."""
     return sum(
       math.prod(shape.shape) * shape.dtype.itemsize
       for shape in self.shapes().values()
@@ -210,7 +211,7 @@ def describe(
     llm_fingerprint: of the LLM's weights in the bundle.
     step: checkpoint step of the run.
     dtype: of the tensors, if it was chosen.
-    quantization: of the kernels, 'int8' or None.
+    quantization: of kernels and token embeddings, 'int8' or None.
     source: name of the exported folder, for information.
   """
   description = system.describe()

@@ -6,7 +6,7 @@ every tensor), safetensors files with canonical tensor names and stacked layers,
 and the tokenizer files. Tensors are memory-mapped, so each device reads its own
 shard only.
 
-The kernels of an int8 bundle are int8 tensors, each beside a tensor NAME_scale.
+Kernels and tables of an int8 bundle are int8, each beside a tensor NAME_scale.
 They are read as float32, and their digests are of these floats.
 """
 
@@ -28,7 +28,7 @@ from l2s_jax.weights import source as source_lib
 from l2s_jax.weights.formats import tensor_files
 
 DESCRIPTION = run_format.CONVERTED
-# Suffix of the tensor with the scales of an int8 kernel.
+# Suffix of the tensor with the scales of an int8 tensor.
 SCALE = '_scale'
 _INT8 = 'I8'
 _REMEDY = 'convert again, or copy the whole folder again.'
@@ -109,7 +109,7 @@ class ConvertedFolder:
         continue
       shape = scale_shape(tuple(name.split('/')), tensor.shape)
       if shape is None:
-        yield f'{name}: found int8, which only kernels may have'
+        yield f'{name}: found int8, which kernels and tables alone may have'
         continue
       wanted[name + SCALE] = None
       scale = self._tensors.get(name + SCALE)
@@ -157,7 +157,7 @@ class ConvertedFolder:
 def scale_shape(
   path: shapes_lib.Path, shape: tuple[int, ...]
 ) -> tuple[int, ...] | None:
-  """Returns the shape of an int8 kernel's scales; None if it is no kernel.
+  """Returns the shape of an int8 tensor's scales; None if it stays float.
 
   Args:
     path: canonical name.
@@ -176,7 +176,7 @@ def stored_shapes(
 
   Args:
     shapes: of the weights.
-    with_int8: whether kernels are stored in int8.
+    with_int8: whether kernels and token embeddings are stored in int8.
   """
   stored = {}
   for path, shape in shapes.items():
@@ -197,8 +197,8 @@ def save(
     source: the weights to write. `source.digest` must be known for every tensor
       after the tensor was read.
     folder: the output directory.
-    with_int8: whether to store kernels in int8. The source's must be rounded by
-      `int8.round_kernel`.
+    with_int8: whether to store kernels and token embeddings in int8. Those of
+      the source must be rounded by `int8.round_kernel`.
   """
   shapes = source.shapes()
   stored = stored_shapes(shapes, with_int8=with_int8)

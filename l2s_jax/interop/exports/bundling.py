@@ -32,7 +32,7 @@ class Parts:
     beside: the other parameters of LLM-to-SLM, by path, as they are written.
     step: checkpoint step of a run.
     name: name of the source folder, for people.
-    quantization: of the language models' kernels, 'int8' or None.
+    quantization: of kernels and token embeddings, 'int8' or None.
   """
 
   system: system_lib.System
@@ -108,7 +108,7 @@ def open_parts(
     location: location of the source, as CHECKPOINT_PATH.
     step: checkpoint step of a run; None means the newest.
     dtype: dtype of the written tensors; None keeps that of the source.
-    quantization: 'int8' rounds the kernels of the language models, see
+    quantization: 'int8' rounds kernels and token embeddings, see
       `int8`; None keeps them.
     llm_path: new location of the run's LLM, if it has moved.
     vocabulary: tokenizer of a pretrained model without one.
