@@ -19,7 +19,7 @@ from l2s_jax.interop.exports import export_command, hf_form
 from l2s_jax.models import l2s
 from l2s_jax.systems import model_paths
 from l2s_jax.vocabularies import export
-from l2s_jax.weights import manifest
+from l2s_jax.weights import manifest, opening
 
 PREFIXED = dataclasses.replace(
   helpers.T5GEMMA, emb_dim=24, num_heads=4, num_kv_heads=2
@@ -207,6 +207,18 @@ def test_a_converted_folder_loads_without_a_warning(tmp_path):
   kept = pathlib.Path(__file__).parent / 'kept_runs' / '1'
   convert.convert(f'{kept}/gpt', f'{tmp_path}/hf', from_='l2s', to='hf')
   load(tmp_path / 'hf')
+
+
+def test_a_folder_of_a_model_without_a_maximum_of_positions_is_read(tmp_path):
+  config = dataclasses.replace(
+    helpers.LLAMA, num_heads=4, max_positions=0, rope_scaling=()
+  )
+  bundle = bundles.make(l2s.build(config), tmp_path)
+  folder = write(bundle, tmp_path / 'hf')
+  content = json.loads((folder / 'config.json').read_text())
+  assert content['max_position_embeddings'] > 0
+  found = opening.open_source(str(folder)).config
+  assert dataclasses.replace(found, max_positions=0) == config
 
 
 def test_other_weights_are_noticed(tmp_path):
