@@ -264,7 +264,7 @@ def test_a_scale_that_bfloat16_does_not_hold_is_refused(tmp_path):
     hf_form.check(bundle)
 
 
-def test_the_card_has_the_results_of_the_run(tmp_path):
+def test_the_card_has_results_and_a_program(tmp_path, capsys, monkeypatch):
   bundle = bundles.make(MODULES['llm_to_gpt2-add-foreign'], tmp_path)
   results = [{'task': 'wmt-test', 'step': 7, 'scores': {'bleu': 31.25}}]
   bundle.content['facts'] = {'results': results, 'license': 'mit'}
@@ -275,10 +275,13 @@ def test_the_card_has_the_results_of_the_run(tmp_path):
   (index,) = json.loads(front.split('model-index: ')[1].splitlines()[0])
   assert index['results'][0]['metrics'] == [{'type': 'bleu', 'value': 31.25}]
   assert 'license: "mit"' in front
-  # The program on the card can be read.
   program = card.split('```python\n')[1].split('```')[0]
-  compile(program, 'README.md', 'exec')
   assert 'answer_tokenizer' in program
+  helpers.import_reference()
+  monkeypatch.chdir(tmp_path / 'hf')
+  exec(compile(program, 'README.md', 'exec'), {})
+  # It does not ask whether the folder's code may run.
+  assert 'wish to run' not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
