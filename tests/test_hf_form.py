@@ -19,7 +19,7 @@ from l2s_jax.interop.exports import export_command, hf_form
 from l2s_jax.models import l2s
 from l2s_jax.systems import model_paths
 from l2s_jax.vocabularies import export
-from l2s_jax.weights import manifest
+from l2s_jax.weights import manifest, opening
 
 PREFIXED = dataclasses.replace(
   helpers.T5GEMMA, emb_dim=24, num_heads=4, num_kv_heads=2
@@ -209,6 +209,18 @@ def test_a_converted_folder_loads_without_a_warning(tmp_path):
   load(tmp_path / 'hf')
 
 
+def test_a_folder_of_a_model_without_a_maximum_of_positions_is_read(tmp_path):
+  config = dataclasses.replace(
+    helpers.LLAMA, num_heads=4, max_positions=0, rope_scaling=()
+  )
+  bundle = bundles.make(l2s.build(config), tmp_path)
+  folder = write(bundle, tmp_path / 'hf')
+  content = json.loads((folder / 'config.json').read_text())
+  assert content['max_position_embeddings'] > 0
+  found = opening.open_source(str(folder)).config
+  assert dataclasses.replace(found, max_positions=0) == config
+
+
 def test_other_weights_are_noticed(tmp_path):
   helpers.import_reference()
   module = MODELS['t5_1_1']
@@ -252,7 +264,7 @@ def test_a_scale_that_bfloat16_does_not_hold_is_refused(tmp_path):
     hf_form.check(bundle)
 
 
-def test_the_card_has_the_results_of_the_run(tmp_path):
+def test_the_card_has_results_and_a_program(tmp_path, capsys, monkeypatch):
   bundle = bundles.make(MODULES['llm_to_gpt2-add-foreign'], tmp_path)
   results = [{'task': 'wmt-test', 'step': 7, 'scores': {'bleu': 31.25}}]
   bundle.content['facts'] = {'results': results, 'license': 'mit'}
@@ -263,10 +275,13 @@ def test_the_card_has_the_results_of_the_run(tmp_path):
   (index,) = json.loads(front.split('model-index: ')[1].splitlines()[0])
   assert index['results'][0]['metrics'] == [{'type': 'bleu', 'value': 31.25}]
   assert 'license: "mit"' in front
-  # The program on the card can be read.
   program = card.split('```python\n')[1].split('```')[0]
-  compile(program, 'README.md', 'exec')
   assert 'answer_tokenizer' in program
+  helpers.import_reference()
+  monkeypatch.chdir(tmp_path / 'hf')
+  exec(compile(program, 'README.md', 'exec'), {})
+  # It does not ask whether the folder's code may run.
+  assert 'wish to run' not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -282,7 +282,8 @@ def _example(system: system_lib.System) -> str:
     'from transformers import AutoModelFor' + kind + ', AutoTokenizer',
     '',
     "folder = '.'  # this folder",
-    'tokenizer = AutoTokenizer.from_pretrained(folder)',
+    # Reading config.json needs the folder's code.
+    f'tokenizer = AutoTokenizer.from_pretrained(folder{trust})',
   ]
   if isinstance(module, l2s.LlmToSlm) and not module.shared_vocabulary:
     reader = 'answer_tokenizer'

@@ -296,7 +296,8 @@ def _unparse_gpt_neox(config: config_lib.TransformerConfig) -> dict[str, Any]:
     'hidden_act': name_table.activation_of_theirs(config.mlp_activations[0]),
     'layer_norm_eps': config.norm_epsilon,
     'use_parallel_residual': config.parallel_residual,
-    'max_position_embeddings': config.max_positions,
+    'max_position_embeddings': config.max_positions
+    or name_table.ROTARY_CONTEXT,
     'rotary_emb_base': config.rope_base,
     'rotary_pct': config.rotary_dim / config.head_dim,
     'rope_scaling': name_table.rope_scaling_of_theirs(config),

@@ -167,7 +167,8 @@ def _unparse_sizes(config: config_lib.TransformerConfig) -> dict[str, Any]:
     'num_hidden_layers': config.num_decoder_layers,
     'rms_norm_eps': config.norm_epsilon,
     'attention_bias': config.attention_bias == 'all',
-    'max_position_embeddings': config.max_positions,
+    'max_position_embeddings': config.max_positions
+    or name_table.ROTARY_CONTEXT,
     'rope_theta': config.rope_base,
     'tie_word_embeddings': config.logits_via_embedding,
     'attention_dropout': config.dropout_rate,

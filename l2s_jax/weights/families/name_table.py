@@ -241,6 +241,8 @@ def divide(config: Mapping[str, Any], width: str, heads: str) -> int:
   return config[width] // config[heads]
 
 
+# max_position_embeddings of a rotary model without a maximum.
+ROTARY_CONTEXT = 4096
 _CONTEXT = 'original_max_position_embeddings'
 # Keys of the values in `TransformerConfig.rope_scaling`, in order, by type.
 _ROPE_SCALINGS: dict[str, tuple[str, ...]] = {

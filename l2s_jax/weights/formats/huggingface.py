@@ -88,6 +88,7 @@ def effective(config: config_lib.TransformerConfig) -> dict[str, Any]:
     'query_pre_attn_scalar': not config.scale_attention,
     'rope_scaling_type': not config.rope_scaling,
     'rope_base': config.positions != 'rotary',
+    'max_positions': config.positions == 'rotary',
   }
   defaults = {field.name: field.default for field in dataclasses.fields(config)}
   return fields | {name: defaults[name] for name in idle if idle[name]}
