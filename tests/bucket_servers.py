@@ -136,19 +136,23 @@ def s3() -> Iterator[str]:
     server.stop()
 
 
+_STATUS = {'busy': 503, 'expired': 401, 'forbidden': 403, 'vanished': 404}
+
+
 class Proxy(http.server.ThreadingHTTPServer):
   """Passes requests on to a server, and makes trouble.
 
   Attributes:
-    trouble: what happens to a request, by its number from 0: 'busy' answers
-      503, 'cut' closes the connection before the answer, 'slow' waits a little,
-      and '' passes it on.
+    trouble: what happens to a request, by its number from 0 and its path:
+      'busy' answers 503, 'expired' 401, 'forbidden' 403, 'vanished' 404, 'cut'
+      closes the connection before the answer, 'slow' waits a little, and ''
+      passes it on.
     methods: methods and paths of all requests.
   """
 
   daemon_threads = True
 
-  def __init__(self, upstream: str, trouble: Callable[[int], str]):
+  def __init__(self, upstream: str, trouble: Callable[[int, str], str]):
     """Listens on a free port of this machine."""
     self.upstream = urllib.parse.urlsplit(upstream)
     self.trouble = trouble
@@ -171,13 +175,13 @@ class _Passing(http.server.BaseHTTPRequestHandler):
     number = len(self.server.methods)
     self.server.methods.append((self.command, self.path))
     body = self._body()
-    trouble = self.server.trouble(number)
+    trouble = self.server.trouble(number, self.path)
     if trouble == 'cut':
       self.close_connection = True
       self.connection.shutdown(socket.SHUT_RDWR)
       return
-    if trouble == 'busy':
-      self._answer(503, [], b'busy')
+    if trouble in _STATUS:
+      self._answer(_STATUS[trouble], [], trouble.encode())
       return
     if trouble == 'slow':
       time.sleep(0.3)
@@ -223,7 +227,7 @@ class _Passing(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def proxy(upstream: str, trouble: Callable[[int], str]) -> Iterator[Proxy]:
+def proxy(upstream: str, trouble: Callable[[int, str], str]) -> Iterator[Proxy]:
   """Runs a proxy, with the variables of this process set to it."""
   with Proxy(upstream, trouble) as server:
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -372,12 +372,52 @@ def run_python(program, *arguments):
   )
 
 
+@pytest.mark.parametrize(
+  ('trouble', 'first', 'words'),
+  [
+    ('expired', 0, 'HttpError: expired, 401'),
+    ('vanished', 200, 'No such file or directory'),
+    ('forbidden', 200, 'orbidden'),
+  ],
+)
+def test_what_ends_a_save_is_one_sentence(gcs, bucket, trouble, first, words):
+  hooks = 'from l2s_jax.runtime import os_errors\nos_errors.Hooks().install()\n'
+  program = hooks + SAVE_AND_RESTORE
+  with bucket_servers.proxy(gcs, lambda n, _: trouble if n >= first else ''):
+    result = run_python(program, bucket)
+  assert result.returncode == 1, result.stdout
+  *_, last = result.stderr.strip().splitlines()
+  assert last.startswith('l2s_jax: error: '), result.stderr
+  assert 'gs://' in last and words in last
+  assert 'Earlier output is intact' in last
+  assert 'Traceback' not in result.stderr
+
+
+@pytest.mark.parametrize('part', ['%2Fd%2F', 'metadata'])
+def test_what_cannot_be_read_is_not_set_apart(gcs, bucket, part):
+  test_checkpoint.save(bucket, test_checkpoint.make_state(1))
+  restore = (
+    'import sys, test_checkpoint\nfrom l2s_jax.runtime import storage\n'
+    'test_checkpoint.restore(storage.of(sys.argv[1]), '
+    'test_checkpoint.make_state())'
+  )
+
+  def trouble(_, path):
+    return 'forbidden' if part in path else ''
+
+  with bucket_servers.proxy(gcs, trouble):
+    result = run_python(restore, bucket)
+  assert result.returncode == 1 and 'is damaged' not in result.stderr
+  assert saved_steps.steps(bucket) == [1]
+  assert run_python(restore, bucket).returncode == 0
+
+
 @pytest.mark.long  # Clients wait before they ask again.
 def test_a_slow_and_flaky_store_loses_nothing(gcs, bucket):
   """Every seventh request is answered by 503, cut off, or late."""
   kinds = ('busy', 'cut', 'slow')
 
-  def trouble(number):
+  def trouble(number, _):
     return '' if number % 7 else kinds[number // 7 % len(kinds)]
 
   with bucket_servers.proxy(gcs, trouble) as proxy:

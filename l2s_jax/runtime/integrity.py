@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import xxhash
 
-from l2s_jax.runtime import distributed
+from l2s_jax.runtime import distributed, os_errors
 
 PyTree = Any
 # Digests of the blocks of an array, by index range.
@@ -94,7 +94,9 @@ def damaged(
         digest(np.asarray(array[_slices(place)])) == value
         for place, value in kept[array_name].items()
       )
-    except (ValueError, IndexError, TypeError, OSError):
+    except (ValueError, IndexError, TypeError, OSError) as error:
+      if os_errors.is_of_store(error):
+        raise
       return False  # unreadable, or of another shape
 
   names = sorted(kept)

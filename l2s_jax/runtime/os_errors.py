@@ -15,6 +15,7 @@ import re
 import sys
 import threading
 import types
+import urllib.parse
 from typing import Any
 
 _SPACE = 'free some space, or choose a folder on another disk'
@@ -46,12 +47,28 @@ _REMEDIES = {
   errno.ETXTBSY: 'close the program that uses it',
   errno.EBUSY: 'close the program that uses it',
 }
+STORE = (
+  'check that the bucket exists, that its credentials are valid and allow it '
+  '(gcloud auth application-default login; for s3, AWS_PROFILE), and the '
+  'network; then start again'
+)
 _GOES_ON = 'Earlier output is intact; the same command resumes from it.'
 _WORDS = {os.strerror(number): number for number in _REMEDIES}
 # Formats of tensorstore and absl: [OS error 28: ENOSPC No space left ...].
 _NUMBER = re.compile(r'\[OS error (\d+)|\[Errno (\d+)\]')
 # Loggers that repeat the errors of library threads.
-_LOGS = ('absl', 'asyncio', 'concurrent.futures')
+_LOGS = ('absl', 'asyncio', 'concurrent.futures', 'gcsfs')
+# Packages of object stores, whose exceptions are not OSErrors.
+_STORES = ('gcsfs', 'google.auth', 'aiohttp', 'botocore')
+# TensorStore's message about an object, and the names in those of gcsfs.
+_OBJECT = re.compile(r'^[A-Z_]+: .*\b(gs|s3)://')
+_REFUSED = re.compile(
+  r'^(PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|'
+  r'CANCELLED|RESOURCE_EXHAUSTED|INTERNAL): .*\b(gs|s3)://'
+)
+_OF_GCSFS = re.compile(
+  r'(?:^|[ /])b/([^/\s?]+)/o(?:/([^\s?]*)|\?name=([^\s&]+))?'
+)
 # Patterns of the first path in a message, quoted or bare.
 _QUOTED = re.compile(r"""["'](/[^"'\n]+)["']""")
 _BARE = re.compile(r'(/[^\s"\';:,\[\]()]+)')
@@ -74,6 +91,22 @@ def describe(error: BaseException) -> str | None:
   remedy = _REMEDIES.get(number)
   place = f'{path}: ' if path else ''
   return f'{place}{words}{f"; {remedy}" if remedy else ""}. {_GOES_ON}'
+
+
+def is_of_store(error: BaseException) -> bool:
+  """Returns whether an object store did not answer, or refused to.
+
+  What it holds is then unknown: it is not damaged. A missing object is.
+  """
+  text = str(error)
+  if isinstance(error, FileNotFoundError):
+    return False
+  return (
+    STORE in text
+    or _REFUSED.search(text) is not None
+    or type(error).__module__.startswith(_STORES)
+    or (isinstance(error, OSError) and _OF_GCSFS.search(text) is not None)
+  )
 
 
 def first_line(error: BaseException) -> str:
@@ -112,6 +145,14 @@ def _read(
       return error.errno, words, names[0] if names else _path(str(error))
     return error.errno, words, None
   text = str(error)
+  if _OBJECT.search(text) or type(error).__module__.startswith(_STORES):
+    return None, f'{first_line(error)}; {STORE}. {_GOES_ON}', None
+  if isinstance(error, OSError) and (match := _OF_GCSFS.search(text)):
+    name = urllib.parse.unquote(match[2] or match[3] or '')
+    place = f'gs://{match[1]}/{name}'.rstrip('/')
+    if isinstance(error, FileNotFoundError):
+      return errno.ENOENT, os.strerror(errno.ENOENT), place
+    return None, f'{place}: {first_line(error)}; {STORE}. {_GOES_ON}', None
   if match := _NUMBER.search(text):
     number = int(match[1] or match[2])
     return number, os.strerror(number), _path(text)

@@ -32,11 +32,6 @@ COMMIT = 'commit_success.txt'
 # Of a file that is read in order.
 _BUFFER_BYTES = 2**20
 _NUM_DELETING = 16
-_REMEDY = (
-  'check that the bucket exists, that its credentials are valid and allow it '
-  '(gcloud auth application-default login; for s3, AWS_PROFILE), and the '
-  'network; then start again'
-)
 
 if not os.environ.get('EPATH_USE_TF') and not extras.missing('gcsfs'):
   # Orbax and TFDS open buckets by etils, which otherwise takes TensorFlow.
@@ -421,7 +416,7 @@ class BucketPath(pathlib.PosixPath):
         raise FileExistsError(17, os.strerror(17), str(self)) from error
       raise OSError(
         f'{self}: {type(error).__name__}: {os_errors.first_line(error)}; '
-        f'{_REMEDY}. Earlier output is intact.'
+        f'{os_errors.STORE}. Earlier output is intact.'
       ) from error
 
 

@@ -334,6 +334,8 @@ def reading(folder: pathlib.Path) -> Iterator[None]:
   except DamagedError:
     raise
   except _READING_ERRORS as error:
+    if os_errors.is_of_store(error):
+      raise
     raise DamagedError(
       f'{folder} could not be read: {os_errors.first_line(error)}'
     ) from error
