@@ -107,13 +107,13 @@ def test_bytes_are_multiplied_exactly_alone_compiled_and_mapped():
   x = generator.integers(0, 256, (2, 3, 4, 70), np.uint8)
   kernel = generator.integers(-128, 128, (9, 70), np.int8)
   exact = x.astype(np.int64) @ kernel.T.astype(np.int64)
-  x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+  states, values = jnp.asarray(x), jnp.asarray(kernel)
   multiply = mixed_product.multiply
   for found in (
-    multiply(x[0], kernel)[None],
-    jax.jit(multiply)(x[0], kernel)[None],
-    jax.vmap(multiply, (0, None))(x, kernel),
-    jax.vmap(multiply, (1, None), 1)(x, kernel),
+    multiply(states[0], values)[None],
+    jax.jit(multiply)(states[0], values)[None],
+    jax.vmap(multiply, (0, None))(states, values),
+    jax.vmap(multiply, (1, None), 1)(states, values),
   ):
     np.testing.assert_array_equal(found, exact[: len(found)])
 
