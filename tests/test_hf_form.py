@@ -110,7 +110,7 @@ def load(folder):
   kind = 'Seq2SeqLM' if config.is_encoder_decoder else 'CausalLM'
   said: list[logging.LogRecord] = []
   handler = logging.Handler(logging.WARNING)
-  handler.emit = said.append  # type: ignore[method-assign]
+  handler.addFilter(said.append)
   logger = logging.getLogger('transformers')
   logger.addHandler(handler)
   try:
