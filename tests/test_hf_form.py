@@ -215,7 +215,7 @@ def test_a_model_alone_loads_without_a_warning(name, tmp_path):
 def test_a_converted_folder_loads_without_a_warning(tmp_path):
   kept = pathlib.Path(__file__).parent / 'kept_runs' / '1'
   convert.convert(f'{kept}/gpt', f'{tmp_path}/hf', from_='l2s', to='hf')
-  load(tmp_path / 'hf')
+  load(tmp_path / 'hf' / 'slm')
 
 
 def test_a_folder_of_a_model_without_a_maximum_of_positions_is_read(tmp_path):
