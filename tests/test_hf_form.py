@@ -102,15 +102,24 @@ GENERATING = (
 )
 
 
+class Recorder(logging.Handler):
+  """Keeps what is logged."""
+
+  def __init__(self, level: int):
+    super().__init__(level)
+    self.messages: list[str] = []
+
+  def emit(self, record: logging.LogRecord) -> None:
+    self.messages.append(record.getMessage())
+
+
 def load(folder):
   torch, transformers = helpers.import_reference()
   config = transformers.AutoConfig.from_pretrained(
     folder, trust_remote_code=True
   )
   kind = 'Seq2SeqLM' if config.is_encoder_decoder else 'CausalLM'
-  said: list[logging.LogRecord] = []
-  handler = logging.Handler(logging.WARNING)
-  handler.emit = said.append  # type: ignore[assignment, method-assign]
+  handler = Recorder(logging.WARNING)
   logger = logging.getLogger('transformers')
   logger.addHandler(handler)
   try:
@@ -122,8 +131,8 @@ def load(folder):
   assert not any(found.values()), found
   # transformers 5 prints this for each T5 1.1 and umT5, also for Google's own.
   known = kind == 'Seq2SeqLM' and config.model_type in ('t5', 'umt5')
-  messages = [record.getMessage() for record in said]
-  assert all(known and 'NOT tie' in text for text in messages), messages
+  said = handler.messages
+  assert all(known and 'NOT tie' in text for text in said), said
   return torch, model.eval()
 
 
@@ -206,7 +215,7 @@ def test_a_model_alone_loads_without_a_warning(name, tmp_path):
 def test_a_converted_folder_loads_without_a_warning(tmp_path):
   kept = pathlib.Path(__file__).parent / 'kept_runs' / '1'
   convert.convert(f'{kept}/gpt', f'{tmp_path}/hf', from_='l2s', to='hf')
-  load(tmp_path / 'hf')
+  load(tmp_path / 'hf' / 'slm')
 
 
 def test_a_folder_of_a_model_without_a_maximum_of_positions_is_read(tmp_path):
