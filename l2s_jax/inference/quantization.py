@@ -87,7 +87,7 @@ def times() -> Milliseconds:
 
 
 def measure() -> dict[str, list[float]]:
-  """Milliseconds a product in each form, in turns; returns the shortest of each."""
+  """Times a product in each form, in turns; returns the shortest of each."""
   kernel = np.sin(np.arange(_INPUTS * _OUTPUTS, dtype=np.float32))
   kernel = kernel.reshape(_INPUTS, _OUTPUTS)
   with jax.default_device(jax.local_devices(backend='cpu')[0]):
