@@ -316,7 +316,7 @@ VERBS: Mapping[str, Verb] = {
       Flag(
         'quantization',
         str,
-        'int8 stores the kernels of a bundle in int8; default: floats',
+        'int8 kernels, for bundle and onnx; default: floats',
         ('int8',),
       ),
       Flag('prompts', str, 'text file with a prompt per line, to compare on'),

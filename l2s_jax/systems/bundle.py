@@ -123,6 +123,14 @@ class Bundle:
     """Numbers in all tensors."""
     return sum(math.prod(shape.shape) for shape in self.shapes().values())
 
+  @property
+  def num_bytes(self) -> int:
+    """Size of all tensors as they are read; int8 kernels as float32."""
+    return sum(
+      math.prod(shape.shape) * shape.dtype.itemsize
+      for shape in self.shapes().values()
+    )
+
   def parameters(self) -> dict[str, dict[str, Any]]:
     """Returns JSON-serialisable dtype and shape of each tensor, by name."""
     return describe_shapes(self.shapes())

@@ -9,6 +9,7 @@ all of this has succeeded.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import pathlib
 import shutil
@@ -44,11 +45,13 @@ class Form(NamedTuple):
       `compare`.
     packages: modules to import that are not among l2s_jax's core dependencies.
     how_to_run: example for the manifest.
+    has_int8: whether the module has `quantize`, for --quantization=int8.
   """
 
   module: str
   packages: Sequence[str]
   how_to_run: str
+  has_int8: bool = False
 
 
 FORMS: Mapping[str, Form] = {
@@ -74,6 +77,7 @@ FORMS: Mapping[str, Form] = {
     # `check` reports a missing jax2onnx.
     ('onnx', 'onnx_ir', 'onnxruntime'),
     "echo '[[37, 12, 1]]' | python THIS_FOLDER/run.py 32",
+    has_int8=True,
   ),
   'gguf': Form('gguf_form', ('gguf',), 'llama-cli -m THIS_FOLDER/model.gguf'),
 }
@@ -118,8 +122,9 @@ def export(
     to: format: 'bundle', 't5x' or a key of `FORMS`.
     step: checkpoint step of a run, a number or 'best'; None means the newest.
     dtype: dtype of the written tensors; None keeps that of the source.
-    quantization: 'int8' stores the kernels of the language models in int8, one
-      scale per output, in a bundle; None stores floats.
+    quantization: 'int8' stores kernels in int8: in a bundle those of the
+      language models, in 'onnx' all, by ONNX Runtime's quantizer. None stores
+      floats.
     prompts: text file with one prompt per line, for the comparison; None: the
       prompts of the run's evaluations, or three built-in ones.
     license: license of the weights, for the manifest.
@@ -140,35 +145,27 @@ def export(
   scratch = folder.with_name(f'.{folder.name}.unfinished')
   shutil.rmtree(scratch, ignore_errors=True)  # Left by a killed process.
   if to == T5X:
-    not_taken = {'dtype': dtype, 'quantization': quantization}
-    not_taken |= {'prompts': prompts}
-    not_taken |= {'license': license, 'vocabulary': vocabulary}
-    _export_state(source, folder, scratch, step, llm_path, not_taken, dry_run)
+    given = {'dtype': dtype, 'quantization': quantization, 'prompts': prompts}
+    given |= {'license': license, 'vocabulary': vocabulary}
+    _export_state(source, folder, scratch, step, llm_path, given, dry_run)
     return
-  if to != manifest.BUNDLE and not bundle.is_bundle(source):
-    _refuse_given(
-      {'quantization': quantization},
-      f'--to={to} has floats. Export --to=bundle with this flag; --to={to} of '
-      'the bundle then has its rounded weights.',
-    )
   texts = _prompts(source, prompts)
-  form = None if to == manifest.BUNDLE else _form(to)
+  form = None if to == manifest.BUNDLE else _form(to, quantization)
   parts = opened = None
   if bundle.is_bundle(source):
-    given: dict[str, Any] = {'step': step, 'dtype': dtype, 'llm_path': llm_path}
-    given |= {'vocabulary': vocabulary, 'extra_ids': extra_ids}
-    given['quantization'] = quantization
-    _check_further(source, to, given)
+    of_run: dict[str, Any] = {'step': step, 'dtype': dtype}
+    of_run['llm_path'] = llm_path
+    of_run |= {'vocabulary': vocabulary, 'extra_ids': extra_ids}
+    _check_further(source, to, of_run)
     opened = bundle.open_bundle(source)
-    size = sum(entry['bytes'] for entry in opened.content['files'].values())
-    convert.check_destination(folder, size)
-    print(f'{source}: a bundle of {size / 1e9:,.3f} GB')
+    convert.check_destination(folder, opened.num_bytes)
+    print(f'{source}: a bundle, {opened.num_bytes / 1e9:,.3f} GB of tensors')
   else:
     parts = bundling.open_parts(
       source,
       _step(step),
       dtype,
-      quantization=quantization,
+      quantization=quantization if form is None else None,
       llm_path=llm_path,
       vocabulary=vocabulary,
       extra_ids=extra_ids or 0,
@@ -191,7 +188,7 @@ def export(
       made = opened.folder
     else:
       made = scratch / to
-      _write_form(form, to, opened, made, texts, license)
+      _write_form(form, to, opened, made, texts, license, quantization)
     size = sum(p.stat().st_size for p in made.rglob('*') if p.is_file())
     made.rename(folder)
   secs = time.perf_counter() - start_secs
@@ -266,11 +263,13 @@ def _write_form(
   folder: pathlib.Path,
   prompts: Sequence[str],
   license: str | None,
+  quantization: str | None,
 ) -> None:
   """Writes a format from a bundle into a new folder, and compares the two."""
   folder.mkdir(parents=True)
   form.write(opened, folder)
-  manifest.write(
+  seal = functools.partial(
+    manifest.write,
     folder,
     to,
     opened.content['model'],
@@ -278,17 +277,30 @@ def _write_form(
     how_to_run=FORMS[to].how_to_run,
     parameters=opened.parameters(),
   )
+  seal()
   too_large = comparing.too_large(opened.num_params)
   print(f'{to}: {too_large or form.compare(opened, folder, prompts)}')
+  if quantization is not None:
+    print(
+      f'{to}: {form.quantize(opened, folder, () if too_large else prompts)}'
+    )
+    seal(quantization=quantization)
 
 
-def _form(to: str) -> Any:
+def _form(to: str, quantization: str | None) -> Any:
   """Returns the module of a format.
 
   Raises:
-    ValueError: if l2s_jax has no such module, or a package is not installed.
+    ValueError: if l2s_jax has no such module, a package is not installed, or
+      the format has no int8.
   """
   form = FORMS[to]
+  if not form.has_int8:
+    _refuse_given(
+      {'quantization': quantization},
+      f'--to={to} has floats. Export --to=bundle with this flag; --to={to} of '
+      'the bundle then has its rounded weights.',
+    )
   name = f'{__package__}.{form.module}'
   if importlib.util.find_spec(name) is None:
     raise ValueError(
