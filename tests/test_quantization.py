@@ -104,16 +104,16 @@ def test_states_of_one_row_and_of_many_have_the_same_product(kind):
 
 def test_bytes_are_multiplied_exactly_alone_compiled_and_mapped():
   generator = np.random.default_rng(0)
-  x = generator.integers(0, 256, (2, 3, 4, 70), np.uint8)
-  kernel = generator.integers(-128, 128, (9, 70), np.int8)
-  exact = x.astype(np.int64) @ kernel.T.astype(np.int64)
-  states, values = jnp.asarray(x), jnp.asarray(kernel)
+  states = generator.integers(0, 256, (2, 3, 4, 70), np.uint8)
+  rows = generator.integers(-128, 128, (9, 70), np.int8)
+  exact = states.astype(np.int64) @ rows.T.astype(np.int64)
+  x, kernel = jnp.asarray(states), jnp.asarray(rows)
   multiply = mixed_product.multiply
   for found in (
-    multiply(states[0], values)[None],
-    jax.jit(multiply)(states[0], values)[None],
-    jax.vmap(multiply, (0, None))(states, values),
-    jax.vmap(multiply, (1, None), 1)(states, values),
+    multiply(x[0], kernel)[None],
+    jax.jit(multiply)(x[0], kernel)[None],
+    jax.vmap(multiply, (0, None))(x, kernel),
+    jax.vmap(multiply, (1, None), 1)(x, kernel),
   ):
     np.testing.assert_array_equal(found, exact[: len(found)])
 

@@ -33,7 +33,7 @@ _CANDIDATES = {
 }
 
 # Milliseconds of a product by form, for each number of rows in `_ROWS`.
-Times = Mapping[str, Sequence[float]]
+Milliseconds = Mapping[str, Sequence[float]]
 
 _INPUTS, _OUTPUTS = 1024, 4096
 # Rows of a product, and the number of such products in an answer: 128 tokens of
@@ -56,7 +56,7 @@ def form(kind: str) -> str:
   return fastest(times(), _CANDIDATES[kind]) if kind in _CANDIDATES else kind
 
 
-def fastest(measured: Times, candidates: Sequence[str]) -> str:
+def fastest(measured: Milliseconds, candidates: Sequence[str]) -> str:
   """Returns the form in which an answer takes the least time.
 
   Args:
@@ -72,7 +72,7 @@ def fastest(measured: Times, candidates: Sequence[str]) -> str:
 
 
 @functools.cache
-def times() -> Times:
+def times() -> Milliseconds:
   """Returns the times of products on this machine, measured once."""
   found: dict[str, list[float]] | None = None
   if distributed.is_first():

@@ -128,7 +128,7 @@ def _kernel_shape(
 
 def contract(
   x: Float[Array, 'batch length ...'],
-  kernel: Float[Array, '...'] | int8.Rounded,
+  kernel: Float[Any, '...'] | int8.Rounded,
   config: config_lib.TransformerConfig,
   dtype: Any = None,
 ) -> Float[Array, 'batch length ...']:
