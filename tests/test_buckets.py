@@ -196,6 +196,22 @@ def test_a_stale_lock_of_another_host_is_taken_over_with_a_message(
     hold(folder)
 
 
+def test_a_process_whose_lock_was_taken_over_ends(folder):
+  holder = (
+    'import sys\nfrom l2s_jax.runtime import locks, storage\n'
+    'locks.BUCKET_RENEWAL_SECS = 0.2\n'
+    'with locks.held(storage.of(sys.argv[1]), "MODEL_DIR"):\n'
+    '  who = (storage.of(sys.argv[1]) / locks.NAME).read_text()\n'
+    '  who = who.replace("owner", "before")[:-1] + \', "owner": "them"}\'\n'
+    '  (storage.of(sys.argv[1]) / locks.NAME).write_text(who)\n'
+    '  __import__("time").sleep(60)\n'
+  )
+  result = run_python(holder, folder)
+  assert result.returncode == 1
+  assert 'was taken over by another process' in result.stderr
+  assert json.loads((folder / locks.NAME).read_text())['owner'] == 'them'
+
+
 def test_logs_are_whole_at_save_points_and_hold_each_step_once(bucket):
   writer = metric_writer.MetricWriter(bucket)
   for step in (1, 2, 3):

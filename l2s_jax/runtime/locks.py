@@ -173,10 +173,11 @@ def _renew(
     beat += 1
     # Training goes on while the disk is full or unreachable.
     with contextlib.suppress(OSError):
-      if _owner(path) == mine['owner']:
+      owner = _owner(path)
+      if owner == mine['owner']:
         with files.whole(path) as file:
           file.write(json.dumps({**mine, 'beat': beat}))
-      elif is_bucket and path.exists() and not stopped.is_set():
+      elif is_bucket and owner is not None and not stopped.is_set():
         print(
           f'l2s_jax: error: the lock {path} was taken over by another process, '
           'since it was not renewed in time; this process ends.',

@@ -12,6 +12,7 @@ number of times. An error that remains is an OSError of one sentence.
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import io
 import os
@@ -269,6 +270,17 @@ class BucketPath(pathlib.PosixPath):
       )
       for name, info in sorted(found.items())
     ]
+
+  def check_readable(self) -> None:
+    """Reads a byte of each object below.
+
+    Raises:
+      OSError: if the store does not give one.
+    """
+    for path, (size, *_) in self.objects():
+      if int(size):
+        with contextlib.suppress(FileNotFoundError):
+          path.read_range(0, 1)
 
   def mkdir(self, *_: Any, **__: Any) -> None:
     """Does nothing: folders exist by their objects."""

@@ -231,6 +231,10 @@ def _problem(
   folder: pathlib.Path, items: tuple[str, ...], _: tuple[Any, ...]
 ) -> str | None:
   wrong = _problem_here(folder, items)
+  if wrong and isinstance(folder, storage.BucketPath):
+    # Orbax may have met an error of the store, and reported something else.
+    folder.check_readable()
+    wrong = _problem_here(folder, items)
   everywhere = distributed.gather([wrong] if wrong else [])
   return everywhere[0] if everywhere else None
 
