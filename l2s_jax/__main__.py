@@ -313,6 +313,12 @@ VERBS: Mapping[str, Verb] = {
         'dtype to store; default: as in SOURCE',
         ('float32', 'bfloat16'),
       ),
+      Flag(
+        'quantization',
+        str,
+        'int8 kernels, for bundle and onnx; default: floats',
+        ('int8',),
+      ),
       Flag('prompts', str, 'text file with a prompt per line, to compare on'),
       Flag('license', str, 'license of the weights, for the manifest'),
       Flag('llm_path', str, 'LLM_PATH, if the LLM has moved'),

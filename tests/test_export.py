@@ -282,12 +282,24 @@ def test_a_form_refuses_a_model_before_anything_is_written(folder, tmp_path):
     )
 
 
+def test_a_form_of_floats_refuses_int8(folder, tmp_path):
+  with pytest.raises(ValueError, match='int8: --to=stablehlo has floats'):
+    export_command.export(
+      f'{folder}/kept/l2s',
+      f'{tmp_path}/new',
+      to='stablehlo',
+      quantization='int8',
+      llm_path=f'{folder}/kept/llm',
+    )
+  assert not (tmp_path / 'new').exists()
+
+
 def test_a_bundle_with_other_tensors_is_not_kept(folder, monkeypatch):
   """A weight that changes between writing and reading is named."""
   save = bundle.save_beside
 
-  def save_others(path, arrays, dtype):
-    save(path, {name: x + 1 for name, x in arrays.items()}, dtype)
+  def save_others(path, arrays):
+    save(path, {name: x + 1 for name, x in arrays.items()})
 
   monkeypatch.setattr(bundle, 'save_beside', save_others)
   with pytest.raises(

@@ -16,7 +16,8 @@ from l2s_jax.interop.exports import bundling, export_command
 from l2s_jax.models import l2s, lora
 from l2s_jax.runtime import partitioning
 from l2s_jax.systems import bundle, model_paths, parameters
-from l2s_jax.weights import opening
+from l2s_jax.weights import converted, opening
+from l2s_jax.weights.formats import tensor_files
 
 PLAIN = helpers.llm_to_slm('t5_1_1', 'add', 'shared')
 ALPHA = 5.0
@@ -62,10 +63,13 @@ def save_run(module, params, folder):
     convert.converted.save(convert.Reading(llm, None), folder / 'llm')
 
 
-def make(location, folder, dtype=None):
+def make(location, folder, dtype=None, quantization=None):
   """Writes a bundle, as the verb does before it compares answers."""
   folder.mkdir()
-  bundling.write(bundling.open_parts(str(location), None, dtype), folder, dtype)
+  parts = bundling.open_parts(
+    str(location), None, dtype, quantization=quantization
+  )
+  bundling.write(parts, folder, dtype)
   return bundle.open_bundle(folder)
 
 
@@ -107,13 +111,19 @@ def test_each_tensor_is_compared_with_its_source(name, tmp_path):
   module = MODULES[name]
   params = jax.tree.map(np.asarray, helpers.random_params(module))
   save_run(module, params, tmp_path)
-  for dtype in (None, 'bfloat16'):
-    path = tmp_path / f'bundle_{dtype}'
+  for dtype, quantization in (
+    (None, None),
+    ('bfloat16', None),
+    ('bfloat16', 'int8'),
+  ):
+    path = tmp_path / f'bundle_{dtype}_{quantization}'
     path.mkdir()
-    parts = bundling.open_parts(str(tmp_path / 'run'), None, dtype)
+    parts = bundling.open_parts(
+      str(tmp_path / 'run'), None, dtype, quantization=quantization
+    )
     bundling.write(parts, path, dtype)
     assert 'tensors equal those of run' in bundling.compare(
-      parts, bundle.open_bundle(path), dtype
+      parts, bundle.open_bundle(path)
     )
     for part in ('llm', 'slm', 'beside'):
       file = path / part / 'model.safetensors'
@@ -122,9 +132,68 @@ def test_each_tensor_is_compared_with_its_source(name, tmp_path):
       file.write_bytes(content)
     opened = bundle.open_bundle(path)  # Its manifest stays: verified before.
     with pytest.raises(ValueError, match='3 of .* differ from those of r') as e:
-      bundling.compare(parts, opened, dtype)
+      bundling.compare(parts, opened)
     found = [line.strip().split('/')[0] for line in str(e.value).split('\n')]
     assert {'llm', 'slm'} < set(found[1:])
+
+
+@pytest.mark.parametrize('name', ['replace_foreign', 'add_foreign_gpt2'])
+def test_int8_decoding_of_an_int8_bundle_has_the_stored_values(name, tmp_path):
+  """And those of its run, which nothing else rounds."""
+  module = MODULES[name]
+  params = jax.tree.map(np.asarray, helpers.random_params(module))
+  save_run(module, params, tmp_path)
+  opened = make(tmp_path / 'run', tmp_path / 'bundle', quantization='int8')
+  system, loaded = load(tmp_path / 'bundle')
+
+  def packed(module, params):
+    generating = l2s.for_generation(
+      module, quantization='int8', llm_quantization='int8'
+    )
+    found = l2s.params_for_generation(generating, params)
+    return jax.tree.map(np.asarray, found)
+
+  found = packed(system.module, loaded)
+  helpers.assert_trees_equal(found, packed(module, params))
+  tensors = tensor_files.open_folder(tmp_path / 'bundle' / 'slm')
+  stored = tensors['decoder/layers/mlp/wo/kernel']
+  assert stored.dtype == 'I8'
+  for i, layer in enumerate(stored.read()):
+    kernel = found['slm']['decoder'][f'layers_{i}']['mlp']['wo']['kernel']
+    np.testing.assert_array_equal(kernel.qvalue, layer)
+  listed = opened.content['facts']['parameters']
+  assert listed['slm/decoder/layers/mlp/wo/kernel']['dtype'] == 'int8'
+  assert 'slm/decoder/layers/mlp/wo/kernel_scale' in listed
+
+
+def test_int8_scales_that_do_not_fit_are_refused(tmp_path):
+  module = PLAIN
+  params = jax.tree.map(np.asarray, helpers.random_params(module))
+  save_run(module, params, tmp_path)
+  make(tmp_path / 'run', tmp_path / 'bundle', quantization='int8')
+  folder = tmp_path / 'bundle' / 'slm'
+  tensors = tensor_files.open_folder(folder)
+  arrays = {name: np.array(tensor.read()) for name, tensor in tensors.items()}
+  kernel = 'decoder/layers/mlp/wo/kernel'
+  norm = 'decoder/final_norm/scale'
+
+  def refused(change, message):
+    changed = {**arrays, **change}
+    changed = {n: x for n, x in changed.items() if x is not None}
+    shapes = {
+      name: jax.ShapeDtypeStruct(x.shape, x.dtype)
+      for name, x in changed.items()
+    }
+    tensor_files.save_safetensors(folder, shapes, lambda name: [changed[name]])
+    with pytest.raises(ValueError, match=message):
+      converted.ConvertedFolder(folder)
+
+  scale = arrays[f'{kernel}_scale']
+  refused({f'{kernel}_scale': None}, f'{kernel}_scale: missing')
+  refused({f'{kernel}_scale': scale[:1]}, f'{kernel}_scale: found F32.*expect')
+  refused({f'{kernel}_scale': scale.astype(np.float16)}, 'found F16.*expected')
+  refused({norm: arrays[norm].astype(np.int8)}, f'{norm}: found int8')
+  refused({f'{norm}_scale': scale}, f'{norm}_scale')
 
 
 def test_sentinels_are_asked_for_as_by_other_verbs(tmp_path):
@@ -157,8 +226,12 @@ def test_a_model_model_paths_is_a_bundle_that_goes_on_with_prompts(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+  ('dtype', 'quantization'),
+  [('bfloat16', None), (None, 'int8'), ('bfloat16', 'int8')],
+)
 def test_rounding_and_lora_explain_other_answers_and_nothing_else_does(
-  tmp_path, monkeypatch, capsys
+  tmp_path, monkeypatch, capsys, dtype, quantization
 ):
   module = MODULES['lora']
   params = jax.tree.map(np.asarray, helpers.random_params(module))
@@ -166,33 +239,39 @@ def test_rounding_and_lora_explain_other_answers_and_nothing_else_does(
   run = str(tmp_path / 'run')
   monkeypatch.setattr(export_command, '_ANSWER_LENGTH', 8)
   export_command.export(
-    run, str(tmp_path / 'half'), to='bundle', dtype='bfloat16', license='MIT'
+    run,
+    str(tmp_path / 'rounded'),
+    to='bundle',
+    dtype=dtype,
+    quantization=quantization,
+    license='MIT',
   )
   said = capsys.readouterr().out
   assert '3 of 3 greedy' in said or 'after its tensors are rounded' in said
-  opened = bundle.open_bundle(tmp_path / 'half')
+  opened = bundle.open_bundle(tmp_path / 'rounded')
   assert opened.license == 'MIT'
 
   # What the source is held against is exactly what the bundle has.
-  system = model_paths.load(run)
-  stored = dataclasses.replace(system, frozen_dtype='bfloat16')
-  folded = export_command._folded(
-    stored, export_command._load(stored, run, 1), 'bfloat16'
-  )
-  helpers.assert_trees_equal(folded, opened.params())
+  parts = bundling.open_parts(run, None, dtype, quantization=quantization)
+  frozen_dtype = opened.system.frozen_dtype
+  assert frozen_dtype == (dtype or 'float32')
+  folded = export_command._folded(parts, run, 1, dtype, frozen_dtype)
+  found = opened.params()
+  found['llm'] = jax.tree.map(lambda x: x.astype(frozen_dtype), found['llm'])
+  helpers.assert_trees_equal(folded, found)
 
   save = bundle.save_beside
 
-  def save_others(path, arrays, dtype):
-    save(path, {name: x + 1 for name, x in arrays.items()}, dtype)
+  def save_others(path, arrays):
+    save(path, {name: x + 1 for name, x in arrays.items()})
 
   monkeypatch.setattr(bundle, 'save_beside', save_others)
-  other = make(run, tmp_path / 'other', 'bfloat16')
+  other = make(run, tmp_path / 'other', dtype, quantization)
   with pytest.raises(
     ValueError, match='The bundle answers .* output was deleted'
   ):
     export_command._compare(
-      run, system, None, other, export_command.PROMPTS, 'bfloat16'
+      run, parts, None, other, export_command.PROMPTS, dtype
     )
 
 

@@ -4,6 +4,7 @@
 import dataclasses
 import importlib.util
 import pathlib
+import re
 from typing import Any
 
 import bundles
@@ -13,7 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2s_jax.interop.exports import export_command, onnx_form
+from l2s_jax.interop.exports import (
+  export_command,
+  greedy_programs,
+  onnx_form,
+)
 from l2s_jax.models import l2s
 from l2s_jax.weights import manifest
 from l2s_jax.weights.formats import tensor_files
@@ -168,3 +173,31 @@ def test_the_verb_writes_a_folder_that_is_verified(tmp_path):
     file.write(b'?')
   with pytest.raises(ValueError, match='decode_step.onnx was changed after'):
     manifest.read(path, 'onnx')
+
+
+@pytest.mark.parametrize('name', QUICK)
+def test_int8_models_choose_nearly_all_tokens_of_the_run(
+  name, tmp_path, monkeypatch
+):
+  for package in PACKAGES:
+    pytest.importorskip(package, reason=REASON)
+  module, options = SYSTEMS[name]
+  bundle = bundles.of(module, **options)
+  onnx_form.write(bundle, tmp_path)
+  sizes = {p.name: p.stat().st_size for p in tmp_path.iterdir()}
+  said = onnx_form.quantize(bundle, tmp_path, PROMPTS)
+  (share,) = re.findall(r'choose ([0-9.]+)%', said)
+  assert float(share) >= 80
+  manifest.write(tmp_path, 'onnx', {})
+  programs = onnx_form._programs(bundle)
+  rows = programs.prompt_rows(PROMPTS, 16)
+  found = greedy_programs.run_program(tmp_path, rows, 4)
+  assert len(found) == len(PROMPTS)
+  left = {p.name: p.stat().st_size for p in tmp_path.iterdir()}
+  assert 'model.safetensors' not in left
+  assert left['decode_step.int8.onnx.data'] < sizes['model.safetensors']
+
+  onnx_form.write(bundle, tmp_path)
+  monkeypatch.setattr(onnx_form, '_LEAST_SHARE', 1.01)
+  with pytest.raises(ValueError, match='choose .* expected at least 101%'):
+    onnx_form.quantize(bundle, tmp_path, PROMPTS)

@@ -29,6 +29,7 @@ from l2s_jax.interop import (
   to_t5x,
 )
 from l2s_jax.models import config as config_lib
+from l2s_jax.models import int8
 from l2s_jax.models import shapes as shapes_lib
 from l2s_jax.runtime import extras, files, gin_config, integrity, storage
 from l2s_jax.vocabularies import base, export, loading, tokenizer_files
@@ -303,6 +304,7 @@ class Reading:
     dtype: str | None,
     *,
     folds_scale: bool = False,
+    with_int8: bool = False,
   ):
     """Opens nothing; computes shapes and sizes.
 
@@ -311,10 +313,12 @@ class Reading:
       dtype: dtype of the cast; None keeps the stored dtypes.
       folds_scale: whether to fold the scale of attention logits into the query
         kernels, for a model family without such a scale; see `scale_folding`.
+      with_int8: whether to round kernels to int8; they are read as float32.
 
     Raises:
       ValueError: if the cast would round the folded kernels twice.
     """
+    self._with_int8 = with_int8
     self.source = source
     self.config, self._query_factor = source.config, 1.0
     if folds_scale:
@@ -323,7 +327,10 @@ class Reading:
     self.model_type = source.model_type
     self.special_ids = source.special_ids
     self._shapes = {
-      path: jax.ShapeDtypeStruct(shape.shape, jnp.dtype(dtype or shape.dtype))
+      path: jax.ShapeDtypeStruct(
+        shape.shape,
+        jnp.dtype('float32' if self._is_int8(path) else (dtype or shape.dtype)),
+      )
       for path, shape in source.shapes().items()
     }
     if self._query_factor != 1:
@@ -342,6 +349,9 @@ class Reading:
     self.notes = finite.Notes(source)
     self.keeps_stored = False
 
+  def _is_int8(self, path: shapes_lib.Path) -> bool:
+    return self._with_int8 and bool(int8.contracted_axes(path))
+
   def step(self) -> int | None:
     return self.source.step()
 
@@ -354,16 +364,36 @@ class Reading:
     stored = self.source.read(path, layer)
     if self.keeps_stored or self.source.digest(path) is not None:
       self._stored[path, layer or 0] = source_lib.digest_layer(stored)
-    dtype = self._shapes[path].dtype
-    if self._query_factor != 1 and scale_folding.is_query(path):
-      array = scale_folding.scale(stored, self._query_factor, dtype)
-    else:
-      array = stored.astype(dtype, copy=False)
-    self.notes.look(array, path, layer)
+    array = self._cast(stored, path)
+    self.notes.look(array, path, layer)  # int8 has no NaN.
+    array = self._rounded(array, path, layer)
     self._layers[path, layer or 0] = source_lib.digest_layer(array)
     if self.progress is not None:
       self.progress.update(array.nbytes)
     return array
+
+  def read_again(self, path: shapes_lib.Path, layer: int | None) -> np.ndarray:
+    """Returns what `read` has returned, without records."""
+    array = self._cast(self.source.read(path, layer), path)
+    return self._rounded(array, path, layer)
+
+  def _cast(self, stored: np.ndarray, path: shapes_lib.Path) -> np.ndarray:
+    """Returns a tensor in its new dtype, with the folded scale."""
+    dtype = self._shapes[path].dtype
+    if self._query_factor != 1 and scale_folding.is_query(path):
+      return scale_folding.scale(stored, self._query_factor, dtype)
+    return stored.astype(dtype, copy=False)
+
+  def _rounded(
+    self, array: np.ndarray, path: shapes_lib.Path, layer: int | None
+  ) -> np.ndarray:
+    """Returns a kernel rounded to int8, if asked for; else the tensor."""
+    if not self._is_int8(path):
+      return array
+    is_stacked = layer is None and 'layers' in path
+    axes = int8.contracted_axes(path, is_stacked=is_stacked)
+    rounded: np.ndarray = int8.round_kernel(array, axes)
+    return rounded
 
   def name(self, path: shapes_lib.Path) -> str:
     return self.source.name(path)

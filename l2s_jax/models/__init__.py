@@ -14,6 +14,7 @@ __all__ = (
   'cache',
   'config',
   'flops',
+  'int8',
   'l2s',
   'language_model',
   'lora',

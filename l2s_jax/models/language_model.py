@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from l2s_jax.models import cache as cache_lib
 from l2s_jax.models import config as config_lib
-from l2s_jax.models import lora, transformer
+from l2s_jax.models import int8, lora, transformer
 
 Batch = Mapping[str, jax.Array]
 PyTree = Any
@@ -170,15 +170,14 @@ def params_for_generation(
   def convert(path: tuple[Any, ...], x: Any) -> Any:
     names = [entry.key for entry in path]
     is_stacked = names[1] == 'layers'
-    num_contracted = 0
-    if config.quantization != 'none' and names[-1] == 'kernel':
-      # The attention output alone contracts two axes, [heads, kv].
-      num_contracted = 2 if names[-2] == 'out' else 1
-    if not (is_stacked or num_contracted):
+    axes: tuple[int, ...] = ()
+    if config.quantization != 'none':
+      axes = int8.contracted_axes(tuple(names))
+    if not (is_stacked or axes):
       return x
-    if isinstance(x, np.ndarray) and not num_contracted:
+    if isinstance(x, np.ndarray) and not axes:
       return tuple(x)  # Views: memory-mapped arrays stay on disk.
-    converted = _convert(x, is_stacked, num_contracted)
+    converted = _convert(x, is_stacked, axes)
     if consume and isinstance(x, jax.Array):
       x.delete()
     return converted
@@ -207,20 +206,19 @@ def _split_layers(stacked: PyTree, module: PyTree) -> PyTree:
   }
 
 
-@functools.partial(jax.jit, static_argnames=('is_stacked', 'num_contracted'))
-def _convert(x: Any, is_stacked: bool, num_contracted: int) -> Any:
+@functools.partial(jax.jit, static_argnames=('is_stacked', 'axes'))
+def _convert(x: Any, is_stacked: bool, axes: tuple[int, ...]) -> Any:
   """Returns an array, or a tuple of per-layer arrays if stacked.
 
   Kernels with contracted axes are quantized to int8, one scale an output.
   """
 
   def quantize(x: Any) -> Any:
-    if not num_contracted:
+    if not axes:
       return x
     import qwix
 
-    axes = tuple(range(num_contracted, x.ndim))
-    return qwix.quantize(x, jnp.int8, channelwise_axes=axes)
+    return qwix.QArray(*int8.quantize(x, axes), qtype=jnp.int8)
 
   return tuple(map(quantize, x)) if is_stacked else quantize(x)
 

@@ -15,12 +15,12 @@ Tensors are memory-mapped. `export` writes bundles; `infer`, `evaluate` and
 """
 
 import functools
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -38,6 +38,7 @@ BESIDE = 'beside'
 # Folder and key of a single language model.
 MODEL = 'model'
 _KEYS = {'system', 'continues', 'step', 'dtype', 'source'}
+QUANTIZATIONS = ('int8',)
 _REMEDY = 'Export again, or copy the whole folder again from the original.'
 
 
@@ -74,6 +75,7 @@ class Bundle:
     system: module, vocabularies, and the LLM's path in the bundle.
     towers: the language models: 'llm' and 'slm', or 'model'.
     step: checkpoint step of the exported run; None for a pretrained model.
+    quantization: 'int8' for kernels in int8, which are read as float32.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -82,7 +84,13 @@ class Bundle:
     self.content = manifest.read(folder, manifest.BUNDLE)
     path = folder / manifest.FILE
     model = self.content['model']
-    if model.keys() != _KEYS or not isinstance(model['system'], dict):
+    # Absent in bundles of floats.
+    self.quantization: str | None = model.get('quantization')
+    if (
+      model.keys() - {'quantization'} != _KEYS
+      or not isinstance(model['system'], dict)
+      or self.quantization not in (None, *QUANTIZATIONS)
+    ):
       raise ValueError(f'{path} does not describe its model. {_REMEDY}')
     self.step: int | None = model['step']
     description = runs.check_description(model['system'], path)
@@ -114,11 +122,30 @@ class Bundle:
   @property
   def num_params(self) -> int:
     """Numbers in all tensors."""
-    return sum(x.size for x in jax.tree.leaves(self.params()))
+    return sum(math.prod(shape.shape) for shape in self.shapes().values())
+
+  @property
+  def num_bytes(self) -> int:
+    """Size of all tensors as they are read; int8 kernels as float32."""
+    return sum(
+      math.prod(shape.shape) * shape.dtype.itemsize
+      for shape in self.shapes().values()
+    )
 
   def parameters(self) -> dict[str, dict[str, Any]]:
     """Returns JSON-serialisable dtype and shape of each tensor, by name."""
-    return describe_shapes(traverse_util.flatten_dict(self.params(), sep='/'))
+    return describe_shapes(self.shapes())
+
+  def shapes(self) -> dict[str, Any]:
+    """Returns the shape and dtype of each tensor, by name."""
+    named: dict[str, Any] = {
+      '/'.join(path): array for path, array in self.beside().items()
+    }
+    for name, tower in self.towers.items():
+      prefix = '' if name == MODEL else f'{name}/'
+      for path, shape in tower.shapes().items():
+        named[prefix + '/'.join(path)] = shape
+    return named
 
   def beside(self) -> dict[tuple[str, ...], np.ndarray]:
     """Returns the tensors of projector, prompt embedder and layer mix."""
@@ -147,21 +174,15 @@ def describe_shapes(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def save_beside(
-  folder: pathlib.Path,
-  arrays: Mapping[tuple[str, ...], np.ndarray],
-  dtype: str | None,
+  folder: pathlib.Path, arrays: Mapping[tuple[str, ...], np.ndarray]
 ) -> None:
   """Writes the parameters of LLM-to-SLM outside of its language models.
 
   Args:
     folder: the bundle.
     arrays: by path.
-    dtype: of the written tensors; None keeps each array's dtype.
   """
-  named = {
-    '/'.join(path): array.astype(jnp.dtype(dtype or array.dtype))
-    for path, array in arrays.items()
-  }
+  named = {'/'.join(path): array for path, array in arrays.items()}
   shapes = {
     name: jax.ShapeDtypeStruct(array.shape, array.dtype)
     for name, array in named.items()
@@ -178,6 +199,7 @@ def describe(
   llm_fingerprint: str | None,
   step: int | None,
   dtype: str | None,
+  quantization: str | None,
   source: str,
 ) -> dict[str, Any]:
   """Returns the manifest's description of a bundle's model.
@@ -188,6 +210,7 @@ def describe(
     llm_fingerprint: of the LLM's weights in the bundle.
     step: checkpoint step of the run.
     dtype: of the tensors, if it was chosen.
+    quantization: of the kernels, 'int8' or None.
     source: name of the exported folder, for information.
   """
   description = system.describe()
@@ -206,10 +229,11 @@ def describe(
       description['llm'] = {**description['llm'], 'dtype': dtype}
   else:
     description['config'] = configs[MODEL].to_json()
-  return {
+  described = {
     'system': description,
     'continues': system.continues,
     'step': step,
     'dtype': dtype,
     'source': source,
   }
+  return described | ({'quantization': quantization} if quantization else {})

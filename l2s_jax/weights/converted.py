@@ -5,16 +5,22 @@ A converted folder holds `weights.json` (the model config and the digest of
 every tensor), safetensors files with canonical tensor names and stacked layers,
 and the tokenizer files. Tensors are memory-mapped, so each device reads its own
 shard only.
+
+The kernels of an int8 bundle are int8 tensors, each beside a tensor NAME_scale.
+They are read as float32, and their digests are of these floats.
 """
 
 import dataclasses
 import pathlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from l2s_jax.models import config as config_lib
+from l2s_jax.models import int8
 from l2s_jax.models import shapes as shapes_lib
 from l2s_jax.runtime import files, integrity
 from l2s_jax.weights import misfits, run_format
@@ -22,6 +28,9 @@ from l2s_jax.weights import source as source_lib
 from l2s_jax.weights.formats import tensor_files
 
 DESCRIPTION = run_format.CONVERTED
+# Suffix of the tensor with the scales of an int8 kernel.
+SCALE = '_scale'
+_INT8 = 'I8'
 _REMEDY = 'convert again, or copy the whole folder again.'
 _KEYS = {
   'format_version',
@@ -81,10 +90,7 @@ class ConvertedFolder:
     self.config = config_lib.from_json(description['config'], path)
     self._digests = description['digests']
     self._tensors = tensor_files.open_folder(folder)
-    differing = [
-      *(f'{name}: missing' for name in self._digests.keys() - self._tensors),
-      *misfits.unknown(self._tensors.keys() - self._digests, self._tensors, {}),
-    ]
+    differing = list(self._differing())
     if differing:
       raise ValueError(
         misfits.refusal(
@@ -94,21 +100,54 @@ class ConvertedFolder:
         )
       )
 
+  def _differing(self) -> Iterator[str]:
+    """Yields differences between the tensors and the list of digests."""
+    wanted = dict.fromkeys(self._digests)
+    for name in self._digests.keys() & self._tensors.keys():
+      tensor = self._tensors[name]
+      if tensor.dtype != _INT8:
+        continue
+      shape = scale_shape(tuple(name.split('/')), tensor.shape)
+      if shape is None:
+        yield f'{name}: found int8, which only kernels may have'
+        continue
+      wanted[name + SCALE] = None
+      scale = self._tensors.get(name + SCALE)
+      if scale and (scale.shape, scale.dtype) != (shape, 'F32'):
+        yield (
+          f'{name + SCALE}: found {scale.dtype}{list(scale.shape)}, expected '
+          f'F32{list(shape)}'
+        )
+    yield from (f'{name}: missing' for name in wanted.keys() - self._tensors)
+    others = self._tensors.keys() - wanted
+    yield from misfits.unknown(others, self._tensors, {})
+
   def step(self) -> int | None:
     return None
 
   def shapes(self) -> dict[shapes_lib.Path, jax.ShapeDtypeStruct]:
-    return {
-      tuple(name.split('/')): jax.ShapeDtypeStruct(
-        tensor.shape, jnp.dtype(tensor_files.DTYPES[tensor.dtype])
+    found = {}
+    for name in self._digests:
+      tensor = self._tensors[name]
+      dtype = tensor_files.DTYPES.get(tensor.dtype, 'float32')
+      found[tuple(name.split('/'))] = jax.ShapeDtypeStruct(
+        tensor.shape, jnp.dtype(dtype)
       )
-      for name, tensor in self._tensors.items()
-    }
+    return found
 
   def read(self, path: shapes_lib.Path, layer: int | None = None) -> Any:
     # In a bucket, all layers are a `storage.BucketArray`.
-    array = self._tensors['/'.join(path)].read()
-    return array if layer is None else array[layer]
+    name = '/'.join(path)
+    tensor = self._tensors[name]
+    array = tensor.read()
+    if layer is not None:
+      array = array[layer]
+    if tensor.dtype != _INT8:
+      return array
+    scale = np.asarray(self._tensors[name + SCALE].read())
+    return int8.dequantize(
+      np.asarray(array), scale if layer is None else scale[layer]
+    )
 
   def name(self, path: shapes_lib.Path) -> str:
     return '/'.join(path)
@@ -117,22 +156,67 @@ class ConvertedFolder:
     return self._digests['/'.join(path)]
 
 
-def save(source: source_lib.Source, folder: pathlib.Path) -> None:
+def scale_shape(
+  path: shapes_lib.Path, shape: tuple[int, ...]
+) -> tuple[int, ...] | None:
+  """Returns the shape of an int8 kernel's scales; None if it is no kernel.
+
+  Args:
+    path: canonical name.
+    shape: of the kernel, with its stacked layers.
+  """
+  axes = int8.contracted_axes(path, is_stacked='layers' in path)
+  if not axes:
+    return None
+  return tuple(1 if i in axes else size for i, size in enumerate(shape))
+
+
+def stored_shapes(
+  shapes: Mapping[shapes_lib.Path, jax.ShapeDtypeStruct], *, with_int8: bool
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns shapes and dtypes of the tensors in the files of a folder.
+
+  Args:
+    shapes: of the weights.
+    with_int8: whether kernels are stored in int8.
+  """
+  stored = {}
+  for path, shape in shapes.items():
+    name, scale = '/'.join(path), scale_shape(path, shape.shape)
+    stored[name] = shape
+    if with_int8 and scale is not None:
+      stored[name] = jax.ShapeDtypeStruct(shape.shape, np.dtype(np.int8))
+      stored[name + SCALE] = jax.ShapeDtypeStruct(scale, np.dtype(np.float32))
+  return stored
+
+
+def save(
+  source: source_lib.Source, folder: pathlib.Path, *, with_int8: bool = False
+) -> None:
   """Writes weights as a converted folder, layer by layer.
 
   Args:
     source: the weights to write. `source.digest` must be known for every tensor
       after the tensor was read.
     folder: the output directory.
+    with_int8: whether to store kernels in int8. The source's must be rounded by
+      `int8.round_kernel`.
   """
-  shapes = {'/'.join(path): shape for path, shape in source.shapes().items()}
+  shapes = source.shapes()
+  stored = stored_shapes(shapes, with_int8=with_int8)
 
-  def pieces(name):
+  def pieces(name: str) -> Iterator[np.ndarray]:
     path = tuple(name.split('/'))
-    for layer in source_lib.layers(path, shapes[name].shape):
-      yield source.read(path, layer)
+    is_scale = path not in shapes
+    if is_scale:
+      path = tuple(name.removesuffix(SCALE).split('/'))
+    for layer in source_lib.layers(path, shapes[path].shape):
+      array = source.read(path, layer)
+      if stored[name].dtype == np.int8 or is_scale:
+        array = int8.quantize(array, int8.contracted_axes(path))[is_scale]
+      yield array
 
-  tensor_files.save_safetensors(folder, shapes, pieces)
+  tensor_files.save_safetensors(folder, stored, pieces)
   digests = {}
   for path in source.shapes():
     digest = source.digest(path)

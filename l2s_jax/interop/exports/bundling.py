@@ -2,6 +2,7 @@
 """Writes a run or a pretrained model as a bundle, tensor by tensor."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -28,9 +29,10 @@ class Parts:
   Attributes:
     system: the system of the run or the model.
     towers: the language models: 'llm' and 'slm', or 'model'.
-    beside: the other parameters of LLM-to-SLM, by path.
+    beside: the other parameters of LLM-to-SLM, by path, as they are written.
     step: checkpoint step of a run.
     name: name of the source folder, for people.
+    quantization: of the language models' kernels, 'int8' or None.
   """
 
   system: system_lib.System
@@ -38,12 +40,28 @@ class Parts:
   beside: Mapping[shapes_lib.Path, np.ndarray]
   step: int | None
   name: str
+  quantization: str | None = None
 
   @property
   def num_bytes(self) -> int:
     """Size of all tensors in the bundle."""
-    beside = sum(array.nbytes for array in self.beside.values())
-    return beside + sum(tower.num_bytes for tower in self.towers.values())
+    return sum(
+      math.prod(shape.shape) * shape.dtype.itemsize
+      for shape in self.stored_shapes().values()
+    )
+
+  def stored_shapes(self) -> dict[str, jax.ShapeDtypeStruct | np.ndarray]:
+    """Returns shapes and dtypes of all tensors in the bundle, by name."""
+    named: dict[str, Any] = {
+      '/'.join(path): array for path, array in self.beside.items()
+    }
+    for name, tower in self.towers.items():
+      prefix = '' if name == bundle.MODEL else f'{name}/'
+      stored = converted.stored_shapes(
+        tower.shapes(), with_int8=self.quantization is not None
+      )
+      named |= {prefix + key: shape for key, shape in stored.items()}
+    return named
 
 
 class _Encoder:
@@ -79,6 +97,7 @@ def open_parts(
   step: int | Literal['best'] | None,
   dtype: str | None,
   *,
+  quantization: str | None = None,
   llm_path: str | None = None,
   vocabulary: str | None = None,
   extra_ids: int = 0,
@@ -89,6 +108,8 @@ def open_parts(
     location: location of the source, as CHECKPOINT_PATH.
     step: checkpoint step of a run; None means the newest.
     dtype: dtype of the written tensors; None keeps that of the source.
+    quantization: 'int8' rounds the kernels of the language models, see
+      `int8`; None keeps them.
     llm_path: new location of the run's LLM, if it has moved.
     vocabulary: tokenizer of a pretrained model without one.
     extra_ids: number of T5's sentinel ids behind its SentencePiece model.
@@ -104,10 +125,14 @@ def open_parts(
   source = opening.open_source(location, chosen or None, may_lack_steps=True)
   name = pathlib.Path(location).resolve().name
   if not isinstance(system.module, l2s.LlmToSlm):
-    tower = convert.Reading(source, dtype)
-    return Parts(system, {bundle.MODEL: tower}, {}, source.step(), name)
+    tower = convert.Reading(source, dtype, with_int8=quantization is not None)
+    towers = {bundle.MODEL: tower}
+    return Parts(system, towers, {}, source.step(), name, quantization)
   assert isinstance(source, runs.Run)  # Only runs are LLM-to-SLM.
-  beside = source.read_others(but=('llm', 'slm'))
+  beside = {
+    path: array.astype(np.dtype(dtype or array.dtype))
+    for path, array in source.read_others(but=('llm', 'slm')).items()
+  }
   wanted = {
     path[1:]: shape
     for path, shape in shapes_lib.of_module(system.module).items()
@@ -119,16 +144,14 @@ def open_parts(
     )
   else:
     llm = runs.Run(pathlib.Path(location), source.step(), 'llm')
-  towers: dict[str, source_lib.Source] = {
-    'llm': _Encoder(llm, set(wanted)),
-    'slm': source,
+  encoder = _Encoder(llm, set(wanted))
+  source_lib.check_shapes(encoder, wanted)
+  towers = {
+    name: convert.Reading(tower, dtype, with_int8=quantization is not None)
+    for name, tower in (('llm', encoder), ('slm', source))
   }
-  source_lib.check_shapes(towers['llm'], wanted)
-  readings = {
-    name: convert.Reading(tower, dtype) for name, tower in towers.items()
-  }
-  readings['llm'].keeps_stored = True
-  return Parts(system, readings, beside, source.step(), name)
+  towers['llm'].keeps_stored = True
+  return Parts(system, towers, beside, source.step(), name, quantization)
 
 
 def write(
@@ -149,12 +172,16 @@ def write(
   system = parts.system
   for name, tower in parts.towers.items():
     with convert.progress_bar(tower.num_bytes, name) as tower.progress:
-      converted.save(tower, _made(folder / name))
+      converted.save(
+        tower,
+        _made(folder / name),
+        with_int8=parts.quantization is not None,
+      )
     tower.check_source()
     tower.notes.check()
   _check_llm(parts)
   if parts.beside:
-    bundle.save_beside(folder, parts.beside, dtype)
+    bundle.save_beside(folder, parts.beside)
   for name, vocabulary in (
     ('prompt', system.prompt_vocabulary),
     ('answer', system.answer_vocabulary),
@@ -172,27 +199,19 @@ def write(
     llm_fingerprint=fingerprint,
     step=parts.step,
     dtype=dtype,
+    quantization=parts.quantization,
     source=parts.name,
   )
-  shapes = {
-    ('' if name == bundle.MODEL else f'{name}/') + '/'.join(path): shape
-    for name, tower in parts.towers.items()
-    for path, shape in tower.shapes().items()
-  }
-  for path, array in parts.beside.items():
-    shape = jax.ShapeDtypeStruct(array.shape, np.dtype(dtype or array.dtype))
-    shapes['/'.join(path)] = shape
-  described = bundle.describe_shapes(shapes)
+  described = bundle.describe_shapes(parts.stored_shapes())
   manifest.write(folder, manifest.BUNDLE, model, parameters=described, **facts)
 
 
-def compare(parts: Parts, opened: bundle.Bundle, dtype: str | None) -> str:
+def compare(parts: Parts, opened: bundle.Bundle) -> str:
   """Compares a bundle's tensors bit by bit with those of its source.
 
   Args:
     parts: contents of the bundle; tensors are read again, layer by layer.
     opened: the bundle.
-    dtype: the dtype of `open_parts`.
 
   Returns:
     A summary.
@@ -212,9 +231,7 @@ def compare(parts: Parts, opened: bundle.Bundle, dtype: str | None) -> str:
           differing.append(prefix + '/'.join(path))
           continue
         for layer in source_lib.layers(path, shape.shape):
-          expected = tower.source.read(path, layer).astype(
-            shape.dtype, copy=False
-          )
+          expected = tower.read_again(path, layer)
           progress.update(expected.nbytes)
           if not _same_bytes(expected, found.read(path, layer)):
             differing.append(prefix + '/'.join(path))
@@ -226,9 +243,7 @@ def compare(parts: Parts, opened: bundle.Bundle, dtype: str | None) -> str:
     if (
       array is None
       or path not in beside
-      or not _same_bytes(
-        array.astype(np.dtype(dtype or array.dtype)), beside[path]
-      )
+      or not _same_bytes(array, beside[path])
     ):
       differing.append('/'.join(path))
   if differing:

@@ -9,6 +9,7 @@ all of this has succeeded.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import pathlib
 import shutil
@@ -20,12 +21,13 @@ import gin
 import jax
 import numpy as np
 from etils import epath
+from flax import traverse_util
 
 from l2s_jax.data import text_files
 from l2s_jax.inference import answerer
 from l2s_jax.interop import convert, t5x_state
 from l2s_jax.interop.exports import bundling, comparing, model_card
-from l2s_jax.models import l2s, lora
+from l2s_jax.models import int8, l2s, lora
 from l2s_jax.runtime import extras, files, storage
 from l2s_jax.systems import bundle, model_paths, parameters
 from l2s_jax.systems import session as session_lib
@@ -43,11 +45,13 @@ class Form(NamedTuple):
       `compare`.
     packages: modules to import that are not among l2s_jax's core dependencies.
     how_to_run: example for the manifest.
+    has_int8: whether the module has `quantize`, for --quantization=int8.
   """
 
   module: str
   packages: Sequence[str]
   how_to_run: str
+  has_int8: bool = False
 
 
 FORMS: Mapping[str, Form] = {
@@ -73,6 +77,7 @@ FORMS: Mapping[str, Form] = {
     # `check` reports a missing jax2onnx.
     ('onnx', 'onnx_ir', 'onnxruntime'),
     "echo '[[37, 12, 1]]' | python THIS_FOLDER/run.py 32",
+    has_int8=True,
   ),
   'gguf': Form('gguf_form', ('gguf',), 'llama-cli -m THIS_FOLDER/model.gguf'),
 }
@@ -100,6 +105,7 @@ def export(
   to: str,
   step: str | None = None,
   dtype: str | None = None,
+  quantization: str | None = None,
   prompts: str | None = None,
   license: str | None = None,
   llm_path: str | None = None,
@@ -116,6 +122,9 @@ def export(
     to: format: 'bundle', 't5x' or a key of `FORMS`.
     step: checkpoint step of a run, a number or 'best'; None means the newest.
     dtype: dtype of the written tensors; None keeps that of the source.
+    quantization: 'int8' stores kernels in int8: in a bundle those of the
+      language models, in 'onnx' all, by ONNX Runtime's quantizer. None stores
+      floats.
     prompts: text file with one prompt per line, for the comparison; None: the
       prompts of the run's evaluations, or three built-in ones.
     license: license of the weights, for the manifest.
@@ -137,26 +146,27 @@ def export(
   scratch = folder.with_name(f'.{folder.name}.unfinished')
   shutil.rmtree(scratch, ignore_errors=True)  # Left by a killed process.
   if to == T5X:
-    not_taken = {'dtype': dtype, 'prompts': prompts}
-    not_taken |= {'license': license, 'vocabulary': vocabulary}
-    _export_state(source, folder, scratch, step, llm_path, not_taken, dry_run)
+    given = {'dtype': dtype, 'quantization': quantization, 'prompts': prompts}
+    given |= {'license': license, 'vocabulary': vocabulary}
+    _export_state(source, folder, scratch, step, llm_path, given, dry_run)
     return
   texts = _prompts(source, prompts)
-  form = None if to == manifest.BUNDLE else _form(to)
+  form = None if to == manifest.BUNDLE else _form(to, quantization)
   parts = opened = None
   if bundle.is_bundle(source):
-    given: dict[str, Any] = {'step': step, 'dtype': dtype, 'llm_path': llm_path}
-    given |= {'vocabulary': vocabulary, 'extra_ids': extra_ids}
-    _check_further(source, to, given)
+    of_run: dict[str, Any] = {'step': step, 'dtype': dtype}
+    of_run['llm_path'] = llm_path
+    of_run |= {'vocabulary': vocabulary, 'extra_ids': extra_ids}
+    _check_further(source, to, of_run)
     opened = bundle.open_bundle(source)
-    size = sum(entry['bytes'] for entry in opened.content['files'].values())
-    convert.check_destination(folder, size)
-    print(f'{source}: a bundle of {size / 1e9:,.3f} GB')
+    convert.check_destination(folder, opened.num_bytes)
+    print(f'{source}: a bundle, {opened.num_bytes / 1e9:,.3f} GB of tensors')
   else:
     parts = bundling.open_parts(
       source,
       _step(step),
       dtype,
+      quantization=quantization if form is None else None,
       llm_path=llm_path,
       vocabulary=vocabulary,
       extra_ids=extra_ids or 0,
@@ -174,18 +184,12 @@ def export(
     if opened is None:
       assert parts is not None
       path = scratch / manifest.BUNDLE
-      opened = _bundle(parts, path, source, dtype, license)
-      print(f'bundle: {bundling.compare(parts, opened, dtype)}')
-      too_large = comparing.too_large(opened.num_params)
-      said = too_large or _compare(
-        source, parts.system, step, opened, texts, dtype
-      )
-      print(f'bundle: {said}')
+      opened = _bundle(parts, path, source, step, texts, dtype, license)
     if form is None:
       made = opened.folder
     else:
       made = scratch / to
-      _write_form(form, to, opened, made, texts, license)
+      _write_form(form, to, opened, made, texts, license, quantization)
     size = sum(p.stat().st_size for p in made.rglob('*') if p.is_file())
     made.rename(folder)
   secs = time.perf_counter() - start_secs
@@ -196,10 +200,12 @@ def _bundle(
   parts: bundling.Parts,
   path: pathlib.Path,
   source: str,
+  step: str | None,
+  prompts: Sequence[str],
   dtype: str | None,
   license: str | None,
 ) -> bundle.Bundle:
-  """Writes and opens a bundle, with the run's evaluation results."""
+  """Writes a bundle, with the run's evaluation results, and compares it."""
   path.mkdir(parents=True)
   bundling.write(
     parts,
@@ -209,7 +215,12 @@ def _bundle(
     how_to_run=_HOW_TO_RUN,
     results=model_card.measured(pathlib.Path(source)),
   )
-  return bundle.open_bundle(path)
+  opened = bundle.open_bundle(path)
+  print(f'bundle: {bundling.compare(parts, opened)}')
+  too_large = comparing.too_large(opened.num_params)
+  said = too_large or _compare(source, parts, step, opened, prompts, dtype)
+  print(f'bundle: {said}')
+  return opened
 
 
 def _export_state(
@@ -253,11 +264,13 @@ def _write_form(
   folder: pathlib.Path,
   prompts: Sequence[str],
   license: str | None,
+  quantization: str | None,
 ) -> None:
   """Writes a format from a bundle into a new folder, and compares the two."""
   folder.mkdir(parents=True)
   form.write(opened, folder)
-  manifest.write(
+  seal = functools.partial(
+    manifest.write,
     folder,
     to,
     opened.content['model'],
@@ -265,17 +278,30 @@ def _write_form(
     how_to_run=FORMS[to].how_to_run,
     parameters=opened.parameters(),
   )
+  seal()
   too_large = comparing.too_large(opened.num_params)
   print(f'{to}: {too_large or form.compare(opened, folder, prompts)}')
+  if quantization is not None:
+    print(
+      f'{to}: {form.quantize(opened, folder, () if too_large else prompts)}'
+    )
+    seal(quantization=quantization)
 
 
-def _form(to: str) -> Any:
+def _form(to: str, quantization: str | None) -> Any:
   """Returns the module of a format.
 
   Raises:
-    ValueError: if l2s_jax has no such module, or a package is not installed.
+    ValueError: if l2s_jax has no such module, a package is not installed, or
+      the format has no int8.
   """
   form = FORMS[to]
+  if not form.has_int8:
+    _refuse_given(
+      {'quantization': quantization},
+      f'--to={to} has floats. Export --to=bundle with this flag; --to={to} of '
+      'the bundle then has its rounded weights.',
+    )
   name = f'{__package__}.{form.module}'
   if importlib.util.find_spec(name) is None:
     raise ValueError(
@@ -348,7 +374,7 @@ def _prompts(source: str, path: str | None) -> list[str]:
 
 def _compare(
   source: str,
-  system: system_lib.System,
+  parts: bundling.Parts,
   step: str | None,
   opened: bundle.Bundle,
   prompts: Sequence[str],
@@ -357,12 +383,13 @@ def _compare(
   """Compares greedy answers of a bundle and its source; returns a summary.
 
   If answers differ, the source answers again with LoRA merged and with its
-  tensors rounded to the bundle's dtypes. These answers must be equal.
+  tensors rounded as the bundle's. These answers must be equal.
 
   Raises:
     ValueError: if they are not.
   """
   chosen = model_paths.choose_step(source, _step(step), '--step')
+  system = parts.system
   expected = _answers(system, _load(system, source, chosen), prompts)
   found = _answers(
     opened.system,
@@ -373,8 +400,7 @@ def _compare(
   said = f'{equal} of {len(prompts)} greedy answers equal those of {source}'
   if equal == len(prompts):
     return said
-  stored = dataclasses.replace(system, frozen_dtype=opened.system.frozen_dtype)
-  params = _folded(stored, _load(stored, source, chosen), dtype)
+  params = _folded(parts, source, chosen, dtype, opened.system.frozen_dtype)
   expected = _answers(opened.system, params, prompts)
   for prompt, theirs, ours in zip(prompts, expected, found, strict=True):
     if theirs != ours:
@@ -383,16 +409,33 @@ def _compare(
         f'with {theirs[:80]!r}. The output was deleted. Please report this.'
       )
   return (
-    f'{said}; all are equal after its tensors are rounded to the dtypes of the '
+    f'{said}; all are equal after its tensors are rounded as those of the '
     'bundle'
   )
 
 
 def _folded(
-  system: system_lib.System, params: PyTree, dtype: str | None
+  parts: bundling.Parts,
+  source: str,
+  step: int,
+  dtype: str | None,
+  frozen_dtype: Any,
 ) -> PyTree:
-  """Returns parameters on the host, with LoRA merged, cast to a dtype."""
-  params = jax.tree.map(np.asarray, params)
+  """Returns the source's parameters, rounded as those of the bundle.
+
+  Args:
+    parts: contents of the bundle.
+    source: the run or the pretrained model.
+    step: its checkpoint step.
+    dtype: the dtype of `open_parts`.
+    frozen_dtype: dtype of the bundle's LLM.
+  """
+  system = dataclasses.replace(
+    parts.system,
+    # int8 rounds the stored LLM, before it is cast.
+    frozen_dtype='float32' if parts.quantization else frozen_dtype,
+  )
+  params = jax.tree.map(np.asarray, _load(system, source, step))
   writer, name = l2s.writer(system.module)
   if writer.config.lora_rank:
     alpha = writer.config.lora_alpha
@@ -400,10 +443,21 @@ def _folded(
       params = lora.merge(params, alpha)
     else:
       params = {**params, name: lora.merge(params[name], alpha)}
-  if dtype is None:
-    return params
-  rounded = jax.numpy.dtype(dtype)
-  return jax.tree.map(lambda x: x.astype(rounded), params)
+  flat = traverse_util.flatten_dict(params)
+  for path, array in flat.items():
+    axes: tuple[int, ...] = ()
+    if parts.quantization and (name is None or path[0] in parts.towers):
+      axes = int8.contracted_axes(path, is_stacked='layers' in path)
+    if axes:
+      flat[path] = int8.round_kernel(array, axes)
+    elif dtype is not None:
+      flat[path] = array.astype(jax.numpy.dtype(dtype))
+  params = traverse_util.unflatten_dict(flat)
+  for frozen in system.frozen:
+    params[frozen] = jax.tree.map(
+      lambda x: x.astype(frozen_dtype), params[frozen]
+    )
+  return params
 
 
 def _load(system: system_lib.System, location: str, step: int) -> PyTree:

@@ -13,6 +13,7 @@ compute in float32, for any batch size and any lengths.
 
 import dataclasses
 import functools
+import logging
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -32,6 +33,9 @@ from l2s_jax.weights.formats import tensor_files
 
 SIGNATURE = 'signature.json'
 _RUN = 'run_onnx.py'
+_MODELS = ('prefill', 'decode_step')
+# Least share of the run's tokens that int8 models must choose, too.
+_LEAST_SHARE = 0.8
 # Prefixes of the cache arrays of a step: `past.key_00` in, `present.key_00`
 # out.
 _PAST, _PRESENT = 'past.', 'present.'
@@ -262,4 +266,115 @@ def compare(
   return (
     f'ONNX Runtime generates the same tokens for {len(prompts)} prompts as the '
     f'run (greedy, up to {num_tokens} tokens)'
+  )
+
+
+def quantize(
+  bundle: greedy_programs.SystemWithParams,
+  folder: pathlib.Path,
+  prompts: Sequence[str],
+) -> str:
+  """Quantizes a folder from `write` to int8 by ONNX Runtime's quantizer.
+
+  Weights of matrix products become int8, one scale per output; activations are
+  quantized in each product, one scale per tensor. The quantizer holds all
+  weights in memory. The int8 models are compared with the run: after each token
+  of the run's answers, they must choose the next one.
+
+  Args:
+    bundle: the bundle that `folder` was written from.
+    folder: folder from `write`, compared with the run.
+    prompts: prompts for the comparison; none for no comparison.
+
+  Returns:
+    A summary.
+
+  Raises:
+    ValueError: if the int8 models choose too few of the run's tokens.
+  """
+  from onnxruntime import quantization
+
+  mode = (folder / SIGNATURE).stat().st_mode
+  logging.disable(logging.WARNING)  # Of an optional preparation.
+  try:
+    for name in _MODELS:
+      quantization.quantize_dynamic(
+        folder / f'{name}.onnx',
+        folder / f'{name}.int8.onnx',
+        op_types_to_quantize=['MatMul'],
+        per_channel=True,
+        weight_type=quantization.QuantType.QInt8,
+        use_external_data_format=True,
+      )
+  finally:
+    logging.disable(logging.NOTSET)
+  (folder / 'model.safetensors').unlink()
+  for name in _MODELS:
+    (folder / f'{name}.int8.onnx').replace(folder / f'{name}.onnx')
+    # Weights; the model names this file.
+    (folder / f'{name}.int8.onnx.data').chmod(mode)
+  if not prompts:
+    return 'the int8 models are not compared with the run'
+  programs = _programs(bundle)
+  max_prompt_len, num_tokens = comparing.lengths(bundle.system)
+  inputs = programs.inputs(
+    programs.prompt_rows(prompts, max_prompt_len), num_tokens
+  )
+  expected = greedy_programs.expected_tokens(_InFloat32(bundle), inputs)
+  found = _next_tokens(folder, inputs, expected)
+  wanted = np.concatenate([np.asarray(row) for row in expected])
+  share = float(np.mean(found == wanted))
+  if share < _LEAST_SHARE:
+    raise ValueError(
+      f'--quantization=int8: the int8 models choose {share:.1%} of the '
+      f"{wanted.size} tokens of the run's answers; expected at least "
+      f'{_LEAST_SHARE:.0%}. The output was deleted. Export without '
+      '--quantization, or try other --prompts.'
+    )
+  return (
+    f'the int8 models choose {share:.1%} of the {wanted.size} tokens of the '
+    "run's answers, each after the run's tokens before it"
+  )
+
+
+def _next_tokens(
+  folder: pathlib.Path,
+  inputs: Mapping[str, np.ndarray],
+  answers: Sequence[Sequence[int]],
+) -> np.ndarray:
+  """Returns the tokens that the models choose after each part of an answer.
+
+  Args:
+    folder: folder with the models.
+    inputs: from `GreedyPrograms.inputs`.
+    answers: token ids, [prompt][token].
+
+  Returns:
+    One token for each of the answers, [all tokens], answer by answer.
+  """
+  import onnxruntime
+
+  def run(name: str, arrays: Mapping[str, np.ndarray]) -> Any:
+    session = sessions[name]
+    given = {x.name: arrays[x.name] for x in session.get_inputs()}
+    names = [x.name.replace(_PRESENT, _PAST) for x in session.get_outputs()]
+    return dict(zip(names, session.run(None, given), strict=True))
+
+  options = onnxruntime.SessionOptions()
+  options.log_severity_level = 3  # Errors only.
+  sessions = {
+    name: onnxruntime.InferenceSession(folder / f'{name}.onnx', options)
+    for name in _MODELS
+  }
+  arrays = run('prefill', inputs)
+  token, chosen = inputs['first_tokens'], []
+  for i in range(max(map(len, answers))):
+    arrays |= run('decode_step', {**arrays, 'token': token})
+    chosen.append(arrays['logits'].argmax(-1))
+    token = np.asarray(
+      [row[i] if i < len(row) else 0 for row in answers], np.int32
+    )
+  table = np.stack(chosen, axis=1)  # [prompt, token]
+  return np.concatenate(
+    [row[: len(answer)] for row, answer in zip(table, answers, strict=True)]
   )

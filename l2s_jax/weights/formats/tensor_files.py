@@ -52,7 +52,9 @@ DTYPES = {
   'F16': 'float16',
   'BF16': 'bfloat16',
 }
-_TAGS = {name: tag for tag, name in DTYPES.items()}
+# Also of files that l2s_jax writes; elsewhere int8 has a meaning of its own.
+_STORED = DTYPES | {'I8': 'int8'}
+_TAGS = {name: tag for tag, name in _STORED.items()}
 
 
 class Tensor(NamedTuple):
@@ -211,7 +213,7 @@ def _open_safetensors_object(path: storage.BucketPath) -> dict[str, Tensor]:
     shape, dtype = tuple(entry['shape']), entry['dtype']
     array = storage.BucketArray(
       path,
-      jnp.dtype(DTYPES.get(dtype, 'uint8')),
+      jnp.dtype(_STORED.get(dtype, 'uint8')),
       shape,
       8 + length + entry['data_offsets'][0],
     )
@@ -224,7 +226,7 @@ def _map(
   path: pathlib.Path, dtype: str, shape: tuple[int, ...], offset: int
 ) -> np.ndarray:
   return np.asarray(
-    np.memmap(path, jnp.dtype(DTYPES[dtype]), 'r', offset, shape)
+    np.memmap(path, jnp.dtype(_STORED[dtype]), 'r', offset, shape)
   )
 
 
