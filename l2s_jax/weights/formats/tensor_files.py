@@ -213,7 +213,7 @@ def _open_safetensors_object(path: storage.BucketPath) -> dict[str, Tensor]:
     shape, dtype = tuple(entry['shape']), entry['dtype']
     array = storage.BucketArray(
       path,
-      jnp.dtype(DTYPES.get(dtype, 'uint8')),
+      jnp.dtype(_STORED.get(dtype, 'uint8')),
       shape,
       8 + length + entry['data_offsets'][0],
     )
