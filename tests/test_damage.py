@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is damaged is found; the long form is `faults/damage.py`."""
 
+import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
+import cache_files
+import numpy as np
 import pytest
+
+from l2s_jax.caching import cache_writer
+from l2s_jax.data.cached import cache_format
 
 TESTS = pathlib.Path(__file__).parent
 READERS = (
@@ -15,6 +22,10 @@ READERS = (
   'LLM of a run',
   'convert --to=hf',
   'convert --to=l2s',
+  'train from a cache',
+  'cache again',
+  'infer from a bundle',
+  'infer from an export',
 )
 
 
@@ -39,3 +50,37 @@ def test_no_damaged_file_is_read_as_if_it_were_good(every):
   assert total[1].strip() == 'all'
   assert int(total[2]) >= 480 / every
   assert total[-3].strip() == total[-2].strip() == '0'
+
+
+@pytest.fixture
+def cache(tmp_path):
+  examples = cache_files.random_examples(5)
+  return cache_files.write(
+    tmp_path / 'cache', {'one': {'train': examples}}, num_shards=1
+  )
+
+
+@pytest.mark.parametrize('header', [b"{'descr': '<u4'(", b"{'descr': '<u4' "])
+def test_an_index_whose_header_is_no_python_is_named(cache, header):
+  (path,) = cache.rglob('*.index.npy')
+  content = path.read_bytes()
+  path.write_bytes(content[:10] + header + content[10 + len(header) :])
+  split = cache_format.open_cache(cache).split('one', 'train')
+  with pytest.raises(ValueError, match=f'{re.escape(str(path))} is not the in'):
+    split.read([0])
+
+
+def test_lengths_damaged_before_the_cache_was_complete_are_named(cache):
+  """The digest in `cache.json` is then that of the damaged index."""
+  (path,) = cache.rglob('*.index.npy')
+  index = np.load(path)
+  index[3, 0] ^= 1
+  np.save(path, index)
+  plan = dict(cache_format.open_cache(cache).content)
+  plan = json.loads(json.dumps(plan))
+  del plan['tasks']['one']['splits']['train']['index_digests']
+  cache_writer.finish(cache, plan)
+  split = cache_format.open_cache(cache).split('one', 'train')
+  split.read([0, 1, 2, 4])
+  with pytest.raises(ValueError, match='record 3 of 5 .* its lengths are not'):
+    split.read([3])

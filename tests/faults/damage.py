@@ -1,252 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damages each file of a run, a converted folder and predictions, and reads on.
+"""Damages each file that a user keeps, and reads on.
 
     PYTHONPATH=.:tests python -m faults.damage [--flips=20] [--seed=0]
 
 A file is cut in half, emptied, deleted, or has one bit flipped. Then it is read
-as training that goes on, inference, conversion and a restarted `infer` read
-it. What comes of it is one of
+as training that goes on, inference, conversion, a restarted `infer` or a report
+read it; `folders.READERS` lists them. What comes of it is one of
 
     equal     the same numbers as without the damage (which may have been said)
     older     those of the older step, and both steps were named
-    refused   one sentence
+    fewer     those of the undamaged lines of a log, and the others were named
+    refused   one sentence that names the file, or the folder of its parts
+    unnamed   one sentence that does not
     wrong     other numbers without a word: must never be
     crashed   any other exception: must never be
+
+`--docs=docs/reliability.md` puts the tables into that page.
 """
 
 import argparse
 import collections
 import contextlib
-import dataclasses
 import io
-import json
 import logging
 import pathlib
 import random
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import helpers
 import jax
 import numpy as np
 
+from faults import folders
 from l2s_jax import __main__ as command_line
-from l2s_jax.inference import infer
-from l2s_jax.interop import convert
-from l2s_jax.models import l2s
-from l2s_jax.runtime import partitioning
-from l2s_jax.systems import parameters, run_folder
-from l2s_jax.systems import system as system_lib
-from l2s_jax.training import checkpoint, optim
-from l2s_jax.training import state as state_lib
-from l2s_jax.weights import converted, saved_steps
-from l2s_jax.weights import source as source_lib
-from l2s_jax.weights.formats import huggingface
 
-MODULE = helpers.MODULES['llm_to_t5_1_0-add-shared']
-STEPS = (4, 8)
-KINDS = ('cut', 'empty', 'delete', 'flip')
-LINES = ('a b c', 'd e', 'f', 'g h i j', 'k l', 'm n o')
-MESH = partitioning.MeshConfig(data=1)
-
-
-def make(folder: pathlib.Path) -> None:
-  """Writes an LLM (`llm`), a run with it (`run`), its text (`in.txt`)."""
-  folder.mkdir(parents=True, exist_ok=True)
-  config = MODULE.llm_config
-  source = helpers.Arrays(config, helpers.random_params(l2s.build(config), 1))
-  (folder / 'llm').mkdir()
-  converted.save(source, folder / 'llm')
-  system = _system(folder)
-  system, _ = parameters.load_frozen(system, _layout(system))
-  run_folder.save(system, folder / 'run')
-  optimizer = optim.adamw().make({})
-  with contextlib.closing(
-    checkpoint.Checkpointer(folder / 'run')
-  ) as checkpointer:
-    for step in STEPS:
-      params = helpers.random_params(MODULE, step)
-      trainable = parameters.split(params, system.frozen)[1]
-      state = state_lib.create(trainable, optimizer, step)
-      state = dataclasses.replace(state, step=jax.numpy.int32(step))
-      data = {'num_rows': 8 * step, 'sums': {'loss': 0.1 * step}}
-      checkpointer.save(state, data, system.describe())
-    checkpointer.keep_best('loss', {4: 2.0, 8: 1.0})
-  (folder / 'in.txt').write_text('\n'.join(LINES) + '\n')
-  with _partly(3):
-    _infer(folder)
-  shutil.copytree(folder / 'answers', folder / 'some_answers')
-  _infer(folder)
-
-
-def _system(folder: pathlib.Path) -> system_lib.System:
-  return dataclasses.replace(
-    helpers.system(MODULE), sources={'llm': str(folder / 'llm')}
-  )
-
-
-def _layout(system: system_lib.System) -> parameters.Layout:
-  return parameters.layout(
-    system, partitioning.make_mesh(MESH, jax.devices()[:1]), MESH
-  )
-
-
-def resume(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns what training goes on from; mends what training mends."""
-  run = folder / 'run'
-  system = run_folder.pin_llm(_system(folder), run)
-  layout = _layout(system)
-  system, frozen = parameters.load_frozen(system, layout)
-  run_folder.save(system, run)
-  trainable, shardings = (
-    parameters.split(tree, system.frozen)[1]
-    for tree in (layout.shapes, layout.shardings)
-  )
-  shapes, state_shardings = state_lib.shardings(
-    trainable,
-    shardings,
-    optim.adamw().make({}),
-    partitioning.make_mesh(MESH, jax.devices()[:1]),
-  )
-  with contextlib.closing(checkpoint.Checkpointer(run)) as checkpointer:
-    data = checkpointer.restore_data()
-    state = checkpointer.restore(shapes, state_shardings)
-  assert state is not None, 'training begins anew'
-  return {
-    'data': data,
-    'state': jax.device_get(state),
-    'frozen': jax.device_get(frozen),
-    'model': run_folder.load(run).describe(),
-    'ids': _ids(run_folder.load(run)),
-  }
-
-
-def read(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns all that an evaluation or inference reads of a run."""
-  run = folder / 'run'
-  system = run_folder.load(run)
-  _, step = saved_steps.params_folder(run)
-  params = parameters.load_params(system, _layout(system), run, step)
-  return {
-    'step': step,
-    'params': jax.device_get(params),
-    'model': system.describe(),
-    'ids': _ids(system),
-  }
-
-
-def read_best(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns what an evaluation reads that was asked for the best step."""
-  run = folder / 'run'
-  system = run_folder.load(run)
-  _, step = saved_steps.params_folder(run, 'best')
-  params = parameters.load_params(system, _layout(system), run, step)
-  return {'step': step, 'params': jax.device_get(params), 'ids': _ids(system)}
-
-
-def _ids(system: system_lib.System) -> list[Any]:
-  return [
-    (v.start_id, v.eos_id, v.pad_id, *map(tuple, map(v.encode, LINES)))
-    for v in (system.prompt_vocabulary, system.answer_vocabulary)
-  ]
-
-
-def to_hf(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns the SLM of the run as `convert --to=hf` writes it."""
-  out = folder / 'hf'
-  convert.convert(str(folder / 'run'), str(out), from_='l2s', to='hf')
-  return _tensors(huggingface.HuggingFaceFolder(out / 'slm'))
-
-
-def to_l2s(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns the LLM as `convert --to=l2s` writes it again."""
-  out = folder / 'again'
-  convert.convert(
-    str(folder / 'llm'),
-    str(out),
-    from_='l2s',
-    to='l2s',
-    vocabulary=str(folder / 'run' / 'vocabularies' / 'prompt'),
-  )
-  return _tensors(converted.ConvertedFolder(out))
-
-
-def _tensors(source: source_lib.Source) -> dict[str, Any]:
-  config = dataclasses.asdict(source.config)
-  return {'config': config} | {
-    '/'.join(path): source.read(path) for path in source.shapes()
-  }
-
-
-def answer(folder: pathlib.Path) -> list[Any]:
-  """Returns the answers of `infer`, started in a folder that has some."""
-  _infer(folder, 'some_answers')
-  return _answers(folder / 'some_answers')
-
-
-def answer_again(folder: pathlib.Path) -> list[Any]:
-  """Returns the answers of `infer`, started in a folder that has all."""
-  _infer(folder)
-  return _answers(folder / 'answers')
-
-
-def _answers(folder: pathlib.Path) -> list[Any]:
-  lines = (folder / 'predictions.jsonl').read_text().splitlines()
-  return [json.loads(line) for line in lines]
-
-
-def _infer(folder: pathlib.Path, answers: str = 'answers') -> None:
-  with contextlib.suppress(_Stopped):
-    infer.infer(
-      checkpoint_path=str(folder / 'run'),
-      input=str(folder / 'in.txt'),
-      output_dir=str(folder / answers),
-      prompt_length=8,
-      max_decode_len=4,
-      batch_size=1,
-      mesh=partitioning.MeshConfig(data=len(jax.devices())),
-    )
-
-
-class _Stopped(Exception):
-  """Inference has come as far as it was to."""
-
-
-@contextlib.contextmanager
-def _partly(count: int) -> Iterator[None]:
-  """Stops inference when the writer has been given so many batches."""
-  from l2s_jax.inference import predictions
-
-  append = predictions.GrowingFile.append
-  calls = []
-
-  def counting(self, records):
-    append(self, records)
-    calls.append(len(records))
-    if len(calls) == count:
-      raise _Stopped
-
-  predictions.GrowingFile.append = counting  # type: ignore[method-assign]
-  try:
-    yield
-  finally:
-    predictions.GrowingFile.append = append  # type: ignore[method-assign]
-
-
-# What is damaged, and how it is read then.
-READERS: dict[str, tuple[str, Callable[[pathlib.Path], Any]]] = {
-  'resume': ('run', resume),
-  'infer, evaluate': ('run', read),
-  'infer, evaluate the best': ('run', read_best),
-  'convert --to=hf': ('run', to_hf),
-  'LLM of a run': ('llm', read),
-  'convert --to=l2s': ('llm', to_l2s),
-  'infer again': ('some_answers', answer),
-  'infer, all there': ('answers', answer_again),
+KINDS = {
+  'cut': 'truncated',
+  'empty': 'emptied',
+  'delete': 'deleted',
+  'flip': 'one bit flipped',
 }
+OUTCOMES = ('equal', 'older', 'fewer', 'refused', 'unnamed', 'wrong', 'crashed')
+BAD = ('wrong', 'crashed')
+# Readers that take the older step without being asked to.
+_FALL_BACK = (folders.resume, folders.read, folders.to_hf)
+# Parts of file names that differ from run to run.
+_NUMBERS = re.compile(r'(?<![a-z])([0-9a-f]{32}|\d+)(?![a-z])')
+# Outcomes by what is damaged and how, and by what reads it.
+Counts = dict[str, dict[str, collections.Counter[str]]]
 
 
 def damage(path: pathlib.Path, kind: str, rng: random.Random) -> None:
@@ -277,28 +82,58 @@ def same(a: Any, b: Any) -> bool:
 def outcome(
   reader: Callable[[pathlib.Path], Any],
   folder: pathlib.Path,
+  file: pathlib.Path,
   expected: Any,
   older: Any,
 ) -> tuple[str, str]:
-  """Reads a damaged folder; returns what came of it, and what was said."""
+  """Reads a damaged folder; returns what came of it, and what was said.
+
+  Args:
+    reader: of `folders.READERS`.
+    folder: all folders, with damage.
+    file: the damaged file, relative to `folder`.
+    expected: what is read without damage.
+    older: what is read if there is the older step only; None: the same.
+  """
   said = io.StringIO()
   try:
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
       found = reader(folder)
   except (ValueError, FileNotFoundError) as error:
     # By the rule that makes a sentence of it on the command line.
-    if command_line._is_deliberate(error):
-      return 'refused', str(error)
-    return 'crashed', f'{type(error).__name__}: {error}'
+    if not command_line._is_deliberate(error):
+      return 'crashed', f'{type(error).__name__}: {error}'
+    words = str(error)
+    return ('refused' if _names(words, file) else 'unnamed'), words
   # What is counted is what nobody foresaw.
   except Exception as error:
     return 'crashed', f'{type(error).__name__}: {error}'
   if same(found, expected):
     return 'equal', said.getvalue()
   if older is not None and same(found, older):
-    named = all(f'checkpoints/{s}' in said.getvalue() for s in STEPS[1:])
+    named = all(
+      f'checkpoints/{s}' in said.getvalue() for s in folders.STEPS[1:]
+    )
     return ('older' if named else 'wrong'), said.getvalue()
+  if reader is folders.read_report and _is_part(found, expected):
+    named = file.name in said.getvalue()
+    return ('fewer' if named else 'wrong'), said.getvalue()
   return 'wrong', said.getvalue()
+
+
+def _names(words: str, file: pathlib.Path) -> bool:
+  """Returns whether a message names a file, or the folder of its parts."""
+  places = [file, *file.parents[:-1]]
+  if file.parts[0] == 'run':  # The folder itself says too little.
+    places.remove(pathlib.Path('run'))
+  return file.name in words or any(str(place) in words for place in places)
+
+
+def _is_part(found: dict[str, Any], expected: dict[str, Any]) -> bool:
+  """Returns whether a report lacks lines of the log, and has all else."""
+  return found['evaluations'] == expected['evaluations'] and all(
+    expected['log'].get(step) == scores for step, scores in found['log'].items()
+  )
 
 
 def trial(
@@ -321,43 +156,50 @@ def trial(
 def run(
   num_flips: int,
   seed: int,
-  readers: tuple[str, ...] = tuple(READERS),
-  kinds: tuple[str, ...] = KINDS,
+  readers: Iterable[str] = tuple(folders.READERS),
+  kinds: Iterable[str] = tuple(KINDS),
   every: int = 1,
-) -> tuple[dict[str, collections.Counter[str]], list[str]]:
-  """Returns counts of outcomes by reader, and a line for each bad one.
+) -> tuple[Counts, list[str]]:
+  """Returns counts of outcomes, and a line for each bad one.
 
   Args:
     num_flips: places to flip a bit at, for each file.
     seed: of these.
-    readers: some of `READERS`.
+    readers: some of `folders.READERS`.
     kinds: some of `KINDS`.
     every: damages every so many files only.
   """
   rng = random.Random(seed)
-  counts: dict[str, collections.Counter[str]] = {}
+  counts: Counts = {}
   bad: list[str] = []
   with tempfile.TemporaryDirectory() as scratch:
     good, place = pathlib.Path(scratch, 'good'), pathlib.Path(scratch, 'bad')
-    make(good)
+    folders.make(good)
     for name in readers:
-      damaged, reader = READERS[name]
+      damaged, reader = folders.READERS[name]
       expected, older = _expected(good, place, reader)
       files = sorted(
         path.relative_to(good)
         for path in (good / damaged).rglob('*')
         if path.is_file()
       )
-      counts[name] = collections.Counter()
       for file in files[::every]:
         for kind in kinds:
           for _ in range(num_flips if kind == 'flip' else 1):
             folder = trial(good, place, file, kind, rng)
-            result, words = outcome(reader, folder, expected, older)
-            counts[name][result] += 1
-            if result in ('wrong', 'crashed'):
+            result, words = outcome(reader, folder, file, expected, older)
+            key = f'{label(file)}|{kind}'
+            of_reader = counts.setdefault(key, {})
+            of_reader.setdefault(name, collections.Counter())[result] += 1
+            if result in BAD:
               bad.append(f'{name}: {file} {kind}: {result} {words[:300]!r}')
   return counts, bad
+
+
+def label(file: pathlib.Path) -> str:
+  """Returns the name of a file with its numbers and hashes left out."""
+  parts = [_NUMBERS.sub('*', part) for part in file.parts]
+  return '/'.join(parts).replace('*-of-*', '*')
 
 
 def _expected(
@@ -367,49 +209,96 @@ def _expected(
 ) -> tuple[Any, Any]:
   """Returns what is read of a good folder, and of its older step."""
   results: list[Any] = []
-  for steps in (STEPS, STEPS[:1]):
+  for steps in (folders.STEPS, folders.STEPS[:1]):
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(good, place)
     model = place / 'run' / 'model.json'
     model.write_text(model.read_text().replace(str(good), str(place)))
-    for step in set(STEPS) - set(steps):
+    for step in set(folders.STEPS) - set(steps):
       shutil.rmtree(place / 'run' / 'checkpoints' / str(step))
       (place / 'run' / 'best.json').unlink()
-    if steps != STEPS and reader in (read_best, answer, answer_again):
-      results.append(None)  # The step is asked for, or was settled before.
+    if steps != folders.STEPS and reader not in _FALL_BACK:
+      results.append(None)
     else:
       results.append(reader(place))
   return results[0], results[1]
 
 
-def table(counts: dict[str, collections.Counter[str]]) -> str:
-  """Returns the counts as a table in Markdown."""
-  names = ('equal', 'older', 'refused', 'wrong', 'crashed')
+def by_reader(counts: Counts) -> str:
+  """Returns the outcomes by what read, as a table in Markdown."""
+  found: dict[str, collections.Counter[str]] = {}
+  for of_reader in counts.values():
+    for name, counter in of_reader.items():
+      found.setdefault(name, collections.Counter()).update(counter)
+  found['all'] = sum(found.values(), collections.Counter())
   lines = [
-    f'| read as | trials | {" | ".join(names)} |',
-    '| --- |' + ' ---: |' * (len(names) + 1),
+    f'| read as | trials | {" | ".join(OUTCOMES)} |',
+    '| --- |' + ' ---: |' * (len(OUTCOMES) + 1),
   ]
-  total: collections.Counter[str] = collections.Counter()
-  for name, counter in counts.items():
-    total += counter
-    cells = ' | '.join(str(counter[n]) for n in names)
+  for name, counter in found.items():
+    cells = ' | '.join(str(counter[n]) for n in OUTCOMES)
     lines.append(f'| {name} | {counter.total()} | {cells} |')
-  cells = ' | '.join(str(total[n]) for n in names)
-  lines.append(f'| all | {total.total()} | {cells} |')
   return '\n'.join(lines)
 
 
-if __name__ == '__main__':
+def by_file(counts: Counts) -> str:
+  """Returns the outcomes by file and damage, as a table in Markdown."""
+  found: dict[tuple[str, str], collections.Counter[str]] = {}
+  for key, of_reader in counts.items():
+    file, _, kind = key.partition('|')
+    counter = found.setdefault((file, kind), collections.Counter())
+    counter.update(sum(of_reader.values(), collections.Counter()))
+  files = sorted({file for file, _ in found})
+  lines = [
+    f'| file | {" | ".join(KINDS.values())} |',
+    '| --- |' + ' --- |' * len(KINDS),
+  ]
+  for file in files:
+    cells = [
+      ', '.join(
+        f'{found[file, kind][name]} {name}'
+        for name in OUTCOMES
+        if (file, kind) in found and found[file, kind][name]
+      )
+      for kind in KINDS
+    ]
+    lines.append(f'| `{file}` | {" | ".join(cells)} |')
+  return '\n'.join(lines)
+
+
+def write_tables(page: pathlib.Path, tables: dict[str, str]) -> None:
+  """Puts tables into a page, each between the comments with its name."""
+  text = page.read_text()
+  for name, content in tables.items():
+    begin, end = f'<!-- {name} -->', f'<!-- end of {name} -->'
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    assert rest and after, f'{page} has no {begin} ... {end}'
+    text = f'{before}{begin}\n\n{content}\n\n{end}{after}'
+  page.write_text(text)
+
+
+def main() -> int:
+  """Damages all, prints tables, and returns 1 if a damage was not found."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--flips', type=int, default=20)
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--readers', nargs='*', default=tuple(READERS))
+  parser.add_argument('--readers', nargs='*', default=tuple(folders.READERS))
   parser.add_argument('--every', type=int, default=1)
+  parser.add_argument('--docs', type=pathlib.Path)
   args = parser.parse_args()
   logging.getLogger('absl').setLevel(logging.CRITICAL)
-  found, problems = run(
-    args.flips, args.seed, tuple(args.readers), every=args.every
-  )
+  counts, problems = run(args.flips, args.seed, args.readers, every=args.every)
   print('\n'.join(problems))
-  print(table(found))
-  sys.exit(bool(problems))
+  print(by_file(counts), by_reader(counts), sep='\n\n')
+  if args.docs:
+    tables = {
+      'damage by file': by_file(counts),
+      'damage by reader': by_reader(counts),
+    }
+    write_tables(args.docs, tables)
+  return int(bool(problems))
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -12,7 +12,9 @@ tests/test_faults_fuzz.py runs a short form.
 import argparse
 import collections
 import contextlib
+import csv
 import dataclasses
+import gzip
 import importlib
 import io
 import json
@@ -29,7 +31,7 @@ import tokenizers
 from faults import mutate
 from l2s_jax import __main__ as command_line
 from l2s_jax.evaluation import evaluate, metric_writer, report
-from l2s_jax.inference import predictions
+from l2s_jax.inference import predictions, prompts
 from l2s_jax.runtime import gin_config, gin_internals, os_errors
 from l2s_jax.vocabularies import loading
 from l2s_jax.weights import run_format, saved_steps
@@ -121,6 +123,58 @@ def _read_settings(folder: pathlib.Path) -> None:
 def _read_answers(folder: pathlib.Path) -> None:
   with predictions.GrowingFile(folder / 'predictions.jsonl'):
     pass
+
+
+_ROWS = [
+  {'prompt': 'Ten fives, "quoted"', 'answer': '50'},
+  {'prompt': 'ș 🙂 \u2028 \u05d0\u05d1', 'answer': ' x '},
+  {'prompt': 'tab, comma; and so on', 'answer': 'y'},
+]
+
+
+def _read_prompts(folder: pathlib.Path) -> None:
+  """Reads data files as `infer` does; plain and packed must be alike."""
+  template = prompts.parse_template('{prompt}')
+  (path,) = folder.iterdir()
+  items = list(prompts.read_file(str(path), template))
+  if path.suffix == '.txt':
+    with path.open('rb') as stream:
+      found = list(prompts.read_stream(stream, template))
+    numbers = [
+      [n for n, item in enumerate(each) if isinstance(item, prompts.BadLine)]
+      for each in (items, found)
+    ]
+    assert numbers[0] == numbers[1], 'standard input has other bad lines'
+    assert [i for i in items if isinstance(i, dict)] == [
+      i for i in found if isinstance(i, dict)
+    ], 'standard input has other prompts'
+  elif path.suffix != '.gz':
+    packed = path.with_name(f'{path.name}.gz')
+    packed.write_bytes(gzip.compress(path.read_bytes(), 1))
+    again = list(prompts.read_file(str(packed), template))
+    assert list(map(_unnamed, items)) == list(map(_unnamed, again)), 'gzip'
+
+
+def _unnamed(item: prompts.Item) -> object:
+  return item[1:] if isinstance(item, prompts.BadLine) else item
+
+
+def _data_files() -> dict[str, bytes]:
+  """Returns a good file of each kind that people write by hand."""
+  table = io.StringIO()
+  writer = csv.DictWriter(table, [*_ROWS[0]])
+  writer.writeheader()
+  writer.writerows(_ROWS)
+  lines = [[*_ROWS[0]], *([*row.values()] for row in _ROWS)]
+  found = {
+    'jsonl': '\n'.join(json.dumps(row) for row in _ROWS),
+    'json': json.dumps(_ROWS, ensure_ascii=False),
+    'csv': table.getvalue(),
+    'tsv': '\n'.join('\t'.join(line) for line in lines),
+    'txt': '\n'.join(row['prompt'] for row in _ROWS),
+  }
+  contents = {name: content.encode() for name, content in found.items()}
+  return contents | {'jsonl.gz': gzip.compress(contents['jsonl'], 1, mtime=0)}
 
 
 def _read_tokenizer(folder: pathlib.Path) -> None:
@@ -236,6 +290,16 @@ def kinds() -> dict[str, Kind]:
       _mutate_lines,
     ),
   }
+  for ending, content in _data_files().items():
+    is_json = ending in ('json', 'jsonl')
+    found[f'data_{ending}'] = Kind(
+      f'x.{ending}',
+      content,
+      _read_prompts,
+      {'json': mutate.mutate_json_file, 'jsonl': _mutate_lines}[ending]
+      if is_json
+      else mutate.mutate_bytes,
+    )
   for kind in ('bpe', 'unigram', 'wordpiece'):
     found[f'tokenizer_{kind}'] = Kind(
       'tokenizer.json', _tokenizer(kind), _read_tokenizer

@@ -29,6 +29,7 @@ import pathlib
 import struct
 import sys
 import threading
+import tokenize
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -321,9 +322,22 @@ class Split:
       raise ValueError(
         self._damage(shard, place, os_errors.first_line(error))
       ) from error
-    if checksum(record) != self._index(shard)[place, -1]:
+    entry = self._index(shard)[place]
+    if checksum(record) != entry[-1]:
       raise ValueError(self._damage(shard, place, 'wrong checksum'))
+    self._check_lengths(record, entry, shard, place)
     return record
+
+  def _check_lengths(
+    self, record: bytes, entry: np.ndarray, shard: int, place: int
+  ) -> None:
+    """Compares the lengths of a record with its index entry.
+
+    The index may have been damaged before `cache.json` had its digest.
+    """
+    if _HEADER.unpack_from(record) != tuple(entry[:2].tolist()):
+      reason = 'its lengths are not those of the index'
+      raise ValueError(self._damage(shard, place, reason))
 
   def _damage(self, shard: int, place: int, reason: str) -> str:
     return (
@@ -398,7 +412,14 @@ def load_index(
     index = np.load(path, mmap_mode='r', allow_pickle=False)
   except FileNotFoundError as error:
     raise FileNotFoundError(f'{path}: no such file; {remedy}') from error
-  except (ValueError, EOFError, OSError) as error:
+  except (
+    ValueError,
+    EOFError,
+    OSError,
+    # NumPy parses the header as Python.
+    SyntaxError,
+    tokenize.TokenError,
+  ) as error:
     reason = os_errors.first_line(error)
     raise ValueError(
       f'{path} is not the index of a shard ({reason}); {remedy}'
