@@ -137,7 +137,7 @@ class ConvertedFolder:
 
   def read(self, path: shapes_lib.Path, layer: int | None = None) -> Any:
     name = '/'.join(path)
-    # In a bucket, all layers are a `storage.BucketArray`.
+    # In a bucket, all layers are a `bucket_array.BucketArray`.
     array, scale = self._tensors[name].read(), None
     if self._tensors[name].dtype == _INT8:
       scale = self._tensors[name + SCALE].read()

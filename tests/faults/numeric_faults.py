@@ -351,8 +351,8 @@ FAULTS = (
   ),
   Fault(
     'heads-not-contracted',
-    "num_contracted = 2 if names[-2] == 'out' else 1",
-    'num_contracted = 1',
+    "first + (2 if path[-2] == 'out' else 1)",
+    'first + 1',
     ('test_quantization.py',),
   ),
   Fault(

@@ -21,6 +21,7 @@ import safetensors
 
 from l2s_jax.models import config as config_lib
 from l2s_jax.runtime import extras, storage
+from l2s_jax.weights.formats import bucket_array
 
 WEIGHTS = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
@@ -189,7 +190,7 @@ def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
 def _open_safetensors_object(path: storage.BucketPath) -> dict[str, Tensor]:
   """Returns the tensors of an object; the header is read, and no tensor.
 
-  Tensors are `storage.BucketArray`: whoever indexes one reads that part.
+  Tensors are `bucket_array.BucketArray`: whoever indexes one reads that part.
   """
   size = path.stat().st_size
   damaged = (
@@ -211,7 +212,7 @@ def _open_safetensors_object(path: storage.BucketPath) -> dict[str, Tensor]:
 
   def tensor(entry: Mapping[str, Any]) -> Tensor:
     shape, dtype = tuple(entry['shape']), entry['dtype']
-    array = storage.BucketArray(
+    array = bucket_array.BucketArray(
       path,
       jnp.dtype(_STORED.get(dtype, 'uint8')),
       shape,
