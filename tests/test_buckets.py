@@ -118,6 +118,14 @@ def test_an_object_is_created_once(folder):
   assert path.read_bytes() == b'first'
 
 
+def test_a_name_is_no_error_code():
+  path = storage.BucketPath('gs://data/run_412/lock')
+  refusal = PermissionError(f'Forbidden: {path}')
+  assert not path._is_condition(refusal)
+  refusal.code = 412  # type: ignore[attr-defined]
+  assert path._is_condition(refusal)
+
+
 def test_what_a_store_cannot_do_is_refused(folder):
   with pytest.raises(OSError, match=r'rename is not possible in a bucket'):
     (folder / 'a').rename(folder / 'b')
@@ -165,6 +173,23 @@ def test_a_second_writer_is_refused_with_owner_and_time(folder):
   for words in (str(folder), who['host'], str(who['pid']), who['start']):
     assert words in str(error.value)
   assert not (folder / locks.NAME).exists()
+
+
+def test_a_lock_whose_answer_was_lost_is_owned(folder):
+  path = folder / locks.NAME
+  mine = {'host': 'here', 'pid': 1, 'owner': 'me'}
+  assert path.create(json.dumps({**mine, 'beat': 0}).encode())
+  assert locks._make(path, mine)
+  assert not locks._make(path, {**mine, 'owner': 'another'})
+
+
+def test_a_lock_that_can_be_neither_made_nor_read_is_an_error(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(locks, '_MOST_TRIES', 3)
+  monkeypatch.setattr(locks, '_make', lambda path, mine: False)
+  with pytest.raises(ValueError, match='can neither be created nor read'):
+    hold(tmp_path)
 
 
 def test_a_stale_lock_of_another_host_is_taken_over_with_a_message(
@@ -244,6 +269,17 @@ def test_checkpoints_are_restored_kept_and_deleted(bucket):
   helpers.assert_trees_equal(restored, states[-1])
   assert data == {'batches': 4}
   assert saved_steps.params_folder(bucket, 'best')[1] == 2
+
+
+def test_a_start_that_saves_nothing_deletes_nothing(bucket):
+  states = [test_checkpoint.make_state(step) for step in (1, 2, 3)]
+  test_checkpoint.save(bucket, *states)
+  checkpoint.Checkpointer(bucket, keep=1).close()
+  assert saved_steps.steps(bucket) == [1, 2, 3]
+  checkpointer = checkpoint.Checkpointer(bucket, keep=1)
+  checkpointer.save(test_checkpoint.make_state(4), {'batches': 4})
+  checkpointer.close()
+  assert saved_steps.steps(bucket) == [4]
 
 
 def test_an_incomplete_checkpoint_does_not_count_and_is_overwritten(bucket):

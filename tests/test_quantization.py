@@ -151,6 +151,18 @@ def test_the_form_is_the_fastest_that_was_measured(
   assert quantization.form(kind) == expected
 
 
+def test_measured_forms_with_equal_results_have_one_name(monkeypatch):
+  """Answers of a machine with VNNI may be continued on one with AMX."""
+  kinds = {'quantization': 'int8', 'llm_quantization': 'auto'}
+  found = []
+  for measured in (VNNI, AMX, SLOW):
+    monkeypatch.setattr(quantization, 'times', lambda m=measured: m)
+    found.append(quantization.chosen(kinds))
+  assert found[0] == found[1] == dict.fromkeys(kinds, 'int8_dynamic')
+  assert found[2] == {'quantization': 'int8', 'llm_quantization': 'none'}
+  assert quantization.chosen(dict.fromkeys(kinds, 'int8_dynamic')) == {}
+
+
 def test_products_are_measured_once_for_a_machine(tmp_path, monkeypatch):
   path = tmp_path / 'l2s_jax_int8.json'
   path.write_text('{"other": {}, "x"')  # Cut off.

@@ -43,8 +43,8 @@ class MetricWriter:
     """
     self._jsonl: IO[str] | None = None
     self._tensorboard: EventFile | None = None
-    # Of a run in a bucket: the folder of local copies, and whether they have
-    # more than it.
+    # For a run in a bucket: the folder of the local logs, and whether they have
+    # records that are not uploaded.
     self._scratch: tempfile.TemporaryDirectory[str] | None = None
     self._is_new = False
     if not distributed.is_first():
@@ -104,22 +104,29 @@ class MetricWriter:
     """Uploads the logs of a run in a bucket; does nothing for a local one."""
     if self._scratch is None or not self._is_new:
       return
-    self._is_new = False
-    assert isinstance(self._path, storage.BucketPath)
-    self._path.upload(self._local)
+    self._upload()
     if self._tensorboard is not None:
       self._tensorboard.sync()
+    self._is_new = False
+
+  def _upload(self) -> None:
+    assert isinstance(self._path, storage.BucketPath)
+    self._path.upload(self._local)
 
   def close(self) -> None:
-    """Uploads what is new, and closes the logs."""
-    if self._jsonl is not None:
-      self._jsonl.close()
-    if self._tensorboard is not None:
-      self._tensorboard.close()
-    self.sync()
-    if self._scratch is not None:
-      self._scratch.cleanup()
-      self._scratch = None
+    """Uploads new records, and closes the logs."""
+    try:
+      if self._jsonl is not None:
+        self._jsonl.close()
+      if self._scratch is not None and self._is_new:
+        self._upload()
+        self._is_new = False
+    finally:
+      if self._tensorboard is not None:
+        self._tensorboard.close()
+      if self._scratch is not None:
+        self._scratch.cleanup()
+        self._scratch = None
 
 
 class EventFile:

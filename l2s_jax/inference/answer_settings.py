@@ -7,7 +7,7 @@ Settings of the input are in `prompt_source.py`.
 import dataclasses
 from typing import Any, Literal
 
-from l2s_jax.inference import answerer, generate, sampling
+from l2s_jax.inference import answerer, generate, quantization, sampling
 from l2s_jax.runtime import distributed, gin_config, storage
 from l2s_jax.systems import model_paths, parameters
 from l2s_jax.systems import session as session_lib
@@ -160,4 +160,17 @@ class Answering(AnswerSettings):
       'decoding': dataclasses.asdict(self.decoding),
       'prompt_length': self.prompt_length,
       'step': step,
-    }
+    } | self.measured_settings()
+
+  def measured_settings(self) -> dict[str, Any]:
+    """Returns the forms of int8 that this machine was measured to run fastest.
+
+    They change answers. Without such a choice there is no setting.
+    """
+    forms = quantization.chosen(
+      {
+        name: getattr(self.decoding, name)
+        for name in ('quantization', 'llm_quantization')
+      }
+    )
+    return {'int8_forms': distributed.from_first(forms)} if forms else {}

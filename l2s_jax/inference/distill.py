@@ -205,7 +205,7 @@ def _settings(
     },
     'decoding': dataclasses.asdict(answering.decoding),
     'task_feature_lengths': answering.lengths,
-  }
+  } | answering.measured_settings()
 
 
 def _complete(

@@ -2,9 +2,9 @@
 """The fastest form of int8 on this machine, by measurement.
 
 On CPU the speed of integer products depends on the processor and on the library
-that XLA has for it: with VNNI or AMX they are faster than float products,
-elsewhere maybe not. A few products are timed at the first start on a machine,
-and the times are kept in the folder of the compilation cache.
+that XLA has for it: with VNNI or AMX they are faster than float products, on
+other processors they may be slower. A few products are timed at the first start
+on a machine, and the times are kept in the folder of the compilation cache.
 """
 
 import functools
@@ -54,6 +54,21 @@ def form(kind: str) -> str:
   if jax.default_backend() != 'cpu':
     return 'none' if kind == AUTO else kind
   return fastest(times(), _CANDIDATES[kind]) if kind in _CANDIDATES else kind
+
+
+def chosen(kinds: Mapping[str, str]) -> dict[str, str]:
+  """Returns the measured choices that change answers, by setting.
+
+  Args:
+    kinds: `quantization` and `llm_quantization`. Fixed forms are left out; the
+      integer forms have equal results, and one name.
+  """
+  found = {}
+  for name, kind in kinds.items():
+    if kind in ('int8', AUTO):
+      exact = form(kind)
+      found[name] = exact if exact in ('none', 'int8') else 'int8_dynamic'
+  return found
 
 
 def fastest(measured: Milliseconds, candidates: Sequence[str]) -> str:

@@ -64,7 +64,7 @@ def contracted_axes(
     return ()
   first = int(is_stacked)
   # The attention output alone contracts two axes, [heads, kv].
-  return tuple(range(first, first + (2 if path[-2] == 'out' else 1)))
+  return tuple(range(first, first + (2 if path[-2:-1] == ('out',) else 1)))
 
 
 def quantize(kernel: Any, axes: tuple[int, ...]) -> tuple[Any, Any]:
@@ -150,7 +150,9 @@ def multiply(x: Any, kernel: Rounded, dtype: Any, quantization: str) -> Any:
 
 def dequantize(values: Any, scale: Any) -> Any:
   """Returns the float32 kernel of int8 values and scales."""
-  return values.astype(scale.dtype) * scale
+  kernel = values.astype(scale.dtype)
+  kernel *= scale  # In place for NumPy.
+  return kernel
 
 
 def round_kernel(kernel: Any, axes: tuple[int, ...]) -> Any:

@@ -54,7 +54,8 @@ def _lower(context: mlir.LoweringRuleContext, x: Any, kernel: Any) -> list[Any]:
 def _batch(operands: Any, axes: Any) -> tuple[Any, int]:
   """Adds a batched axis of states to their batch."""
   (x, kernel), (axis, of_kernel) = operands, axes
-  assert of_kernel is None, 'only states may be mapped'
+  if of_kernel is not None:
+    raise NotImplementedError('jax.vmap over an int8 kernel; map states alone.')
   x = jax.numpy.moveaxis(x, axis, 0)
   product = multiply(x.reshape(-1, *x.shape[2:]), kernel)
   return product.reshape(*x.shape[:3], -1), 0

@@ -7,9 +7,9 @@ renewed for LEASE_SECS belongs to a dead process and is taken over. The contents
 of the file are compared, not its times, since clocks differ.
 
 In a bucket the lock is an object. It is created on the condition that there is
-none, which the store decides. Whoever takes over a stale one writes its own,
-waits, and reads it back: of several, the last remains. A process whose lock was
-taken over ends at once, since two would write.
+none, which the store decides. A process takes over a stale lock by overwriting
+it. It waits and reads the lock again: the last writer owns it. A process whose
+lock was taken over ends at once, since two would write.
 """
 
 import contextlib
@@ -29,11 +29,12 @@ from l2s_jax.runtime import distributed, files, storage
 RENEWAL_SECS = 5.0
 LEASE_SECS = 30.0
 NAME = '.lock'
-# In a bucket: each renewal is a request to pay for.
+# In a bucket. Each renewal is a billed request.
 BUCKET_RENEWAL_SECS = 20.0
 BUCKET_LEASE_SECS = 90.0
 # Longer than a write takes.
 _SETTLING_SECS = 3.0
+_MOST_TRIES = 50
 
 _KEYS = {'host': str, 'pid': int, 'start': str, 'birth': str, 'beat': int}
 
@@ -80,10 +81,18 @@ def held(
 
 def _take(path: pathlib.Path, mine: dict[str, Any], setting: str) -> None:
   """Creates the lock file atomically, or takes over that of a dead process."""
+  num_tries = 0
   while not _make(path, mine):
+    num_tries += 1
+    if num_tries > _MOST_TRIES:
+      raise ValueError(
+        f'{path} can neither be created nor read. Check the permissions of its '
+        'folder or bucket; then start again.'
+      )
     try:
       content = path.read_bytes()
     except FileNotFoundError:
+      time.sleep(0.1)
       continue  # The owner has just ended.
     who = _parse(content, path)
     if who is None:
@@ -118,7 +127,8 @@ def _make(path: pathlib.Path, mine: dict[str, Any]) -> bool:
   """Creates the complete lock file if there is none; returns whether it did."""
   content = json.dumps({**mine, 'beat': 0})
   if isinstance(path, storage.BucketPath):
-    return path.create(content.encode())
+    # The store's answer may be lost; the repeated request then finds the lock.
+    return path.create(content.encode()) or _owner(path) == mine['owner']
   temporary = path.with_name(f'{path.name}.{mine["owner"]}')
   try:
     temporary.write_text(content)

@@ -96,7 +96,7 @@ def describe(error: BaseException) -> str | None:
 def is_of_store(error: BaseException) -> bool:
   """Returns whether an object store did not answer, or refused to.
 
-  What it holds is then unknown: it is not damaged. A missing object is.
+  Such an error does not mean damage. A missing object does.
   """
   text = str(error)
   if isinstance(error, FileNotFoundError):

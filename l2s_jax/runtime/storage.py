@@ -2,10 +2,10 @@
 """Paths of the file system and of buckets: `gs://` and `s3://`.
 
 `of` returns a `pathlib.Path`. For a bucket it is a `BucketPath`, which has the
-same methods, by requests to the store. Code that reads and writes files thus
-does not distinguish the two, except where an object store lacks an operation:
-it has no rename, no append, and no empty folders. An object appears whole, or
-not at all.
+same methods, by requests to the store. Code that reads and writes files does
+not distinguish the two. The exceptions are operations that an object store
+lacks: it has no rename, no append, and no empty folders. An object appears
+whole, or not at all.
 
 Requests are repeated by the libraries gcsfs, s3fs and TensorStore, a bounded
 number of times. An error that remains is an OSError of one sentence.
@@ -14,6 +14,7 @@ number of times. An error that remains is an OSError of one sentence.
 import concurrent.futures
 import contextlib
 import functools
+import glob
 import io
 import os
 import pathlib
@@ -38,7 +39,7 @@ if not os.environ.get('EPATH_USE_TF') and not extras.missing('gcsfs'):
 
 
 def scheme(path: str | os.PathLike[str]) -> str | None:
-  """Returns what stands before '://', or None for a local path."""
+  """Returns the scheme of a URL, or None for a local path."""
   head, separator, _ = os.fspath(path).partition('://')
   return head if separator else None
 
@@ -244,8 +245,13 @@ class BucketPath(pathlib.PosixPath):
       }
     )
 
+  def relative_to(self, *other: Any, **_: Any) -> Any:
+    base = pathlib.PurePosixPath(*BucketPath(*other).parts)
+    return pathlib.PurePosixPath(*self.parts).relative_to(base)
+
   def glob(self, pattern: str, **_: Any) -> Iterator['BucketPath']:  # type: ignore[override]
-    found = self._call(lambda fs: fs.glob(f'{self}/{pattern}'))
+    folder = glob.escape(str(self))
+    found = self._call(lambda fs: fs.glob(f'{folder}/{pattern}'))
     return (BucketPath(f'{self.scheme}://{name}') for name in sorted(found))
 
   def rglob(
@@ -398,6 +404,16 @@ class BucketPath(pathlib.PosixPath):
     assert isinstance(info, dict)
     return info
 
+  def _is_condition(self, error: Exception) -> bool:
+    """Returns whether the object exists, which a creating request excludes."""
+    if str(getattr(error, 'code', '')) == '412':
+      return True
+    text = str(error)
+    for name in self.parts[1:]:  # A name may have any text.
+      text = text.replace(name, '')
+    words = ('conditionNotMet', 'PreconditionFailed', '412', 'pre-condition')
+    return any(word in text for word in words)
+
   def _call(
     self, request: Callable[[Any], Any], *, is_create: bool = False
   ) -> Any:
@@ -415,13 +431,8 @@ class BucketPath(pathlib.PosixPath):
     except (ValueError, TypeError, AssertionError, NotImplementedError):
       raise
     except Exception as error:  # Each library has classes of its own.
-      text = str(error)
       if is_create and (
-        isinstance(error, FileExistsError)
-        or 'conditionNotMet' in text
-        or 'PreconditionFailed' in text
-        or '412' in text
-        or 'pre-condition' in text.lower()
+        isinstance(error, FileExistsError) or self._is_condition(error)
       ):
         raise FileExistsError(17, os.strerror(17), str(self)) from error
       raise OSError(

@@ -8,6 +8,7 @@ run.
 import dataclasses
 import pathlib
 import shutil
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,8 +89,8 @@ class Checkpointer:
         _set_apart(self.folder, step)
     distributed.wait_for_all('damaged checkpoints')
     self._policy = _KeepNewestAndBest(keep, saved_steps.best_step(run_dir))
-    # Of a checkpoint that is not kept, a bucket loses the commit file first,
-    # and by one request; Orbax would delete its objects in any order.
+    # Deletion from a bucket begins with the commit file, so that a checkpoint
+    # that is partly deleted does not count. Orbax deletes in any order.
     self._deletes = isinstance(self.folder, storage.BucketPath)
     self._manager = _Manager(
       storage.for_library(self.folder),
@@ -104,8 +105,9 @@ class Checkpointer:
         todelete_subdir=_DELETED,
       ),
     )
+    # A start that is refused deletes nothing.
+    self._has_saved = False
     self._empty_deleted()
-    self._delete_old()
 
   def _empty_deleted(self) -> None:
     """Deletes the content of the folder of deleted checkpoints."""
@@ -122,18 +124,15 @@ class Checkpointer:
     """
     if not self._deletes:
       return
-    steps = saved_steps.steps(self.folder.parent)
-    newest = (
-      steps
-      if self._policy.num_newest is None
-      else steps[-self._policy.num_newest :]
-    )
-    old = set(steps) - {*newest, self._policy.best_step}
     distributed.wait_for_all('old checkpoints')
-    if not old:
-      return
     if distributed.is_first():
-      for step in sorted(old):
+      steps = saved_steps.steps(self.folder.parent)
+      newest = (
+        steps
+        if self._policy.num_newest is None
+        else steps[-self._policy.num_newest :]
+      )
+      for step in sorted(set(steps) - {*newest, self._policy.best_step}):
         files.remove_folder(self.folder / str(step))
     distributed.wait_for_all('deleted checkpoints')
 
@@ -154,6 +153,7 @@ class Checkpointer:
     if step in self._manager.all_steps():
       return
     self._empty_deleted()
+    self._has_saved = True
     if self._deletes:
       self.wait()  # The save before is complete now, and others not kept.
       self._delete_old()
@@ -268,9 +268,13 @@ class Checkpointer:
 
   def close(self) -> None:
     """Waits for saves and closes Orbax's manager."""
-    self._manager.wait_until_finished()
-    self._delete_old()
-    self._manager.close()
+    try:
+      self._manager.wait_until_finished()
+      # After an exception in one process, others may not arrive here.
+      if self._has_saved and sys.exc_info()[0] is None:
+        self._delete_old()
+    finally:
+      self._manager.close()
     if distributed.is_first() and not self._deletes:
       shutil.rmtree(self.folder / _DELETED, ignore_errors=True)
 

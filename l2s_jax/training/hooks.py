@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import tqdm
 
 from l2s_jax.evaluation import metric_writer, scoring
-from l2s_jax.runtime import gin_config, preemption, profiling
+from l2s_jax.runtime import gin_config, os_errors, preemption, profiling
 from l2s_jax.systems import parameters
 from l2s_jax.systems import system as system_lib
 from l2s_jax.training import checkpoint
@@ -93,7 +93,10 @@ class Loop:
 
   def save(self) -> None:
     """Starts an asynchronous save of this step, unless it is saved already."""
-    self.log.sync()
+    try:
+      self.log.sync()
+    except OSError as error:  # The next save uploads the logs again.
+      self.say(f'The logs were not uploaded: {os_errors.first_line(error)}')
     with self.watcher.lock:
       self.progress.settle()
       self.checkpointer.save(

@@ -129,7 +129,8 @@ class ConvertedFolder:
     found = {}
     for name in self._digests:
       tensor = self._tensors[name]
-      dtype = tensor_files.DTYPES.get(tensor.dtype, 'float32')
+      is_int8 = tensor.dtype == _INT8
+      dtype = 'float32' if is_int8 else tensor_files.DTYPES[tensor.dtype]
       found[tuple(name.split('/'))] = jax.ShapeDtypeStruct(
         tensor.shape, jnp.dtype(dtype)
       )

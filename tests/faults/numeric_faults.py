@@ -351,7 +351,7 @@ FAULTS = (
   ),
   Fault(
     'heads-not-contracted',
-    "first + (2 if path[-2] == 'out' else 1)",
+    "first + (2 if path[-2:-1] == ('out',) else 1)",
     'first + 1',
     ('test_quantization.py',),
   ),

@@ -53,7 +53,7 @@ DTYPES = {
   'F16': 'float16',
   'BF16': 'bfloat16',
 }
-# Also of files that l2s_jax writes; elsewhere int8 has a meaning of its own.
+# Dtypes of files of l2s_jax. In others, int8 needs scales of another format.
 _STORED = DTYPES | {'I8': 'int8'}
 _TAGS = {name: tag for tag, name in _STORED.items()}
 
@@ -190,7 +190,7 @@ def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
 def _open_safetensors_object(path: storage.BucketPath) -> dict[str, Tensor]:
   """Returns the tensors of an object; the header is read, and no tensor.
 
-  Tensors are `bucket_array.BucketArray`: whoever indexes one reads that part.
+  Tensors are `bucket_array.BucketArray`: indexing reads only the indexed rows.
   """
   size = path.stat().st_size
   damaged = (
