@@ -177,7 +177,7 @@ def test_a_second_writer_is_refused_with_owner_and_time(folder):
 
 def test_a_lock_whose_answer_was_lost_is_owned(folder):
   path = folder / locks.NAME
-  mine = {'host': 'here', 'pid': 1, 'owner': 'me'}
+  mine = {'host': 'here', 'pid': 1, 'start': '', 'birth': '', 'owner': 'me'}
   assert path.create(json.dumps({**mine, 'beat': 0}).encode())
   assert locks._make(path, mine)
   assert not locks._make(path, {**mine, 'owner': 'another'})

@@ -299,9 +299,34 @@ def test_convert_takes_the_slm_of_a_bundle_with_its_tokenizer(tmp_path, capsys):
 
 
 def test_what_a_bundle_has_is_not_given_beside_it(tmp_path):
-  for name in ('step', 'dtype', 'llm_path', 'vocabulary'):
+  path = str(tmp_path / 'bundle')
+  for name in ('step', 'llm_path', 'vocabulary'):
     with pytest.raises(ValueError, match=f'--{name}=x: .* is a bundle with'):
-      export_command._check_further(str(tmp_path / 'bundle'), 'hf', {name: 'x'})
+      export_command._check_further(path, 'hf', {name: 'x'}, {'dtype': None})
+  with pytest.raises(ValueError, match='--dtype=x: .* with a fixed dtype'):
+    export_command._check_further(path, 'hf', {}, {'dtype': 'x'})
+
+
+@pytest.mark.parametrize('name', ['replace_foreign', 'lora'])
+def test_a_bundle_becomes_the_rounded_bundle_of_its_run(name, tmp_path, capsys):
+  """On a machine that has neither the run nor the LLM."""
+  module = MODULES[name]
+  params = jax.tree.map(np.asarray, helpers.random_params(module))
+  save_run(module, params, tmp_path)
+  make(tmp_path / 'run', tmp_path / 'bundle')
+  expected = make(tmp_path / 'run', tmp_path / 'int8', quantization='int8')
+  for folder in ('run', 'llm'):
+    (tmp_path / folder).rename(tmp_path / f'{folder}_elsewhere')
+  export_command.export(
+    str(tmp_path / 'bundle'),
+    str(tmp_path / 'again'),
+    to='bundle',
+    quantization='int8',
+  )
+  assert 'rounded to int8, bit by bit' in capsys.readouterr().out
+  found = bundle.open_bundle(tmp_path / 'again')
+  helpers.assert_trees_equal(found.params(), expected.params())
+  assert found.system.llm_fingerprint == expected.system.llm_fingerprint
 
 
 def test_a_form_that_is_not_there_is_refused_by_name(tmp_path, monkeypatch):

@@ -102,7 +102,7 @@ def open_parts(
   vocabulary: str | None = None,
   extra_ids: int = 0,
 ) -> Parts:
-  """Opens a run or a pretrained model for `write`.
+  """Opens a run, a pretrained model or a bundle for `write`.
 
   Args:
     location: location of the source, as CHECKPOINT_PATH.
@@ -118,6 +118,8 @@ def open_parts(
     FileNotFoundError: if the model does not exist.
     ValueError: if it cannot be read.
   """
+  if bundle.is_bundle(location):
+    return _of_bundle(bundle.open_bundle(location), dtype, quantization)
   system = model_paths.load(
     location, llm_path=llm_path, vocabulary=vocabulary, extra_ids=extra_ids
   )
@@ -152,6 +154,30 @@ def open_parts(
   }
   towers['llm'].keeps_stored = True
   return Parts(system, towers, beside, source.step(), name, quantization)
+
+
+def _of_bundle(
+  opened: bundle.Bundle, dtype: str | None, quantization: str | None
+) -> Parts:
+  """Returns the contents of a bundle for another one; see `open_parts`."""
+  towers = {
+    name: convert.Reading(tower, dtype, with_int8=quantization is not None)
+    for name, tower in opened.towers.items()
+  }
+  for tower in towers.values():
+    tower.keeps_stored = True
+  beside = {
+    path: array.astype(np.dtype(dtype or array.dtype))
+    for path, array in opened.beside().items()
+  }
+  return Parts(
+    opened.system,
+    towers,
+    beside,
+    opened.step,
+    opened.folder.name,
+    quantization,
+  )
 
 
 def write(
@@ -206,12 +232,15 @@ def write(
   manifest.write(folder, manifest.BUNDLE, model, parameters=described, **facts)
 
 
-def compare(parts: Parts, opened: bundle.Bundle) -> str:
+def compare(
+  parts: Parts, opened: bundle.Bundle, dtype: str | None = None
+) -> str:
   """Compares a bundle's tensors bit by bit with those of its source.
 
   Args:
     parts: contents of the bundle; tensors are read again, layer by layer.
     opened: the bundle.
+    dtype: the dtype of `open_parts`, for the summary.
 
   Returns:
     A summary.
@@ -252,7 +281,9 @@ def compare(parts: Parts, opened: bundle.Bundle) -> str:
       f'{parts.name}. The output was deleted. The disk may be failing. '
       'Differing tensors:\n  ' + '\n  '.join(differing[:20])
     )
-  return f'all {count} tensors equal those of {parts.name} bit by bit'
+  kinds = [kind for kind in (dtype, parts.quantization) if kind is not None]
+  rounded = f', rounded to {" and ".join(kinds)},' if kinds else ''
+  return f'all {count} tensors equal those of {parts.name}{rounded} bit by bit'
 
 
 def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:

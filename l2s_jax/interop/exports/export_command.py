@@ -154,10 +154,11 @@ def export(
   form = None if to == manifest.BUNDLE else _form(to, quantization)
   parts = opened = None
   if bundle.is_bundle(source):
-    of_run: dict[str, Any] = {'step': step, 'dtype': dtype}
-    of_run['llm_path'] = llm_path
+    of_run: dict[str, Any] = {'step': step, 'llm_path': llm_path}
     of_run |= {'vocabulary': vocabulary, 'extra_ids': extra_ids}
-    _check_further(source, to, of_run)
+    rounding = {'dtype': dtype, 'quantization': quantization}
+    _check_further(source, to, of_run, rounding)
+  if bundle.is_bundle(source) and form is not None:
     opened = bundle.open_bundle(source)
     convert.check_destination(folder, opened.num_bytes)
     print(f'{source}: a bundle, {opened.num_bytes / 1e9:,.3f} GB of tensors')
@@ -216,7 +217,7 @@ def _bundle(
     results=model_card.measured(pathlib.Path(source)),
   )
   opened = bundle.open_bundle(path)
-  print(f'bundle: {bundling.compare(parts, opened)}')
+  print(f'bundle: {bundling.compare(parts, opened, dtype)}')
   too_large = comparing.too_large(opened.num_params)
   said = too_large or _compare(source, parts, step, opened, prompts, dtype)
   print(f'bundle: {said}')
@@ -324,22 +325,36 @@ def _step(step: str | None) -> Any:
   return int(step)
 
 
-def _check_further(source: str, to: str, given: Mapping[str, Any]) -> None:
+def _check_further(
+  source: str, to: str, of_run: Mapping[str, Any], rounding: Mapping[str, Any]
+) -> None:
   """Checks the flags of an export whose source is a bundle.
 
+  Args:
+    source: the bundle.
+    to: the format.
+    of_run: flags that choose parts of a run.
+    rounding: the flags --dtype and --quantization.
+
   Raises:
-    ValueError: if the format is 'bundle', or a flag does not apply.
+    ValueError: if a flag does not apply, or the bundle would be copied.
   """
-  if to == manifest.BUNDLE:
+  if to == manifest.BUNDLE and not any(rounding.values()):
     raise ValueError(
-      f'{source} is already a bundle. Copy the folder, or export the original '
-      'run.'
+      f'{source} is already a bundle. Copy the folder, or set --dtype or '
+      '--quantization.'
     )
   _refuse_given(
-    given,
-    f'{source} is a bundle with a fixed step, dtype, LLM and tokenizers. '
-    'Remove the flag, or export the original run.',
+    of_run,
+    f'{source} is a bundle with a fixed step, LLM and tokenizers. Remove the '
+    'flag, or export the original run.',
   )
+  if to != manifest.BUNDLE:
+    _refuse_given(
+      {'dtype': rounding['dtype']},
+      f'{source} is a bundle with a fixed dtype. Export it --to=bundle with '
+      f'this flag, and --to={to} from that.',
+    )
 
 
 def _refuse_given(given: Mapping[str, Any], reason: str) -> None:

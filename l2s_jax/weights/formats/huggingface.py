@@ -297,6 +297,11 @@ class HuggingFaceFolder(HuggingFaceWeights):
 def _family(described_by: str, config: Mapping[str, Any]) -> Family:
   """Returns the model family after checking its required and fixed keys."""
   model_type = config.get('model_type')
+  if model_type == 'llm_to_slm':
+    raise ValueError(
+      f'{described_by} is of LLM-to-SLM, exported for transformers. l2s_jax '
+      'reads a bundle: export the run with --to=bundle.'
+    )
   if not isinstance(model_type, str) or model_type not in FAMILIES:
     raise ValueError(
       f'{described_by}: model_type is {config_lib.shorten(repr(model_type))}; '
