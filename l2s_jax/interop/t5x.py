@@ -23,7 +23,7 @@ from t5x import adafactor as t5x_adafactor
 from t5x import decoding, losses, models, optimizers
 
 from l2s_jax.data import features, seqio_internals, tasks
-from l2s_jax.data.features import seqio
+from l2s_jax.data.features import seqio, tf
 from l2s_jax.models import batch_keys, l2s
 from l2s_jax.models import cache as cache_lib
 from l2s_jax.runtime import partitioning
@@ -407,6 +407,65 @@ def _vocabularies(
   if prompt == answer:
     return wrapped, wrapped
   return wrapped, features.wrap_vocabulary(answer)
+
+
+class InGraph(features.SeqioSentencePiece):
+  """A SentencePiece vocabulary whose operations are in the exported graph."""
+
+  @property
+  def _tokenizer(self) -> Any:
+    return features.tensorflow_text.SentencepieceTokenizer(self.model)
+
+  def _decode_tf(self, ids: Any) -> Any:
+    return self._tokenizer.detokenize(ids)
+
+
+def output_features(run_dir: str) -> dict[str, seqio.Feature]:
+  """Returns SeqIO's features with the vocabularies of a run, for T5X's export.
+
+  Raises:
+    ValueError: if TensorFlow has no operation for a vocabulary.
+  """
+  found = {}
+  for name, wrapped in zip(
+    ('inputs', 'targets'), _vocabularies(run_dir), strict=True
+  ):
+    if not isinstance(wrapped, features.SeqioSentencePiece):
+      raise ValueError(
+        f'T5X tokenizes `{name}` in the exported graph, but {wrapped} is not a '
+        'SentencePiece model. Use `python -m l2s_jax export --to=savedmodel`.'
+      )
+    found[name] = seqio.Feature(InGraph(wrapped.vocabulary), add_eos=True)
+  return found
+
+
+def create_preprocessor(
+  batch_size: int | None,
+  output_features: Mapping[str, seqio.Feature],
+  task_feature_lengths: Mapping[str, int],
+  tokenized_inputs: bool = False,
+) -> Any:
+  """Returns T5X's preprocessor of exports, with the keys of `LlmToSlmModel`.
+
+  Arguments and results are those of T5X's `export_lib.create_preprocessor`.
+  """
+  from t5x import export_lib
+
+  of_t5x, signature = export_lib.create_preprocessor(
+    batch_size, output_features, task_feature_lengths, tokenized_inputs
+  )
+
+  def preprocess(texts: Any) -> dict[str, Any]:
+    batch = dict(of_t5x(texts))
+    for part, tokens in (
+      ('encoder', 'encoder_input_tokens'),
+      ('decoder', 'decoder_target_tokens'),
+    ):
+      is_token = batch[tokens] != 0  # T5X pads with 0.
+      batch[f'{part}_segment_ids'] = tf.cast(is_token, tf.int32)
+    return batch
+
+  return preprocess, signature
 
 
 def bound_task(run_dir: str, name: str) -> str:
