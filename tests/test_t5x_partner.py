@@ -15,6 +15,7 @@ import pytest
 import t5x_runs
 from flax import traverse_util
 
+from l2s_jax.data.features import tf
 from l2s_jax.interop import t5x_state
 from l2s_jax.models import losses
 from l2s_jax.systems import parameters
@@ -320,3 +321,26 @@ def test_a_prompt_for_the_answer_is_refused(run, whole, batch):
     model.predict_batch_with_aux({}, batch, prompt_with_targets=True)
   with pytest.raises(ValueError, match='return_intermediates to False'):
     model.score_batch({}, batch, return_intermediates=True)
+
+
+def test_an_export_reads_and_writes_texts_as_we_do(run):
+  pytest.importorskip(
+    'tensorflow_serving.apis',
+    reason="T5X's export needs tensorflow-serving-api: see requirements-t5x.txt",
+  )
+  folder = str(run[0] / 'run')
+  found = l2s_t5x.output_features(folder)
+  preprocess, _ = l2s_t5x.create_preprocessor(
+    1, found, {'inputs': 40, 'targets': 8}
+  )
+  text = 'the cat sat'
+  batch = preprocess(np.array([text]))
+  vocabulary = found['inputs'].vocabulary
+  ids = [*vocabulary.encode(text), vocabulary.eos_id]
+  tokens = batch['encoder_input_tokens'].numpy()
+  assert tokens.tolist() == [ids + [0] * (40 - len(ids))]
+  segment_ids = batch['encoder_segment_ids'].numpy()
+  np.testing.assert_array_equal(segment_ids, tokens != 0)
+  answer = found['targets'].vocabulary
+  written = answer.decode_tf(tf.constant([answer.encode(text)]))
+  assert written.numpy().tolist() == [text.encode()]

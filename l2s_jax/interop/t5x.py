@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLM-to-SLM as a T5X model, for T5X's own train, eval and infer.
+"""LLM-to-SLM as a T5X model, for T5X's own train, eval, infer and export.
 
 A run (`model.json` and vocabularies) defines the system. T5X provides the
 train state, checkpoints, datasets and loops; module, batch keys and parameters
