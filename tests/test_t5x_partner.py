@@ -326,7 +326,7 @@ def test_a_prompt_for_the_answer_is_refused(run, whole, batch):
 def test_an_export_reads_and_writes_texts_as_we_do(run):
   pytest.importorskip(
     'tensorflow_serving.apis',
-    reason="T5X's export needs tensorflow-serving-api: see requirements-t5x.txt",
+    reason="T5X's export needs more: see requirements-t5x.txt",
   )
   folder = str(run[0] / 'run')
   found = l2s_t5x.output_features(folder)
