@@ -318,7 +318,9 @@ def test_the_verb_leaves_a_folder_that_was_compared(
   # No path of this machine goes along, and none of its code is run by us.
   for path in (tmp_path / 'out').rglob('*.json'):
     assert str(kept) not in path.read_text()
-  with pytest.raises(ValueError, match="model_type is 'llm_to_slm'; supported"):
+  with pytest.raises(
+    ValueError, match='is of LLM-to-SLM, exported for transformers'
+  ):
     model_paths.load(str(tmp_path / 'out'))
   with pytest.raises(ValueError, match='The model is LLM-to-SLM'):
     export_command.export(
