@@ -20,7 +20,7 @@ import numpy as np
 
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import int8
-from l2s_jax.runtime import chips, distributed, files
+from l2s_jax.runtime import chips, distributed, files, storage
 
 AUTO = 'auto'
 KINDS = (*config_lib.QUANTIZATIONS, AUTO)
@@ -67,7 +67,7 @@ def chosen(kinds: Mapping[str, str]) -> dict[str, str]:
   for name, kind in kinds.items():
     if kind in ('int8', AUTO):
       exact = form(kind)
-      found[name] = exact if exact in ('none', 'int8') else 'int8_dynamic'
+      found[name] = 'int8_dynamic' if exact in _OF_INTEGERS else exact
   return found
 
 
@@ -160,7 +160,7 @@ def _path() -> pathlib.Path | None:
   """Returns the file with the times; None without a compilation cache."""
   config: Any = jax.config
   folder = config.jax_compilation_cache_dir
-  is_local = bool(folder) and '://' not in folder
+  is_local = bool(folder) and storage.scheme(folder) is None
   if not is_local or not config.jax_enable_compilation_cache:
     return None
   return pathlib.Path(folder) / 'l2s_jax_int8.json'

@@ -128,10 +128,7 @@ class Bundle:
   @property
   def num_bytes(self) -> int:
     """Size of all tensors as they are read; int8 as float32."""
-    return sum(
-      math.prod(shape.shape) * shape.dtype.itemsize
-      for shape in self.shapes().values()
-    )
+    return size_of(self.shapes())
 
   def parameters(self) -> dict[str, dict[str, Any]]:
     """Returns JSON-serialisable dtype and shape of each tensor, by name."""
@@ -164,6 +161,13 @@ class Bundle:
         prefix + path: np.asarray(tower.read(path)) for path in tower.shapes()
       }
     return traverse_util.unflatten_dict(flat)
+
+
+def size_of(arrays: Mapping[str, Any]) -> int:
+  """Returns the number of bytes of arrays, given their shapes and dtypes."""
+  return sum(
+    math.prod(array.shape) * array.dtype.itemsize for array in arrays.values()
+  )
 
 
 def describe_shapes(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,7 @@
 """Writes a run or a pretrained model as a bundle, tensor by tensor."""
 
 import dataclasses
-import math
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -45,10 +45,12 @@ class Parts:
   @property
   def num_bytes(self) -> int:
     """Size of all tensors in the bundle."""
-    return sum(
-      math.prod(shape.shape) * shape.dtype.itemsize
-      for shape in self.stored_shapes().values()
-    )
+    return bundle.size_of(self.stored_shapes())
+
+  @property
+  def with_int8(self) -> bool:
+    """Whether kernels and token embeddings are stored in int8."""
+    return self.quantization is not None
 
   def stored_shapes(self) -> dict[str, jax.ShapeDtypeStruct | np.ndarray]:
     """Returns shapes and dtypes of all tensors in the bundle, by name."""
@@ -57,9 +59,7 @@ class Parts:
     }
     for name, tower in self.towers.items():
       prefix = '' if name == bundle.MODEL else f'{name}/'
-      stored = converted.stored_shapes(
-        tower.shapes(), with_int8=self.quantization is not None
-      )
+      stored = converted.stored_shapes(tower.shapes(), with_int8=self.with_int8)
       named |= {prefix + key: shape for key, shape in stored.items()}
     return named
 
@@ -118,8 +118,12 @@ def open_parts(
     FileNotFoundError: if the model does not exist.
     ValueError: if it cannot be read.
   """
+  make = functools.partial(_parts, dtype=dtype, quantization=quantization)
   if bundle.is_bundle(location):
-    return _of_bundle(bundle.open_bundle(location), dtype, quantization)
+    opened = bundle.open_bundle(location)
+    sources: dict[str, source_lib.Source] = dict(opened.towers)
+    beside = opened.beside()
+    return make(opened.system, opened.step, opened.folder.name, sources, beside)
   system = model_paths.load(
     location, llm_path=llm_path, vocabulary=vocabulary, extra_ids=extra_ids
   )
@@ -127,14 +131,9 @@ def open_parts(
   source = opening.open_source(location, chosen or None, may_lack_steps=True)
   name = pathlib.Path(location).resolve().name
   if not isinstance(system.module, l2s.LlmToSlm):
-    tower = convert.Reading(source, dtype, with_int8=quantization is not None)
-    towers = {bundle.MODEL: tower}
-    return Parts(system, towers, {}, source.step(), name, quantization)
+    return make(system, source.step(), name, {bundle.MODEL: source}, {})
   assert isinstance(source, runs.Run)  # Only runs are LLM-to-SLM.
-  beside = {
-    path: array.astype(np.dtype(dtype or array.dtype))
-    for path, array in source.read_others(but=('llm', 'slm')).items()
-  }
+  beside = source.read_others(but=('llm', 'slm'))
   wanted = {
     path[1:]: shape
     for path, shape in shapes_lib.of_module(system.module).items()
@@ -148,36 +147,32 @@ def open_parts(
     llm = runs.Run(pathlib.Path(location), source.step(), 'llm')
   encoder = _Encoder(llm, set(wanted))
   source_lib.check_shapes(encoder, wanted)
-  towers = {
-    name: convert.Reading(tower, dtype, with_int8=quantization is not None)
-    for name, tower in (('llm', encoder), ('slm', source))
-  }
-  towers['llm'].keeps_stored = True
-  return Parts(system, towers, beside, source.step(), name, quantization)
+  sources = {'llm': encoder, 'slm': source}
+  return make(system, source.step(), name, sources, beside)
 
 
-def _of_bundle(
-  opened: bundle.Bundle, dtype: str | None, quantization: str | None
+def _parts(
+  system: system_lib.System,
+  step: int | None,
+  name: str,
+  sources: Mapping[str, source_lib.Source],
+  beside: Mapping[shapes_lib.Path, np.ndarray],
+  *,
+  dtype: str | None,
+  quantization: str | None,
 ) -> Parts:
-  """Returns the contents of a bundle for another one; see `open_parts`."""
+  """Returns `Parts` of sources before rounding; see `open_parts`."""
   towers = {
-    name: convert.Reading(tower, dtype, with_int8=quantization is not None)
-    for name, tower in opened.towers.items()
+    key: convert.Reading(source, dtype, with_int8=quantization is not None)
+    for key, source in sources.items()
   }
-  for tower in towers.values():
-    tower.keeps_stored = True
-  beside = {
+  if 'llm' in towers:
+    towers['llm'].keeps_stored = True
+  rounded = {
     path: array.astype(np.dtype(dtype or array.dtype))
-    for path, array in opened.beside().items()
+    for path, array in beside.items()
   }
-  return Parts(
-    opened.system,
-    towers,
-    beside,
-    opened.step,
-    opened.folder.name,
-    quantization,
-  )
+  return Parts(system, towers, rounded, step, name, quantization)
 
 
 def write(
@@ -198,11 +193,7 @@ def write(
   system = parts.system
   for name, tower in parts.towers.items():
     with convert.progress_bar(tower.num_bytes, name) as tower.progress:
-      converted.save(
-        tower,
-        _made(folder / name),
-        with_int8=parts.quantization is not None,
-      )
+      converted.save(tower, _made(folder / name), with_int8=parts.with_int8)
     tower.check_source()
     tower.notes.check()
   _check_llm(parts)
