@@ -38,6 +38,11 @@ def environment(**variables: str) -> Iterator[None]:
         os.environ[name] = value
 
 
+# Clients that read `https_proxy` and its kin ask a server of this machine
+# directly.
+_DIRECT = {'no_proxy': '127.0.0.1', 'NO_PROXY': '127.0.0.1'}
+
+
 def gcs_environment(url: str) -> contextlib.AbstractContextManager[None]:
   """Sets what a client of GCS reads, so that it speaks to `url`."""
   return environment(
@@ -48,6 +53,7 @@ def gcs_environment(url: str) -> contextlib.AbstractContextManager[None]:
     FSSPEC_GCS_TOKEN='anon',
     FSSPEC_GS_TOKEN='anon',
     GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT='false',
+    **_DIRECT,
   )
 
 
@@ -129,6 +135,7 @@ def s3() -> Iterator[str]:
       AWS_SECRET_ACCESS_KEY='tests',
       AWS_DEFAULT_REGION='us-east-1',
       AWS_EC2_METADATA_DISABLED='true',
+      **_DIRECT,
     ):
       _make_bucket(f'{url}/{BUCKET}', None, 'PUT')
       yield url
