@@ -33,6 +33,7 @@ from l2s_jax.runtime import (
   console,
   extras,
   gin_config,
+  memory,
   os_errors,
   preemption,
   t5x_names,
@@ -391,6 +392,9 @@ def main(
     return 0
   args, bindings = _parse_args(parser, argv[1:])
   compilation.use_cache()
+  if name == 'train' or getattr(args, 'train', False):
+    # Every step allocates the same. Here, before the threads of JAX start.
+    memory.keep_freed()
   # TensorFlow reads this at import. 1 logs warnings and errors, 2 errors only.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '1' if args.verbose else '2')
   if args.verbose:
