@@ -4,6 +4,8 @@
 import functools
 import json
 import os
+import pathlib
+import queue
 import re
 import signal
 import subprocess
@@ -101,6 +103,84 @@ def test_names_of_paths_in_buckets():
   assert storage.of('a/b') == tiny_runs.pathlib.Path('a/b')
 
 
+ARGUMENTS = {
+  'glob': ('*',),
+  'rglob': ('*',),
+  'open': ('rb',),
+  'match': ('*',),
+  'full_match': ('*',),
+  'write_bytes': (b'x',),
+  'write_text': ('x',),
+  'chmod': (0o600,),
+  'lchmod': (0o600,),
+}
+OF_TWO = (
+  'copy',
+  'copy_into',
+  'from_uri',
+  'hardlink_to',
+  'link_to',
+  'move',
+  'move_into',
+  'rename',
+  'replace',
+  'samefile',
+  'symlink_to',
+)
+
+
+def local_names():
+  methods = set(dir(pathlib.Path)) - set(dir(pathlib.PurePath))
+  return sorted(name for name in methods if not name.startswith('_'))
+
+
+@pytest.mark.parametrize('name', local_names())
+def test_no_method_touches_the_local_disk(gcs, tmp_path, monkeypatch, name):
+  """A local file lies where the operating system would look."""
+  assert name in vars(storage.BucketPath)
+  path = storage.BucketPath(f'gs://{bucket_servers.BUCKET}/methods/{name}/a')
+  local = tmp_path / 'gs:' / path.bucket / path.key
+  local.mkdir(parents=True)
+  (local / 'local').write_text('here')
+  (local.parent / 'target').write_text('here')
+  monkeypatch.chdir(tmp_path)
+  before = [
+    (p, p.lstat().st_mode, p.lstat().st_mtime_ns) for p in tmp_path.rglob('*')
+  ]
+  given = ARGUMENTS.get(name, (path.parent / 'target',) * (name in OF_TWO))
+  try:
+    found = getattr(path, name)(*given)
+    if name in ('glob', 'rglob', 'iterdir'):
+      assert list(found) == []
+    assert found not in (b'here', 'here')
+  except FileNotFoundError as error:
+    assert str(path) in str(error)
+  except OSError as error:
+    assert 'is not possible' in str(error)
+  after = [
+    (p, p.lstat().st_mode, p.lstat().st_mtime_ns) for p in tmp_path.rglob('*')
+  ]
+  assert after == before
+
+
+def test_paths_in_buckets_are_taken_apart_as_local_ones():
+  path, local = storage.of('gs://b/x/y/z.json'), pathlib.Path('/x/y/z.json')
+  for pattern in ('*.json', 'y/*', 'x/*/z.json', '*.txt', 'w/*'):
+    assert path.match(pattern) == local.match(pattern)
+  assert path.match('gs://b/x/y/*')
+  assert [str(p) for p in path.parents] == ['gs://b/x/y', 'gs://b/x', 'gs://b']
+  assert path.parents[-1].parent == path.parents[-1]
+  assert path.as_uri() == 'gs://b/x/y/z.json'
+  assert path.is_relative_to('gs://b/x') and not path.is_relative_to('gs://b/w')
+  assert str((path / '..' / '..' / 'w').resolve()) == 'gs://b/x/w'
+  assert str((path / '../../../../../w').resolve()) == 'gs://b/w'
+  with pytest.raises(ValueError, match='is not a path in a bucket'):
+    (path / '/etc/hosts').exists()
+  for pattern in ('**/a', '../a'):
+    with pytest.raises(OSError, match=r'glob.* is not possible in a bucket'):
+      list(path.glob(pattern))
+
+
 def test_an_interrupted_write_leaves_the_object_as_it_was(folder):
   path = folder / 'model.json'
   path.write_text('before')
@@ -196,7 +276,6 @@ def test_a_stale_lock_of_another_host_is_taken_over_with_a_message(
   folder, monkeypatch, capsys
 ):
   monkeypatch.setattr(locks, 'BUCKET_LEASE_SECS', 0.5)
-  monkeypatch.setattr(locks, '_SETTLING_SECS', 0.1)
   who = {
     'host': 'elsewhere',
     'pid': 7,
@@ -212,13 +291,78 @@ def test_a_stale_lock_of_another_host_is_taken_over_with_a_message(
   assert 'is taken over' in said.out + said.err
   # A living one renews it.
   (folder / locks.NAME).write_text(json.dumps(who))
+  monkeypatch.setattr(locks, 'BUCKET_LEASE_SECS', 20)
   renewal = threading.Timer(
-    0.1,
+    1.5,
     lambda: (folder / locks.NAME).write_text(json.dumps({**who, 'beat': 4})),
   )
   renewal.start()
   with pytest.raises(ValueError, match='process 7 on elsewhere'):
     hold(folder)
+
+
+def test_of_two_that_find_a_lock_stale_one_takes_it_over(folder, monkeypatch):
+  """Both have seen the same version when they overwrite it."""
+  monkeypatch.setattr(locks, 'BUCKET_LEASE_SECS', 0.5)
+  who = {'host': 'elsewhere', 'pid': 7, 'start': '', 'birth': 'x', 'beat': 3}
+  (folder / locks.NAME).write_text(json.dumps(who))
+  both = threading.Barrier(2)
+  overwrite = locks._overwrite
+
+  def at_once(path, version, mine):
+    both.wait(10)
+    return overwrite(path, version, mine)
+
+  monkeypatch.setattr(locks, '_overwrite', at_once)
+  release = threading.Event()
+  ended: queue.Queue[str] = queue.Queue()
+
+  def take():
+    try:
+      with locks.held(folder, 'MODEL_DIR'):
+        ended.put('held')
+        release.wait(10)
+    except ValueError as error:
+      ended.put(str(error))
+
+  threads = [threading.Thread(target=take) for _ in range(2)]
+  for thread in threads:
+    thread.start()
+  found = sorted(ended.get(timeout=20) for _ in range(2))
+  release.set()
+  for thread in threads:
+    thread.join()
+  assert found[1] == 'held' and 'is being written by process' in found[0]
+  assert not (folder / locks.NAME).exists()
+
+
+def test_a_version_is_overwritten_once(folder):
+  path = folder / 'd'  # A name that is a part of the store's error.
+  assert path.create(b'first')
+  version = path.version()
+  second = path.replace_version(version, b'second')
+  assert second == path.version() != version
+  assert path.replace_version(version, b'third') is None
+  assert path.read_bytes() == b'second'
+  path.unlink()
+  assert path.replace_version(second, b'fourth') is None
+
+
+def test_a_lock_whose_renewal_lost_its_answer_stays(folder, monkeypatch):
+  monkeypatch.setattr(locks, 'BUCKET_RENEWAL_SECS', 0.1)
+  replace = storage.BucketPath.replace_version
+
+  def losing(path, version, content):
+    replace(path, version, content)
+    return replace(path, version, content)  # As a client that asks again.
+
+  monkeypatch.setattr(storage.BucketPath, 'replace_version', losing)
+  with locks.held(folder, 'MODEL_DIR'):
+    deadline = time.monotonic() + 20
+    while json.loads((folder / locks.NAME).read_text())['beat'] < 3:
+      assert time.monotonic() < deadline
+      time.sleep(0.05)
+  assert not (folder / locks.NAME).exists()
 
 
 def test_a_process_whose_lock_was_taken_over_ends(folder):
