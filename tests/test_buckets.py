@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import bucket_servers
 import forked
@@ -30,10 +31,17 @@ from l2s_jax import api
 from l2s_jax.data import text_files
 from l2s_jax.evaluation import metric_writer
 from l2s_jax.interop import convert
-from l2s_jax.runtime import extras, files, locks, os_errors, storage
+from l2s_jax.runtime import (
+  extras,
+  files,
+  integrity,
+  locks,
+  os_errors,
+  storage,
+)
 from l2s_jax.training import checkpoint
-from l2s_jax.weights import opening, saved_steps, source
-from l2s_jax.weights.formats import tensor_files
+from l2s_jax.weights import converted, opening, saved_steps, source
+from l2s_jax.weights.formats import bucket_array, tensor_files
 
 
 @pytest.fixture(scope='module')
@@ -291,7 +299,7 @@ def test_a_stale_lock_of_another_host_is_taken_over_with_a_message(
   assert 'is taken over' in said.out + said.err
   # A living one renews it.
   (folder / locks.NAME).write_text(json.dumps(who))
-  monkeypatch.setattr(locks, 'BUCKET_LEASE_SECS', 20)
+  monkeypatch.setattr(locks, 'BUCKET_LEASE_SECS', 20.0)
   renewal = threading.Timer(
     1.5,
     lambda: (folder / locks.NAME).write_text(json.dumps({**who, 'beat': 4})),
@@ -476,13 +484,91 @@ def test_of_a_tensor_only_the_requested_rows_are_read(
   monkeypatch.setattr(storage.BucketPath, 'read_range', counting)
   found = tensor_files.open_folder(folder)['b'].read()
   row_bytes = array[0].nbytes
-  for index in (1, slice(1, 3), (slice(2, 4), slice(None), 1), (0, 3)):
+  for index in (1, -1, slice(1, 3), (slice(2, 4), slice(None), 1), (0, 3)):
     ranges.clear()
     np.testing.assert_array_equal(found[index], array[index])
     assert sum(ranges) <= 2 * row_bytes
   np.testing.assert_array_equal(np.asarray(found), array)
   for part, expected in zip(found, array, strict=True):
     np.testing.assert_array_equal(part, expected)
+
+
+@pytest.mark.parametrize('shape', [(), (5,), (4, 6), (3, 4, 5), (2, 3, 4, 2)])
+def test_indices_of_arrays_are_those_of_numpy(gcs, bucket, shape):
+  array = np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape)
+  (bucket / 'a').write_bytes(b'head' + array.tobytes())
+  found = bucket_array.BucketArray(bucket / 'a', array.dtype, shape, 4)
+  parts: tuple[Any, ...] = (
+    0,
+    -1,
+    9,
+    -9,
+    slice(1, None),
+    slice(-2, None),
+    slice(3, 1),
+    True,
+  )
+  parts = (*parts, slice(None, None, 2), slice(None, None, -1), [1, 0], None)
+  indices: list[Any] = [
+    *parts,
+    (),
+    ...,
+    (..., 0),
+    *((a, b) for a in parts for b in parts),
+  ]
+  for index in (*indices, (0, 0, 0, 0, 0), (0, slice(1, 3), 1)):
+    try:
+      expected = array[index]
+    except IndexError:
+      with pytest.raises(IndexError):
+        found[index]
+    else:
+      np.testing.assert_array_equal(found[index], expected, strict=True)
+  with pytest.raises(ValueError, match='no view'):
+    np.array(found, copy=False)
+  assert np.array(found).flags.writeable
+
+
+def test_a_host_reads_no_byte_of_a_kernel_twice(
+  gcs, bucket, tmp_path, monkeypatch
+):
+  """Requests are counted between client and server."""
+  kernel = ('encoder', 'layers', 'mlp', 'wi', 'kernel')
+  array = np.random.default_rng(0).normal(size=(3, 16, 32)).astype(np.float32)
+  params = traverse_util.unflatten_dict({kernel: array})
+  weights = helpers.Arrays(helpers.T5_1_1, params)
+  converted.save(convert.Reading(weights, None), tmp_path)
+  files.upload_folder(tmp_path, bucket)
+  shapes = traverse_util.unflatten_dict(
+    {kernel: jax.ShapeDtypeStruct(array.shape, array.dtype)}
+  )
+  mesh = jax.make_mesh((2, 4), ('fsdp', 'tensor'))
+  for axes, verifies, num_reads in (
+    ((None, 'fsdp', 'tensor'), False, 3 * 2),
+    ((None, None, 'tensor'), False, 3),
+    ((None, 'fsdp', 'tensor'), True, 3),
+    ((None, None, None), True, 3),
+  ):
+    spec = jax.sharding.PartitionSpec(*axes)
+    shardings = traverse_util.unflatten_dict(
+      {kernel: jax.sharding.NamedSharding(mesh, spec)}
+    )
+    ranges: list[str] = []
+
+    def trouble(_, path, ranges=ranges):
+      if 'alt=media' in path or '/download/' in path:
+        ranges.append(path)
+      return ''
+
+    opened = opening.open_source(str(bucket))
+    monkeypatch.setattr(
+      integrity, 'verification', lambda verifies=verifies: verifies
+    )
+    with bucket_servers.proxy(gcs, trouble):
+      loaded, _ = source.load(opened, shapes, shardings)
+    found = traverse_util.flatten_dict(loaded)[kernel]
+    np.testing.assert_array_equal(found, array)
+    assert len(ranges) == num_reads, (axes, ranges)
 
 
 def test_weights_in_buckets_are_those_of_their_local_copy(folder, tmp_path):
