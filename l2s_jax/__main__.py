@@ -271,9 +271,9 @@ VERBS: Mapping[str, Verb] = {
       Flag(
         'SOURCE',
         str,
-        'a folder, a file, or a repository on the Hub',
+        'a folder, a file, a repository on the Hub, or gs://..., s3://...',
       ),
-      Flag('DESTINATION', str, 'a new folder'),
+      Flag('DESTINATION', str, 'a new folder, or gs://..., s3://...'),
       Flag(
         'dtype',
         str,
@@ -306,7 +306,7 @@ VERBS: Mapping[str, Verb] = {
         True,
       ),
       Flag('SOURCE', str, 'a run, a bundle, or a pretrained model'),
-      Flag('DESTINATION', str, 'a new folder'),
+      Flag('DESTINATION', str, 'a new folder, or gs://..., s3://...'),
       Flag('step', str, 'step of a run: N or best; default: the newest'),
       Flag(
         'dtype',

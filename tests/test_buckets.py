@@ -4,12 +4,15 @@
 import functools
 import json
 import os
+import pathlib
+import queue
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import bucket_servers
 import forked
@@ -28,10 +31,17 @@ from l2s_jax import api
 from l2s_jax.data import text_files
 from l2s_jax.evaluation import metric_writer
 from l2s_jax.interop import convert
-from l2s_jax.runtime import extras, files, locks, os_errors, storage
+from l2s_jax.runtime import (
+  extras,
+  files,
+  integrity,
+  locks,
+  os_errors,
+  storage,
+)
 from l2s_jax.training import checkpoint
-from l2s_jax.weights import opening, saved_steps, source
-from l2s_jax.weights.formats import tensor_files
+from l2s_jax.weights import converted, opening, saved_steps, source
+from l2s_jax.weights.formats import bucket_array, tensor_files
 
 
 @pytest.fixture(scope='module')
@@ -99,6 +109,84 @@ def test_names_of_paths_in_buckets():
   assert str(path.with_name('d')) == 'gs://bucket/a/d'
   assert path.absolute() == path and storage.lasting(str(path)) == str(path)
   assert storage.of('a/b') == tiny_runs.pathlib.Path('a/b')
+
+
+ARGUMENTS = {
+  'glob': ('*',),
+  'rglob': ('*',),
+  'open': ('rb',),
+  'match': ('*',),
+  'full_match': ('*',),
+  'write_bytes': (b'x',),
+  'write_text': ('x',),
+  'chmod': (0o600,),
+  'lchmod': (0o600,),
+}
+OF_TWO = (
+  'copy',
+  'copy_into',
+  'from_uri',
+  'hardlink_to',
+  'link_to',
+  'move',
+  'move_into',
+  'rename',
+  'replace',
+  'samefile',
+  'symlink_to',
+)
+
+
+def local_names():
+  methods = set(dir(pathlib.Path)) - set(dir(pathlib.PurePath))
+  return sorted(name for name in methods if not name.startswith('_'))
+
+
+@pytest.mark.parametrize('name', local_names())
+def test_no_method_touches_the_local_disk(gcs, tmp_path, monkeypatch, name):
+  """A local file lies where the operating system would look."""
+  assert name in vars(storage.BucketPath)
+  path = storage.BucketPath(f'gs://{bucket_servers.BUCKET}/methods/{name}/a')
+  local = tmp_path / 'gs:' / path.bucket / path.key
+  local.mkdir(parents=True)
+  (local / 'local').write_text('here')
+  (local.parent / 'target').write_text('here')
+  monkeypatch.chdir(tmp_path)
+  before = [
+    (p, p.lstat().st_mode, p.lstat().st_mtime_ns) for p in tmp_path.rglob('*')
+  ]
+  given = ARGUMENTS.get(name, (path.parent / 'target',) * (name in OF_TWO))
+  try:
+    found = getattr(path, name)(*given)
+    if name in ('glob', 'rglob', 'iterdir'):
+      assert list(found) == []
+    assert found not in (b'here', 'here')
+  except FileNotFoundError as error:
+    assert str(path) in str(error)
+  except OSError as error:
+    assert 'is not possible' in str(error)
+  after = [
+    (p, p.lstat().st_mode, p.lstat().st_mtime_ns) for p in tmp_path.rglob('*')
+  ]
+  assert after == before
+
+
+def test_paths_in_buckets_are_taken_apart_as_local_ones():
+  path, local = storage.of('gs://b/x/y/z.json'), pathlib.Path('/x/y/z.json')
+  for pattern in ('*.json', 'y/*', 'x/*/z.json', '*.txt', 'w/*'):
+    assert path.match(pattern) == local.match(pattern)
+  assert path.match('gs://b/x/y/*')
+  assert [str(p) for p in path.parents] == ['gs://b/x/y', 'gs://b/x', 'gs://b']
+  assert path.parents[-1].parent == path.parents[-1]
+  assert path.as_uri() == 'gs://b/x/y/z.json'
+  assert path.is_relative_to('gs://b/x') and not path.is_relative_to('gs://b/w')
+  assert str((path / '..' / '..' / 'w').resolve()) == 'gs://b/x/w'
+  assert str((path / '../../../../../w').resolve()) == 'gs://b/w'
+  with pytest.raises(ValueError, match='is not a path in a bucket'):
+    (path / '/etc/hosts').exists()
+  for pattern in ('**/a', '../a'):
+    with pytest.raises(OSError, match=r'glob.* is not possible in a bucket'):
+      list(path.glob(pattern))
 
 
 def test_an_interrupted_write_leaves_the_object_as_it_was(folder):
@@ -196,7 +284,6 @@ def test_a_stale_lock_of_another_host_is_taken_over_with_a_message(
   folder, monkeypatch, capsys
 ):
   monkeypatch.setattr(locks, 'BUCKET_LEASE_SECS', 0.5)
-  monkeypatch.setattr(locks, '_SETTLING_SECS', 0.1)
   who = {
     'host': 'elsewhere',
     'pid': 7,
@@ -212,13 +299,78 @@ def test_a_stale_lock_of_another_host_is_taken_over_with_a_message(
   assert 'is taken over' in said.out + said.err
   # A living one renews it.
   (folder / locks.NAME).write_text(json.dumps(who))
+  monkeypatch.setattr(locks, 'BUCKET_LEASE_SECS', 20.0)
   renewal = threading.Timer(
-    0.1,
+    1.5,
     lambda: (folder / locks.NAME).write_text(json.dumps({**who, 'beat': 4})),
   )
   renewal.start()
   with pytest.raises(ValueError, match='process 7 on elsewhere'):
     hold(folder)
+
+
+def test_of_two_that_find_a_lock_stale_one_takes_it_over(folder, monkeypatch):
+  """Both have seen the same version when they overwrite it."""
+  monkeypatch.setattr(locks, 'BUCKET_LEASE_SECS', 0.5)
+  who = {'host': 'elsewhere', 'pid': 7, 'start': '', 'birth': 'x', 'beat': 3}
+  (folder / locks.NAME).write_text(json.dumps(who))
+  both = threading.Barrier(2)
+  overwrite = locks._overwrite
+
+  def at_once(path, version, mine):
+    both.wait(10)
+    return overwrite(path, version, mine)
+
+  monkeypatch.setattr(locks, '_overwrite', at_once)
+  release = threading.Event()
+  ended: queue.Queue[str] = queue.Queue()
+
+  def take():
+    try:
+      with locks.held(folder, 'MODEL_DIR'):
+        ended.put('held')
+        release.wait(10)
+    except ValueError as error:
+      ended.put(str(error))
+
+  threads = [threading.Thread(target=take) for _ in range(2)]
+  for thread in threads:
+    thread.start()
+  found = sorted(ended.get(timeout=20) for _ in range(2))
+  release.set()
+  for thread in threads:
+    thread.join()
+  assert found[1] == 'held' and 'is being written by process' in found[0]
+  assert not (folder / locks.NAME).exists()
+
+
+def test_a_version_is_overwritten_once(folder):
+  path = folder / 'd'  # A name that is a part of the store's error.
+  assert path.create(b'first')
+  version = path.version()
+  second = path.replace_version(version, b'second')
+  assert second == path.version() != version
+  assert path.replace_version(version, b'third') is None
+  assert path.read_bytes() == b'second'
+  path.unlink()
+  assert path.replace_version(second, b'fourth') is None
+
+
+def test_a_lock_whose_renewal_lost_its_answer_stays(folder, monkeypatch):
+  monkeypatch.setattr(locks, 'BUCKET_RENEWAL_SECS', 0.1)
+  replace = storage.BucketPath.replace_version
+
+  def losing(path, version, content):
+    replace(path, version, content)
+    return replace(path, version, content)  # As a client that asks again.
+
+  monkeypatch.setattr(storage.BucketPath, 'replace_version', losing)
+  with locks.held(folder, 'MODEL_DIR'):
+    deadline = time.monotonic() + 20
+    while json.loads((folder / locks.NAME).read_text())['beat'] < 3:
+      assert time.monotonic() < deadline
+      time.sleep(0.05)
+  assert not (folder / locks.NAME).exists()
 
 
 def test_a_process_whose_lock_was_taken_over_ends(folder):
@@ -332,13 +484,91 @@ def test_of_a_tensor_only_the_requested_rows_are_read(
   monkeypatch.setattr(storage.BucketPath, 'read_range', counting)
   found = tensor_files.open_folder(folder)['b'].read()
   row_bytes = array[0].nbytes
-  for index in (1, slice(1, 3), (slice(2, 4), slice(None), 1), (0, 3)):
+  for index in (1, -1, slice(1, 3), (slice(2, 4), slice(None), 1), (0, 3)):
     ranges.clear()
     np.testing.assert_array_equal(found[index], array[index])
     assert sum(ranges) <= 2 * row_bytes
   np.testing.assert_array_equal(np.asarray(found), array)
   for part, expected in zip(found, array, strict=True):
     np.testing.assert_array_equal(part, expected)
+
+
+@pytest.mark.parametrize('shape', [(), (5,), (4, 6), (3, 4, 5), (2, 3, 4, 2)])
+def test_indices_of_arrays_are_those_of_numpy(gcs, bucket, shape):
+  array = np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape)
+  (bucket / 'a').write_bytes(b'head' + array.tobytes())
+  found = bucket_array.BucketArray(bucket / 'a', array.dtype, shape, 4)
+  parts: tuple[Any, ...] = (
+    0,
+    -1,
+    9,
+    -9,
+    slice(1, None),
+    slice(-2, None),
+    slice(3, 1),
+    True,
+  )
+  parts = (*parts, slice(None, None, 2), slice(None, None, -1), [1, 0], None)
+  indices: list[Any] = [
+    *parts,
+    (),
+    ...,
+    (..., 0),
+    *((a, b) for a in parts for b in parts),
+  ]
+  for index in (*indices, (0, 0, 0, 0, 0), (0, slice(1, 3), 1)):
+    try:
+      expected = array[index]
+    except IndexError:
+      with pytest.raises(IndexError):
+        found[index]
+    else:
+      np.testing.assert_array_equal(found[index], expected, strict=True)
+  with pytest.raises(ValueError, match='no view'):
+    np.array(found, copy=False)
+  assert np.array(found).flags.writeable
+
+
+def test_a_host_reads_no_byte_of_a_kernel_twice(
+  gcs, bucket, tmp_path, monkeypatch
+):
+  """Requests are counted between client and server."""
+  kernel = ('encoder', 'layers', 'mlp', 'wi', 'kernel')
+  array = np.random.default_rng(0).normal(size=(3, 16, 32)).astype(np.float32)
+  params = traverse_util.unflatten_dict({kernel: array})
+  weights = helpers.Arrays(helpers.T5_1_1, params)
+  converted.save(convert.Reading(weights, None), tmp_path)
+  files.upload_folder(tmp_path, bucket)
+  shapes = traverse_util.unflatten_dict(
+    {kernel: jax.ShapeDtypeStruct(array.shape, array.dtype)}
+  )
+  mesh = jax.make_mesh((2, 4), ('fsdp', 'tensor'))
+  for axes, verifies, num_reads in (
+    ((None, 'fsdp', 'tensor'), False, 3 * 2),
+    ((None, None, 'tensor'), False, 3),
+    ((None, 'fsdp', 'tensor'), True, 3),
+    ((None, None, None), True, 3),
+  ):
+    spec = jax.sharding.PartitionSpec(*axes)
+    shardings = traverse_util.unflatten_dict(
+      {kernel: jax.sharding.NamedSharding(mesh, spec)}
+    )
+    ranges: list[str] = []
+
+    def trouble(_, path, ranges=ranges):
+      if 'alt=media' in path or '/download/' in path:
+        ranges.append(path)
+      return ''
+
+    opened = opening.open_source(str(bucket))
+    monkeypatch.setattr(
+      integrity, 'verification', lambda verifies=verifies: verifies
+    )
+    with bucket_servers.proxy(gcs, trouble):
+      loaded, _ = source.load(opened, shapes, shardings)
+    found = traverse_util.flatten_dict(loaded)[kernel]
+    np.testing.assert_array_equal(found, array)
+    assert len(ranges) == num_reads, (axes, ranges)
 
 
 def test_weights_in_buckets_are_those_of_their_local_copy(folder, tmp_path):

@@ -9,6 +9,7 @@ LLM-to-SLM model for T5X, imports the package t5x.
 # Public modules.
 __all__ = (
   'convert',
+  'destination',
   'parity',
   'scale_folding',
   't5x_state',

@@ -7,12 +7,10 @@ that `--to=l2s` wrote. Tensors are read, cast and written layer by layer. The
 destination appears only after all of it has been written and read back.
 """
 
-import contextlib
 import pathlib
-import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import gin
@@ -21,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from l2s_jax.interop import destination as destination_lib
 from l2s_jax.interop import (
   parity,
   scale_folding,
@@ -31,7 +30,8 @@ from l2s_jax.interop import (
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import int8
 from l2s_jax.models import shapes as shapes_lib
-from l2s_jax.runtime import extras, files, gin_config, integrity, storage
+from l2s_jax.runtime import extras, gin_config, integrity, storage
+from l2s_jax.training import checkpoint
 from l2s_jax.vocabularies import base, export, loading, tokenizer_files
 from l2s_jax.weights import converted, finite, hub, manifest, opening, runs
 from l2s_jax.weights import source as source_lib
@@ -74,7 +74,7 @@ def convert(
 
   Args:
     source: location of the weights: a folder, a file, or a name on the Hub.
-    destination: folder to write; it must not exist.
+    destination: folder to write, local or in a bucket; it must not exist.
     from_: format of the source: 'hf', 't5x', 'gguf' or 'l2s'.
     to: format of the destination: 'l2s', 'hf', 't5x' or 'run'. 'run' makes a
       run with optimizer state from a T5X checkpoint of LLM-to-SLM.
@@ -96,12 +96,13 @@ def convert(
       not match their config or cannot be expressed in the new format; if there
       is not enough disk space; or if the written tensors differ.
   """
-  storage.check_local(SOURCE=source, DESTINATION=destination)
+  storage.check(source, 'SOURCE')
+  folder = destination_lib.opened(destination)
   if run is not None or to == 'run':
     given: dict[str, Any] = {'from': from_, 'to': to, 'run': run}
     given |= {'dtype': dtype, 'config': config, 'vocabulary': vocabulary}
     given |= {'verify': verify, 'allow_non_finite': allow_non_finite}
-    _begin_run(source, destination, given, step, dry_run=dry_run)
+    _begin_run(source, folder, given, step, dry_run=dry_run)
     return
   if verify:
     extras.require('--verify', 'torch', 'transformers')
@@ -120,65 +121,32 @@ def convert(
       'a decoder. Remove --verify.'
     )
   reading = Reading(opened, dtype, folds_scale=to == 'hf')
-  folder = pathlib.Path(destination)
-  unfinished = folder.with_name(f'.{folder.name}.unfinished')
-  shutil.rmtree(unfinished, ignore_errors=True)  # Left by a killed process.
-  check_destination(folder, reading.num_bytes)
+  destination_lib.check(folder, reading.num_bytes)
   _check_form(reading, to)
   print(_describe(reading, from_))
   if dry_run:
     with tempfile.TemporaryDirectory() as scratch:
       _write_tokenizer(reading, pathlib.Path(scratch), vocabulary)
     return
-  with unfinished_removed(folder, unfinished):
+  with destination_lib.writing(folder) as unfinished:
     _write(reading, unfinished, to, vocabulary)
     reading.check_source()
     reading.notes.check(allow_non_finite=allow_non_finite)
     checked = _check_written(reading, unfinished, to)
     if verify:
-      theirs = unfinished if to == 'hf' else pathlib.Path(opened.location)
+      theirs = unfinished
+      if to != 'hf':
+        theirs = storage.local_folder(storage.of(opened.location))
       if (theirs / to_huggingface.SLM).is_dir():
         theirs = theirs / to_huggingface.SLM
       checked += '; ' + _compare(theirs, huggingface.HuggingFaceFolder(theirs))
-    unfinished.rename(folder)
+    destination_lib.finish(unfinished, folder)
   print(f'wrote {folder} ({to}); {checked}')
-
-
-@contextlib.contextmanager
-def unfinished_removed(
-  folder: pathlib.Path, unfinished: pathlib.Path
-) -> Iterator[None]:
-  """Removes the temporary folder, and after a failure new parent folders, too.
-
-  The block writes to `unfinished` and renames it to `folder` as its last step.
-
-  Args:
-    folder: the destination.
-    unfinished: the temporary folder beside it.
-
-  Raises:
-    ValueError: for an error of the file system, with its message.
-  """
-  missing = [path for path in folder.absolute().parents if not path.exists()]
-  try:
-    yield
-  except OSError as error:
-    if error.errno is None:
-      raise
-    raise ValueError(
-      f'{folder} cannot be written: {error}. The partial output was deleted.'
-    ) from error
-  finally:
-    shutil.rmtree(unfinished, ignore_errors=True)
-    if not folder.exists():
-      for parent in missing:
-        with contextlib.suppress(OSError):  # Absent or not empty.
-          parent.rmdir()
 
 
 def _begin_run(
   source: str,
-  destination: str,
+  folder: pathlib.Path,
   given: Mapping[str, Any],
   step: int | None,
   *,
@@ -196,17 +164,16 @@ def _begin_run(
       f'{flags}: expected --from=t5x --to=run --run=RUN, with RUN the run of '
       'the T5X model. The only other flag is --step.'
     )
-  folder = pathlib.Path(destination)
-  unfinished = folder.with_name(f'.{folder.name}.unfinished')
-  shutil.rmtree(unfinished, ignore_errors=True)  # Left by a killed process.
-  check_destination(folder, 0)
-  target, _ = t5x.open_part(pathlib.Path(source), step, ('target',))
+  if storage.is_bucket(folder):
+    checkpoint.check_folder(str(folder))
+  destination_lib.check(folder, 0)
+  target, _ = t5x.open_part(storage.of(source), step, ('target',))
   print(f'{source}: {len(target)} parameters')
   if dry_run:
     return
-  with unfinished_removed(folder, unfinished):
+  with destination_lib.writing(folder) as unfinished:
     number = t5x_state.read(source, given['run'], unfinished, step)
-    unfinished.rename(folder)
+    destination_lib.finish(unfinished, folder)
   print(f"wrote {folder} (run): step {number}, with Adafactor's state.")
 
 
@@ -229,7 +196,7 @@ def _open(
       f'--step={step} applies only to runs and T5X checkpoints; '
       f'--from={form} has no steps. Remove --step.'
     )
-  location = pathlib.Path(source)
+  location = storage.of(source)
   if form == 'hf' and hub.is_name(source):
     location = hub.download(source)
   if not location.exists():
@@ -362,7 +329,7 @@ class Reading:
 
   def read(self, path: shapes_lib.Path, layer: int | None = None) -> np.ndarray:
     """Reads a tensor or one layer of it, casts it and records its digest."""
-    stored = self.source.read(path, layer)
+    stored = np.asarray(self.source.read(path, layer))
     if self.keeps_stored or self.source.digest(path) is not None:
       self._stored[path, layer or 0] = source_lib.digest_layer(stored)
     array = self._cast(stored, path)
@@ -375,7 +342,7 @@ class Reading:
 
   def read_again(self, path: shapes_lib.Path, layer: int | None) -> np.ndarray:
     """Returns what `read` has returned, without records."""
-    array = self._cast(self.source.read(path, layer), path)
+    array = self._cast(np.asarray(self.source.read(path, layer)), path)
     return self._rounded(array, path, layer)
 
   def _cast(self, stored: np.ndarray, path: shapes_lib.Path) -> np.ndarray:
@@ -450,34 +417,6 @@ def progress_bar(num_bytes: int, what: str) -> Any:
     disable=None,  # Without a terminal.
     leave=False,
   )
-
-
-def check_destination(folder: pathlib.Path, num_bytes: int) -> None:
-  """Checks that a folder does not exist and that the disk has room for it.
-
-  Args:
-    folder: the destination.
-    num_bytes: size of the tensors to write.
-
-  Raises:
-    ValueError: if the folder exists, is inside a file, or does not fit.
-  """
-  if folder.exists():
-    raise ValueError(
-      f'{folder} already exists. Choose another DESTINATION, or remove it.'
-    )
-  parent = files.nearest_existing(folder)
-  if not parent.is_dir():
-    raise ValueError(
-      f'{parent} is a file, expected a folder. Choose another DESTINATION.'
-    )
-  free = shutil.disk_usage(parent).free
-  if free < num_bytes:
-    raise ValueError(
-      f'{parent} has {free / 1e9:,.1f} GB of free space, but the weights need '
-      f'{num_bytes / 1e9:,.1f} GB. Free disk space, choose another '
-      'DESTINATION, or halve the size with --dtype=bfloat16.'
-    )
 
 
 def _check_form(source: 'Reading', to: str) -> None:
@@ -584,7 +523,7 @@ def _write_tokenizer(
   elif (bundle := _bundle_of(source)) is not None:
     loading.load(bundle / runs.VOCABULARIES / 'answer').save(folder)
   elif not isinstance(source, t5x.Checkpoint):
-    _copy_tokenizer(pathlib.Path(source.location), folder)
+    _copy_tokenizer(storage.of(source.location), folder)
   is_copied = (
     path is None
     and isinstance(
@@ -619,7 +558,7 @@ def _write_tokenizer(
 
 def _bundle_of(source: source_lib.Source) -> pathlib.Path | None:
   """Returns the bundle that contains a converted folder; None without one."""
-  folder = pathlib.Path(source.location).parent
+  folder = storage.of(source.location).parent
   is_in_one = isinstance(
     source, converted.ConvertedFolder
   ) and manifest.is_export(folder, manifest.BUNDLE)
@@ -628,7 +567,7 @@ def _bundle_of(source: source_lib.Source) -> pathlib.Path | None:
 
 def _vocabulary(run: runs.Run, name: str) -> base.Vocabulary:
   """Returns a vocabulary of a run, 'prompt' or 'answer'."""
-  return runs.load_vocabulary(pathlib.Path(run.location), run.description, name)
+  return runs.load_vocabulary(storage.of(run.location), run.description, name)
 
 
 def _copy_tokenizer(source: pathlib.Path, destination: pathlib.Path) -> None:
@@ -636,7 +575,7 @@ def _copy_tokenizer(source: pathlib.Path, destination: pathlib.Path) -> None:
   destination.mkdir(parents=True, exist_ok=True)
   for name in _CARRIED:
     if (source / name).is_file():
-      shutil.copyfile(source / name, destination / name)
+      (destination / name).write_bytes((source / name).read_bytes())
 
 
 def _check_written(reading: Reading, folder: pathlib.Path, to: str) -> str:

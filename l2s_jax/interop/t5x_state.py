@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 from jax.sharding import PartitionSpec
 
-from l2s_jax.runtime import files, partitioning
+from l2s_jax.runtime import files, partitioning, storage
 from l2s_jax.systems import parameters, run_folder
 from l2s_jax.systems import system as system_lib
 from l2s_jax.training import adafactor, checkpoint, optim
@@ -149,7 +149,7 @@ def write(
   if wrong := saved_steps.problem(run_dir, step, saved_steps.ITEMS):
     raise ValueError(f'{wrong}. Choose another step with --step.')
   params = parameters.load_params(system, layout, run_dir, step)
-  states = _read_states(system, layout, pathlib.Path(run_dir), step)
+  states = _read_states(system, layout, storage.of(run_dir), step)
   state: dict[str, Any] = {'step': np.int32(step)}
   if states is not None:
     state['param_states'] = states
@@ -218,8 +218,8 @@ def read(
     ValueError: if its parameters, its LLM or its optimizer state do not fit.
   """
   system, layout = _open(run_dir, None)
-  target, _ = t5x.open_part(pathlib.Path(location), step, ('target',))
-  state, _ = t5x.open_part(pathlib.Path(location), step, ('state',))
+  target, _ = t5x.open_part(storage.of(location), step, ('target',))
+  state, _ = t5x.open_part(storage.of(location), step, ('state',))
   params = _read_params(target, layout.shapes, str(location))
   frozen, trained = parameters.split(params, system.frozen)
   system = _check_frozen(system, layout, frozen, str(location))
@@ -325,7 +325,7 @@ def _restore(
   folder = run_dir.absolute() / saved_steps.FOLDER / str(step)
   with saved_steps.reading(folder), ocp.StandardCheckpointer() as reader:
     return reader.restore(
-      folder / 'optimizer',
+      storage.for_library(folder / 'optimizer'),
       {
         'opt_state': target.opt_state,
         'step': target.step,

@@ -332,13 +332,28 @@ def differences(
   return [f'  {name}: {have} {left}, {want} {right}']
 
 
-def upload_folder(source: str | os.PathLike[str], target: pathlib.Path) -> None:
-  """Copies all files of a local folder into a bucket."""
+def upload_folder(
+  source: str | os.PathLike[str],
+  target: pathlib.Path,
+  order: Callable[[str], int] = lambda _: 0,
+) -> None:
+  """Copies all files of a local folder into a bucket, one after the other.
+
+  Args:
+    source: the local folder.
+    target: the folder in the bucket.
+    order: function from a file's relative path; files with greater values are
+      copied later.
+  """
   assert isinstance(target, storage.BucketPath), target
-  for path in sorted(pathlib.Path(source).rglob('*')):
-    if path.is_file():
-      place = target / path.relative_to(source).as_posix()
-      place.upload(path)
+  names = sorted(
+    path.relative_to(source).as_posix()
+    for path in pathlib.Path(source).rglob('*')
+    if path.is_file()
+  )
+  for name in sorted(names, key=order):
+    place = target / name
+    place.upload(pathlib.Path(source) / name)
 
 
 def move_folder(folder: pathlib.Path, target: pathlib.Path) -> None:

@@ -8,8 +8,9 @@ of the file are compared, not its times, since clocks differ.
 
 In a bucket the lock is an object. It is created on the condition that there is
 none, which the store decides. A process takes over a stale lock by overwriting
-it. It waits and reads the lock again: the last writer owns it. A process whose
-lock was taken over ends at once, since two would write.
+it, on the condition that it is the version that was found stale. Of several
+processes one succeeds. Renewals have the same condition. A process whose lock
+was taken over ends at once, since two would write.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from l2s_jax.runtime import distributed, files, storage
 
@@ -32,8 +33,6 @@ NAME = '.lock'
 # In a bucket. Each renewal is a billed request.
 BUCKET_RENEWAL_SECS = 20.0
 BUCKET_LEASE_SECS = 90.0
-# Longer than a write takes.
-_SETTLING_SECS = 3.0
 _MOST_TRIES = 50
 
 _KEYS = {'host': str, 'pid': int, 'start': str, 'birth': str, 'beat': int}
@@ -89,7 +88,10 @@ def _take(path: pathlib.Path, mine: dict[str, Any], setting: str) -> None:
         f'{path} can neither be created nor read. Check the permissions of its '
         'folder or bucket; then start again.'
       )
+    version = ''
     try:
+      if isinstance(path, storage.BucketPath):
+        version = path.version()  # First: the content is this one or newer.
       content = path.read_bytes()
     except FileNotFoundError:
       time.sleep(0.1)
@@ -109,9 +111,8 @@ def _take(path: pathlib.Path, mine: dict[str, Any], setting: str) -> None:
       if _changes(path, content):
         raise ValueError(_refusal(path, who, setting))
       gone = f'it was not renewed for {_lease_secs(path):.0f} s'
-    is_bucket = isinstance(path, storage.BucketPath)
-    if is_bucket:
-      is_taken = _overwrite(path, content, mine)
+    if isinstance(path, storage.BucketPath):
+      is_taken = _overwrite(path, version, mine)
     else:
       is_taken = _remove(path, content)
     if is_taken:
@@ -119,7 +120,7 @@ def _take(path: pathlib.Path, mine: dict[str, Any], setting: str) -> None:
         f'{path.parent}: the lock of '
         f'{_name(who) if who else "another process"} is taken over; {gone}.'
       )
-      if is_bucket:
+      if storage.is_bucket(path):
         return
 
 
@@ -141,16 +142,13 @@ def _make(path: pathlib.Path, mine: dict[str, Any]) -> bool:
 
 
 def _overwrite(
-  path: pathlib.Path, content: bytes, mine: dict[str, Any]
+  path: storage.BucketPath, version: str, mine: dict[str, Any]
 ) -> bool:
-  """Replaces a stale lock in a bucket; False if another process was last."""
-  with contextlib.suppress(FileNotFoundError):
-    if path.read_bytes() != content:
-      return False
-    path.write_bytes(json.dumps({**mine, 'beat': 0}).encode())
-    time.sleep(_SETTLING_SECS)
-    return _owner(path) == mine['owner']
-  return False
+  """Replaces a stale lock in a bucket; False if another process was first."""
+  content = json.dumps({**mine, 'beat': 0}).encode()
+  is_done = path.replace_version(version, content) is not None
+  # As in `_make`, the answer may be lost.
+  return is_done or _owner(path) == mine['owner']
 
 
 def _lease_secs(path: pathlib.Path) -> float:
@@ -177,24 +175,50 @@ def _remove(path: pathlib.Path, content: bytes) -> bool:
 def _renew(
   path: pathlib.Path, mine: dict[str, Any], stopped: threading.Event
 ) -> None:
+  if isinstance(path, storage.BucketPath):
+    _renew_object(path, mine, stopped)
+    return
   beat = 0
-  is_bucket = isinstance(path, storage.BucketPath)
-  while not stopped.wait(BUCKET_RENEWAL_SECS if is_bucket else RENEWAL_SECS):
+  while not stopped.wait(RENEWAL_SECS):
     beat += 1
     # Training goes on while the disk is full or unreachable.
     with contextlib.suppress(OSError):
-      owner = _owner(path)
-      if owner == mine['owner']:
+      if _owner(path) == mine['owner']:
         with files.whole(path) as file:
           file.write(json.dumps({**mine, 'beat': beat}))
-      elif is_bucket and owner is not None and not stopped.is_set():
-        print(
-          f'l2s_jax: error: the lock {path} was taken over by another process, '
-          'since it was not renewed in time; this process ends.',
-          file=sys.stderr,
-          flush=True,
-        )
-        os._exit(1)
+
+
+def _renew_object(
+  path: storage.BucketPath, mine: dict[str, Any], stopped: threading.Event
+) -> None:
+  """Renews a lock in a bucket; ends the process if it was taken over."""
+  beat, version = 0, None
+  while not stopped.wait(BUCKET_RENEWAL_SECS):
+    beat += 1
+    with contextlib.suppress(OSError):  # As for a local lock.
+      if version is None:
+        version = path.version()
+        if (owner := _owner(path)) != mine['owner']:
+          version = None
+          if owner is not None and not stopped.is_set():
+            _end(path)
+          continue
+      content = json.dumps({**mine, 'beat': beat}).encode()
+      version = path.replace_version(version, content)
+      if version is None:
+        # The answer of a write was lost, or the lock was taken over.
+        if _owner(path) not in (None, mine['owner']) and not stopped.is_set():
+          _end(path)
+
+
+def _end(path: pathlib.Path) -> NoReturn:
+  print(
+    f'l2s_jax: error: the lock {path} was taken over by another process, since '
+    'it was not renewed in time; this process ends.',
+    file=sys.stderr,
+    flush=True,
+  )
+  os._exit(1)
 
 
 def _changes(path: pathlib.Path, content: bytes) -> bool:

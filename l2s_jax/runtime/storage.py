@@ -16,10 +16,13 @@ import contextlib
 import functools
 import glob
 import io
+import json
 import os
 import pathlib
 import stat as stat_lib
 import tempfile
+import urllib.parse
+import uuid
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, NoReturn
 
@@ -29,6 +32,14 @@ from l2s_jax.runtime import extras, os_errors
 MODULES = {'gs': 'gcsfs', 's3': 's3fs'}
 # Orbax writes it last; a checkpoint in a bucket without it does not count.
 COMMIT = 'commit_success.txt'
+# In errors of requests whose condition does not hold.
+_CONDITION = (
+  'conditionNotMet',
+  'PreconditionFailed',
+  'ConditionalRequestConflict',
+  '412',
+  'pre-condition',
+)
 # Of a file that is read in order.
 _BUFFER_BYTES = 2**20
 _NUM_DELETING = 16
@@ -150,7 +161,10 @@ def _copy(source: str, target: str, fs: Any) -> None:
 
 
 class BucketPath(pathlib.PosixPath):
-  """A path in a bucket, with the methods of `pathlib.Path` in use here."""
+  """A path in a bucket, with the methods of `pathlib.Path`.
+
+  No method touches the local disk: each works on the bucket, or is refused.
+  """
 
   @property
   def scheme(self) -> str:
@@ -180,21 +194,57 @@ class BucketPath(pathlib.PosixPath):
   def as_posix(self) -> str:
     return str(self)
 
+  def as_uri(self) -> str:
+    return str(self)
+
   def absolute(self) -> 'BucketPath':
     return self
 
   def resolve(self, strict: bool = False) -> 'BucketPath':
-    del strict
-    return self
+    """Returns the path without `..`."""
+    if strict and not self.exists():
+      raise FileNotFoundError(2, os.strerror(2), str(self))
+    if '..' not in self.parts:
+      return self
+    key = os.path.normpath('/' + self.key).lstrip('/')
+    return BucketPath(f'{self.scheme}://{self.bucket}/{key}')
 
   def expanduser(self) -> 'BucketPath':
     return self
 
+  @property
+  def parent(self) -> 'BucketPath':
+    """The folder of the path; a bucket is its own parent."""
+    return super().parent if self.key else self
+
+  @property
+  def parents(self) -> tuple['BucketPath', ...]:
+    found: list[BucketPath] = []
+    path = self
+    while path.key:
+      path = path.parent
+      found.append(path)
+    return tuple(found)
+
+  def match(self, pattern: str | os.PathLike[str], **kwargs: Any) -> bool:  # type: ignore[override]
+    pattern = os.fspath(pathlib.PurePosixPath(pattern))
+    return pathlib.PurePosixPath(*self.parts).match(pattern, **kwargs)
+
   def is_absolute(self) -> bool:
+    return True
+
+  def is_relative_to(self, *other: Any) -> bool:
+    try:
+      self.relative_to(*other)
+    except ValueError:
+      return False
     return True
 
   def is_symlink(self) -> bool:
     return False
+
+  is_block_device = is_char_device = is_fifo = is_symlink
+  is_junction = is_mount = is_socket = is_symlink
 
   def exists(self, **_: Any) -> bool:
     return self._info() is not None
@@ -228,6 +278,8 @@ class BucketPath(pathlib.PosixPath):
       {'st_mtime_ns': nsecs, 'st_ctime_ns': nsecs, 'st_atime_ns': nsecs},
     )
 
+  lstat = stat
+
   def iterdir(self) -> Generator['BucketPath', None, None]:
     for entry in self._list():
       yield self / entry
@@ -245,11 +297,13 @@ class BucketPath(pathlib.PosixPath):
       }
     )
 
-  def relative_to(self, *other: Any, **_: Any) -> Any:
+  def relative_to(self, *other: Any, **kwargs: Any) -> Any:
     base = pathlib.PurePosixPath(*BucketPath(*other).parts)
-    return pathlib.PurePosixPath(*self.parts).relative_to(base)
+    return pathlib.PurePosixPath(*self.parts).relative_to(base, **kwargs)
 
   def glob(self, pattern: str, **_: Any) -> Iterator['BucketPath']:  # type: ignore[override]
+    if {'**', '..'} & set(pathlib.PurePosixPath(pattern).parts):
+      self._refuse(f'glob({pattern!r})')
     folder = glob.escape(str(self))
     found = self._call(lambda fs: fs.glob(f'{folder}/{pattern}'))
     return (BucketPath(f'{self.scheme}://{name}') for name in sorted(found))
@@ -257,9 +311,14 @@ class BucketPath(pathlib.PosixPath):
   def rglob(
     self, pattern: str, **_: Any
   ) -> Generator['BucketPath', None, None]:
-    if pattern != '*':
+    """Yields objects; folders exist by them alone."""
+    if {'**', '..'} & set(pathlib.PurePosixPath(pattern).parts):
       self._refuse(f'rglob({pattern!r})')
-    return (path for path, _ in self.objects())
+    return (
+      path
+      for path, _ in self.objects()
+      if path.relative_to(self).match(pattern)
+    )
 
   def objects(self) -> list[tuple['BucketPath', tuple[Any, ...]]]:
     """Returns all objects below with their versions: size, time and tag."""
@@ -334,8 +393,11 @@ class BucketPath(pathlib.PosixPath):
     assert isinstance(content, bytes)
     return content
 
-  def read_text(self, encoding: str | None = None, *_: Any, **__: Any) -> str:
-    text = self.read_bytes().decode(encoding or 'utf-8')
+  def read_text(
+    self, encoding: str | None = None, errors: str | None = None
+  ) -> str:
+    content = self.read_bytes()
+    text = content.decode(encoding or 'utf-8', errors or 'strict')
     return text.replace('\r\n', '\n').replace('\r', '\n')
 
   def write_bytes(self, data: Any) -> int:
@@ -343,8 +405,10 @@ class BucketPath(pathlib.PosixPath):
     self._call(lambda fs: fs.pipe_file(str(self), content))
     return len(content)
 
-  def write_text(self, data: str, *_: Any, **__: Any) -> int:
-    self.write_bytes(data.encode('utf-8'))
+  def write_text(  # type: ignore[override]
+    self, data: str, encoding: str | None = None, errors: str | None = None
+  ) -> int:
+    self.write_bytes(data.encode(encoding or 'utf-8', errors or 'strict'))
     return len(data)
 
   def create(self, content: bytes) -> bool:
@@ -358,6 +422,28 @@ class BucketPath(pathlib.PosixPath):
       return False
     return True
 
+  def version(self) -> str:
+    """Returns what identifies the content: GCS's generation, or S3's ETag.
+
+    Raises:
+      FileNotFoundError: if there is no such object.
+    """
+    info = self._call(lambda fs: fs.info(str(self)))
+    return str(info['generation' if self.scheme == 'gs' else 'ETag'])
+
+  def replace_version(self, version: str, content: bytes) -> str | None:
+    """Overwrites an object that still has a version, atomically.
+
+    Returns:
+      The new version, or None if the object is another one or has gone.
+    """
+    try:
+      return self._call(
+        functools.partial(_put_if, self, version, content), is_create=True
+      )
+    except (FileExistsError, FileNotFoundError):
+      return None
+
   def upload(self, file: str | os.PathLike[str]) -> None:
     """Writes a local file as the object, which appears when it is complete."""
     self._call(lambda fs: fs.put_file(os.fspath(file), str(self)))
@@ -366,30 +452,18 @@ class BucketPath(pathlib.PosixPath):
     """Copies the object to a local file."""
     self._call(lambda fs: fs.get_file(str(self), os.fspath(file)))
 
-  def open(self, mode: str = 'r', *_: Any, **__: Any) -> Any:
+  def open(  # type: ignore[override]
+    self, mode: str = 'r', buffering: int = -1, **text: Any
+  ) -> Any:
     """Opens an object for reading; `files.whole` writes."""
+    del buffering
     if mode not in ('r', 'rb'):
       self._refuse(f'open(mode={mode!r})')
     raw = self._call(lambda fs: fs.open(str(self), 'rb'))
     file = io.BufferedReader(raw, _BUFFER_BYTES)
     if mode == 'r':
-      return io.TextIOWrapper(file, encoding='utf-8')
+      return io.TextIOWrapper(file, **{'encoding': 'utf-8'} | text)
     return file
-
-  def rename(self, target: Any) -> NoReturn:
-    self._refuse('rename')
-
-  def replace(self, target: Any) -> NoReturn:
-    self._refuse('replace')
-
-  def touch(self, *_: Any, **__: Any) -> NoReturn:
-    self._refuse('touch')
-
-  def chmod(self, *_: Any, **__: Any) -> NoReturn:
-    self._refuse('chmod')
-
-  def symlink_to(self, *_: Any, **__: Any) -> NoReturn:
-    self._refuse('symlink_to')
 
   def _refuse(self, operation: str) -> NoReturn:
     raise OSError(
@@ -405,14 +479,14 @@ class BucketPath(pathlib.PosixPath):
     return info
 
   def _is_condition(self, error: Exception) -> bool:
-    """Returns whether the object exists, which a creating request excludes."""
+    """Returns whether the condition of a request does not hold."""
     if str(getattr(error, 'code', '')) == '412':
       return True
     text = str(error)
     for name in self.parts[1:]:  # A name may have any text.
-      text = text.replace(name, '')
-    words = ('conditionNotMet', 'PreconditionFailed', '412', 'pre-condition')
-    return any(word in text for word in words)
+      if any(word in name for word in _CONDITION):
+        text = text.replace(name, '')
+    return any(word in text for word in _CONDITION)
 
   def _call(
     self, request: Callable[[Any], Any], *, is_create: bool = False
@@ -424,6 +498,8 @@ class BucketPath(pathlib.PosixPath):
       FileExistsError: if `is_create` and there is one.
       OSError: for all other errors of the store.
     """
+    if self.scheme not in MODULES or not self.bucket:
+      raise ValueError(f'{self!r} is not a path in a bucket.')
     try:
       return request(_filesystem(self.scheme, os.getpid()))
     except FileNotFoundError as error:
@@ -439,6 +515,87 @@ class BucketPath(pathlib.PosixPath):
         f'{self}: {type(error).__name__}: {os_errors.first_line(error)}; '
         f'{os_errors.STORE}. Earlier output is intact.'
       ) from error
+
+
+# Methods of any version of Python that an object store cannot have.
+_REFUSED = (
+  'chmod',
+  'copy',
+  'copy_into',
+  'full_match',
+  'group',
+  'hardlink_to',
+  'lchmod',
+  'link_to',
+  'move',
+  'move_into',
+  'owner',
+  'readlink',
+  'rename',
+  'replace',
+  'samefile',
+  'symlink_to',
+  'touch',
+  'walk',
+)
+# Those of the class. Paths are made by `of`.
+_REFUSED_OF_CLASS = ('cwd', 'from_uri', 'home')
+
+
+def _refusal(name: str) -> Callable[..., NoReturn]:
+  def refuse(self: BucketPath, *_: Any, **__: Any) -> NoReturn:
+    self._refuse(name)
+
+  return refuse
+
+
+def _refusal_of_class(name: str) -> Callable[..., NoReturn]:
+  def refuse(*_: Any, **__: Any) -> NoReturn:
+    raise OSError(f'BucketPath.{name} is not possible; give the path')
+
+  return refuse
+
+
+for _name in _REFUSED:
+  setattr(BucketPath, _name, _refusal(_name))
+for _name in _REFUSED_OF_CLASS:
+  setattr(BucketPath, _name, staticmethod(_refusal_of_class(_name)))
+
+
+def _put_if(path: BucketPath, version: str, content: bytes, fs: Any) -> str:
+  """Writes an object on the condition of its version; returns the new one."""
+  if path.scheme == 's3':
+    written = fs.call_s3(
+      'put_object',
+      Bucket=path.bucket,
+      Key=path.key,
+      Body=content,
+      IfMatch=version,
+    )
+    return str(written['ETag'])
+  bucket = urllib.parse.quote(path.bucket)
+  bound = uuid.uuid4().hex
+  parts = (
+    (
+      'application/json; charset=UTF-8',
+      json.dumps({'name': path.key}).encode(),
+    ),
+    ('application/octet-stream', content),
+  )
+  body = b''.join(
+    f'--{bound}\r\nContent-Type: {kind}\r\n\r\n'.encode() + part + b'\r\n'
+    for kind, part in parts
+  )
+  written = fs.call(
+    'POST',
+    f'{fs._location}/upload/storage/v1/b/{bucket}/o',
+    uploadType='multipart',
+    ifGenerationMatch=version,
+    headers={'Content-Type': f'multipart/related; boundary={bound}'},
+    data=body + f'--{bound}--'.encode(),
+    json_out=True,
+  )
+  return str(written['generation'])
 
 
 def _unlink(path: BucketPath) -> None:
@@ -462,6 +619,23 @@ def _copied(path: str) -> str:
   assert isinstance(source, BucketPath)
   target = os.path.join(folder.name, source.name)
   source.download(target)
+  return target
+
+
+def local_folder(path: pathlib.Path) -> pathlib.Path:
+  """Returns a local folder with the content of a folder, as `local_copy`."""
+  return _copied_folder(path) if isinstance(path, BucketPath) else path
+
+
+@functools.cache
+def _copied_folder(path: BucketPath) -> pathlib.Path:
+  folder = tempfile.TemporaryDirectory(prefix='l2s_jax-copies-')
+  _COPIES.append(folder)
+  target = pathlib.Path(folder.name) / path.name
+  for source, _ in path.objects():
+    place = target / source.relative_to(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    source.download(place)
   return target
 
 

@@ -101,10 +101,13 @@ def load(
   loaded, digests = {}, {}
   notes = finite.Notes(source)
   for number, path in enumerate(sorted(wanted)):
+    array: Any
     if source.digest(path) is None:
       array, digests[path] = _read(source, path, wanted[path], notes)
     else:
       array = source.read(path)
+      if not isinstance(array, np.ndarray):
+        array = array.keeping()  # In a bucket: until all its shards are made.
       is_mine = number % jax.process_count() == jax.process_index()
       if is_mine and integrity.verification():
         digests[path] = _verify(array, path, notes)
@@ -294,7 +297,7 @@ def _verify(array: Any, path: shapes_lib.Path, notes: finite.Notes) -> str:
     notes.look(array, path)
     parts = array if 'layers' in path else [array]
     return digest(map(digest_layer, parts))
-  # In a bucket: each layer is read once, and not kept.
+  # In a bucket: the array is never whole in memory.
   hashes = []
   for layer in layers(path, array.shape):
     part = np.asarray(array if layer is None else array[layer])

@@ -13,6 +13,7 @@ import numpy as np
 from l2s_jax.interop import convert
 from l2s_jax.models import l2s
 from l2s_jax.models import shapes as shapes_lib
+from l2s_jax.runtime import storage
 from l2s_jax.systems import bundle, model_paths, parameters
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import converted, manifest, opening, runs
@@ -129,7 +130,7 @@ def open_parts(
   )
   chosen = model_paths.choose_step(location, step, '--step')
   source = opening.open_source(location, chosen or None, may_lack_steps=True)
-  name = pathlib.Path(location).resolve().name
+  name = storage.of(location).resolve().name
   if not isinstance(system.module, l2s.LlmToSlm):
     return make(system, source.step(), name, {bundle.MODEL: source}, {})
   assert isinstance(source, runs.Run)  # Only runs are LLM-to-SLM.
@@ -144,7 +145,7 @@ def open_parts(
       system.sources['llm'], system.llm_step
     )
   else:
-    llm = runs.Run(pathlib.Path(location), source.step(), 'llm')
+    llm = runs.Run(storage.of(location), source.step(), 'llm')
   encoder = _Encoder(llm, set(wanted))
   source_lib.check_shapes(encoder, wanted)
   sources = {'llm': encoder, 'slm': source}

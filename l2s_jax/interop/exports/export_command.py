@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verb `export`: a run or a pretrained model as one self-contained folder.
 
-The model is first written as a bundle, in a temporary folder beside
-DESTINATION, and other formats are written from the bundle's memory-mapped
-tensors. The result is compared with the source: tensor by tensor and, if there
-is enough memory, by greedy answers to prompts. DESTINATION appears only after
-all of this has succeeded.
+The model is first written as a bundle, in a temporary folder, and other formats
+are written from the bundle's memory-mapped tensors. The result is compared with
+the source: tensor by tensor and, if there is enough memory, by greedy answers
+to prompts. DESTINATION appears only after all of this has succeeded.
 """
 
 import dataclasses
 import functools
 import importlib.util
 import pathlib
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,7 +23,8 @@ from flax import traverse_util
 
 from l2s_jax.data import text_files
 from l2s_jax.inference import answerer
-from l2s_jax.interop import convert, t5x_state
+from l2s_jax.interop import destination as destination_lib
+from l2s_jax.interop import t5x_state
 from l2s_jax.interop.exports import bundling, comparing, model_card
 from l2s_jax.models import int8, l2s, lora
 from l2s_jax.runtime import extras, files, storage
@@ -118,7 +117,7 @@ def export(
   Args:
     source: a run, a bundle, or a pretrained model; see CHECKPOINT_PATH of
       `infer`.
-    destination: folder to write; it must not exist.
+    destination: folder to write, local or in a bucket; it must not exist.
     to: format: 'bundle', 't5x' or a key of `FORMS`.
     step: checkpoint step of a run, a number or 'best'; None means the newest.
     dtype: dtype of the written tensors; None keeps that of the source.
@@ -140,15 +139,13 @@ def export(
       answers.
   """
   start_secs = time.perf_counter()
-  storage.check_local(SOURCE=source, DESTINATION=destination)
-  folder = pathlib.Path(destination)
-  convert.check_destination(folder, 0)
-  scratch = folder.with_name(f'.{folder.name}.unfinished')
-  shutil.rmtree(scratch, ignore_errors=True)  # Left by a killed process.
+  storage.check(source, 'SOURCE')
+  folder = destination_lib.opened(destination)
+  destination_lib.check(folder, 0)
   if to == T5X:
     given = {'dtype': dtype, 'quantization': quantization, 'prompts': prompts}
     given |= {'license': license, 'vocabulary': vocabulary}
-    _export_state(source, folder, scratch, step, llm_path, given, dry_run)
+    _export_state(source, folder, step, llm_path, given, dry_run)
     return
   texts = _prompts(source, prompts)
   form = None if to == manifest.BUNDLE else _form(to, quantization)
@@ -159,8 +156,8 @@ def export(
     rounding = {'dtype': dtype, 'quantization': quantization}
     _check_further(source, to, of_run, rounding)
   if bundle.is_bundle(source) and form is not None:
-    opened = bundle.open_bundle(source)
-    convert.check_destination(folder, opened.num_bytes)
+    opened = bundle.open_bundle(storage.local_folder(storage.of(source)))
+    destination_lib.check(folder, opened.num_bytes)
     print(f'{source}: a bundle, {opened.num_bytes / 1e9:,.3f} GB of tensors')
   else:
     parts = bundling.open_parts(
@@ -173,7 +170,7 @@ def export(
       extra_ids=extra_ids or 0,
     )
     size = parts.num_bytes
-    convert.check_destination(folder, size * (1 if form is None else 2))
+    destination_lib.check(folder, size * (1 if form is None else 2))
     print(
       f'{source}: {", ".join(parts.towers)}, {size / 1e9:,.3f} GB of tensors'
     )
@@ -181,7 +178,7 @@ def export(
     form.check(opened or parts)
   if dry_run:
     return
-  with convert.unfinished_removed(folder, scratch):
+  with destination_lib.writing(folder) as scratch:
     if opened is None:
       assert parts is not None
       path = scratch / manifest.BUNDLE
@@ -192,7 +189,7 @@ def export(
       made = scratch / to
       _write_form(form, to, opened, made, texts, license, quantization)
     size = sum(p.stat().st_size for p in made.rglob('*') if p.is_file())
-    made.rename(folder)
+    destination_lib.finish(made, folder)
   secs = time.perf_counter() - start_secs
   print(f'wrote {folder} ({to}): {size / 1e9:,.3f} GB in {secs:.1f} s')
 
@@ -214,7 +211,7 @@ def _bundle(
     dtype,
     license=license,
     how_to_run=_HOW_TO_RUN,
-    results=model_card.measured(pathlib.Path(source)),
+    results=model_card.measured(storage.of(source)),
   )
   opened = bundle.open_bundle(path)
   print(f'bundle: {bundling.compare(parts, opened, dtype)}')
@@ -227,7 +224,6 @@ def _bundle(
 def _export_state(
   source: str,
   folder: pathlib.Path,
-  scratch: pathlib.Path,
   step: str | None,
   llm_path: str | None,
   given: Mapping[str, str | None],
@@ -252,9 +248,9 @@ def _export_state(
   print(f'{source}: step {number}')
   if dry_run:
     return
-  with convert.unfinished_removed(folder, scratch):
+  with destination_lib.writing(folder) as scratch:
     said = t5x_state.write(source, scratch, number, llm_path)
-    scratch.rename(folder)
+    destination_lib.finish(scratch, folder)
   print(f'wrote {folder} ({T5X}): {said}')
 
 
@@ -379,7 +375,7 @@ def _prompts(source: str, path: str | None) -> list[str]:
         f'--prompts={path} is empty; expected one prompt per line.'
       )
     return lines[:_MAX_PROMPTS]
-  folder = pathlib.Path(source) / 'eval'
+  folder = storage.of(source) / 'eval'
   for file in sorted(folder.rglob('*.jsonl')) if folder.is_dir() else ():
     records = files.read_records(file, keys={'prompt': str})
     if records:

@@ -349,10 +349,6 @@ class File(huggingface.HuggingFaceWeights):
         architecture, quantization or rotary positions are not supported; or as
         `huggingface.HuggingFaceWeights`.
     """
-    if storage.is_bucket(path):
-      raise ValueError(
-        f'{path}: GGUF files are read from local folders only. Copy the file.'
-      )
     self._metadata, stored = _open(path)
     _check_quantizations(path, stored)
     header = _Header(self._metadata, stored)
@@ -438,8 +434,9 @@ def _open(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
   if not path.is_file():
     raise FileNotFoundError(f'{path} is missing: expected a GGUF file.')
   try:
-    gguf_header.check(path)
-    reader = gguf.GGUFReader(path)
+    file = pathlib.Path(storage.local_copy(path))  # It is mapped.
+    gguf_header.check(file)
+    reader = gguf.GGUFReader(file)
     metadata = {name: field.contents() for name, field in reader.fields.items()}
   except (ValueError, IndexError, KeyError, TypeError) as error:
     raise ValueError(

@@ -241,11 +241,6 @@ def _open_pickle(path: pathlib.Path) -> dict[str, Tensor]:
   )
   import torch
 
-  if isinstance(path, storage.BucketPath):
-    raise ValueError(
-      f'{path} is a pickle, which is read from local files only. Copy the '
-      f'folder, or put {WEIGHTS} into the bucket.'
-    )
   pickled = _Pickle(path)
 
   def tensor(name: str, value: Any) -> Tensor:
@@ -279,7 +274,8 @@ class _Pickle:
 
   def __init__(self, path: pathlib.Path):
     self._path = path
-    self._is_mapped = zipfile.is_zipfile(path)
+    self._file = storage.local_copy(path)
+    self._is_mapped = zipfile.is_zipfile(self._file)
     self._num_bytes_read = 0
     self.tensors = self._load()
 
@@ -300,7 +296,10 @@ class _Pickle:
     path = self._path
     try:
       stored = torch.load(
-        path, map_location='cpu', weights_only=True, mmap=self._is_mapped
+        self._file,
+        map_location='cpu',
+        weights_only=True,
+        mmap=self._is_mapped,
       )
     except pickle.UnpicklingError as error:
       # PyTorch's own message advises to allow code execution.

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DESTINATION of `convert` and `export`: a folder that appears when complete.
+
+The output is written to a temporary folder, and compared there. A local
+DESTINATION is this folder, renamed. For a bucket the temporary folder is local,
+and its files are uploaded one by one. The files without which no reader accepts
+the folder come last.
+"""
+
+import contextlib
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+from l2s_jax.runtime import files, locks, storage
+from l2s_jax.weights import run_format
+
+# Ends of paths. Files with a later one are uploaded later, all others first.
+_LAST = (
+  run_format.CONVERTED,
+  run_format.EXPORT,
+  '.gguf',
+  'saved_model.pb',
+  'config.json',
+  # Of T5X's checkpoints, which are read without config.json, too.
+  '_METADATA',
+  'checkpoint',
+  storage.COMMIT,
+  run_format.RUN,
+)
+# Orbax's file in the folder of a checkpoint.
+_CHECKPOINT = '_CHECKPOINT_METADATA'
+
+
+def opened(destination: str) -> pathlib.Path:
+  """Returns the folder of DESTINATION, which need not exist.
+
+  The temporary folder of a killed process is removed.
+
+  Raises:
+    ValueError: if its bucket cannot be opened.
+  """
+  storage.check(destination, 'DESTINATION')
+  folder = storage.of(destination)
+  if not storage.is_bucket(folder):
+    shutil.rmtree(_beside(folder), ignore_errors=True)
+  return folder
+
+
+def check(folder: pathlib.Path, num_bytes: int) -> None:
+  """Checks that a folder does not exist and that the disk has room for it.
+
+  Args:
+    folder: the destination.
+    num_bytes: size of the tensors to write.
+
+  Raises:
+    ValueError: if the folder exists, is inside a file, or does not fit.
+  """
+  if folder.exists():
+    raise ValueError(_refusal(folder))
+  where = 'another DESTINATION'
+  if storage.is_bucket(folder):
+    parent, where = pathlib.Path(tempfile.gettempdir()), 'TMPDIR'
+  else:
+    parent = files.nearest_existing(folder)
+  if not parent.is_dir():
+    raise ValueError(
+      f'{parent} is a file, expected a folder. Choose another DESTINATION.'
+    )
+  free = shutil.disk_usage(parent).free
+  if free < num_bytes:
+    raise ValueError(
+      f'{parent} has {free / 1e9:,.1f} GB of free space, but the weights need '
+      f'{num_bytes / 1e9:,.1f} GB. Free disk space, choose {where}, or halve '
+      'the size with --dtype=bfloat16.'
+    )
+
+
+@contextlib.contextmanager
+def writing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a path for a temporary folder, which is removed at the end.
+
+  After a failure new parent folders of the destination are removed, too. The
+  block creates the temporary folder, and calls `finish` as its last step.
+
+  Args:
+    folder: the destination.
+
+  Raises:
+    ValueError: for an error of the file system, with its message.
+  """
+  if storage.is_bucket(folder):
+    with tempfile.TemporaryDirectory(prefix='l2s_jax-') as scratch:
+      # Of the same name, which files of the folder may repeat.
+      yield pathlib.Path(scratch) / folder.name
+    return
+  unfinished = _beside(folder)
+  missing = [path for path in folder.absolute().parents if not path.exists()]
+  try:
+    yield unfinished
+  except OSError as error:
+    if error.errno is None:
+      raise
+    raise ValueError(
+      f'{folder} cannot be written: {error}. The partial output was deleted.'
+    ) from error
+  finally:
+    shutil.rmtree(unfinished, ignore_errors=True)
+    if not folder.exists():
+      for parent in missing:
+        with contextlib.suppress(OSError):  # Absent or not empty.
+          parent.rmdir()
+
+
+def finish(made: pathlib.Path, folder: pathlib.Path) -> None:
+  """Makes a complete local folder the destination.
+
+  Raises:
+    OSError: if it cannot be uploaded. What was uploaded is deleted.
+    ValueError: if another process has written the destination.
+  """
+  if not isinstance(folder, storage.BucketPath):
+    made.rename(folder)
+    return
+  # Readers of an export refuse its folder while the lock is there.
+  with locks.held(folder, 'DESTINATION'):
+    if any(path.name != locks.NAME for path, _ in folder.objects()):
+      raise ValueError(_refusal(folder))
+    for checkpoint in made.rglob(_CHECKPOINT):
+      # In a bucket a checkpoint counts with this file, as Orbax writes it.
+      (checkpoint.parent / storage.COMMIT).write_text('complete\n')
+    try:
+      files.upload_folder(made, folder, order=_rank)
+    except BaseException:
+      with contextlib.suppress(OSError):  # The first error is raised.
+        folder.rmtree()
+      raise
+
+
+def _rank(name: str) -> int:
+  """Returns the place of a file in the order of uploading."""
+  ranks = (i + 1 for i, end in enumerate(_LAST) if _ends(name, end))
+  return max(ranks, default=0)
+
+
+def _ends(name: str, end: str) -> bool:
+  file = name.rpartition('/')[2]
+  return file.endswith(end) if end.startswith('.') else file == end
+
+
+def _beside(folder: pathlib.Path) -> pathlib.Path:
+  return folder.with_name(f'.{folder.name}.unfinished')
+
+
+def _refusal(folder: pathlib.Path) -> str:
+  killed = (
+    ' It may be incomplete, from a killed process.'
+    if storage.is_bucket(folder)
+    else ''
+  )
+  return (
+    f'{folder} already exists.{killed} Choose another DESTINATION, or remove '
+    'it.'
+  )
