@@ -20,6 +20,7 @@ import os
 import pathlib
 import stat as stat_lib
 import tempfile
+import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, NoReturn
 
@@ -451,7 +452,11 @@ def local_copy(path: str | os.PathLike[str]) -> str:
   It is the path itself, or the copy of an object in a temporary folder, which
   is removed when the process ends. An object is copied once.
   """
-  return _copied(os.fspath(path)) if is_bucket(path) else os.fspath(path)
+  path = os.fspath(path)
+  if not is_bucket(path):
+    return path
+  with _COPYING[hash(path) % len(_COPYING)]:  # Threads wait for one copy.
+    return _copied(path)
 
 
 @functools.cache
@@ -465,5 +470,21 @@ def _copied(path: str) -> str:
   return target
 
 
+@contextlib.contextmanager
+def fetched(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a local path with the content of a file, until the block ends.
+
+  It is the path itself, or a temporary copy of an object as it is now.
+  """
+  if not isinstance(path, BucketPath):
+    yield path
+    return
+  with tempfile.TemporaryDirectory(prefix='l2s_jax-') as scratch:
+    copy = pathlib.Path(scratch) / path.name
+    path.download(copy)
+    yield copy
+
+
 # Keeps references, since garbage collection would remove the folders.
 _COPIES: list[tempfile.TemporaryDirectory[str]] = []
+_COPYING = [threading.Lock() for _ in range(64)]
