@@ -13,6 +13,7 @@ number of times. An error that remains is an OSError of one sentence.
 
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import glob
 import io
@@ -436,6 +437,8 @@ class BucketPath(pathlib.PosixPath):
         isinstance(error, FileExistsError) or self._is_condition(error)
       ):
         raise FileExistsError(17, os.strerror(17), str(self)) from error
+      if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
+        raise  # Of the local folder.
       raise OSError(
         f'{self}: {type(error).__name__}: {os_errors.first_line(error)}; '
         f'{os_errors.STORE}. Earlier output is intact.'
