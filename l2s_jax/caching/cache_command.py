@@ -56,7 +56,7 @@ def cache(
   TASK_FEATURE_LENGTHS.
 
   Args:
-    cache_dir: the folder of the cache.
+    cache_dir: the folder of the cache, local or in a bucket.
     model: the system with the tokenizers and the LLM.
     mixture_or_task_name: the task or mixture to cache. For an existing cache,
       None or 'cached' adds features without the task.
@@ -90,7 +90,10 @@ def cache(
     ValueError: if the folder holds another cache, with the differences; for
       invalid input, as in streaming.
   """
-  folder = files.local_folder(cache_dir, 'CACHE_DIR')
+  # Beam's workers share a folder of the file system.
+  is_beam = beam_pipeline_options is not None
+  check_folder = files.local_folder if is_beam else files.folder
+  folder = check_folder(cache_dir, 'CACHE_DIR')
   gin_config.check_positive(
     examples_per_shard=examples_per_shard,
     show=show,

@@ -14,6 +14,7 @@ import os
 import pathlib
 import shutil
 import sys
+import tempfile
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from array_record.python import array_record_module
 
 from l2s_jax.caching import cache_encoding, cache_key, cache_texts
 from l2s_jax.data.cached import cache_format
-from l2s_jax.runtime import files, integrity, locks
+from l2s_jax.runtime import files, integrity, locks, storage
 from l2s_jax.weights import run_format
 
 PLAN = 'plan.json'
@@ -68,7 +69,7 @@ class CacheShard(NamedTuple):
       / cache_format.folder_name(self.split)
     )
     path = cache_format.shard_path(split, self.number, self.num_shards)
-    return pathlib.Path(path + ending)
+    return storage.of(path + ending)
 
   def is_whole(self, folder: pathlib.Path, kind: str = '') -> bool:
     """Returns whether both of the shard's files have their final names."""
@@ -151,9 +152,8 @@ def settle_plan(
   """
   path = folder / PLAN
   if not path.exists():
-    found = [
-      item.name for item in folder.iterdir() if not item.name.startswith('.')
-    ]
+    items = list(folder.iterdir()) if folder.is_dir() else []
+    found = [item.name for item in items if not item.name.startswith('.')]
     if found:
       raise ValueError(
         f'CACHE_DIR={folder} has {", ".join(sorted(found)[:3])} and no '
@@ -262,6 +262,8 @@ def held(
 
 
 def _remove_parts(folder: pathlib.Path, mark: str, num_jobs: int) -> None:
+  if isinstance(folder, storage.BucketPath):
+    return  # Temporary files are local.
   # A single job also removes the files of other divisions.
   for path in folder.rglob(f'.*{PART if num_jobs == 1 else mark}*'):
     path.unlink(missing_ok=True)
@@ -363,7 +365,10 @@ def _cut(
 
 
 class ShardFile:
-  """A shard under construction, under temporary names."""
+  """A shard under construction, under temporary names.
+
+  For a bucket, the files are local and are uploaded when they are complete.
+  """
 
   def __init__(
     self,
@@ -383,10 +388,13 @@ class ShardFile:
       options: ArrayRecord writer options.
     """
     self._targets = shard.files(folder, kind)
-    self._parts = [
-      path.with_name(f'.{path.name}{mark}') for path in self._targets
-    ]
-    self._targets[0].parent.mkdir(parents=True, exist_ok=True)
+    places: list[pathlib.Path] = self._targets
+    self._scratch: tempfile.TemporaryDirectory[str] | None = None
+    if isinstance(folder, storage.BucketPath):
+      self._scratch = tempfile.TemporaryDirectory(prefix='l2s_jax-')
+      places = [pathlib.Path(self._scratch.name) / p.name for p in places]
+    self._parts = [path.with_name(f'.{path.name}{mark}') for path in places]
+    places[0].parent.mkdir(parents=True, exist_ok=True)
     self._size = shard.stop - shard.start
     self._indexes: list[np.ndarray] = []
     self._num_examples = 0
@@ -407,12 +415,18 @@ class ShardFile:
     self._num_examples += len(records)
 
   def finish(self) -> None:
-    """Syncs both files to disk, then renames them, the index last."""
+    """Syncs both files to disk, then renames or uploads them, index last."""
     self._writer.close()
     content = io.BytesIO()
     np.save(content, np.concatenate(self._indexes))
     with self._parts[1].open('wb') as file:
       file.write(content.getvalue())
+    if self._scratch is not None:
+      for part, target in zip(self._parts, self._targets, strict=True):
+        assert isinstance(target, storage.BucketPath)
+        target.upload(part)
+      self._scratch.cleanup()
+      return
     for path in self._parts:
       _sync(path)
     for part, target in zip(self._parts, self._targets, strict=True):
@@ -444,13 +458,11 @@ def finish(folder: pathlib.Path, plan: Mapping[str, Any]) -> None:
     path = shard.path(folder, '.array_record')
     size = shard.stop - shard.start
     index = cache_format.load_index(str(shard.path(folder, '.index.npy')), size)
-    reader = array_record_module.ArrayRecordReader(str(path), '')
-    if not reader.ok() or reader.num_records() != size:
+    if num_records(path) != size:
       raise ValueError(
         f'{path} is damaged: expected {size} records. Remove it, and cache '
         'again: the other shards are kept.'
       )
-    reader.close()
     digests[shard.task, shard.split].append(cache_format.index_digest(index))
   # An older version may have written the plan.
   content = dict(plan) | run_format.stamp()
@@ -469,12 +481,23 @@ def finish(folder: pathlib.Path, plan: Mapping[str, Any]) -> None:
   files.write_json(folder / cache_format.FILE, integrity.seal(content))
 
 
+def num_records(path: pathlib.Path) -> int | None:
+  """Returns the number of records of a file; None if it is damaged."""
+  with storage.fetched(path) as local:
+    reader = array_record_module.ArrayRecordReader(str(local), '')
+    number = reader.num_records() if reader.ok() else None
+    reader.close()
+  return number
+
+
 def check_room(folder: pathlib.Path, num_bytes: float) -> None:
   """Refuses to start without enough free disk space.
 
   Raises:
     ValueError: with the free and the required space.
   """
+  if isinstance(folder, storage.BucketPath):
+    return
   free = shutil.disk_usage(files.nearest_existing(folder)).free
   if free < num_bytes:
     raise ValueError(

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from array_record.python import array_record_module
 
 from l2s_jax.caching import cache_writer
 from l2s_jax.data.cached import cache_format, feature_format
@@ -161,10 +160,8 @@ def finish(cache: cache_format.TokenCache, plan: Mapping[str, Any]) -> None:
     lengths = prompt_lengths(cache, shard, plan['prompt_length'])
     if (index[:, 0] != lengths).any():
       raise ValueError(f'{index_path} belongs to other prompts. {again}')
-    reader = array_record_module.ArrayRecordReader(str(path), '')
-    if not reader.ok() or reader.num_records() != size:
+    if cache_writer.num_records(path) != size:
       raise ValueError(f'{path} is damaged: expected {size} records. {again}')
-    reader.close()
     digests[shard.task, shard.split].append(cache_format.index_digest(index))
   content = {
     **plan,

@@ -24,7 +24,7 @@ from l2s_jax.data import packing
 from l2s_jax.data.cached import cache_format, feature_format
 from l2s_jax.inference import length_buckets
 from l2s_jax.models import stored_states
-from l2s_jax.runtime import distributed, locks, partitioning
+from l2s_jax.runtime import distributed, locks, partitioning, storage
 from l2s_jax.systems import session as session_lib
 
 PyTree = Any
@@ -119,7 +119,8 @@ def write(
     'CACHE_DIR',
     f'.lock-features-{job}-of-{num_jobs}-{jax.process_index()}',
   ):
-    if distributed.is_first():  # Left by an earlier run.
+    is_local = not isinstance(cache.folder, storage.BucketPath)
+    if is_local and distributed.is_first():  # Left by an earlier run.
       kept = '' if num_jobs == 1 else f'features-{job}-of-{num_jobs}'
       kind = feature_format.KIND
       for path in cache.folder.rglob(f'.*{kind}.*{cache_writer.PART}{kept}*'):
@@ -468,7 +469,7 @@ def _read_back(
   size = min(shard.stop - shard.start, 256)
   path = shard.path(cache.folder, f'{feature_format.KIND}.array_record')
   reader = array_record_module.ArrayRecordReader(
-    str(path), cache_format.READER_OPTIONS
+    storage.local_copy(path), cache_format.READER_OPTIONS
   )
   start_secs = time.perf_counter()
   for place in range(size):

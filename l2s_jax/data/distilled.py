@@ -22,7 +22,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from l2s_jax.runtime import console, files, integrity
+from l2s_jax.runtime import console, files, integrity, storage
 from l2s_jax.weights import run_format
 
 FILE = run_format.DISTILLED
@@ -103,16 +103,17 @@ class Folder:
         raise FileNotFoundError(
           f'DISTILL_DIR={self.path}: {file["name"]} is missing; {_REMEDY}'
         )
-      if integrity.verification() and sha256(path) != file['sha256']:
-        raise ValueError(
-          f'{path} is damaged: its digest does not match {FILE}. Remove it, '
-          f'and {_REMEDY}'
-        )
-      with path.open('rb') as lines:
-        for number, line in enumerate(lines, start=1):
-          yield files.parse_json(
-            line, f'{path}, line {number}', remedy=_REMEDY, finite=False
+      with storage.fetched(path) as local:
+        if integrity.verification() and sha256(local) != file['sha256']:
+          raise ValueError(
+            f'{path} is damaged: its digest does not match {FILE}. Remove it, '
+            f'and {_REMEDY}'
           )
+        with local.open('rb') as lines:
+          for number, line in enumerate(lines, start=1):
+            yield files.parse_json(
+              line, f'{path}, line {number}', remedy=_REMEDY, finite=False
+            )
 
 
 def open_folder(path: str) -> Folder:
@@ -125,7 +126,7 @@ def open_folder(path: str) -> Folder:
     FileNotFoundError: if the folder is missing or incomplete.
     ValueError: if its manifest is broken or from a newer version.
   """
-  folder = files.local_folder(path, 'DISTILL_DIR')
+  folder = files.folder(path, 'DISTILL_DIR')
   manifest = folder / FILE
   if not manifest.is_file():
     if (folder / run_format.ANSWERS).is_file():
@@ -157,7 +158,7 @@ def settings_text(task_settings: Mapping[str, Any]) -> str:
 
 def sha256(path: pathlib.Path) -> str:
   """Returns the SHA-256 of a file, in hex."""
-  with path.open('rb') as file:
+  with storage.fetched(path) as local, local.open('rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 

@@ -65,7 +65,7 @@ def distill(
       on the Hub.
     mixture_or_task_name: task with the prompts to answer. Of a mixture, distill
       each task separately, into a folder of its own.
-    distill_dir: the output folder.
+    distill_dir: the output folder, local or in a bucket.
     task_feature_lengths: `inputs`, maximum number of prompt tokens (longer
       prompts are truncated, marked and counted); `targets`, largest number of
       tokens an answer. In tokens of the teacher's tokenizer.
@@ -103,7 +103,7 @@ def distill(
   )
   part = predictions.Shard(shard, num_shards)
   part.check()
-  folder = files.local_folder(distill_dir, _DIR)
+  folder = files.folder(distill_dir, _DIR)
   label = f'MIXTURE_OR_TASK_NAME={mixture_or_task_name}'
   _check_task(mixture_or_task_name, label)
   session = session_lib.start(

@@ -76,8 +76,8 @@ def infer(
     input: a file of text, .jsonl, .ndjson, .json, .tsv, .csv, .parquet or
       .tfrecord (each may be .gz), `task:NAME` for a SeqIO task, or `-` for
       standard input, answered line by line.
-    output_dir: the folder of `predictions.jsonl`; None, or input `-`, writes
-      to standard output.
+    output_dir: the folder of `predictions.jsonl`, local or in a bucket; None,
+      or input `-`, writes to standard output.
     prompt_length: maximum number of prompt tokens; longer prompts are
       truncated, marked and counted.
     max_decode_len: maximum number of answer tokens.
@@ -180,7 +180,7 @@ def infer(
 def _output_folder(output_dir: str | None) -> pathlib.Path | None:
   """Returns the output folder; None means standard output."""
   if output_dir:
-    return files.local_folder(output_dir, 'INFER_OUTPUT_DIR')
+    return files.folder(output_dir, 'INFER_OUTPUT_DIR')
   if jax.process_count() > 1:
     raise ValueError(
       f'{jax.process_count()} processes cannot write to standard output: set '

@@ -19,7 +19,7 @@ from typing import IO, Any
 import tqdm
 
 from l2s_jax.data import text_files
-from l2s_jax.inference import predictions, prompts, sampling
+from l2s_jax.inference import output_parts, predictions, prompts, sampling
 from l2s_jax.inference.answerer import Prompt, PromptAnswerer
 from l2s_jax.runtime import distributed, locks
 
@@ -271,6 +271,8 @@ def answer_lines(
   path = folder / part.name('predictions', '.jsonl')
   if distributed.from_first(path.is_file()):
     tally = predictions.read_whole(path, items())
+    if distributed.is_first():
+      output_parts.remove(path)
     distributed.say(f'{path} is complete: nothing to answer.')
     return tally
   if not distributed.is_first():  # The first host writes; all compute.
@@ -282,7 +284,7 @@ def answer_lines(
     return tally
   with (
     locks.held(folder, named_by, f'.{path.name}.lock'),
-    predictions.GrowingFile(path, items()) as file,
+    output_parts.growing_file(path, items()) as file,
   ):
     done = distributed.from_first(file.tally.num_lines)
     if done:

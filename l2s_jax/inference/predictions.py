@@ -12,8 +12,9 @@
                                        config-00001-of-00004.gin
     .predictions.jsonl.digests         digests of the written lines
 
-A null prediction marks an input line that could not be answered. This module
-does not depend on the model.
+In a bucket, an incomplete file is a folder of parts; see `output_parts.py`. A
+null prediction marks an input line that could not be answered. This module does
+not depend on the model.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ import xxhash
 from l2s_jax.data import text_files
 from l2s_jax.inference import prompts
 from l2s_jax.metrics import metric_fns
-from l2s_jax.runtime import files
+from l2s_jax.runtime import distributed, files, storage
 from l2s_jax.weights import run_format
 
 Record = dict[str, Any]
@@ -171,7 +172,7 @@ def settle(
   """Writes settings.json, or compares the settings with the existing one.
 
   Args:
-    folder: made if absent.
+    folder: made if absent; the first host writes.
     settings: of the job, the same for all shards.
     defaults: values for fields that an older settings.json lacks; see
       `run_format.with_defaults`.
@@ -189,7 +190,8 @@ def settle(
         f'{named_by}={folder} holds {", ".join(strangers)} without their '
         f'{SETTINGS}. Choose another folder.'
       )
-    files.write_json(path, settings)
+    if distributed.is_first():
+      files.write_json(path, settings)
     return
   remedy = (
     f'remove {named_by}={folder} to start again, or choose another folder.'
@@ -235,6 +237,7 @@ class GrowingFile:
     self.tally = Tally()
     self._items = items
     self._partial = path.with_name(f'{path.name}.partial')
+    self._shown: pathlib.Path = self._partial  # In messages.
     self._last_sync = time.monotonic()
 
   def __enter__(self) -> 'GrowingFile':
@@ -257,9 +260,9 @@ class GrowingFile:
       pass  # The file system has no locks; the user ensures one writer.
     size = self._file.seek(0, os.SEEK_END)
     self._file.seek(0)
-    good, notes = _good_size(self._file, _notes_of(self.path))
+    good, notes = _good_size(self._file, notes_of(self.path))
     end = 0
-    matching = _Matching(self._partial, self._items)
+    matching = _Matching(self._shown, self._items)
     self._hasher = xxhash.xxh3_128()
     self._file.seek(0)
     for line in self._file:
@@ -277,7 +280,7 @@ class GrowingFile:
         file=sys.stderr,
       )
       self._file.truncate(end)
-    self._notes: IO[bytes] = _notes_of(self.path).open('wb')
+    self._notes: IO[bytes] = notes_of(self.path).open('wb')
     self._notes.write(b''.join(note for offset, note in notes if offset <= end))
     self._note(end)
     return self
@@ -363,7 +366,7 @@ class _Matching:
     )
 
 
-def _notes_of(path: pathlib.Path) -> pathlib.Path:
+def notes_of(path: pathlib.Path) -> pathlib.Path:
   """Returns the path of the digests of a file's lines."""
   return path.with_name(f'.{path.name}.digests')
 
@@ -430,8 +433,8 @@ def read(paths: Iterable[pathlib.Path]) -> Iterator[Record]:
     ValueError: names a file that changed since it was written.
   """
   for path in paths:
-    with path.open('rb') as file:
-      notes = _notes_of(path)
+    with storage.fetched(path) as local, local.open('rb') as file:
+      notes = notes_of(path)
       good, _ = _good_size(file, notes)
       size = file.seek(0, os.SEEK_END)
       file.seek(0)

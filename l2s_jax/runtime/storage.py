@@ -13,6 +13,7 @@ number of times. An error that remains is an OSError of one sentence.
 
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import glob
 import io
@@ -21,6 +22,7 @@ import os
 import pathlib
 import stat as stat_lib
 import tempfile
+import threading
 import urllib.parse
 import uuid
 from collections.abc import Callable, Generator, Iterator
@@ -511,6 +513,8 @@ class BucketPath(pathlib.PosixPath):
         isinstance(error, FileExistsError) or self._is_condition(error)
       ):
         raise FileExistsError(17, os.strerror(17), str(self)) from error
+      if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
+        raise  # Of the local folder.
       raise OSError(
         f'{self}: {type(error).__name__}: {os_errors.first_line(error)}; '
         f'{os_errors.STORE}. Earlier output is intact.'
@@ -608,7 +612,11 @@ def local_copy(path: str | os.PathLike[str]) -> str:
   It is the path itself, or the copy of an object in a temporary folder, which
   is removed when the process ends. An object is copied once.
   """
-  return _copied(os.fspath(path)) if is_bucket(path) else os.fspath(path)
+  path = os.fspath(path)
+  if not is_bucket(path):
+    return path
+  with _COPYING[hash(path) % len(_COPYING)]:  # Threads wait for one copy.
+    return _copied(path)
 
 
 @functools.cache
@@ -639,5 +647,21 @@ def _copied_folder(path: BucketPath) -> pathlib.Path:
   return target
 
 
+@contextlib.contextmanager
+def fetched(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a local path with the content of a file, until the block ends.
+
+  It is the path itself, or a temporary copy of an object as it is now.
+  """
+  if not isinstance(path, BucketPath):
+    yield path
+    return
+  with tempfile.TemporaryDirectory(prefix='l2s_jax-') as scratch:
+    copy = pathlib.Path(scratch) / path.name
+    path.download(copy)
+    yield copy
+
+
 # Keeps references, since garbage collection would remove the folders.
 _COPIES: list[tempfile.TemporaryDirectory[str]] = []
+_COPYING = [threading.Lock() for _ in range(64)]

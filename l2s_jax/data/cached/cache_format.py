@@ -16,6 +16,9 @@ both, then its text columns as JSON in UTF-8. Ids are uint16 if both
 vocabularies have at most 65,536 ids, else uint32. All numbers are
 little-endian.
 
+Of a cache in a bucket, each shard is copied to a local temporary folder at its
+first use. The checksums and digests are those of its index and of `cache.json`.
+
 This module imports neither TensorFlow nor SeqIO. `cache_writer.py` writes
 caches.
 """
@@ -38,7 +41,7 @@ import numpy as np
 import xxhash
 from array_record.python import array_record_module
 
-from l2s_jax.runtime import console, files, integrity, os_errors
+from l2s_jax.runtime import console, files, integrity, os_errors, storage
 from l2s_jax.weights import run_format
 
 FILE = run_format.CACHE
@@ -352,14 +355,16 @@ class Split:
     with self._lock:
       if shard not in self._readers:
         path = self._path(shard, '.array_record')
-        if not os.path.exists(path):
+        if not storage.of(path).exists():
           raise FileNotFoundError(
             f'{path}: no such file, but {self._file} lists it. Copy the cache '
             f'again, or remove {self._file} and {self._again}: the other '
             'shards are kept.'
           )
         reader = array_record_module.ArrayRecordReader(
-          path, READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER_BYTES
+          storage.local_copy(path),
+          READER_OPTIONS,
+          file_reader_buffer_size=_READER_BUFFER_BYTES,
         )
         if not reader.ok() or reader.num_records() != self._counts[shard]:
           found = reader.num_records() if reader.ok() else 'no'
@@ -409,7 +414,8 @@ def load_index(
     ValueError: naming the file, if it is not such an index.
   """
   try:
-    index = np.load(path, mmap_mode='r', allow_pickle=False)
+    with storage.fetched(storage.of(path)) as local:  # A map outlives its name.
+      index = np.load(local, mmap_mode='r', allow_pickle=False)
   except FileNotFoundError as error:
     raise FileNotFoundError(f'{path}: no such file; {remedy}') from error
   except (
@@ -420,6 +426,8 @@ def load_index(
     SyntaxError,
     tokenize.TokenError,
   ) as error:
+    if os_errors.is_of_store(error):
+      raise
     reason = os_errors.first_line(error)
     raise ValueError(
       f'{path} is not the index of a shard ({reason}); {remedy}'
@@ -519,7 +527,7 @@ def open_cache(folder: str | os.PathLike[str]) -> TokenCache:
     FileNotFoundError: if the cache is missing or incomplete.
     ValueError: if it is damaged or of another format.
   """
-  folder = files.local_folder(os.fspath(folder), 'CACHE_DIR')
+  folder = files.folder(os.fspath(folder), 'CACHE_DIR')
   path = folder / FILE
   remedy = 'copy the cache again, or remove this file and cache again.'
   if not path.exists():

@@ -40,7 +40,8 @@ class CachedData:
   """Configuration of the task `cached`.
 
   Attributes:
-    cache_dir: CACHE_DIR, a folder written by the verb `cache`.
+    cache_dir: CACHE_DIR, a folder written by the verb `cache`, local or in a
+      bucket.
     metrics: metric names, as for `local_task.metrics`; None: the metrics of the
       cached task.
     features: USE_FEATURES, whether to read the LLM states written by
