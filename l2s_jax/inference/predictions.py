@@ -423,8 +423,30 @@ def _last_offset(notes: pathlib.Path) -> int:
   return int(offset) if offset.isdigit() and len(offset) <= 18 else 0
 
 
-def read(paths: Iterable[pathlib.Path]) -> Iterator[Record]:
+def write(path: pathlib.Path, records: Iterable[Record]) -> None:
+  """Writes a complete file of records that all exist, and its digest."""
+  content = dump(records).encode()
+  notes = _notes_of(path)
+  # A kill in between leaves no digest, rather than one of other records.
+  notes.unlink(missing_ok=True)
+  with files.whole(path, 'wb') as file:
+    file.write(content)
+  with files.whole(notes) as file:
+    file.write(f'{len(content)} {xxhash.xxh3_128_hexdigest(content)}\n')
+
+
+def read(
+  paths: Iterable[pathlib.Path],
+  *,
+  keys: files.Keys = types.MappingProxyType({}),
+  remedy: str = 'Remove it to answer again.',
+) -> Iterator[Record]:
   """Yields the records of complete files.
+
+  Args:
+    paths: the files.
+    keys: further keys of each record, with the types of their values.
+    remedy: instruction for the user, for errors.
 
   Raises:
     ValueError: names a file that changed since it was written.
@@ -438,15 +460,14 @@ def read(paths: Iterable[pathlib.Path]) -> Iterator[Record]:
       if good != math.inf and not good == size == _last_offset(notes):
         raise ValueError(
           f'{path} was changed after it was written: its digest does not '
-          'match. Remove it to answer again.'
+          f'match. {remedy} To read it as it is, remove {notes.name} beside it.'
         )
       for number, line in enumerate(file, start=1):
         yield files.parse_json(
           line,
           f'{path}, line {number}',
-          keys={'prediction': (str, type(None))},
-          remedy='the file was changed after it was written. Remove it to '
-          'answer again.',
+          keys={'prediction': (str, type(None)), **keys},
+          remedy=f'the file was changed after it was written. {remedy}',
           finite=False,
         )
 

@@ -151,7 +151,7 @@ def read_records(
   *,
   keys: Keys = types.MappingProxyType({}),
   say: Callable[[str], object] = lambda _: None,
-) -> list[dict[str, Any]]:
+) -> list[tuple[int, dict[str, Any]]]:
   """Reads a JSONL log, without its damaged lines.
 
   Args:
@@ -161,7 +161,7 @@ def read_records(
       as a killed process leaves it, or a damaged line.
 
   Returns:
-    The records in order.
+    The records in order, each with the number of its line, from 1.
   """
   records = []
   lines = storage.of(path).read_bytes().splitlines(keepends=True)
@@ -177,7 +177,7 @@ def read_records(
     except ValueError as error:
       say(str(error))
       continue
-    records.append(record)
+    records.append((number, record))
   return records
 
 

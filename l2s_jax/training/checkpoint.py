@@ -198,7 +198,7 @@ class Checkpointer:
     if distributed.is_first():
       files.write_json(
         self.folder.parent / saved_steps.BEST,
-        {'metric': metric, 'score': scores[best], 'step': best},
+        integrity.seal({'metric': metric, 'score': scores[best], 'step': best}),
       )
     # Delete checkpoints that are not kept any more; Orbax does so only on save.
     self.wait()

@@ -9,9 +9,10 @@ read it; `folders.READERS` lists them. What comes of it is one of
 
     equal     the same numbers as without the damage (which may have been said)
     older     those of the older step, and both steps were named
-    fewer     those of the undamaged lines of a log, and the others were named
+    fewer     those of the undamaged lines of a log, or of other evaluations;
+              the file was named
     refused   one sentence that names the file, or the folder of its parts
-    unnamed   one sentence that does not
+    unnamed   one sentence that does not: must never be
     wrong     other numbers without a word: must never be
     crashed   any other exception: must never be
 
@@ -45,7 +46,7 @@ KINDS = {
   'flip': 'one bit flipped',
 }
 OUTCOMES = ('equal', 'older', 'fewer', 'refused', 'unnamed', 'wrong', 'crashed')
-BAD = ('wrong', 'crashed')
+BAD = ('unnamed', 'wrong', 'crashed')
 # Readers that take the older step without being asked to.
 _FALL_BACK = (folders.resume, folders.read, folders.to_hf)
 # Parts of file names that differ from run to run.
@@ -130,9 +131,11 @@ def _names(words: str, file: pathlib.Path) -> bool:
 
 
 def _is_part(found: dict[str, Any], expected: dict[str, Any]) -> bool:
-  """Returns whether a report lacks lines of the log, and has all else."""
-  return found['evaluations'] == expected['evaluations'] and all(
-    expected['log'].get(step) == scores for step, scores in found['log'].items()
+  """Returns whether a report has nothing that it lacks without damage."""
+  return all(
+    expected[part].get(key) == value
+    for part in expected
+    for key, value in found[part].items()
   )
 
 
@@ -174,7 +177,7 @@ def run(
   bad: list[str] = []
   with tempfile.TemporaryDirectory() as scratch:
     good, place = pathlib.Path(scratch, 'good'), pathlib.Path(scratch, 'bad')
-    folders.make(good)
+    folders.make(good, {folders.READERS[name][0] for name in readers})
     for name in readers:
       damaged, reader = folders.READERS[name]
       expected, older = _expected(good, place, reader)
