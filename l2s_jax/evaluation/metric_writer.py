@@ -19,7 +19,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
-from l2s_jax.runtime import distributed, files, integrity, storage
+from l2s_jax.runtime import (
+  distributed,
+  files,
+  integrity,
+  os_errors,
+  storage,
+)
 
 FILE = 'metrics.jsonl'
 # The number of a line, from 1.
@@ -96,8 +102,9 @@ class MetricWriter:
     record = {'step': step, 'time': time.time()}
     record |= {name: float(value) for name, value in scalars.items()}
     self._num_lines += 1
-    self._jsonl.write(_dump(self._num_lines, record))
-    self._jsonl.flush()
+    with os_errors.naming(self._local):
+      self._jsonl.write(_dump(self._num_lines, record))
+      self._jsonl.flush()
     self._is_new = True
     self._add(record)
 

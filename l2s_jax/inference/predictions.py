@@ -33,7 +33,7 @@ import xxhash
 from l2s_jax.data import text_files
 from l2s_jax.inference import prompts
 from l2s_jax.metrics import metric_fns
-from l2s_jax.runtime import files
+from l2s_jax.runtime import files, os_errors
 from l2s_jax.weights import run_format
 
 Record = dict[str, Any]
@@ -121,7 +121,8 @@ class Tally:
     if self.num_truncated:
       lines.append(
         f'{self.num_truncated} prompts were longer than {prompt_length} tokens '
-        'and were cut; their lines have "prompt_truncated": true.'
+        'and were cut; their lines have "prompt_truncated": true. A higher '
+        'PROMPT_LENGTH keeps them whole.'
       )
     if self.num_bad:
       lines += [
@@ -289,10 +290,11 @@ class GrowingFile:
   def append(self, records: Sequence[Record]) -> None:
     """Writes and flushes records; a killed process does not lose them."""
     content = dump(records).encode()
-    self._file.write(content)
-    self._file.flush()
-    self._hasher.update(content)
-    self._note(self._file.tell())
+    with os_errors.naming(self._partial):
+      self._file.write(content)
+      self._file.flush()
+      self._hasher.update(content)
+      self._note(self._file.tell())
     # A crash of the machine could still lose flushed lines; sync now and then.
     if time.monotonic() - self._last_sync > _SYNC_PERIOD_SECS:
       self._sync()
@@ -309,8 +311,9 @@ class GrowingFile:
     self._notes.flush()
 
   def _sync(self) -> None:
-    os.fsync(self._file.fileno())
-    os.fsync(self._notes.fileno())
+    with os_errors.naming(self._partial):
+      os.fsync(self._file.fileno())
+      os.fsync(self._notes.fileno())
     self._last_sync = time.monotonic()
 
 

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import IO, Any, NoReturn
 
-from l2s_jax.runtime import storage
+from l2s_jax.runtime import os_errors, storage
 
 # Maximum nesting, far below the depth of Python's stack.
 _MOST_LEVELS = 200
@@ -52,7 +52,10 @@ def whole(path: str | os.PathLike[str], mode: str = 'w') -> Iterator[IO[Any]]:
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
   try:
-    with temporary.open(mode, encoding=encoding) as file:
+    with (
+      os_errors.naming(path),
+      temporary.open(mode, encoding=encoding) as file,
+    ):
       yield file
     temporary.replace(path)
   finally:
