@@ -11,6 +11,7 @@ the only module that unboxes Flax's partitioning metadata.
 import contextlib
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -117,10 +118,10 @@ def _all_devices() -> list[jax.Device]:
   # Of an absent platform, JAX 0.10 raises either, the second without words.
   except (RuntimeError, AssertionError) as error:
     raise ValueError(
-      f'JAX_PLATFORMS={jax.config.jax_platforms}: JAX finds no such devices '
-      'here. Set JAX_PLATFORMS=cpu to run on CPU; for GPU or TPU, install '
-      "JAX's package for it (docs/install.md), and look for its driver with "
-      '`nvidia-smi`.'
+      f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")}: JAX finds no such '
+      'devices here. Set JAX_PLATFORMS=cpu to run on CPU; for GPU or TPU, '
+      "install JAX's package for it (docs/install.md), and look for its driver "
+      'with `nvidia-smi`.'
     ) from error
 
 

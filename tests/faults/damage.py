@@ -133,8 +133,11 @@ def _names(words: str, file: pathlib.Path) -> bool:
 def _is_part(found: dict[str, Any], expected: dict[str, Any]) -> bool:
   """Returns whether a report has nothing that it lacks without damage."""
   return all(
+    value.items() <= expected['log'].get(step, {}).items()
+    for step, value in found['log'].items()
+  ) and all(
     expected[part].get(key) == value
-    for part in expected
+    for part in ('evaluations', 'differences')
     for key, value in found[part].items()
   )
 
@@ -162,6 +165,7 @@ def run(
   readers: Iterable[str] = tuple(folders.READERS),
   kinds: Iterable[str] = tuple(KINDS),
   every: int = 1,
+  only: str = '*',
 ) -> tuple[Counts, list[str]]:
   """Returns counts of outcomes, and a line for each bad one.
 
@@ -171,6 +175,7 @@ def run(
     readers: some of `folders.READERS`.
     kinds: some of `KINDS`.
     every: damages every so many files only.
+    only: damages files only whose path matches this pattern.
   """
   rng = random.Random(seed)
   counts: Counts = {}
@@ -184,7 +189,7 @@ def run(
       files = sorted(
         path.relative_to(good)
         for path in (good / damaged).rglob('*')
-        if path.is_file()
+        if path.is_file() and path.match(only)
       )
       for file in files[::every]:
         for kind in kinds:
@@ -288,10 +293,13 @@ def main() -> int:
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--readers', nargs='*', default=tuple(folders.READERS))
   parser.add_argument('--every', type=int, default=1)
+  parser.add_argument('--only', default='*')
   parser.add_argument('--docs', type=pathlib.Path)
   args = parser.parse_args()
   logging.getLogger('absl').setLevel(logging.CRITICAL)
-  counts, problems = run(args.flips, args.seed, args.readers, every=args.every)
+  counts, problems = run(
+    args.flips, args.seed, args.readers, every=args.every, only=args.only
+  )
   print('\n'.join(problems))
   print(by_file(counts), by_reader(counts), sep='\n\n')
   if args.docs:

@@ -101,6 +101,8 @@ def _make_logs(run: pathlib.Path) -> None:
   for path in (run / 'eval').glob('metrics-*.json'):
     scores = evaluate.read_scores(path)
     files.write_json(path, integrity.seal(scores))
+    name = path.stem.removeprefix('metrics-')
+    shutil.copy2(run / 'config.gin', path.with_name(f'config-{name}.gin'))
   for path in (run / 'eval').glob('*.jsonl'):
     predictions.write(path, list(predictions.read([path])))
 
