@@ -22,7 +22,7 @@ import tiny_runs
 
 from l2s_jax import __main__ as command_line
 from l2s_jax.data.cached import cache_format, feature_format
-from l2s_jax.evaluation import metric_writer
+from l2s_jax.evaluation import evaluate, metric_writer
 from l2s_jax.models import l2s
 from l2s_jax.runtime import integrity
 from l2s_jax.weights import converted, opening
@@ -254,7 +254,7 @@ def test_controls_are_scored_from_features(folder, trained):
       '--gin.EVAL_BOOTSTRAP_SAMPLES=0',
     )
     path = folder / f'evaluated_{use}' / 'eval'
-    scores = json.loads((path / 'metrics-local-validation.json').read_text())
+    scores = evaluate.read_scores(path / 'metrics-local-validation.json')
     (by_control,) = scores.values()
     found.append(
       {control: scores['loss'] for control, scores in by_control.items()}

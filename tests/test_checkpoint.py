@@ -96,11 +96,18 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
   checkpointer.close()
   assert saved_steps.steps(tmp_path) == [2, 4]  # Of equals the first.
   assert saved_steps.params_folder(tmp_path, 'best')[1] == 2
-  assert json.loads((tmp_path / 'best.json').read_text()) == {
+  best = tmp_path / 'best.json'
+  written = best.read_text()
+  assert integrity.unseal(json.loads(written)) == {
     'metric': 'bleu',
     'score': 9.0,
     'step': 2,
   }
+  best.write_text(written.replace('"step": 2', '"step": 4'))
+  with pytest.raises(ValueError, match=r'best\.json was changed after it was'):
+    saved_steps.params_folder(tmp_path, 'best')
+  best.write_text('{"step": 4}')  # As earlier versions wrote it.
+  assert saved_steps.params_folder(tmp_path, 'best')[1] == 4
 
 
 def test_what_is_best_no_more_goes_at_once_and_the_best_stays(tmp_path):

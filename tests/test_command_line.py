@@ -13,7 +13,7 @@ import pytest
 import tiny_runs
 from tiny_runs import l2s
 
-from l2s_jax.evaluation import metric_writer
+from l2s_jax.evaluation import evaluate, metric_writer
 from l2s_jax.weights import saved_steps
 
 
@@ -110,9 +110,7 @@ def test_evaluate_all_checkpoints_with_controls(folder, run):
     '--gin.evaluate.num_examples=10',
     '--gin.BATCH_SIZE=4',
   )
-  results = json.loads(
-    (run / 'eval' / 'metrics-local-validation.json').read_text()
-  )
+  results = evaluate.read_scores(run / 'eval' / 'metrics-local-validation.json')
   assert list(results) == ['4', '8']
   assert list(results['8']) == ['none', 'other', 'zero']
   assert {'bleu', 'chrf', 'exact_match', 'loss'} <= results['8']['none'].keys()

@@ -9,6 +9,7 @@ import tiny_runs
 
 from l2s_jax import __main__ as command_line
 from l2s_jax.evaluation import metric_writer
+from l2s_jax.runtime import integrity
 from l2s_jax.training import eval_plan
 from l2s_jax.training import hooks as hooks_lib
 from l2s_jax.weights import saved_steps
@@ -119,7 +120,7 @@ def test_several_evaluations_have_scores_and_periods_of_their_own(folder):
   assert here[4]['num_examples'] == 10 and there[4]['num_examples'] == 6
   assert saved_steps.steps(run) == [2, 4]
   chosen = json.loads((run / saved_steps.BEST).read_text())
-  assert chosen == {
+  assert integrity.unseal(chosen) == {
     'metric': 'cldr-validation/loss',
     'score': min(there[step]['loss'] for step in there),
     'step': min(there, key=lambda step: there[step]['loss']),

@@ -4,6 +4,7 @@
 import json
 import struct
 
+import pytest
 from tensorboardX.proto import event_pb2
 
 from l2s_jax.evaluation import metric_writer
@@ -32,6 +33,67 @@ def test_log_holds_each_step_once_after_a_restart(tmp_path):
   assert tensorboard_scalars(tmp_path) == [
     (r['step'], 'loss', r['loss']) for r in records
   ]
+
+
+def write_log(run_dir):
+  """Returns the lines of a log of steps 10 to 50."""
+  writer = metric_writer.MetricWriter(run_dir, tensorboard=False)
+  for step in range(1, 6):
+    writer.write(10 * step, {'loss': float('nan') if step == 5 else 0.1 * step})
+  writer.close()
+  return (run_dir / 'metrics.jsonl').read_text().splitlines(keepends=True)
+
+
+def read_log(run_dir, lines):
+  """Returns the steps read from lines, and what was said."""
+  (run_dir / 'metrics.jsonl').write_text(''.join(lines))
+  said: list[str] = []
+  return [r['step'] for r in metric_writer.read(run_dir, said.append)], said
+
+
+@pytest.mark.parametrize(
+  'old, new',
+  [
+    ('0.2', '0.1'),
+    ('20', '21'),
+    ('"line": 2', '"line": 3'),
+    ('"digest"', '"digesu"'),
+    ('"digest": "', '"digest": "0'),
+  ],
+)
+def test_a_changed_line_is_named_and_skipped(tmp_path, old, new):
+  lines = write_log(tmp_path)
+  assert read_log(tmp_path, lines) == ([10, 20, 30, 40, 50], [])
+  lines[1] = lines[1].replace(old, new, 1)
+  steps, (words,) = read_log(tmp_path, lines)
+  assert steps == [10, 30, 40, 50]
+  assert f'{tmp_path / "metrics.jsonl"}, line 2: skipped it, because' in words
+
+
+def test_removed_and_repeated_lines_are_said(tmp_path):
+  lines = write_log(tmp_path)
+  steps, (words,) = read_log(tmp_path, [*lines[:1], *lines[3:]])
+  assert steps == [10, 40, 50]
+  assert '2 lines before line 2 were removed' in words
+  steps, said = read_log(tmp_path, [*lines[:3], *lines[1:]])
+  assert steps == [10, 20, 30, 40, 50]
+  assert [words.partition(':')[0][-6:] for words in said] == [
+    'line 4',
+    'line 5',
+  ]
+
+
+def test_a_log_without_digests_is_read_and_gets_them(tmp_path):
+  lines = [
+    json.dumps({'step': step, 'time': 1.0, 'loss': step}) + '\n'
+    for step in (1, 2)
+  ]
+  assert read_log(tmp_path, lines) == ([1, 2], [])
+  metric_writer.MetricWriter(tmp_path, first_step=2, tensorboard=False).close()
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines(keepends=True)
+  assert read_log(tmp_path, lines) == ([1, 2], [])
+  changed = lines[0].replace('"loss": 1', '"loss": 2')
+  assert read_log(tmp_path, [changed, lines[1]])[0] == [2]
 
 
 def tensorboard_scalars(run_dir):

@@ -11,8 +11,11 @@ import gin
 import pytest
 
 from l2s_jax import __main__ as command_line
+from l2s_jax.evaluation import evaluate
+from l2s_jax.inference import predictions
 from l2s_jax.metrics import metric_fns
 from l2s_jax.models import flops, shapes
+from l2s_jax.runtime import files, integrity
 from l2s_jax.systems import run_folder
 
 KEPT = pathlib.Path(__file__).parent / 'kept_runs' / '1'
@@ -288,6 +291,41 @@ def test_a_broken_folder_is_one_sentence(spoil, message, folder, capsys):
   error = capsys.readouterr().err
   assert message in error and error.count('\n') == 1
   assert not (folder / 'out' / 'report.json').exists()
+
+
+def seal(run):
+  """Writes scores and predictions as they are written today."""
+  path = run / METRICS
+  files.write_json(path, integrity.seal(evaluate.read_scores(path)))
+  for path in (run / 'eval').glob('*.jsonl'):
+    predictions.write(path, list(predictions.read([path])))
+
+
+@pytest.mark.parametrize(
+  'file, old, new',
+  [(METRICS, '"loss": ', '"loss": 1'), (PREDICTIONS, ' ', '  ')],
+)
+def test_a_changed_digit_or_letter_is_named(file, old, new, folder, capsys):
+  seal(folder / 'l2s')
+  assert report(folder, 'llm', 'l2s') == 0
+  path = folder / 'l2s' / file
+  path.write_text(path.read_text().replace(old, new, 1))
+  capsys.readouterr()
+  assert report(folder, 'llm', 'l2s') == 2
+  error = capsys.readouterr().err
+  assert f'{path} was changed after it was written' in error
+  assert error.count('\n') == 1
+
+
+def test_what_is_missing_is_said(folder, capsys):
+  run = folder / 'l2s'
+  (run / 'checkpoints').mkdir()
+  (run / 'metrics.jsonl').unlink()
+  (run / 'eval' / 'config-cldr-test.gin').write_text('')
+  assert report(folder, 'llm', 'l2s') == 0
+  said = capsys.readouterr().err
+  assert f'{run / "metrics.jsonl"} is missing' in said
+  assert f'{run / "eval" / "metrics-cldr-test.json"} is missing' in said
 
 
 def test_a_run_that_is_named_twice_is_refused(folder, capsys):

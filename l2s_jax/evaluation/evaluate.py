@@ -22,7 +22,14 @@ from l2s_jax.evaluation import metric_writer, report, scoring
 from l2s_jax.inference import generate, sampling
 from l2s_jax.metrics import length_bins as length_bins_lib
 from l2s_jax.models import l2s
-from l2s_jax.runtime import distributed, files, gin_config, locks, partitioning
+from l2s_jax.runtime import (
+  distributed,
+  files,
+  gin_config,
+  integrity,
+  locks,
+  partitioning,
+)
 from l2s_jax.systems import model_paths, parameters
 from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
@@ -377,17 +384,20 @@ def _record(
   """Adds metrics to a metrics file, by step and control."""
   found = read_scores(path) if path.is_file() else {}
   found.setdefault(str(step), {})[control] = dict(scores)
-  files.write_json(path, found)
+  files.write_json(path, integrity.seal(found))
 
 
 def read_scores(path: pathlib.Path) -> dict[str, dict[str, dict[str, Any]]]:
   """Reads a metrics file: metrics by step and control.
 
   Raises:
-    ValueError: if the file is damaged; names the key.
+    ValueError: if the file is damaged, with the key, or was changed after it
+      was written.
   """
   remedy = 'remove it, and evaluate its steps again.'
   found = files.read_json(path, remedy=remedy, finite=False)
+  if integrity.is_sealed(found):
+    found = integrity.unsealed(found, path, remedy)
   for step, by_control in found.items():
     if not step.isdecimal():
       raise ValueError(f'{path}: key {step!r} is not a step; {remedy}')

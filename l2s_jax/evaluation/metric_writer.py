@@ -6,6 +6,10 @@ the event file uploaded, at save points (`sync`).
 
 After a restart both logs hold each step once: records after the restored
 checkpoint are dropped, since their steps are repeated.
+
+Each line of `metrics.jsonl` has its number and a digest of itself, so that a
+changed line, and a removed one before others, are noticed. Earlier versions
+wrote neither; their lines are read as they are.
 """
 
 import json
@@ -15,9 +19,17 @@ import time
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
-from l2s_jax.runtime import distributed, files, storage
+from l2s_jax.runtime import (
+  distributed,
+  files,
+  integrity,
+  os_errors,
+  storage,
+)
 
 FILE = 'metrics.jsonl'
+# The number of a line, from 1.
+_LINE = 'line'
 _NOT_SCALARS = ('step', 'time')
 
 
@@ -59,7 +71,8 @@ class MetricWriter:
         and not any(name.startswith(drop) for name in record)
       )
     ]
-    lines = [json.dumps(record) + '\n' for record in kept]
+    lines = [_dump(number, record) for number, record in enumerate(kept, 1)]
+    self._num_lines = len(lines)
     with files.whole(path) as file:
       file.writelines(lines)
     self._path = path
@@ -88,8 +101,10 @@ class MetricWriter:
       return
     record = {'step': step, 'time': time.time()}
     record |= {name: float(value) for name, value in scalars.items()}
-    self._jsonl.write(json.dumps(record) + '\n')
-    self._jsonl.flush()
+    self._num_lines += 1
+    with os_errors.naming(self._local):
+      self._jsonl.write(_dump(self._num_lines, record))
+      self._jsonl.flush()
     self._is_new = True
     self._add(record)
 
@@ -199,17 +214,20 @@ def read(
 ) -> list[dict[str, Any]]:
   """Reads the records of a run's `metrics.jsonl`, in order.
 
-  Each record has 'step', and 'time' in seconds since the epoch. Damaged lines
-  are skipped.
+  Each record has 'step', and 'time' in seconds since the epoch. Lines that are
+  damaged, or were changed after they were written, are skipped.
 
   Args:
     run_dir: the run.
-    say: receives a message for each skipped line.
+    say: receives a message for each skipped line, and for removed lines.
   """
   path = storage.of(run_dir) / FILE
   if not path.is_file():
     return []
-  records = files.read_records(path, keys={'step': int, 'time': float}, say=say)
+  found = files.read_records(path, keys={'step': int, 'time': float}, say=say)
+  if any(integrity.is_sealed(record) for _, record in found):
+    found = _verified(path, found, say)
+  records = [record for _, record in found]
   if any(record['step'] < 0 for record in records):
     say(f'{path}: skipped the lines of negative steps.')
     records = [record for record in records if record['step'] >= 0]
@@ -222,6 +240,40 @@ def read(
         )
         del record[name]
   return records
+
+
+def _dump(number: int, record: Mapping[str, Any]) -> str:
+  """Returns the line of a record, with its number and digest."""
+  return json.dumps(integrity.seal({**record, _LINE: number})) + '\n'
+
+
+def _verified(
+  path: pathlib.Path,
+  found: list[tuple[int, dict[str, Any]]],
+  say: Callable[[str], object],
+) -> list[tuple[int, dict[str, Any]]]:
+  """Returns the unchanged records, without their numbers and digests."""
+  kept = []
+  last, num_removed = 0, 0
+  for number, sealed in found:
+    record = integrity.unseal(sealed)
+    if record is None or record.pop(_LINE, 0) <= last:
+      say(
+        f'{path}, line {number}: skipped it, because it was changed or added '
+        'after the log was written (its digest does not match); to read the '
+        f'log as it is, remove "{integrity.DIGEST}" and "{_LINE}" from all '
+        'lines.'
+      )
+      continue
+    last = sealed[_LINE]
+    if last - number > num_removed:
+      say(
+        f'{path}: {last - number - num_removed} lines before line {number} '
+        'were removed after they were written.'
+      )
+      num_removed = last - number
+    kept.append((number, record))
+  return kept
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:

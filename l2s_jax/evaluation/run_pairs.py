@@ -9,12 +9,12 @@ with the right prompt in the same way.
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from l2s_jax.evaluation import report, run_records
+from l2s_jax.inference import predictions
 from l2s_jax.metrics import bleu, metric_fns
-from l2s_jax.runtime import files
 
 _NUM_SAMPLES = 1000
 # Metric by main score, except BLEU. Predictions hold no losses.
@@ -152,7 +152,8 @@ class _Compared:
         'it is not compared.'
       )
     references, answers = [], []
-    for line in _lines(path):
+    keys = {'prediction': str, 'target': str}
+    for line in predictions.read([path], keys=keys, remedy=_REMEDY):
       texts = line.get('references') or [line['target']]
       references.append(texts)
       answers.append(line['prediction'])
@@ -174,14 +175,6 @@ class _Compared:
         f'{system.label} is not compared.'
       )
     return references, sums
-
-
-def _lines(path: Any) -> Iterator[dict[str, Any]]:
-  keys = {'prediction': str, 'target': str}
-  with open(path, 'rb') as file:
-    for number, line in enumerate(file, start=1):
-      place = f'{path}, line {number}'
-      yield files.parse_json(line, place, keys=keys, remedy=_REMEDY)
 
 
 def _metric(score: str, signature: str) -> metric_fns.Metric | None:

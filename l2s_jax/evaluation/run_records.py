@@ -14,7 +14,7 @@ from typing import Any
 from l2s_jax.evaluation import evaluate, metric_writer, report
 from l2s_jax.models import flops, l2s
 from l2s_jax.models import shapes as shapes_lib
-from l2s_jax.runtime import distributed, files, storage
+from l2s_jax.runtime import distributed, storage
 from l2s_jax.systems import model_paths, run_folder
 from l2s_jax.systems import system as system_lib
 from l2s_jax.weights import saved_steps
@@ -143,18 +143,26 @@ def _read(label: str, folder: pathlib.Path) -> ReportedRun:
       f'eval/{_METRICS}*.json of an evaluation. Give the MODEL_DIR of a '
       'training, or the EVAL_OUTPUT_DIR of an evaluation.'
     )
+  for config in sorted((folder / 'eval').glob('config-*.gin')):
+    scores = config.with_name(
+      f'{_METRICS}{config.stem.removeprefix("config-")}.json'
+    )
+    if scores not in paths:
+      distributed.say(
+        f'{scores} is missing, though its evaluation has left {config.name}: '
+        'its scores are not shown. Evaluate its steps again.'
+      )
   best = saved_steps.best_step(folder)
   evaluations = {
     path.stem.removeprefix(_METRICS): _read_evaluation(path, best)
     for path in paths
   }
-  log = folder / metric_writer.FILE
   return ReportedRun(
     label,
     folder,
     run_folder.load(folder) if is_run else None,
     {name: found for name, found in evaluations.items() if found is not None},
-    _read_log(log) if log.is_file() else {},
+    _read_log(folder),
   )
 
 
@@ -202,10 +210,14 @@ def _numbers(scores: Mapping[str, Any]) -> Numbers:
   return {k: x for k, x in scores.items() if not isinstance(x, dict)}
 
 
-def _read_log(path: pathlib.Path) -> dict[int, Numbers]:
+def _read_log(folder: pathlib.Path) -> dict[int, Numbers]:
   """Returns the losses and main scores of a training log by step."""
+  path = folder / metric_writer.FILE
+  records = metric_writer.read(folder, distributed.say)
+  if not records and (folder / saved_steps.FOLDER).is_dir():
+    state = 'has no intact line' if path.is_file() else 'is missing'
+    distributed.say(f'{path} {state}: its losses and scores are not shown.')
   by_step: dict[int, dict[str, float]] = {}
-  records = files.read_records(path, keys={'step': int}, say=distributed.say)
   for record in records:
     by_step.setdefault(record['step'], {}).update(
       {
@@ -213,7 +225,6 @@ def _read_log(path: pathlib.Path) -> dict[int, Numbers]:
         for name, value in record.items()
         if name.partition('/')[0] in ('train', 'eval')
         and name.rpartition('/')[2] in report.MAIN_SCORES
-        and type(value) in (int, float)
       }
     )
   return {step: scores for step, scores in by_step.items() if scores}

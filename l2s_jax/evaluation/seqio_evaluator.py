@@ -7,7 +7,6 @@ caller chooses the model and the decoding.
 """
 
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,10 +18,10 @@ from jaxtyping import Int
 
 from l2s_jax.data import batching, bound_tasks, features
 from l2s_jax.data.features import seqio, tf
-from l2s_jax.inference import length_buckets
+from l2s_jax.inference import length_buckets, predictions
 from l2s_jax.metrics import length_bins as length_bins_lib
 from l2s_jax.metrics import metric_fns
-from l2s_jax.runtime import distributed, files, storage
+from l2s_jax.runtime import distributed, storage
 
 # Temporary registry name under which SeqIO's Evaluator finds a bound task.
 _REGISTERED_NAME = 'l2s_jax:bound'
@@ -170,7 +169,7 @@ class TaskEvaluator:
     )
     results = {}
     for task in self._evaluator.eval_tasks:
-      (predictions,) = outputs[task.name].values()
+      (answers,) = outputs[task.name].values()
       examples = list(
         self._evaluator.cached_task_datasets[task.name].as_numpy_iterator()
       )
@@ -187,7 +186,7 @@ class TaskEvaluator:
       ]
       if self._length_bins:
         self.by_length[task.name] = self._scores_by_length(
-          task, examples, targets, predictions
+          task, examples, targets, answers
         )
       num_references = [len(texts) for texts in references if texts]
       results[task.name] = {
@@ -196,7 +195,7 @@ class TaskEvaluator:
         'num_truncated_prompts': self._count_longer(examples, 'inputs'),
         'num_truncated_targets': self._count_longer(examples, 'targets'),
         'num_without_eos': sum(
-          not set(vocabulary.eos_ids) & set(ids) for ids in predictions
+          not set(vocabulary.eos_ids) & set(ids) for ids in answers
         ),
       }
       if num_references:
@@ -210,7 +209,7 @@ class TaskEvaluator:
           storage.of(output_dir)
           / (f'{task.name}-{self._split}-{step}{suffix}.jsonl'),
           examples,
-          [vocabulary.decode(ids) for ids in predictions],
+          [vocabulary.decode(ids) for ids in answers],
           references,
         )
     return results
@@ -377,19 +376,16 @@ def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
 def _write_predictions(
   path: pathlib.Path,
   examples: list[dict[str, Any]],
-  predictions: list[str],
+  answers: list[str],
   references: list[list[str]],
 ) -> None:
   """Writes predictions as JSONL, a line for each example."""
-  with files.whole(path) as file:
-    for example, prediction, texts in zip(
-      examples, predictions, references, strict=True
-    ):
-      line = {
-        'prompt': example['inputs_pretokenized'].decode(),
-        'prediction': prediction,
-        'target': example['targets_pretokenized'].decode(),
-      }
-      if texts:
-        line['references'] = texts
-      file.write(json.dumps(line, ensure_ascii=False) + '\n')
+  lines = []
+  for example, answer, texts in zip(examples, answers, references, strict=True):
+    line = {
+      'prompt': example['inputs_pretokenized'].decode(),
+      'prediction': answer,
+      'target': example['targets_pretokenized'].decode(),
+    }
+    lines.append(line | ({'references': texts} if texts else {}))
+  predictions.write(path, lines)

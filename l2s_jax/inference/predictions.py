@@ -34,7 +34,7 @@ import xxhash
 from l2s_jax.data import text_files
 from l2s_jax.inference import prompts
 from l2s_jax.metrics import metric_fns
-from l2s_jax.runtime import distributed, files, storage
+from l2s_jax.runtime import distributed, files, os_errors, storage
 from l2s_jax.weights import run_format
 
 Record = dict[str, Any]
@@ -122,7 +122,8 @@ class Tally:
     if self.num_truncated:
       lines.append(
         f'{self.num_truncated} prompts were longer than {prompt_length} tokens '
-        'and were cut; their lines have "prompt_truncated": true.'
+        'and were cut; their lines have "prompt_truncated": true. A higher '
+        'PROMPT_LENGTH keeps them whole.'
       )
     if self.num_bad:
       lines += [
@@ -292,10 +293,11 @@ class GrowingFile:
   def append(self, records: Sequence[Record]) -> None:
     """Writes and flushes records; a killed process does not lose them."""
     content = dump(records).encode()
-    self._file.write(content)
-    self._file.flush()
-    self._hasher.update(content)
-    self._note(self._file.tell())
+    with os_errors.naming(self._partial):
+      self._file.write(content)
+      self._file.flush()
+      self._hasher.update(content)
+      self._note(self._file.tell())
     # A crash of the machine could still lose flushed lines; sync now and then.
     if time.monotonic() - self._last_sync > _SYNC_PERIOD_SECS:
       self._sync()
@@ -312,8 +314,9 @@ class GrowingFile:
     self._notes.flush()
 
   def _sync(self) -> None:
-    os.fsync(self._file.fileno())
-    os.fsync(self._notes.fileno())
+    with os_errors.naming(self._partial):
+      os.fsync(self._file.fileno())
+      os.fsync(self._notes.fileno())
     self._last_sync = time.monotonic()
 
 
@@ -426,8 +429,30 @@ def _last_offset(notes: pathlib.Path) -> int:
   return int(offset) if offset.isdigit() and len(offset) <= 18 else 0
 
 
-def read(paths: Iterable[pathlib.Path]) -> Iterator[Record]:
+def write(path: pathlib.Path, records: Iterable[Record]) -> None:
+  """Writes a complete file of records that all exist, and its digest."""
+  content = dump(records).encode()
+  notes = notes_of(path)
+  # A kill in between leaves no digest, rather than one of other records.
+  notes.unlink(missing_ok=True)
+  with files.whole(path, 'wb') as file:
+    file.write(content)
+  with files.whole(notes) as file:
+    file.write(f'{len(content)} {xxhash.xxh3_128_hexdigest(content)}\n')
+
+
+def read(
+  paths: Iterable[pathlib.Path],
+  *,
+  keys: files.Keys = types.MappingProxyType({}),
+  remedy: str = 'Remove it to answer again.',
+) -> Iterator[Record]:
   """Yields the records of complete files.
+
+  Args:
+    paths: the files.
+    keys: further keys of each record, with the types of their values.
+    remedy: instruction for the user, for errors.
 
   Raises:
     ValueError: names a file that changed since it was written.
@@ -441,15 +466,14 @@ def read(paths: Iterable[pathlib.Path]) -> Iterator[Record]:
       if good != math.inf and not good == size == _last_offset(notes):
         raise ValueError(
           f'{path} was changed after it was written: its digest does not '
-          'match. Remove it to answer again.'
+          f'match. {remedy} To read it as it is, remove {notes.name} beside it.'
         )
       for number, line in enumerate(file, start=1):
         yield files.parse_json(
           line,
           f'{path}, line {number}',
-          keys={'prediction': (str, type(None))},
-          remedy='the file was changed after it was written. Remove it to '
-          'answer again.',
+          keys={'prediction': (str, type(None)), **keys},
+          remedy=f'the file was changed after it was written. {remedy}',
           finite=False,
         )
 

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import IO, Any, NoReturn
 
-from l2s_jax.runtime import storage
+from l2s_jax.runtime import os_errors, storage
 
 # Maximum nesting, far below the depth of Python's stack.
 _MOST_LEVELS = 200
@@ -52,7 +52,10 @@ def whole(path: str | os.PathLike[str], mode: str = 'w') -> Iterator[IO[Any]]:
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
   try:
-    with temporary.open(mode, encoding=encoding) as file:
+    with (
+      os_errors.naming(path),
+      temporary.open(mode, encoding=encoding) as file,
+    ):
       yield file
     temporary.replace(path)
   finally:
@@ -151,7 +154,7 @@ def read_records(
   *,
   keys: Keys = types.MappingProxyType({}),
   say: Callable[[str], object] = lambda _: None,
-) -> list[dict[str, Any]]:
+) -> list[tuple[int, dict[str, Any]]]:
   """Reads a JSONL log, without its damaged lines.
 
   Args:
@@ -161,7 +164,7 @@ def read_records(
       as a killed process leaves it, or a damaged line.
 
   Returns:
-    The records in order.
+    The records in order, each with the number of its line, from 1.
   """
   records = []
   lines = storage.of(path).read_bytes().splitlines(keepends=True)
@@ -177,7 +180,7 @@ def read_records(
     except ValueError as error:
       say(str(error))
       continue
-    records.append(record)
+    records.append((number, record))
   return records
 
 

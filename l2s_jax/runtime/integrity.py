@@ -141,6 +141,28 @@ def unseal(content: Mapping[str, Any]) -> dict[str, Any] | None:
   return rest if content.get(DIGEST) == _of_json(rest) else None
 
 
+def unsealed(
+  content: Mapping[str, Any], path: str | os.PathLike[str], remedy: str
+) -> dict[str, Any]:
+  """Verifies and removes the digest of a file that a user may have edited.
+
+  Args:
+    content: of the file; sealed.
+    path: the file, for the error.
+    remedy: instruction for the user, for the error.
+
+  Raises:
+    ValueError: if the digest does not match.
+  """
+  found = unseal(content)
+  if found is None:
+    raise ValueError(
+      f'{path} was changed after it was written: its digest does not match. '
+      f'To read it as it is, remove its key "{DIGEST}"; else {remedy}'
+    )
+  return found
+
+
 def is_sealed(content: Mapping[str, Any]) -> bool:
   """Returns whether a mapping carries its own digest."""
   return DIGEST in content

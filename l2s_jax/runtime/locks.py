@@ -25,7 +25,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from l2s_jax.runtime import distributed, files, storage
+from l2s_jax.runtime import distributed, files, os_errors, storage
 
 RENEWAL_SECS = 5.0
 LEASE_SECS = 30.0
@@ -132,7 +132,8 @@ def _make(path: pathlib.Path, mine: dict[str, Any]) -> bool:
     return path.create(content.encode()) or _owner(path) == mine['owner']
   temporary = path.with_name(f'{path.name}.{mine["owner"]}')
   try:
-    temporary.write_text(content)
+    with os_errors.naming(path):
+      temporary.write_text(content)
     os.link(temporary, path)
   except FileExistsError:
     return False

@@ -16,6 +16,7 @@ import sys
 import threading
 import types
 import urllib.parse
+from collections.abc import Iterator
 from typing import Any
 
 _SPACE = 'free some space, or choose a folder on another disk'
@@ -52,6 +53,8 @@ STORE = (
   '(gcloud auth application-default login; for s3, AWS_PROFILE), and the '
   'network; then start again'
 )
+# Errors of a write to an open file, which do not say to which.
+_OF_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _GOES_ON = 'Earlier output is intact; the same command resumes from it.'
 _WORDS = {os.strerror(number): number for number in _REMEDIES}
 # Formats of tensorstore and absl: [OS error 28: ENOSPC No space left ...].
@@ -91,6 +94,17 @@ def describe(error: BaseException) -> str | None:
   remedy = _REMEDIES.get(number)
   place = f'{path}: ' if path else ''
   return f'{place}{words}{f"; {remedy}" if remedy else ""}. {_GOES_ON}'
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Gives the path of a file to errors of its writes, which have none."""
+  try:
+    yield
+  except OSError as error:
+    if error.filename is None and error.errno in _OF_WRITES:
+      error.filename = os.fspath(path)
+    raise
 
 
 def is_of_store(error: BaseException) -> bool:

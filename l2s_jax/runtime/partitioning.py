@@ -11,6 +11,7 @@ the only module that unboxes Flax's partitioning metadata.
 import contextlib
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -111,6 +112,19 @@ def _names(axes: MeshAxes) -> tuple[str, ...]:
   return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
+def _all_devices() -> list[jax.Device]:
+  try:
+    return jax.devices()
+  # Of an absent platform, JAX 0.10 raises either, the second without words.
+  except (RuntimeError, AssertionError) as error:
+    raise ValueError(
+      f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")}: JAX finds no such '
+      'devices here. Set JAX_PLATFORMS=cpu to run on CPU; for GPU or TPU, '
+      "install JAX's package for it (docs/install.md), and look for its driver "
+      'with `nvidia-smi`.'
+    ) from error
+
+
 def make_mesh(
   config: MeshConfig, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
@@ -122,9 +136,9 @@ def make_mesh(
 
   Raises:
     ValueError: if the product of the axis sizes is not the number of devices;
-      suggests the nearest sizes.
+      suggests the nearest sizes. If there are no devices of JAX_PLATFORMS.
   """
-  devices = jax.devices() if devices is None else list(devices)
+  devices = _all_devices() if devices is None else list(devices)
   return jax.sharding.Mesh(
     arrange(fit(config, len(devices)), devices),
     MESH_AXES,

@@ -15,7 +15,14 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from l2s_jax.metrics import metric_fns
-from l2s_jax.runtime import distributed, files, integrity, partitioning, storage
+from l2s_jax.runtime import (
+  distributed,
+  files,
+  integrity,
+  os_errors,
+  partitioning,
+  storage,
+)
 from l2s_jax.training import state as state_lib
 from l2s_jax.weights import saved_steps
 
@@ -168,19 +175,20 @@ class Checkpointer:
         saved_steps.ITEMS, (state.trainable, optimizer), strict=True
       )
     }
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardSave(state.trainable),
-        optimizer=ocp.args.StandardSave(optimizer),
-        # A copy: Orbax writes it later, while training changes `data`.
-        data=ocp.args.JsonSave(
-          integrity.seal(
-            {**data, saved_steps.DIGESTS: digests, saved_steps.MODEL: model}
-          )
+    with os_errors.naming(self.folder):
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          params=ocp.args.StandardSave(state.trainable),
+          optimizer=ocp.args.StandardSave(optimizer),
+          # A copy: Orbax writes it later, while training changes `data`.
+          data=ocp.args.JsonSave(
+            integrity.seal(
+              {**data, saved_steps.DIGESTS: digests, saved_steps.MODEL: model}
+            )
+          ),
         ),
-      ),
-    )
+      )
 
   def keep_best(self, metric: str, scores: Mapping[int, float]) -> None:
     """Keeps the best checkpoint from now on, and records it on disk.
@@ -198,7 +206,7 @@ class Checkpointer:
     if distributed.is_first():
       files.write_json(
         self.folder.parent / saved_steps.BEST,
-        {'metric': metric, 'score': scores[best], 'step': best},
+        integrity.seal({'metric': metric, 'score': scores[best], 'step': best}),
       )
     # Delete checkpoints that are not kept any more; Orbax does so only on save.
     self.wait()
@@ -264,12 +272,13 @@ class Checkpointer:
 
   def wait(self) -> None:
     """Waits until the last save is on disk."""
-    self._manager.wait_until_finished()
+    with os_errors.naming(self.folder):
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits for saves and closes Orbax's manager."""
     try:
-      self._manager.wait_until_finished()
+      self.wait()
       # After an exception in one process, others may not arrive here.
       if self._has_saved and sys.exc_info()[0] is None:
         self._delete_old()

@@ -139,7 +139,8 @@ def _what_it_is_not(folder: pathlib.Path) -> str:
   if not folder.exists():
     return (
       f'{folder} is missing: expected a folder of weights, a GGUF file or a '
-      'T5X checkpoint.'
+      'T5X checkpoint. Correct LLM_PATH, SLM_PATH or the path that was given, '
+      'or download the weights (docs/weights.md).'
     )
   if folder.is_file():
     return (

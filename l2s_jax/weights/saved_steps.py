@@ -93,17 +93,18 @@ def best_step(run_dir: str | pathlib.Path) -> int | None:
   None means that training selected no best step yet (`BEST_METRIC`).
 
   Raises:
-    ValueError: if `best.json` is damaged.
+    ValueError: if `best.json` is damaged or was changed.
   """
   path = storage.of(run_dir) / BEST
   if not path.exists():
     return None
-  found = files.read_json(
-    path,
-    keys={'step': int},
-    remedy='remove it (training writes it again after its next evaluation), or '
-    'give a step.',
+  remedy = (
+    'remove it (training writes it again after its next evaluation), or give a '
+    'step.'
   )
+  found = files.read_json(path, keys={'step': int}, remedy=remedy)
+  if integrity.is_sealed(found):
+    found = integrity.unsealed(found, path, remedy)
   return found['step']
 
 

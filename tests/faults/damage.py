@@ -9,9 +9,10 @@ read it; `folders.READERS` lists them. What comes of it is one of
 
     equal     the same numbers as without the damage (which may have been said)
     older     those of the older step, and both steps were named
-    fewer     those of the undamaged lines of a log, and the others were named
+    fewer     those of the undamaged lines of a log, or of other evaluations;
+              the file was named
     refused   one sentence that names the file, or the folder of its parts
-    unnamed   one sentence that does not
+    unnamed   one sentence that does not: must never be
     wrong     other numbers without a word: must never be
     crashed   any other exception: must never be
 
@@ -45,7 +46,7 @@ KINDS = {
   'flip': 'one bit flipped',
 }
 OUTCOMES = ('equal', 'older', 'fewer', 'refused', 'unnamed', 'wrong', 'crashed')
-BAD = ('wrong', 'crashed')
+BAD = ('unnamed', 'wrong', 'crashed')
 # Readers that take the older step without being asked to.
 _FALL_BACK = (folders.resume, folders.read, folders.to_hf)
 # Parts of file names that differ from run to run.
@@ -130,9 +131,14 @@ def _names(words: str, file: pathlib.Path) -> bool:
 
 
 def _is_part(found: dict[str, Any], expected: dict[str, Any]) -> bool:
-  """Returns whether a report lacks lines of the log, and has all else."""
-  return found['evaluations'] == expected['evaluations'] and all(
-    expected['log'].get(step) == scores for step, scores in found['log'].items()
+  """Returns whether a report has nothing that it lacks without damage."""
+  return all(
+    value.items() <= expected['log'].get(step, {}).items()
+    for step, value in found['log'].items()
+  ) and all(
+    expected[part].get(key) == value
+    for part in ('evaluations', 'differences')
+    for key, value in found[part].items()
   )
 
 
@@ -159,6 +165,7 @@ def run(
   readers: Iterable[str] = tuple(folders.READERS),
   kinds: Iterable[str] = tuple(KINDS),
   every: int = 1,
+  only: str = '*',
 ) -> tuple[Counts, list[str]]:
   """Returns counts of outcomes, and a line for each bad one.
 
@@ -168,20 +175,21 @@ def run(
     readers: some of `folders.READERS`.
     kinds: some of `KINDS`.
     every: damages every so many files only.
+    only: damages files only whose path matches this pattern.
   """
   rng = random.Random(seed)
   counts: Counts = {}
   bad: list[str] = []
   with tempfile.TemporaryDirectory() as scratch:
     good, place = pathlib.Path(scratch, 'good'), pathlib.Path(scratch, 'bad')
-    folders.make(good)
+    folders.make(good, {folders.READERS[name][0] for name in readers})
     for name in readers:
       damaged, reader = folders.READERS[name]
       expected, older = _expected(good, place, reader)
       files = sorted(
         path.relative_to(good)
         for path in (good / damaged).rglob('*')
-        if path.is_file()
+        if path.is_file() and path.match(only)
       )
       for file in files[::every]:
         for kind in kinds:
@@ -285,10 +293,13 @@ def main() -> int:
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--readers', nargs='*', default=tuple(folders.READERS))
   parser.add_argument('--every', type=int, default=1)
+  parser.add_argument('--only', default='*')
   parser.add_argument('--docs', type=pathlib.Path)
   args = parser.parse_args()
   logging.getLogger('absl').setLevel(logging.CRITICAL)
-  counts, problems = run(args.flips, args.seed, args.readers, every=args.every)
+  counts, problems = run(
+    args.flips, args.seed, args.readers, every=args.every, only=args.only
+  )
   print('\n'.join(problems))
   print(by_file(counts), by_reader(counts), sep='\n\n')
   if args.docs:

@@ -12,7 +12,7 @@ import io
 import json
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import cache_files
@@ -21,12 +21,12 @@ import jax
 
 from l2s_jax.caching import cache_writer, feature_files, feature_writer
 from l2s_jax.data.cached import cache_format, cache_task, feature_format
-from l2s_jax.evaluation import run_records
-from l2s_jax.inference import infer
+from l2s_jax.evaluation import evaluate, metric_writer, run_pairs, run_records
+from l2s_jax.inference import infer, predictions
 from l2s_jax.interop import convert, to_huggingface
 from l2s_jax.interop.exports import bundling
 from l2s_jax.models import l2s
-from l2s_jax.runtime import partitioning
+from l2s_jax.runtime import files, integrity, partitioning
 from l2s_jax.systems import bundle as bundle_lib
 from l2s_jax.systems import model_paths, parameters, run_folder
 from l2s_jax.systems import session as session_lib
@@ -39,15 +39,23 @@ from l2s_jax.weights.formats import huggingface
 
 MODULE = helpers.MODULES['llm_to_t5_1_0-add-shared']
 STEPS = (4, 8)
-KEPT_RUN = pathlib.Path(__file__).parents[1] / 'kept_runs' / '1' / 'llm'
+KEPT_RUN = pathlib.Path(__file__).parents[1] / 'kept_runs' / '1' / 'l2s'
 # Tokens of a cached example; some are longer.
 LENGTHS = {'inputs': 14, 'targets': 8}
 LINES = ('a b c', 'd e', 'f', 'g h i j', 'k l', 'm n o')
 MESH = partitioning.MeshConfig(data=1)
 
 
-def make(folder: pathlib.Path) -> None:
-  """Writes all folders into one."""
+def make(
+  folder: pathlib.Path, wanted: Collection[str] = ('answers', 'cache', 'bundle')
+) -> None:
+  """Writes all folders into one.
+
+  Args:
+    folder: the one.
+    wanted: the run and its LLM are always written; of the others, those that
+      are named here, and those that are written with them.
+  """
   folder.mkdir(parents=True, exist_ok=True)
   config = MODULE.llm_config
   source = helpers.Arrays(config, helpers.random_params(l2s.build(config), 1))
@@ -68,17 +76,35 @@ def make(folder: pathlib.Path) -> None:
       data = {'num_rows': 8 * step, 'sums': {'loss': 0.1 * step}}
       checkpointer.save(state, data, system.describe())
     checkpointer.keep_best('loss', {4: 2.0, 8: 1.0})
-  for name in ('metrics.jsonl', 'config.gin', 'eval'):
-    kept = KEPT_RUN / name
-    copy = shutil.copytree if kept.is_dir() else shutil.copy2
-    copy(kept, folder / 'run' / name)
+  _make_logs(folder / 'run')
   (folder / 'in.txt').write_text('\n'.join(LINES) + '\n')
-  with _partly(3):
+  if {'answers', 'some_answers'} & set(wanted):
+    with _partly(3):
+      _infer(folder)
+    shutil.copytree(folder / 'answers', folder / 'some_answers')
     _infer(folder)
-  shutil.copytree(folder / 'answers', folder / 'some_answers')
-  _infer(folder)
-  _make_cache(folder, system)
-  _make_exports(folder)
+  if 'cache' in wanted:
+    _make_cache(folder, system)
+  if {'bundle', 'model'} & set(wanted):
+    _make_exports(folder)
+
+
+def _make_logs(run: pathlib.Path) -> None:
+  """Writes the log and the evaluations of a kept run as they are today."""
+  with contextlib.closing(
+    metric_writer.MetricWriter(run, tensorboard=False)
+  ) as writer:
+    for record in metric_writer.read(KEPT_RUN):
+      writer.write(record['step'], metric_writer.scalars(record))
+  shutil.copy2(KEPT_RUN / 'config.gin', run)
+  shutil.copytree(KEPT_RUN / 'eval', run / 'eval')
+  for path in (run / 'eval').glob('metrics-*.json'):
+    scores = evaluate.read_scores(path)
+    files.write_json(path, integrity.seal(scores))
+    name = path.stem.removeprefix('metrics-')
+    shutil.copy2(run / 'config.gin', path.with_name(f'config-{name}.gin'))
+  for path in (run / 'eval').glob('*.jsonl'):
+    predictions.write(path, list(predictions.read([path])))
 
 
 def _make_cache(folder: pathlib.Path, system: system_lib.System) -> None:
@@ -334,7 +360,16 @@ def read_model(folder: pathlib.Path) -> dict[str, Any]:
 def read_report(folder: pathlib.Path) -> dict[str, Any]:
   """Returns what `report` reads of a run."""
   (run,) = run_records.read_all([str(folder / 'run')])
-  return {'log': run.log, 'evaluations': str(run.evaluations)}
+  differences: dict[str, Any] = {}
+  for name in run.evaluations:
+    rows, notes = run_pairs.differences(name, [run])
+    print(*notes, sep='\n')  # As the report has them.
+    differences |= {f'{name}, {row["other"]}': row for row in rows}
+  return {
+    'log': dict(run.log),
+    'evaluations': {k: str(v) for k, v in run.evaluations.items()},
+    'differences': differences,
+  }
 
 
 class _Stopped(Exception):
@@ -344,8 +379,6 @@ class _Stopped(Exception):
 @contextlib.contextmanager
 def _partly(count: int) -> Iterator[None]:
   """Stops inference when the writer has been given so many batches."""
-  from l2s_jax.inference import predictions
-
   append = predictions.GrowingFile.append
   calls = []
 

@@ -20,6 +20,7 @@ from typing import Any
 import tokenizers
 
 from l2s_jax.data import cldr
+from l2s_jax.evaluation import evaluate
 from l2s_jax.vocabularies import sentencepiece
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -238,7 +239,7 @@ def scores(run: pathlib.Path) -> dict[str, Any]:
       }
       for control, values in controls.items()
     }
-    for step, controls in json.loads(path.read_text()).items()
+    for step, controls in evaluate.read_scores(path).items()
   }
 
 

@@ -377,7 +377,9 @@ def _prompts(source: str, path: str | None) -> list[str]:
     return lines[:_MAX_PROMPTS]
   folder = storage.of(source) / 'eval'
   for file in sorted(folder.rglob('*.jsonl')) if folder.is_dir() else ():
-    records = files.read_records(file, keys={'prompt': str})
+    records = [
+      record for _, record in files.read_records(file, keys={'prompt': str})
+    ]
     if records:
       return [record['prompt'] for record in records[:_MAX_PROMPTS]]
   return list(PROMPTS)

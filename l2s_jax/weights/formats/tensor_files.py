@@ -20,7 +20,7 @@ import numpy as np
 import safetensors
 
 from l2s_jax.models import config as config_lib
-from l2s_jax.runtime import extras, storage
+from l2s_jax.runtime import extras, os_errors, storage
 from l2s_jax.weights.formats import bucket_array
 
 WEIGHTS = 'model.safetensors'
@@ -365,9 +365,9 @@ def save_safetensors(
     'metadata': {'total_size': sum(sizes.values())},
     'weight_map': dict(sorted(weight_map.items())),
   }
-  (folder / f'{stem}.safetensors.index.json').write_text(
-    json.dumps(index, indent=2) + '\n'
-  )
+  path = folder / f'{stem}.safetensors.index.json'
+  with os_errors.naming(path):
+    path.write_text(json.dumps(index, indent=2) + '\n')
 
 
 def _save_file(
@@ -393,7 +393,7 @@ def _save_file(
     header, separators=(',', ':'), ensure_ascii=False
   ).encode()
   encoded += b' ' * (-len(encoded) % 8)
-  with path.open('wb') as file:
+  with os_errors.naming(path), path.open('wb') as file:
     file.write(len(encoded).to_bytes(8, 'little'))
     file.write(encoded)
     for name in names:
