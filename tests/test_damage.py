@@ -11,6 +11,7 @@ import sys
 import cache_files
 import numpy as np
 import pytest
+from faults import damage
 
 from l2s_jax.caching import cache_writer
 from l2s_jax.data.cached import cache_format
@@ -50,6 +51,20 @@ def test_no_damaged_file_is_read_as_if_it_were_good(every):
   assert total[1].strip() == 'all'
   assert int(total[2]) >= 480 / every
   assert total[-3].strip() == total[-2].strip() == '0'
+
+
+def test_the_table_of_the_page_is_the_drivers_and_has_no_bad_outcome():
+  page = (TESTS.parent / 'docs' / 'reliability.md').read_text()
+  begin, end = '<!-- damage by file -->', '<!-- end of damage by file -->'
+  header, _, *rows = page.split(begin)[1].split(end)[0].split('\n')[2:-2]
+  assert header == f'| file | {" | ".join(damage.KINDS.values())} |'
+  found = {row.split('`')[1] for row in rows}
+  run = {'run/best.json', 'run/metrics.jsonl', 'run/model.json'}
+  assert run <= found
+  kinds = {pathlib.Path(name).name.split('-')[0] for name in found}
+  assert {'metrics', 'local', '.local'} <= kinds
+  words = set(re.findall(r'\d (\w+)', ' '.join(rows)))
+  assert words <= set(damage.OUTCOMES) - set(damage.BAD)
 
 
 @pytest.fixture
