@@ -65,14 +65,19 @@ def learning_rate_schedule(
 
   With n the number of the update, from 1, and w = max(warmup_steps, 1):
 
-    constant                base_learning_rate linear_warmup           min(n /
-    w, 1) linear_decay            alone: base_learning_rate * min(n / w, 1 +
-    decay_factor * (w - n)) rsqrt_decay             1 / sqrt(max(n, w))
-    rsqrt_normalized_decay  sqrt(w / max(n, w)) decay_every
-    decay_factor ** floor(n / steps_per_decay) cosine_decay            after the
-    warm-up, from 1 to 0 in steps_per_cycle updates, repeated linear_to_end
-    after the warm-up, linearly from 1 to 0 at total_steps cosine_to_end
-    the same along half a cosine
+    constant                base_learning_rate
+    linear_warmup           min(n / w, 1)
+    linear_decay            alone:
+                            base_learning_rate
+                            * min(n / w, 1 + decay_factor * (w - n))
+    rsqrt_decay             1 / sqrt(max(n, w))
+    rsqrt_normalized_decay  sqrt(w / max(n, w))
+    decay_every             decay_factor ** floor(n / steps_per_decay)
+    cosine_decay            after the warm-up, from 1 to 0 in
+                            steps_per_cycle updates, repeated
+    linear_to_end           after the warm-up, linearly from 1 to 0 at
+                            total_steps
+    cosine_to_end           the same along half a cosine
 
   T5X lacks the last two. T5X numbers updates from 0, so the first update of its
   warm-up has a rate of 0: our n-th update is its (n + 1)-th.
@@ -430,6 +435,103 @@ def without(
       lambda path, _: 'trained' if is_trained(path) else 'held', params
     ),
   )
+
+
+class SpikesState(NamedTuple):
+  """State of `skip_spikes`.
+
+  Attributes:
+    num_norms: number of gradient norms in the history.
+    history: sum of the norms, each step weighted by a decay.
+    limit: norm above which the latest update was to be left out; infinite while
+      the history is short.
+    num_skipped: number of updates left out.
+    inner: state of the optimizer.
+  """
+
+  num_norms: jax.Array
+  history: jax.Array
+  limit: jax.Array
+  num_skipped: jax.Array
+  inner: Any
+
+
+# The mean of the history is that of about the last 100 steps, and counts once
+# it has as many.
+_HISTORY_DECAY = 0.99
+_SHORTEST_HISTORY = 100
+
+
+def skip_spikes(optimizer: Optimizer, ratio: int | float) -> Optimizer:
+  """Leaves out updates whose gradients are far larger than those before.
+
+  An update is left out if the global norm of its gradients is above `ratio`
+  times the mean of the norms before, an exponential moving average over about
+  100 steps. Parameters and the optimizer's state then stay as they are. The
+  first 100 updates are never left out, nor are gradients that are not finite,
+  which end training with an error. The norm of a skipped update enters the mean
+  as the limit itself, so that lasting growth is accepted after some steps.
+
+  Args:
+    optimizer: of all parameters.
+    ratio: of the largest accepted norm to the mean.
+
+  Raises:
+    ValueError: if `ratio` is not above 1.
+  """
+  if not ratio > 1:
+    raise ValueError(f'SKIP_SPIKES={ratio!r}: expected a number above 1.')
+
+  def make(axes: PyTree) -> optax.GradientTransformation:
+    inner = optimizer.make(axes)
+
+    def init(params):
+      zero = jnp.zeros((), jnp.float32)
+      none = jnp.zeros((), jnp.int32)
+      return SpikesState(none, zero, zero, none, inner.init(params))
+
+    def update(grads, state, params=None):
+      norm = optax.tree.norm(grads)
+      weights = 1 - _HISTORY_DECAY**state.num_norms
+      limit = jnp.where(
+        state.num_norms < _SHORTEST_HISTORY,
+        jnp.inf,
+        ratio * (1 - _HISTORY_DECAY) * state.history / weights,
+      )
+      skipped = jnp.isfinite(norm) & (norm > limit)
+      updates, after = inner.update(grads, state.inner, params)
+
+      def kept(new, old):
+        return jax.tree.map(lambda x, y: jnp.where(skipped, y, x), new, old)
+
+      return (
+        kept(updates, jax.tree.map(jnp.zeros_like, updates)),
+        SpikesState(
+          state.num_norms + 1,
+          _HISTORY_DECAY * state.history + jnp.minimum(norm, limit),
+          limit,
+          state.num_skipped + skipped,
+          kept(after, state.inner),
+        ),
+      )
+
+    return optax.GradientTransformation(init, update)
+
+  return dataclasses.replace(
+    optimizer,
+    make=make,
+    description=optimizer.description | {'skip_spikes': True},
+  )
+
+
+def spikes(opt_state: PyTree) -> SpikesState | None:
+  """Returns the state of `skip_spikes` in an optimizer state, if any."""
+
+  def is_it(x: Any) -> bool:
+    return isinstance(x, SpikesState)
+
+  leaves = jax.tree.leaves(opt_state, is_leaf=is_it)
+  return next((x for x in leaves if is_it(x)), None)
 
 
 def _waits(path: str) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tqdm
 
 from l2s_jax.data import batching
 from l2s_jax.runtime import chips, distributed, files
@@ -92,6 +93,14 @@ class Progress:
         for name in ('loss', 'grad_norm', 'param_norm')
       ):
         raise FloatingPointError(self._describe_failure(step, sums, part))
+      limit = sums.pop('grad_norm_limit', math.inf)
+      if sums.get('num_skipped'):
+        with tqdm.tqdm.external_write_mode(file=sys.stderr):
+          distributed.say(
+            f'Step {step}: skipped its update, because its gradient norm of '
+            f'{sums["grad_norm"]:.4g} is above the limit of SKIP_SPIKES, '
+            f'{limit:.4g}.'
+          )
       sums['num_steps'] = 1
       sums['num_prompt_tokens'] = part.num_prompt_tokens
       sums['num_examples'] = part.num_examples
@@ -162,6 +171,8 @@ class Progress:
       'train/secs_per_step': secs / max(here['num_steps'], 1.0),
       **self._speeds(here, secs),
     }
+    if 'num_skipped' in sums:
+      summary['train/num_skipped'] = sums['num_skipped']
     if sums.get('distill_weight'):
       summary['train/distill_loss'] = (
         sums['distill_loss'] / sums['distill_weight']

@@ -70,6 +70,7 @@ def train(
   evaluations: Sequence[eval_plan.Evaluation] = (),
   hooks: Sequence[Any] = (),
   trackers: Sequence[str] = ('tensorboard',),
+  skip_spikes: int | float | None = None,
   *,
   dry_run: bool = False,
 ) -> dict[str, float]:
@@ -116,6 +117,9 @@ def train(
     hooks: further hooks to call between steps; see `hooks.Hook`.
     trackers: destinations of the numbers beside `metrics.jsonl`: any of
       'tensorboard', 'wandb' and 'trackio'; see `training/trackers.py`.
+    skip_spikes: largest accepted ratio of the norm of a step's gradients to the
+      mean of earlier norms, such as 10; see `optim.skip_spikes`. None accepts
+      all.
     dry_run: print sizes and shardings, then stop.
 
   Returns:
@@ -137,6 +141,8 @@ def train(
     hooks=hooks,
     trackers=trackers,
   )
+  if skip_spikes is not None:
+    optimizer = optim.skip_spikes(optimizer, skip_spikes)
   data = train_data.TrainData(
     task_feature_lengths, batch_size, seed, pack, length_buckets
   )

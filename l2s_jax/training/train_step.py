@@ -17,7 +17,7 @@ import optax
 from l2s_jax.models import losses
 from l2s_jax.runtime import gin_config
 from l2s_jax.systems import parameters
-from l2s_jax.training import distillation, microbatches
+from l2s_jax.training import distillation, microbatches, optim
 from l2s_jax.training import state as state_lib
 
 PyTree = Any
@@ -108,7 +108,8 @@ def train_step(
 
   Returns:
     The new state (donates the old one), and the sums of `loss`, with the global
-    norms 'grad_norm' and 'param_norm'.
+    norms 'grad_norm' and 'param_norm'. With `optim.skip_spikes` also
+    'num_skipped', 1 if the update was left out, and its 'grad_norm_limit'.
   """
   trained, held = parameters.split_by_path(state.trainable, is_trained)
   dropout_key = jax.random.fold_in(
@@ -162,8 +163,13 @@ def train_step(
     trainable=parameters.merge(optax.apply_updates(trained, updates), held),
     opt_state=opt_state,
   )
-  return new_state, {
+  sums = {
     **sums,
     'grad_norm': optax.tree.norm(grads),
     'param_norm': optax.tree.norm(new_state.trainable),
   }
+  before, after = optim.spikes(state.opt_state), optim.spikes(opt_state)
+  if before is not None and after is not None:
+    sums['num_skipped'] = after.num_skipped - before.num_skipped
+    sums['grad_norm_limit'] = after.limit
+  return new_state, sums
