@@ -49,6 +49,8 @@ SEEN = {
     '5.23.0',
     ('_tied_weights_keys',),
   ),
+  # The URL of the server, of an emulator too.
+  'storage.py': ('gcsfs', '2026.10.1', ('_location',)),
   # Seen in torch 2.13.0, too; `test_peers.py` runs what uses them.
   'peers.py': (
     'transformers',
