@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Servers of object stores on this machine: real ones, of no cloud."""
 
+import atexit
 import contextlib
+import functools
 import http.client
 import http.server
+import importlib
 import importlib.util
 import os
 import pathlib
@@ -108,11 +111,13 @@ def _binary() -> pathlib.Path:
 def _make_bucket(url: str, data: bytes | None, method: str = 'POST') -> None:
   """Creates the bucket, once the server answers."""
   headers = {'Content-Type': 'application/json'}
+  opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
   deadline = time.monotonic() + 30
   while True:
     request = urllib.request.Request(url, data, headers, method=method)
     try:
-      with urllib.request.urlopen(request, timeout=10):
+      # Not `urlopen`, which keeps the proxies of its first call for ever.
+      with opener.open(request, timeout=10):
         return
     except urllib.error.URLError:
       if time.monotonic() > deadline:
@@ -122,25 +127,33 @@ def _make_bucket(url: str, data: bytes | None, method: str = 'POST') -> None:
 
 @contextlib.contextmanager
 def s3() -> Iterator[str]:
-  """Runs a server of S3 with an empty bucket; yields its address."""
-  server_lib = pytest.importorskip('moto.server')
+  """Sets the variables of a client to a server of S3; yields its address."""
+  pytest.importorskip('moto.server')
+  url = _moto()
+  with environment(
+    AWS_ENDPOINT_URL=url,
+    AWS_ACCESS_KEY_ID='tests',
+    AWS_SECRET_ACCESS_KEY='tests',
+    AWS_DEFAULT_REGION='us-east-1',
+    AWS_EC2_METADATA_DISABLED='true',
+    **_DIRECT,
+  ):
+    yield url
+
+
+@functools.cache
+def _moto() -> str:
+  """Starts a server of S3 with an empty bucket; returns its address.
+
+  There is one for all modules of a process, since s3fs keeps its clients.
+  """
+  server_lib = importlib.import_module('moto.server')
   server = server_lib.ThreadedMotoServer(ip_address='127.0.0.1', port=0)
   server.start()
-  try:
-    host, port = server.get_host_and_port()
-    url = f'http://{host}:{port}'
-    with environment(
-      AWS_ENDPOINT_URL=url,
-      AWS_ACCESS_KEY_ID='tests',
-      AWS_SECRET_ACCESS_KEY='tests',
-      AWS_DEFAULT_REGION='us-east-1',
-      AWS_EC2_METADATA_DISABLED='true',
-      **_DIRECT,
-    ):
-      _make_bucket(f'{url}/{BUCKET}', None, 'PUT')
-      yield url
-  finally:
-    server.stop()
+  atexit.register(server.stop)
+  host, port = server.get_host_and_port()
+  _make_bucket(f'http://{host}:{port}/{BUCKET}', None, 'PUT')
+  return f'http://{host}:{port}'
 
 
 _STATUS = {'busy': 503, 'expired': 401, 'forbidden': 403, 'vanished': 404}

@@ -171,7 +171,7 @@ def test_stop_leaves_between_batches(mesh, llm_to_slm, tmp_path, num_batches):
   with pytest.raises(InterruptedError):
     scorer.evaluate(params, step=7, output_dir=tmp_path, stop=stop)
   assert len(calls) == num_batches
-  found = list(tmp_path.rglob('*.*'))
+  found = list(tmp_path.rglob('*.jsonl'))
   assert [path.name for path in found] == ['numbers-test-7.jsonl'] * (
     num_batches >= 3
   )

@@ -236,6 +236,8 @@ def test_a_tokenizer_that_is_not_here_is_named(
   )
   for name in ('http_proxy', 'https_proxy'):  # So that no network is asked.
     monkeypatch.setenv(name, 'http://127.0.0.1:9')
+  # The first `urlopen` of a process keeps its proxies for all later ones.
+  monkeypatch.setattr('urllib.request._opener', None)
   with pytest.raises(ValueError) as error:
     scores.Scores(bleu_tokenizer=tokenizer).named(['bleu'], 'INFER_METRICS')
   text = str(error.value)

@@ -232,7 +232,7 @@ def test_control_other_brings_another_prompt(evaluator, vocabulary, tmp_path):
   np.testing.assert_array_equal(llm_tokens, tokens[partners])
   np.testing.assert_array_equal(llm_segment_ids, segment_ids[partners])
   assert (llm_tokens != tokens).any(axis=1).all()
-  assert [path.name for path in tmp_path.iterdir()] == [
+  assert [path.name for path in tmp_path.glob('*.jsonl')] == [
     'romanian-test-5-other.jsonl'
   ]
 

@@ -462,7 +462,7 @@ _HISTORY_DECAY = 0.99
 _SHORTEST_HISTORY = 100
 
 
-def skip_spikes(optimizer: Optimizer, ratio: int | float) -> Optimizer:
+def skip_spikes(optimizer: Optimizer, ratio: int | float | None) -> Optimizer:
   """Leaves out updates whose gradients are far larger than those before.
 
   An update is left out if the global norm of its gradients is above `ratio`
@@ -474,11 +474,14 @@ def skip_spikes(optimizer: Optimizer, ratio: int | float) -> Optimizer:
 
   Args:
     optimizer: of all parameters.
-    ratio: of the largest accepted norm to the mean.
+    ratio: of the largest accepted norm to the mean. None accepts all, and
+      returns `optimizer` itself.
 
   Raises:
     ValueError: if `ratio` is not above 1.
   """
+  if ratio is None:
+    return optimizer
   if not ratio > 1:
     raise ValueError(f'SKIP_SPIKES={ratio!r}: expected a number above 1.')
 
@@ -524,14 +527,31 @@ def skip_spikes(optimizer: Optimizer, ratio: int | float) -> Optimizer:
   )
 
 
-def spikes(opt_state: PyTree) -> SpikesState | None:
-  """Returns the state of `skip_spikes` in an optimizer state, if any."""
+def skipped(before: PyTree, after: PyTree) -> dict[str, jax.Array]:
+  """Returns what `skip_spikes` did in an update, to log.
+
+  Args:
+    before: optimizer state before the update.
+    after: optimizer state after it.
+
+  Returns:
+    'num_skipped', 1 if the update was left out, and its 'grad_norm_limit';
+    nothing without `skip_spikes`.
+  """
 
   def is_it(x: Any) -> bool:
     return isinstance(x, SpikesState)
 
-  leaves = jax.tree.leaves(opt_state, is_leaf=is_it)
-  return next((x for x in leaves if is_it(x)), None)
+  old, new = (
+    [x for x in jax.tree.leaves(tree, is_leaf=is_it) if is_it(x)]
+    for tree in (before, after)
+  )
+  if not new:
+    return {}
+  return {
+    'num_skipped': new[0].num_skipped - old[0].num_skipped,
+    'grad_norm_limit': new[0].limit,
+  }
 
 
 def _waits(path: str) -> bool:

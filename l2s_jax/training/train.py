@@ -141,8 +141,7 @@ def train(
     hooks=hooks,
     trackers=trackers,
   )
-  if skip_spikes is not None:
-    optimizer = optim.skip_spikes(optimizer, skip_spikes)
+  optimizer = optim.skip_spikes(optimizer, skip_spikes)
   data = train_data.TrainData(
     task_feature_lengths, batch_size, seed, pack, length_buckets
   )
@@ -178,7 +177,6 @@ def train(
   task.check_data('train', task_feature_lengths)
   eval_tasks = plan.bind(session.system, task, mixture_or_task_name)
   kind = data.run_kind(mixture_or_task_name, task, optimizer)
-
   with session.entered(), contextlib.ExitStack() as opened:
     loop = resuming.begin(
       opened, session, steps.transform, settings, kind, steps.teacher

@@ -108,8 +108,7 @@ def train_step(
 
   Returns:
     The new state (donates the old one), and the sums of `loss`, with the global
-    norms 'grad_norm' and 'param_norm'. With `optim.skip_spikes` also
-    'num_skipped', 1 if the update was left out, and its 'grad_norm_limit'.
+    norms 'grad_norm' and 'param_norm', and the values of `optim.skipped`.
   """
   trained, held = parameters.split_by_path(state.trainable, is_trained)
   dropout_key = jax.random.fold_in(
@@ -163,13 +162,9 @@ def train_step(
     trainable=parameters.merge(optax.apply_updates(trained, updates), held),
     opt_state=opt_state,
   )
-  sums = {
+  return new_state, {
     **sums,
+    **optim.skipped(state.opt_state, opt_state),
     'grad_norm': optax.tree.norm(grads),
     'param_norm': optax.tree.norm(new_state.trainable),
   }
-  before, after = optim.spikes(state.opt_state), optim.spikes(opt_state)
-  if before is not None and after is not None:
-    sums['num_skipped'] = after.num_skipped - before.num_skipped
-    sums['grad_norm_limit'] = after.limit
-  return new_state, sums
