@@ -19,7 +19,7 @@ import forked
 import gin
 import pytest
 
-from l2s_jax.caching import cache_command, cache_encoding
+from l2s_jax.caching import cache_command, cache_encoding, cache_writer
 from l2s_jax.data import tasks
 from l2s_jax.data.cached import cache_format
 from l2s_jax.data.features import seqio, tf
