@@ -19,7 +19,7 @@ import forked
 import gin
 import pytest
 
-from l2s_jax.caching import cache_command, cache_encoding
+from l2s_jax.caching import cache_command, cache_encoding, cache_writer
 from l2s_jax.data import tasks
 from l2s_jax.data.cached import cache_format
 from l2s_jax.data.features import seqio, tf
@@ -511,3 +511,10 @@ def test_names_of_tasks_are_names_of_folders():
   folders = [cache_format.folder_name(name) for name in names]
   assert len(set(folders)) == len(names)
   assert not any('/' in folder or folder == '..' for folder in folders)
+
+
+@pytest.mark.parametrize('content', [b'', bytes(200_000)])
+def test_damaged_shard_has_no_number_of_records(tmp_path, content):
+  path = tmp_path / 'x.array_record'
+  path.write_bytes(content)
+  assert cache_writer.num_records(path) is None

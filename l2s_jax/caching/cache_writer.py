@@ -485,7 +485,9 @@ def num_records(path: pathlib.Path) -> int | None:
   """Returns the number of records of a file; None if it is damaged."""
   with storage.fetched(path) as local:
     reader = array_record_module.ArrayRecordReader(str(local), '')
-    number = reader.num_records() if reader.ok() else None
+    if not reader.ok():
+      return None  # Its `close` would raise the library's error.
+    number: int = reader.num_records()
     reader.close()
   return number
 
