@@ -135,7 +135,9 @@ def finish(made: pathlib.Path, folder: pathlib.Path) -> None:
       files.upload_folder(made, folder, order=_rank)
     except BaseException:
       with contextlib.suppress(OSError):  # The first error is raised.
-        folder.rmtree()
+        for path in made.rglob('*'):
+          if path.is_file():
+            (folder / path.relative_to(made)).unlink(missing_ok=True)
       raise
 
 
