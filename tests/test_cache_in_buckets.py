@@ -2,7 +2,6 @@
 """Laws of caches in buckets: their files are those of a local folder."""
 
 import json
-import re
 import signal
 import subprocess
 import time
@@ -19,30 +18,15 @@ import test_feature_writer
 
 from l2s_jax.caching import cache_command, cache_writer
 from l2s_jax.data.cached import cache_format, feature_format
-from l2s_jax.runtime import files, storage
+from l2s_jax.runtime import files
 
 data = test_cache_writer.data
 model = test_cache_writer.model
 
 
-@pytest.fixture(scope='module')
-def gcs():
-  with bucket_servers.gcs() as url:
-    yield url
-
-
-@pytest.fixture(scope='module')
-def s3():
-  with bucket_servers.s3() as url:
-    yield url
-
-
-@pytest.fixture(params=['gs', 's3'])
-def folder(request):
-  """A folder of either store of this test's own."""
-  request.getfixturevalue('gcs' if request.param == 'gs' else 's3')
-  name = re.sub(r'\W', '-', request.node.name)
-  return storage.of(f'{request.param}://{bucket_servers.BUCKET}/{name}')
+gcs = bucket_servers.gcs_fixture
+s3 = bucket_servers.s3_fixture
+folder = bucket_servers.folder_fixture
 
 
 def content(folder):

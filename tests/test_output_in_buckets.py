@@ -20,30 +20,15 @@ import test_predictions
 from l2s_jax.data import distilled
 from l2s_jax.evaluation import evaluate
 from l2s_jax.inference import infer, output_parts, predictions
-from l2s_jax.runtime import locks, storage
+from l2s_jax.runtime import locks
 
 NUM_LINES = 41
 NAME = 'predictions.jsonl'
 
 
-@pytest.fixture(scope='module')
-def gcs():
-  with bucket_servers.gcs() as url:
-    yield url
-
-
-@pytest.fixture(scope='module')
-def s3():
-  with bucket_servers.s3() as url:
-    yield url
-
-
-@pytest.fixture(params=['gs', 's3'])
-def folder(request):
-  """A folder of either store of this test's own."""
-  request.getfixturevalue('gcs' if request.param == 'gs' else 's3')
-  name = re.sub(r'\W', '-', request.node.name)
-  return storage.of(f'{request.param}://{bucket_servers.BUCKET}/{name}')
+gcs = bucket_servers.gcs_fixture
+s3 = bucket_servers.s3_fixture
+folder = bucket_servers.folder_fixture
 
 
 @pytest.fixture(scope='module')
