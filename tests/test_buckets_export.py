@@ -69,7 +69,7 @@ def small_memory(monkeypatch):
   monkeypatch.setattr(memory, 'free_bytes', lambda: 0)
 
 
-@pytest.mark.parametrize('root', ['gs'], indirect=True)
+@pytest.mark.parametrize('folder', ['gs'], indirect=True)
 def test_a_run_is_exported_as_its_local_copy(
   root, kept, tmp_path, small_memory
 ):
@@ -157,7 +157,7 @@ def test_a_gguf_file_is_copied_and_read(root, tmp_path):
     np.testing.assert_array_equal(opened.read(name), array)
 
 
-@pytest.mark.parametrize('root', ['gs'], indirect=True)
+@pytest.mark.parametrize('folder', ['gs'], indirect=True)
 @pytest.mark.parametrize('made', ['hf', 'converted', 'bundle', 't5x', 'llm'])
 def test_no_reader_accepts_a_part_of_a_folder(
   root, kept, tmp_path, small_memory, monkeypatch, made
