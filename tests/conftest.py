@@ -30,6 +30,7 @@ if 'L2S_TESTS_CACHE' not in os.environ:
   )
 
 import beartype
+import gin
 import jax
 import jaxtyping
 import pytest
@@ -109,8 +110,13 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(scope='module', autouse=True)
-def _forget_programs():
-  """Lets go of what a file has compiled: all files' programs take gigabytes."""
+def _starts_anew():
+  """Gives every file an empty gin, and lets go of what it has compiled.
+
+  All files' programs take gigabytes.
+  """
+  with gin.unlock_config():
+    gin.clear_config()
   yield
   jax.clear_caches()
   gc.collect()

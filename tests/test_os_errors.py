@@ -151,3 +151,45 @@ def test_a_log_that_repeats_the_error_is_left_out():
   assert os_errors._is_news(
     record(logging.WARNING, 'No such file or directory; making it')
   )
+
+
+NO_WAITER = """
+import asyncio, sys, threading
+import tensorstore
+from l2s_jax import __main__
+
+async def leave(future):
+  asyncio.ensure_future(wait(future))
+  await asyncio.sleep(0)
+
+async def wait(future):
+  await future
+
+def main():
+  promise, future = tensorstore.Promise.new()
+  loop = asyncio.new_event_loop()
+  loop.run_until_complete(leave(future))
+  loop.close()
+  # A task that is left is another message of asyncio's.
+  for task in asyncio.all_tasks(loop):
+    task._log_destroy_pending = False
+  thread = threading.Thread(target=promise.set_result, args=(1,))
+  thread.start()
+  thread.join()
+  open('/dev/null/x')
+
+sys.exit(__main__.process(main))
+"""
+
+
+def test_a_write_that_ends_after_the_error_of_another_is_not_reported():
+  result = subprocess.run(
+    [sys.executable, '-c', NO_WAITER],
+    cwd=tiny_runs.ROOT,
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert result.returncode == 1
+  assert result.stderr.startswith('l2s_jax: error: /dev/null/x: ')
+  assert len(result.stderr.splitlines()) == 1

@@ -72,6 +72,8 @@ _REFUSED = re.compile(
 _OF_GCSFS = re.compile(
   r'(?:^|[ /])b/([^/\s?]+)/o(?:/([^\s?]*)|\?name=([^\s&]+))?'
 )
+# asyncio's message.
+_LOOP_CLOSED = 'Event loop is closed'
 # Patterns of the first path in a message, quoted or bare.
 _QUOTED = re.compile(r"""["'](/[^"'\n]+)["']""")
 _BARE = re.compile(r'(/[^\s"\';:,\[\]()]+)')
@@ -228,14 +230,25 @@ class Hooks:
         self.of_thread = sentence
 
     def unraisablehook(args: Any) -> None:
-      if args.exc_value is None or describe(args.exc_value) is None:
-        print_unraisable(args)
+      error = args.exc_value
+      if _has_no_waiter(error) or (error is not None and describe(error)):
+        return
+      print_unraisable(args)
 
     sys.excepthook = excepthook
     threading.excepthook = thread_excepthook
     sys.unraisablehook = unraisablehook
     for name in _LOGS:
       logging.getLogger(name).addFilter(_is_news)
+
+
+def _has_no_waiter(error: BaseException | None) -> bool:
+  """Returns whether TensorStore finished what nobody waits for any more.
+
+  When one write of a checkpoint fails, its event loop is closed; the others
+  then have no loop to report to.
+  """
+  return isinstance(error, RuntimeError) and str(error) == _LOOP_CLOSED
 
 
 def _is_news(record: logging.LogRecord) -> bool:
