@@ -41,6 +41,19 @@ def other_prompt(module, segment_ids):
   }
 
 
+def test_lengths_are_those_of_both_models_positions():
+  """GPT-2 has 24 rows; as the LLM it reads the prefix too, but no answer."""
+  slm = l2s.LlmToSlm(helpers.T5_1_1, helpers.GPT2)
+  l2s.check_lengths(slm, 20, 4)
+  with pytest.raises(ValueError, match='20 tokens .* 5 need 25 .* has 24'):
+    l2s.check_lengths(slm, 20, 5)
+  llm = l2s.LlmToSlm(helpers.GPT2, helpers.T5_1_1, llm_prefix_ids=(1,))
+  l2s.check_lengths(llm, 23, 50)
+  with pytest.raises(ValueError, match='25 positions, .* 24'):
+    l2s.check_lengths(llm, 24, 1)
+  l2s.check_lengths(llm, 24, 1, reads_llm=False)
+
+
 def test_projector_against_numpy():
   config = dataclasses.replace(helpers.GPT2, emb_dim=3)
   module = l2s.Projector(2, config)

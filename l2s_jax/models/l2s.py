@@ -363,6 +363,31 @@ def writer(
   return module, None
 
 
+def check_lengths(
+  module: LlmToSlm | language_model.LanguageModel,
+  prompt_length: int,
+  answer_length: int,
+  *,
+  reads_llm: bool = True,
+) -> None:
+  """Checks that all models of a module have positions, in tokens.
+
+  Args:
+    module: to check.
+    prompt_length: tokens per prompt, without `llm_prefix_ids`.
+    answer_length: tokens per answer.
+    reads_llm: false if the LLM's states are cached.
+
+  Raises:
+    ValueError: with both lengths and the size of the position table.
+  """
+  if isinstance(module, LlmToSlm) and reads_llm:
+    build_reader(module.llm_config).check_lengths(
+      len(module.llm_prefix_ids) + prompt_length, 0
+    )
+  writer(module)[0].check_lengths(prompt_length, answer_length)
+
+
 def for_generation(
   module: LlmToSlm | language_model.LanguageModel,
   *,

@@ -390,28 +390,6 @@ def num_params(tree: PyTree) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def check_lengths(
-  system: system_lib.System,
-  layout: Layout,
-  task_feature_lengths: Mapping[str, int],
-) -> None:
-  """Checks that the model has positions for the lengths.
-
-  Raises:
-    ValueError: with both lengths and the size of the position table.
-  """
-  batch = system.example_batch(
-    1, task_feature_lengths['inputs'], task_feature_lengths['targets']
-  )
-  jax.eval_shape(
-    lambda params, batch: system.module.apply(
-      {'params': params}, batch, deterministic=True
-    ),
-    layout.shapes,
-    batch,
-  )
-
-
 def summary(
   system: system_lib.System,
   layout: Layout,

@@ -82,9 +82,14 @@ def start(
       num_parts = 1 if number else num_microbatches
       partitioning.check_batch_size(size, device_mesh, name, num_parts)
   system = builders.with_rules(load(), mesh_config)
+  l2s.check_lengths(
+    system.module,
+    lengths['inputs'],
+    lengths['targets'],
+    reads_llm=system.cached_states is None,
+  )
   with _entered(device_mesh, mesh_config):
     layout = parameters.layout(system, device_mesh, mesh_config)
-    parameters.check_lengths(system, layout, lengths)
   return Session(device_mesh, mesh_config, system, layout, lengths)
 
 
