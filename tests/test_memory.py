@@ -135,18 +135,21 @@ def test_one_layer_of_the_llm_is_gathered_at_a_time():
   assert places and places <= bodies
 
 
-def test_an_slm_that_is_whole_is_not_gathered_for_every_token():
-  def decode_loop(mesh_config):
-    laid_out = programs_of(llm_to_slm(2), mesh_config)
+def test_an_slm_that_is_sharded_is_not_gathered_for_every_token():
+  """It is placed whole before decoding, where it fits."""
+
+  def decode_loop(placed):
+    laid_out = programs_of(llm_to_slm(2), FSDP)
     prefill, loop = laid_out.generation(BATCH_SIZE, 'float32')
+    if not placed:
+      shards = laid_out._layout.shardings
+      sharded = programs._place_prepared(loop.prepared, shards)
+      loop = dataclasses.replace(loop, prepared=sharded)
     program = loop.lower(prefill, prefill.lowered.compile())
     return program.lowered.compile().as_text()
 
-  whole = dataclasses.replace(
-    FSDP, slm_rules={'embed': None, 'llm_embed': None}
-  )
-  assert not all_gathers(decode_loop(whole))
-  assert all_gathers(decode_loop(FSDP))
+  assert not all_gathers(decode_loop(placed=True))
+  assert all_gathers(decode_loop(placed=False))
 
 
 def compile_with(remat: str, num_layers: int, *, scan_layers: bool) -> Any:

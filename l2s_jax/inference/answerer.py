@@ -111,11 +111,8 @@ class PromptAnswerer:
     )
     self.batch_size = batch_size
     self.num_tokens = self.num_slots = 0
-    self.params = (
-      params
-      if are_prepared
-      else self.generator.prepare(params, consume=consume)
-    )
+    prepare = self.generator.place if are_prepared else self.generator.prepare
+    self.params = prepare(params, consume=consume)
     self._prompt_vocabulary = system.prompt_vocabulary
     self._vocabulary = system.answer_vocabulary
     # None unless the answers continue their prompts.

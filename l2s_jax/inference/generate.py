@@ -7,8 +7,10 @@ The cache starts small and grows as answers need it: with a budget of 512
 tokens, the third token does not attend to 512 slots.
 """
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ from jaxtyping import Array, Bool, Int, UInt32
 
 from l2s_jax.inference import (
   beam,
+  placement,
   quantization,
   sampling,
   speculative,
@@ -25,7 +28,7 @@ from l2s_jax.inference import (
 )
 from l2s_jax.models import cache as cache_lib
 from l2s_jax.models import l2s, language_model
-from l2s_jax.runtime import compilation, distributed
+from l2s_jax.runtime import compilation, distributed, partitioning
 from l2s_jax.systems import system as system_lib
 from l2s_jax.vocabularies import loading
 
@@ -83,14 +86,8 @@ class Generator:
     self.first_slots = (
       min(max_decode_len, FIRST_SLOTS) + self.strategy.num_ahead - 1
     )
-    self.prefill = jax.jit(
-      lambda params, batch: module.apply(
-        {'params': params},
-        batch,
-        num_slots=self.first_slots,
-        method='prefill',
-      )
-    )
+    self._is_whole = False
+    self.prefill = jax.jit(self._prefill)
     self._begin = jax.jit(self._begin_rows)
     self.decode = jax.jit(self._decode, donate_argnames='state')
     self._grow = jax.jit(_grow, static_argnames='num_slots')
@@ -98,14 +95,39 @@ class Generator:
   def prepare(self, params: PyTree, *, consume: bool = False) -> PyTree:
     """Returns a system's parameters in the form for generation.
 
-    Call it once. Unchanged arrays are not copied.
+    Call it once. Unchanged arrays are not copied. The decoding model is placed
+    where decoding is fastest; see `placement`.
 
     Args:
       params: as they were trained, layers stacked.
       consume: deletes each array after its copy is made, so that at most one is
         in memory twice.
     """
-    return l2s.params_for_generation(self._module, params, consume=consume)
+    prepared = l2s.params_for_generation(self._module, params, consume=consume)
+    return self.place(prepared, consume=consume)
+
+  def place(self, prepared: PyTree, *, consume: bool = False) -> PyTree:
+    """Returns parameters from `prepare` with the decoding model placed.
+
+    Args:
+      prepared: arrays, or shapes with shardings.
+      consume: as in `prepare`.
+    """
+    if self._writer_name is None:
+      prepared = _placed(prepared, {}, consume)
+      towers = [prepared]
+    else:
+      names = [self._writer_name]
+      if isinstance(self._module, l2s.DraftAndVerify):
+        names.append('llm')
+      for name in names:
+        beside = {other: x for other, x in prepared.items() if other != name}
+        prepared = {**beside, name: _placed(prepared[name], beside, consume)}
+      towers = [prepared[name] for name in names]
+    self._is_whole = all(
+      placement.is_whole(_without_encoder(tower)) for tower in towers
+    )
+    return prepared
 
   def writer_params(self, prepared: PyTree) -> PyTree:
     """Returns the parameters that the decode loop needs."""
@@ -167,6 +189,22 @@ class Generator:
       )
     return Generation(self, self.writer_params(prepared), state, shape)
 
+  @contextlib.contextmanager
+  def _rules(self) -> Iterator[None]:
+    """Enters the axis rules of the decoding model. Called within jit."""
+    rules = placement.rules() if self._is_whole else None
+    with partitioning.axis_rules(rules) if rules else contextlib.nullcontext():
+      yield
+
+  def _prefill(self, params: PyTree, batch: language_model.Batch) -> Any:
+    with self._rules():
+      return self._module.apply(
+        {'params': params},
+        batch,
+        num_slots=self.first_slots,
+        method='prefill',
+      )
+
   def _begin_rows(
     self,
     cache: Any,
@@ -198,11 +236,12 @@ class Generator:
 
   def _decode(self, params: PyTree, state: Any, limit: Int[Array, '']) -> Any:
     """Runs decode steps until all rows are done or one has `limit` tokens."""
-    return jax.lax.while_loop(
-      lambda s: (s.step < limit) & ~jnp.all(s.done),
-      functools.partial(self.strategy.step, params),
-      state,
-    )
+    with self._rules():
+      return jax.lax.while_loop(
+        lambda s: (s.step < limit) & ~jnp.all(s.done),
+        functools.partial(self.strategy.step, params),
+        state,
+      )
 
 
 class Generation:
@@ -255,6 +294,19 @@ class Generation:
     while not self.is_over():
       self.advance()
     return self.answers()
+
+
+def _placed(params: PyTree, beside: PyTree, consume: bool) -> PyTree:
+  """Returns a model with the part that decodes placed, the rest as it is."""
+  others = [params.get('encoder', {}), beside]
+  return {
+    **params,
+    **placement.for_decoding(_without_encoder(params), others, consume=consume),
+  }
+
+
+def _without_encoder(params: PyTree) -> PyTree:
+  return {name: x for name, x in params.items() if name != 'encoder'}
 
 
 def check(decoding: sampling.Decoding, max_decode_len: int) -> None:

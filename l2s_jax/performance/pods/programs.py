@@ -222,8 +222,10 @@ class Programs:
       for key, value in self._batch(batch_size).items()
       if key.startswith('encoder_')
     }
-    prepared = _place_prepared(
-      jax.eval_shape(generator.prepare, params), self._layout.shardings
+    prepared = generator.place(
+      _place_prepared(
+        jax.eval_shape(generator.prepare, params), self._layout.shardings
+      )
     )
     with self.entered():
       lowered = jax.jit(
