@@ -211,6 +211,7 @@ VERBS: Mapping[str, Verb] = {
       Flag('peers', bool, 'also time other engines'),
       Flag('train', bool, 'time training steps instead of generation'),
       Flag('data', bool, 'time tokenization and reading instead of generation'),
+      Flag('quick', bool, 'time the first shape alone, in three rounds'),
     ),
   ),
   'report': Verb(

@@ -114,6 +114,23 @@ def test_all_combinations_of_lengths_are_timed(tmp_path, capsys):
   assert '| x LLM |' not in capsys.readouterr().out
 
 
+def test_a_quick_run_times_the_first_shape_in_three_rounds(tmp_path, capsys):
+  benchmark.benchmark(
+    str(tmp_path),
+    LLM,
+    batch_sizes=(2, 1),
+    prompt_lengths=(8, 4),
+    output_lengths=(3, 2),
+    quick=True,
+  )
+  capsys.readouterr()
+  found = json.loads((tmp_path / 'benchmark.json').read_text())
+  (row,) = found['rows']
+  shape = row['batch_size'], row['prompt_length'], row['num_tokens']
+  assert shape == (2, 8, 3)
+  assert len(row['rounds']['total_ms']) == 3
+
+
 def test_drafts_write_what_the_llm_writes(tmp_path):
   slm = dataclasses.replace(helpers.T5_1_1, emb_dim=8)
   benchmark.benchmark(

@@ -47,6 +47,7 @@ BYTES = {
 # Seconds to wait between contenders: threads of some engines keep spinning
 # after their work.
 _PAUSE_SECS = 0.3
+_QUICK_ROUNDS = 3
 
 
 @gin.configurable(module='l2s_jax')
@@ -71,6 +72,7 @@ def benchmark(
   train: bool = False,
   data_input: data_input_lib.DataInput | None = None,
   data: bool = False,
+  quick: bool = False,
   dry_run: bool = False,
 ) -> None:
   """Times the LLM, the SLM and LLM-to-SLM, and writes a report at each shape.
@@ -111,11 +113,19 @@ def benchmark(
     data: whether to time the tokenization and reading of a task instead. Of the
       other settings only `output_dir`, `rounds`, `peers` and `data_input`
       apply.
+    quick: times the first shape alone, the first of each of `batch_sizes`,
+      `prompt_lengths` and `output_lengths`, in at most three rounds.
     dry_run: prints the models, and stops.
 
   Raises:
     ValueError: if a setting is invalid, before weights are loaded.
   """
+  if quick:
+    batch_sizes, prompt_lengths, output_lengths = (
+      _as_tuple(values)[:1]
+      for values in (batch_sizes, prompt_lengths, output_lengths)
+    )
+    rounds = min(rounds, _QUICK_ROUNDS)
   if data:
     _benchmark_data(output_dir, data_input, rounds, peers, dry_run)
     return
@@ -196,8 +206,9 @@ def _benchmark_data(
   )
 
 
-def _as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:
-  return (names,) if isinstance(names, str) else tuple(names)
+def _as_tuple(values: Any) -> tuple[Any, ...]:
+  """Returns one value or several as a tuple."""
+  return (values,) if isinstance(values, str | int) else tuple(values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,9 +313,8 @@ def _shapes(
   output_lengths: int | Sequence[int],
 ) -> list[timing.Shape]:
   """Returns all combinations of batch size, prompt and output length."""
-  batch_sizes, prompt_lengths, output_lengths = (
-    (value,) if isinstance(value, int) else value
-    for value in (batch_sizes, prompt_lengths, output_lengths)
+  batch_sizes, prompt_lengths, output_lengths = map(
+    _as_tuple, (batch_sizes, prompt_lengths, output_lengths)
   )
   shapes = [
     (batch_size, prompt_length, num_tokens)
