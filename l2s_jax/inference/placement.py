@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from l2s_jax.runtime import chips, partitioning
@@ -77,7 +76,7 @@ def rules() -> partitioning.Rules:
   """
   return tuple(
     (name, axes if name == 'batch' else _left(axes))
-    for name, axes in nn.get_logical_axis_rules()
+    for name, axes in partitioning.current_rules()
   )
 
 

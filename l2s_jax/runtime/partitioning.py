@@ -234,6 +234,11 @@ def axis_rules(rules: Rules) -> contextlib.AbstractContextManager[None]:
   return nn.logical_axis_rules(rules)
 
 
+def current_rules() -> Rules:
+  """Returns the rules of logical constraints that are set."""
+  return tuple(nn.get_logical_axis_rules())
+
+
 def axes_that_divide(
   axes: Sequence[str | None],
   shape: Sequence[int],
