@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent import futures
 from typing import Any
 
 import bucket_servers
@@ -36,6 +37,7 @@ from l2s_jax.runtime import (
   integrity,
   locks,
   os_errors,
+  scratch,
   storage,
 )
 from l2s_jax.training import checkpoint
@@ -228,6 +230,45 @@ def test_data_in_buckets_are_read_by_lines(folder):
   (folder / 'train.en').write_text('one\ntwo\n')
   path = epath.Path(str(folder / 'train.en'))
   assert list(text_files.read_lines(path)) == ['one', 'two']
+
+
+def test_a_version_of_an_object_is_copied_once(folder, monkeypatch):
+  path, downloads = folder / 'a.bin', []
+  download = storage.BucketPath.download
+
+  def counting(source, file):
+    downloads.append(source)
+    download(source, file)
+
+  monkeypatch.setattr(storage.BucketPath, 'download', counting)
+  for content in (b'first', b'second'):
+    path.write_bytes(content)
+    with futures.ThreadPoolExecutor(4) as pool:
+      found = list(pool.map(storage.local_copy, [str(path)] * 4))
+      folders = list(pool.map(storage.local_folder, [folder] * 4))
+    assert len({*found}) == 1 and len({*folders}) == 1
+    assert pathlib.Path(found[0]).read_bytes() == content
+    assert (folders[0] / 'a.bin').read_bytes() == content
+  assert len(downloads) == 4
+
+
+def test_a_copy_that_fails_leaves_nothing(folder, monkeypatch):
+  (folder / 'a.bin').write_bytes(b'x')
+
+  def fail(source, file):
+    pathlib.Path(file).write_bytes(b'half')
+    raise OSError('reset')
+
+  monkeypatch.setattr(storage.BucketPath, 'download', fail)
+  root = pathlib.Path(scratch.folder().name).parent
+  before = set(root.iterdir())
+  for copy in (
+    lambda: storage.local_copy(str(folder / 'a.bin')),
+    lambda: storage.local_folder(folder),
+  ):
+    with pytest.raises(OSError, match='reset'):
+      copy()
+  assert set(root.iterdir()) == before
 
 
 def hold(folder):
@@ -509,6 +550,17 @@ def test_indices_of_arrays_are_those_of_numpy(gcs, bucket, shape):
   with pytest.raises(ValueError, match='no view'):
     np.array(found, copy=False)
   assert np.array(found).flags.writeable
+
+
+def test_what_an_array_keeps_is_bounded(gcs, bucket, monkeypatch):
+  array = np.arange(40, dtype=np.int32).reshape(10, 4)
+  (bucket / 'a').write_bytes(array.tobytes())
+  monkeypatch.setattr(bucket_array, '_MOST_KEPT_BYTES', 3 * array[0].nbytes)
+  found = bucket_array.BucketArray(bucket / 'a', array.dtype, array.shape, 0)
+  found = found.keeping()
+  for row in (*range(10), *range(10)):
+    np.testing.assert_array_equal(found[row], array[row])
+  assert sum(map(len, found._kept.values())) == 3 * array[0].nbytes
 
 
 def test_a_host_reads_no_byte_of_a_kernel_twice(

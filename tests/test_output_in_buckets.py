@@ -20,7 +20,7 @@ import test_predictions
 from l2s_jax.data import distilled
 from l2s_jax.evaluation import evaluate
 from l2s_jax.inference import infer, output_parts, predictions
-from l2s_jax.runtime import locks
+from l2s_jax.runtime import locks, storage
 
 NUM_LINES = 41
 NAME = 'predictions.jsonl'
@@ -143,6 +143,52 @@ def test_parts_that_do_not_go_on_are_removed(folder, kind, each, capsys):
       file.append([record])
     file.finish()
   assert list(predictions.read([path])) == records
+
+
+def test_of_overlapping_parts_the_longest_sequence_counts(
+  folder, tmp_path, each
+):
+  """A process that lost its lock writes beside the next one."""
+  path, records = folder / NAME, test_predictions.RECORDS
+  test_predictions.write(tmp_path / NAME)
+  other = predictions.answered({'prompt': 'c'}, 'another', False)
+  with output_parts.growing_file(path) as lost:
+    lost.append(records[:1])
+    with output_parts.growing_file(path) as file:
+      lost.append(records[1:2])
+      file.append(records[1:3])
+      lost.append([other])
+      file.append(records[3:])
+  with output_parts.growing_file(path) as file:
+    assert file.tally.num_lines == len(records)
+    file.finish()
+  assert path.read_bytes() == (tmp_path / NAME).read_bytes()
+  assert not path.with_name(f'{NAME}.partial').exists()
+
+
+def test_the_first_error_is_raised(folder, monkeypatch, capsys):
+  def fail(path, content):
+    raise OSError(f'{path}: no')
+
+  with pytest.raises(KeyboardInterrupt):
+    with output_parts.growing_file(folder / NAME) as file:
+      file.append(test_predictions.RECORDS[:1])
+      monkeypatch.setattr(storage.BucketPath, 'write_bytes', fail)
+      raise KeyboardInterrupt
+  assert 'the last answers are not uploaded' in capsys.readouterr().err
+  with pytest.raises(OSError, match='no'):
+    with output_parts.growing_file(folder / NAME) as file:
+      file.append(test_predictions.RECORDS[:1])
+
+
+def test_a_refused_start_leaves_no_local_file(folder, each):
+  path = folder / NAME
+  with output_parts.growing_file(path) as file:
+    file.append(test_predictions.RECORDS[:1])
+  file = output_parts.growing_file(path, [{'prompt': 'b'}])
+  with pytest.raises(ValueError, match='does not match the input'):
+    file.__enter__()
+  assert not file.path.parent.exists()
 
 
 def test_a_changed_file_is_named(folder):

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
-from l2s_jax.runtime import files, locks, storage
+from l2s_jax.runtime import files, locks, scratch, storage
 from l2s_jax.weights import run_format
 
 # Ends of paths. Files with a later one are uploaded later, all others first.
@@ -92,9 +92,9 @@ def writing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     ValueError: for an error of the file system, with its message.
   """
   if storage.is_bucket(folder):
-    with tempfile.TemporaryDirectory(prefix='l2s_jax-') as scratch:
+    with scratch.folder() as name:
       # Of the same name, which files of the folder may repeat.
-      yield pathlib.Path(scratch) / folder.name
+      yield pathlib.Path(name) / folder.name
     return
   unfinished = _beside(folder)
   missing = [path for path in folder.absolute().parents if not path.exists()]

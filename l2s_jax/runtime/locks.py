@@ -25,7 +25,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from l2s_jax.runtime import distributed, files, os_errors, storage
+from l2s_jax.runtime import distributed, files, os_errors, scratch, storage
 
 RENEWAL_SECS = 5.0
 LEASE_SECS = 30.0
@@ -219,6 +219,7 @@ def _end(path: pathlib.Path) -> NoReturn:
     file=sys.stderr,
     flush=True,
   )
+  scratch.remove()
   os._exit(1)
 
 
