@@ -286,3 +286,39 @@ def proxy(upstream: str, trouble: Callable[[int, str], str]) -> Iterator[Proxy]:
         yield server
     finally:
       server.shutdown()
+
+
+@contextlib.contextmanager
+def killing(upstream: str, scheme: str, number: int) -> Iterator[Callable]:
+  """Yields a function that waits for a process, and kills it in a write.
+
+  The process must be started in the block. The write, its `number`th from 0,
+  has reached the store in no part.
+  """
+  processes: list[subprocess.Popen] = []
+  server: Proxy
+  was_killed = threading.Event()
+
+  def trouble(_: int, path: str) -> str:
+    if server.methods[-1][0] != 'PUT' and not path.startswith('/upload/'):
+      return ''
+    writes.append(path)
+    if len(writes) <= number:
+      return ''
+    while not processes:
+      time.sleep(0.01)
+    processes[0].kill()
+    was_killed.set()
+    return 'cut'
+
+  def wait(process: subprocess.Popen) -> str:
+    processes.append(process)
+    _, told = process.communicate(timeout=200)
+    assert was_killed.is_set(), told
+    return told or ''
+
+  writes: list[str] = []
+  with proxy(upstream, trouble) as server:
+    own = {'AWS_ENDPOINT_URL': server.url} if scheme == 's3' else {}
+    with environment(**own):
+      yield wait

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import pytest
 import test_checkpoint
+import test_distributed
 import test_preemption
 import tiny_runs
 import transformers
@@ -763,6 +764,13 @@ def test_a_killed_run_in_a_bucket_equals_its_local_twin(gcs, experiments):
   while not saved_steps.steps(in_bucket) and process.poll() is None:
     assert time.monotonic() < deadline
     time.sleep(0.05)
+  process.send_signal(signal.SIGSTOP)  # It holds its lock.
+  who = json.loads((in_bucket / locks.NAME).read_text())
+  second = tiny_runs.l2s(*llm(f'{root}/llm', *period), check=False)
+  assert second.returncode and (
+    f'MODEL_DIR={in_bucket} is being written by process {process.pid} on '
+    f'{who["host"]}, started at {who["start"]}.'
+  ) in ' '.join(second.stderr.split())
   process.send_signal(signal.SIGKILL)
   process.communicate(timeout=60)
   tiny_runs.l2s(*llm(f'{root}/llm', *period))
@@ -781,3 +789,39 @@ def test_a_killed_run_in_a_bucket_equals_its_local_twin(gcs, experiments):
     for model in (in_bucket, local)
   ]
   assert answers[0] == answers[1]
+
+
+@pytest.mark.long
+def test_killed_processes_of_a_run_in_a_bucket_go_on(gcs, experiments):
+  """Two on this machine, joined over loopback."""
+  arguments = functools.partial(
+    tiny_runs.train_arguments, experiments, 'llm_baseline'
+  )
+  settings = (
+    '--gin.CHECKPOINT_PERIOD=2',
+    '--gin.TRAIN_STEPS=6',
+    '--gin.tiny_LLM/TransformerConfig.dropout_rate=0.0',
+  )
+  folder = storage.of(f'gs://{bucket_servers.BUCKET}/pair')
+  pair = test_distributed.start(2, *arguments(str(folder), *settings))
+  deadline = time.monotonic() + 200
+  while not saved_steps.steps(folder):
+    assert all(process.poll() is None for process in pair)
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+  for process in pair:
+    process.kill()
+  for process in pair:
+    process.communicate()
+  pair = test_distributed.start(2, *arguments(str(folder), *settings))
+  (said, _), _ = test_distributed.finish(pair)
+  assert 'Resuming from step' in said
+  tiny_runs.l2s(*arguments('alone', *settings))
+  found, expected = (
+    [r for r in metric_writer.read(place) if 'train/loss' in r]
+    for place in (folder, experiments / 'alone')
+  )
+  assert [r['step'] for r in found] == [1, 2, 3, 4, 5, 6]
+  for one, other in zip(found, expected, strict=True):
+    test_distributed.assert_close(one, other, ('train/loss',))
+  assert saved_steps.steps(folder) == saved_steps.steps(experiments / 'alone')

@@ -2,8 +2,11 @@
 """Laws of `export` and `convert` from buckets and into them."""
 
 import shutil
+import subprocess
+import sys
 
 import bucket_servers
+import forked
 import numpy as np
 import pytest
 import safetensors.torch
@@ -199,6 +202,40 @@ def test_an_upload_that_fails_leaves_nothing(root, kept, monkeypatch):
   with pytest.raises(OSError, match='hf'):
     destination.finish(kept / 'hf', root / 'hf')
   assert not (root / 'hf').exists()
+
+
+def test_killed_in_an_upload_the_same_command_ends_with_the_same_bytes(
+  request, root, kept, tmp_path
+):
+  upstream = request.getfixturevalue('gcs' if root.scheme == 'gs' else 's3')
+
+  def start(place):
+    return forked.Popen(
+      [
+        sys.executable,
+        '-m',
+        'l2s_jax',
+        'export',
+        str(kept / 'converted'),
+        str(place / 'made'),
+        '--to=bundle',
+      ],
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+
+  # The first write makes the lock; two take it over.
+  for number, num_left in ((1, 1), (3, 2)):
+    with bucket_servers.killing(upstream, root.scheme, number) as wait:
+      wait(start(root))
+    assert len((root / 'made').objects()) == num_left
+    with pytest.raises((ValueError, FileNotFoundError)):
+      opening.open_source(str(root / 'made')).shapes()
+  for place in (root, tmp_path):
+    process = start(place)
+    _, told = process.communicate(timeout=200)
+    assert process.returncode == 0, told
+  assert contents(root / 'made') == contents(tmp_path / 'made')
 
 
 def test_a_second_writer_is_refused_at_the_end(root, kept):

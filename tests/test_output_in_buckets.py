@@ -257,6 +257,17 @@ def start(run, *arguments):
   )
 
 
+def assert_second_is_refused(process, run, folder, name, arguments):
+  process.send_signal(signal.SIGSTOP)
+  who = json.loads((folder / f'.{name}.lock').read_text())
+  second = start(run, *arguments)
+  _, told = second.communicate()
+  assert second.returncode and (
+    f'INFER_OUTPUT_DIR={folder} is being written by process {process.pid} on '
+    f'{who["host"]}, started at {who["start"]}.'
+  ) in ' '.join(told.split())
+
+
 @pytest.mark.parametrize(
   'num_kills', [1, pytest.param(4, marks=pytest.mark.long)]
 )
@@ -281,10 +292,13 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(
   num_parts = 0
   for _ in range(num_kills):
     process = start(run, *arguments)
+    is_first = num_parts == 0
     num_parts += rng.randrange(5, 20)
     while process.poll() is None:
       if len(partial.objects()) > num_parts:
         time.sleep(rng.random() / 20)
+        if is_first:
+          assert_second_is_refused(process, run, folder, name, arguments)
         process.kill()
         break
       time.sleep(0.001)
@@ -304,6 +318,31 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(
   assert {path.name for path, _ in folder.objects()} == {
     path.name for path in unbroken.iterdir()
   }
+
+
+def test_killed_in_the_upload_of_a_part_it_ends_as_if_it_had_not_been(
+  request, run, folder, tmp_path
+):
+  source = tmp_path / 'in.txt'
+  source.write_text(''.join(f'{n}\n' for n in range(300)))
+  arguments = (
+    f'--gin.INPUT={source}',
+    f'--gin.INFER_OUTPUT_DIR={folder}',
+    '--gin.BATCH_SIZE=8',
+  )
+  upstream = request.getfixturevalue('gcs' if folder.scheme == 'gs' else 's3')
+  # After the lock, the settings and two parts.
+  with bucket_servers.killing(upstream, folder.scheme, 4) as wait:
+    wait(start(run, *arguments))
+  assert len(list((folder / f'{NAME}.partial').iterdir())) == 2
+  process = start(run, *arguments)
+  _, told = process.communicate()
+  assert process.returncode == 0, told
+  assert re.search(r'[1-9]\d* of 300 lines are answered; skipping', told)
+  answer(run, source, tmp_path / 'unbroken')
+  found, expected = content_of(folder), content_of(tmp_path / 'unbroken')
+  assert found[NAME] == expected[NAME]
+  assert found.keys() == expected.keys()
 
 
 @pytest.mark.long  # Clients wait before they ask again.
