@@ -332,8 +332,10 @@ def test_killed_in_the_upload_of_a_part_it_ends_as_if_it_had_not_been(
   )
   upstream = request.getfixturevalue('gcs' if folder.scheme == 'gs' else 's3')
   # After the lock, the settings and two parts.
-  with bucket_servers.killing(upstream, folder.scheme, 4) as wait:
-    wait(start(run, *arguments))
+  with bucket_servers.killing(upstream, folder.scheme, 4) as killing:
+    process = start(run, *arguments)
+    told = killing.wait(process)
+  assert process.returncode == -signal.SIGKILL, told
   assert len(list((folder / f'{NAME}.partial').iterdir())) == 2
   process = start(run, *arguments)
   _, told = process.communicate()

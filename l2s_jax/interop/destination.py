@@ -172,12 +172,4 @@ def _beside(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _refusal(folder: pathlib.Path) -> str:
-  killed = (
-    ' It may be incomplete, from a killed process.'
-    if storage.is_bucket(folder)
-    else ''
-  )
-  return (
-    f'{folder} already exists.{killed} Choose another DESTINATION, or remove '
-    'it.'
-  )
+  return f'{folder} already exists. Choose another DESTINATION, or remove it.'
