@@ -5,6 +5,7 @@ import json
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -222,10 +223,14 @@ def test_answers_scores_and_shards_are_those_of_a_local_folder(
   # A kill after the complete file left a part.
   path = folder / '1' / NAME
   (folder / '1' / f'{NAME}.partial' / 'left').write_bytes(b'')
+  lock = folder / '1' / f'.{NAME}.lock'
+  owner = {'host': socket.gethostname(), 'pid': 1, 'start': '', 'birth': 'x'}
+  lock.write_text(json.dumps({**owner, 'beat': 0, 'owner': 'dead'}))
   capsys.readouterr()
   answer(run, source, folder / '1')
   assert 'is complete: nothing to answer' in capsys.readouterr().err
   assert path.is_file() and not path.with_name(f'{NAME}.partial').exists()
+  assert not lock.exists()
   with pytest.raises(ValueError, match='holds the answers of another job'):
     answer(run, source, folder / '1', max_decode_len=5)
 

@@ -17,22 +17,27 @@ to three times. The last start is not killed. What comes of it is one of
 """
 
 import argparse
+import atexit
 import collections
 import contextlib
 import json
 import os
 import pathlib
 import random
+import shutil
 import signal
+import string
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 os.environ.setdefault('L2S_TESTS_XLA_FLAGS', '')
-os.environ.setdefault(
-  'L2S_TESTS_CACHE', str(pathlib.Path(tempfile.gettempdir()) / 'l2s_kills')
-)
+if 'L2S_TESTS_CACHE' not in os.environ:
+  os.environ['L2S_TESTS_CACHE'] = tempfile.mkdtemp(prefix='l2s_tests_')
+  atexit.register(
+    shutil.rmtree, os.environ['L2S_TESTS_CACHE'], ignore_errors=True
+  )
 
 import bucket_servers
 import forked
@@ -45,7 +50,7 @@ import tiny_runs
 
 from l2s_jax.data.cached import cache_format
 from l2s_jax.runtime import storage
-from l2s_jax.vocabularies import loading
+from l2s_jax.vocabularies import sentencepiece
 from l2s_jax.weights import manifest, saved_steps
 
 VERBS = ('train', 'infer', 'cache', 'export')
@@ -78,7 +83,12 @@ def jobs(folder: pathlib.Path) -> dict[str, Job]:
   (folder / 'in.txt').write_text(
     ''.join(f'prompt {n}\n' for n in range(_LINES))
   )
-  vocabulary = loading.load(str(folder / 'tiny.model'))
+  rng = random.Random(0)
+  vocabulary = sentencepiece.train(
+    (' '.join(rng.choices(string.ascii_letters, k=20)) for _ in range(200)),
+    folder / 'letters.model',
+    vocab_size=100,
+  )
 
   def l2s(*arguments: str) -> list[str]:
     return tiny_runs.command(*arguments)[0]
@@ -171,6 +181,7 @@ def run(
         counts[verb],
       )
       counts[verb][outcome] += 1
+      print(f'{target}: {outcome}', file=sys.stderr)
       if outcome != 'equal':
         problems.append(f'{target}: {outcome}: {told}')
   return counts, problems
