@@ -206,6 +206,7 @@ class Proxy(http.server.ThreadingHTTPServer):
     self.upstream = urllib.parse.urlsplit(upstream)
     self.trouble = trouble
     self.methods: list[tuple[str, str]] = []
+    self.counting = threading.Lock()
     super().__init__(('127.0.0.1', 0), _Passing)
     self.url = f'http://127.0.0.1:{self.server_address[1]}'
 
@@ -221,8 +222,9 @@ class _Passing(http.server.BaseHTTPRequestHandler):
 
   def handle_one(self) -> None:
     """Passes one request on, or not."""
-    number = len(self.server.methods)
-    self.server.methods.append((self.command, self.path))
+    with self.server.counting:
+      number = len(self.server.methods)
+      self.server.methods.append((self.command, self.path))
     body = self._body()
     trouble = self.server.trouble(number, self.path)
     if trouble == 'cut':
@@ -286,3 +288,66 @@ def proxy(upstream: str, trouble: Callable[[int, str], str]) -> Iterator[Proxy]:
         yield server
     finally:
       server.shutdown()
+
+
+class Killing:
+  """The trouble of a proxy that kills the process which writes.
+
+  Attributes:
+    num_writes: number of requests that change the store.
+    server: the proxy.
+  """
+
+  server: Proxy
+
+  def __init__(self, number: int, delay_secs: float | None):
+    """See `killing`."""
+    self.num_writes = 0
+    self._number = number
+    self._delay_secs = delay_secs
+    self._process: subprocess.Popen | None = None
+    self._is_known = threading.Event()
+
+  def __call__(self, number: int, _: str) -> str:
+    if self.server.methods[number][0] not in ('PUT', 'POST', 'DELETE', 'PATCH'):
+      return ''
+    self.num_writes += 1
+    if self.num_writes <= self._number:
+      return ''
+    if self._delay_secs is not None:
+      threading.Timer(self._delay_secs, self._kill).start()
+      return ''
+    self._kill()
+    return 'cut'
+
+  def _kill(self) -> None:
+    self._is_known.wait()
+    assert self._process is not None
+    self._process.kill()
+
+  def wait(self, process: subprocess.Popen) -> str:
+    """Waits for the end of a process; returns what it told."""
+    self._process = process
+    self._is_known.set()
+    output, errors = process.communicate(timeout=300)
+    return (output or '') + (errors or '')
+
+
+@contextlib.contextmanager
+def killing(
+  upstream: str, scheme: str, number: int, delay_secs: float | None = None
+) -> Iterator[Killing]:
+  """Kills a process, which must be started in the block, in a write.
+
+  Args:
+    upstream: address of the store.
+    scheme: of its paths.
+    number: of the write or deletion, from 0.
+    delay_secs: None: the write does not reach the store. Else it does, and the
+      process is killed so much later.
+  """
+  trouble = Killing(number, delay_secs)
+  with proxy(upstream, trouble) as trouble.server:
+    own = {'AWS_ENDPOINT_URL': trouble.server.url} if scheme == 's3' else {}
+    with environment(**own):
+      yield trouble

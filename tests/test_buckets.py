@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent import futures
 from typing import Any
 
 import bucket_servers
@@ -20,6 +21,7 @@ import jax
 import numpy as np
 import pytest
 import test_checkpoint
+import test_distributed
 import test_preemption
 import tiny_runs
 import transformers
@@ -36,6 +38,7 @@ from l2s_jax.runtime import (
   integrity,
   locks,
   os_errors,
+  scratch,
   storage,
 )
 from l2s_jax.training import checkpoint
@@ -228,6 +231,45 @@ def test_data_in_buckets_are_read_by_lines(folder):
   (folder / 'train.en').write_text('one\ntwo\n')
   path = epath.Path(str(folder / 'train.en'))
   assert list(text_files.read_lines(path)) == ['one', 'two']
+
+
+def test_a_version_of_an_object_is_copied_once(folder, monkeypatch):
+  path, downloads = folder / 'a.bin', []
+  download = storage.BucketPath.download
+
+  def counting(source, file):
+    downloads.append(source)
+    download(source, file)
+
+  monkeypatch.setattr(storage.BucketPath, 'download', counting)
+  for content in (b'first', b'second'):
+    path.write_bytes(content)
+    with futures.ThreadPoolExecutor(4) as pool:
+      found = list(pool.map(storage.local_copy, [str(path)] * 4))
+      folders = list(pool.map(storage.local_folder, [folder] * 4))
+    assert len({*found}) == 1 and len({*folders}) == 1
+    assert pathlib.Path(found[0]).read_bytes() == content
+    assert (folders[0] / 'a.bin').read_bytes() == content
+  assert len(downloads) == 4
+
+
+def test_a_copy_that_fails_leaves_nothing(folder, monkeypatch):
+  (folder / 'a.bin').write_bytes(b'x')
+
+  def fail(source, file):
+    pathlib.Path(file).write_bytes(b'half')
+    raise OSError('reset')
+
+  monkeypatch.setattr(storage.BucketPath, 'download', fail)
+  root = pathlib.Path(scratch.folder().name).parent
+  before = set(root.iterdir())
+  for copy in (
+    lambda: storage.local_copy(str(folder / 'a.bin')),
+    lambda: storage.local_folder(folder),
+  ):
+    with pytest.raises(OSError, match='reset'):
+      copy()
+  assert set(root.iterdir()) == before
 
 
 def hold(folder):
@@ -511,6 +553,18 @@ def test_indices_of_arrays_are_those_of_numpy(gcs, bucket, shape):
   assert np.array(found).flags.writeable
 
 
+def test_what_an_array_keeps_is_bounded(gcs, bucket, monkeypatch):
+  array = np.arange(40, dtype=np.int32).reshape(10, 4)
+  (bucket / 'a').write_bytes(array.tobytes())
+  monkeypatch.setattr(bucket_array, '_MOST_KEPT_BYTES', 3 * array[0].nbytes)
+  found = bucket_array.BucketArray(bucket / 'a', array.dtype, array.shape, 0)
+  found = found.keeping()
+  for row in (*range(10), *range(10)):
+    np.testing.assert_array_equal(found[row], array[row])
+  kept = found._kept or {}
+  assert sum(len(content) for content in kept.values()) == 3 * array[0].nbytes
+
+
 def test_a_host_reads_no_byte_of_a_kernel_twice(
   gcs, bucket, tmp_path, monkeypatch
 ):
@@ -711,6 +765,13 @@ def test_a_killed_run_in_a_bucket_equals_its_local_twin(gcs, experiments):
   while not saved_steps.steps(in_bucket) and process.poll() is None:
     assert time.monotonic() < deadline
     time.sleep(0.05)
+  process.send_signal(signal.SIGSTOP)  # It holds its lock.
+  who = json.loads((in_bucket / locks.NAME).read_text())
+  second = tiny_runs.l2s(*llm(f'{root}/llm', *period), check=False)
+  assert second.returncode and (
+    f'MODEL_DIR={in_bucket} is being written by process {process.pid} on '
+    f'{who["host"]}, started at {who["start"]}.'
+  ) in ' '.join(second.stderr.split())
   process.send_signal(signal.SIGKILL)
   process.communicate(timeout=60)
   tiny_runs.l2s(*llm(f'{root}/llm', *period))
@@ -729,3 +790,39 @@ def test_a_killed_run_in_a_bucket_equals_its_local_twin(gcs, experiments):
     for model in (in_bucket, local)
   ]
   assert answers[0] == answers[1]
+
+
+@pytest.mark.long
+def test_killed_processes_of_a_run_in_a_bucket_go_on(gcs, experiments):
+  """Two on this machine, joined over loopback."""
+  arguments = functools.partial(
+    tiny_runs.train_arguments, experiments, 'llm_baseline'
+  )
+  settings = (
+    '--gin.CHECKPOINT_PERIOD=2',
+    '--gin.TRAIN_STEPS=6',
+    '--gin.tiny_LLM/TransformerConfig.dropout_rate=0.0',
+  )
+  folder = storage.of(f'gs://{bucket_servers.BUCKET}/pair')
+  pair = test_distributed.start(2, *arguments(str(folder), *settings))
+  deadline = time.monotonic() + 200
+  while not saved_steps.steps(folder):
+    assert all(process.poll() is None for process in pair)
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+  for process in pair:
+    process.kill()
+  for process in pair:
+    process.communicate()
+  pair = test_distributed.start(2, *arguments(str(folder), *settings))
+  (said, _), _ = test_distributed.finish(pair)
+  assert 'Resuming from step' in said
+  tiny_runs.l2s(*arguments('alone', *settings))
+  found, expected = (
+    [r for r in metric_writer.read(place) if 'train/loss' in r]
+    for place in (folder, experiments / 'alone')
+  )
+  assert [r['step'] for r in found] == [1, 2, 3, 4, 5, 6]
+  for one, other in zip(found, expected, strict=True):
+    test_distributed.assert_close(one, other, ('train/loss',))
+  assert saved_steps.steps(folder) == saved_steps.steps(experiments / 'alone')

@@ -2,27 +2,35 @@
 """Laws of `export` and `convert` from buckets and into them."""
 
 import shutil
+import signal
+import subprocess
+import sys
 
 import bucket_servers
+import forked
 import numpy as np
 import pytest
 import safetensors.torch
+import t5x_runs
 import test_export
 import test_gguf_file
+import test_gguf_form
 import torch
 import transformers
 from flax import traverse_util
 
 from l2s_jax.interop import convert, destination
 from l2s_jax.interop.exports import export_command
-from l2s_jax.runtime import memory, storage
+from l2s_jax.runtime import extras, memory, storage
 from l2s_jax.systems import model_paths
-from l2s_jax.weights import opening
+from l2s_jax.training import optim
+from l2s_jax.weights import opening, saved_steps
 from l2s_jax.weights import source as source_lib
 
 gcs = bucket_servers.gcs_fixture
 s3 = bucket_servers.s3_fixture
 folder = bucket_servers.folder_fixture
+pretrained = test_gguf_form.pretrained
 
 
 @pytest.fixture
@@ -113,7 +121,7 @@ def test_a_converted_folder_is_exported_as_its_local_copy(
     export_command.export(location, str(place / 'made'), to='bundle')
   assert contents(root / 'made') == contents(tmp_path / 'made')
   assert model_paths.load(str(root / 'made')).module is not None
-  with pytest.raises(ValueError, match='already exists.*killed process'):
+  with pytest.raises(ValueError, match='already exists. Choose'):
     export_command.export(source, str(root / 'made'), to='bundle')
 
 
@@ -155,6 +163,58 @@ def test_a_gguf_file_is_copied_and_read(root, tmp_path):
   assert opened.location == str(root / path.name)
   for name, array in params.items():
     np.testing.assert_array_equal(opened.read(name), array)
+
+
+@pytest.mark.parametrize(
+  'to',
+  [
+    'hf',
+    'gguf',
+    'onnx',
+    'stablehlo',
+    pytest.param('savedmodel', marks=pytest.mark.long),
+  ],
+)
+@pytest.mark.parametrize('folder', ['gs'], indirect=True)
+def test_each_form_has_the_files_of_a_local_folder(
+  request, root, kept, tmp_path, small_memory, to
+):
+  source = str(kept / 'converted')
+  if to == 'gguf':  # Of decoder-only models.
+    source = str(request.getfixturevalue('pretrained'))
+  packages = export_command.FORMS[to].packages
+  if extras.missing(*packages):
+    with pytest.raises(ValueError, match=f'--to={to} needs'):
+      export_command.export(source, str(root / 'made'), to=to)
+    assert not (root / 'made').exists()
+    return
+  for place in (root, tmp_path):
+    export_command.export(source, str(place / 'made'), to=to)
+  found, local = contents(root / 'made'), contents(tmp_path / 'made')
+  assert found.keys() == local.keys() and 'manifest.json' in local
+  if to in ('hf', 'gguf'):  # Compiled programs have random names within.
+    assert found == local
+
+
+@pytest.mark.long
+def test_a_run_goes_to_t5x_and_back(root, tmp_path):
+  run = tmp_path / 'run'
+  t5x_runs.save(run, t5x_runs.build(), optim.adafactor())
+  if root.scheme == 's3':
+    with pytest.raises(ValueError, match='s3://.*local folders'):
+      convert.convert(
+        str(run), str(root / 'back'), from_='t5x', to='run', run=str(run)
+      )
+    return
+  export_command.export(str(run), str(root / 't5x'), to='t5x')
+  convert.convert(
+    str(root / 't5x'), str(root / 'back'), from_='t5x', to='run', run=str(run)
+  )
+  before, after = (
+    saved_steps.read_data(place / saved_steps.FOLDER / str(t5x_runs.STEP))
+    for place in (run, root / 'back')
+  )
+  assert before['digests'] == after['digests']
 
 
 @pytest.mark.parametrize('folder', ['gs'], indirect=True)
@@ -199,6 +259,43 @@ def test_an_upload_that_fails_leaves_nothing(root, kept, monkeypatch):
   with pytest.raises(OSError, match='hf'):
     destination.finish(kept / 'hf', root / 'hf')
   assert not (root / 'hf').exists()
+
+
+def test_killed_in_an_upload_the_same_command_ends_with_the_same_bytes(
+  request, root, kept, tmp_path
+):
+  upstream = request.getfixturevalue('gcs' if root.scheme == 'gs' else 's3')
+
+  def start(place):
+    return forked.Popen(
+      [
+        sys.executable,
+        '-m',
+        'l2s_jax',
+        'export',
+        str(kept / 'converted'),
+        str(place / 'made'),
+        '--to=bundle',
+      ],
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+
+  # The first write makes the lock. The next process takes that over by two; it
+  # deletes what is there.
+  for number, num_left in ((2, 2), (4, 2)):
+    with bucket_servers.killing(upstream, root.scheme, number) as killing:
+      process = start(root)
+      told = killing.wait(process)
+    assert process.returncode == -signal.SIGKILL, told
+    assert len((root / 'made').objects()) == num_left
+    with pytest.raises((ValueError, FileNotFoundError)):
+      opening.open_source(str(root / 'made')).shapes()
+  for place in (root, tmp_path):
+    process = start(place)
+    _, told = process.communicate(timeout=200)
+    assert process.returncode == 0, told
+  assert contents(root / 'made') == contents(tmp_path / 'made')
 
 
 def test_a_second_writer_is_refused_at_the_end(root, kept):

@@ -2,6 +2,7 @@
 """Laws of caches in buckets: their files are those of a local folder."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -15,10 +16,11 @@ import pytest
 import test_cache_batches
 import test_cache_writer
 import test_feature_writer
+from array_record.python import array_record_module
 
 from l2s_jax.caching import cache_command, cache_writer
 from l2s_jax.data.cached import cache_format, feature_format
-from l2s_jax.runtime import files
+from l2s_jax.runtime import files, storage
 
 data = test_cache_writer.data
 model = test_cache_writer.model
@@ -64,6 +66,47 @@ def test_jobs_write_the_files_of_a_local_cache(
   (folder / cache_format.FILE).unlink()
   test_cache_writer.write(folder, model, bindings)
   assert content(folder) == test_cache_writer.content(local)
+
+
+def test_records_are_counted_without_a_download(folder, tmp_path, monkeypatch):
+  rng = np.random.default_rng(0)
+  path = tmp_path / 'x.array_record'
+  writer = array_record_module.ArrayRecordWriter(
+    str(path), cache_format.WRITER_OPTIONS
+  )
+  for _ in range(3000):
+    writer.write(rng.bytes(1000))
+  writer.close()
+  content = path.read_bytes()
+  downloads = []
+  download = storage.BucketPath.download
+
+  def counting(source, file):
+    downloads.append(source.name)
+    download(source, file)
+
+  monkeypatch.setattr(storage.BucketPath, 'download', counting)
+  for name, part, number in (
+    ('whole', content, 3000),
+    ('cut', content[:-70_000], None),
+    ('empty', b'', None),
+    ('zero', bytes(len(content)), None),
+  ):
+    (folder / name).write_bytes(part)
+    assert cache_writer.num_records(folder / name) == number
+  assert 'whole' not in downloads and len(content) > 2e6
+
+
+def test_too_little_room_for_a_shard_is_refused_before_writing(
+  data, model, folder, monkeypatch
+):
+  usage = shutil.disk_usage('/')._replace(free=1000)
+  monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage)
+  with pytest.raises(
+    ValueError, match=f'TMPDIR=.* has 0.0 GB free; a shard, .*{folder}'
+  ):
+    test_cache_writer.write(folder, model, test_cache_writer.local(data))
+  assert {path.name for path, _ in folder.objects()} == {cache_writer.PLAN}
 
 
 def test_features_are_those_of_a_local_cache(folder, tmp_path):

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ import test_predictions
 from l2s_jax.data import distilled
 from l2s_jax.evaluation import evaluate
 from l2s_jax.inference import infer, output_parts, predictions
-from l2s_jax.runtime import locks
+from l2s_jax.runtime import locks, storage
 
 NUM_LINES = 41
 NAME = 'predictions.jsonl'
@@ -145,6 +146,52 @@ def test_parts_that_do_not_go_on_are_removed(folder, kind, each, capsys):
   assert list(predictions.read([path])) == records
 
 
+def test_of_overlapping_parts_the_longest_sequence_counts(
+  folder, tmp_path, each
+):
+  """A process that lost its lock writes beside the next one."""
+  path, records = folder / NAME, test_predictions.RECORDS
+  test_predictions.write(tmp_path / NAME)
+  other = predictions.answered({'prompt': 'c'}, 'another', False)
+  with output_parts.growing_file(path) as lost:
+    lost.append(records[:1])
+    with output_parts.growing_file(path) as file:
+      lost.append(records[1:2])
+      file.append(records[1:3])
+      lost.append([other])
+      file.append(records[3:])
+  with output_parts.growing_file(path) as file:
+    assert file.tally.num_lines == len(records)
+    file.finish()
+  assert path.read_bytes() == (tmp_path / NAME).read_bytes()
+  assert not path.with_name(f'{NAME}.partial').exists()
+
+
+def test_the_first_error_is_raised(folder, monkeypatch, capsys):
+  def fail(path, content):
+    raise OSError(f'{path}: no')
+
+  with pytest.raises(KeyboardInterrupt):
+    with output_parts.growing_file(folder / NAME) as file:
+      file.append(test_predictions.RECORDS[:1])
+      monkeypatch.setattr(storage.BucketPath, 'write_bytes', fail)
+      raise KeyboardInterrupt
+  assert 'the last answers are not uploaded' in capsys.readouterr().err
+  with pytest.raises(OSError, match='no'):
+    with output_parts.growing_file(folder / NAME) as file:
+      file.append(test_predictions.RECORDS[:1])
+
+
+def test_a_refused_start_leaves_no_local_file(folder, each):
+  path = folder / NAME
+  with output_parts.growing_file(path) as file:
+    file.append(test_predictions.RECORDS[:1])
+  file = output_parts.growing_file(path, [{'prompt': 'b'}])
+  with pytest.raises(ValueError, match='does not match the input'):
+    file.__enter__()
+  assert not file.path.parent.exists()
+
+
 def test_a_changed_file_is_named(folder):
   path = folder / NAME
   with output_parts.growing_file(path) as file:
@@ -176,10 +223,14 @@ def test_answers_scores_and_shards_are_those_of_a_local_folder(
   # A kill after the complete file left a part.
   path = folder / '1' / NAME
   (folder / '1' / f'{NAME}.partial' / 'left').write_bytes(b'')
+  lock = folder / '1' / f'.{NAME}.lock'
+  owner = {'host': socket.gethostname(), 'pid': 1, 'start': '', 'birth': 'x'}
+  lock.write_text(json.dumps({**owner, 'beat': 0, 'owner': 'dead'}))
   capsys.readouterr()
   answer(run, source, folder / '1')
   assert 'is complete: nothing to answer' in capsys.readouterr().err
   assert path.is_file() and not path.with_name(f'{NAME}.partial').exists()
+  assert not lock.exists()
   with pytest.raises(ValueError, match='holds the answers of another job'):
     answer(run, source, folder / '1', max_decode_len=5)
 
@@ -211,6 +262,17 @@ def start(run, *arguments):
   )
 
 
+def assert_second_is_refused(process, run, folder, name, arguments):
+  process.send_signal(signal.SIGSTOP)
+  who = json.loads((folder / f'.{name}.lock').read_text())
+  second = start(run, *arguments)
+  _, told = second.communicate()
+  assert second.returncode and (
+    f'INFER_OUTPUT_DIR={folder} is being written by process {process.pid} on '
+    f'{who["host"]}, started at {who["start"]}.'
+  ) in ' '.join(told.split())
+
+
 @pytest.mark.parametrize(
   'num_kills', [1, pytest.param(4, marks=pytest.mark.long)]
 )
@@ -235,10 +297,13 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(
   num_parts = 0
   for _ in range(num_kills):
     process = start(run, *arguments)
+    is_first = num_parts == 0
     num_parts += rng.randrange(5, 20)
     while process.poll() is None:
       if len(partial.objects()) > num_parts:
         time.sleep(rng.random() / 20)
+        if is_first:
+          assert_second_is_refused(process, run, folder, name, arguments)
         process.kill()
         break
       time.sleep(0.001)
@@ -258,6 +323,33 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(
   assert {path.name for path, _ in folder.objects()} == {
     path.name for path in unbroken.iterdir()
   }
+
+
+def test_killed_in_the_upload_of_a_part_it_ends_as_if_it_had_not_been(
+  request, run, folder, tmp_path
+):
+  source = tmp_path / 'in.txt'
+  source.write_text(''.join(f'{n}\n' for n in range(300)))
+  arguments = (
+    f'--gin.INPUT={source}',
+    f'--gin.INFER_OUTPUT_DIR={folder}',
+    '--gin.BATCH_SIZE=8',
+  )
+  upstream = request.getfixturevalue('gcs' if folder.scheme == 'gs' else 's3')
+  # After the lock, the settings and two parts.
+  with bucket_servers.killing(upstream, folder.scheme, 4) as killing:
+    process = start(run, *arguments)
+    told = killing.wait(process)
+  assert process.returncode == -signal.SIGKILL, told
+  assert len(list((folder / f'{NAME}.partial').iterdir())) == 2
+  process = start(run, *arguments)
+  _, told = process.communicate()
+  assert process.returncode == 0, told
+  assert re.search(r'[1-9]\d* of 300 lines are answered; skipping', told)
+  answer(run, source, tmp_path / 'unbroken')
+  found, expected = content_of(folder), content_of(tmp_path / 'unbroken')
+  assert found[NAME] == expected[NAME]
+  assert found.keys() == expected.keys()
 
 
 @pytest.mark.long  # Clients wait before they ask again.

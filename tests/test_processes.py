@@ -39,15 +39,35 @@ batches.close()
 """
 
 
-def feed(vocabulary, *, num_processes, start):
-  """Returns three batches of prompts, put together from all processes."""
+# Says whether a job's settings are refused, which differ between hosts.
+SETTLE = """
+import pathlib, sys
+import jax
+address, num_processes, index, folder = sys.argv[1:]
+jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+jax.distributed.initialize(address, int(num_processes), int(index))
+from l2s_jax.inference import predictions
+predictions.settle(
+  pathlib.Path(folder), {'lengths': (1, 2), 'input': f'/disk{index}/a'}
+)
+try:
+  predictions.settle(
+    pathlib.Path(folder) / 'other', {'batch_size': 8 + int(index)}
+  )
+except ValueError as error:
+  print(error)
+"""
+
+
+def run(program, num_processes, *arguments):
+  """Runs a program in several processes; returns what each prints."""
   with socket.socket() as free:
     free.bind(('localhost', 0))
     address = f'localhost:{free.getsockname()[1]}'
   processes = [
     subprocess.Popen(
-      [sys.executable, '-c', FEED, address, str(num_processes), str(index)]
-      + [vocabulary.path, str(start)],
+      [sys.executable, '-c', program, address, str(num_processes), str(index)]
+      + [*arguments],
       cwd=tiny_runs.ROOT,
       env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''},
       stdout=subprocess.PIPE,
@@ -57,6 +77,12 @@ def feed(vocabulary, *, num_processes, start):
   ]
   outputs = [process.communicate(timeout=120)[0] for process in processes]
   assert [process.returncode for process in processes] == [0] * num_processes
+  return outputs
+
+
+def feed(vocabulary, *, num_processes, start):
+  """Returns three batches of prompts, put together from all processes."""
+  outputs = run(FEED, num_processes, vocabulary.path, str(start))
   batches = []
   for lines in zip(*(output.splitlines() for output in outputs), strict=True):
     rows: dict[int, list] = {}
@@ -72,3 +98,13 @@ def test_any_number_of_processes_goes_on_in_the_same_order(vocabulary):
   assert len(alone) == 3 and all(len(batch) == 8 for batch in alone)
   together = feed(vocabulary, num_processes=2, start=8)
   assert together[:2] == alone[1:]
+
+
+def test_other_settings_of_a_host_are_refused_at_the_first_start(tmp_path):
+  for said in run(SETTLE, 2, str(tmp_path)):
+    assert said.endswith(  # After what Gloo says.
+      'the hosts of this job have different settings. Start all with the same '
+      'command:\n  batch_size: host 0 has 8, host 1 has 9\n'
+    )
+  assert (tmp_path / 'settings.json').is_file()
+  assert not (tmp_path / 'other').exists()

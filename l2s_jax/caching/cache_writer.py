@@ -26,7 +26,7 @@ from array_record.python import array_record_module
 
 from l2s_jax.caching import cache_encoding, cache_key, cache_texts
 from l2s_jax.data.cached import cache_format
-from l2s_jax.runtime import files, integrity, locks, storage
+from l2s_jax.runtime import files, integrity, locks, scratch, storage
 from l2s_jax.weights import run_format
 
 PLAN = 'plan.json'
@@ -39,6 +39,9 @@ _MOST_SHARDS = 1000
 _OF_ZLIB = 1.1
 _FRAME_BYTES = 80
 PART = '.part-'
+# Of an object, to count its records. A footer of 16,384 records has 200 kB.
+_HEAD_BYTES = 2**16
+_FOOTER_BYTES = 2**20
 _REMEDY = 'remove the folder, and cache again.'
 
 
@@ -391,7 +394,7 @@ class ShardFile:
     places: list[pathlib.Path] = self._targets
     self._scratch: tempfile.TemporaryDirectory[str] | None = None
     if isinstance(folder, storage.BucketPath):
-      self._scratch = tempfile.TemporaryDirectory(prefix='l2s_jax-')
+      self._scratch = scratch.folder()
       places = [pathlib.Path(self._scratch.name) / p.name for p in places]
     self._parts = [path.with_name(f'.{path.name}{mark}') for path in places]
     places[0].parent.mkdir(parents=True, exist_ok=True)
@@ -483,22 +486,70 @@ def finish(folder: pathlib.Path, plan: Mapping[str, Any]) -> None:
 
 def num_records(path: pathlib.Path) -> int | None:
   """Returns the number of records of a file; None if it is damaged."""
+  if isinstance(path, storage.BucketPath):
+    with _ends(path) as local:
+      number = _num_records(local)
+    if number is not None:
+      return number
   with storage.fetched(path) as local:
-    reader = array_record_module.ArrayRecordReader(str(local), '')
-    if not reader.ok():
-      return None  # Its `close` would raise the library's error.
-    number: int = reader.num_records()
-    reader.close()
+    return _num_records(local)
+
+
+def _num_records(path: pathlib.Path) -> int | None:
+  reader = array_record_module.ArrayRecordReader(str(path), '')
+  if not reader.ok():
+    return None  # Its `close` would raise the library's error.
+  number: int = reader.num_records()
+  reader.close()
   return number
 
 
-def check_room(folder: pathlib.Path, num_bytes: float) -> None:
+@contextlib.contextmanager
+def _ends(path: storage.BucketPath) -> Iterator[pathlib.Path]:
+  """Yields a local file with the first and last bytes of an object.
+
+  The others are zero. ArrayRecord's header and footer are in them, which have
+  the number of records.
+  """
+  size = path.stat().st_size
+  with scratch.folder() as name:
+    local = pathlib.Path(name) / path.name
+    with local.open('wb') as file:
+      file.truncate(size)
+      for start, stop in (
+        (0, min(_HEAD_BYTES, size)),
+        (max(0, size - _FOOTER_BYTES), size),
+      ):
+        file.seek(start)
+        file.write(path.read_range(start, stop))
+    yield local
+
+
+def check_room(
+  folder: pathlib.Path, num_bytes: float, shard_bytes: float
+) -> None:
   """Refuses to start without enough free disk space.
+
+  Args:
+    folder: folder of the cache.
+    num_bytes: size of all shards to write.
+    shard_bytes: size of the shards that are written at a time. Those of a cache
+      in a bucket are in the temporary folder until they are uploaded.
 
   Raises:
     ValueError: with the free and the required space.
   """
   if isinstance(folder, storage.BucketPath):
+    place = tempfile.gettempdir()
+    free = shutil.disk_usage(place).free
+    if free < shard_bytes:
+      raise ValueError(
+        f'TMPDIR={place} has {free / 1e9:,.1f} GB free; a shard, which is '
+        f'written there before it is uploaded to CACHE_DIR={folder}, needs '
+        f'about {shard_bytes / 1e9:,.1f} GB. Free disk space, set TMPDIR to '
+        'another folder, or start a new cache with fewer '
+        'CACHE_EXAMPLES_PER_SHARD.'
+      )
     return
   free = shutil.disk_usage(files.nearest_existing(folder)).free
   if free < num_bytes:

@@ -107,7 +107,8 @@ def cache_features(
     f'Features to compute: {num_examples:,} examples, about '
     f'{num_bytes / 1e9:,.3f} GB.'
   )
-  cache_writer.check_room(cache.folder, num_bytes)
+  each = (feature_files.num_bytes(cache, [shard], plan) for shard in shards)
+  cache_writer.check_room(cache.folder, num_bytes, max(each, default=0))
   if dry_run:
     return
   with session.entered():

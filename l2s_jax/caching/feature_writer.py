@@ -468,16 +468,17 @@ def _read_back(
   shard = shards[0]
   size = min(shard.stop - shard.start, 256)
   path = shard.path(cache.folder, f'{feature_format.KIND}.array_record')
-  reader = array_record_module.ArrayRecordReader(
-    storage.local_copy(path), cache_format.READER_OPTIONS
-  )
-  start_secs = time.perf_counter()
-  for place in range(size):
-    reader.seek(place)
-    record = reader.read()
-    cache_format.checksum(record)
-    rows = feature_format.decode(record, plan['dtype'], plan['width']).rows
-    np.array(rows)  # Copies, like the layout of a batch.
-  secs = time.perf_counter() - start_secs
+  with storage.fetched(path) as local:
+    reader = array_record_module.ArrayRecordReader(
+      str(local), cache_format.READER_OPTIONS
+    )
+    start_secs = time.perf_counter()
+    for place in range(size):
+      reader.seek(place)
+      record = reader.read()
+      cache_format.checksum(record)
+      rows = feature_format.decode(record, plan['dtype'], plan['width']).rows
+      np.array(rows)  # Copies, like the layout of a batch.
+    secs = time.perf_counter() - start_secs
+    reader.close()
   times.reading_secs = secs / size / jax.process_count()
-  reader.close()

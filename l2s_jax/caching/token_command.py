@@ -232,20 +232,19 @@ def _check_room(
   encoder: cache_encoding.Encoder,
 ) -> None:
   """Prints the required disk space; refuses if it is not free."""
-  counts: dict[tuple[str, str], int] = {}
+  sizes: dict[tuple[str, str], list[int]] = {}
   for shard in shards:
     if not shard.is_whole(folder):
       name = shard.task, shard.split
-      counts[name] = counts.get(name, 0) + shard.stop - shard.start
-  num_bytes = sum(
-    count * cache_writer.bytes_per_example(texts[task][split], encoder)
-    for (task, split), count in counts.items()
-  )
-  _say(
-    f'Examples to cache: {sum(counts.values()):,}, about '
-    f'{num_bytes / 1e9:,.3f} GB.'
-  )
-  cache_writer.check_room(folder, num_bytes)
+      sizes.setdefault(name, []).append(shard.stop - shard.start)
+  num_bytes = shard_bytes = 0.0
+  for (task, split), counts in sizes.items():
+    each = cache_writer.bytes_per_example(texts[task][split], encoder)
+    num_bytes += each * sum(counts)
+    shard_bytes = max(shard_bytes, each * max(counts))
+  num_examples = sum(map(sum, sizes.values()))
+  _say(f'Examples to cache: {num_examples:,}, about {num_bytes / 1e9:,.3f} GB.')
+  cache_writer.check_room(folder, num_bytes, shard_bytes)
 
 
 def _size(contents: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from l2s_jax.runtime import (
   files,
   integrity,
   os_errors,
+  scratch,
   storage,
 )
 
@@ -77,7 +78,7 @@ class MetricWriter:
       file.writelines(lines)
     self._path = path
     if isinstance(path, storage.BucketPath):
-      self._scratch = tempfile.TemporaryDirectory(prefix='l2s_jax-logs-')
+      self._scratch = scratch.folder()
       path = pathlib.Path(self._scratch.name) / FILE
       path.write_text(''.join(lines), encoding='utf-8')
     self._local = path
@@ -158,7 +159,7 @@ class EventFile:
 
     self._remote: storage.BucketPath | None = None
     if isinstance(folder, storage.BucketPath):
-      self._scratch = tempfile.TemporaryDirectory(prefix='l2s_jax-events-')
+      self._scratch = scratch.folder()
       self._remote = folder
       local = pathlib.Path(self._scratch.name)
     else:

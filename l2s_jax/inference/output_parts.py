@@ -7,24 +7,24 @@ PART_SECS, and at the end of a stopped job, the new ones become an object:
     predictions.jsonl.partial/START-STOP-DIGEST
 
 START and STOP are offsets in the complete file, in bytes. DIGEST is that of all
-bytes before STOP. The next start reads the parts that continue one another, and
-removes others. The complete file is uploaded as one object, after its digests;
-then the parts are deleted.
+bytes before STOP. The next start reads the longest sequence of parts that
+continue one another, and removes the others. A process that lost its lock may
+have written some: they overlap those of the next process. The complete file is
+uploaded as one object, after its digests; then the parts are deleted.
 """
 
 import concurrent.futures
 import pathlib
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
 from l2s_jax.inference import predictions, prompts
-from l2s_jax.runtime import storage
+from l2s_jax.runtime import os_errors, scratch, storage
 
 # A kill loses the answers of this period. Each part is a billed request.
 PART_SECS = 30.0
@@ -59,18 +59,19 @@ class _FileOfParts(predictions.GrowingFile):
   def __init__(
     self, path: storage.BucketPath, items: Iterable[prompts.Item] | None
   ):
-    self._scratch = tempfile.TemporaryDirectory(prefix='l2s_jax-')
+    self._scratch = scratch.folder()
     super().__init__(pathlib.Path(self._scratch.name) / path.name, items)
     self._target = path
     self._shown = _folder(path)
     self._is_whole = False
 
   def __enter__(self) -> predictions.GrowingFile:
-    with self._partial.open('wb') as file:
-      for content in _contents(_folder(self._target)):
-        file.write(content)
-      size = file.tell()
-    super().__enter__()
+    try:
+      size = _join(_folder(self._target), self._partial)
+      super().__enter__()
+    except BaseException:
+      self._scratch.cleanup()
+      raise
     self._uploaded = self._file.seek(0, 2)
     # Parts have whole lines, by their digests.
     assert self._uploaded == size, (self._shown, self._uploaded, size)
@@ -82,6 +83,14 @@ class _FileOfParts(predictions.GrowingFile):
       # A store that has just failed is not asked again.
       if not self._is_whole and not isinstance(error[1], OSError):
         self._upload()
+    except OSError as failure:
+      if error[1] is None:
+        raise
+      print(  # The first error is raised.
+        f'{self._shown}: the last answers are not uploaded, and will be '
+        f'computed again: {os_errors.first_line(failure)}.',
+        file=sys.stderr,
+      )
     finally:
       super().__exit__(*error)
       self._scratch.cleanup()
@@ -115,39 +124,93 @@ def _folder(path: storage.BucketPath) -> storage.BucketPath:
   return path.with_name(f'{path.name}.partial')
 
 
-def _contents(folder: storage.BucketPath) -> Iterator[bytes]:
-  """Yields the contents of the parts in order; removes all others.
+class _Part(NamedTuple):
+  """A part that continues others.
 
-  A process that lost its lock may have written parts beside those of the next.
+  Attributes:
+    before: the part before it; None for the first.
+    stop: its end in the complete file, in bytes.
+    hasher: of all bytes before `stop`.
+    place: of its object.
+    offset: of its content in the local file.
+    size: of its content.
   """
-  hasher: Any = xxhash.xxh3_128()
-  position = 0
-  others = []
+
+  before: '_Part | None'
+  stop: int
+  hasher: Any
+  place: storage.BucketPath | None
+  offset: int = 0
+  size: int = 0
+
+
+def _join(folder: storage.BucketPath, path: pathlib.Path) -> int:
+  """Writes the longest sequence of parts as a local file; removes all others.
+
+  Returns:
+    The size of the file.
+  """
+  # Ends of sequences, by the offset in the complete file. Where parts overlap,
+  # several have the same.
+  longest = _Part(None, 0, xxhash.xxh3_128(), None)
+  ends: dict[int, list[_Part]] = {0: [longest]}
   places = [place for place, _ in folder.objects()]
-  with concurrent.futures.ThreadPoolExecutor(_NUM_READING) as pool:
-    for first in range(0, len(places), _NUM_READING):
-      some = places[first : first + _NUM_READING]
-      for place, content in zip(
-        some, pool.map(storage.BucketPath.read_bytes, some), strict=True
-      ):
-        found = _NAME.fullmatch(place.name)
-        with_it = hasher.copy()
-        with_it.update(content)
-        if (
-          found is None
-          or int(found[1]) != position
-          or int(found[2]) != position + len(content)
-          or found[3] != with_it.hexdigest()
-        ):
-          others.append(place)
-          continue
-        hasher, position = with_it, position + len(content)
-        yield content
-  for place in others:
-    place.unlink(missing_ok=True)
+  with path.open('wb') as file:
+    for place, content in _contents(places):
+      found = _NAME.fullmatch(place.name)
+      for end in ends.get(int(found[1]), ()) if found else ():
+        hasher = end.hasher.copy()
+        hasher.update(content)
+        part = _Part(
+          end,
+          end.stop + len(content),
+          hasher,
+          place,
+          file.tell(),
+          len(content),
+        )
+        assert found is not None
+        if int(found[2]) == part.stop and found[3] == hasher.hexdigest():
+          file.write(content)
+          ends.setdefault(part.stop, []).append(part)
+          longest = max(longest, part, key=lambda x: x.stop)
+          break
+    written = file.tell()
+  chosen = []
+  part = longest
+  while part.before is not None:
+    chosen.append(part)
+    part = part.before
+  if longest.stop < written:
+    _keep(path, chosen[::-1])
+  others = sorted(set(places) - {part.place for part in chosen})
+  for other in others:
+    other.unlink(missing_ok=True)
   if others:
     print(
       f'{folder}: removed {len(others)} parts, which do not continue the '
-      'others or do not match their digests.',
+      'others, overlap them, or do not match their digests.',
       file=sys.stderr,
     )
+  return longest.stop
+
+
+def _contents(
+  places: Sequence[storage.BucketPath],
+) -> Iterator[tuple[storage.BucketPath, bytes]]:
+  """Yields objects with their contents, some of which are read at a time."""
+  with concurrent.futures.ThreadPoolExecutor(_NUM_READING) as pool:
+    for first in range(0, len(places), _NUM_READING):
+      some = places[first : first + _NUM_READING]
+      read = pool.map(storage.BucketPath.read_bytes, some)
+      yield from zip(some, read, strict=True)
+
+
+def _keep(path: pathlib.Path, parts: Sequence[_Part]) -> None:
+  """Removes from a local file all but the contents of some parts."""
+  kept = path.with_name(f'{path.name}.kept')
+  with path.open('rb') as source, kept.open('wb') as target:
+    for part in parts:
+      source.seek(part.offset)
+      target.write(source.read(part.size))
+  kept.replace(path)

@@ -6,6 +6,7 @@ bounded. The device does not wait for the host. `prompts.py` reads the lines,
 `predictions.py` writes the records.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -269,9 +270,16 @@ def answer_lines(
     named_by=named_by,
   )
   path = folder / part.name('predictions', '.jsonl')
+  lock = f'.{path.name}.lock'
   if distributed.from_first(path.is_file()):
     tally = predictions.read_whole(path, items())
     if distributed.is_first():
+      if (folder / lock).exists():  # A kill after the last line left it.
+        with (
+          contextlib.suppress(ValueError),  # Its owner still runs.
+          locks.held(folder, named_by, lock),
+        ):
+          pass
       output_parts.remove(path)
     distributed.say(f'{path} is complete: nothing to answer.')
     return tally
@@ -283,7 +291,7 @@ def answer_lines(
         tally.add(record)
     return tally
   with (
-    locks.held(folder, named_by, f'.{path.name}.lock'),
+    locks.held(folder, named_by, lock),
     output_parts.growing_file(path, items()) as file,
   ):
     done = distributed.from_first(file.tally.num_lines)

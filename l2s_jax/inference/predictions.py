@@ -180,9 +180,11 @@ def settle(
     named_by: the setting that names the folder, for messages.
 
   Raises:
-    ValueError: lists the differences if the folder holds another job.
+    ValueError: lists the differences if the folder holds another job, or the
+      hosts of this job have different settings.
   """
   settings = {**run_format.stamp(), **settings}
+  _check_hosts(settings)
   path = folder / SETTINGS
   if not path.is_file():
     strangers = sorted(path.name for path in folder.glob('predictions*'))
@@ -209,6 +211,28 @@ def settle(
       f'{named_by}={folder} holds the answers of another job. Choose '
       'another folder, or remove it to start again:\n' + '\n'.join(differences)
     )
+
+
+def _check_hosts(settings: Mapping[str, Any]) -> None:
+  """Compares the settings of all hosts. All hosts must call it.
+
+  Raises:
+    ValueError: in all hosts, with the differences of the first that differs.
+  """
+  first, *others = distributed.gather([settings])
+  for number, other in enumerate(others, start=1):
+    differences = files.differences(
+      first,
+      other,
+      ignored=(*_PLACES, *_OF_THE_FILE),
+      have='host 0 has',
+      want=f'host {number} has',
+    )
+    if differences:
+      raise ValueError(
+        'the hosts of this job have different settings. Start all with the '
+        'same command:\n' + '\n'.join(differences)
+      )
 
 
 class GrowingFile:

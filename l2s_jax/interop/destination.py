@@ -4,7 +4,8 @@
 The output is written to a temporary folder, and compared there. A local
 DESTINATION is this folder, renamed. For a bucket the temporary folder is local,
 and its files are uploaded one by one. The files without which no reader accepts
-the folder come last.
+the folder come last. A lock is there until the end. After a kill, the same
+command takes it over and uploads all files again.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
-from l2s_jax.runtime import files, locks, storage
+from l2s_jax.runtime import files, locks, scratch, storage
 from l2s_jax.weights import run_format
 
 # Ends of paths. Files with a later one are uploaded later, all others first.
@@ -29,6 +30,8 @@ _LAST = (
   storage.COMMIT,
   run_format.RUN,
 )
+# Of an upload, so that it is known from the lock of a run.
+_LOCK = '.unfinished'
 # Orbax's file in the folder of a checkpoint.
 _CHECKPOINT = '_CHECKPOINT_METADATA'
 
@@ -51,6 +54,8 @@ def opened(destination: str) -> pathlib.Path:
 def check(folder: pathlib.Path, num_bytes: int) -> None:
   """Checks that a folder does not exist and that the disk has room for it.
 
+  The upload of a killed process does not count.
+
   Args:
     folder: the destination.
     num_bytes: size of the tensors to write.
@@ -58,7 +63,8 @@ def check(folder: pathlib.Path, num_bytes: int) -> None:
   Raises:
     ValueError: if the folder exists, is inside a file, or does not fit.
   """
-  if folder.exists():
+  is_left = storage.is_bucket(folder) and (folder / _LOCK).exists()
+  if folder.exists() and not is_left:
     raise ValueError(_refusal(folder))
   where = 'another DESTINATION'
   if storage.is_bucket(folder):
@@ -92,9 +98,9 @@ def writing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     ValueError: for an error of the file system, with its message.
   """
   if storage.is_bucket(folder):
-    with tempfile.TemporaryDirectory(prefix='l2s_jax-') as scratch:
+    with scratch.folder() as name:
       # Of the same name, which files of the folder may repeat.
-      yield pathlib.Path(scratch) / folder.name
+      yield pathlib.Path(name) / folder.name
     return
   unfinished = _beside(folder)
   missing = [path for path in folder.absolute().parents if not path.exists()]
@@ -124,20 +130,29 @@ def finish(made: pathlib.Path, folder: pathlib.Path) -> None:
   if not isinstance(folder, storage.BucketPath):
     made.rename(folder)
     return
+  for checkpoint in made.rglob(_CHECKPOINT):
+    # In a bucket a checkpoint counts with this file, as Orbax writes it.
+    (checkpoint.parent / storage.COMMIT).write_text('complete\n')
+  names = {
+    path.relative_to(made).as_posix()
+    for path in made.rglob('*')
+    if path.is_file()
+  }
   # Readers of an export refuse its folder while the lock is there.
-  with locks.held(folder, 'DESTINATION'):
-    if any(path.name != locks.NAME for path, _ in folder.objects()):
+  with locks.held(folder, 'DESTINATION', _LOCK) as is_left:
+    found = {
+      path.relative_to(folder).as_posix() for path, _ in folder.objects()
+    } - {_LOCK}
+    if found - names or (found and not is_left):
       raise ValueError(_refusal(folder))
-    for checkpoint in made.rglob(_CHECKPOINT):
-      # In a bucket a checkpoint counts with this file, as Orbax writes it.
-      (checkpoint.parent / storage.COMMIT).write_text('complete\n')
+    for name in sorted(found, key=_rank, reverse=True):
+      (folder / name).unlink(missing_ok=True)
     try:
       files.upload_folder(made, folder, order=_rank)
     except BaseException:
       with contextlib.suppress(OSError):  # The first error is raised.
-        for path in made.rglob('*'):
-          if path.is_file():
-            (folder / path.relative_to(made)).unlink(missing_ok=True)
+        for name in sorted(names, key=_rank, reverse=True):
+          (folder / name).unlink(missing_ok=True)
       raise
 
 
@@ -157,12 +172,4 @@ def _beside(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _refusal(folder: pathlib.Path) -> str:
-  killed = (
-    ' It may be incomplete, from a killed process.'
-    if storage.is_bucket(folder)
-    else ''
-  )
-  return (
-    f'{folder} already exists.{killed} Choose another DESTINATION, or remove '
-    'it.'
-  )
+  return f'{folder} already exists. Choose another DESTINATION, or remove it.'

@@ -23,6 +23,7 @@ __all__ = (
   'partitioning',
   'preemption',
   'profiling',
+  'scratch',
   'storage',
   't5x_names',
 )

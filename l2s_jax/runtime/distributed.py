@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from l2s_jax.runtime import preemption
+from l2s_jax.runtime import preemption, scratch
 
 PyTree = Any
 
@@ -132,6 +132,7 @@ def together() -> Iterator[None]:
       flush=True,
     )
     sys.stdout.flush()
+    scratch.remove()
     os._exit(1)
 
 

@@ -11,13 +11,12 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
 import types
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import IO, Any, NoReturn
 
-from l2s_jax.runtime import os_errors, storage
+from l2s_jax.runtime import os_errors, scratch, storage
 
 # Maximum nesting, far below the depth of Python's stack.
 _MOST_LEVELS = 200
@@ -43,8 +42,8 @@ def whole(path: str | os.PathLike[str], mode: str = 'w') -> Iterator[IO[Any]]:
   path = storage.of(path)
   encoding = 'utf-8' if mode == 'w' else None
   if isinstance(path, storage.BucketPath):
-    with tempfile.TemporaryDirectory(prefix='l2s_jax-') as scratch:
-      local = pathlib.Path(scratch) / 'object'
+    with scratch.folder() as name:
+      local = pathlib.Path(name) / 'object'
       with local.open(mode, encoding=encoding) as file:
         yield file
       path.upload(local)

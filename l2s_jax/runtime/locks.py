@@ -25,7 +25,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from l2s_jax.runtime import distributed, files, os_errors, storage
+from l2s_jax.runtime import distributed, files, os_errors, scratch, storage
 
 RENEWAL_SECS = 5.0
 LEASE_SECS = 30.0
@@ -41,8 +41,10 @@ _KEYS = {'host': str, 'pid': int, 'start': str, 'birth': str, 'beat': int}
 @contextlib.contextmanager
 def held(
   folder: pathlib.Path, setting: str, name: str = NAME
-) -> Iterator[None]:
+) -> Iterator[bool]:
   """Holds the lock of a folder until the block ends.
+
+  Yields whether the lock was taken over from a dead process.
 
   Args:
     folder: the folder; created if absent.
@@ -63,14 +65,14 @@ def held(
     'birth': _birth(os.getpid()),
     'owner': uuid.uuid4().hex,
   }
-  _take(path, mine, setting)
+  is_taken_over = _take(path, mine, setting)
   stopped = threading.Event()
   renewal = threading.Thread(
     target=_renew, args=(path, mine, stopped), daemon=True
   )
   renewal.start()
   try:
-    yield
+    yield is_taken_over
   finally:
     stopped.set()
     renewal.join()
@@ -78,9 +80,14 @@ def held(
       path.unlink(missing_ok=True)
 
 
-def _take(path: pathlib.Path, mine: dict[str, Any], setting: str) -> None:
-  """Creates the lock file atomically, or takes over that of a dead process."""
+def _take(path: pathlib.Path, mine: dict[str, Any], setting: str) -> bool:
+  """Creates the lock file atomically, or takes over that of a dead process.
+
+  Returns:
+    Whether it was taken over.
+  """
   num_tries = 0
+  is_left = False
   while not _make(path, mine):
     num_tries += 1
     if num_tries > _MOST_TRIES:
@@ -121,7 +128,9 @@ def _take(path: pathlib.Path, mine: dict[str, Any], setting: str) -> None:
         f'{_name(who) if who else "another process"} is taken over; {gone}.'
       )
       if storage.is_bucket(path):
-        return
+        return True
+      is_left = True
+  return is_left
 
 
 def _make(path: pathlib.Path, mine: dict[str, Any]) -> bool:
@@ -219,6 +228,7 @@ def _end(path: pathlib.Path) -> NoReturn:
     file=sys.stderr,
     flush=True,
   )
+  scratch.remove()
   os._exit(1)
 
 

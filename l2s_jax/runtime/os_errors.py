@@ -19,6 +19,8 @@ import urllib.parse
 from collections.abc import Iterator
 from typing import Any
 
+from l2s_jax.runtime import scratch
+
 _SPACE = 'free some space, or choose a folder on another disk'
 _RIGHTS = 'choose a folder that you may write to, or change its permissions'
 _PATH = 'correct the path'
@@ -220,6 +222,7 @@ class Hooks:
       for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
           stream.flush()
+      scratch.remove()
       os._exit(1)
 
     def thread_excepthook(args: threading.ExceptHookArgs) -> None:

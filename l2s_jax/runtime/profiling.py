@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 
-from l2s_jax.runtime import distributed, files, storage
+from l2s_jax.runtime import distributed, files, scratch, storage
 
 FOLDER = 'profile'
 
@@ -52,7 +52,7 @@ class Profiler:
     if step == self._first and distributed.is_first():
       place = str(self._folder)
       if isinstance(self._folder, storage.BucketPath):
-        self._scratch = tempfile.TemporaryDirectory(prefix='l2s_jax-profile-')
+        self._scratch = scratch.folder()
         place = self._scratch.name
       jax.profiler.start_trace(place)
       self._is_on = True

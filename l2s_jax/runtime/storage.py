@@ -28,7 +28,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, NoReturn
 
-from l2s_jax.runtime import extras, os_errors
+from l2s_jax.runtime import extras, os_errors, scratch
 
 # By scheme: the module of its file system.
 MODULES = {'gs': 'gcsfs', 's3': 's3fs'}
@@ -609,42 +609,46 @@ def _unlink(path: BucketPath) -> None:
 def local_copy(path: str | os.PathLike[str]) -> str:
   """Returns a local path with the content of a file.
 
-  It is the path itself, or the copy of an object in a temporary folder, which
-  is removed when the process ends. An object is copied once.
+  It is the path itself, or a copy of the object in a temporary folder, which is
+  removed when the process ends. A version of an object is copied once.
   """
   path = os.fspath(path)
   if not is_bucket(path):
     return path
-  with _COPYING[hash(path) % len(_COPYING)]:  # Threads wait for one copy.
-    return _copied(path)
-
-
-@functools.cache
-def _copied(path: str) -> str:
-  folder = tempfile.TemporaryDirectory(prefix='l2s_jax-copies-')
-  _COPIES.append(folder)
-  source = of(path)
-  assert isinstance(source, BucketPath)
-  target = os.path.join(folder.name, source.name)
-  source.download(target)
-  return target
+  source = BucketPath(path)
+  return str(_copied(source, source.version(), source.download))
 
 
 def local_folder(path: pathlib.Path) -> pathlib.Path:
   """Returns a local folder with the content of a folder, as `local_copy`."""
-  return _copied_folder(path) if isinstance(path, BucketPath) else path
+  if not isinstance(path, BucketPath):
+    return path
+  objects = path.objects()
+
+  def fill(target: pathlib.Path) -> None:
+    for source, _ in objects:
+      place = target / source.relative_to(path)
+      place.parent.mkdir(parents=True, exist_ok=True)
+      source.download(place)
+
+  return _copied(path, str(objects), fill)
 
 
-@functools.cache
-def _copied_folder(path: BucketPath) -> pathlib.Path:
-  folder = tempfile.TemporaryDirectory(prefix='l2s_jax-copies-')
-  _COPIES.append(folder)
-  target = pathlib.Path(folder.name) / path.name
-  for source, _ in path.objects():
-    place = target / source.relative_to(path)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    source.download(place)
-  return target
+def _copied(
+  path: BucketPath, version: str, fill: Callable[[pathlib.Path], None]
+) -> pathlib.Path:
+  """Returns the copy of a version, which `fill` writes if there is none."""
+  key = str(path), version
+  with _COPYING[hash(key) % len(_COPYING)]:  # Threads wait for one copy.
+    if key not in _COPIES:
+      folder = scratch.folder()
+      try:
+        fill(pathlib.Path(folder.name) / path.name)
+      except BaseException:
+        folder.cleanup()
+        raise
+      _COPIES[key] = folder
+    return pathlib.Path(_COPIES[key].name) / path.name
 
 
 @contextlib.contextmanager
@@ -656,12 +660,13 @@ def fetched(path: pathlib.Path) -> Iterator[pathlib.Path]:
   if not isinstance(path, BucketPath):
     yield path
     return
-  with tempfile.TemporaryDirectory(prefix='l2s_jax-') as scratch:
-    copy = pathlib.Path(scratch) / path.name
+  with scratch.folder() as name:
+    copy = pathlib.Path(name) / path.name
     path.download(copy)
     yield copy
 
 
-# Keeps references, since garbage collection would remove the folders.
-_COPIES: list[tempfile.TemporaryDirectory[str]] = []
+# By path and version. Keeps references, since garbage collection would remove
+# the folders.
+_COPIES: dict[tuple[str, str], tempfile.TemporaryDirectory[str]] = {}
 _COPYING = [threading.Lock() for _ in range(64)]

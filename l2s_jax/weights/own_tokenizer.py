@@ -5,7 +5,7 @@ import functools
 import pathlib
 import tempfile
 
-from l2s_jax.runtime import storage
+from l2s_jax.runtime import scratch, storage
 from l2s_jax.vocabularies import base, loading, tokenizer_files
 from l2s_jax.weights import hub, manifest, runs
 from l2s_jax.weights.formats import gguf_file, t5x
@@ -64,7 +64,7 @@ def _out_of_gguf(location: str, setting: str) -> pathlib.Path:
 
   The folder is removed when the process ends.
   """
-  folder = tempfile.TemporaryDirectory(prefix='l2s_jax-tokenizer-')
+  folder = scratch.folder()
   _KEPT.append(folder)
   path = pathlib.Path(folder.name)
   if not gguf_file.File(storage.of(location)).save_tokenizer(path):

@@ -9,6 +9,9 @@ import numpy as np
 
 from l2s_jax.runtime import storage
 
+# What an array keeps; further ranges are read again when they are needed.
+_MOST_KEPT_BYTES = 4 * 2**30
+
 
 class BucketArray:
   """An array stored as consecutive bytes of an object, read on demand.
@@ -39,7 +42,8 @@ class BucketArray:
       dtype: of the elements.
       shape: of the array.
       offset: of the first element, in bytes.
-      keeps: whether to keep what was read, so that no range is read twice.
+      keeps: whether to keep what was read, so that no range is read twice, up
+        to `_MOST_KEPT_BYTES`.
     """
     self.shape = shape
     self.dtype = dtype
@@ -124,5 +128,7 @@ class BucketArray:
         return content[start - first : stop - first]
     found = self._path.read_range(self._offset + start, self._offset + stop)
     if self._kept is not None:
-      self._kept[start, stop] = found
+      num_bytes = sum(map(len, self._kept.values())) + len(found)
+      if num_bytes <= _MOST_KEPT_BYTES:
+        self._kept[start, stop] = found
     return found
