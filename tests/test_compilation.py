@@ -33,6 +33,19 @@ def test_a_program_is_announced_when_it_is_new(capsys):
   assert capsys.readouterr().err.endswith(' s\n')
 
 
+@pytest.mark.parametrize('most_bytes, left', [(40, 4), (25, 2), (0, 0)])
+def test_what_was_used_least_recently_makes_room(tmp_path, most_bytes, left):
+  for number in range(4):
+    path = tmp_path / f'{number}-cache'
+    path.write_bytes(bytes(10))
+    # Used again, or written: the later of both counts.
+    os.utime(path, (number, 0) if number % 2 else (0, number))
+  compilation.bound(tmp_path, most_bytes)
+  names = sorted(path.name for path in tmp_path.iterdir())
+  assert names == [f'{number}-cache' for number in range(4 - left, 4)]
+  compilation.bound(tmp_path / 'absent', 0)
+
+
 def test_a_second_process_finds_what_the_first_has_compiled(tmp_path):
   def run(**changes):
     environment = os.environ | {

@@ -37,6 +37,25 @@ def test_broken_files_and_settings_end_in_one_sentence_or_are_read():
     assert int(read) > 0 and int(tracebacks) == 0
 
 
+def test_spoilt_command_lines_end_in_a_sentence():
+  """By the driver of all families, which bounds time and memory."""
+  result = subprocess.run(
+    [
+      *(sys.executable, '-m', 'faults.fuzz'),
+      *('--count=300', '--seed=1', '--only=command line'),
+    ],
+    cwd=TESTS.parent,
+    env=os.environ | {'PYTHONPATH': f'{TESTS.parent}:{TESTS}'},
+    capture_output=True,
+    text=True,
+    errors='replace',
+    timeout=300,
+  )
+  assert result.returncode == 0, result.stdout + result.stderr
+  assert '300 cases of 1 families, 0 ended badly' in result.stdout
+  assert "'refused': 0" not in result.stderr
+
+
 def test_good_files_are_read():
   for name, kind in fuzz_files.kinds().items():
     whole = dataclasses.replace(kind, mutate=lambda content, _: content)

@@ -83,6 +83,46 @@ def test_removed_and_repeated_lines_are_said(tmp_path):
   ]
 
 
+@pytest.mark.parametrize('num_left', [0, 2, 4])
+def test_removed_last_lines_are_said(tmp_path, num_left):
+  lines = write_log(tmp_path)
+  steps, (words,) = read_log(tmp_path, lines[:num_left])
+  assert steps == [10, 20, 30, 40, 50][:num_left]
+  assert f'metrics.jsonl: {5 - num_left} lines at its end were rem' in words
+
+
+def test_a_damaged_last_line_is_not_said_twice(tmp_path):
+  lines = write_log(tmp_path)
+  _, (words,) = read_log(tmp_path, [*lines[:4], lines[4][:30] + '\n'])
+  assert 'line 5' in words
+  _, said = read_log(tmp_path, [*lines[:1], *lines[2:3]])
+  assert ['1 lines before' in said[1], '2 lines at' in said[0]] == [True] * 2
+
+
+@pytest.mark.parametrize('content', [None, '', '{"line": 9, "digest": "0"}'])
+def test_a_lost_number_of_lines_is_said(tmp_path, content):
+  lines = write_log(tmp_path)
+  end = tmp_path / '.metrics.jsonl.end'
+  if content is None:
+    end.unlink()
+  else:
+    end.write_text(content)
+  steps, (words,) = read_log(tmp_path, lines)
+  assert steps == [10, 20, 30, 40, 50]
+  assert f'{end} is missing or damaged' in words
+  # The next start makes it whole again.
+  metric_writer.MetricWriter(tmp_path, first_step=30, tensorboard=False).close()
+  said: list[str] = []
+  assert len(metric_writer.read(tmp_path, said.append)) == 3 and not said
+
+
+def test_a_kill_while_the_log_is_begun_again_is_no_loss(tmp_path):
+  """The number is written first; the log then has more lines."""
+  lines = write_log(tmp_path)
+  metric_writer.MetricWriter(tmp_path, first_step=20, tensorboard=False).close()
+  assert read_log(tmp_path, lines) == ([10, 20, 30, 40, 50], [])
+
+
 def test_a_log_without_digests_is_read_and_gets_them(tmp_path):
   lines = [
     json.dumps({'step': step, 'time': 1.0, 'loss': step}) + '\n'

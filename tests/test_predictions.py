@@ -282,3 +282,27 @@ def test_a_whole_file_is_compared_with_its_input_and_its_digests(tmp_path):
   path.with_name(f'.{path.name}.digests').unlink()
   with pytest.raises(ValueError, match='holds 2 lines, but its input has 4'):
     predictions.read_whole(path, ITEMS)
+
+
+@pytest.mark.parametrize('version, is_said', [(1, False), (2, True)])
+def test_answers_that_have_lost_their_digests_are_said(
+  tmp_path, capsys, version, is_said
+):
+  """But not those of an earlier version, which may have had none."""
+  path = tmp_path / 'predictions.jsonl'
+  predictions.settle(tmp_path, {})
+  if version == 1:
+    (tmp_path / predictions.SETTINGS).write_text('{"format_version": 1}')
+  write(path)
+  list(predictions.read([path]))
+  assert not capsys.readouterr().err
+  notes = predictions.notes_of(path)
+  notes.unlink()
+  words = f'{path} is read without verification: its digests, {notes.name} be'
+  list(predictions.read([path]))
+  assert (words in capsys.readouterr().err) is is_said
+  path.rename(path.with_name(f'{path.name}.partial'))
+  write(path)
+  assert (words in capsys.readouterr().err) is is_said
+  write(path)  # With digests again.
+  assert not capsys.readouterr().err

@@ -317,6 +317,20 @@ def test_a_changed_digit_or_letter_is_named(file, old, new, folder, capsys):
   assert error.count('\n') == 1
 
 
+def test_predictions_that_have_lost_their_digests_are_said(folder, capsys):
+  """But not those of an earlier version."""
+  path = folder / 'l2s' / PREDICTIONS
+  words = f'{path} is read without verification'
+  assert report(folder, 'llm', 'l2s') == 0
+  assert words not in capsys.readouterr().err
+  seal(folder / 'l2s')
+  assert report(folder, 'llm', 'l2s') == 0
+  assert words not in capsys.readouterr().err
+  predictions.notes_of(path).unlink()
+  assert report(folder, 'llm', 'l2s') == 0
+  assert words in capsys.readouterr().err
+
+
 def test_what_is_missing_is_said(folder, capsys):
   run = folder / 'l2s'
   (run / 'checkpoints').mkdir()

@@ -37,6 +37,7 @@ from l2s_jax.weights import run_format, saved_steps
 
 # Keys of a metrics file that hold no numbers.
 _NO_NUMBERS = ('settings', 'signatures', 'by_length')
+_REMEDY = 'remove it, and evaluate its steps again.'
 
 
 @gin.configurable(module='l2s_jax')
@@ -394,7 +395,7 @@ def read_scores(path: pathlib.Path) -> dict[str, dict[str, dict[str, Any]]]:
     ValueError: if the file is damaged, with the key, or was changed after it
       was written.
   """
-  remedy = 'remove it, and evaluate its steps again.'
+  remedy = _REMEDY
   found = files.read_json(path, remedy=remedy, finite=False)
   if integrity.is_sealed(found):
     found = integrity.unsealed(found, path, remedy)
@@ -415,6 +416,15 @@ def read_scores(path: pathlib.Path) -> dict[str, dict[str, dict[str, Any]]]:
       for task, by_bin in scores.get('by_length', {}).items():
         _check_bins(by_bin, f'{place}, by_length, {task}', remedy)
   return found
+
+
+def is_sealed(path: pathlib.Path) -> bool:
+  """Returns whether a metrics file has a digest.
+
+  If so, the predictions of its evaluations were written with digests.
+  """
+  found = files.read_json(path, remedy=_REMEDY, finite=False)
+  return integrity.is_sealed(found)
 
 
 def _check_bins(by_bin: Any, place: str, remedy: str) -> None:

@@ -8,8 +8,9 @@ After a restart both logs hold each step once: records after the restored
 checkpoint are dropped, since their steps are repeated.
 
 Each line of `metrics.jsonl` has its number and a digest of itself, so that a
-changed line, and a removed one before others, are noticed. Earlier versions
-wrote neither; their lines are read as they are.
+changed line, and a removed one before others, are noticed. `.metrics.jsonl.end`
+has the number of the last line, so that removed last lines are noticed. Earlier
+versions wrote neither; their lines are read as they are.
 """
 
 import json
@@ -29,8 +30,11 @@ from l2s_jax.runtime import (
 )
 
 FILE = 'metrics.jsonl'
+_END = '.metrics.jsonl.end'
 # The number of a line, from 1.
 _LINE = 'line'
+# Marks the lines of logs with an `_END`.
+_HAS_END = 'has_end'
 _NOT_SCALARS = ('step', 'time')
 
 
@@ -74,9 +78,11 @@ class MetricWriter:
     ]
     lines = [_dump(number, record) for number, record in enumerate(kept, 1)]
     self._num_lines = len(lines)
+    # First: a kill in between leaves more lines than it says, which is no loss.
+    self._path = path
+    self._write_end()
     with files.whole(path) as file:
       file.writelines(lines)
-    self._path = path
     if isinstance(path, storage.BucketPath):
       self._scratch = scratch.folder()
       path = pathlib.Path(self._scratch.name) / FILE
@@ -106,6 +112,8 @@ class MetricWriter:
     with os_errors.naming(self._local):
       self._jsonl.write(_dump(self._num_lines, record))
       self._jsonl.flush()
+    if self._scratch is None:
+      self._write_end()
     self._is_new = True
     self._add(record)
 
@@ -128,6 +136,11 @@ class MetricWriter:
   def _upload(self) -> None:
     assert isinstance(self._path, storage.BucketPath)
     self._path.upload(self._local)
+    self._write_end()
+
+  def _write_end(self) -> None:
+    content = integrity.seal({_LINE: self._num_lines})
+    files.write_json(self._path.with_name(_END), content)
 
   def close(self) -> None:
     """Uploads new records, and closes the logs."""
@@ -225,7 +238,15 @@ def read(
   path = storage.of(run_dir) / FILE
   if not path.is_file():
     return []
-  found = files.read_records(path, keys={'step': int, 'time': float}, say=say)
+  num_skipped = 0
+
+  def skip(words: str) -> None:
+    nonlocal num_skipped
+    num_skipped += 1
+    say(words)
+
+  found = files.read_records(path, keys={'step': int, 'time': float}, say=skip)
+  _check_end(path, found, len(found) + num_skipped, say)
   if any(integrity.is_sealed(record) for _, record in found):
     found = _verified(path, found, say)
   records = [record for _, record in found]
@@ -245,7 +266,51 @@ def read(
 
 def _dump(number: int, record: Mapping[str, Any]) -> str:
   """Returns the line of a record, with its number and digest."""
-  return json.dumps(integrity.seal({**record, _LINE: number})) + '\n'
+  numbered = {**record, _LINE: number, _HAS_END: True}
+  return json.dumps(integrity.seal(numbered)) + '\n'
+
+
+def _check_end(
+  path: pathlib.Path,
+  found: list[tuple[int, dict[str, Any]]],
+  num_lines: int,
+  say: Callable[[str], object],
+) -> None:
+  """Says if the last lines of a log were removed, or if nobody can know.
+
+  Args:
+    path: the log.
+    found: its readable lines, with their places.
+    num_lines: number of all lines, damaged ones included.
+    say: receives the message.
+  """
+  place = path.with_name(_END)
+  end = None
+  if place.is_file():
+    try:
+      end = integrity.unseal(files.read_json(place, remedy=''))
+    except ValueError:  # The message below says so.
+      pass
+  elif not any(_HAS_END in record for _, record in found):
+    return
+  if end is None or not isinstance(end.get(_LINE), int):
+    say(
+      f'{place} is missing or damaged: lines that were removed at the end of '
+      f'{path.name} are not noticed.'
+    )
+    return
+  # Lines that are missing before others have a message of their own.
+  numbers = (
+    record[_LINE] + num_lines - position
+    for position, record in found
+    if isinstance(record.get(_LINE), int)
+  )
+  num_removed = end[_LINE] - max(num_lines, *numbers, 0)
+  if num_removed > 0:
+    say(
+      f'{path}: {num_removed} lines at its end were removed after they were '
+      'written.'
+    )
 
 
 def _verified(
@@ -258,6 +323,8 @@ def _verified(
   last, num_removed = 0, 0
   for number, sealed in found:
     record = integrity.unseal(sealed)
+    if record is not None:
+      record.pop(_HAS_END, None)
     if record is None or record.pop(_LINE, 0) <= last:
       say(
         f'{path}, line {number}: skipped it, because it was changed or added '

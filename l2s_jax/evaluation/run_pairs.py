@@ -15,6 +15,7 @@ from typing import Any
 from l2s_jax.evaluation import report, run_records
 from l2s_jax.inference import predictions
 from l2s_jax.metrics import bleu, metric_fns
+from l2s_jax.runtime import distributed
 
 _NUM_SAMPLES = 1000
 # Metric by main score, except BLEU. Predictions hold no losses.
@@ -145,6 +146,8 @@ class _Compared:
       raise _NotComparable(
         f'{path} is missing: {system.label} is not compared.'
       )
+    if evaluation.has_digests and not predictions.notes_of(path).is_file():
+      distributed.say(predictions.unverified(path))
     metric = _metric(score, evaluation.signatures.get(f'{prefix}{score}', ''))
     if metric is None:
       raise _NotComparable(

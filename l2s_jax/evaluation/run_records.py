@@ -36,6 +36,8 @@ class ShownEvaluation:
     signatures: metric signatures of that evaluation, by score.
     by_step: numbers by step, for evaluations with the right prompt and equal
       settings and signatures.
+    has_digests: whether its predictions were written with digests; earlier
+      versions wrote none.
   """
 
   step: int
@@ -44,6 +46,7 @@ class ShownEvaluation:
   settings: Mapping[str, Any]
   signatures: Mapping[str, str]
   by_step: Mapping[int, Numbers]
+  has_digests: bool = False
 
   @property
   def lengths(self) -> tuple[int, int] | None:
@@ -203,6 +206,7 @@ def _read_evaluation(
         for key in ('settings', 'signatures')
       )
     },
+    evaluate.is_sealed(path),
   )
 
 

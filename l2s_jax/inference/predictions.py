@@ -284,6 +284,8 @@ class GrowingFile:
     except OSError:
       pass  # The file system has no locks; the user ensures one writer.
     size = self._file.seek(0, os.SEEK_END)
+    if size:
+      _say_if_unverified(self.path)
     self._file.seek(0)
     good, notes = _good_size(self._file, notes_of(self.path))
     end = 0
@@ -398,6 +400,27 @@ def notes_of(path: pathlib.Path) -> pathlib.Path:
   return path.with_name(f'.{path.name}.digests')
 
 
+def _say_if_unverified(path: pathlib.Path) -> None:
+  """Says that a file of answers has lost its digests.
+
+  Jobs of format version 1 may have been written without digests.
+  """
+  settings = path.with_name(SETTINGS)
+  if notes_of(path).is_file() or not settings.is_file():
+    return
+  remedy = 'remove its folder to answer again.'
+  if files.read_json(settings, remedy=remedy).get('written_by'):
+    distributed.say(unverified(path))
+
+
+def unverified(path: pathlib.Path) -> str:
+  """Returns the message for a file that has lost its digests."""
+  return (
+    f'{path} is read without verification: its digests, '
+    f'{notes_of(path).name} beside it, are missing.'
+  )
+
+
 def _good_size(
   file: IO[bytes], notes: pathlib.Path
 ) -> tuple[int | float, list[tuple[int, bytes]]]:
@@ -484,6 +507,7 @@ def read(
   for path in paths:
     with storage.fetched(path) as local, local.open('rb') as file:
       notes = notes_of(path)
+      _say_if_unverified(path)
       good, _ = _good_size(file, notes)
       size = file.seek(0, os.SEEK_END)
       file.seek(0)

@@ -20,6 +20,7 @@ import io
 import json
 import pathlib
 import random
+import signal
 import sys
 import tempfile
 import traceback
@@ -39,6 +40,8 @@ from l2s_jax.weights import run_format, saved_steps
 TEXT = 'Translate: ten ș 123 <a>  twelve\tfives 🙂\n'
 # A Python panic of Rust's is no Exception.
 _PANIC = 'PanicException'
+# For each case, where SIGALRM has a handler.
+_MOST_SECS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -403,7 +406,10 @@ def is_sentence(error: BaseException) -> bool:
 def run(result: Result, label: str, read: Callable[[], object]) -> None:
   """Reads one broken thing, and notes what came of it."""
   said = io.StringIO()
+  bounds_time = signal.getsignal(signal.SIGALRM) not in (None, signal.SIG_DFL)
   try:
+    if bounds_time:
+      signal.alarm(_MOST_SECS)
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
       read()
   except (KeyboardInterrupt, SystemExit):
@@ -420,6 +426,9 @@ def run(result: Result, label: str, read: Callable[[], object]) -> None:
       )
   else:
     result.num_read += 1
+  finally:
+    if bounds_time:
+      signal.alarm(0)
 
 
 def fuzz(name: str, kind: Kind, *, seed: int, count: int) -> Result:

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Spoils headers, files, settings and command lines; all by one command.
+
+    PYTHONPATH=.:tests python -m faults.fuzz --count=50000 [--seed=0]
+      [--only=data] [--most_secs=3600]
+
+`--count` is of all cases together; `fuzz_weights` and `fuzz_files` have most of
+them. A case that takes more than 20 s, or more than 4 GiB of memory beside what
+the program has at its start, counts as a traceback. The exit status is 1 if
+there was one.
+"""
+
+import argparse
+import collections
+import contextlib
+import io
+import pathlib
+import random
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+import gin
+
+from faults import fuzz_files, fuzz_weights
+from l2s_jax import __main__ as command_line
+
+COMMANDS = 'command line'
+_MOST_BYTES = 4 * 2**30
+_COMMANDS = (
+  'train --gin_file=gin_configs/runs/train.gin --gin.MODEL_DIR=x',
+  'infer --gin_file=gin_configs/runs/infer.gin --gin.CHECKPOINT_PATH=x '
+  '--gin.INPUT=y --gin.INFER_OUTPUT_DIR=z --shard=0 --num_shards=4',
+  'convert x y --from=hf --to=l2s --dtype=bfloat16',
+  'export x y --to=bundle --step=best',
+  'report x y --output=z',
+)
+_WORDS = (
+  '', ' ', '-', '--', '--x', '--x=', '=', '--gin_file', '--gin_file=',
+  '--gin_file=/', '--gin.', '--gin.=', '--gin.x', '--gin.MODEL_DIR',
+  '--gin.MODEL_DIR=', '--shard=-1', '--shard=x', '--num_shards=0', '--step=-1',
+  '--from=x', '--to=', '--help=1', '-x', '/', '.', '..', '/dev/null', '~',
+  'ș', '\u05d0\u05d1', '\ud800', 'a' * 5000, '*', '$(x)', 'gs://', 's3://',
+  'hf://', 'file:///x', 'http://x', '\n', '%s', '{}', '@x()', '%X',
+)  # fmt: skip
+
+
+def fuzz_commands(*, seed: int, count: int) -> fuzz_files.Result:
+  """Runs spoilt command lines, which name no file that there is.
+
+  They end with a status and a sentence; '--help' and such are left out.
+  """
+  result = fuzz_files.Result()
+  for number in range(count):
+    rng = random.Random(f'{COMMANDS} {seed} {number}')
+    argv = rng.choice(_COMMANDS).split()
+    for _ in range(rng.choice((1, 1, 2, 3))):
+      place = rng.randrange(len(argv) + 1)
+      word = rng.choice(_WORDS)
+      if rng.random() < 0.5:
+        argv.insert(place, word)
+      elif rng.random() < 0.5:
+        argv[place : place + 1] = [word]
+      else:
+        del argv[place : place + 1]
+    label = f'{argv}'[:200]
+    statuses: list[int] = []
+    fuzz_files.run(
+      result,
+      label,
+      lambda: statuses.append(_run_command(argv)),  # noqa: B023
+    )
+    if any(statuses):
+      result.num_read -= 1
+      result.num_refused += 1
+  return result
+
+
+def _run_command(argv: list[str]) -> int:
+  """Returns the exit status; raises if nothing, or too much, was said."""
+  said = io.StringIO()
+  try:
+    with contextlib.redirect_stderr(said):
+      status = command_line.main(argv)
+  except SystemExit as end:  # argparse
+    status = end.code if isinstance(end.code, int) else 2
+  finally:
+    with gin.unlock_config():
+      gin.clear_config()
+  words = said.getvalue()
+  assert status == 0 or (words.strip() and 'Traceback' not in words), words
+  return status
+
+
+def run(
+  count: int, seed: int, only: str = '', most_secs: float = float('inf')
+) -> tuple[dict[str, collections.Counter[str]], list[str]]:
+  """Spoils cases of all families; returns counts, and the bad ones."""
+  bad: list[str] = []
+  families: dict[str, Callable[[int], collections.Counter[str]]] = {}
+
+  def of_weights(name: str) -> Callable[[int], collections.Counter[str]]:
+    return lambda n: fuzz_weights.fuzz(seed, n, bad.append, only=name)[name]
+
+  def of_files(
+    fuzz: Callable[..., fuzz_files.Result],
+  ) -> Callable[[int], collections.Counter[str]]:
+    def found(number: int) -> collections.Counter[str]:
+      result = fuzz(seed=seed, count=number)
+      bad.extend(result.tracebacks)
+      return collections.Counter(
+        read=result.num_read,
+        refused=result.num_refused,
+        traceback=len(result.tracebacks),
+      )
+
+    return found
+
+  for name in (
+    'config.json', 'safetensors index', 'weights.json', 'T5X metadata',
+    'model.json', 'GGUF header',
+  ):  # fmt: skip
+    families[name] = of_weights(name)
+  for name, kind in fuzz_files.kinds().items():
+    families[name] = of_files(
+      lambda name=name, kind=kind, **options: fuzz_files.fuzz(
+        name, kind, **options
+      )
+    )
+  families['gin'] = of_files(fuzz_files.fuzz_gin)
+  families[COMMANDS] = of_files(fuzz_commands)
+  families = {name: fn for name, fn in families.items() if only in name}
+  _bound_cases()
+  counts: dict[str, collections.Counter[str]] = {}
+  began = time.monotonic()
+  for name, fn in families.items():
+    if time.monotonic() - began > most_secs:
+      break
+    counts[name] = fn(-(-count // len(families)))
+    print(f'{name}: {dict(counts[name])}', file=sys.stderr, flush=True)
+  return counts, bad
+
+
+def _bound_cases() -> None:
+  """Bounds the time and memory of each case from now on."""
+  pages = int(pathlib.Path('/proc/self/statm').read_text().split()[0])
+  used = pages * resource.getpagesize()
+  _, hard = resource.getrlimit(resource.RLIMIT_AS)
+  resource.setrlimit(resource.RLIMIT_AS, (used + _MOST_BYTES, hard))
+  signal.signal(signal.SIGALRM, fuzz_weights._raise)
+
+
+def main() -> int:
+  """Spoils cases, prints their number, and returns 1 if one ended badly."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--count', type=int, default=50_000)
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--only', default='', help='of a family')
+  parser.add_argument('--most_secs', type=float, default=float('inf'))
+  args = parser.parse_args()
+  counts, bad = run(args.count, args.seed, args.only, args.most_secs)
+  print('\n'.join(bad[:50]))
+  total = sum(counter.total() for counter in counts.values())
+  print(f'{total} cases of {len(counts)} families, {len(bad)} ended badly.')
+  return int(bool(bad))
+
+
+if __name__ == '__main__':
+  sys.exit(main())

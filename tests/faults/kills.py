@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kills programs at every phase of their work with files, and starts them anew.
+
+    PYTHONPATH=.:tests python -m faults.kills --count=20 --seed=0
+      [--verbs train cache ...] [--processes 1 2] [--most_secs=600]
+      [--docs=docs/reliability.md]
+
+`--count` is of kills for each verb and number of processes. A process is killed
+by SIGKILL just before a change of its folder, or some time later; `killed` has
+the phases. The same command starts again, and is killed again, up to three
+times; then it ends unkilled. What comes of it is one of
+
+    equal     the files or arrays of an unbroken job, bit for bit
+    wrong     others: must never be
+    torn      after a kill, a path that stands for something complete had
+              something else: must never be
+    lost      training did not go on from its newest checkpoint: must never be
+    failed    the last start ended with an error: must never be
+
+`--docs` puts the table into that page.
+"""
+
+import argparse
+import collections
+import json
+import math
+import os
+import pathlib
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+os.environ.setdefault('L2S_TESTS_XLA_FLAGS', '')
+os.environ.setdefault(
+  'L2S_TESTS_CACHE', str(pathlib.Path(tempfile.gettempdir()) / 'l2s_kills')
+)
+
+import forked
+
+from faults import killed
+from l2s_jax.weights import saved_steps
+
+KEPT = pathlib.Path(__file__).parents[1] / 'kept_runs' / '1'
+OUTCOMES = ('equal', 'wrong', 'torn', 'lost', 'failed')
+VERBS = ('train', 'cache', 'features', 'infer', 'distill', 'convert', 'export')
+STEPS = 9
+_MOST_KILLS = 3
+_LATEST_SECS = 0.1
+_TIMEOUT_SECS = 600
+_NEVER = (killed.PHASES[0], 0, 0)
+# Before a verb: the verb whose output it reads.
+_NEEDS = {'train': 'features', 'features': 'cache'}
+# Outcomes of kills, by verb, number of processes, and phase.
+Counts = dict[tuple[str, int, str], collections.Counter[str]]
+
+
+class Job(NamedTuple):
+  """What is killed.
+
+  Attributes:
+    arguments: of the command line.
+    target: the folder that it writes.
+    last: the file that makes it complete; '' for the folder itself, None for a
+      run, whose checkpoints are complete one by one.
+  """
+
+  arguments: tuple[str, ...]
+  target: pathlib.Path
+  last: str | None
+
+
+def jobs(folder: pathlib.Path) -> dict[str, Job]:
+  """Writes inputs of all verbs into a folder; returns a job of each."""
+  shutil.copytree(KEPT, folder, dirs_exist_ok=True)
+  lines = (folder / 'data' / 'train.en').read_text().splitlines()[:48]
+  (folder / 'in.txt').write_text('\n'.join(lines) + '\n')
+  for side in ('en', 'de'):
+    path = folder / 'data' / f'train.{side}'
+    path.write_text('\n'.join(path.read_text().splitlines()[:64]) + '\n')
+
+  def job(verb: str, last: str | None, *arguments: str) -> Job:
+    return Job(arguments, folder / f'of_{verb}', last)
+
+  system = (
+    f'--gin_file={folder}/data/l2s.gin',
+    f'--gin.SLM_VOCABULARY={folder}/data/tiny.model',
+    f'--gin.LLM_PATH={folder}/llm',
+    f'--gin.DATA_DIR={folder}/data',
+  )
+  cache = (
+    'cache',
+    *system,
+    '--gin.CACHE_EXAMPLES_PER_SHARD=8',
+    '--gin.CACHE_WORKERS=1',
+    '--gin.FEATURES_BATCH_SIZE=8',
+  )
+  return {
+    'train': job(
+      'train',
+      None,
+      'train',
+      *system,
+      '--gin_file=gin_configs/tasks/cached.gin',
+      "--gin.TASK_FEATURE_LENGTHS={'inputs': 32, 'targets': 16}",
+      f'--gin.CACHE_DIR={folder}/of_features',
+      '--gin.USE_FEATURES=True',
+      '--gin.TRACKERS=()',
+      f'--gin.MODEL_DIR={folder}/of_train',
+      f'--gin.TRAIN_STEPS={STEPS}',
+      '--gin.CHECKPOINT_PERIOD=2',
+      '--gin.train.log_period=1',
+      '--gin.train.eval_split=None',
+    ),
+    'cache': job(
+      'cache', 'cache.json', *cache, f'--gin.CACHE_DIR={folder}/of_cache'
+    ),
+    'features': job(
+      'features',
+      'features.json',
+      *cache,
+      '--features',
+      '--gin.MIXTURE_OR_TASK_NAME=cached',
+      f'--gin.CACHE_DIR={folder}/of_features',
+    ),
+    'infer': job(
+      'infer',
+      'predictions.jsonl',
+      'infer',
+      '--gin_file=gin_configs/runs/infer.gin',
+      f'--gin.CHECKPOINT_PATH={folder}/l2s',
+      f'--gin.LLM_PATH={folder}/llm',
+      f'--gin.INPUT={folder}/in.txt',
+      f'--gin.INFER_OUTPUT_DIR={folder}/of_infer',
+      '--gin.PROMPT_LENGTH=32',
+      '--gin.MAX_DECODE_LEN=8',
+      '--gin.BATCH_SIZE=4',
+    ),
+    'distill': job(
+      'distill',
+      'distilled.json',
+      'distill',
+      '--gin_file=gin_configs/tasks/parallel_text.gin',
+      '--gin_file=gin_configs/runs/distill.gin',
+      f'--gin.DATA_DIR={folder}/data',
+      "--gin.DATA_FILES={'train': ('train.en', 'train.de')}",
+      "--gin.TASK_FEATURE_LENGTHS={'inputs': 32, 'targets': 8}",
+      f'--gin.CHECKPOINT_PATH={folder}/llm',
+      f'--gin.DISTILL_DIR={folder}/of_distill',
+      '--gin.BATCH_SIZE=4',
+    ),
+    'convert': job(
+      'convert',
+      '',
+      *('convert', f'{folder}/l2s', f'{folder}/of_convert'),
+      *('--from=l2s', '--to=hf'),
+    ),
+    'export': job(
+      'export',
+      '',
+      *('export', f'{folder}/converted', f'{folder}/of_export'),
+      '--to=bundle',
+    ),
+  }
+
+
+def content(job: Job) -> Any:
+  """Returns what a complete job has left, to be compared."""
+  if job.last is None:
+    folder = job.target / saved_steps.FOLDER
+    newest = folder / str(saved_steps.steps(job.target)[-1])
+    data = saved_steps.read_data(newest)
+    del data['clock']
+    log = (job.target / 'metrics.jsonl').read_text().splitlines()
+    losses = [(r['step'], r['train/loss']) for r in map(json.loads, log)]
+    # The digests of all arrays are compared with the arrays.
+    problem = saved_steps.problem(job.target, STEPS, saved_steps.ITEMS)
+    return saved_steps.steps(job.target), data, losses, problem
+  return {
+    path.relative_to(job.target).as_posix(): path.read_bytes()
+    for path in job.target.rglob('*')
+    # A job that was complete writes again only the settings that it used.
+    if path.is_file() and not path.name.startswith(('.', 'config'))
+  }
+
+
+def is_torn(job: Job, expected: Any) -> str:
+  """Returns what is incomplete in the place of something complete."""
+  if job.last is None:
+    return ' '.join(
+      saved_steps.problem(job.target, step, saved_steps.ITEMS) or ''
+      for step in saved_steps.steps(job.target)
+    ).strip()
+  if not (job.target / job.last).exists():
+    return ''
+  found = content(job)
+  names = [job.last] if job.last else expected.keys()
+  different = [n for n in names if found.get(n) != expected[n]]
+  return f'{different} in {job.target}' if different else ''
+
+
+def start(
+  job: Job, num_processes: int, victim: int, moment: Sequence[Any]
+) -> list[forked.Popen]:
+  """Starts a job; `moment` is when its victim dies, see `killed`."""
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'localhost:{free.getsockname()[1]}'
+  several = {
+    'L2S_COORDINATOR_ADDRESS': address,
+    'L2S_NUM_PROCESSES': str(num_processes),
+  }
+  pipe = subprocess.PIPE
+  processes = []
+  for index in range(num_processes):
+    log = job.target.parent / f'changes_{index}'
+    log.unlink(missing_ok=True)
+    dies = moment if index == victim else _NEVER
+    arguments = (str(job.target), *map(str, dies), str(log), *job.arguments)
+    of_this = several | {'L2S_PROCESS_ID': str(index)}
+    processes.append(
+      forked.Popen(
+        [sys.executable, '-m', 'faults.killed', *arguments],
+        env=forked.environment() | (of_this if num_processes > 1 else {}),
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+      )
+    )
+  return processes
+
+
+def wait(processes: list[forked.Popen], victim: int) -> tuple[bool, str]:
+  """Waits for all; if the victim dies, kills the others.
+
+  Returns:
+    Whether there was a kill, and what was told.
+  """
+  told = ''.join(processes[victim].communicate(timeout=_TIMEOUT_SECS))
+  is_killed = processes[victim].returncode == -signal.SIGKILL
+  for process in processes:
+    if process is not processes[victim]:
+      if is_killed:
+        process.kill()
+      told += ''.join(process.communicate(timeout=_TIMEOUT_SECS))
+  codes = {process.returncode for process in processes}
+  if not is_killed and codes != {0}:
+    raise RuntimeError(told)
+  return is_killed, told
+
+
+def kill_and_finish(
+  job: Job,
+  num_processes: int,
+  expected: Any,
+  changes: collections.Counter[str],
+  rng: random.Random,
+) -> tuple[list[str], str, str]:
+  """Returns the phases of the kills, the outcome, and what explains it."""
+  phases: list[str] = []
+  history: list[Any] = []
+  for _ in range(rng.randint(1, _MOST_KILLS)):
+    victim = rng.randrange(num_processes)
+    phase = rng.choice(sorted(changes))
+    number = rng.randint(1, max(1, changes[phase] // (1 + len(phases))))
+    delay = rng.choice((0.0, rng.random() * _LATEST_SECS))
+    history.append((victim, phase, number, round(delay, 3)))
+    try:
+      processes = start(job, num_processes, victim, (phase, number, delay))
+      is_killed, told = wait(processes, victim)
+    except RuntimeError as error:
+      if phases and 'already exists' in str(error):
+        break  # The killed process had completed it.
+      return phases, 'failed', f'{history}\n{error}'
+    if not is_killed:
+      break
+    phases.append(phase)
+    if torn := is_torn(job, expected):
+      return phases, 'torn', f'{history}\n{torn}\n{told}'
+  newest = saved_steps.steps(job.target)[-1:] if job.last is None else []
+  try:
+    _, told = wait(start(job, num_processes, 0, _NEVER), 0)
+  except RuntimeError as error:
+    told = str(error)
+    if 'already exists' not in told:
+      return phases, 'failed', f'{history}\n{told}'
+  if newest and newest[0] < STEPS:
+    if f'Resuming from step {newest[0]}' not in told:
+      return phases, 'lost', f'{history}, saved: {newest}\n{told}'
+  found = content(job)
+  if found == expected:
+    return phases, 'equal', ''
+  if isinstance(found, dict):
+    names = sorted(found.keys() | expected.keys())
+    told += str([n for n in names if found.get(n) != expected.get(n)])
+  return phases, 'wrong', f'{history}\n{told}'
+
+
+class _Unbroken(NamedTuple):
+  """What an unbroken job has left, and how often it changed its folder."""
+
+  content: Any
+  changes: collections.Counter[str]
+
+
+def run(
+  count: int,
+  seed: int,
+  verbs: Sequence[str],
+  several: Sequence[int],
+  most_secs: float = math.inf,
+) -> tuple[Counts, list[str]]:
+  """Kills jobs; returns outcomes by verb, processes and phase, and problems.
+
+  Args:
+    count: kills for each verb and number of processes.
+    seed: of the moments.
+    verbs: some of `VERBS`.
+    several: numbers of processes; those above 1 are for `train` alone.
+    most_secs: no kill is begun after so many seconds.
+  """
+  rng = random.Random(seed)
+  counts: Counts = {}
+  problems: list[str] = []
+  began = time.monotonic()
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    by_verb = jobs(folder)
+    found: dict[tuple[str, int], _Unbroken] = {}
+    for verb in _with_needed(verbs):
+      for number in several if verb == 'train' else (1,):
+        found[verb, number] = _run_unbroken(by_verb[verb], verb, number)
+    missing = {key: count for key in found if key[0] in verbs}
+    while missing:
+      for verb, number in list(missing):
+        if time.monotonic() - began > most_secs:
+          return counts, problems
+        job = by_verb[verb]
+        kept = folder / 'kept'
+        job.target.rename(kept)  # Other verbs read it.
+        if verb == 'features':
+          shutil.copytree(by_verb['cache'].target, job.target)
+        phases, outcome, words = kill_and_finish(
+          job, number, *found[verb, number], rng
+        )
+        shutil.rmtree(job.target)
+        kept.rename(job.target)
+        for phase in phases:
+          key = verb, number, phase
+          counts.setdefault(key, collections.Counter())[outcome] += 1
+        if outcome != 'equal':
+          problems.append(f'{verb}, {number} processes: {outcome}: {words}')
+        missing[verb, number] -= max(1, len(phases))
+        if missing[verb, number] <= 0:
+          del missing[verb, number]
+        total = sum(counter.total() for counter in counts.values())
+        print(f'{total} kills, {len(problems)} bad', file=sys.stderr)
+  return counts, problems
+
+
+def _run_unbroken(job: Job, verb: str, num_processes: int) -> _Unbroken:
+  shutil.rmtree(job.target, ignore_errors=True)
+  if verb == 'features':
+    shutil.copytree(job.target.with_name('of_cache'), job.target)
+  wait(start(job, num_processes, 0, _NEVER), 0)
+  log = job.target.with_name('changes_0').read_text().splitlines()
+  changes = collections.Counter(line.partition('\t')[0] for line in log)
+  return _Unbroken(content(job), changes)
+
+
+def _with_needed(verbs: Sequence[str]) -> list[str]:
+  wanted = set(verbs)
+  for verb in VERBS:
+    if verb in wanted and verb in _NEEDS:
+      wanted.add(_NEEDS[verb])
+  if 'features' in wanted:
+    wanted.add('cache')
+  first = [verb for verb in ('cache', 'features') if verb in wanted]
+  return first + [v for v in VERBS if v in wanted and v not in first]
+
+
+def table(counts: Counts) -> str:
+  """Returns the outcomes as a table in Markdown."""
+  lines = [
+    f'| verb | processes | killed at | kills | {" | ".join(OUTCOMES)} |',
+    '| --- | ---: | --- |' + ' ---: |' * (len(OUTCOMES) + 1),
+  ]
+  total: collections.Counter[str] = sum(counts.values(), collections.Counter())
+  rows: list[tuple[tuple[str, object, str], collections.Counter[str]]] = [
+    *sorted(counts.items()),
+    (('all', '', ''), total),
+  ]
+  for (verb, number, phase), counter in rows:
+    cells = ' | '.join(str(counter[name]) for name in OUTCOMES)
+    lines.append(
+      f'| {verb} | {number} | {phase} | {counter.total()} | {cells} |'
+    )
+  return '\n'.join(lines)
+
+
+def main() -> int:
+  """Kills, prints the table, and returns 1 if an outcome must never be."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--count', type=int, default=20)
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--verbs', nargs='*', choices=VERBS, default=VERBS)
+  parser.add_argument('--processes', nargs='*', type=int, default=(1, 2))
+  parser.add_argument('--most_secs', type=float, default=math.inf)
+  parser.add_argument('--docs', type=pathlib.Path)
+  args = parser.parse_args()
+  counts, problems = run(
+    args.count, args.seed, args.verbs, args.processes, args.most_secs
+  )
+  print('\n'.join(problems))
+  print(table(counts))
+  if args.docs:
+    from faults import damage  # Not in each process that is killed.
+
+    damage.write_tables(args.docs, {'kills': table(counts)})
+  return int(bool(problems))
+
+
+if __name__ == '__main__':
+  sys.exit(main())
