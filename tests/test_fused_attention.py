@@ -135,10 +135,10 @@ def plain(arrays, visibility, keep, softcap):
     logits += arrays['by_offset'][:, :, 0, offset + num_queries - 1]
   logits += attention.mask_bias(attention.visible_mask(visibility))
   if visibility.window is not None:
-    offset = positions.offsets(
+    away = positions.offsets(
       visibility.query_positions, visibility.key_positions
     )
-    near = jnp.abs(offset) < visibility.window
+    near = jnp.abs(away) < visibility.window
     logits += attention.mask_bias(near)[:, None]
   weights = jax.nn.softmax(logits)
   if keep is not None:

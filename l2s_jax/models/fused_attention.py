@@ -109,17 +109,16 @@ def attend(
       of dropout divided by its rate of kept weights. Has no gradient.
     softcap: bound of the logits, by tanh; 0 means none.
   """
-  batch_axes, head_axes = _mesh_axes(query)
-  key_axes = nn.logical_to_mesh_axes(
-    partitioning.axes_that_divide(('batch', 'kv_heads'), key.shape[:2])
-  )[1]
+  rows, heads = nn.logical_to_mesh_axes(('batch', 'heads'))
+  of_keys = partitioning.axes_that_divide(('batch', 'kv_heads'), key.shape[:2])
   if key.shape[1] < query.shape[1] and (
-    visibility.by_offset is not None or key_axes != head_axes
+    visibility.by_offset is not None
+    or nn.logical_to_mesh_axes(of_keys)[1] != heads
   ):
     groups = query.shape[1] // key.shape[1]
     key, value = (jnp.repeat(x, groups, axis=1) for x in (key, value))
 
-  (num_queries, num_keys), dtype = (query.shape[2], key.shape[2]), query.dtype
+  num_queries, num_keys = query.shape[2], key.shape[2]
   block = _block(num_queries, num_keys)
   form = _Form(
     num_keys=num_keys,
@@ -130,52 +129,18 @@ def attend(
     interpret=partitioning.platform() != 'tpu',
   )
   to_queries, to_keys = -num_queries % block, -num_keys % _LANES
-
-  def pad(x, extra):
-    return jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, extra)]) if extra else x
-
-  by_head = PartitionSpec(batch_axes, head_axes)
-  by_row = PartitionSpec(batch_axes)
   arrays: _Arrays = {
-    'query': pad(query.swapaxes(2, 3), to_queries),
-    'key': pad(key.swapaxes(2, 3), to_keys),
-    'value': pad(value.swapaxes(2, 3), to_keys),
-    'query_segments': pad(visibility.query_segments[:, None], to_queries),
-    'key_segments': pad(visibility.key_segments[:, None], to_keys),
+    'query': _pad(query.swapaxes(2, 3), to_queries),
+    'key': _pad(key.swapaxes(2, 3), to_keys),
+    'value': _pad(value.swapaxes(2, 3), to_keys),
+    **_bias_arrays(visibility, to_queries, to_keys),
   }
-  specs = dict.fromkeys(('query', 'key', 'value'), by_head)
-  specs |= dict.fromkeys(('query_segments', 'key_segments'), by_row)
-  if visibility.by_offset is not None:
-    # From offset queries - 1 down to 1 - keys: index `keys` is offset 0, and
-    # both lengths are whole blocks.
-    flipped = visibility.by_offset[0, :, :, ::-1].astype(jnp.float32)
-    before = num_keys + to_keys - (num_keys - 1)
-    arrays['by_offset'] = jnp.pad(
-      flipped, [(0, 0), (0, 0), (before, to_queries)]
-    )
-    specs['by_offset'] = PartitionSpec(head_axes)
   if keep is not None:
-    arrays['keep'] = pad(keep.astype(dtype), to_keys)
-    specs['keep'] = by_head
-  if visibility.window is not None:
-    assert visibility.query_positions is not None
-    assert visibility.key_positions is not None
-    shape = (query.shape[0], 1)
-    arrays |= {
-      'query_positions': pad(
-        jnp.broadcast_to(
-          visibility.query_positions[:, None], (*shape, num_queries)
-        ),
-        to_queries,
-      ),
-      'key_positions': pad(
-        jnp.broadcast_to(visibility.key_positions[:, None], (*shape, num_keys)),
-        to_keys,
-      ),
-      'window': visibility.window.astype(jnp.int32).reshape(1, 1),
-    }
-    specs |= dict.fromkeys(('query_positions', 'key_positions'), by_row)
-    specs['window'] = PartitionSpec()
+    arrays['keep'] = _pad(keep.astype(query.dtype), to_keys)
+  specs = {name: PartitionSpec(rows) for name in arrays}
+  by_head = PartitionSpec(rows, heads)
+  specs |= dict.fromkeys(('query', 'key', 'value', 'keep'), by_head)
+  specs |= {'by_offset': PartitionSpec(heads), 'window': PartitionSpec()}
 
   local = functools.partial(_attend, form)
   mesh = jax.sharding.get_abstract_mesh()
@@ -183,15 +148,48 @@ def attend(
     # XLA cannot partition a kernel. The sum of the bias' gradients over rows on
     # other devices is the transpose of its replication.
     local = jax.shard_map(
-      local, in_specs=(specs,), out_specs=by_head, check_vma=False
+      local,
+      in_specs=({name: specs[name] for name in arrays},),
+      out_specs=by_head,
+      check_vma=False,
     )
   return local(arrays)[..., :num_queries].swapaxes(2, 3)
 
 
-def _mesh_axes(query: Array) -> tuple[Any, Any]:
-  """Returns the mesh axes of rows and heads."""
-  rows, heads = nn.logical_to_mesh_axes(('batch', 'heads'))
-  return rows, heads
+def _pad(x: Array, extra: int) -> Array:
+  """Returns an array with `extra` zeros at the end of its last axis."""
+  return jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, extra)]) if extra else x
+
+
+def _bias_arrays(
+  visibility: Visibility, to_queries: int, to_keys: int
+) -> _Arrays:
+  """Returns the kernel's arrays of masks and bias, by name.
+
+  Args:
+    visibility: see `attend`.
+    to_queries: queries that fill the last block.
+    to_keys: keys that fill the last lanes.
+  """
+  arrays: _Arrays = {
+    'query_segments': _pad(visibility.query_segments[:, None], to_queries),
+    'key_segments': _pad(visibility.key_segments[:, None], to_keys),
+  }
+  if visibility.by_offset is not None:
+    # Queries minus keys, from 1 - keys: offset 0 is at the index of the padded
+    # number of keys.
+    flipped = visibility.by_offset[0, :, :, ::-1].astype(jnp.float32)
+    padding = [(0, 0), (0, 0), (to_keys + 1, to_queries)]
+    arrays['by_offset'] = jnp.pad(flipped, padding)
+  if visibility.window is not None:
+    assert visibility.query_positions is not None
+    assert visibility.key_positions is not None
+    arrays |= {
+      'query_positions': _pad(visibility.query_positions[:, None], to_queries),
+      'key_positions': _pad(visibility.key_positions[:, None], to_keys),
+      'window': visibility.window.astype(jnp.int32).reshape(1, 1),
+    }
+  return arrays
 
 
 def _block(num_queries: int, num_keys: int) -> int:
@@ -315,9 +313,8 @@ def _call(
     kernel(form, inputs, outputs | spaces)
 
   elements = batch * num_heads * num_queries * num_keys
-  moved = sum(
-    x.size * x.dtype.itemsize for x in (*arrays.values(), *results.values())
-  )
+  in_hbm: list[Any] = [*arrays.values(), *results.values()]
+  moved = sum(x.size * x.dtype.itemsize for x in in_hbm)
   found = pl.pallas_call(
     run,
     grid=grid,
@@ -326,7 +323,7 @@ def _call(
     out_shape=list(results.values()),
     scratch_shapes=list(scratch.values()),
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel', *['arbitrary'] * 3),
+      dimension_semantics=('parallel', 'arbitrary', 'arbitrary', 'arbitrary'),
       vmem_limit_bytes=_VMEM_BYTES,
     ),
     cost_estimate=pl.CostEstimate(
@@ -340,7 +337,9 @@ def _call(
   return dict(zip(out_names, found, strict=True))
 
 
-def _forward(form: _Form, inputs: dict[str, Any], outputs: dict[str, Any]):
+def _forward(
+  form: _Form, inputs: dict[str, Any], outputs: dict[str, Any]
+) -> None:
   """Writes the outputs of a block of queries."""
   weights, total, _ = _weights(form, inputs)
   value = _kept(inputs)
@@ -349,7 +348,9 @@ def _forward(form: _Form, inputs: dict[str, Any], outputs: dict[str, Any]):
   output_ref[0, 0] = (output / total).astype(output_ref.dtype)
 
 
-def _backward(form: _Form, inputs: dict[str, Any], outputs: dict[str, Any]):
+def _backward(
+  form: _Form, inputs: dict[str, Any], outputs: dict[str, Any]
+) -> None:
   """Writes the gradient of a block of queries, and adds to those of the keys.
 
   The letters: p weights, and d before a name for the gradient of the loss.
@@ -449,7 +450,7 @@ def _rows(num_keys: int) -> int:
   return 2 * _LANES if num_keys % (2 * _LANES) == 0 else _LANES
 
 
-def _slice(num_keys: int, first: int, width: int) -> pl.Slice:
+def _slice(num_keys: int, first: int, width: int) -> Any:
   """Returns the offsets of `_rows` keys and the queries of this block.
 
   Key `first + r` and query c of the block meet at index c - r + rows.
