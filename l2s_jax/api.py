@@ -345,6 +345,7 @@ def language_model(
   dropout_rate: float | None = None,
   dtype: Literal['float32', 'bfloat16'] | None = None,
   remat: str | None = None,
+  attention: str | None = None,
 ) -> System:
   """Returns a language model alone, to be trained: an LLM or SLM baseline.
 
@@ -357,6 +358,7 @@ def language_model(
     dtype: of activations; None keeps the config's. Parameters are float32.
     remat: activations that the backward pass computes again, as
       `TransformerConfig.remat`; None keeps the config's.
+    attention: as `TransformerConfig.attention`; None keeps the config's.
 
   Raises:
     FileNotFoundError: if there are no weights or no tokenizer.
@@ -364,7 +366,7 @@ def language_model(
   """
   tower = Tower(_text(path), config, _text(vocabulary), extra_ids)
   build = inspect.unwrap(builders.language_model_system)
-  return build(tower, dropout_rate, dtype, remat)
+  return build(tower, dropout_rate, dtype, remat, attention)
 
 
 def llm_to_slm(llm: Path | Tower, slm: Path | Tower, **settings: Any) -> System:

@@ -235,6 +235,22 @@ def test_what_xla_writes_here():
   assert text and hlo_costs.count(text).flops == 12 * 2 * 16 * 64 * 64
 
 
+def test_a_kernel_counts_by_its_estimate():
+  """Of a kernel no instruction is seen; operands in S(1) are on the chip."""
+  costs = hlo_costs.count(
+    program(
+      '%q = bf16[4,64,512]{2,1,0} parameter(0)',
+      '%k = bf16[4,64,512]{2,1,0:S(1)} parameter(1)',
+      'ROOT %o = bf16[4,64,512]{2,1,0} custom-call(%q, %k), '
+      'custom_call_target="tpu_custom_call", backend_config={'
+      '"custom_call_config":{"body":"AA","cost_estimate":{"flops":"4096",'
+      '"transcendentals":"7","bytes_accessed":"9"}}}',
+    )
+  )
+  assert costs.flops == 4096
+  assert costs.hbm_bytes == 2 * 2 * 4 * 64 * 512
+
+
 def test_text_that_is_no_program():
   with pytest.raises(ValueError, match='no ENTRY'):
     hlo.parse('HloModule nothing')

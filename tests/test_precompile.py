@@ -83,6 +83,21 @@ def test_names_what_is_missing(monkeypatch):
 
 
 @needs_libtpu
+@pytest.mark.long
+def test_the_attention_kernel_moves_fewer_bytes_for_the_same_products():
+  """Backward, it multiplies once more: it computes the logits again."""
+  settings = {'program_names': ('train',), 'remat': 'full', 'batch_size': 128}
+  lengths = {'inputs': 512, 'targets': 128}
+  plain, kernel = (
+    run(attention=form, task_feature_lengths=lengths, **settings)[0]
+    for form in ('plain', 'auto')
+  )
+  assert plain['flops'] <= kernel['flops'] < 1.1 * plain['flops']
+  assert kernel['hbm_bytes_moved'] < 0.7 * plain['hbm_bytes_moved']
+  assert kernel['temporary_bytes'] < plain['temporary_bytes']
+
+
+@needs_libtpu
 def test_compiles_for_a_tpu(tmp_path, capsys):
   rows = run(output_dir=str(tmp_path / 'out'), decode_batch_sizes=8)
   train, prefill, decode = rows

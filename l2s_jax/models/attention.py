@@ -3,7 +3,8 @@
 
 Keys and values are an argument. The caller projects them from the same inputs
 or from an encoded prompt, or reads them from a KV cache. Masks are bool until
-`mask_bias` turns them into a bias on the logits.
+`mask_bias` turns them into a bias on the logits. Calls of many queries may give
+the bias in parts instead, to a kernel (`fused_attention.py`).
 """
 
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from l2s_jax.models import cache as cache_lib
 from l2s_jax.models import config as config_lib
-from l2s_jax.models import layers, positions
+from l2s_jax.models import fused_attention, layers, positions
 from l2s_jax.runtime import partitioning
 
 
@@ -67,7 +68,8 @@ class Attention(nn.Module):
     self,
     inputs: Float[Array, 'batch query embed'],
     kv: cache_lib.KeyValues,
-    bias: Float[Array, '#prompts #heads #query keys'],
+    bias: Float[Array, '#prompts #heads #query keys']
+    | fused_attention.Visibility,
     rotation: positions.Rotation | None = None,
     *,
     past: cache_lib.KeyValues | None = None,
@@ -79,6 +81,7 @@ class Attention(nn.Module):
       inputs: states to project queries from.
       kv: keys and values of the tokens of this call.
       bias: added to the logits; keys of `past` come first, those of `kv` after.
+        Its parts, for a call of many queries that takes the kernel.
       rotation: rotary angles of the queries.
       past: keys and values of the KV cache as it was before this call. XLA:CPU
         copies buffers that one step both reads and writes, so the new keys and
@@ -96,6 +99,17 @@ class Attention(nn.Module):
       query = positions.rotate(query, rotation)
     if config.scale_attention:
       query *= (config.query_pre_attn_scalar or config.head_dim) ** -0.5
+
+    if isinstance(bias, fused_attention.Visibility):
+      assert past is None
+      keep = None
+      if config.dropout_rate and not deterministic:
+        shape = (*query.shape[:2], 1, kv.key.shape[2])
+        keep = self.dropout(jnp.ones(shape, inputs.dtype), deterministic=False)
+      outputs = fused_attention.attend(
+        query, kv.key, kv.value, bias, keep, softcap=config.attention_softcap
+      )
+      return self.out(_by_head(outputs))
 
     shape = query.shape
     query = _beams_to_queries(query, shape[0] // kv.key.shape[0])
@@ -174,6 +188,18 @@ def segment_mask(
   """Returns the mask between real tokens of the same segment."""
   same = query_segments[:, :, None] == key_segments[:, None, :]
   return (same & (key_segments > 0)[:, None, :])[:, None]
+
+
+def visible_mask(
+  visibility: fused_attention.Visibility,
+) -> Bool[Array, 'batch 1 query keys']:
+  """Returns the mask of the keys that queries see, without windows."""
+  query_segments = visibility.query_segments
+  mask = segment_mask(query_segments, visibility.key_segments)
+  if visibility.causal:
+    past = causal_mask(query_segments.shape[1])
+    mask &= past | (jnp.arange(mask.shape[-1]) < visibility.prefix)
+  return mask
 
 
 def causal_mask(length: int) -> Bool[Array, '1 1 length length']:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 # Number of values in `rope_scaling`, by `rope_scaling_type`.
 ROPE_SCALINGS = {'linear': 1, 'llama3': 4, 'yarn': 5}
 QUANTIZATIONS = ('none', 'int8', 'int8_dynamic', 'int8_unsigned')
+ATTENTIONS = ('auto', 'plain', 'fused')
 ACTIVATIONS = ('relu', 'gelu', 'gelu_exact', 'silu', 'linear')
 # Fields that may change between two starts of a run: they set how the model is
 # computed, not the meaning of its parameters.
@@ -27,6 +28,7 @@ RUNTIME_FIELDS = (
   'dtype',
   'scan_layers',
   'remat',
+  'attention',
   'for_generation',
   'quantization',
 )
@@ -133,6 +135,11 @@ class TransformerConfig:
     remat: rematerialisation in the backward pass, named as in T5X: 'none';
       'minimal' recomputes attention, norms, activations and dropout, and saves
       products with kernels; 'full' recomputes the whole layer.
+    attention: of calls with many queries (training, prefill): 'plain' writes
+      float32 logits to memory; 'fused' keeps them on the chip, by a kernel for
+      TPUs (elsewhere in Pallas' interpreter, for tests alone); 'auto' is
+      'fused' on TPU, for at least 64 queries, and 'plain' elsewhere. Off by
+      default: the kernel was compiled for TPUs, but has not run on one yet.
     lora_rank: rank of the two matrices whose product is added to each of some
       frozen kernels (LoRA, Hu et al. 2021, arXiv:2106.09685); 0 means no LoRA.
       The second matrix is initialised to 0.
@@ -200,6 +207,7 @@ class TransformerConfig:
   dtype: str = 'float32'
   scan_layers: bool = True
   remat: str = 'none'
+  attention: str = 'plain'
   lora_rank: int = 0
   lora_alpha: float = 16.0
   lora_kernels: Sequence[str] = ('query', 'value')
@@ -250,6 +258,7 @@ class TransformerConfig:
       'positions': ('relative', 'learned', 'rotary'),
       'rope_scaling_type': tuple(ROPE_SCALINGS),
       'remat': ('none', 'minimal', 'full'),
+      'attention': ATTENTIONS,
       'quantization': QUANTIZATIONS,
       'dtype': ('float32', 'bfloat16'),
     }

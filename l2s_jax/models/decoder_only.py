@@ -12,7 +12,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from l2s_jax.models import cache as cache_lib
-from l2s_jax.models import language_model, layers, positions, transformer
+from l2s_jax.models import (
+  fused_attention,
+  language_model,
+  layers,
+  positions,
+  transformer,
+)
 
 
 class DecoderOnly(language_model.LanguageModel):
@@ -109,16 +115,17 @@ class DecoderOnly(language_model.LanguageModel):
 
   def _mask(
     self, valid: Bool[Array, 'batch length'], prefix: int
-  ) -> Bool[Array, 'batch 1 length length']:
-    """Returns the causal mask without padding.
+  ) -> fused_attention.Visibility:
+    """Returns causal visibility of tokens, without padding.
 
     With `bidirectional_prefix`, the first `prefix` slots are visible to all.
     """
-    length = valid.shape[1]
-    mask = jnp.tril(jnp.ones((length, length), bool))
-    if self.config.bidirectional_prefix:
-      mask |= jnp.arange(length) < prefix
-    return mask[None, None] & valid[:, None, None]
+    return fused_attention.Visibility(
+      jnp.ones(valid.shape, jnp.int32),
+      valid.astype(jnp.int32),
+      causal=True,
+      prefix=prefix if self.config.bidirectional_prefix else 0,
+    )
 
   def _add_positions(
     self,

@@ -10,7 +10,13 @@ for the gated MLP; Zhang et al. 2025 (arXiv:2504.06225) for T5Gemma.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from l2s_jax.models import attention, language_model, layers, transformer
+from l2s_jax.models import (
+  attention,
+  fused_attention,
+  language_model,
+  layers,
+  transformer,
+)
 from l2s_jax.models import cache as cache_lib
 
 
@@ -45,7 +51,9 @@ class EncoderDecoder(language_model.LanguageModel):
   def prompt_stack(self, embeddings, segment_ids):
     positions = _positions(embeddings.shape[1])
     context = self.encoder.context(
-      attention.segment_mask(segment_ids, segment_ids), positions, positions
+      fused_attention.Visibility(segment_ids, segment_ids),
+      positions,
+      positions,
     )
     return self.encoder, embeddings, context
 
@@ -79,12 +87,11 @@ class EncoderDecoder(language_model.LanguageModel):
     segment_ids = batch['decoder_segment_ids']
     positions = _positions(tokens.shape[1])
     context = self.decoder.context(
-      attention.segment_mask(segment_ids, segment_ids)
-      & attention.causal_mask(tokens.shape[1]),
+      fused_attention.Visibility(segment_ids, segment_ids, causal=True),
       positions,
       positions,
-      cross_bias=attention.mask_bias(
-        attention.segment_mask(segment_ids, prompt_segment_ids)
+      cross_bias=self.decoder.bias(
+        fused_attention.Visibility(segment_ids, prompt_segment_ids)
       ),
       encoded=encoded,
     )

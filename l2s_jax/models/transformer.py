@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from l2s_jax.models import attention, layers, positions
+from l2s_jax.models import attention, fused_attention, layers, positions
 from l2s_jax.models import cache as cache_lib
 from l2s_jax.models import config as config_lib
 
@@ -28,16 +28,24 @@ class Context(struct.PyTreeNode):
   tokens of this call.
 
   Attributes:
-    self_bias: bias on self-attention logits: mask and relative positions.
-    cross_bias: bias on cross-attention logits; None without cross-attention.
+    self_bias: bias on self-attention logits: mask and relative positions; its
+      parts where attention takes the kernel of `fused_attention.py`.
+    cross_bias: the same of cross-attention; None without it.
     encoded: encoder states, where cross keys are not projected yet.
-    buckets: relative position buckets, where each layer has its own bias.
+    buckets: relative position buckets, where each layer has its own bias; of
+      all offsets, for a bias in parts.
     offsets: key position minus query position, where layers have windows.
     rotation: rotary angles of this call's tokens, with rotary positions.
   """
 
-  self_bias: Float[Array, '#batch #heads query key']
-  cross_bias: Float[Array, '#prompts 1 #query kv_length'] | None = None
+  self_bias: (
+    Float[Array, '#batch #heads query key'] | fused_attention.Visibility
+  )
+  cross_bias: (
+    Float[Array, '#prompts 1 #query kv_length']
+    | fused_attention.Visibility
+    | None
+  ) = None
   encoded: Float[Array, 'batch kv_length embed'] | None = None
   buckets: Int[Array, '#batch query key'] | None = None
   offsets: Int[Array, '#batch query key'] | None = None
@@ -129,13 +137,23 @@ class Block(nn.Module):
     Layers differ only by a traced index, so that they can be scanned.
     """
     config, bias, rotation = self.config, context.self_bias, context.rotation
+    is_in_parts = isinstance(bias, fused_attention.Visibility)
     if config.relpos_per_layer:
-      bias += self.relpos_bias(context.buckets)
+      by_layer = self.relpos_bias(context.buckets)
+      if is_in_parts:
+        bias = bias.replace(by_offset=by_layer)
+      else:
+        bias += by_layer
     period = config.global_layer_period
     is_global = jnp.asarray((layer + 1) % period == 0 if period else False)
     if config.first_window_layer:
       is_global |= layer < config.first_window_layer
-    if config.sliding_window:
+    if config.sliding_window and is_in_parts:
+      everything = jnp.iinfo(jnp.int32).max
+      bias = bias.replace(
+        window=jnp.where(is_global, everything, config.sliding_window)
+      )
+    elif config.sliding_window:
       near = positions.window_mask(context.offsets, config.sliding_window)
       bias += attention.mask_bias(near | is_global)[:, None]
     if rotation is not None:
@@ -200,7 +218,7 @@ class Stack(nn.Module):
 
   def context(
     self,
-    mask: Bool[Array, '#batch 1 query key'],
+    mask: Bool[Array, '#batch 1 query key'] | fused_attention.Visibility,
     query_positions: Int[Array, '#batch query'],
     key_positions: Int[Array, '#batch key'],
     **fields: Any,
@@ -208,13 +226,20 @@ class Stack(nn.Module):
     """Returns the context of a call.
 
     Args:
-      mask: visible keys of each query; sliding windows are added per layer.
+      mask: visible keys of each query; sliding windows are added per layer. Of
+        a call without a cache, given in parts: attention may take a kernel.
       query_positions: positions of the tokens of this call.
       key_positions: positions of the cache's slots, if any, then of the tokens.
       **fields: other fields of `Context`.
     """
     config = self.config
-    bias = attention.mask_bias(mask)
+    bias = self.bias(mask)
+    if config.positions == 'rotary':
+      fields['rotation'] = positions.rotation(config, query_positions)
+    if isinstance(bias, fused_attention.Visibility):
+      return self._context_in_parts(
+        bias, query_positions, key_positions, **fields
+      )
     offsets = positions.offsets(query_positions, key_positions)
     if config.positions == 'relative':
       buckets = positions.relative_position_bucket(
@@ -227,10 +252,51 @@ class Stack(nn.Module):
         fields['buckets'] = buckets
       else:
         bias += self.relpos_bias(buckets)
-    if config.positions == 'rotary':
-      fields['rotation'] = positions.rotation(config, query_positions)
     if config.sliding_window:
       fields['offsets'] = offsets
+    return Context(bias, **fields)
+
+  def bias(
+    self, mask: Bool[Array, '...'] | fused_attention.Visibility
+  ) -> Float[Array, '...'] | fused_attention.Visibility:
+    """Returns the bias of a mask; its parts if attention takes the kernel."""
+    if not isinstance(mask, fused_attention.Visibility):
+      return attention.mask_bias(mask)
+    num_queries, num_keys = (
+      x.shape[1] for x in (mask.query_segments, mask.key_segments)
+    )
+    if fused_attention.is_chosen(self.config, num_queries, num_keys):
+      return mask
+    return attention.mask_bias(attention.visible_mask(mask))
+
+  def _context_in_parts(
+    self,
+    bias: fused_attention.Visibility,
+    query_positions: Int[Array, '#batch query'],
+    key_positions: Int[Array, '#batch key'],
+    **fields: Any,
+  ) -> Context:
+    """Returns the context of a call whose attention takes the kernel."""
+    config = self.config
+    if config.positions == 'relative':
+      # Positions are slots, so all rows share the bias of an offset.
+      num_queries, num_keys = query_positions.shape[1], key_positions.shape[1]
+      buckets = positions.relative_position_bucket(
+        jnp.arange(1 - num_queries, num_keys)[None, None],
+        bidirectional=self.bidirectional,
+        num_buckets=config.relpos_buckets,
+        max_distance=config.relpos_max_distance,
+      )
+      if config.relpos_per_layer:
+        fields['buckets'] = buckets
+      else:
+        bias = bias.replace(by_offset=self.relpos_bias(buckets))
+    if config.sliding_window:
+      rows = bias.query_segments.shape[0]
+      bias = bias.replace(
+        query_positions=_for_rows(query_positions, rows),
+        key_positions=_for_rows(key_positions, rows),
+      )
     return Context(bias, **fields)
 
   def project_cross(
@@ -331,3 +397,9 @@ class Stack(nn.Module):
   def _begin(self, embeddings, *, deterministic):
     x = self.dropout(embeddings, deterministic=deterministic)
     return nn.with_logical_constraint(x, ('batch', 'length', 'embed'))
+
+
+def _for_rows(
+  x: Int[Array, '#batch length'], rows: int
+) -> Int[Array, 'batch length']:
+  return jnp.broadcast_to(x, (rows, x.shape[1]))

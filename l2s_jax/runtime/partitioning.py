@@ -317,6 +317,16 @@ def use_mesh(mesh: jax.sharding.Mesh) -> Iterator[None]:
     yield
 
 
+def platform() -> str:
+  """Returns the platform of the current mesh: 'cpu', 'gpu' or 'tpu'.
+
+  Without a mesh, that of JAX's default devices. The devices of a mesh need not
+  be attached.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return str(device.platform) if device else jax.default_backend()
+
+
 def unbox(tree: PyTree) -> PyTree:
   """Removes the partitioning metadata of newly initialized parameters."""
 

@@ -20,6 +20,7 @@ def language_model_system(
   dropout_rate: float | None = None,
   dtype: str | None = None,
   remat: str | None = None,
+  attention: str | None = None,
 ) -> system_lib.System:
   """Returns a single language model: the LLM or the SLM baseline.
 
@@ -29,8 +30,11 @@ def language_model_system(
     dtype: of activations, 'float32' or 'bfloat16'; None keeps the config's.
       Parameters are float32.
     remat: rematerialisation, see `TransformerConfig`; None keeps the config's.
+    attention: as `TransformerConfig.attention`; None keeps the config's.
   """
-  config = _with_runtime(tower.load_config(), dropout_rate, dtype, remat)
+  config = _with_runtime(
+    tower.load_config(), dropout_rate, dtype, remat, attention
+  )
   return alone(tower, config, 'LLM_VOCABULARY / SLM_VOCABULARY')
 
 
@@ -63,6 +67,7 @@ def llm_to_slm_system(
   dtype: str | None = None,
   llm_dtype: str = 'float32',
   remat: str | None = None,
+  attention: str | None = None,
   llm_layer: int | str | None = None,
   train_llm: bool = False,
   llm_bidirectional: bool = False,
@@ -82,6 +87,8 @@ def llm_to_slm_system(
     llm_dtype: of the LLM's parameters and activations, 'float32' or 'bfloat16'.
     remat: rematerialisation of the SLM (and of a trained LLM), see
       `TransformerConfig`; None keeps the config's.
+    attention: of both models, as `TransformerConfig.attention`; None keeps the
+      configs'.
     llm_layer: the projector reads the LLM's states after this number of layers,
       see `LlmToSlm`; None means all, 'mix' a learned mix of all.
     train_llm: whether to train the LLM's encoding part, too. It is then held in
@@ -115,8 +122,11 @@ def llm_to_slm_system(
       )
     llm_config = dataclasses.replace(llm_config, bidirectional_prefix=True)
   if train_llm:
-    llm_config = _with_runtime(llm_config, None, None, remat)
-  slm_config = _with_runtime(slm.load_config(), dropout_rate, dtype, remat)
+    llm_config = _with_runtime(llm_config, remat=remat)
+  llm_config = _with_runtime(llm_config, attention=attention)
+  slm_config = _with_runtime(
+    slm.load_config(), dropout_rate, dtype, remat, attention
+  )
   if lora_rank:
     slm_config = dataclasses.replace(
       slm_config,
@@ -194,15 +204,17 @@ def assemble(
 
 def _with_runtime(
   config: config_lib.TransformerConfig,
-  dropout_rate: float | None,
-  dtype: str | None,
-  remat: str | None,
+  dropout_rate: float | None = None,
+  dtype: str | None = None,
+  remat: str | None = None,
+  attention: str | None = None,
 ) -> config_lib.TransformerConfig:
   """Returns the config with the settings that are not None."""
   given: dict[str, Any] = {
     'dropout_rate': dropout_rate,
     'dtype': dtype,
     'remat': remat,
+    'attention': attention,
   }
   return dataclasses.replace(
     config, **{name: x for name, x in given.items() if x is not None}

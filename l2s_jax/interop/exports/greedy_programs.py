@@ -6,6 +6,7 @@ by name, such as `slm/decoder/layers_0/...`. Parameters are arguments of the
 functions, not constants.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -67,7 +68,9 @@ class GreedyPrograms:
       unstack_llm: whether to unstack the LLM's layers, too.
     """
     system = bundle.system
-    self._module = l2s.for_generation(system.module, unstack_llm=unstack_llm)
+    self._module = l2s.for_generation(
+      _without_kernels(system.module), unstack_llm=unstack_llm
+    )
     params = l2s.params_for_generation(self._module, bundle.params())
     self.params: dict[str, np.ndarray] = {
       name: np.asarray(x)
@@ -390,3 +393,21 @@ def traced(function: Callable[..., Any]) -> Callable[..., Any]:
       jaxtyping.config.update('jaxtyping_disable', before)
 
   return call
+
+
+def _without_kernels(module: Any) -> Any:
+  """Returns the module with plain attention, for programs of all platforms."""
+  names = (
+    ('config',)
+    if hasattr(module, 'config')
+    else (
+      'llm_config',
+      'slm_config',
+    )
+  )
+  return module.clone(
+    **{
+      name: dataclasses.replace(getattr(module, name), attention='plain')
+      for name in names
+    }
+  )

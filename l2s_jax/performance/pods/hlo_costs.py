@@ -3,8 +3,9 @@
 
 XLA's cost analysis counts a loop body once: of 24 scanned layers it counts one.
 This module multiplies by the trip count. It counts FLOPs of matrix products,
-bytes read from and written to HBM, and bytes received in collectives. Hardware
-and time are in `runtime/chips.py`.
+bytes read from and written to HBM, and bytes received in collectives. Of a
+Pallas kernel it takes the FLOPs of its cost estimate, and the bytes of operands
+and results. Hardware and time are in `runtime/chips.py`.
 """
 
 import dataclasses
@@ -34,6 +35,8 @@ _COLLECTIVES = (
   'collective-permute',
   'collective-broadcast',
 )
+# A kernel is a program of its own, so its author counts the FLOPs.
+_KERNEL_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _SLICES = ('dynamic-slice', 'slice', 'gather')
 
 
@@ -189,6 +192,9 @@ class _Counter:
     self, x: hlo.Instruction, computation: hlo.Computation
   ) -> tuple[float, tuple[Collective, ...]]:
     kind = x.opcode.removesuffix('-start')
+    if x.opcode == 'custom-call':
+      estimate = _KERNEL_FLOPS.search(x.text)
+      return float(estimate[1]) if estimate else 0.0, ()
     if x.opcode == 'dot':
       return _dot_flops(x, computation), ()
     if x.opcode == 'convolution':

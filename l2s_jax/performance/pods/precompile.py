@@ -41,6 +41,7 @@ def precompile(
   num_slices: int = 1,
   num_microbatches: int = 1,
   remat: str = 'none',
+  attention: str = 'plain',
   decode_batch_sizes: int | Sequence[int] | None = None,
   program_names: Sequence[str] = pod_compiler.PROGRAMS,
   suggest: bool = True,
@@ -73,6 +74,7 @@ def precompile(
     num_microbatches: microbatches per batch.
     remat: rematerialization of the trained model; see
       `TransformerConfig.remat`.
+    attention: of both models, as `TransformerConfig.attention`.
     decode_batch_sizes: batch sizes of inference, one number or several; None
       takes `batch_size`.
     program_names: any of 'train', 'prefill' and 'decode'; 'decode' needs
@@ -123,6 +125,7 @@ def precompile(
       shared_vocabulary=shared_vocabulary,
       dtype=dtype,
       llm_dtype=llm_dtype,
+      attention=attention,
     ),
     task_feature_lengths,
     optimizer,

@@ -63,6 +63,7 @@ class Models:
       tables have equally many rows.
     dtype: dtype of the trained model's activations.
     llm_dtype: dtype of a frozen LLM.
+    attention: of both models, as `TransformerConfig.attention`.
   """
 
   llm: config_lib.TransformerConfig | None
@@ -71,6 +72,7 @@ class Models:
   shared_vocabulary: bool | None = None
   dtype: str = 'bfloat16'
   llm_dtype: str = 'bfloat16'
+  attention: str = 'plain'
 
   def system(self, remat: str = 'none') -> system_lib.System:
     """Returns the LLM-to-SLM system, or that of the only model given.
@@ -83,13 +85,17 @@ class Models:
     vocabulary = byte.ByteVocabulary()
     trained = self.slm or self.llm
     assert trained is not None
-    trained = dataclasses.replace(trained, dtype=self.dtype, remat=remat)
+    trained = dataclasses.replace(
+      trained, dtype=self.dtype, remat=remat, attention=self.attention
+    )
     if self.llm is None or self.slm is None:
       return system_lib.System(l2s.build(trained), vocabulary, vocabulary)
     shared = self.shared_vocabulary
     if shared is None:
       shared = self.llm.vocab_size == self.slm.vocab_size
-    llm = dataclasses.replace(self.llm, dtype=self.llm_dtype)
+    llm = dataclasses.replace(
+      self.llm, dtype=self.llm_dtype, attention=self.attention
+    )
     return system_lib.System(
       l2s.LlmToSlm(llm, trained, self.injection, shared),
       vocabulary,
