@@ -30,9 +30,8 @@ from l2s_jax.runtime import partitioning
 # Added to masked logits, as in the plain form: a query that sees no key gets
 # the mean of the values.
 MASKED = -1e10
-_PADDING = (
-  -1e30
-)  # Lower than twice MASKED: keys that pad a block have weight 0.
+# Lower than twice MASKED: keys that pad a block have weight 0.
+_PADDING = -1e30
 _LANES, _SUBLANES = 128, 8
 _MIN_QUERIES = 64
 _MAX_KEYS = 8192  # Logits of one block of queries must fit in VMEM.
