@@ -274,12 +274,7 @@ def answer_lines(
   if distributed.from_first(path.is_file()):
     tally = predictions.read_whole(path, items())
     if distributed.is_first():
-      if (folder / lock).exists():  # A kill after the last line left it.
-        with (
-          contextlib.suppress(ValueError),  # Its owner still runs.
-          locks.held(folder, named_by, lock),
-        ):
-          pass
+      _remove_lock(folder, named_by, lock)
       output_parts.remove(path)
     distributed.say(f'{path} is complete: nothing to answer.')
     return tally
@@ -305,6 +300,14 @@ def answer_lines(
         file.append(records)
     file.finish()
   return file.tally
+
+
+def _remove_lock(folder: pathlib.Path, named_by: str, lock: str) -> None:
+  """Removes the lock that a kill after the last line left."""
+  if (folder / lock).exists():
+    with contextlib.suppress(ValueError):  # Its owner still runs.
+      with locks.held(folder, named_by, lock):
+        pass
 
 
 def write(
