@@ -526,7 +526,7 @@ def _ends(path: storage.BucketPath) -> Iterator[pathlib.Path]:
 
 
 def check_room(
-  folder: pathlib.Path, num_bytes: float, shard_bytes: float
+  folder: pathlib.Path, num_bytes: int | float, shard_bytes: int | float
 ) -> None:
   """Refuses to start without enough free disk space.
 
