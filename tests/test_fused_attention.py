@@ -15,6 +15,7 @@ import pytest
 
 from l2s_jax.models import attention, fused_attention, positions
 from l2s_jax.runtime import partitioning
+from l2s_jax.systems import parameters
 
 FAMILIES = helpers.FAMILIES | helpers.SLMS
 ROWS, HEADS, KV = 2, 4, 8
@@ -293,10 +294,28 @@ def test_prefill_takes_the_kernel_and_decoding_does_not():
 
 def test_auto_is_the_kernel_on_tpu_alone():
   auto = dataclasses.replace(helpers.T5_1_1, attention='auto')
-  assert not fused_attention.is_chosen(auto, 512, 512)  # on CPU
+  assert not fused_attention.is_chosen(auto, 4, 512, 512)  # on CPU
   fused = dataclasses.replace(auto, attention='fused')
-  assert fused_attention.is_chosen(fused, 7, 7)
-  assert not fused_attention.is_chosen(fused, 7, 10**6)
+  assert fused_attention.is_chosen(fused, 4, 7, 7)
+  assert not fused_attention.is_chosen(fused, 4, 7, 10**6)
+  wide = dataclasses.replace(fused, head_dim=256)
+  assert fused_attention.is_chosen(wide, 4, 7, 4096)
+  assert not fused_attention.is_chosen(wide, 4, 7, 8192)
+
+
+def test_rows_that_do_not_divide_over_a_mesh_take_the_plain_form():
+  """Such as the one row that parameters are initialized with."""
+  config = partitioning.MeshConfig(data=8)
+  mesh = partitioning.make_mesh(config)
+  fused = dataclasses.replace(helpers.T5_1_1, attention='fused')
+  system = helpers.system(helpers.l2s.build(fused))
+  with (
+    partitioning.use_mesh(mesh),
+    partitioning.axis_rules(config.rules('slm')),
+  ):
+    assert fused_attention.is_chosen(fused, 8, 7, 7)
+    assert not fused_attention.is_chosen(fused, 4, 7, 7)
+    parameters.layout(system, mesh, config)
 
 
 def test_an_unknown_form_is_refused():

@@ -101,7 +101,7 @@ class Attention(nn.Module):
       query *= (config.query_pre_attn_scalar or config.head_dim) ** -0.5
 
     if isinstance(bias, fused_attention.Visibility):
-      assert past is None
+      assert past is None and query.shape[0] == kv.key.shape[0]
       keep = None
       if config.dropout_rate and not deterministic:
         shape = (*query.shape[:2], 1, kv.key.shape[2])

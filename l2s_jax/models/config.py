@@ -138,8 +138,10 @@ class TransformerConfig:
     attention: of calls with many queries (training, prefill): 'plain' writes
       float32 logits to memory; 'fused' keeps them on the chip, by a kernel for
       TPUs (elsewhere in Pallas' interpreter, for tests alone); 'auto' is
-      'fused' on TPU, for at least 64 queries, and 'plain' elsewhere. Off by
-      default: the kernel was compiled for TPUs, but has not run on one yet.
+      'fused' on TPU, for at least 64 queries, and 'plain' elsewhere. Both are
+      'plain' for more than 8,192 keys, or 2**20 / `head_dim`, and where rows or
+      heads do not divide over the mesh. Off by default: the kernel was compiled
+      for TPUs, but has not run on one yet.
     lora_rank: rank of the two matrices whose product is added to each of some
       frozen kernels (LoRA, Hu et al. 2021, arXiv:2106.09685); 0 means no LoRA.
       The second matrix is initialised to 0.

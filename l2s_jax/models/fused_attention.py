@@ -13,6 +13,7 @@ sublanes, and products write [kv, length], whose minor axis fills the lanes.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ _PADDING = -1e30
 _LANES, _SUBLANES = 128, 8
 _MIN_QUERIES = 64
 _MAX_KEYS = 8192  # Logits of one block of queries must fit in VMEM.
+_MAX_ELEMENTS = 2**20  # Of the keys of a head; more do not fit on a v5p.
 _BLOCK_ELEMENTS = 2**18
 _VMEM_BYTES = 96 * 2**20
 
@@ -69,12 +71,17 @@ class Visibility(struct.PyTreeNode):
 
 
 def is_chosen(
-  config: config_lib.TransformerConfig, num_queries: int, num_keys: int
+  config: config_lib.TransformerConfig,
+  num_rows: int,
+  num_queries: int,
+  num_keys: int,
 ) -> bool:
   """Returns whether a call takes the kernel, by `config.attention`.
 
   Args:
     config: of the model.
+    num_rows: of the call. Rows and heads must divide over the mesh: XLA cannot
+      partition the kernel.
     num_queries: of the call. With few of them the logits are small.
     num_keys: of the call. All keys of a head must fit in VMEM.
   """
@@ -83,7 +90,17 @@ def is_chosen(
   is_forced = config.attention == 'fused'
   if not is_forced and partitioning.platform() != 'tpu':
     return False
-  return num_keys <= _MAX_KEYS and (is_forced or num_queries >= _MIN_QUERIES)
+  mesh = jax.sharding.get_abstract_mesh()
+  for axes, size in zip(
+    nn.logical_to_mesh_axes(('batch', 'heads')),
+    (num_rows, config.num_heads),
+    strict=True,
+  ):
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    if size % math.prod(mesh.shape.get(name, 1) for name in names):
+      return False
+  fits = num_keys <= _MAX_KEYS and num_keys * config.head_dim <= _MAX_ELEMENTS
+  return fits and (is_forced or num_queries >= _MIN_QUERIES)
 
 
 def attend(

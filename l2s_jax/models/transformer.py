@@ -262,10 +262,9 @@ class Stack(nn.Module):
     """Returns the bias of a mask; its parts if attention takes the kernel."""
     if not isinstance(mask, fused_attention.Visibility):
       return attention.mask_bias(mask)
-    num_queries, num_keys = (
-      x.shape[1] for x in (mask.query_segments, mask.key_segments)
-    )
-    if fused_attention.is_chosen(self.config, num_queries, num_keys):
+    num_rows, num_queries = mask.query_segments.shape
+    num_keys = mask.key_segments.shape[1]
+    if fused_attention.is_chosen(self.config, num_rows, num_queries, num_keys):
       return mask
     return attention.mask_bias(attention.visible_mask(mask))
 

@@ -209,7 +209,16 @@ def _with_runtime(
   remat: str | None = None,
   attention: str | None = None,
 ) -> config_lib.TransformerConfig:
-  """Returns the config with the settings that are not None."""
+  """Returns the config with the settings that are not None.
+
+  Raises:
+    ValueError: for the attention that only tests take.
+  """
+  if attention == 'fused':
+    raise ValueError(
+      "ATTENTION='fused' is slow without a TPU, and stays in the run's files. "
+      "Use 'auto', which takes the same kernel on a TPU."
+    )
   given: dict[str, Any] = {
     'dropout_rate': dropout_rate,
     'dtype': dtype,

@@ -375,7 +375,8 @@ def _describe(config: config_lib.TransformerConfig) -> str:
     layers = f'{config.num_encoder_layers} + {layers}'
   return (
     f'{layers}, width {config.emb_dim}, MLP {config.mlp_dim}, vocabulary '
-    f'{config.vocab_size}, {config.dtype}, remat {config.remat!r}'
+    f'{config.vocab_size}, {config.dtype}, remat {config.remat!r}, attention '
+    f'{config.attention!r}'
   )
 
 
