@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of `export` and `convert` from buckets and into them."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from flax import traverse_util
 
 from l2s_jax.interop import convert, destination
 from l2s_jax.interop.exports import export_command
-from l2s_jax.runtime import extras, memory, storage
+from l2s_jax.runtime import extras, locks, memory, storage
 from l2s_jax.systems import model_paths
 from l2s_jax.training import optim
 from l2s_jax.weights import opening, saved_steps
@@ -304,3 +305,40 @@ def test_a_second_writer_is_refused_at_the_end(root, kept):
   with pytest.raises(ValueError, match='already exists'):
     destination.finish(kept / 'hf', root / 'hf')
   assert contents(root / 'hf') == {'config.json': b'theirs'}
+
+
+def leave_lock(folder):
+  """Leaves the lock of a process that has ended."""
+  with locks.held(folder, 'DESTINATION', destination._LOCK) as lock:
+    content = json.loads(lock.path.read_text())
+  lock.path.write_text(json.dumps(content | {'birth': 'another'}))
+
+
+def test_a_complete_folder_is_not_overwritten_for_a_lock_that_was_left(
+  root, kept
+):
+  """A kill may come after the last file, and a failing store keep the lock."""
+  destination.finish(kept / 'hf', root / 'hf')
+  before = contents(root / 'hf')
+  leave_lock(root / 'hf')
+  with pytest.raises(ValueError, match='already exists'):
+    destination.finish(kept / 'hf', root / 'hf')
+  assert contents(root / 'hf') == before
+
+
+def test_a_process_that_lost_its_lock_leaves_the_files_of_the_next(
+  root, kept, monkeypatch
+):
+  upload = storage.BucketPath.upload
+
+  def uploading(path, file):
+    upload(path, file)
+    lock = root / 'hf' / destination._LOCK
+    content = json.loads(lock.read_text())
+    lock.write_text(json.dumps(content | {'owner': 'the next'}))
+
+  monkeypatch.setattr(storage.BucketPath, 'upload', uploading)
+  with pytest.raises(ValueError, match='taken over its lock'):
+    destination.finish(kept / 'hf', root / 'hf')
+  left = contents(root / 'hf')
+  assert len(left) > 1 and 'config.json' not in left

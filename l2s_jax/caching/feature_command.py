@@ -108,7 +108,14 @@ def cache_features(
     f'{num_bytes / 1e9:,.3f} GB.'
   )
   each = (feature_files.num_bytes(cache, [shard], plan) for shard in shards)
-  cache_writer.check_room(cache.folder, num_bytes, max(each, default=0))
+  lacking: list[str] = []
+  try:
+    cache_writer.check_room(cache.folder, num_bytes, max(each, default=0))
+  except ValueError as error:
+    lacking.append(str(error))
+  # If one host lacks room, all stop.
+  if lacking := distributed.gather(lacking):
+    raise ValueError(lacking[0])
   if dry_run:
     return
   with session.entered():

@@ -2,7 +2,7 @@
 """The growing output of `infer` and `distill` in a bucket, as numbered parts.
 
 An object cannot grow. The lines are written to a local temporary file. Every
-PART_SECS, and at the end of a stopped job, the new ones become an object:
+PART_SECS, and after an error, the new ones become an object:
 
     predictions.jsonl.partial/START-STOP-DIGEST
 

@@ -7,18 +7,19 @@ weights takes longer than reading them from HBM. So the decoding model is
 gathered once, before the first batch. Shards along `tensor` stay.
 """
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from l2s_jax.runtime import chips, partitioning
+from l2s_jax.runtime import chips, distributed, partitioning
 
 PyTree = Any
 
-# Of a device's memory beside the sharded parameters. The rest is for the KV
-# cache, activations and, between training steps, the training state.
+# Of a device's free memory. The rest is for the KV cache and activations.
 _SHARE = 0.25
 _GATHERED = ('data', 'fsdp')
 
@@ -28,18 +29,18 @@ def for_decoding(
 ) -> PyTree:
   """Returns the decoding model's parameters where decoding is fastest.
 
-  The choice depends on shapes, shardings and the type of device alone, so that
-  all processes make the same one.
+  All processes make the same choice. All must call it.
 
   Args:
     params: of the decoding model, in the form for generation; arrays, or shapes
       with shardings.
-    beside: other parameters that stay on the devices.
+    beside: other parameters that stay on the devices; for shapes. The memory of
+      devices that are there is asked.
     consume: whether to delete the arrays that are gathered.
 
   Returns:
     `params` without shards along `data` and `fsdp`, if these take at most a
-    quarter of the memory beside the sharded parameters; otherwise `params`.
+    quarter of the free memory of a device; otherwise `params`.
   """
   leaves, structure = jax.tree.flatten(params)
   wanted = {
@@ -50,9 +51,9 @@ def for_decoding(
   if not wanted or not _fits(leaves, wanted, jax.tree.leaves(beside)):
     return params
   shards = [leaves[number] for number in wanted]
-  if all(isinstance(shard, jax.Array) for shard in shards):
+  if _are_there(shards):
     # One program, which all processes run.
-    whole = jax.jit(lambda x: x, out_shardings=list(wanted.values()))(shards)
+    whole = _gathering(tuple(wanted.values()))(shards)
     if consume:
       for shard in shards:
         shard.delete()
@@ -102,20 +103,44 @@ def _left(axes: partitioning.MeshAxes) -> partitioning.MeshAxes:
   return tuple(name for name in names if name not in _GATHERED) or None
 
 
+@functools.lru_cache(maxsize=4)
+def _gathering(shardings: tuple[NamedSharding, ...]) -> Any:
+  """Returns a compiled copy to shardings; each evaluation makes the same."""
+  return jax.jit(lambda x: x, out_shardings=list(shardings))
+
+
+def _are_there(shards: Sequence[Any]) -> bool:
+  """Returns whether these are arrays, not shapes."""
+  return all(isinstance(shard, jax.Array) for shard in shards)
+
+
 def _fits(
   leaves: Sequence[Any], wanted: Mapping[int, NamedSharding], beside: list[Any]
 ) -> bool:
   """Returns whether whole parameters take a small part of the free memory."""
-  mesh = next(iter(wanted.values())).mesh
-  limit = chips.memory_bytes(mesh.devices.flat[0])
-  if limit is None:
-    return True
-  placed = [leaf for leaf in [*leaves, *beside] if hasattr(leaf, 'sharding')]
-  used = sum(
-    partitioning.bytes_per_device(leaf, leaf.sharding) for leaf in placed
-  )
   whole = sum(
     partitioning.bytes_per_device(leaves[number], sharding)
     for number, sharding in wanted.items()
   )
-  return whole <= _SHARE * (limit - used)
+  if _are_there(leaves):
+    return all(distributed.gather([whole <= _SHARE * _free_bytes()]))
+  used = sum(
+    partitioning.bytes_per_device(leaf, leaf.sharding)
+    for leaf in [*leaves, *beside]
+    if hasattr(leaf, 'sharding')
+  )
+  device = next(iter(wanted.values())).mesh.devices.flat[0]
+  chip = chips.of_device(device.device_kind)
+  return chip is None or whole <= _SHARE * (chip.hbm_bytes - used)
+
+
+def _free_bytes() -> float:
+  """Returns the free memory of this process' fullest device.
+
+  Devices that do not tell, such as CPUs, have no bound.
+  """
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  return min(
+    found.get('bytes_limit', math.inf) - found.get('bytes_in_use', 0)
+    for found in stats
+  )

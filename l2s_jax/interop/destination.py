@@ -138,22 +138,49 @@ def finish(made: pathlib.Path, folder: pathlib.Path) -> None:
     for path in made.rglob('*')
     if path.is_file()
   }
-  # Readers of an export refuse its folder while the lock is there.
-  with locks.held(folder, 'DESTINATION', _LOCK) as is_left:
+  with locks.held(folder, 'DESTINATION', _LOCK) as lock:
     found = {
       path.relative_to(folder).as_posix() for path, _ in folder.objects()
     } - {_LOCK}
-    if found - names or (found and not is_left):
-      raise ValueError(_refusal(folder))
+    _check_left(folder, names, found, is_left=lock.is_taken_over)
     for name in sorted(found, key=_rank, reverse=True):
       (folder / name).unlink(missing_ok=True)
+
+    def before(name: str) -> None:
+      if _rank(name) and not lock.is_mine():
+        raise ValueError(
+          f'{folder}: another process has taken over its lock. Look whether it '
+          'still runs, or choose another DESTINATION.'
+        )
+
     try:
-      files.upload_folder(made, folder, order=_rank)
+      files.upload_folder(made, folder, _rank, before)
     except BaseException:
       with contextlib.suppress(OSError):  # The first error is raised.
+        # The files may be those of the process that has taken over the lock.
         for name in sorted(names, key=_rank, reverse=True):
-          (folder / name).unlink(missing_ok=True)
+          if lock.is_mine():
+            (folder / name).unlink(missing_ok=True)
       raise
+
+
+def _check_left(
+  folder: pathlib.Path, names: set[str], found: set[str], *, is_left: bool
+) -> None:
+  """Refuses a folder that is not an unfinished upload of the same files.
+
+  Args:
+    folder: the destination.
+    names: files to upload.
+    found: files that are there.
+    is_left: whether a dead process left its lock.
+  """
+  most = max(map(_rank, names), default=0)
+  last = {name for name in names if _rank(name) == most}
+  # With its last files it is complete: a kill may have left the lock alone.
+  is_unfinished = is_left and found <= names and not last <= found
+  if found and not is_unfinished:
+    raise ValueError(_refusal(folder))
 
 
 def _rank(name: str) -> int:

@@ -12,8 +12,6 @@ import platform
 import re
 from collections.abc import Sequence
 
-import jax
-
 GIB = 2**30
 
 
@@ -217,20 +215,6 @@ def of_device(kind: str) -> Chip | None:
     if part in kind:
       return CHIPS[name]
   return None
-
-
-def memory_bytes(device: jax.Device) -> float | None:
-  """Returns the memory for programs on a device; None for a host's memory.
-
-  The device may be the description of one in a topology.
-  """
-  chip = of_device(device.device_kind)
-  if chip is not None:
-    return chip.hbm_bytes
-  if device.platform == 'cpu':
-    return None
-  local = jax.local_devices()[0]
-  return (local.memory_stats() or {}).get('bytes_limit')
 
 
 def gib(num_bytes: int | float) -> str:

@@ -338,6 +338,7 @@ def upload_folder(
   source: str | os.PathLike[str],
   target: pathlib.Path,
   order: Callable[[str], int] = lambda _: 0,
+  before: Callable[[str], None] = lambda _: None,
 ) -> None:
   """Copies all files of a local folder into a bucket, one after the other.
 
@@ -346,6 +347,7 @@ def upload_folder(
     target: the folder in the bucket.
     order: function from a file's relative path; files with greater values are
       copied later.
+    before: called with the relative path of each file before it is copied.
   """
   assert isinstance(target, storage.BucketPath), target
   names = sorted(
@@ -354,6 +356,7 @@ def upload_folder(
     if path.is_file()
   )
   for name in sorted(names, key=order):
+    before(name)
     place = target / name
     place.upload(pathlib.Path(source) / name)
 

@@ -14,6 +14,7 @@ was taken over ends at once, since two would write.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -25,7 +26,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from l2s_jax.runtime import distributed, files, os_errors, scratch, storage
+from l2s_jax.runtime import distributed, files, os_errors, storage
 
 RENEWAL_SECS = 5.0
 LEASE_SECS = 30.0
@@ -38,13 +39,30 @@ _MOST_TRIES = 50
 _KEYS = {'host': str, 'pid': int, 'start': str, 'birth': str, 'beat': int}
 
 
+@dataclasses.dataclass(frozen=True)
+class Held:
+  """A lock that this process has taken.
+
+  Attributes:
+    path: the lock file.
+    owner: the identifier in it.
+    is_taken_over: whether it was that of a dead process.
+  """
+
+  path: pathlib.Path
+  owner: str
+  is_taken_over: bool
+
+  def is_mine(self) -> bool:
+    """Returns whether no other process has taken the lock over since."""
+    return _owner(self.path) == self.owner
+
+
 @contextlib.contextmanager
 def held(
   folder: pathlib.Path, setting: str, name: str = NAME
-) -> Iterator[bool]:
-  """Holds the lock of a folder until the block ends.
-
-  Yields whether the lock was taken over from a dead process.
+) -> Iterator[Held]:
+  """Holds the lock of a folder until the block ends, and yields it.
 
   Args:
     folder: the folder; created if absent.
@@ -58,7 +76,7 @@ def held(
   """
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / name
-  mine = {
+  mine: dict[str, Any] = {
     'host': socket.gethostname(),
     'pid': os.getpid(),
     'start': time.strftime('%Y-%m-%d %H:%M:%S %z'),
@@ -71,12 +89,15 @@ def held(
     target=_renew, args=(path, mine, stopped), daemon=True
   )
   renewal.start()
+  lock = Held(path, mine['owner'], is_taken_over)
   try:
-    yield is_taken_over
+    yield lock
   finally:
     stopped.set()
     renewal.join()
-    if _owner(path) == mine['owner']:
+    # A store that fails once may answer the next time.
+    tries = 3 if storage.is_bucket(path) else 1
+    if any(lock.is_mine() for _ in range(tries)):
       path.unlink(missing_ok=True)
 
 
@@ -228,7 +249,6 @@ def _end(path: pathlib.Path) -> NoReturn:
     file=sys.stderr,
     flush=True,
   )
-  scratch.remove()
   os._exit(1)
 
 

@@ -23,8 +23,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from l2s_jax.runtime import scratch
-
 # EX_TEMPFAIL ("try again") of sysexits.h. It tells a launcher to restart the
 # run; 0 means that the run is finished.
 EXIT_CODE = 75
@@ -284,5 +282,4 @@ def _end(status: int = EXIT_CODE, text: str = '') -> None:
   speaker = threading.Thread(target=last_words, daemon=True)
   speaker.start()
   speaker.join(_LAST_WORDS)
-  scratch.remove()
   os._exit(status)

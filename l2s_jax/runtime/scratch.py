@@ -3,9 +3,8 @@
 
 All are in one folder of the process, TMPDIR/l2s_jax-scratch-*, which it holds
 with an advisory lock (`flock`). The end of the process removes it; after a
-kill, the next process on the host that needs temporary folders does. The
-operating system releases the lock of a process that has ended, whatever its
-container.
+signal, the next process of the same hostname that needs temporary folders does.
+The operating system releases the lock of a process that has ended.
 """
 
 import atexit
@@ -14,6 +13,7 @@ import fcntl
 import functools
 import os
 import pathlib
+import re
 import shutil
 import socket
 import tempfile
@@ -67,7 +67,11 @@ def _is_locked(descriptor: int) -> bool:
 
 def _remove_abandoned() -> None:
   """Removes the folders of processes that were killed."""
-  for path in pathlib.Path(tempfile.gettempdir()).glob(f'{_PREFIX}*'):
+  # As `mkdtemp` names them. Other hostnames may begin with this one.
+  name = re.compile(re.escape(_PREFIX) + r'[a-z0-9_]{8}')
+  for path in pathlib.Path(tempfile.gettempdir()).glob('l2s_jax-scratch-*'):
+    if not name.fullmatch(path.name):
+      continue
     with contextlib.suppress(OSError):
       descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
       try:
