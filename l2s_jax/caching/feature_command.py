@@ -4,6 +4,7 @@
 `feature_format.py` defines the files; `feature_writer.py` writes them.
 """
 
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -107,15 +108,8 @@ def cache_features(
     f'Features to compute: {num_examples:,} examples, about '
     f'{num_bytes / 1e9:,.3f} GB.'
   )
-  each = (feature_files.num_bytes(cache, [shard], plan) for shard in shards)
-  lacking: list[str] = []
-  try:
-    cache_writer.check_room(cache.folder, num_bytes, max(each, default=0))
-  except ValueError as error:
-    lacking.append(str(error))
-  # If one host lacks room, all stop.
-  if lacking := distributed.gather(lacking):
-    raise ValueError(lacking[0])
+  each = [feature_files.num_bytes(cache, [shard], plan) for shard in shards]
+  _check_room(cache.folder, num_bytes, max(each, default=0))
   if dry_run:
     return
   with session.entered():
@@ -146,3 +140,16 @@ def cache_features(
       feature_files.finish(cache, plan)
     feature_format.open_features(cache)
   distributed.say(f'The features of {cache.folder} are complete.')
+
+
+def _check_room(
+  folder: pathlib.Path, num_bytes: int | float, shard_bytes: int | float
+) -> None:
+  """Refuses to start in all processes if one host lacks room."""
+  lacking: list[str] = []
+  try:
+    cache_writer.check_room(folder, num_bytes, shard_bytes)
+  except ValueError as error:
+    lacking.append(str(error))
+  if lacking := distributed.gather(lacking):
+    raise ValueError(lacking[0])
