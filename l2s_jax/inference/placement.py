@@ -99,7 +99,7 @@ def _gathered(leaf: Any) -> NamedSharding | None:
 
 def _left(axes: partitioning.MeshAxes) -> partitioning.MeshAxes:
   """Returns mesh axes without those that are gathered."""
-  names = (axes,) if isinstance(axes, str) else axes or ()
+  names = partitioning.names_of(axes)
   return tuple(name for name in names if name not in _GATHERED) or None
 
 

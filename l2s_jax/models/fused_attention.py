@@ -96,7 +96,7 @@ def is_chosen(
     (num_rows, config.num_heads),
     strict=True,
   ):
-    names = (axes,) if isinstance(axes, str) else axes or ()
+    names = partitioning.names_of(axes)
     if size % math.prod(mesh.shape.get(name, 1) for name in names):
       return False
   fits = num_keys <= _MAX_KEYS and num_keys * config.head_dim <= _MAX_ELEMENTS

@@ -242,12 +242,7 @@ class Stack(nn.Module):
       )
     offsets = positions.offsets(query_positions, key_positions)
     if config.positions == 'relative':
-      buckets = positions.relative_position_bucket(
-        offsets,
-        bidirectional=self.bidirectional,
-        num_buckets=config.relpos_buckets,
-        max_distance=config.relpos_max_distance,
-      )
+      buckets = self._buckets(offsets)
       if config.relpos_per_layer:
         fields['buckets'] = buckets
       else:
@@ -268,6 +263,17 @@ class Stack(nn.Module):
       return mask
     return attention.mask_bias(attention.visible_mask(mask))
 
+  def _buckets(
+    self, offsets: Int[Array, '#batch query key']
+  ) -> Int[Array, '#batch query key']:
+    """Returns the buckets of relative positions."""
+    return positions.relative_position_bucket(
+      offsets,
+      bidirectional=self.bidirectional,
+      num_buckets=self.config.relpos_buckets,
+      max_distance=self.config.relpos_max_distance,
+    )
+
   def _context_in_parts(
     self,
     bias: fused_attention.Visibility,
@@ -280,12 +286,7 @@ class Stack(nn.Module):
     if config.positions == 'relative':
       # Positions are slots, so all rows share the bias of an offset.
       num_queries, num_keys = query_positions.shape[1], key_positions.shape[1]
-      buckets = positions.relative_position_bucket(
-        jnp.arange(1 - num_queries, num_keys)[None, None],
-        bidirectional=self.bidirectional,
-        num_buckets=config.relpos_buckets,
-        max_distance=config.relpos_max_distance,
-      )
+      buckets = self._buckets(jnp.arange(1 - num_queries, num_keys)[None, None])
       if config.relpos_per_layer:
         fields['buckets'] = buckets
       else:

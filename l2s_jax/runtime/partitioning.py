@@ -88,7 +88,7 @@ class MeshConfig:
             f'MeshConfig.{field} has {name!r}, which is not one of the logical '
             f'axes {", ".join(dict(DEFAULT_RULES))}.'
           )
-        for axis in _names(axes):
+        for axis in names_of(axes):
           if axis not in MESH_AXES:
             raise ValueError(
               f'MeshConfig.{field} maps {name!r} to {axis!r}, which is not one '
@@ -107,7 +107,7 @@ class MeshConfig:
 gin.external_configurable(MeshConfig, module='l2s_jax')
 
 
-def _names(axes: MeshAxes) -> tuple[str, ...]:
+def names_of(axes: MeshAxes) -> tuple[str, ...]:
   """Returns the mesh axes of one array dimension."""
   return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
@@ -260,7 +260,7 @@ def axes_that_divide(
   mesh_axes = nn.logical_to_mesh_axes(tuple(axes), rules)
 
   def divides(size, axes):
-    return size % math.prod(mesh.shape.get(n, 1) for n in _names(axes)) == 0
+    return size % math.prod(mesh.shape.get(n, 1) for n in names_of(axes)) == 0
 
   return tuple(
     None if axis in MAY_STAY_WHOLE and not divides(size, onto) else axis
@@ -297,8 +297,8 @@ def look_up(
   if not nn.get_logical_axis_rules():
     return jnp.take(table, ids, axis=0)
   features = nn.logical_to_mesh_axes(tuple(table_axes))[-1]
-  rows = _names(nn.logical_to_mesh_axes(('batch',))[0])
-  left = tuple(name for name in rows if name not in _names(features))
+  rows = names_of(nn.logical_to_mesh_axes(('batch',))[0])
+  left = tuple(name for name in rows if name not in names_of(features))
   if left == rows or jax.sharding.get_abstract_mesh().empty:
     return jnp.take(table, ids, axis=0)
 
@@ -436,7 +436,7 @@ def check_divisible(shapes: PyTree, shardings: PyTree) -> None:
 
   def check(path, shape, sharding):
     for size, axes in zip(shape.shape, sharding.spec, strict=False):
-      names = _names(axes)
+      names = names_of(axes)
       ways = math.prod(sharding.mesh.shape[name] for name in names)
       sizes.setdefault(names, []).append(size)
       if size % ways:
