@@ -21,7 +21,7 @@ import test_predictions
 from l2s_jax.data import distilled
 from l2s_jax.evaluation import evaluate
 from l2s_jax.inference import infer, output_parts, predictions
-from l2s_jax.runtime import locks, storage
+from l2s_jax.runtime import locks, preemption, storage
 
 NUM_LINES = 41
 NAME = 'predictions.jsonl'
@@ -244,12 +244,12 @@ def test_a_second_writer_is_refused_by_the_lock(run, source, folder):
   assert not (folder / NAME).exists()
 
 
-def start(run, *arguments):
+def start(run, *arguments, module='frequent_parts'):
   return forked.Popen(
     [
       sys.executable,
       '-m',
-      'frequent_parts',
+      module,
       'infer',
       '--gin_file=gin_configs/runs/infer.gin',
       f'--gin.CHECKPOINT_PATH={run}',
@@ -271,6 +271,58 @@ def assert_second_is_refused(process, run, folder, name, arguments):
     f'INFER_OUTPUT_DIR={folder} is being written by process {process.pid} on '
     f'{who["host"]}, started at {who["start"]}.'
   ) in ' '.join(told.split())
+
+
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_loses_no_answer(run, gcs, request, tmp_path, signum):
+  folder = bucket_servers.own_folder('gs', request)
+  source = tmp_path / 'in.txt'
+  source.write_text(''.join(f'{n}\n' for n in range(50_000)))
+  process = start(
+    run,
+    f'--gin.INPUT={source}',
+    f'--gin.INFER_OUTPUT_DIR={folder}',
+    '--gin.BATCH_SIZE=8',
+    module='l2s_jax',
+  )
+  told = ''
+  while not re.search(r'\b[1-9]\d+/50000', told):
+    assert (piece := process.stderr.read(20)), told
+    told += piece
+  assert not (folder / f'{NAME}.partial').exists()
+  process.send_signal(signum)
+  _, rest = process.communicate(timeout=60)
+  status = {signal.SIGTERM: preemption.EXIT_CODE}
+  assert process.returncode == status.get(signum, preemption.INTERRUPTED), rest
+  assert f'{signum.name}: saving what is done, then exiting.' in rest
+  assert not (folder / f'.{NAME}.lock').exists()
+  with output_parts.growing_file(folder / NAME) as file:
+    assert file.tally.num_lines >= int(re.findall(r'(\d+)/50000', told)[-1])
+
+
+# Answers are there, and the main thread is busy.
+BUSY = """
+import os, signal, sys, time
+from l2s_jax.inference import output_parts
+from l2s_jax.runtime import preemption, storage
+with preemption.Watcher(grace_secs=12) as watcher:
+  path = storage.of(sys.argv[1])
+  with output_parts.growing_file(path, watcher=watcher) as file:
+    file.append([{'prompt': 'a', 'prediction': 'b'}])
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+
+
+def test_a_busy_process_uploads_its_answers_after_a_signal(folder):
+  result = subprocess.run(
+    [sys.executable, '-c', BUSY, str(folder / NAME)],
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == preemption.EXIT_CODE, result.stderr
+  with output_parts.growing_file(folder / NAME) as file:
+    assert file.tally.num_lines == 1
 
 
 @pytest.mark.parametrize(

@@ -297,7 +297,7 @@ with preemption.Watcher(grace_secs=2) as watcher:
 """)
   assert result.returncode == preemption.INTERRUPTED, result.stderr
   assert (tmp_path / 'saved').exists()
-  assert 'SIGINT: saving the last step, then exiting' in result.stderr
+  assert 'SIGINT: saving what is done, then exiting' in result.stderr
 
 
 def test_a_second_ctrl_c_ends_at_once_and_one_that_comes_twice_does_not():

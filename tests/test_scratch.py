@@ -2,6 +2,7 @@
 """Laws of temporary folders: none stays after the end of its process."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -61,3 +62,16 @@ def test_the_next_process_removes_those_of_a_killed_one(tmp_path):
   lives.communicate()
   start(tmp_path, '').communicate(timeout=120)
   assert list(tmp_path.iterdir()) == [other]
+
+
+def test_no_other_module_makes_them():
+  """Those of benchmarks are where their user says (`dir=`)."""
+  made = [
+    path.name
+    for path in (tiny_runs.ROOT / 'l2s_jax').rglob('*.py')
+    if re.search(
+      r'(TemporaryDirectory|TemporaryFile|mkdtemp|mkstemp)\((?!dir=)',
+      path.read_text(encoding='utf-8'),
+    )
+  ]
+  assert made == ['scratch.py']

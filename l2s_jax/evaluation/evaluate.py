@@ -144,7 +144,7 @@ def evaluate(
   if dry_run:
     print(session.describe())
     return {}
-  with session.entered(), distributed.preemptible() as stop:
+  with session.entered(), distributed.watch_preemption() as watcher:
     results = _score_steps(
       session,
       scored.evaluator(session, task),
@@ -152,7 +152,7 @@ def evaluate(
       chosen,
       controls,
       _Scores(folder, f'{task.name}-{split}', scored.settings()),
-      stop,
+      watcher.exit_if_requested,
     )
     distributed.wait_for_all('evaluate')
   return results

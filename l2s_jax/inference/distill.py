@@ -122,7 +122,7 @@ def distill(
     print(session.describe())
     return
 
-  with session.entered(), distributed.preemptible() as stop:
+  with session.entered(), distributed.watch_preemption() as watcher:
     chosen = answering.choose_step()
     survey = prompts.survey(read(), 'target')
     if survey.num_bad == survey.num_lines:
@@ -138,7 +138,7 @@ def distill(
       part,
       folder,
       settings,
-      stop=stop,
+      watcher=watcher,
       named_by=_DIR,
     )
   if report := tally.describe(answering.prompt_length):

@@ -154,7 +154,7 @@ def infer(
     print(session.describe())
     return
 
-  with session.entered(), distributed.preemptible() as stop:
+  with session.entered(), distributed.watch_preemption() as watcher:
     chosen = answering.choose_step()
     load = functools.partial(answering.load, session, chosen)
     if source.is_stdin:
@@ -166,7 +166,7 @@ def infer(
       settings = source.settings() | answering.settings(chosen)
       lengths = source.answer_lengths
       tally = pipeline.answer_lines(
-        load, read, survey, part, folder, settings, lengths, stop
+        load, read, survey, part, folder, settings, lengths, watcher
       )
   if report := tally.describe(prompt_length):
     distributed.say(report)

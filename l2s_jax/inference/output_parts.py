@@ -2,7 +2,7 @@
 """The growing output of `infer` and `distill` in a bucket, as numbered parts.
 
 An object cannot grow. The lines are written to a local temporary file. Every
-PART_SECS, and after an error, the new ones become an object:
+PART_SECS, and after an error or a signal, the new ones become an object:
 
     predictions.jsonl.partial/START-STOP-DIGEST
 
@@ -17,6 +17,7 @@ import concurrent.futures
 import pathlib
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from l2s_jax.inference import predictions, prompts
-from l2s_jax.runtime import os_errors, scratch, storage
+from l2s_jax.runtime import os_errors, preemption, scratch, storage
 
 # A kill loses the answers of this period. Each part is a billed request.
 PART_SECS = 30.0
@@ -33,7 +34,9 @@ _NAME = re.compile(r'(\d{15})-(\d{15})-([0-9a-f]{32})')
 
 
 def growing_file(
-  path: pathlib.Path, items: Iterable[prompts.Item] | None = None
+  path: pathlib.Path,
+  items: Iterable[prompts.Item] | None = None,
+  watcher: preemption.Watcher | None = None,
 ) -> predictions.GrowingFile:
   """Returns the growing file of a path, local or in a bucket.
 
@@ -41,9 +44,10 @@ def growing_file(
     path: of the complete file.
     items: the input items, in the order of the lines; None skips the
       comparison.
+    watcher: of signals, after which the last lines are uploaded.
   """
   if isinstance(path, storage.BucketPath):
-    return _FileOfParts(path, items)
+    return _FileOfParts(path, items, watcher)
   return predictions.GrowingFile(path, items)
 
 
@@ -57,13 +61,19 @@ class _FileOfParts(predictions.GrowingFile):
   """A growing file in a bucket. The caller holds a lock of it."""
 
   def __init__(
-    self, path: storage.BucketPath, items: Iterable[prompts.Item] | None
+    self,
+    path: storage.BucketPath,
+    items: Iterable[prompts.Item] | None,
+    watcher: preemption.Watcher | None,
   ):
     self._scratch = scratch.folder()
     super().__init__(pathlib.Path(self._scratch.name) / path.name, items)
     self._target = path
     self._shown = _folder(path)
-    self._is_whole = False
+    self._is_open = False
+    self._watcher = watcher
+    # The thread of the watcher uploads, too.
+    self._lock = threading.RLock()
 
   def __enter__(self) -> predictions.GrowingFile:
     try:
@@ -76,40 +86,57 @@ class _FileOfParts(predictions.GrowingFile):
     # Parts have whole lines, by their digests.
     assert self._uploaded == size, (self._shown, self._uploaded, size)
     self._last_part = time.monotonic()
+    self._is_open = True
+    if self._watcher:
+      self._watcher.save = self._upload_last
     return self
 
   def __exit__(self, *error: object) -> None:
-    try:
-      # A store that has just failed is not asked again.
-      if not self._is_whole and not isinstance(error[1], OSError):
-        self._upload()
-    except OSError as failure:
-      if error[1] is None:
-        raise
-      print(  # The first error is raised.
-        f'{self._shown}: the last answers are not uploaded, and will be '
-        f'computed again: {os_errors.first_line(failure)}.',
-        file=sys.stderr,
-      )
-    finally:
-      super().__exit__(*error)
-      self._scratch.cleanup()
+    with self._lock:
+      try:
+        # A store that has just failed is not asked again.
+        if error[1] is None:
+          self._upload()
+        elif not isinstance(error[1], OSError):
+          self._upload_last()  # The first error is raised.
+      finally:
+        self._is_open = False
+        if self._watcher:
+          self._watcher.save = None
+        super().__exit__(*error)
+        self._scratch.cleanup()
 
   def append(self, records: Sequence[predictions.Record]) -> None:
-    super().append(records)
-    if time.monotonic() - self._last_part > PART_SECS:
-      self._upload()
+    with self._lock:
+      super().append(records)
+      if time.monotonic() - self._last_part > PART_SECS:
+        self._upload()
 
   def finish(self) -> None:
-    super().finish()
-    local = predictions.notes_of(self.path)
-    predictions.notes_of(self._target).write_bytes(local.read_bytes())
-    self._target.upload(self.path)
-    self._is_whole = True
-    remove(self._target)
+    with self._lock:
+      super().finish()
+      local = predictions.notes_of(self.path)
+      predictions.notes_of(self._target).write_bytes(local.read_bytes())
+      self._target.upload(self.path)
+      self._is_open = False
+      remove(self._target)
+
+  def _upload_last(self) -> None:
+    """Uploads the last lines; an error is said, not raised."""
+    with self._lock:
+      try:
+        self._upload()
+      except OSError as failure:
+        print(
+          f'{self._shown}: the last answers are not uploaded, and will be '
+          f'computed again: {os_errors.first_line(failure)}.',
+          file=sys.stderr,
+        )
 
   def _upload(self) -> None:
     """Writes the lines after the last part as the next one."""
+    if not self._is_open:
+      return  # The file is complete, or has been left.
     end = self._file.seek(0, 2)
     if end > self._uploaded:
       self._file.seek(self._uploaded)

@@ -22,7 +22,7 @@ import tqdm
 from l2s_jax.data import text_files
 from l2s_jax.inference import output_parts, predictions, prompts, sampling
 from l2s_jax.inference.answerer import Prompt, PromptAnswerer
-from l2s_jax.runtime import distributed, locks
+from l2s_jax.runtime import distributed, locks, preemption
 
 # Number of full-length batches in a window, whose lines are sorted by length
 # together. Two windows are in memory.
@@ -219,7 +219,7 @@ def answer_lines(
   folder: pathlib.Path | None,
   settings: Mapping[str, Any],
   lengths: prompts.AnswerLengths | None = None,
-  stop: Callable[[], None] = lambda: None,
+  watcher: preemption.Watcher | None = None,
   *,
   named_by: str = 'INFER_OUTPUT_DIR',
 ) -> predictions.Tally:
@@ -234,7 +234,7 @@ def answer_lines(
     settings: settings that affect the answers.
     lengths: column with the answer length of each line; None means the
       answerer's `max_decode_len`.
-    stop: called before each batch; raises an exception to stop.
+    watcher: of signals, after which the program ends before the next batch.
     named_by: the setting that names the folder, for messages.
 
   Raises:
@@ -253,7 +253,7 @@ def answer_lines(
       done=done,
       first_line=lines.start + done,
       lengths=lengths,
-      stop=stop,
+      **({'stop': watcher.exit_if_requested} if watcher else {}),
     )
 
   if folder is None:
@@ -287,7 +287,7 @@ def answer_lines(
     return tally
   with (
     locks.held(folder, named_by, lock),
-    output_parts.growing_file(path, items()) as file,
+    output_parts.growing_file(path, items(), watcher) as file,
   ):
     done = distributed.from_first(file.tally.num_lines)
     if done:

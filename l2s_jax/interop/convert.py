@@ -9,7 +9,6 @@ destination appears only after all of it has been written and read back.
 
 import pathlib
 import sys
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +29,7 @@ from l2s_jax.interop import (
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import int8
 from l2s_jax.models import shapes as shapes_lib
-from l2s_jax.runtime import extras, gin_config, integrity, storage
+from l2s_jax.runtime import extras, gin_config, integrity, scratch, storage
 from l2s_jax.training import checkpoint
 from l2s_jax.vocabularies import base, export, loading, tokenizer_files
 from l2s_jax.weights import converted, finite, hub, manifest, opening, runs
@@ -125,8 +124,8 @@ def convert(
   _check_form(reading, to)
   print(_describe(reading, from_))
   if dry_run:
-    with tempfile.TemporaryDirectory() as scratch:
-      _write_tokenizer(reading, pathlib.Path(scratch), vocabulary)
+    with scratch.folder() as name:
+      _write_tokenizer(reading, pathlib.Path(name), vocabulary)
     return
   with destination_lib.writing(folder) as unfinished:
     _write(reading, unfinished, to, vocabulary)

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -211,7 +211,7 @@ def gather(values: list[Any]) -> list[Any]:
   ]
 
 
-def watch_preemption(grace_secs: int | float) -> preemption.Watcher:
+def watch_preemption(grace_secs: int | float = 60) -> preemption.Watcher:
   """Returns a watcher of SIGTERM and SIGINT to any of the processes.
 
   Args:
@@ -222,24 +222,6 @@ def watch_preemption(grace_secs: int | float) -> preemption.Watcher:
   return preemption.Watcher(
     grace_secs, multihost_utils.reached_preemption_sync_point
   )
-
-
-@contextlib.contextmanager
-def preemptible(grace_secs: int = 60) -> Iterator[Callable[[], None]]:
-  """Yields a function that ends the program after a signal.
-
-  For programs that have nothing to save. Call the function wherever the program
-  may end, in all processes at the same places.
-
-  Args:
-    grace_secs: seconds between SIGTERM and SIGKILL by the platform.
-
-  Raises:
-    SystemExit: after SIGTERM, with the status that requests a restart; or after
-      SIGINT.
-  """
-  with watch_preemption(grace_secs) as watcher:
-    yield watcher.exit_if_requested
 
 
 def num_cores() -> int:

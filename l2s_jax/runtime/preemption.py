@@ -63,8 +63,8 @@ class Watcher:
   background jobs.
 
   Attributes:
-    save: saves the last finished step and returns when it is on disk; None if
-      there is nothing to save. The watching thread calls it with `lock` held.
+    save: saves what is done and returns when it is on disk; None if there is
+      nothing to save. The watching thread calls it with `lock` held.
       If it raises, the exception is printed and the exit code is 1.
     lock: to be held while changing data that `save` reads.
     exit_code: exit code of the process after a signal.
@@ -109,7 +109,7 @@ class Watcher:
       raise Preempted
 
   def exit_if_requested(self) -> None:
-    """Exits after a signal, for programs with nothing to save.
+    """Exits after a signal, for programs that save as they are left.
 
     Raises:
       SystemExit: with `exit_code`.
@@ -117,6 +117,7 @@ class Watcher:
     try:
       self.check()
     except Preempted:
+      self.leave()
       raise SystemExit(self.exit_code) from None
 
   def leave(self) -> None:
@@ -208,11 +209,11 @@ class Watcher:
       return
     if number == signal.SIGINT:
       _say(
-        'SIGINT: saving the last step, then exiting. A second SIGINT exits '
+        'SIGINT: saving what is done, then exiting. A second SIGINT exits '
         'immediately.'
       )
     else:
-      _say('SIGTERM: saving the last step, then exiting.')
+      _say('SIGTERM: saving what is done, then exiting.')
     if self._left.wait(self._grace_secs * _REACTION):
       return  # the main thread saves
     try:

@@ -8,7 +8,6 @@ changes tensors like llama.cpp's converter, one tensor at a time.
 
 import dataclasses
 import pathlib
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from l2s_jax.interop import to_huggingface
 from l2s_jax.interop.exports import comparing, gguf_vocabulary, model_card
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s, positions
-from l2s_jax.runtime import files
+from l2s_jax.runtime import files, scratch
 from l2s_jax.vocabularies import loading
 from l2s_jax.weights import source as source_lib
 from l2s_jax.weights.formats import gguf_file, huggingface
@@ -440,9 +439,9 @@ def _check_tokenizer(
     ValueError: with the first prompt whose ids differ.
   """
   expected = system.prompt_vocabulary
-  with tempfile.TemporaryDirectory() as scratch:
-    file.save_tokenizer(pathlib.Path(scratch))
-    found = loading.load(scratch)
+  with scratch.folder() as name:
+    file.save_tokenizer(pathlib.Path(name))
+    found = loading.load(name)
   for prompt in prompts:
     if found.encode(prompt) != expected.encode(prompt):
       raise ValueError(

@@ -9,13 +9,13 @@ tokenize text differently without an error.
 
 import json
 import pathlib
-import tempfile
 from typing import Any
 
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from l2s_jax.interop.exports import comparing
+from l2s_jax.runtime import scratch
 from l2s_jax.systems import system as system_lib
 from l2s_jax.vocabularies import base, huggingface, sentencepiece
 from l2s_jax.weights.formats import gguf_tokenizer
@@ -110,8 +110,8 @@ def _byte_pairs(
 
 def _read(named: dict[str, Any]) -> dict[str, Any]:
   """Returns the tokenizer.json that this metadata is read as."""
-  with tempfile.TemporaryDirectory() as scratch:
-    folder = pathlib.Path(scratch)
+  with scratch.folder() as name:
+    folder = pathlib.Path(name)
     gguf_tokenizer.save(named, folder, 'the file')
     content: dict[str, Any] = json.loads(
       tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json')).to_str()

@@ -13,7 +13,6 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from l2s_jax.interop.exports import comparing, model_card
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
 from l2s_jax.models import shapes as shapes_lib
-from l2s_jax.runtime import files
+from l2s_jax.runtime import files, scratch
 from l2s_jax.systems import system as system_lib
 from l2s_jax.vocabularies import base, export
 from l2s_jax.weights import source as source_lib
@@ -395,18 +394,18 @@ def _ask_transformers(request: dict[str, Any]) -> dict[str, Any]:
     ValueError: if the process fails.
   """
   program = pathlib.Path(__file__).with_name(_ANSWERS)
-  with tempfile.TemporaryDirectory() as scratch:
+  with scratch.folder() as name:
     done = subprocess.run(
       [sys.executable, str(program)],
       input=json.dumps(request),
       capture_output=True,
       text=True,
-      cwd=scratch,
+      cwd=name,
       env={
         **os.environ,
         'CUDA_VISIBLE_DEVICES': '',
         'HF_HUB_OFFLINE': '1',
-        'HF_MODULES_CACHE': scratch,
+        'HF_MODULES_CACHE': name,
         'TRANSFORMERS_VERBOSITY': 'error',
       },
     )

@@ -18,14 +18,13 @@ import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax import numpy as jnp
 
 from l2s_jax.interop.exports import comparing, greedy_programs
-from l2s_jax.runtime import files
+from l2s_jax.runtime import files, scratch
 from l2s_jax.systems import system as system_lib
 from l2s_jax.vocabularies import sentencepiece
 
@@ -425,14 +424,14 @@ def ask(
     'signature': signature,
     'inputs': inputs,
   }
-  with tempfile.TemporaryDirectory() as scratch:
-    reply = pathlib.Path(scratch) / 'reply.json'
+  with scratch.folder() as name:
+    reply = pathlib.Path(name) / 'reply.json'
     done = subprocess.run(
       [sys.executable, '-P', str(program), str(reply)],
       input=json.dumps(request),
       capture_output=True,
       text=True,
-      cwd=scratch,
+      cwd=name,
       env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''},
     )
     if done.returncode:
