@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of runs, weights and files in buckets, by servers on this machine."""
 
+import collections
 import functools
 import json
 import os
@@ -21,7 +22,6 @@ import jax
 import numpy as np
 import pytest
 import test_checkpoint
-import test_distributed
 import test_preemption
 import tiny_runs
 import transformers
@@ -745,6 +745,50 @@ def test_a_slow_and_flaky_store_loses_nothing(gcs, bucket):
   assert saved_steps.steps(bucket) == [2, 3]
 
 
+# Saves the arrays of T5-XXL to T5-Base, each cut to a few values, and the logs.
+SAVE_THREE = """
+import sys
+import jax, jax.numpy as jnp
+import helpers, test_checkpoint, test_presets
+from l2s_jax.evaluation import metric_writer
+from l2s_jax.models import l2s
+from l2s_jax.runtime import storage
+from l2s_jax.systems import parameters
+from l2s_jax.training import checkpoint
+from l2s_jax.training import state as state_lib
+llm, slm = (test_presets.load_preset(f't5_1_1_{x}') for x in ('xxl', 'base'))
+shapes = helpers.param_shapes(l2s.LlmToSlm(llm, slm, 'add', True))
+_, trained = parameters.split(shapes, ('llm',))
+params = jax.tree.map(lambda x: jnp.ones([min(n, 2) for n in x.shape]), trained)
+state = state_lib.create(params, test_checkpoint.OPTIMIZER, 0)
+root = storage.of(sys.argv[1])
+log = metric_writer.MetricWriter(root)
+checkpointer = checkpoint.Checkpointer(root, keep=1)
+for step in (1, 2, 3):
+  (root / f'mark-{step}').exists()
+  log.write(step, {'loss': 1.0})
+  log.sync()
+  checkpointer.save(state.replace(step=jnp.int32(step)), {'batches': step}, {})
+  checkpointer.wait()
+"""
+
+
+def test_a_save_of_t5_base_costs_fewer_than_100_operations(gcs, bucket):
+  """Of class A, beside the arrays' objects, in a save that deletes another."""
+  with bucket_servers.proxy(gcs, lambda *_: '') as proxy:
+    result = run_python(SAVE_THREE, bucket)
+  assert result.returncode == 0, result.stderr
+  last = max(n for n, x in enumerate(proxy.methods) if 'mark-3' in x[1])
+  made = collections.Counter(
+    {'GET': 'list' if '/o?' in path else 'read', 'DELETE': 'delete'}.get(
+      method, 'array' if '%2Fd%2F' in path else 'write'
+    )
+    for method, path in proxy.methods[last + 1 :]
+  )
+  assert made['array'] > 0 and made['delete'] > 20, made
+  assert 50 < made['write'] + made['list'] < 100, made
+
+
 @pytest.fixture(scope='module')
 def experiments(tmp_path_factory):
   path = tmp_path_factory.mktemp('experiments')
@@ -790,39 +834,3 @@ def test_a_killed_run_in_a_bucket_equals_its_local_twin(gcs, experiments):
     for model in (in_bucket, local)
   ]
   assert answers[0] == answers[1]
-
-
-@pytest.mark.long
-def test_killed_processes_of_a_run_in_a_bucket_go_on(gcs, experiments):
-  """Two on this machine, joined over loopback."""
-  arguments = functools.partial(
-    tiny_runs.train_arguments, experiments, 'llm_baseline'
-  )
-  settings = (
-    '--gin.CHECKPOINT_PERIOD=2',
-    '--gin.TRAIN_STEPS=6',
-    '--gin.tiny_LLM/TransformerConfig.dropout_rate=0.0',
-  )
-  folder = storage.of(f'gs://{bucket_servers.BUCKET}/pair')
-  pair = test_distributed.start(2, *arguments(str(folder), *settings))
-  deadline = time.monotonic() + 200
-  while not saved_steps.steps(folder):
-    assert all(process.poll() is None for process in pair)
-    assert time.monotonic() < deadline
-    time.sleep(0.05)
-  for process in pair:
-    process.kill()
-  for process in pair:
-    process.communicate()
-  pair = test_distributed.start(2, *arguments(str(folder), *settings))
-  (said, _), _ = test_distributed.finish(pair)
-  assert 'Resuming from step' in said
-  tiny_runs.l2s(*arguments('alone', *settings))
-  found, expected = (
-    [r for r in metric_writer.read(place) if 'train/loss' in r]
-    for place in (folder, experiments / 'alone')
-  )
-  assert [r['step'] for r in found] == [1, 2, 3, 4, 5, 6]
-  for one, other in zip(found, expected, strict=True):
-    test_distributed.assert_close(one, other, ('train/loss',))
-  assert saved_steps.steps(folder) == saved_steps.steps(experiments / 'alone')

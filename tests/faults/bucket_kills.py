@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kills programs that write into a bucket, at random requests.
 
-    PYTHONPATH=.:tests python -m faults.bucket_kills [--store=gs] [--count=20]
+    PYTHONPATH=.:tests python -m faults.bucket_kills --store=gs --count=20
+      [--seed=0] [--verbs train infer cache export] [--most_secs=600]
+      [--docs=docs/buckets.md]
 
-with `--seed=0` and `--verbs train infer cache export` as further options.
-The store is a server on this machine. A process is killed by SIGKILL in one of
-its requests that change the store: before the request reaches the store, or a
-random time after. Then the same command starts again, and is killed again, up
-to three times. The last start is not killed. What comes of it is one of
+`--count` is of jobs; the verbs take turns. There is no `train` with
+`--store=s3`, which Orbax does not open. The store is a server on this machine.
+A process is killed by SIGKILL in one of its requests that change the store:
+before the request reaches the store, or a random time after. Then the same
+command starts again, and is killed again, up to three times. The last start is
+not killed. What comes of it is one of
 
     equal     the content of an uninterrupted job in a local folder
     wrong     other content: must never be
     failed    a start that was not killed ended with an error: must never be
     early     a file that makes a folder complete was there after a kill, and
               the content was another: must never be
+
+`--docs` puts the store's table into that page.
 """
 
 import argparse
@@ -21,6 +26,7 @@ import atexit
 import collections
 import contextlib
 import json
+import math
 import os
 import pathlib
 import random
@@ -29,6 +35,7 @@ import signal
 import string
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -53,11 +60,14 @@ from l2s_jax.runtime import storage
 from l2s_jax.vocabularies import sentencepiece
 from l2s_jax.weights import manifest, saved_steps
 
+STORES = ('gs', 's3')
 VERBS = ('train', 'infer', 'cache', 'export')
 OUTCOMES = ('equal', 'wrong', 'failed', 'early')
 _MOST_KILLS = 3
 _LATEST_SECS = 0.1
 _LINES = 400
+# Numbers of kills and of outcomes, by verb.
+Counts = dict[str, collections.Counter[str]]
 
 
 class Job(NamedTuple):
@@ -145,11 +155,24 @@ def jobs(folder: pathlib.Path) -> dict[str, Job]:
 
 
 def run(
-  store: str, count: int, seed: int, verbs: Sequence[str] = VERBS
-) -> tuple[dict[str, collections.Counter[str]], list[str]]:
-  """Kills jobs of all verbs in turn; returns outcomes by verb, and problems."""
+  store: str,
+  count: int,
+  seed: int,
+  verbs: Sequence[str] = VERBS,
+  most_secs: float = math.inf,
+) -> tuple[Counts, list[str]]:
+  """Kills jobs of all verbs in turn; returns their outcomes, and problems.
+
+  Args:
+    store: one of `STORES`.
+    count: of jobs.
+    seed: of the moments.
+    verbs: some of `VERBS`.
+    most_secs: no job is begun after so many seconds.
+  """
   rng = random.Random(seed)
-  counts = {verb: collections.Counter[str]() for verb in verbs}
+  began = time.monotonic()
+  counts: Counts = {verb: collections.Counter() for verb in verbs}
   problems: list[str] = []
   with (
     tempfile.TemporaryDirectory() as name,
@@ -169,6 +192,8 @@ def run(
           _finish(by_verb[verb].argv(target))
         num_writes[verb] = killing.num_writes
     for number in range(count):
+      if time.monotonic() - began > most_secs:
+        break
       verb = verbs[number % len(verbs)]
       target = f'{store}://{bucket_servers.BUCKET}/{verb}-{number}'
       outcome, told = _kill_and_finish(
@@ -244,20 +269,40 @@ def _server(store: str) -> Iterator[str]:
     yield url
 
 
+def table(counts: Counts) -> str:
+  """Returns the outcomes in a store as a table in Markdown."""
+  lines = [
+    f'| verb | kills | jobs | {" | ".join(OUTCOMES)} |',
+    '| --- |' + ' ---: |' * (len(OUTCOMES) + 2),
+  ]
+  total: collections.Counter[str] = sum(counts.values(), collections.Counter())
+  for verb, found in (counts | {'all': total}).items():
+    numbers = [found[name] for name in OUTCOMES]
+    cells = ' | '.join(map(str, (found['kills'], sum(numbers), *numbers)))
+    lines.append(f'| {verb} | {cells} |')
+  return '\n'.join(lines)
+
+
 def main() -> int:
-  """Kills, prints the outcomes, and returns 1 if one must never be."""
+  """Kills, prints the table, and returns 1 if an outcome must never be."""
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--store', choices=('gs', 's3'), default='gs')
+  parser.add_argument('--store', choices=STORES, default='gs')
   parser.add_argument('--count', type=int, default=20)
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--verbs', nargs='*', choices=VERBS, default=VERBS)
+  parser.add_argument('--most_secs', type=float, default=math.inf)
+  parser.add_argument('--docs', type=pathlib.Path)
   args = parser.parse_args()
   verbs = [v for v in args.verbs if args.store == 'gs' or v != 'train']
-  counts, problems = run(args.store, args.count, args.seed, verbs)
+  counts, problems = run(
+    args.store, args.count, args.seed, verbs, args.most_secs
+  )
   print('\n'.join(problems))
-  for verb, found in counts.items():
-    numbers = ', '.join(f'{name} {found[name]}' for name in OUTCOMES)
-    print(f'{verb}: {found["kills"]} kills; {numbers}')
+  print(table(counts))
+  if args.docs:
+    from faults import damage  # Not in each process that is killed.
+
+    damage.write_tables(args.docs, {f'kills in {args.store}://': table(counts)})
   return int(bool(problems))
 
 
