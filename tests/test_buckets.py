@@ -213,18 +213,31 @@ def test_unknown_stores_and_missing_packages_are_named(monkeypatch):
     checkpoint.check_folder('s3://b/a')
   with pytest.raises(ValueError, match='CACHE_DIR=gs://b/a: only paths of'):
     files.local_folder('gs://b/a', 'CACHE_DIR')
+  for path in ('gs://', 's3:///a'):
+    with pytest.raises(ValueError, match=f'X={path} names no bucket; give'):
+      storage.check(path, 'X')
   monkeypatch.setattr(extras, 'missing', lambda *names: list(names))
   with pytest.raises(ValueError, match=r'X=gs://b needs gcsfs.*l2s_jax\[gcs\]'):
     storage.check('gs://b', 'X')
 
 
-def test_a_vanished_bucket_and_a_refusal_are_one_sentence(gcs):
+def test_a_bucket_that_is_not_there_is_named(folder, tmp_path):
   """Without a traceback, with the path, for the command line."""
-  path = storage.of('gs://no-such-bucket/run/model.json')
-  with pytest.raises(OSError) as error:
-    path.write_text('x')
-  sentence = os_errors.describe(error.value)
-  assert sentence and str(path) in sentence and '\n' not in sentence
+  path = storage.of(f'{folder.scheme}://no-such-bucket/run/model.json')
+  local = tmp_path / 'local'
+  local.write_text('x')
+  for write in (
+    lambda: path.write_text('x'),
+    lambda: path.create(b'x'),
+    lambda: path.upload(local),
+  ):
+    with pytest.raises(FileNotFoundError, match='there is no bucket') as error:
+      write()
+    sentence = os_errors.describe(error.value)
+    assert sentence and str(path) in sentence and '\n' not in sentence
+  with pytest.raises(FileNotFoundError) as error:
+    (folder / 'a').upload(tmp_path / 'gone')
+  assert 'there is no bucket' not in str(error.value)
 
 
 def test_data_in_buckets_are_read_by_lines(folder):

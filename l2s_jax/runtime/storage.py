@@ -77,7 +77,8 @@ def check(path: str | os.PathLike[str], name: str) -> None:
     name: name of the setting, for errors.
 
   Raises:
-    ValueError: if its scheme is unknown, or the package for it is missing.
+    ValueError: if its scheme is unknown, it names no bucket, or the package for
+      it is missing.
   """
   found = scheme(path)
   if found is None:
@@ -86,6 +87,10 @@ def check(path: str | os.PathLike[str], name: str) -> None:
     raise ValueError(
       f'{name}={os.fspath(path)}: {found}:// is not supported; give a local '
       'path, gs://BUCKET/PATH or s3://BUCKET/PATH.'
+    )
+  if not BucketPath(path).bucket:
+    raise ValueError(
+      f'{name}={os.fspath(path)} names no bucket; give {found}://BUCKET/PATH.'
     )
   extras.require(f'{name}={os.fspath(path)}', MODULES[found])
 
@@ -404,7 +409,7 @@ class BucketPath(pathlib.PosixPath):
 
   def write_bytes(self, data: Any) -> int:
     content = bytes(data)
-    self._call(lambda fs: fs.pipe_file(str(self), content))
+    self._call(lambda fs: fs.pipe_file(str(self), content), is_write=True)
     return len(content)
 
   def write_text(  # type: ignore[override]
@@ -419,6 +424,7 @@ class BucketPath(pathlib.PosixPath):
       self._call(
         lambda fs: fs.pipe_file(str(self), content, mode='create'),
         is_create=True,
+        is_write=True,
       )
     except FileExistsError:
       return False
@@ -448,7 +454,9 @@ class BucketPath(pathlib.PosixPath):
 
   def upload(self, file: str | os.PathLike[str]) -> None:
     """Writes a local file as the object, which appears when it is complete."""
-    self._call(lambda fs: fs.put_file(os.fspath(file), str(self)))
+    self._call(
+      lambda fs: fs.put_file(os.fspath(file), str(self)), is_write=True
+    )
 
   def download(self, file: str | os.PathLike[str]) -> None:
     """Copies the object to a local file."""
@@ -491,12 +499,17 @@ class BucketPath(pathlib.PosixPath):
     return any(word in text for word in _CONDITION)
 
   def _call(
-    self, request: Callable[[Any], Any], *, is_create: bool = False
+    self,
+    request: Callable[[Any], Any],
+    *,
+    is_create: bool = False,
+    is_write: bool = False,
   ) -> Any:
     """Returns the result of a request, with errors as sentences.
 
     Raises:
-      FileNotFoundError: if there is no such object.
+      FileNotFoundError: if there is no such object; if `is_write`, no such
+        bucket.
       FileExistsError: if `is_create` and there is one.
       OSError: for all other errors of the store.
     """
@@ -505,6 +518,11 @@ class BucketPath(pathlib.PosixPath):
     try:
       return request(_filesystem(self.scheme, os.getpid()))
     except FileNotFoundError as error:
+      if is_write and error.filename is None:  # Not the local file.
+        raise FileNotFoundError(
+          f'{self}: there is no bucket {self.scheme}://{self.bucket}, or its '
+          'credentials do not show it. Correct the path, or create the bucket.'
+        ) from None
       raise FileNotFoundError(2, os.strerror(2), str(self)) from error
     except (ValueError, TypeError, AssertionError, NotImplementedError):
       raise
