@@ -213,9 +213,8 @@ def test_unknown_stores_and_missing_packages_are_named(monkeypatch):
     checkpoint.check_folder('s3://b/a')
   with pytest.raises(ValueError, match='CACHE_DIR=gs://b/a: only paths of'):
     files.local_folder('gs://b/a', 'CACHE_DIR')
-  for path in ('gs://', 's3:///a'):
-    with pytest.raises(ValueError, match=f'X={path} names no bucket; give'):
-      storage.check(path, 'X')
+  with pytest.raises(ValueError, match='X=gs:// names no bucket; give'):
+    storage.check('gs://', 'X')
   monkeypatch.setattr(extras, 'missing', lambda *names: list(names))
   with pytest.raises(ValueError, match=r'X=gs://b needs gcsfs.*l2s_jax\[gcs\]'):
     storage.check('gs://b', 'X')
