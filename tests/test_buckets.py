@@ -707,6 +707,7 @@ def run_python(program, *arguments):
   [
     ('expired', 0, 'HttpError: expired, 401'),
     ('vanished', 200, 'No such file or directory'),
+    ('forbidden', 0, 'Forbidden'),
     ('forbidden', 200, 'orbidden'),
   ],
 )
@@ -719,6 +720,8 @@ def test_what_ends_a_save_is_one_sentence(gcs, bucket, trouble, first, words):
   *_, last = result.stderr.strip().splitlines()
   assert last.startswith('l2s_jax: error: '), result.stderr
   assert 'gs://' in last and words in last
+  assert last.count('gs://') == 1 or trouble == 'vanished'
+  assert last.count(os_errors.STORE) == (trouble != 'vanished'), last
   assert 'Earlier output is intact' in last
   assert 'Traceback' not in result.stderr
 

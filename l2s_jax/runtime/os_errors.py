@@ -163,6 +163,8 @@ def _read(
       return error.errno, words, names[0] if names else _path(str(error))
     return error.errno, words, None
   text = str(error)
+  if STORE in text:  # It is a sentence of `storage`.
+    return None, text, None
   if _OBJECT.search(text) or type(error).__module__.startswith(_STORES):
     return None, f'{first_line(error)}; {STORE}. {_GOES_ON}', None
   if isinstance(error, OSError) and (match := _OF_GCSFS.search(text)):

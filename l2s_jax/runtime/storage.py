@@ -533,8 +533,9 @@ class BucketPath(pathlib.PosixPath):
         raise FileExistsError(17, os.strerror(17), str(self)) from error
       if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
         raise  # Of the local folder.
+      kind = f'{type(error).__name__}: ' if type(error) is not OSError else ''
       raise OSError(
-        f'{self}: {type(error).__name__}: {os_errors.first_line(error)}; '
+        f'{self}: {kind}{os_errors.first_line(error)}; '
         f'{os_errors.STORE}. Earlier output is intact.'
       ) from error
 
