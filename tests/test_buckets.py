@@ -222,7 +222,7 @@ def test_unknown_stores_and_missing_packages_are_named(monkeypatch):
 
 def test_a_bucket_that_is_not_there_is_named(folder, tmp_path):
   """Without a traceback, with the path, for the command line."""
-  path = storage.of(f'{folder.scheme}://no-such-bucket/run/model.json')
+  path = storage.BucketPath(f'{folder.scheme}://no-such-bucket/run/model.json')
   local = tmp_path / 'local'
   local.write_text('x')
   for write in (
@@ -234,6 +234,11 @@ def test_a_bucket_that_is_not_there_is_named(folder, tmp_path):
       write()
     sentence = os_errors.describe(error.value)
     assert sentence and str(path) in sentence and '\n' not in sentence
+  for listed in (path.objects, lambda: list(path.glob('*'))):
+    try:  # A list of GCS may be empty.
+      assert not listed()
+    except FileNotFoundError as error:
+      assert 'there is no bucket' in str(error)
   with pytest.raises(FileNotFoundError) as error:
     (folder / 'a').upload(tmp_path / 'gone')
   assert 'there is no bucket' not in str(error.value)

@@ -36,7 +36,8 @@ folder = bucket_servers.folder_fixture
 def run(tmp_path_factory):
   path = tmp_path_factory.mktemp('run')
   system = helpers.system(helpers.MODULES['t5_1_1'])
-  saved_runs.save(path, system, helpers.random_params(system.module))
+  params = helpers.random_params(system.module)
+  saved_runs.save(path, system, params, steps=(1, 2))
   return path
 
 
@@ -459,6 +460,7 @@ def test_an_evaluation_is_that_in_a_local_folder(run, folder, tmp_path):
       str(run),
       'local',
       test_distill.LENGTHS,
+      steps='all',
       batch_size=8,
       num_bootstrap_samples=10,
       output_dir=str(place),
@@ -466,8 +468,9 @@ def test_an_evaluation_is_that_in_a_local_folder(run, folder, tmp_path):
   found = [place / 'eval' for place in places]
   names = [{path.name for path in place.iterdir()} for place in found]
   assert names[0] == names[1]
+  assert any(name.startswith('curves') for name in names[0])
   texts = [name for name in names[0] if name.endswith(('.json', '.jsonl'))]
-  assert len(texts) == 2
+  assert len(texts) == 3
   for name in texts:
     assert (found[0] / name).read_text() == (found[1] / name).read_text()
   (events,) = [

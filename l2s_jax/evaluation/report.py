@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from l2s_jax.metrics import metric_fns
+from l2s_jax.runtime import files
 
 # All numbers of an evaluation by name: scores, intervals and counts.
 Numbers = Mapping[str, float | int]
@@ -408,7 +409,8 @@ def _figure(
   if len(labels) > 1:
     panels[0, 0].legend(fontsize='small')
   figure.suptitle(title)
-  figure.savefig(path, dpi=120)
+  with files.whole(path, 'wb') as file:
+    figure.savefig(file, dpi=120, format='png')
   pyplot.close(figure)
 
 
@@ -482,5 +484,6 @@ def plot_quality_against_speed(
     axes.set_ylabel(f'{quality_label} (lower is better)')
   axes.set_title(title)
   axes.grid(alpha=0.3)
-  figure.savefig(path, dpi=150)
+  with files.whole(path, 'wb') as file:
+    figure.savefig(file, dpi=150, format='png')
   pyplot.close(figure)

@@ -312,7 +312,9 @@ class BucketPath(pathlib.PosixPath):
     if {'**', '..'} & set(pathlib.PurePosixPath(pattern).parts):
       self._refuse(f'glob({pattern!r})')
     folder = glob.escape(str(self))
-    found = self._call(lambda fs: fs.glob(f'{folder}/{pattern}'))
+    found = self._call(
+      lambda fs: fs.glob(f'{folder}/{pattern}'), of_bucket=True
+    )
     return (BucketPath(f'{self.scheme}://{name}') for name in sorted(found))
 
   def rglob(
@@ -329,7 +331,9 @@ class BucketPath(pathlib.PosixPath):
 
   def objects(self) -> list[tuple['BucketPath', tuple[Any, ...]]]:
     """Returns all objects below with their versions: size, time and tag."""
-    found = self._call(lambda fs: fs.find(str(self), detail=True))
+    found = self._call(
+      lambda fs: fs.find(str(self), detail=True), of_bucket=True
+    )
     return [
       (
         BucketPath(f'{self.scheme}://{name}'),
@@ -409,7 +413,7 @@ class BucketPath(pathlib.PosixPath):
 
   def write_bytes(self, data: Any) -> int:
     content = bytes(data)
-    self._call(lambda fs: fs.pipe_file(str(self), content), is_write=True)
+    self._call(lambda fs: fs.pipe_file(str(self), content), of_bucket=True)
     return len(content)
 
   def write_text(  # type: ignore[override]
@@ -424,7 +428,7 @@ class BucketPath(pathlib.PosixPath):
       self._call(
         lambda fs: fs.pipe_file(str(self), content, mode='create'),
         is_create=True,
-        is_write=True,
+        of_bucket=True,
       )
     except FileExistsError:
       return False
@@ -455,7 +459,7 @@ class BucketPath(pathlib.PosixPath):
   def upload(self, file: str | os.PathLike[str]) -> None:
     """Writes a local file as the object, which appears when it is complete."""
     self._call(
-      lambda fs: fs.put_file(os.fspath(file), str(self)), is_write=True
+      lambda fs: fs.put_file(os.fspath(file), str(self)), of_bucket=True
     )
 
   def download(self, file: str | os.PathLike[str]) -> None:
@@ -503,13 +507,13 @@ class BucketPath(pathlib.PosixPath):
     request: Callable[[Any], Any],
     *,
     is_create: bool = False,
-    is_write: bool = False,
+    of_bucket: bool = False,
   ) -> Any:
     """Returns the result of a request, with errors as sentences.
 
     Raises:
-      FileNotFoundError: if there is no such object; if `is_write`, no such
-        bucket.
+      FileNotFoundError: if there is no such object; if `of_bucket`, as for
+        writes, no such bucket.
       FileExistsError: if `is_create` and there is one.
       OSError: for all other errors of the store.
     """
@@ -518,7 +522,7 @@ class BucketPath(pathlib.PosixPath):
     try:
       return request(_filesystem(self.scheme, os.getpid()))
     except FileNotFoundError as error:
-      if is_write and error.filename is None:  # Not the local file.
+      if of_bucket and error.filename is None:  # Not the local file.
         raise FileNotFoundError(
           f'{self}: there is no bucket {self.scheme}://{self.bucket}, or its '
           'credentials do not show it. Correct the path, or create the bucket.'
