@@ -250,6 +250,8 @@ class _Passing(http.server.BaseHTTPRequestHandler):
       for name, value in answer.getheaders()
       if name.lower() not in ('transfer-encoding', 'content-length')
     ]
+    if self.command == 'HEAD':  # Its size is that of an absent content.
+      kept.append(('Content-Length', answer.getheader('Content-Length', '0')))
     self._answer(answer.status, kept, answer.read())
     upstream.close()
 
@@ -271,7 +273,8 @@ class _Passing(http.server.BaseHTTPRequestHandler):
     self.send_response_only(status)
     for name, value in headers:
       self.send_header(name, value)
-    self.send_header('Content-Length', str(len(content)))
+    if self.command != 'HEAD':
+      self.send_header('Content-Length', str(len(content)))
     self.end_headers()
     if self.command != 'HEAD':
       self.wfile.write(content)

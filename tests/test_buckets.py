@@ -237,11 +237,26 @@ def test_a_bucket_that_is_not_there_is_named(folder, tmp_path):
   for listed in (path.objects, lambda: list(path.glob('*'))):
     try:  # A list of GCS may be empty.
       assert not listed()
-    except FileNotFoundError as error:
-      assert 'there is no bucket' in str(error)
+    except FileNotFoundError as missing:
+      assert 'there is no bucket' in str(missing)
   with pytest.raises(FileNotFoundError) as error:
     (folder / 'a').upload(tmp_path / 'gone')
   assert 'there is no bucket' not in str(error.value)
+
+
+def test_a_proxy_changes_nothing(s3, request):
+  path = bucket_servers.own_folder('s3', request) / 'lines.txt'
+  path.write_text('one\ntwo\n')
+  program = (
+    'import sys\nfrom l2s_jax.runtime import storage\n'
+    'path = storage.of(sys.argv[1])\n'
+    'print(path.stat().st_size, path.open().read())'
+  )
+  with bucket_servers.proxy(s3, lambda *_: '') as proxy:
+    with bucket_servers.environment(AWS_ENDPOINT_URL=proxy.url):
+      result = run_python(program, path)
+  assert result.stdout == '8 one\ntwo\n\n', result.stderr
+  assert proxy.methods
 
 
 def test_data_in_buckets_are_read_by_lines(folder):
