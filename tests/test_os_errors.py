@@ -48,6 +48,10 @@ class Strange(Exception):
       OSError('Connection to hub.invalid failed\nmore'),
       'Connection to hub.inv',
     ),
+    (  # A sentence of `storage`, to which gin adds lines.
+      OSError(f'gs://b/x: Forbidden: h/b/b/o; {os_errors.STORE}.\n  In call'),
+      'gs://b/x: Forbidden: h/b/b/o; check that the bucket exists',
+    ),
     (
       BrokenPipeError(errno.EPIPE, 'Broken pipe'),
       'the reader of standard',

@@ -164,7 +164,7 @@ def _read(
     return error.errno, words, None
   text = str(error)
   if STORE in text:  # It is a sentence of `storage`.
-    return None, text, None
+    return None, text.partition('\n')[0], None  # gin adds lines.
   if _OBJECT.search(text) or type(error).__module__.startswith(_STORES):
     return None, f'{first_line(error)}; {STORE}. {_GOES_ON}', None
   if isinstance(error, OSError) and (match := _OF_GCSFS.search(text)):
