@@ -22,7 +22,7 @@ import tqdm
 from l2s_jax.data import text_files
 from l2s_jax.inference import output_parts, predictions, prompts, sampling
 from l2s_jax.inference.answerer import Prompt, PromptAnswerer
-from l2s_jax.runtime import distributed, locks
+from l2s_jax.runtime import distributed, gin_config, locks
 
 # Number of full-length batches in a window, whose lines are sorted by length
 # together. Two windows are in memory.
@@ -225,6 +225,9 @@ def answer_lines(
 ) -> predictions.Tally:
   """Answers the missing lines of a shard; returns the counts of all its lines.
 
+  The operative config is written beside them, before the first that this call
+  answers; a call that answers none leaves it as it is.
+
   Args:
     load: returns the answerer; not called if no line is missing.
     read: reader of the whole input.
@@ -295,9 +298,14 @@ def answer_lines(
         f'{path}: {done} of {len(lines)} lines are answered; skipping them.',
         file=sys.stderr,
       )
-    if done < len(lines):
-      for records in answers(done):
-        file.append(records)
+    config = folder / part.name('config', '.gin')
+    new = answers(done) if done < len(lines) else ()
+    for number, records in enumerate(new):
+      if not number:  # All settings were used, and no answer is without them.
+        gin_config.save_operative_config(config)
+      file.append(records)
+    if not config.exists():
+      gin_config.save_operative_config(config)
     file.finish()
   return file.tally
 
