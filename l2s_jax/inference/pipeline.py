@@ -298,16 +298,27 @@ def answer_lines(
         f'{path}: {done} of {len(lines)} lines are answered; skipping them.',
         file=sys.stderr,
       )
-    config = folder / part.name('config', '.gin')
-    new = answers(done) if done < len(lines) else ()
-    for number, records in enumerate(new):
-      if not number:  # All settings were used, and no answer is without them.
-        gin_config.save_operative_config(config)
+    new = answers(done) if done < len(lines) else iter(())
+    for records in _with_config(new, folder / part.name('config', '.gin')):
       file.append(records)
-    if not config.exists():
-      gin_config.save_operative_config(config)
     file.finish()
   return file.tally
+
+
+def _with_config(
+  batches: Iterator[list[predictions.Record]], path: pathlib.Path
+) -> Iterator[list[predictions.Record]]:
+  """Yields answers; writes the operative config before the first of them.
+
+  By then all settings were used. Without new answers, a config that is there
+  is better than that of this call.
+  """
+  first = next(batches, None)
+  if first is not None or not path.exists():
+    gin_config.save_operative_config(path)
+  if first is not None:
+    yield first
+  yield from batches
 
 
 def _remove_lock(folder: pathlib.Path, named_by: str, lock: str) -> None:
