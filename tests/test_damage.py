@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is damaged is found; the long form is `faults/damage.py`."""
 
+import concurrent.futures
+import gc
 import json
 import os
 import pathlib
@@ -11,7 +13,7 @@ import sys
 import cache_files
 import numpy as np
 import pytest
-from faults import damage
+from faults import damage, folders
 
 from l2s_jax.caching import cache_writer
 from l2s_jax.data.cached import cache_format
@@ -61,6 +63,12 @@ def test_the_table_of_the_page_is_the_drivers_and_has_no_bad_outcome():
   found = {row.split('`')[1] for row in rows}
   run = {'run/best.json', 'run/metrics.jsonl', 'run/model.json'}
   assert run <= found
+  folders_of = {folder for folder, _ in folders.READERS.values()}
+  assert {name.partition('/')[0] for name in found} == folders_of
+  by_reader = page.split('<!-- damage by reader -->')[1]
+  by_reader = by_reader.split('<!-- end of damage by reader -->')[0]
+  readers = re.findall(r'^\| ([^|]+) \|.* 0 \| 0 \|$', by_reader, re.M)
+  assert set(readers) == {*folders.READERS, 'all'}
   kinds = {pathlib.Path(name).name.split('-')[0] for name in found}
   assert {'metrics', 'local', '.local'} <= kinds
   words = set(re.findall(r'\d (\w+)', ' '.join(rows)))
@@ -83,6 +91,36 @@ def test_an_index_whose_header_is_no_python_is_named(cache, header):
   split = cache_format.open_cache(cache).split('one', 'train')
   with pytest.raises(ValueError, match=f'{re.escape(str(path))} is not the in'):
     split.read([0])
+
+
+class _Garbage:
+  """Is collected by Python code, during which other threads may run."""
+
+  def __init__(self):
+    self.itself = self
+
+  def __del__(self):
+    sum(range(20))
+
+
+def test_many_threads_open_indexes(cache):
+  """In Python 3.11 some of them failed, at a collection of garbage."""
+  (path,) = cache.rglob('*.index.npy')
+
+  def load(_):
+    _Garbage()
+    return cache_format.load_index(str(path), 5).shape
+
+  threshold, interval = gc.get_threshold(), sys.getswitchinterval()
+  gc.set_threshold(1)
+  sys.setswitchinterval(1e-6)
+  try:
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+      shapes = list(threads.map(load, range(1000)))
+  finally:
+    gc.set_threshold(*threshold)
+    sys.setswitchinterval(interval)
+  assert set(shapes) == {(5, 3)}
 
 
 def test_lengths_damaged_before_the_cache_was_complete_are_named(cache):

@@ -145,17 +145,16 @@ def test_shards_in_order_make_up_the_whole_and_start_alone(
 
 def test_a_finished_job_is_only_scored(run, source, whole, tmp_path, capsys):
   answer(run, source, tmp_path)
-  before = (tmp_path / 'predictions.jsonl').stat()
+  names = 'predictions.jsonl', 'config.gin'
+  before = [(tmp_path / name).stat() for name in names]
   capsys.readouterr()
   answer(run, source, tmp_path, metrics=('chrf', 'exact_match'))
   captured = capsys.readouterr()
   assert 'predictions.jsonl is complete: nothing to answer' in captured.err
   assert 'prompts/s' not in captured.err
-  after = (tmp_path / 'predictions.jsonl').stat()
-  assert (after.st_mtime_ns, after.st_ino) == (
-    before.st_mtime_ns,
-    before.st_ino,
-  )
+  for name, old in zip(names, before, strict=True):
+    new = (tmp_path / name).stat()
+    assert (new.st_mtime_ns, new.st_ino) == (old.st_mtime_ns, old.st_ino), name
   scores = json.loads((tmp_path / 'scores.json').read_text())
   pairs = [
     (record['target'], record['prediction'])

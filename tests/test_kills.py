@@ -4,8 +4,10 @@
 A short form of `faults/kills.py`.
 """
 
+import collections
 import os
 import pathlib
+import random
 import re
 import subprocess
 import sys
@@ -18,18 +20,19 @@ UNFINISHED = '/run/checkpoints/3.orbax-checkpoint-tmp'
 
 
 @pytest.mark.parametrize(
-  'verbs, count',
+  'verbs, count, processes',
   [
-    (('convert',), 2),
-    pytest.param(kills.VERBS, 6, marks=pytest.mark.long),
+    (('convert',), 2, '1'),
+    pytest.param(kills.VERBS, 6, '1', marks=pytest.mark.long),
+    pytest.param(('train',), 6, '2', marks=pytest.mark.long),
   ],
 )
-def test_killed_jobs_end_as_unbroken_ones(verbs, count):
+def test_killed_jobs_end_as_unbroken_ones(verbs, count, processes):
   """In a process of its own, which has one device, as a user's has."""
   result = subprocess.run(
     [
       *(sys.executable, '-m', 'faults.kills', f'--count={count}', '--seed=1'),
-      *('--processes', '1', '--verbs', *verbs),
+      *('--processes', processes, '--verbs', *verbs),
     ],
     cwd=TESTS.parent,
     env=os.environ
@@ -49,6 +52,8 @@ def test_phases_of_a_save_are_told_apart():
   for event, paths, phase in (
     ('open', ['/run/metrics.jsonl'], 'other files'),
     ('os.rename', ['/run/..lock.0f', '/run/.lock'], 'other files'),
+    ('os.rename', ['/run/..log.end.0f', '/run/.log.end'], 'other files'),
+    ('os.rename', ['/run/.log.0f', '/run/log'], 'commit'),
     ('os.mkdir', [UNFINISHED], 'before the arrays'),
     ('open', [f'{part}/_METADATA'], 'arrays'),
     ('os.rename', [part, f'{UNFINISHED}/params'], 'arrays'),
@@ -63,12 +68,41 @@ def test_phases_of_a_save_are_told_apart():
     assert killed.phase(event, paths) == phase, paths
 
 
+def test_phases_take_turns_and_a_victim_reaches_its_own():
+  rng = random.Random(0)
+  changes = [
+    collections.Counter({'arrays': 20, 'commit': 3}),
+    collections.Counter({'arrays': 2}),
+  ]
+  killed_at = collections.Counter[str]()
+  victims = set()
+  for _ in range(30):
+    victim, kind, (phase, number, delay) = kills.choose(
+      changes, killed_at, 0, rng
+    )
+    assert 1 <= number <= changes[victim][phase]
+    assert (kind == kills.AFTER_COMMIT) == (phase == 'commit' and delay > 0)
+    killed_at[kind] += 1
+    victims.add(victim)
+  assert killed_at == {'arrays': 10, 'commit': 10, kills.AFTER_COMMIT: 10}
+  assert victims == {0, 1}
+
+
 def test_the_table_of_the_page_is_the_drivers_and_has_no_bad_outcome():
   page = (TESTS.parent / 'docs' / 'reliability.md').read_text()
   begin, end = '<!-- kills -->', '<!-- end of kills -->'
   rows = page.split(begin)[1].split(end)[0].strip().splitlines()
   assert rows[:2] == kills.table({}).splitlines()[:2]
   cells = [re.split(r' *\| *', row)[1:-1] for row in rows[2:]]
-  assert {row[0] for row in cells} <= {*kills.VERBS, 'all'}
-  assert cells[-1][0] == 'all' and int(cells[-1][3]) > 0
-  assert all(row[3] == row[4] for row in cells)
+  assert {row[0] for row in cells} == {*kills.VERBS, 'all'}
+  assert cells[-1][0] == 'all' and int(cells[-1][3]) >= 200
+  for row in cells:
+    assert int(row[3]) == int(row[4]) + int(row[5])  # No bad outcome.
+    assert (
+      row[5] == '0'
+      or row[0] == 'all'
+      or (row[0] == 'features' and row[1] != '1')
+    )
+  phases = {*killed.PHASES, kills.AFTER_COMMIT}
+  of_train = {(row[1], row[2]) for row in cells if row[0] == 'train'}
+  assert of_train == {(n, phase) for n in '124' for phase in phases}

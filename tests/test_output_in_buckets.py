@@ -389,8 +389,8 @@ def test_killed_in_the_upload_of_a_part_it_ends_as_if_it_had_not_been(
     '--gin.BATCH_SIZE=8',
   )
   upstream = request.getfixturevalue('gcs' if folder.scheme == 'gs' else 's3')
-  # After the lock, the settings and two parts.
-  with bucket_servers.killing(upstream, folder.scheme, 4) as killing:
+  # After the lock, the settings, the config and two parts.
+  with bucket_servers.killing(upstream, folder.scheme, 5) as killing:
     process = start(run, *arguments)
     told = killing.wait(process)
   assert process.returncode == -signal.SIGKILL, told

@@ -144,7 +144,6 @@ def distill(
   if report := tally.describe(answering.prompt_length):
     distributed.say(report)
   if distributed.is_first():
-    gin_config.save_operative_config(folder / part.name('config', '.gin'))
     _complete(folder, part, settings | {'prompts_sha256': survey.sha256})
   distributed.wait_for_all('distill')
 

@@ -25,7 +25,7 @@ from l2s_jax.inference import (
   sampling,
 )
 from l2s_jax.metrics import metric_fns
-from l2s_jax.runtime import distributed, files, gin_config, partitioning
+from l2s_jax.runtime import distributed, files, partitioning
 from l2s_jax.systems import session as session_lib
 
 
@@ -170,10 +170,8 @@ def infer(
       )
   if report := tally.describe(prompt_length):
     distributed.say(report)
-  if folder is not None and not source.is_stdin and distributed.is_first():
-    gin_config.save_operative_config(folder / part.name('config', '.gin'))
-    if metrics:
-      _score(folder, part, scored_by, target_column)
+  if metrics and folder is not None and distributed.is_first():
+    _score(folder, part, scored_by, target_column)
   distributed.wait_for_all('infer')
 
 

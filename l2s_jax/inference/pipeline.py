@@ -22,7 +22,7 @@ import tqdm
 from l2s_jax.data import text_files
 from l2s_jax.inference import output_parts, predictions, prompts, sampling
 from l2s_jax.inference.answerer import Prompt, PromptAnswerer
-from l2s_jax.runtime import distributed, locks, preemption
+from l2s_jax.runtime import distributed, gin_config, locks, preemption
 
 # Number of full-length batches in a window, whose lines are sorted by length
 # together. Two windows are in memory.
@@ -225,6 +225,9 @@ def answer_lines(
 ) -> predictions.Tally:
   """Answers the missing lines of a shard; returns the counts of all its lines.
 
+  The operative config is written beside them, before the first that this call
+  answers; a call that answers none leaves it as it is.
+
   Args:
     load: returns the answerer; not called if no line is missing.
     read: reader of the whole input.
@@ -295,11 +298,27 @@ def answer_lines(
         f'{path}: {done} of {len(lines)} lines are answered; skipping them.',
         file=sys.stderr,
       )
-    if done < len(lines):
-      for records in answers(done):
-        file.append(records)
+    new = answers(done) if done < len(lines) else iter(())
+    for records in _with_config(new, folder / part.name('config', '.gin')):
+      file.append(records)
     file.finish()
   return file.tally
+
+
+def _with_config(
+  batches: Iterator[list[predictions.Record]], path: pathlib.Path
+) -> Iterator[list[predictions.Record]]:
+  """Yields answers; writes the operative config before the first of them.
+
+  By then all settings were used. Without new answers, a config that is there
+  is better than that of this call.
+  """
+  first = next(batches, None)
+  if first is not None or not path.exists():
+    gin_config.save_operative_config(path)
+  if first is not None:
+    yield first
+  yield from batches
 
 
 def _remove_lock(folder: pathlib.Path, named_by: str, lock: str) -> None:

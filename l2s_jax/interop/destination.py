@@ -2,7 +2,8 @@
 """DESTINATION of `convert` and `export`: a folder that appears when complete.
 
 The output is written to a temporary folder, and compared there. A local
-DESTINATION is this folder, renamed. For a bucket the temporary folder is local,
+DESTINATION is this folder, renamed; a lock beside it refuses a second writer.
+For a bucket the temporary folder is local,
 and its files are uploaded one by one. The files without which no reader accepts
 the folder come last. A lock is there until the end. After a kill, the same
 command takes it over and uploads all files again.
@@ -39,15 +40,18 @@ _CHECKPOINT = '_CHECKPOINT_METADATA'
 def opened(destination: str) -> pathlib.Path:
   """Returns the folder of DESTINATION, which need not exist.
 
-  The temporary folder of a killed process is removed.
+  The temporary folder and the lock of a killed process are removed.
 
   Raises:
-    ValueError: if its bucket cannot be opened.
+    ValueError: if its bucket cannot be opened, or a process is writing it.
   """
   storage.check(destination, 'DESTINATION')
   folder = storage.of(destination)
   if not storage.is_bucket(folder):
-    shutil.rmtree(_beside(folder), ignore_errors=True)
+    left = _beside(folder), folder.with_name(_lock_name(folder))
+    if any(path.exists() for path in left):
+      with _locked(folder):
+        shutil.rmtree(_beside(folder), ignore_errors=True)
   return folder
 
 
@@ -95,7 +99,8 @@ def writing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     folder: the destination.
 
   Raises:
-    ValueError: for an error of the file system, with its message.
+    ValueError: for an error of the file system, with its message; or if another
+      process is writing the destination, or has written it.
   """
   if storage.is_bucket(folder):
     with scratch.folder() as name:
@@ -105,7 +110,13 @@ def writing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   unfinished = _beside(folder)
   missing = [path for path in folder.absolute().parents if not path.exists()]
   try:
-    yield unfinished
+    with _locked(folder):
+      if folder.exists():
+        raise ValueError(_refusal(folder))
+      try:
+        yield unfinished
+      finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
   except OSError as error:
     if error.errno is None:
       raise
@@ -113,7 +124,6 @@ def writing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
       f'{folder} cannot be written: {error}. The partial output was deleted.'
     ) from error
   finally:
-    shutil.rmtree(unfinished, ignore_errors=True)
     if not folder.exists():
       for parent in missing:
         with contextlib.suppress(OSError):  # Absent or not empty.
@@ -192,6 +202,17 @@ def _rank(name: str) -> int:
 def _ends(name: str, end: str) -> bool:
   file = name.rpartition('/')[2]
   return file.endswith(end) if end.startswith('.') else file == end
+
+
+def _locked(
+  folder: pathlib.Path,
+) -> contextlib.AbstractContextManager[locks.Held]:
+  """Locks a local destination, which need not exist."""
+  return locks.held(folder.parent, 'DESTINATION', _lock_name(folder), folder)
+
+
+def _lock_name(folder: pathlib.Path) -> str:
+  return f'.{folder.name}.lock'
 
 
 def _beside(folder: pathlib.Path) -> pathlib.Path:

@@ -60,7 +60,10 @@ class Held:
 
 @contextlib.contextmanager
 def held(
-  folder: pathlib.Path, setting: str, name: str = NAME
+  folder: pathlib.Path,
+  setting: str,
+  name: str = NAME,
+  shown: pathlib.Path | None = None,
 ) -> Iterator[Held]:
   """Holds the lock of a folder until the block ends, and yields it.
 
@@ -69,6 +72,7 @@ def held(
     setting: name of the setting with the folder, for errors.
     name: name of the lock file; processes that write different parts of a
       folder use different names.
+    shown: what the setting names, for errors; default: the folder.
 
   Raises:
     ValueError: if another process holds the lock; names its host, process id
@@ -83,7 +87,7 @@ def held(
     'birth': _birth(os.getpid()),
     'owner': uuid.uuid4().hex,
   }
-  is_taken_over = _take(path, mine, setting)
+  is_taken_over = _take(path, mine, f'{setting}={shown or folder}')
   stopped = threading.Event()
   renewal = threading.Thread(
     target=_renew, args=(path, mine, stopped), daemon=True
@@ -101,7 +105,7 @@ def held(
       path.unlink(missing_ok=True)
 
 
-def _take(path: pathlib.Path, mine: dict[str, Any], setting: str) -> bool:
+def _take(path: pathlib.Path, mine: dict[str, Any], label: str) -> bool:
   """Creates the lock file atomically, or takes over that of a dead process.
 
   Returns:
@@ -129,7 +133,7 @@ def _take(path: pathlib.Path, mine: dict[str, Any], setting: str) -> bool:
       gone = 'it cannot be read'
     elif who['host'] == mine['host']:
       if _birth(who['pid']) == who['birth']:
-        raise ValueError(_refusal(path, who, setting))
+        raise ValueError(_refusal(path, who, label))
       gone = 'that process has ended'
     else:
       distributed.say(
@@ -137,7 +141,7 @@ def _take(path: pathlib.Path, mine: dict[str, Any], setting: str) -> bool:
         f'{_lease_secs(path):.0f} s for it to renew the lock.'
       )
       if _changes(path, content):
-        raise ValueError(_refusal(path, who, setting))
+        raise ValueError(_refusal(path, who, label))
       gone = f'it was not renewed for {_lease_secs(path):.0f} s'
     if isinstance(path, storage.BucketPath):
       is_taken = _overwrite(path, version, mine)
@@ -308,9 +312,8 @@ def _name(who: dict[str, Any]) -> str:
   return f'process {who["pid"]} on {who["host"]}, started at {who["start"]}'
 
 
-def _refusal(path: pathlib.Path, who: dict[str, Any], setting: str) -> str:
+def _refusal(path: pathlib.Path, who: dict[str, Any], label: str) -> str:
   return (
-    f'{setting}={path.parent} is being written by {_name(who)}. Wait for it, '
-    'stop it, or choose another folder. If it is no longer running, remove '
-    f'{path}.'
+    f'{label} is being written by {_name(who)}. Wait for it, stop it, or '
+    f'choose another folder. If it is no longer running, remove {path}.'
   )

@@ -16,13 +16,15 @@ read it; `folders.READERS` lists them. What comes of it is one of
     wrong     other numbers without a word: must never be
     crashed   any other exception: must never be
 
-`--docs=docs/reliability.md` puts the tables into that page.
+`--counts=FILE` adds the outcomes to those of earlier calls, with other readers,
+say. `--docs=docs/reliability.md` puts the tables into that page.
 """
 
 import argparse
 import collections
 import contextlib
 import io
+import json
 import logging
 import pathlib
 import random
@@ -201,6 +203,8 @@ def run(
             of_reader.setdefault(name, collections.Counter())[result] += 1
             if result in BAD:
               bad.append(f'{name}: {file} {kind}: {result} {words[:300]!r}')
+              print(bad[-1], file=sys.stderr)
+      print(f'{name}: {len(files[::every])} files', file=sys.stderr)
   return counts, bad
 
 
@@ -274,6 +278,20 @@ def by_file(counts: Counts) -> str:
   return '\n'.join(lines)
 
 
+def add_counts(path: pathlib.Path, counts: Counts) -> Counts:
+  """Adds outcomes to those in a file; returns the sum."""
+  found = json.loads(path.read_text()) if path.exists() else {}
+  for key, of_reader in counts.items():
+    old = found.setdefault(key, {})
+    for name, counter in of_reader.items():
+      old[name] = counter + collections.Counter(old.get(name, {}))
+  path.write_text(json.dumps(found, indent=1))
+  return {
+    key: {name: collections.Counter(x) for name, x in of_reader.items()}
+    for key, of_reader in found.items()
+  }
+
+
 def write_tables(page: pathlib.Path, tables: dict[str, str]) -> None:
   """Puts tables into a page, each between the comments with its name."""
   text = page.read_text()
@@ -294,12 +312,15 @@ def main() -> int:
   parser.add_argument('--readers', nargs='*', default=tuple(folders.READERS))
   parser.add_argument('--every', type=int, default=1)
   parser.add_argument('--only', default='*')
+  parser.add_argument('--counts', type=pathlib.Path)
   parser.add_argument('--docs', type=pathlib.Path)
   args = parser.parse_args()
   logging.getLogger('absl').setLevel(logging.CRITICAL)
   counts, problems = run(
     args.flips, args.seed, args.readers, every=args.every, only=args.only
   )
+  if args.counts:
+    counts = add_counts(args.counts, counts)
   print('\n'.join(problems))
   print(by_file(counts), by_reader(counts), sep='\n\n')
   if args.docs:

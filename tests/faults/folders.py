@@ -44,6 +44,7 @@ KEPT_RUN = pathlib.Path(__file__).parents[1] / 'kept_runs' / '1' / 'l2s'
 LENGTHS = {'inputs': 14, 'targets': 8}
 LINES = ('a b c', 'd e', 'f', 'g h i j', 'k l', 'm n o')
 MESH = partitioning.MeshConfig(data=1)
+_LAYOUTS: dict[str, parameters.Layout] = {}
 
 
 def make(
@@ -172,9 +173,13 @@ def _system(folder: pathlib.Path) -> system_lib.System:
 
 
 def _layout(system: system_lib.System) -> parameters.Layout:
-  return parameters.layout(
-    system, partitioning.make_mesh(MESH, jax.devices()[:1]), MESH
-  )
+  # Most of the time of a trial; damage seldom changes it.
+  kinds = system.frozen, system.frozen_dtype, system.cached_states
+  key = repr((system.module, *kinds))
+  if key not in _LAYOUTS:
+    mesh = partitioning.make_mesh(MESH, jax.devices()[:1])
+    _LAYOUTS[key] = parameters.layout(system, mesh, MESH)
+  return _LAYOUTS[key]
 
 
 def resume(folder: pathlib.Path) -> dict[str, Any]:

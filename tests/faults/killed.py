@@ -55,6 +55,8 @@ def phase(event: str, paths: list[str]) -> str:
     return 'deletion'
   if event == 'os.rename':
     # Of arrays: the whole folder of a step. All else is renamed when complete.
+    if os.path.basename(paths[1]).startswith('.'):
+      return 'other files'
     is_part = _UNFINISHED in paths[1]
     return 'arrays' if is_part else 'commit'
   if _UNFINISHED not in path and '.unfinished' not in path:

@@ -3,20 +3,23 @@
 
     PYTHONPATH=.:tests python -m faults.kills --count=20 --seed=0
       [--verbs train cache ...] [--processes 1 2] [--most_secs=600]
-      [--docs=docs/reliability.md]
+      [--counts=FILE] [--docs=docs/reliability.md]
 
 `--count` is of kills for each verb and number of processes. A process is killed
 by SIGKILL just before a change of its folder, or some time later; `killed` has
-the phases. The same command starts again, and is killed again, up to three
-times; then it ends unkilled. What comes of it is one of
+the phases, which take turns. The same command starts again, and is killed
+again, up to three times; then it ends unkilled. What comes of it is one of
 
     equal     the files or arrays of an unbroken job, bit for bit
+    rounded   LLM states of several processes, within the rounding of bfloat16:
+              the missing ones were computed in batches of other lengths
     wrong     others: must never be
     torn      after a kill, a path that stands for something complete had
               something else: must never be
     lost      training did not go on from its newest checkpoint: must never be
     failed    the last start ended with an error: must never be
 
+`--counts` keeps the outcomes in a file; another call goes on from them.
 `--docs` puts the table into that page.
 """
 
@@ -34,7 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 os.environ.setdefault('L2S_TESTS_XLA_FLAGS', '')
@@ -43,13 +46,18 @@ os.environ.setdefault(
 )
 
 import forked
+import numpy as np
 
 from faults import killed
+from l2s_jax.data.cached import cache_format, feature_format
 from l2s_jax.weights import saved_steps
 
 KEPT = pathlib.Path(__file__).parents[1] / 'kept_runs' / '1'
-OUTCOMES = ('equal', 'wrong', 'torn', 'lost', 'failed')
+OUTCOMES = ('equal', 'rounded', 'wrong', 'torn', 'lost', 'failed')
 VERBS = ('train', 'cache', 'features', 'infer', 'distill', 'convert', 'export')
+# Verbs of one process; several would write the same folder.
+ALONE = ('convert', 'export')
+AFTER_COMMIT = 'after a commit'
 STEPS = 9
 _MOST_KILLS = 3
 _LATEST_SECS = 0.1
@@ -59,6 +67,8 @@ _NEVER = (killed.PHASES[0], 0, 0)
 _NEEDS = {'train': 'features', 'features': 'cache'}
 # Outcomes of kills, by verb, number of processes, and phase.
 Counts = dict[tuple[str, int, str], collections.Counter[str]]
+# How often each process of an unbroken job changed its folder, by phase.
+Changes = list[collections.Counter[str]]
 
 
 class Job(NamedTuple):
@@ -181,12 +191,12 @@ def content(job: Job) -> Any:
     losses = [(r['step'], r['train/loss']) for r in map(json.loads, log)]
     # The digests of all arrays are compared with the arrays.
     problem = saved_steps.problem(job.target, STEPS, saved_steps.ITEMS)
-    return saved_steps.steps(job.target), data, losses, problem
+    config = (job.target / 'config.gin').read_text()
+    return saved_steps.steps(job.target), data, losses, problem, config
   return {
     path.relative_to(job.target).as_posix(): path.read_bytes()
     for path in job.target.rglob('*')
-    # A job that was complete writes again only the settings that it used.
-    if path.is_file() and not path.name.startswith(('.', 'config'))
+    if path.is_file() and not path.name.startswith('.')
   }
 
 
@@ -203,6 +213,22 @@ def is_torn(job: Job, expected: Any) -> str:
   names = [job.last] if job.last else expected.keys()
   different = [n for n in names if found.get(n) != expected[n]]
   return f'{different} in {job.target}' if different else ''
+
+
+def same_within_rounding(folder: pathlib.Path, other: pathlib.Path) -> bool:
+  """Returns whether two caches have the same LLM states in bfloat16."""
+  caches = [cache_format.open_cache(path) for path in (folder, other)]
+  features = [feature_format.open_features(cache) for cache in caches]
+  for task, of_task in caches[0].content['tasks'].items():
+    for split in of_task['splits']:
+      size = len(caches[0].split(task, split))
+      pair = [each.split(task, split).states(range(size)) for each in features]
+      for mine, theirs in zip(*pair, strict=True):
+        a, b = (np.asarray(x.rows, np.float32) for x in (mine, theirs))
+        # 2 ** -7 is the distance of two numbers near 1; sums have a few.
+        if a.shape != b.shape or not np.allclose(a, b, rtol=2**-6, atol=2**-6):
+          return False
+  return True
 
 
 def start(
@@ -241,38 +267,74 @@ def wait(processes: list[forked.Popen], victim: int) -> tuple[bool, str]:
 
   Returns:
     Whether there was a kill, and what was told.
+
+  Raises:
+    RuntimeError: if one ends with an error, or does not end.
   """
-  told = ''.join(processes[victim].communicate(timeout=_TIMEOUT_SECS))
-  is_killed = processes[victim].returncode == -signal.SIGKILL
-  for process in processes:
-    if process is not processes[victim]:
-      if is_killed:
-        process.kill()
+  told = ''
+  is_late = False
+  order = [processes[victim], *processes[:victim], *processes[victim + 1 :]]
+  for process in order:
+    if is_late or order[0].returncode == -signal.SIGKILL:
+      process.kill()
+    try:
       told += ''.join(process.communicate(timeout=_TIMEOUT_SECS))
-  codes = {process.returncode for process in processes}
-  if not is_killed and codes != {0}:
+    except subprocess.TimeoutExpired:
+      is_late = True
+      process.kill()
+      told += ''.join(process.communicate())
+  if is_late:
+    raise RuntimeError(f'no end within {_TIMEOUT_SECS} s\n{told}')
+  is_killed = order[0].returncode == -signal.SIGKILL
+  if not is_killed and any(process.returncode for process in processes):
     raise RuntimeError(told)
   return is_killed, told
+
+
+def choose(
+  changes: Changes,
+  killed_at: Mapping[str, int],
+  num_kills: int,
+  rng: random.Random,
+) -> tuple[int, str, tuple[str, int, float]]:
+  """Returns a process, what is counted, and a moment, see `killed`.
+
+  Args:
+    changes: of the unbroken job.
+    killed_at: kills so far, by what is counted; the rarest comes next.
+    num_kills: of this job, which has fewer changes left.
+    rng: chooses among equals.
+  """
+  found = sorted(set().union(*changes))
+  kinds = found + [AFTER_COMMIT] * ('commit' in found)
+  rng.shuffle(kinds)
+  kind = min(kinds, key=lambda kind: killed_at.get(kind, 0))
+  phase = 'commit' if kind == AFTER_COMMIT else kind
+  victim = rng.choice([i for i, own in enumerate(changes) if own[phase]])
+  number = rng.randint(1, max(1, changes[victim][phase] // (1 + num_kills)))
+  delay = rng.choice((0.0, rng.random() * _LATEST_SECS))
+  if phase == 'commit':
+    delay = 0.0 if kind == phase else rng.uniform(0.001, _LATEST_SECS)
+  return victim, kind, (phase, number, delay)
 
 
 def kill_and_finish(
   job: Job,
   num_processes: int,
-  expected: Any,
-  changes: collections.Counter[str],
+  unbroken: '_Unbroken',
+  killed_at: Mapping[str, int],
   rng: random.Random,
 ) -> tuple[list[str], str, str]:
   """Returns the phases of the kills, the outcome, and what explains it."""
   phases: list[str] = []
   history: list[Any] = []
+  expected, changes = unbroken
   for _ in range(rng.randint(1, _MOST_KILLS)):
-    victim = rng.randrange(num_processes)
-    phase = rng.choice(sorted(changes))
-    number = rng.randint(1, max(1, changes[phase] // (1 + len(phases))))
-    delay = rng.choice((0.0, rng.random() * _LATEST_SECS))
-    history.append((victim, phase, number, round(delay, 3)))
+    so_far = collections.Counter(killed_at) + collections.Counter(phases)
+    victim, kind, moment = choose(changes, so_far, len(phases), rng)
+    history.append((victim, kind, *moment))
     try:
-      processes = start(job, num_processes, victim, (phase, number, delay))
+      processes = start(job, num_processes, victim, moment)
       is_killed, told = wait(processes, victim)
     except RuntimeError as error:
       if phases and 'already exists' in str(error):
@@ -280,7 +342,7 @@ def kill_and_finish(
       return phases, 'failed', f'{history}\n{error}'
     if not is_killed:
       break
-    phases.append(phase)
+    phases.append(kind)
     if torn := is_torn(job, expected):
       return phases, 'torn', f'{history}\n{torn}\n{told}'
   newest = saved_steps.steps(job.target)[-1:] if job.last is None else []
@@ -296,6 +358,10 @@ def kill_and_finish(
   found = content(job)
   if found == expected:
     return phases, 'equal', ''
+  if job.target.name == 'of_features' and num_processes > 1:
+    kept = job.target.with_name('kept')
+    if same_within_rounding(job.target, kept):
+      return phases, 'rounded', ''
   if isinstance(found, dict):
     names = sorted(found.keys() | expected.keys())
     told += str([n for n in names if found.get(n) != expected.get(n)])
@@ -306,7 +372,7 @@ class _Unbroken(NamedTuple):
   """What an unbroken job has left, and how often it changed its folder."""
 
   content: Any
-  changes: collections.Counter[str]
+  changes: Changes
 
 
 def run(
@@ -315,6 +381,7 @@ def run(
   verbs: Sequence[str],
   several: Sequence[int],
   most_secs: float = math.inf,
+  counts_file: pathlib.Path | None = None,
 ) -> tuple[Counts, list[str]]:
   """Kills jobs; returns outcomes by verb, processes and phase, and problems.
 
@@ -322,46 +389,99 @@ def run(
     count: kills for each verb and number of processes.
     seed: of the moments.
     verbs: some of `VERBS`.
-    several: numbers of processes; those above 1 are for `train` alone.
+    several: numbers of processes; 1 alone for verbs in `ALONE`.
     most_secs: no kill is begun after so many seconds.
+    counts_file: has the outcomes of earlier calls, and gets those of this one.
   """
   rng = random.Random(seed)
-  counts: Counts = {}
+  counts = _read_counts(counts_file)
   problems: list[str] = []
   began = time.monotonic()
+  missing = {
+    (verb, number): count - sum(_killed_at(counts, verb, number).values())
+    for verb in verbs
+    for number in several
+    if number == 1 or verb not in ALONE
+  }
+  missing = {key: left for key, left in missing.items() if left > 0}
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     by_verb = jobs(folder)
     found: dict[tuple[str, int], _Unbroken] = {}
-    for verb in _with_needed(verbs):
-      for number in several if verb == 'train' else (1,):
+    for verb in _with_needed([verb for verb, _ in missing]):
+      # Other verbs read the last one.
+      numbers = [number for key, number in missing if key == verb] or [1]
+      for number in numbers:
         found[verb, number] = _run_unbroken(by_verb[verb], verb, number)
-    missing = {key: count for key in found if key[0] in verbs}
-    while missing:
-      for verb, number in list(missing):
+    while missing := {key: left for key, left in missing.items() if left > 0}:
+      for verb, number in missing:
         if time.monotonic() - began > most_secs:
           return counts, problems
-        job = by_verb[verb]
-        kept = folder / 'kept'
-        job.target.rename(kept)  # Other verbs read it.
-        if verb == 'features':
-          shutil.copytree(by_verb['cache'].target, job.target)
-        phases, outcome, words = kill_and_finish(
-          job, number, *found[verb, number], rng
+        phases, outcome, words = _of_copy(
+          by_verb,
+          verb,
+          number,
+          found[verb, number],
+          _killed_at(counts, verb, number),
+          rng,
         )
-        shutil.rmtree(job.target)
-        kept.rename(job.target)
+        missing[verb, number] -= max(1, len(phases))
         for phase in phases:
           key = verb, number, phase
           counts.setdefault(key, collections.Counter())[outcome] += 1
-        if outcome != 'equal':
+        if outcome not in ('equal', 'rounded'):
           problems.append(f'{verb}, {number} processes: {outcome}: {words}')
-        missing[verb, number] -= max(1, len(phases))
-        if missing[verb, number] <= 0:
-          del missing[verb, number]
+          print(problems[-1], file=sys.stderr)
+        if counts_file:
+          _write_counts(counts_file, counts)
         total = sum(counter.total() for counter in counts.values())
-        print(f'{total} kills, {len(problems)} bad', file=sys.stderr)
+        print(
+          f'{total} kills, {len(problems)} bad: {verb} {number} {phases}',
+          file=sys.stderr,
+        )
   return counts, problems
+
+
+def _killed_at(counts: Counts, verb: str, number: int) -> dict[str, int]:
+  return {
+    phase: counter.total()
+    for (*key, phase), counter in counts.items()
+    if key == [verb, number]
+  }
+
+
+def _of_copy(
+  by_verb: dict[str, Job],
+  verb: str,
+  number: int,
+  unbroken: _Unbroken,
+  killed_at: Mapping[str, int],
+  rng: random.Random,
+) -> tuple[list[str], str, str]:
+  """Kills a job whose target other verbs read: it is put back."""
+  job = by_verb[verb]
+  kept = job.target.with_name('kept')
+  job.target.rename(kept)
+  if verb == 'features':
+    shutil.copytree(by_verb['cache'].target, job.target)
+  result = kill_and_finish(job, number, unbroken, killed_at, rng)
+  shutil.rmtree(job.target)
+  kept.rename(job.target)
+  return result
+
+
+def _read_counts(path: pathlib.Path | None) -> Counts:
+  if not path or not path.exists():
+    return {}
+  return {
+    (verb, number, phase): collections.Counter(outcomes)
+    for verb, number, phase, outcomes in json.loads(path.read_text())
+  }
+
+
+def _write_counts(path: pathlib.Path, counts: Counts) -> None:
+  rows = [[*key, dict(outcomes)] for key, outcomes in sorted(counts.items())]
+  path.write_text(json.dumps(rows, indent=1))
 
 
 def _run_unbroken(job: Job, verb: str, num_processes: int) -> _Unbroken:
@@ -369,8 +489,13 @@ def _run_unbroken(job: Job, verb: str, num_processes: int) -> _Unbroken:
   if verb == 'features':
     shutil.copytree(job.target.with_name('of_cache'), job.target)
   wait(start(job, num_processes, 0, _NEVER), 0)
-  log = job.target.with_name('changes_0').read_text().splitlines()
-  changes = collections.Counter(line.partition('\t')[0] for line in log)
+  changes = []
+  for index in range(num_processes):
+    log = job.target.with_name(f'changes_{index}')
+    lines = log.read_text().splitlines() if log.exists() else []
+    changes.append(
+      collections.Counter(line.partition('\t')[0] for line in lines)
+    )
   return _Unbroken(content(job), changes)
 
 
@@ -412,10 +537,16 @@ def main() -> int:
   parser.add_argument('--verbs', nargs='*', choices=VERBS, default=VERBS)
   parser.add_argument('--processes', nargs='*', type=int, default=(1, 2))
   parser.add_argument('--most_secs', type=float, default=math.inf)
+  parser.add_argument('--counts', type=pathlib.Path)
   parser.add_argument('--docs', type=pathlib.Path)
   args = parser.parse_args()
   counts, problems = run(
-    args.count, args.seed, args.verbs, args.processes, args.most_secs
+    args.count,
+    args.seed,
+    args.verbs,
+    args.processes,
+    args.most_secs,
+    args.counts,
   )
   print('\n'.join(problems))
   print(table(counts))

@@ -54,6 +54,9 @@ WRITER_OPTIONS = 'group_size:1,snappy'
 # own; 50 us with buffers of 1 MiB.
 READER_OPTIONS = 'readahead_buffer_size:0,max_parallelism:0'
 _READER_BUFFER_BYTES = 4096
+# NumPy parses a header as Python, which two threads at once cannot do safely in
+# Python 3.11 (github.com/python/cpython/issues/106905).
+_PARSING = threading.Lock()
 _HEADER = struct.Struct('<II')
 # `array` converts lists three times as fast as NumPy.
 _TYPECODES = {'uint16': 'H', 'uint32': 'I'}
@@ -414,7 +417,8 @@ def load_index(
     ValueError: naming the file, if it is not such an index.
   """
   try:
-    with storage.fetched(storage.of(path)) as local:  # A map outlives its name.
+    # A map outlives its name.
+    with storage.fetched(storage.of(path)) as local, _PARSING:
       index = np.load(local, mmap_mode='r', allow_pickle=False)
   except FileNotFoundError as error:
     raise FileNotFoundError(f'{path}: no such file; {remedy}') from error
