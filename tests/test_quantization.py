@@ -12,7 +12,7 @@ import pytest
 
 from l2s_jax.inference import quantization
 from l2s_jax.models import config as config_lib
-from l2s_jax.models import int8, l2s, mixed_product
+from l2s_jax.models import int8, kernel_first, l2s, mixed_product
 
 NAMES = ('t5_1_0', 't5_1_1', 'gpt2', 'llama', 'llm_to_gpt2-add-foreign')
 
@@ -29,9 +29,11 @@ def read(module, params, batch):
   )[0]
 
 
-@pytest.mark.parametrize('kind', ['int8', 'int8_dynamic', 'int8_unsigned'])
+@pytest.mark.parametrize(
+  'kind', [k for k in config_lib.QUANTIZATIONS if k != 'none']
+)
 @pytest.mark.parametrize('name', NAMES)
-def test_int8_logits_are_near_those_of_float32(name, kind):
+def test_rounded_logits_are_near_those_of_float32(name, kind):
   module = helpers.MODULES[name]
   params, batch = helpers.random_params(module), helpers.batch_for(module)
 
@@ -82,7 +84,7 @@ def test_kernels_and_tables_are_int8_with_a_scale_for_each_output(name):
   assert num_rounded > 5
 
 
-@pytest.mark.parametrize('kind', ['int8_dynamic', 'int8_unsigned'])
+@pytest.mark.parametrize('kind', ['int8_dynamic', 'int8_left', 'int8_unsigned'])
 def test_states_of_one_row_and_of_many_have_the_same_product(kind):
   """And it is that of the rounded numbers."""
   generator = np.random.default_rng(0)
@@ -122,10 +124,11 @@ SLOW = {
   'none': [3.0, 0.4],
   'int8': [8.0, 0.8],
   'int8_dynamic': [9.0, 0.9],
+  'int8_left': [9.5, 0.95],
   'int8_unsigned': [40.0, 9.0],
 }
 VNNI = {**SLOW, 'int8_dynamic': [2.0, 0.2], 'int8_unsigned': [1.0, 0.1]}
-AMX = {**VNNI, 'int8_dynamic': [0.3, 0.1]}
+AMX = {**VNNI, 'int8_left': [0.3, 0.1]}
 
 
 @pytest.mark.parametrize(
@@ -133,9 +136,11 @@ AMX = {**VNNI, 'int8_dynamic': [0.3, 0.1]}
   [
     ('none', VNNI, 'none'),
     ('int8', VNNI, 'int8_unsigned'),
-    ('int8', AMX, 'int8_dynamic'),
+    ('int8', AMX, 'int8_left'),
     ('int8_dynamic', VNNI, 'int8_unsigned'),
     ('auto', VNNI, 'int8_unsigned'),
+    ('auto', AMX, 'int8_left'),
+    ('bfloat16', AMX, 'bfloat16'),
     ('int8', SLOW, 'int8'),
     ('int8_dynamic', SLOW, 'int8_dynamic'),
     ('auto', SLOW, 'none'),
@@ -177,3 +182,34 @@ def test_products_are_measured_once_for_a_machine(tmp_path, monkeypatch):
   monkeypatch.setattr(quantization, 'measure', lambda: SLOW)
   assert quantization.times.__wrapped__() == SLOW
   assert json.loads(path.read_text()).keys() > {'other'}
+
+
+@pytest.mark.parametrize('num_rows', [1, 2, 5])
+def test_bfloat16_kernels_have_the_product_of_rounded_numbers(num_rows):
+  """With sums in float32, for one row as for many."""
+  generator = np.random.default_rng(0)
+  x = generator.normal(size=(1, num_rows, 4, 8)).astype(jnp.bfloat16)
+  kernel = generator.normal(size=(4, 8, 5)).astype(jnp.bfloat16)
+  arranged = kernel_first.arrange(jnp.asarray(kernel), (0, 1))
+  assert arranged.shape == (5, 4, 8) and arranged.dtype == jnp.bfloat16
+  found = kernel_first.multiply_bfloat16(
+    jnp.asarray(x, jnp.float32), arranged, jnp.float32
+  )
+  exact = np.einsum(
+    'btnk,nkd->btd', x.astype(np.float64), kernel.astype(np.float64)
+  )
+  assert found.dtype == jnp.float32
+  np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_halves_the_memory_of_kernels_and_tables():
+  module = helpers.MODULES['t5_1_1']
+  params = helpers.random_params(module)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(
+    l2s.params_for_generation(
+      l2s.for_generation(module, quantization='bfloat16'), params
+    )
+  ):
+    name = jax.tree_util.keystr(path)
+    is_rounded = 'kernel' in name or 'token_embedder' in name
+    assert leaf.dtype.itemsize == (2 if is_rounded else 4), name

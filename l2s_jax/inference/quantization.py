@@ -25,7 +25,7 @@ from l2s_jax.runtime import chips, distributed, files, storage
 AUTO = 'auto'
 KINDS = (*config_lib.QUANTIZATIONS, AUTO)
 # Forms of products of integers, whose results are equal.
-_OF_INTEGERS = ('int8_dynamic', 'int8_unsigned')
+_OF_INTEGERS = ('int8_dynamic', 'int8_left', 'int8_unsigned')
 _CANDIDATES = {
   'int8': ('int8', *_OF_INTEGERS),
   'int8_dynamic': _OF_INTEGERS,

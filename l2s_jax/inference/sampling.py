@@ -55,7 +55,7 @@ class Decoding:
     log_probs: whether to return scores and log-probabilities.
     draft_len: number of tokens that LLM-to-SLM drafts for the LLM to verify
       (`speculative.py`), which gives the LLM's answers; 0 means no drafts.
-    quantization: of the decoding model's weights: 'none', 'int8',
+    quantization: of the decoding model's weights: 'none', 'bfloat16', 'int8',
       'int8_dynamic' or 'auto', see `quantization.form`.
     llm_quantization: the same for the frozen LLM.
 

@@ -18,7 +18,14 @@ import jax.numpy as jnp
 
 # Number of values in `rope_scaling`, by `rope_scaling_type`.
 ROPE_SCALINGS = {'linear': 1, 'llama3': 4, 'yarn': 5}
-QUANTIZATIONS = ('none', 'int8', 'int8_dynamic', 'int8_unsigned')
+QUANTIZATIONS = (
+  'none',
+  'bfloat16',
+  'int8',
+  'int8_dynamic',
+  'int8_left',
+  'int8_unsigned',
+)
 ATTENTIONS = ('auto', 'plain', 'fused')
 ACTIVATIONS = ('relu', 'gelu', 'gelu_exact', 'silu', 'linear')
 # Fields that may change between two starts of a run: they set how the model is
@@ -152,11 +159,13 @@ class TransformerConfig:
     for_generation: parameters have the form of
       `language_model.params_for_generation`: each layer apart (`layers_0`,
       ...), a tied head transposed.
-    quantization: of kernels and token embeddings in that form: 'none'; 'int8'
-      for weights alone, one scale per output; 'int8_dynamic' for activations,
-      too, one scale per token, so that products are of integers;
-      'int8_unsigned' for the same numbers with unsigned activations, which CPUs
-      with VNNI multiply fastest.
+    quantization: of kernels and token embeddings in that form: 'none';
+      'bfloat16' for products of bfloat16 with sums in float32; 'int8' for
+      weights alone, one scale per output; 'int8_dynamic' for activations, too,
+      one scale per token, so that products are of integers. The same numbers
+      in the form that some CPUs multiply fastest: 'int8_left' with the kernel
+      as the left operand (AMX), 'int8_unsigned' with unsigned activations
+      (VNNI).
   """
 
   vocab_size: int

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2s_jax.models import mixed_product
+from l2s_jax.models import kernel_first, mixed_product
 
 _LARGEST = 127
 # Ends of the paths of embedding tables, which have one scale per token.
@@ -96,7 +96,9 @@ def pack(kernel: Any, axes: tuple[int, ...]) -> Rounded:
     axes: the contracted axes, as consecutive numbers.
   """
   last = tuple(range(-len(axes), 0))
-  values, scale = (jnp.moveaxis(x, axes, last) for x in quantize(kernel, axes))
+  values, scale = (
+    kernel_first.arrange(x, axes) for x in quantize(kernel, axes)
+  )
   return Rounded(values, scale, values.sum(last, dtype=jnp.int32))
 
 
@@ -127,16 +129,17 @@ def multiply(x: Any, kernel: Rounded, dtype: Any, quantization: str) -> Any:
     x = jnp.rint(x / step)
     is_unsigned = quantization == 'int8_unsigned'
     x = (x + _OFFSET).astype(jnp.uint8) if is_unsigned else x.astype(jnp.int8)
-    if batch * length == 1:
-      # XLA:CPU lowers an integer product of one row to a loop without vector
-      # instructions, 4 to 80 times as slow as its library's product of two.
-      x = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
-    if is_unsigned:
-      product = mixed_product.multiply(x, values)
+    if quantization == 'int8_left':
+      product = kernel_first.multiply(values, x, jnp.int32)
+    elif is_unsigned:
+      product = mixed_product.multiply(kernel_first.pad_lone_row(x), values)
       product -= _OFFSET * kernel.sums.reshape(-1)
     else:
       product = jax.lax.dot_general(
-        x, values, contracted, preferred_element_type=jnp.int32
+        kernel_first.pad_lone_row(x),
+        values,
+        contracted,
+        preferred_element_type=jnp.int32,
       )
     product = product[:, :length]
     product = product.astype(jnp.float32) * (step * scale)

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from l2s_jax.models import cache as cache_lib
 from l2s_jax.models import config as config_lib
-from l2s_jax.models import int8, lora, transformer
+from l2s_jax.models import int8, kernel_first, lora, transformer
 
 Batch = Mapping[str, jax.Array]
 PyTree = Any
@@ -153,7 +154,7 @@ def params_for_generation(
   Args:
     config: from `for_generation`.
     params: layers stacked, as in training and checkpoints. Unchanged arrays are
-      not copied; NumPy arrays give views, except for int8.
+      not copied; NumPy arrays give views, unless they are quantized.
     consume: deletes each array after its copy is made.
     decodes: whether the model has an output head. False for a decoder-only LLM
       that only reads prompts.
@@ -177,7 +178,13 @@ def params_for_generation(
       return x
     if isinstance(x, np.ndarray) and not axes:
       return tuple(x)  # Views: memory-mapped arrays stay on disk.
-    converted = _convert(x, is_stacked, axes)
+    converted = _convert(
+      x,
+      is_stacked,
+      axes,
+      in_bfloat16=config.quantization == 'bfloat16',
+      is_table=names[-1] == 'embedding',
+    )
     if consume and isinstance(x, jax.Array):
       x.delete()
     return converted
@@ -206,15 +213,28 @@ def _split_layers(stacked: PyTree, module: PyTree) -> PyTree:
   }
 
 
-@functools.partial(jax.jit, static_argnames=('is_stacked', 'axes'))
-def _convert(x: Any, is_stacked: bool, axes: tuple[int, ...]) -> Any:
+@functools.partial(
+  jax.jit, static_argnames=('is_stacked', 'axes', 'in_bfloat16', 'is_table')
+)
+def _convert(
+  x: Any,
+  is_stacked: bool,
+  axes: tuple[int, ...],
+  in_bfloat16: bool,
+  is_table: bool,
+) -> Any:
   """Returns an array, or a tuple of per-layer arrays if stacked.
 
-  Those with axes are quantized to int8; see `int8.pack`.
+  Those with axes are quantized: to bfloat16, or to int8 by `int8.pack`.
   """
 
   def quantize(x: Any) -> Any:
-    return int8.pack(x, axes) if axes else x
+    if not axes:
+      return x
+    if in_bfloat16:
+      x = kernel_first.arrange(x, axes).astype(jnp.bfloat16)
+      return kernel_first.bits(x) if is_table else x
+    return int8.pack(x, axes)
 
   return tuple(map(quantize, x)) if is_stacked else quantize(x)
 

@@ -17,7 +17,7 @@ from jax import ad_checkpoint
 from jaxtyping import Array, Float, Int
 
 from l2s_jax.models import config as config_lib
-from l2s_jax.models import int8
+from l2s_jax.models import int8, kernel_first
 from l2s_jax.runtime import partitioning
 
 # Checkpoint name of kernel products, which 'minimal' rematerialisation saves.
@@ -122,7 +122,7 @@ def _kernel_shape(
 ) -> tuple[int, ...]:
   """Returns the stored shape of a kernel."""
   if config.quantization != 'none':
-    return (*outputs, *inputs)  # as `int8.Rounded`
+    return (*outputs, *inputs)  # as `kernel_first.arrange`
   return (*inputs, *outputs)
 
 
@@ -136,12 +136,14 @@ def contract(
 
   Args:
     x: in the dtype of the product.
-    kernel: floats, or in int8.
-    config: its `quantization` says how int8 is multiplied.
+    kernel: floats, or in int8; by output if the config quantizes.
+    config: its `quantization` says how the kernel is stored and multiplied.
     dtype: of the result; None is that of `x`.
   """
   if isinstance(kernel, int8.Rounded):
     return int8.multiply(x, kernel, dtype or x.dtype, config.quantization)
+  if config.quantization == 'bfloat16':
+    return kernel_first.multiply_bfloat16(x, kernel, dtype or x.dtype)
   # A product of two matrices: XLA:CPU lowers an einsum over heads to one that
   # copies the kernel first, at every token.
   outputs = kernel.shape[x.ndim - 2 :]
@@ -272,6 +274,8 @@ class Embed(nn.Module):
       embeddings = int8.dequantize(values, scale)
     else:
       embeddings = partitioning.look_up(table, ids, self.axes)
+      if table.dtype == jnp.uint16:
+        embeddings = kernel_first.of_bits(embeddings)
     return embeddings.astype(self.config.activation_dtype) * self.multiplier
 
   def attend(

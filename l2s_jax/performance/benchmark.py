@@ -42,6 +42,7 @@ BYTES = {
   'bfloat16': 2,
   'int8': 1,
   'int8_dynamic': 1,
+  'int8_left': 1,
   'int8_unsigned': 1,
 }
 # Seconds to wait between contenders: threads of some engines keep spinning
