@@ -17,7 +17,7 @@ import threading
 import time
 from typing import Any
 
-import jax
+from l2s_jax.runtime import compilation
 
 _PERIOD_SECS = 0.1
 _COMPILED = '/jax/core/compile/backend_compile_duration'
@@ -71,6 +71,10 @@ def watch(log: str, progress: str) -> None:
         }
         print(json.dumps(record), file=file, flush=True)
         time.sleep(_PERIOD_SECS)
+
+  # As the program does, which must be done before JAX is imported.
+  compilation.use_cache()
+  import jax
 
   jax.monitoring.register_event_duration_secs_listener(hear)
   threading.Thread(target=write, daemon=True).start()
