@@ -111,6 +111,17 @@ def test_answers_go_on(disk):
   assert list(predictions.read([path])) == records
 
 
+def test_answers_that_cannot_begin_are_named(disk):
+  tiny_disks.fill(disk)
+  with (
+    pytest.raises(OSError, match='No space left') as caught,
+    predictions.GrowingFile(disk / 'predictions.jsonl'),
+  ):
+    pass
+  assert str(disk / '.predictions.jsonl') in str(caught.value.filename)
+  tiny_disks.make_room(disk)
+
+
 def test_checkpoints_before_stay_good_and_the_save_is_made_again(disk):
   def state(step):
     return state_lib.TrainState(
