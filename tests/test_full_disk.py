@@ -70,6 +70,28 @@ def test_a_log_goes_on(disk):
   assert [record['step'] for record in records] == [1, 2] and not said
 
 
+def test_a_log_is_named_when_it_is_closed_as_well(disk):
+  """Closing writes again what could not be written."""
+  writer = metric_writer.MetricWriter(disk, tensorboard=False)
+  tiny_disks.fill(disk)
+  for write in (lambda: writer.write(1, {'loss': 1.0}), writer.close):
+    with pytest.raises(OSError, match='No space left') as caught:
+      write()
+    assert str(caught.value.filename).startswith(str(disk))
+  tiny_disks.make_room(disk)
+
+
+def test_an_event_file_is_named(disk):
+  events = metric_writer.EventFile(disk / 'tensorboard')
+  tiny_disks.fill(disk)
+  with pytest.raises(OSError, match='No space left') as caught:
+    for step in range(1000):
+      events.add('x' * 100, 1.0, step, 0.0)
+      events.flush()
+  assert caught.value.filename == str(disk / 'tensorboard')
+  tiny_disks.make_room(disk)
+
+
 def test_answers_go_on(disk):
   records = [{'prompt': f'p{n}', 'prediction': 'a' * 500} for n in range(40)]
   path = disk / 'predictions.jsonl'
@@ -87,6 +109,17 @@ def test_answers_go_on(disk):
     file.append(records[done:])
     file.finish()
   assert list(predictions.read([path])) == records
+
+
+def test_answers_that_cannot_begin_are_named(disk):
+  tiny_disks.fill(disk)
+  with (
+    pytest.raises(OSError, match='No space left') as caught,
+    predictions.GrowingFile(disk / 'predictions.jsonl'),
+  ):
+    pass
+  assert str(disk / '.predictions.jsonl') in str(caught.value.filename)
+  tiny_disks.make_room(disk)
 
 
 def test_checkpoints_before_stay_good_and_the_save_is_made_again(disk):

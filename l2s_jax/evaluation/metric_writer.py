@@ -146,7 +146,8 @@ class MetricWriter:
     """Uploads new records, and closes the logs."""
     try:
       if self._jsonl is not None:
-        self._jsonl.close()
+        with os_errors.naming(self._local):
+          self._jsonl.close()
       if self._scratch is not None and self._is_new:
         self._upload()
         self._is_new = False
@@ -178,6 +179,7 @@ class EventFile:
     else:
       local = folder
     folder.mkdir(parents=True, exist_ok=True)
+    self._local = local
     self._old = list(folder.glob('events.out.tfevents.*'))
     self._writer = event_file_writer.EventsWriter(
       str(local / 'events'), f'.{time.time_ns()}'
@@ -204,7 +206,8 @@ class EventFile:
     )
 
   def flush(self) -> None:
-    self._writer.flush()
+    with os_errors.naming(self._local):
+      self._writer.flush()
 
   def replace_others(self) -> None:
     """Removes earlier event files of the folder, which cannot be truncated."""
@@ -219,7 +222,8 @@ class EventFile:
       files.upload_folder(self._scratch.name, self._remote)
 
   def close(self) -> None:
-    self._writer.close()
+    with os_errors.naming(self._local):
+      self._writer.close()
     self.sync()
 
 

@@ -313,8 +313,8 @@ class GrowingFile:
     return self
 
   def __exit__(self, *_: object) -> None:
-    self._notes.close()
-    self._file.close()
+    with os_errors.naming(self._partial), self._file, self._notes:
+      pass  # Closing writes again what could not be written.
 
   def append(self, records: Sequence[Record]) -> None:
     """Writes and flushes records; a killed process does not lose them."""
@@ -336,8 +336,9 @@ class GrowingFile:
     self._partial.replace(self.path)
 
   def _note(self, size: int) -> None:
-    self._notes.write(f'{size} {self._hasher.hexdigest()}\n'.encode())
-    self._notes.flush()
+    with os_errors.naming(notes_of(self.path)):
+      self._notes.write(f'{size} {self._hasher.hexdigest()}\n'.encode())
+      self._notes.flush()
 
   def _sync(self) -> None:
     with os_errors.naming(self._partial):
