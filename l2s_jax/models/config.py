@@ -344,6 +344,13 @@ class TransformerConfig:
         f'empty tuple or, with rope_scaling_type={self.rope_scaling_type!r}, '
         f'{expected_count} numbers.'
       )
+    is_yarn = self.rope_scaling_type == 'yarn'
+    if self.rope_scaling and is_yarn and self.rope_base <= 1:
+      raise ValueError(
+        f'TransformerConfig.rope_base={self.rope_base} with '
+        "rope_scaling_type='yarn': expected a base above 1, as features have "
+        'other frequencies than their neighbours.'
+      )
 
   @property
   def mlp_inputs(self) -> tuple[str, ...]:
