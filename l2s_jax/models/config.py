@@ -331,6 +331,9 @@ class TransformerConfig:
         "TransformerConfig.no_rope_period needs positions='rotary', got "
         f'positions={self.positions!r}.'
       )
+    self._check_rope()
+
+  def _check_rope(self):
     if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
       raise ValueError(
         f'TransformerConfig.rope_dim={self.rope_dim} with '
