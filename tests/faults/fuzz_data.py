@@ -252,7 +252,7 @@ def _read_stdin(content: bytes, bad_lines: str) -> None:
   prompts.survey(found, '')
   texts = [_text(line) for line in _lines(content)]
   plain = [{'prompt': t} if t and t.strip() else None for t in texts]
-  _compare(found, plain, gave_up=False)  # type: ignore[arg-type]
+  _compare(found, plain, gave_up=False)
 
 
 def _fuzz(

@@ -29,7 +29,8 @@ def _read_cache(folder: pathlib.Path) -> dict[str, Any]:
   features = feature_format.open_features(cache)
   found: dict[str, Any] = {}
   for name in cache.tasks:
-    tokens, states = (of.split(name, 'train') for of in (cache, features))
+    tokens = cache.split(name, 'train')
+    states = features.split(name, 'train')
     numbers = range(len(tokens))
     records = tokens.read(numbers)
     found[name] = {
