@@ -8,10 +8,12 @@ import random
 import subprocess
 import sys
 
+import pytest
 from faults import fuzz_files, mutate
 
 TESTS = pathlib.Path(__file__).parent
 COUNT = 60
+LONG = pytest.mark.long
 KINDS = [*fuzz_files.kinds(), 'gin']
 
 
@@ -37,12 +39,24 @@ def test_broken_files_and_settings_end_in_one_sentence_or_are_read():
     assert int(read) > 0 and int(tracebacks) == 0
 
 
-def test_spoilt_command_lines_end_in_a_sentence():
+@pytest.mark.parametrize(
+  'families, number',
+  [
+    ('^command line$', 1),
+    ('^rows|^standard', 8),
+    ('^training', 4),
+    pytest.param('cache$|cache.json|^features|bundle$', 6, marks=LONG),
+  ],
+)
+def test_spoilt_families_end_in_a_sentence_or_with_the_right_rows(
+  families, number
+):
   """By the driver of all families, which bounds time and memory."""
+  count = 20 * number if families == '^training' else 300 * number
   result = subprocess.run(
     [
       *(sys.executable, '-m', 'faults.fuzz'),
-      *('--count=300', '--seed=1', '--only=command line'),
+      *(f'--count={count}', '--seed=1', f'--only={families}'),
     ],
     cwd=TESTS.parent,
     env=os.environ | {'PYTHONPATH': f'{TESTS.parent}:{TESTS}'},
@@ -52,7 +66,8 @@ def test_spoilt_command_lines_end_in_a_sentence():
     timeout=300,
   )
   assert result.returncode == 0, result.stdout + result.stderr
-  assert '300 cases of 1 families, 0 ended badly' in result.stdout
+  total = f'{count} cases of {number} families, 0 ended badly'
+  assert total in result.stdout
   assert "'refused': 0" not in result.stderr
 
 

@@ -155,7 +155,8 @@ def parquet(path: epath.Path) -> Iterator[tuple[int, Fields | str]]:
         for row in _rows(batch):
           number += 1
           yield number, row
-  except (pyarrow.ArrowException, OSError) as error:
+  # Names of columns that are not UTF-8 fail in pyarrow's own code.
+  except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
     if isinstance(error, FileNotFoundError):
       raise
     said = ' '.join(str(error).split())

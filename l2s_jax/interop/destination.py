@@ -43,11 +43,14 @@ def opened(destination: str) -> pathlib.Path:
   The temporary folder and the lock of a killed process are removed.
 
   Raises:
-    ValueError: if its bucket cannot be opened, or a process is writing it.
+    ValueError: if its bucket cannot be opened, a process is writing it, or it
+      has no name.
   """
   storage.check(destination, 'DESTINATION')
   folder = storage.of(destination)
   if not storage.is_bucket(folder):
+    if not folder.name:  # '.' or '/'
+      raise ValueError(_refusal(folder))
     left = _beside(folder), folder.with_name(_lock_name(folder))
     if any(path.exists() for path in left):
       with _locked(folder):

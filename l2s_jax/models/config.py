@@ -340,6 +340,9 @@ class TransformerConfig:
         "TransformerConfig.no_rope_period needs positions='rotary', got "
         f'positions={self.positions!r}.'
       )
+    self._check_rope()
+
+  def _check_rope(self):
     if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
       raise ValueError(
         f'TransformerConfig.rope_dim={self.rope_dim} with '
@@ -352,6 +355,13 @@ class TransformerConfig:
         f'TransformerConfig.rope_scaling={self.rope_scaling}: expected an '
         f'empty tuple or, with rope_scaling_type={self.rope_scaling_type!r}, '
         f'{expected_count} numbers.'
+      )
+    is_yarn = self.rope_scaling_type == 'yarn'
+    if self.rope_scaling and is_yarn and self.rope_base <= 1:
+      raise ValueError(
+        f'TransformerConfig.rope_base={self.rope_base} with '
+        "rope_scaling_type='yarn': expected a base above 1, as features have "
+        'other frequencies than their neighbours.'
       )
 
   @property

@@ -149,7 +149,7 @@ class HuggingFaceVocabulary(base.Vocabulary):
     try:
       return self._processor.encode(text, add_special_tokens=False).ids
     except BaseException as error:
-      if not tokenizer_files.is_panic(error):
+      if not tokenizer_files.is_of_package(error):
         raise
       raise ValueError(
         f'{self.path} is a broken tokenizer: it fails on the text '
@@ -163,7 +163,7 @@ class HuggingFaceVocabulary(base.Vocabulary):
         list(texts), add_special_tokens=False
       )
     except BaseException as error:
-      if not tokenizer_files.is_panic(error):
+      if not tokenizer_files.is_of_package(error):
         raise
       return [self._encode(text) for text in texts]  # The error names the text.
     return [encoding.ids for encoding in found]

@@ -210,25 +210,22 @@ def _check_text(text: str, path: pathlib.Path, key: str) -> None:
     refuse(path, key, text, 'text without unpaired surrogates')
 
 
-def is_panic(error: BaseException) -> bool:
-  """Returns whether an exception is a Rust panic."""
-  return type(error).__module__ == 'pyo3_runtime'
+def is_of_package(error: BaseException) -> bool:
+  """Returns whether the package tokenizers raised an exception.
+
+  It raises bare Exceptions. The class of a Rust panic is no `Exception` and
+  cannot be imported.
+  """
+  return type(error) is Exception or type(error).__module__ == 'pyo3_runtime'
 
 
 @contextlib.contextmanager
 def refusing(path: str | os.PathLike[str]) -> Iterator[None]:
-  """Converts errors of the package tokenizers to a ValueError of one sentence.
-
-  On unexpected input the package panics. The class of a Rust panic is no
-  `Exception` and cannot be imported.
-  """
+  """Converts errors of the package tokenizers to a ValueError of a sentence."""
   try:
     yield
   except BaseException as error:
-    is_theirs = type(error) is Exception  # The package raises bare Exceptions.
-    if not (
-      is_theirs or is_panic(error) or isinstance(error, TypeError | ValueError)
-    ):
+    if not (is_of_package(error) or isinstance(error, TypeError | ValueError)):
       raise
     # The message may quote unprintable characters.
     text = repr(' '.join(str(error).split()))[1:-1]
