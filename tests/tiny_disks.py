@@ -31,14 +31,27 @@ def mounted(place: pathlib.Path, kib: int = 64) -> Iterator[None]:
     subprocess.run(['umount', '--lazy', str(place)], check=True)
 
 
-def fill(place: pathlib.Path) -> None:
-  """Leaves no room on the disk."""
-  with contextlib.suppress(OSError), (place / _FILLER).open('wb') as file:
+def fill(place: pathlib.Path, kib_left: int = 0) -> None:
+  """Leaves no room on the disk, or little."""
+  filler = place / _FILLER
+  with contextlib.suppress(OSError), filler.open('wb') as file:
     while True:
       file.write(bytes(512))
       file.flush()
+  os.truncate(filler, max(0, filler.stat().st_size - kib_left * 1024))
 
 
 def make_room(place: pathlib.Path) -> None:
   """Undoes `fill`."""
   (place / _FILLER).unlink()
+
+
+@contextlib.contextmanager
+def read_only(place: pathlib.Path) -> Iterator[None]:
+  """Lets nothing be written to the disk."""
+  mount = ['mount', '-o']
+  subprocess.run([*mount, 'remount,ro', str(place)], check=True)
+  try:
+    yield
+  finally:
+    subprocess.run([*mount, 'remount,rw', str(place)], check=True)
