@@ -50,9 +50,9 @@ def watch(log: str, progress: str) -> None:
   lines = Lines(progress)
   compiled = 0
 
-  def hear(event: str, secs: float, **_: Any) -> None:
+  def hear(event: str, duration_secs: float, **_: str | int) -> None:
     nonlocal compiled
-    del secs
+    del duration_secs
     compiled += event == _COMPILED
 
   def write() -> None:
