@@ -3,10 +3,10 @@
 
 The output is written to a temporary folder, and compared there. A local
 DESTINATION is this folder, renamed; a lock beside it refuses a second writer.
-For a bucket the temporary folder is local,
-and its files are uploaded one by one. The files without which no reader accepts
-the folder come last. A lock is there until the end. After a kill, the same
-command takes it over and uploads all files again.
+For a bucket the temporary folder is local, and its files are uploaded one by
+one. The files without which no reader accepts the folder come last. A lock is
+there until the end. After a kill, the same command takes it over and uploads
+all files again.
 """
 
 import contextlib
