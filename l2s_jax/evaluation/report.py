@@ -409,9 +409,7 @@ def _figure(
   if len(labels) > 1:
     panels[0, 0].legend(fontsize='small')
   figure.suptitle(title)
-  with files.whole(path, 'wb') as file:
-    figure.savefig(file, dpi=120, format='png')
-  pyplot.close(figure)
+  _save(figure, path, dpi=120)
 
 
 def _plot_line(
@@ -484,6 +482,13 @@ def plot_quality_against_speed(
     axes.set_ylabel(f'{quality_label} (lower is better)')
   axes.set_title(title)
   axes.grid(alpha=0.3)
+  _save(figure, path, dpi=150)
+
+
+def _save(figure: Any, path: str | pathlib.Path, *, dpi: int) -> None:
+  """Writes a figure as PNG, which may be in a bucket, and closes it."""
+  from matplotlib import pyplot
+
   with files.whole(path, 'wb') as file:
-    figure.savefig(file, dpi=150, format='png')
+    figure.savefig(file, dpi=dpi, format='png')
   pyplot.close(figure)
