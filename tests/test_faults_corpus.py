@@ -3,6 +3,8 @@
 
 import dataclasses
 import io
+import pathlib
+import shutil
 
 import pytest
 from etils import epath
@@ -11,6 +13,9 @@ from faults import corpus, fuzz_files, fuzz_weights
 from l2s_jax.data import text_files
 from l2s_jax.interop import destination
 from l2s_jax.vocabularies import loading
+from l2s_jax.weights import saved_steps
+
+KEPT_RUN = pathlib.Path(__file__).parent / 'kept_runs' / '1' / 'l2s'
 
 
 def refusal(fn, *args):
@@ -64,3 +69,14 @@ def test_rows_are_those_of_the_file(name, content, rows, tmp_path):
   path.write_bytes(content)
   found = text_files.read_rows(epath.Path(path))
   assert tuple(r if isinstance(r, dict) else None for r in found) == rows
+
+
+@pytest.mark.parametrize('name', corpus.CHECKPOINT)
+def test_a_checkpoint_with_such_metadata_is_damaged(name, tmp_path, capsys):
+  run = shutil.copytree(KEPT_RUN, tmp_path / 'run')
+  folder = run / 'checkpoints' / '400'
+  path = folder / name
+  old, new = corpus.CHECKPOINT[name]
+  path.write_bytes(path.read_bytes().replace(old, new, 1))
+  assert saved_steps.newest_good(run, saved_steps.ITEMS[:1])[0] == 200
+  assert f'{folder} is damaged' in capsys.readouterr().err

@@ -26,7 +26,7 @@ def records(mib_of):
 def test_growth_is_that_after_the_first_quarter(growth):
   found = long_runs.summary(
     records(lambda line: 100 + min(line, 200) + growth * line * 20 / 1000),
-    20,
+    20_000,
     60.0,
   )
   assert found.mib_per_1000 == pytest.approx(growth, abs=1e-3)
@@ -39,7 +39,7 @@ def test_a_program_that_is_compiled_late_is_counted():
   late = records(lambda line: 100)
   for record in late[60:]:
     record['compiled'] += 2
-  assert long_runs.summary(late, 20, 60.0).compiled == (4, 2)
+  assert long_runs.summary(late, 20_000, 60.0).compiled == (4, 2)
 
 
 def test_a_run_that_ended_at_once_is_no_measurement():

@@ -48,6 +48,7 @@ _READING_ERRORS = (
   IndexError,
   TypeError,
   AttributeError,
+  RuntimeError,
   OSError,
 )
 
@@ -339,7 +340,9 @@ def reading(folder: pathlib.Path) -> Iterator[None]:
   except DamagedError:
     raise
   except _READING_ERRORS as error:
-    if os_errors.is_of_store(error):
+    if os_errors.is_of_store(error) or isinstance(
+      error, jax.errors.JaxRuntimeError
+    ):  # Such as a device without room for the arrays.
       raise
     raise DamagedError(
       f'{folder} could not be read: {os_errors.first_line(error)}'

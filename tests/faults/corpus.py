@@ -56,3 +56,11 @@ DATA: tuple[tuple[str, bytes, tuple[dict[str, Any] | None, ...]], ...] = (
 def tokenizer_json() -> bytes:
   """Returns the tokenizer as a file."""
   return json.dumps(TOKENIZER).encode()
+
+
+# Damage of a checkpoint's metadata by file: bytes, and what replaces them. A
+# RecursionError of JSON, and a RuntimeError of TensorStore's bindings.
+CHECKPOINT = {
+  '_CHECKPOINT_METADATA': (b'{', b'{"x": ' + b'[' * 100_000),
+  'params/_METADATA': (b'"key": "projector"', b'"key": "\\ud800"'),
+}

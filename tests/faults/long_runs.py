@@ -56,7 +56,7 @@ class Watched(NamedTuple):
 def watch(
   folder: pathlib.Path,
   progress: pathlib.Path,
-  per_line: int,
+  total: int,
   *arguments: str,
 ) -> Watched:
   """Runs the program.
@@ -64,7 +64,7 @@ def watch(
   Args:
     folder: of the log, and of the user's caches.
     progress: the file whose lines tell how far it is.
-    per_line: steps or lines for each.
+    total: steps or lines of the whole run.
     *arguments: of the command line.
 
   Raises:
@@ -87,7 +87,7 @@ def watch(
     if result.returncode:
       raise RuntimeError(said.read()[-4000:])
   records = [json.loads(line) for line in log.read_text().splitlines()]
-  return summary(records, per_line, time.monotonic() - began)
+  return summary(records, total, time.monotonic() - began)
 
 
 def environment(folder: pathlib.Path) -> dict[str, str]:
@@ -96,11 +96,10 @@ def environment(folder: pathlib.Path) -> dict[str, str]:
   return kept | {'JAX_PLATFORMS': 'cpu', 'XDG_CACHE_HOME': str(folder)}
 
 
-def summary(
-  records: list[dict[str, int]], per_line: int, secs: float
-) -> Watched:
+def summary(records: list[dict[str, int]], total: int, secs: float) -> Watched:
   """Returns what the log of `watched` says of the last three quarters."""
-  done = np.array([r['progress'] for r in records]) * per_line
+  progress = np.array([r['progress'] for r in records])
+  done = progress / max(1, progress[-1]) * total
   mib = np.array([r['bytes'] for r in records]) / _MIB
   late = done >= done[-1] / 4
   if np.unique(done[late]).size < 3:
@@ -113,7 +112,7 @@ def summary(
 
   early, all_of_them = most('compiled')
   return Watched(
-    int(done[-1]),
+    total,
     secs,
     (float(mib[late][0]), float(mib[-1])),
     float(slope),
@@ -130,7 +129,7 @@ def train(folder: pathlib.Path, steps: int) -> Watched:
   return watch(
     folder,
     run / 'metrics.jsonl',
-    LOG_PERIOD,
+    steps,
     'train',
     f'--gin_file={data}/l2s.gin',
     f'--gin.SLM_VOCABULARY={data}/tiny.model',
@@ -156,7 +155,7 @@ def infer(folder: pathlib.Path, lines: int) -> Watched:
   return watch(
     folder,
     folder / 'answers' / 'predictions.jsonl.partial',
-    1,
+    lines,
     'infer',
     '--gin_file=gin_configs/runs/infer.gin',
     f'--gin.CHECKPOINT_PATH={folder}/l2s',
@@ -205,8 +204,8 @@ def run(
     num_answers = sum(1 for _ in file)
   if num_answers != lines:
     raise RuntimeError(f'{num_answers} answers of {lines} lines')
-  if len(kept) > KEEP_CHECKPOINTS or found['train'].total != steps:
-    raise RuntimeError(f'checkpoints {kept} of {found["train"].total} steps')
+  if len(kept) > KEEP_CHECKPOINTS or kept[-1] != steps:
+    raise RuntimeError(f'checkpoints {kept} of {steps} steps')
   if not removed or num_bytes(cache) > MOST_CACHE_BYTES + 256 * _MIB:
     raise RuntimeError(f'{num_bytes(cache)} bytes in {cache}')
   return found, [
