@@ -191,7 +191,7 @@ def test_a_full_disk_is_refused_before_anything_is_built(tmp_path, monkeypatch):
   monkeypatch.setattr(
     shutil, 'disk_usage', lambda _: shutil._ntuple_diskusage(9, 9, 0)
   )
-  with pytest.raises(ValueError, match='BENCHMARK_DIR=.* 0.0 GB free'):
+  with pytest.raises(OSError, match='0 bytes free, .* BENCHMARK_DIR, and need'):
     benchmark.benchmark(str(tmp_path / 'absent'), LLM, SLM, **SIZES, peers=True)
 
 

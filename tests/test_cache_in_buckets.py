@@ -103,7 +103,7 @@ def test_too_little_room_for_a_shard_is_refused_before_writing(
   usage = shutil.disk_usage('/')._replace(free=1000)
   monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage)
   with pytest.raises(
-    ValueError, match=f'TMPDIR=.* has 0.0 GB free; a shard, .*{folder}'
+    OSError, match=f'1.0 kB free, but a shard, .* TMPDIR .*{folder}, needs'
   ):
     test_cache_writer.write(folder, model, test_cache_writer.local(data))
   assert {path.name for path, _ in folder.objects()} == {cache_writer.PLAN}

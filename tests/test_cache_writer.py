@@ -392,7 +392,7 @@ def test_too_little_room_is_refused_before_anything_is_written(
 ):
   usage = shutil.disk_usage(tmp_path)._replace(free=1000)
   monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage)
-  with pytest.raises(ValueError, match='0.0 GB free; the remaining shards'):
+  with pytest.raises(OSError, match='1.0 kB free, but the remaining shards'):
     write(tmp_path / 'cache', model, local(data))
   assert 'Examples to cache: 206, about' in capsys.readouterr().err
 

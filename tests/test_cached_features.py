@@ -15,10 +15,12 @@ import time
 import forked
 import gin
 import helpers
+import ml_dtypes
 import numpy as np
 import pytest
 import test_distributed
 import tiny_runs
+from array_record.python import array_record_module
 
 from l2s_jax import __main__ as command_line
 from l2s_jax.data.cached import cache_format, feature_format
@@ -114,12 +116,12 @@ def test_what_it_will_take_and_has_taken_is_said(folder, capfd, monkeypatch):
   with monkeypatch.context() as full:
     usage = shutil.disk_usage(folder)._replace(free=1000)
     full.setattr(shutil, 'disk_usage', lambda path: usage)
-    run(*arguments, status=2)
+    with pytest.raises(OSError, match='1.0 kB free, but the remaining sha'):
+      run(*arguments)
   assert not list((folder / 'again').rglob('*features*'))
   run(*arguments)
   told = capfd.readouterr().err
   assert told.count('Features to compute: 184 examples, about') == 3
-  assert '0.0 GB free; the remaining shards need about' in told
   assert ' ms in the LLM; reading takes ' in told
   assert 'The features of' in told
   assert content(folder / 'again') == content(folder / 'cache')
@@ -233,6 +235,49 @@ def test_a_run_that_goes_on_is_as_one_that_was_unbroken(folder, trained):
   np.testing.assert_allclose(
     logged(folder / 'resumed'), logged(trained[1]), rtol=5e-3
   )
+
+
+def spoil(cache, task, split):
+  """Puts NaN into the states of the first shard, and seals them again."""
+  features = feature_format.open_features(cache_format.open_cache(cache))
+  (size, *_) = features.content['tasks'][task]['splits'][split]['shards']
+  records = [
+    feature_format.encode(states._replace(rows=states.rows * np.nan))
+    for states in features.split(task, split).states(range(size))
+  ]
+  (path,) = (cache / task / split).glob('00000-*.features.array_record')
+  writer = array_record_module.ArrayRecordWriter(
+    str(path), feature_format.WRITER_OPTIONS
+  )
+  for record in records:
+    writer.write(record)
+  writer.close()
+  place = path.with_suffix('.index.npy')
+  index = np.load(place)
+  index[:, 1] = [cache_format.checksum(record) for record in records]
+  np.save(place, index)
+  content = json.loads((cache / feature_format.FILE).read_text())
+  of_split = content['tasks'][task]['splits'][split]
+  of_split['index_digests'][0] = cache_format.index_digest(index)
+  del content[integrity.DIGEST]
+  (cache / feature_format.FILE).write_text(json.dumps(integrity.seal(content)))
+
+
+def test_states_that_are_not_finite_end_the_step_that_reads_them(
+  folder, trained, capsys
+):
+  """Its batch is kept, and the steps before are as they were."""
+  shutil.copytree(folder / 'cache', folder / 'nan_cache')
+  spoil(folder / 'nan_cache', 'local', 'train')
+  capsys.readouterr()
+  run(*train(folder, 'with_nan', cached='nan_cache'), status=1)
+  (path,) = (folder / 'with_nan' / 'non_finite').iterdir()
+  step = int(path.stem.removeprefix('step-'))
+  told = capsys.readouterr().err
+  assert f'Step {step} has a loss of nan' in told and str(path) in told
+  states = np.load(path)['llm_states'].view(ml_dtypes.bfloat16)
+  assert np.isnan(states.astype(np.float32)).any()
+  assert logged(folder / 'with_nan') == logged(trained[0])[: step - 1]
 
 
 def test_controls_are_scored_from_features(folder, trained):

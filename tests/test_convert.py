@@ -22,7 +22,7 @@ from flax import traverse_util
 from l2s_jax import __main__ as command_line
 from l2s_jax.interop import convert, to_huggingface
 from l2s_jax.models import l2s
-from l2s_jax.runtime import integrity, partitioning
+from l2s_jax.runtime import integrity, os_errors, partitioning
 from l2s_jax.systems import builders, parameters
 from l2s_jax.systems import system as system_lib
 from l2s_jax.vocabularies import loading, sentencepiece
@@ -51,6 +51,16 @@ def run(*arguments):
 def refusal(capsys, *arguments):
   assert run(*arguments) == 2
   return capsys.readouterr().err
+
+
+def refused_by_disk(*arguments):
+  """Returns what a program says of an error of the operating system."""
+  with pytest.raises(OSError) as caught:
+    run(*arguments)
+  gin.clear_config()
+  words = os_errors.describe(caught.value)
+  assert words is not None
+  return words
 
 
 def load(source, names=None):
@@ -388,8 +398,9 @@ def test_a_disk_that_is_too_small_is_seen_before(
   folder, _ = t5
   usage = shutil.disk_usage(tmp_path)._replace(free=1000)
   monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage)
-  error = refusal(capsys, '--from=hf', '--to=l2s', folder, tmp_path / 'out')
-  assert 'GB of free space, but the weights need' in error
+  words = refused_by_disk('--from=hf', '--to=l2s', folder, tmp_path / 'out')
+  assert words.startswith(f'{tmp_path}: 1.0 kB free, but the weights need ')
+  assert 'need 0' not in words and 'half with --dtype=bfloat16' in words
   assert nothing_written(tmp_path / 'out')
 
 
@@ -424,9 +435,8 @@ def test_a_conversion_that_fails_leaves_nothing(
   monkeypatch.setattr(converted.files, 'write_json', full)
   before = sorted(tmp_path.iterdir())
   for out in (tmp_path / 'out', tmp_path / 'new' / 'folders' / 'out'):
-    error = refusal(capsys, '--from=hf', '--to=l2s', folder, out)
-    assert f'{out} cannot be written' in error
-    assert 'No space left' in error
+    words = refused_by_disk('--from=hf', '--to=l2s', folder, out)
+    assert words.startswith(f'{out}: No space left on device; free some space')
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -2,15 +2,17 @@
 """What is wrong with a folder of weights is said in a sentence, and at once."""
 
 import json
+import pathlib
 import time
 
+import gin
 import helpers
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from l2s_jax import __main__
+from l2s_jax import __main__ as command_line
 from l2s_jax.interop import convert, to_huggingface
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
@@ -20,6 +22,7 @@ from l2s_jax.weights import finite, opening
 from l2s_jax.weights import source as source_lib
 from l2s_jax.weights.formats import huggingface
 
+KEPT = pathlib.Path(__file__).parent / 'kept_runs' / '1'
 T5 = helpers.T5_1_1
 
 
@@ -188,7 +191,7 @@ def test_an_adapter_is_named_with_its_model_and_what_to_do(tmp_path, capsys):
   for words in ('LORA adapter of google-t5/t5-small', 'merge_and_unload'):
     assert words in str(error.value)
   assert (
-    __main__.main(
+    command_line.main(
       ['convert', '--from=hf', '--to=l2s', str(tmp_path), str(tmp_path / 'o')]
     )
     == 2
@@ -254,6 +257,39 @@ def test_convert_keeps_nothing_that_is_not_finite(not_finite, tmp_path):
   assert not out.exists()
   convert.convert(str(folder), str(out), allow_non_finite=True, **arguments)
   assert out.exists()
+
+
+def test_a_training_does_not_begin_from_weights_that_are_not_finite(
+  tmp_path, capsys
+):
+  out = tmp_path / 'slm'
+  convert.convert(str(KEPT / 'converted'), str(out), from_='l2s', to='hf')
+  path = out / 'model.safetensors'
+  tensors = safetensors.numpy.load_file(path)
+  name = 'decoder.block.0.layer.2.DenseReluDense.wo.weight'
+  tensors[name][1, 2] = np.nan
+  safetensors.numpy.save_file(tensors, path)
+  data = KEPT / 'data'
+  try:
+    status = command_line.main(
+      [
+        'train',
+        '--gin_file=gin_configs/models/slm_baseline.gin',
+        '--gin_file=gin_configs/tasks/parallel_text.gin',
+        '--gin_file=gin_configs/runs/train.gin',
+        f'--gin.DATA_DIR={data}',
+        "--gin.DATA_FILES={'train': ('train.en', 'train.de')}",
+        f'--gin.SLM_PATH={out}',
+        f'--gin.MODEL_DIR={tmp_path / "run"}',
+        '--gin.BATCH_SIZE=8',
+        '--gin.train.eval_split=None',
+      ]
+    )
+  finally:
+    gin.clear_config()
+  assert status == 2
+  assert f'NaN or infinity in {name}, so' in capsys.readouterr().err
+  assert not (tmp_path / 'run' / 'checkpoints').exists()
 
 
 def fields(**changes):

@@ -33,6 +33,10 @@ class Strange(Exception):
       '/b: Read-only file system; choose another folder',
     ),
     (OSError(errno.ENAMETOOLONG, 'File name too long', b'/a'), '/a: File name'),
+    (  # As gin copies it.
+      OSError("[Errno 28] 1 kB free of /b: '/a'\n  In call to configurable"),
+      '/a: 1 kB free of /b; free some space',
+    ),
     (
       Strange(
         'INTERNAL: Error writing "ocdbt" file "/runs/x/d": [OS error 28: '

@@ -12,7 +12,6 @@ import io
 import itertools
 import os
 import pathlib
-import shutil
 import sys
 import tempfile
 import uuid
@@ -537,24 +536,15 @@ def check_room(
       in a bucket are in the temporary folder until they are uploaded.
 
   Raises:
-    ValueError: with the free and the required space.
+    OSError: like that of a full disk, with the free and the required space.
   """
   if isinstance(folder, storage.BucketPath):
-    place = tempfile.gettempdir()
-    free = shutil.disk_usage(place).free
-    if free < shard_bytes:
-      raise ValueError(
-        f'TMPDIR={place} has {free / 1e9:,.1f} GB free; a shard, which is '
-        f'written there before it is uploaded to CACHE_DIR={folder}, needs '
-        f'about {shard_bytes / 1e9:,.1f} GB. Free disk space, set TMPDIR to '
-        'another folder, or start a new cache with fewer '
-        'CACHE_EXAMPLES_PER_SHARD.'
-      )
-    return
-  free = shutil.disk_usage(files.nearest_existing(folder)).free
-  if free < num_bytes:
-    raise ValueError(
-      f'CACHE_DIR={folder} has {free / 1e9:,.1f} GB free; the remaining shards '
-      f'need about {num_bytes / 1e9:,.1f} GB. Free disk space, or set another '
-      'folder.'
+    files.check_room(
+      tempfile.gettempdir(),
+      shard_bytes,
+      'a shard, which is written to TMPDIR before it is uploaded to CACHE_DIR='
+      f'{folder}, needs about',
+      'less with fewer CACHE_EXAMPLES_PER_SHARD',
     )
+  else:
+    files.check_room(folder, num_bytes, 'the remaining shards need about')

@@ -11,7 +11,7 @@ from typing import Any
 from l2s_jax.caching import cache_writer, feature_files, feature_writer
 from l2s_jax.data.cached import cache_format, feature_format
 from l2s_jax.models import l2s, stored_states
-from l2s_jax.runtime import distributed, partitioning
+from l2s_jax.runtime import distributed, files, partitioning
 from l2s_jax.systems import parameters
 from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
@@ -106,7 +106,7 @@ def cache_features(
   num_examples = sum(shard.stop - shard.start for shard in shards)
   distributed.say(
     f'Features to compute: {num_examples:,} examples, about '
-    f'{num_bytes / 1e9:,.3f} GB.'
+    f'{files.in_units(num_bytes)}.'
   )
   each = [feature_files.num_bytes(cache, [shard], plan) for shard in shards]
   _check_room(cache.folder, num_bytes, max(each, default=0))
@@ -146,10 +146,10 @@ def _check_room(
   folder: pathlib.Path, num_bytes: int | float, shard_bytes: int | float
 ) -> None:
   """Refuses to start in all processes if one host lacks room."""
-  lacking: list[str] = []
+  lacking: list[tuple[Any, ...]] = []
   try:
     cache_writer.check_room(folder, num_bytes, shard_bytes)
-  except ValueError as error:
-    lacking.append(str(error))
+  except OSError as error:
+    lacking.append((error.errno, error.strerror, error.filename))
   if lacking := distributed.gather(lacking):
-    raise ValueError(lacking[0])
+    raise OSError(*lacking[0])

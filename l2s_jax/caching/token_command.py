@@ -19,7 +19,7 @@ from l2s_jax.caching import (
 )
 from l2s_jax.data import sources, tasks
 from l2s_jax.data.cached import cache_format
-from l2s_jax.runtime import distributed, gin_config
+from l2s_jax.runtime import distributed, files, gin_config
 
 if TYPE_CHECKING:
   import seqio
@@ -243,7 +243,8 @@ def _check_room(
     num_bytes += each * sum(counts)
     shard_bytes = max(shard_bytes, each * max(counts))
   num_examples = sum(map(sum, sizes.values()))
-  _say(f'Examples to cache: {num_examples:,}, about {num_bytes / 1e9:,.3f} GB.')
+  size = files.in_units(num_bytes)
+  _say(f'Examples to cache: {num_examples:,}, about {size}.')
   cache_writer.check_room(folder, num_bytes, shard_bytes)
 
 

@@ -414,6 +414,8 @@ def read_scores(path: pathlib.Path) -> dict[str, dict[str, dict[str, Any]]]:
         )
       files.check_keys(scores, place, keys=kinds, remedy=remedy)
       for task, by_bin in scores.get('by_length', {}).items():
+        if not files.is_file_name(task):  # The report has a plot of this name.
+          raise ValueError(f'{place}: {task[:200]!r} is not a task; {remedy}')
         _check_bins(by_bin, f'{place}, by_length, {task}', remedy)
   return found
 

@@ -29,7 +29,14 @@ from l2s_jax.interop import (
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import int8
 from l2s_jax.models import shapes as shapes_lib
-from l2s_jax.runtime import extras, gin_config, integrity, scratch, storage
+from l2s_jax.runtime import (
+  extras,
+  files,
+  gin_config,
+  integrity,
+  scratch,
+  storage,
+)
 from l2s_jax.training import checkpoint
 from l2s_jax.vocabularies import base, export, loading, tokenizer_files
 from l2s_jax.weights import converted, finite, hub, manifest, opening, runs
@@ -454,7 +461,7 @@ def _describe(reading: Reading, form: str) -> str:
     f'{reading.location} ({form}{at}): {family}, '
     f'{sum(shape.size for shape in shapes):,} parameters in {len(shapes)} '
     f'tensors; written as {", ".join(dtypes)}, '
-    f'{reading.num_bytes / 1e9:,.3f} GB{folded}'
+    f'{files.in_units(reading.num_bytes)}{folded}'
   )
 
 
@@ -574,7 +581,10 @@ def _copy_tokenizer(source: pathlib.Path, destination: pathlib.Path) -> None:
   destination.mkdir(parents=True, exist_ok=True)
   for name in _CARRIED:
     if (source / name).is_file():
-      (destination / name).write_bytes((source / name).read_bytes())
+      content = (source / name).read_bytes()
+      if name == tokenizer_files.CONFIG_FILE:
+        content = tokenizer_files.without_code(content, source / name)
+      (destination / name).write_bytes(content)
 
 
 def _check_written(reading: Reading, folder: pathlib.Path, to: str) -> str:

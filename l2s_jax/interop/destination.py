@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
-from l2s_jax.runtime import files, locks, scratch, storage
+from l2s_jax.runtime import files, locks, os_errors, scratch, storage
 from l2s_jax.weights import run_format
 
 # Ends of paths. Files with a later one are uploaded later, all others first.
@@ -68,27 +68,25 @@ def check(folder: pathlib.Path, num_bytes: int) -> None:
     num_bytes: size of the tensors to write.
 
   Raises:
-    ValueError: if the folder exists, is inside a file, or does not fit.
+    OSError: if it does not fit.
+    ValueError: if the folder exists, or is inside a file.
   """
   is_left = storage.is_bucket(folder) and (folder / _LOCK).exists()
   if folder.exists() and not is_left:
     raise ValueError(_refusal(folder))
-  where = 'another DESTINATION'
+  where = ''
   if storage.is_bucket(folder):
-    parent, where = pathlib.Path(tempfile.gettempdir()), 'TMPDIR'
+    parent = pathlib.Path(tempfile.gettempdir())
+    where = ', which are written to TMPDIR before they are uploaded,'
   else:
     parent = files.nearest_existing(folder)
   if not parent.is_dir():
     raise ValueError(
       f'{parent} is a file, expected a folder. Choose another DESTINATION.'
     )
-  free = shutil.disk_usage(parent).free
-  if free < num_bytes:
-    raise ValueError(
-      f'{parent} has {free / 1e9:,.1f} GB of free space, but the weights need '
-      f'{num_bytes / 1e9:,.1f} GB. Free disk space, choose {where}, or halve '
-      'the size with --dtype=bfloat16.'
-    )
+  files.check_room(
+    parent, num_bytes, f'the weights{where} need', 'half with --dtype=bfloat16'
+  )
 
 
 @contextlib.contextmanager
@@ -102,8 +100,8 @@ def writing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     folder: the destination.
 
   Raises:
-    ValueError: for an error of the file system, with its message; or if another
-      process is writing the destination, or has written it.
+    ValueError: if another process is writing the destination, or has written
+      it.
   """
   if storage.is_bucket(folder):
     with scratch.folder() as name:
@@ -113,19 +111,13 @@ def writing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   unfinished = _beside(folder)
   missing = [path for path in folder.absolute().parents if not path.exists()]
   try:
-    with _locked(folder):
+    with os_errors.naming(folder), _locked(folder):
       if folder.exists():
         raise ValueError(_refusal(folder))
       try:
         yield unfinished
       finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-  except OSError as error:
-    if error.errno is None:
-      raise
-    raise ValueError(
-      f'{folder} cannot be written: {error}. The partial output was deleted.'
-    ) from error
   finally:
     if not folder.exists():
       for parent in missing:

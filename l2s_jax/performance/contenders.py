@@ -8,7 +8,6 @@ our systems, and for conversion. No unused copy stays in memory.
 
 import dataclasses
 import pathlib
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -593,7 +592,7 @@ def check_disk(
   """Validates that the disk has room for the weights of other engines.
 
   Raises:
-    ValueError: names the free and the required space.
+    OSError: like that of a full disk, with the free and the required space.
   """
   engines = {
     peers.PEERS[name].engine
@@ -608,13 +607,12 @@ def check_disk(
     if model.writes
     for shape in model.source.shapes().values()
   )
-  free = shutil.disk_usage(files.nearest_existing(folder)).free
-  if free < num_bytes:
-    raise ValueError(
-      f'BENCHMARK_DIR={folder} has {free / 1e9:,.1f} GB free; other engines '
-      f'need {num_bytes / 1e9:,.1f} GB there for the weights during loading. '
-      'Free some space, choose another BENCHMARK_DIR, or omit --peers.'
-    )
+  files.check_room(
+    folder,
+    num_bytes,
+    'other engines load their weights from BENCHMARK_DIR, and need',
+    'none without --peers',
+  )
 
 
 def load_peers(

@@ -7,6 +7,7 @@ gives an error of one sentence with the file, the key and the remedy.
 
 import collections
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -59,6 +60,49 @@ def whole(path: str | os.PathLike[str], mode: str = 'w') -> Iterator[IO[Any]]:
     temporary.replace(path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def is_file_name(text: str) -> bool:
+  """Returns whether a text names a file of a folder, and is no path."""
+  num_bytes = len(text.encode('utf-8', 'surrogatepass'))
+  is_printable = text.isprintable() and 0 < num_bytes <= 255
+  is_path = text == '..' or pathlib.PurePath(text).name != text
+  return is_printable and not is_path
+
+
+def in_units(num_bytes: int | float) -> str:
+  """Returns a size in the largest unit of which it has one."""
+  for unit, size in (('GB', 1e9), ('MB', 1e6), ('kB', 1e3)):
+    if num_bytes >= size:
+      return f'{num_bytes / size:,.1f} {unit}'
+  return f'{num_bytes:.0f} bytes'
+
+
+def check_room(
+  folder: str | os.PathLike[str],
+  num_bytes: int | float,
+  needed: str,
+  hint: str = '',
+) -> None:
+  """Checks that a disk has room, before anything is written to it.
+
+  Args:
+    folder: a folder on the disk, which need not exist.
+    num_bytes: size of what will be written.
+    needed: what needs the room, and its verb: 'the weights need'.
+    hint: how to need less.
+
+  Raises:
+    OSError: like that of a full disk, with the free and the required space.
+  """
+  free = shutil.disk_usage(nearest_existing(pathlib.Path(folder))).free
+  if free < num_bytes:
+    raise OSError(
+      errno.ENOSPC,
+      f'{in_units(free)} free, but {needed} {in_units(num_bytes)}'
+      + (f' ({hint})' if hint else ''),
+      os.fspath(folder),
+    )
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:

@@ -61,6 +61,8 @@ _GOES_ON = 'Earlier output is intact; the same command resumes from it.'
 _WORDS = {os.strerror(number): number for number in _REMEDIES}
 # Formats of tensorstore and absl: [OS error 28: ENOSPC No space left ...].
 _NUMBER = re.compile(r'\[OS error (\d+)|\[Errno (\d+)\]')
+# Python's format, of which gin's copies of an OSError have the text alone.
+_OF_PYTHON = re.compile(r'^\[Errno (\d+)\] ([^\n]+?)(?:: ["\'].*)?$', re.M)
 # Loggers that repeat the errors of library threads.
 _LOGS = ('absl', 'asyncio', 'concurrent.futures', 'gcsfs')
 # Packages of object stores, whose exceptions are not OSErrors.
@@ -173,6 +175,8 @@ def _read(
     if isinstance(error, FileNotFoundError):
       return errno.ENOENT, os.strerror(errno.ENOENT), place
     return None, f'{place}: {first_line(error)}; {STORE}. {_GOES_ON}', None
+  if isinstance(error, OSError) and (match := _OF_PYTHON.search(text)):
+    return int(match[1]), match[2], _path(text)
   if match := _NUMBER.search(text):
     number = int(match[1] or match[2])
     return number, os.strerror(number), _path(text)

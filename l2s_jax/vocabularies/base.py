@@ -282,6 +282,8 @@ class Vocabulary(abc.ABC):
         f'{", ".join(self._files)}; remove them, or save to another folder.'
       )
     for name, content in self._files.items():
+      if name == tokenizer_files.CONFIG_FILE:
+        content = tokenizer_files.without_code(content, folder / name)
       with files_lib.whole(folder / name, 'wb') as file:
         file.write(content)
 

@@ -75,6 +75,19 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   return parse_json(path.read_bytes(), path) if path.is_file() else {}
 
 
+def without_code(content: bytes, path: pathlib.Path) -> bytes:
+  """Returns a tokenizer_config.json without `auto_map`.
+
+  That key names Python code, on the Hub or beside the file, which transformers
+  executes where it is allowed to.
+  """
+  config = parse_json(content, path)
+  if 'auto_map' not in config:
+    return content
+  del config['auto_map']
+  return (json.dumps(config, indent=2) + '\n').encode()
+
+
 def refuse(
   path: str | pathlib.Path, key: str, found: Any, wanted: str
 ) -> NoReturn:

@@ -242,6 +242,11 @@ class Split:
     self._folder = folder / folder_name(task) / folder_name(split)
     self._counts: list[int] = content['shards']
     self._digests: list[str] = content['index_digests']
+    if not _is_counted(self._counts, self._digests, self.num_examples):
+      raise ValueError(
+        f'{folder / self._file}: the shards of {task!r}, split {split!r}, are '
+        f'not the numbers of their examples, with a digest each; {self._remedy}'
+      )
     self._starts = np.cumsum([0, *self._counts])
     self._set_closed()
 
@@ -556,8 +561,26 @@ def read_description(path: pathlib.Path, remedy: str) -> dict[str, Any]:
     ValueError: if the file is damaged, has unknown keys, or was written by a
       newer version.
   """
-  return run_format.read_sealed(
+  description = run_format.read_sealed(
     FILE, path, keys=_KEYS, known=_known, remedy=remedy
+  )
+  for name in description['tasks']:
+    if not files.is_file_name(name):  # Evaluations have files of this name.
+      raise ValueError(
+        f'{path} has the task {name[:200]!r}, which cannot be part of a file '
+        f'name; {remedy}'
+      )
+  return description
+
+
+def _is_counted(counts: Any, digests: Any, num_examples: Any) -> bool:
+  return (
+    isinstance(counts, list)
+    and isinstance(digests, list)
+    and all(type(count) is int and count >= 0 for count in counts)
+    and all(isinstance(digest, str) for digest in digests)
+    and len(counts) == len(digests)
+    and num_examples == sum(counts)
   )
 
 

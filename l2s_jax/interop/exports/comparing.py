@@ -17,7 +17,7 @@ import numpy as np
 from l2s_jax.data import batching
 from l2s_jax.inference import generate, sampling
 from l2s_jax.models import l2s
-from l2s_jax.runtime import memory
+from l2s_jax.runtime import files, memory
 from l2s_jax.systems import system as system_lib
 
 PyTree = Any
@@ -240,8 +240,8 @@ def too_large(num_params: int) -> str | None:
   if free is None or needed <= free:
     return None
   return (
-    f'answers are not compared, which would need up to {needed / 1e9:,.1f} GB '
-    f'of memory; {free / 1e9:,.1f} GB are free'
+    f'answers are not compared, which would need up to {files.in_units(needed)}'
+    f' of memory; {files.in_units(free)} are free'
   )
 
 

@@ -158,7 +158,8 @@ def export(
   if bundle.is_bundle(source) and form is not None:
     opened = bundle.open_bundle(storage.local_folder(storage.of(source)))
     destination_lib.check(folder, opened.num_bytes)
-    print(f'{source}: a bundle, {opened.num_bytes / 1e9:,.3f} GB of tensors')
+    size = files.in_units(opened.num_bytes)
+    print(f'{source}: a bundle, {size} of tensors')
   else:
     parts = bundling.open_parts(
       source,
@@ -169,11 +170,9 @@ def export(
       vocabulary=vocabulary,
       extra_ids=extra_ids or 0,
     )
-    size = parts.num_bytes
-    destination_lib.check(folder, size * (1 if form is None else 2))
-    print(
-      f'{source}: {", ".join(parts.towers)}, {size / 1e9:,.3f} GB of tensors'
-    )
+    destination_lib.check(folder, parts.num_bytes * (1 if form is None else 2))
+    size = files.in_units(parts.num_bytes)
+    print(f'{source}: {", ".join(parts.towers)}, {size} of tensors')
   if form is not None:
     form.check(opened or parts)
   if dry_run:
@@ -188,10 +187,10 @@ def export(
     else:
       made = scratch / to
       _write_form(form, to, opened, made, texts, license, quantization)
-    size = sum(p.stat().st_size for p in made.rglob('*') if p.is_file())
+    written = sum(p.stat().st_size for p in made.rglob('*') if p.is_file())
     destination_lib.finish(made, folder)
   secs = time.perf_counter() - start_secs
-  print(f'wrote {folder} ({to}): {size / 1e9:,.3f} GB in {secs:.1f} s')
+  print(f'wrote {folder} ({to}): {files.in_units(written)} in {secs:.1f} s')
 
 
 def _bundle(

@@ -21,6 +21,7 @@ import safetensors
 
 from l2s_jax.models import config as config_lib
 from l2s_jax.runtime import extras, os_errors, storage
+from l2s_jax.runtime import files as files_lib
 from l2s_jax.weights.formats import bucket_array
 
 WEIGHTS = 'model.safetensors'
@@ -118,7 +119,7 @@ def _open_shards(
     )
   for name, file in weight_map.items():
     # No paths, which could lead out of the folder.
-    if not isinstance(file, str) or not _is_file_name(file):
+    if not isinstance(file, str) or not files_lib.is_file_name(file):
       raise ValueError(
         f'{index}: weight_map has {config_lib.shorten(repr(file))} for '
         f'{config_lib.shorten(repr(name))}; expected the name of a file in the '
@@ -141,12 +142,6 @@ def _open_shards(
       if weight_map.get(name, file) == file
     }
   return tensors
-
-
-def _is_file_name(text: str) -> bool:
-  num_bytes = len(text.encode('utf-8', 'surrogatepass'))
-  is_printable = text.isprintable() and num_bytes <= 255
-  return is_printable and pathlib.PurePath(text).name == text
 
 
 def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
