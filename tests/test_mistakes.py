@@ -122,6 +122,10 @@ OTHERS = {
     lambda f: train(f, 'llm', 'converted'),
     'converted is a converted folder: it has weights.json.',
   ),
+  "the LLM's folder as that of the run": (
+    lambda f: train(f, 'l2s', 'llm', f'--gin.LLM_PATH={f / "llm"}'),
+    'llm holds another run. Choose another MODEL_DIR',
+  ),
   'a folder in a file': (
     lambda f: train(f, 'llm', 'data/tiny.model/new'),
     'tiny.model is a file; give a folder.',
