@@ -520,7 +520,10 @@ def _with_needed(verbs: Sequence[str]) -> list[str]:
 def table(counts: Counts) -> str:
   """Returns kills by phase, and their outcomes, as a table in Markdown."""
   names = ('verb', 'processes', *_COLUMNS, 'kills', *GOOD, 'bad')
-  rows = [names, ('---', *['---:'] * (len(names) - 1))]
+  rows: list[Sequence[object]] = [
+    names,
+    ('---', *['---:'] * (len(names) - 1)),
+  ]
   for job in (*dict.fromkeys(key[:2] for key in sorted(counts)), ('all', '')):
     kills: collections.Counter[str] = collections.Counter()
     outcomes: collections.Counter[str] = collections.Counter()
