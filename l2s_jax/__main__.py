@@ -95,7 +95,7 @@ class Flag(NamedTuple):
         f'--{self.name}',
         dest=self.parameter,
         metavar=None if self.choices else self.metavar,
-        type=self.type,
+        type=gin_config.expand_home if self.type is str else self.type,
         choices=self.choices,
         required=self.required,
         help=self.help,
@@ -361,7 +361,8 @@ _GIN_USAGE = (
 )
 _GIN_HELP = (
   '\n\n--gin.NAME=VALUE binds a macro (--gin.TRAIN_STEPS=10) or a parameter,\n'
-  'over the gin files. A VALUE that gin cannot parse is a string.'
+  'over the gin files. A VALUE that gin cannot parse is a string; `~/` is the\n'
+  'home folder.'
 )
 
 
@@ -391,7 +392,7 @@ def main(
   if not {'-h', '--help'}.isdisjoint(argv[1:]):
     print(parser.format_help() + _gin_help(name, verbs[name]))
     return 0
-  args, bindings = _parse_args(parser, argv[1:])
+  args, bindings = _parse_args(parser, argv[1:], verbs[name].is_all_flags)
   compilation.use_cache()
   if name == 'train' or getattr(args, 'train', False):
     # Every step allocates the same. Here, before the threads of JAX start.
@@ -532,7 +533,9 @@ def _usage(name: str, verb: Verb) -> str:
 
 
 def _parse_args(
-  parser: argparse.ArgumentParser, argv: Sequence[str]
+  parser: argparse.ArgumentParser,
+  argv: Sequence[str],
+  is_all_flags: bool = False,
 ) -> tuple[argparse.Namespace, list[str]]:
   """Returns the flags, and NAME=VALUE of each `--gin.NAME=VALUE`."""
   bindings = [
@@ -540,6 +543,12 @@ def _parse_args(
   ]
   flags = [arg for arg in argv if not arg.startswith('--gin.')]
   args, unknown = parser.parse_known_args(flags)
+  for binding in bindings if unknown else ():
+    if '=' not in binding:
+      parser.error(
+        f'--gin.{binding} {unknown[0]}: write it in one word: '
+        f'--gin.{binding}={unknown[0]}.'
+      )
   for arg in unknown:
     name = arg.partition('=')[0]
     if re.fullmatch('-*[A-Z][A-Z0-9_]*', name):
@@ -550,7 +559,13 @@ def _parse_args(
     known = [f'--{flag.rstrip("_")}' for flag in vars(args)]
     theirs = t5x_names.answer(name.lstrip('-'), t5x_names.FLAGS)
     near = gin_config.near_misses(name, known)
-    parser.error(f'{arg} is not a flag' + (f'.{theirs}' if theirs else near))
+    if theirs:
+      near = f'.{theirs}'
+    elif arg.endswith('.gin'):
+      near = f'; each gin file has a flag of its own: --gin_file={arg}.'
+    elif near == '.' and not is_all_flags:
+      near = '; settings are set by --gin.NAME=VALUE (see --help).'
+    parser.error(f'{arg} is not a flag{near}')
   if args.tfds_data_dir is not None:
     bindings.append(f'tfds.data_dir={args.tfds_data_dir!r}')
   return args, bindings

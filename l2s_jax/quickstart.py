@@ -69,9 +69,9 @@ Loaded = tuple[system_lib.System, dict[str, Any]]
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the quickstart; `--help` lists its flags."""
-  args = _parse_args(argv)
+  args = parse_args(argv)
   start_secs = time.perf_counter()
-  output_dir = _output_dir(args)
+  output_dir = output_folder(args)
   # Training, evaluation and translation compile the same functions.
   jax.config.update('jax_compilation_cache_dir', str(output_dir / 'compiled'))
   jax.config.update(
@@ -120,10 +120,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
   verdict = report.describe_controls({'none': rows['llm_to_slm']} | rows)
   minutes = (time.perf_counter() - start_secs) / 60
-  _write_report(output_dir, list(rows.values()), phrases, verdict, minutes)
+  _write_report(
+    output_dir, list(rows.values()), phrases, verdict, minutes, args.dtype
+  )
 
 
-def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
   """Returns the command line's flags."""
   parser = argparse.ArgumentParser(
     # `launch/quickstart.sh` is in a clone alone.
@@ -141,14 +143,21 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     '--output_dir',
     type=pathlib.Path,
     default=pathlib.Path('runs', 'quickstart'),
-    help='where everything goes; `_own_vocabulary`, a --seed above 0 and the '
-    'number of --train_steps are appended (default: %(default)s)',
+    help='where everything goes; `_own_vocabulary`, `_bfloat16`, a --seed '
+    'above 0 and the number of --train_steps are appended '
+    '(default: %(default)s)',
   )
   parser.add_argument(
     '--seed',
     type=int,
     default=0,
     help='of all three trainings (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--dtype',
+    choices=('float32', 'bfloat16'),
+    default='float32',
+    help='of activations and of the frozen LLM (default: %(default)s)',
   )
   parser.add_argument(
     '--train_steps',
@@ -161,11 +170,13 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
   return args
 
 
-def _output_dir(args: argparse.Namespace) -> pathlib.Path:
+def output_folder(args: argparse.Namespace) -> pathlib.Path:
   """Returns the output folder for these flags, made if absent."""
   output_dir = args.output_dir
   if args.slm == 'own_vocabulary':
     output_dir = output_dir.with_name(output_dir.name + '_own_vocabulary')
+  if args.dtype != 'float32':
+    output_dir = output_dir.with_name(f'{output_dir.name}_{args.dtype}')
   if args.seed:
     output_dir = output_dir.with_name(f'{output_dir.name}_seed{args.seed}')
   if args.train_steps is not None:
@@ -214,6 +225,10 @@ def _training(
 ) -> list[str]:
   """Returns the arguments of the command that trains one of the three."""
   bindings = [f'MODEL_DIR={output_dir / name}', *bindings, f'SEED={args.seed}']
+  if args.dtype != 'float32':
+    bindings += [f'DTYPE={args.dtype}']
+    if name == 'llm_to_slm':
+      bindings += [f'LLM_DTYPE={args.dtype}']
   if args.train_steps is not None:
     warmup_steps = min(max(args.train_steps // 10, 1), args.train_steps - 1)
     bindings += [
@@ -401,6 +416,7 @@ def _write_report(
   phrases: list[dict[str, str]],
   verdict: str,
   minutes: float,
+  dtype: str,
 ) -> None:
   """Writes `results.json`, `results.md` and `results.png`; prints the table."""
   versions = {
@@ -426,7 +442,7 @@ def _write_report(
   text = (
     f'# Quickstart\n\n{table}\n{verdict}\n\n'
     f'Test split of `cldr`, {rows[0]["num_examples"]:.0f} examples; speed at '
-    f'batch 1, {PROMPT_LENGTH} prompt tokens, float32. '
+    f'batch 1, {PROMPT_LENGTH} prompt tokens, {dtype}. '
     f'{minutes:.1f} minutes in all.\n\n{answers}\n'
     + ''.join(f'- {name}: {value}\n' for name, value in versions.items())
   )

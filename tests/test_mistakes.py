@@ -110,6 +110,59 @@ MISTAKES = {
 }
 
 
+# Further mistakes, with a part of their messages.
+OTHERS = {
+  'a run as the folder of answers': (
+    lambda f: infer(
+      f, write(f / 'x.txt', 'a\n'), f'--gin.INFER_OUTPUT_DIR={f / "llm"}'
+    ),
+    'llm is a run: it has model.json. Choose another folder.',
+  ),
+  'weights as the folder of a run': (
+    lambda f: train(f, 'llm', 'converted'),
+    'converted is a converted folder: it has weights.json.',
+  ),
+  "the LLM's folder as that of the run": (
+    lambda f: train(f, 'l2s', 'llm', f'--gin.LLM_PATH={f / "llm"}'),
+    'llm holds another run. Choose another MODEL_DIR',
+  ),
+  'a folder in a file': (
+    lambda f: train(f, 'llm', 'data/tiny.model/new'),
+    'tiny.model is a file; give a folder.',
+  ),
+  'a checkpoint in place of its run': (
+    lambda f: train(f, 'l2s', 'new', f'--gin.LLM_PATH={f}/llm/checkpoints/400'),
+    'llm: give that.',
+  ),
+  'a folder as input': (lambda f: infer(f, f), ': is a folder. Set INPUT to'),
+  'a misspelt run': (
+    lambda f: [
+      'evaluate',
+      '--gin_file=gin_configs/tasks/cldr.gin',
+      '--gin_file=gin_configs/runs/evaluate.gin',
+      f'--gin.CHECKPOINT_PATH={f / "lm"}',
+    ],
+    'lm is not a run: it has no model.json. Correct it; or',
+  ),
+  'a step that is not there': (
+    lambda f: infer(f, write(f / 'x.txt', 'a\n'), '--gin.INFER_STEP=7'),
+    'the checkpoint 7; it has steps [400]. Choose one of these steps.',
+  ),
+  "Hugging Face's name": (
+    lambda f: infer(f, 'x', '--gin.Decoding.max_new_tokens=4'),
+    "no parameter 'max_new_tokens'. It has: temperature, top_k,",
+  ),
+  'a list named .jsonl': (
+    lambda f: infer(f, write(f / 'x.jsonl', '[\n {"prompt": "a"},\n]\n')),
+    'name a file that is one JSON list *.json',
+  ),
+  'a CSV with semicolons': (
+    lambda f: infer(f, write(f / 'x.csv', 'id;prompt\n1;a\n')),
+    'Columns of CSV are separated by commas',
+  ),
+}
+
+
 def said(arguments, capsys):
   """Returns the exit status, and what was said."""
   try:
@@ -137,9 +190,33 @@ def check(name, words):
 
 @pytest.mark.parametrize('name', MISTAKES)
 def test_a_mistake_has_the_message_of_the_page(name, folder, capsys):
-  status, words = said(MISTAKES[name](folder), capsys)
+  arguments = MISTAKES[name](folder)
+  before = sorted(folder.rglob('*'))
+  status, words = said(arguments, capsys)
   assert status == 2
   check(name, words)
+  assert sorted(folder.rglob('*')) == before
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_other_mistakes_are_named_before_anything_is_written(
+  name, folder, capsys
+):
+  make, message = OTHERS[name]
+  arguments = make(folder)
+  before = sorted(folder.rglob('*'))
+  status, words = said(arguments, capsys)
+  assert status == 2
+  assert message in words
+  assert 'Traceback' not in words
+  assert sorted(folder.rglob('*')) == before
+
+
+def test_an_empty_input_is_told(folder, capsys):
+  source = write(folder / 'x.txt', '')
+  status, words = said(infer(folder, source), capsys)
+  assert status == 0
+  assert words == f'INPUT={source} has no lines.\n'
 
 
 def test_two_runs_in_one_folder(folder, capsys):

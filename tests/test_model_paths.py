@@ -189,7 +189,7 @@ def test_scores_of_a_model_model_paths_need_a_folder(folders):
     'task_feature_lengths': {'inputs': 8, 'targets': 8},
     'batch_size': 8,
   }
-  with pytest.raises(ValueError, match='pretrained.* Set EVAL_OUTPUT_DIR to'):
+  with pytest.raises(ValueError, match='not a run.*pretrained.* EVAL_OUTPUT'):
     evaluate.evaluate(**arguments)
 
 

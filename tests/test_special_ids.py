@@ -61,6 +61,20 @@ def ids_of(vocabulary):
   return vocabulary.start_id, vocabulary.eos_ids, vocabulary.pad_id
 
 
+def test_a_tokenizer_that_ends_texts_otherwise_is_told(
+  madlad, tmp_path, capsys
+):
+  other = tmp_path / 'other.model'
+  sentencepiece.train(WORDS, other, vocab_size=40)
+  for path, words in (
+    (madlad / 'spiece.model', ''),
+    (other, f'{other} ends texts with the ids [1], the model {madlad} with [2'),
+  ):
+    system_lib.Tower(str(madlad), vocabulary=str(path)).load_vocabulary()
+    said = capsys.readouterr().err
+    assert words in said and bool(words) == bool(said)
+
+
 def test_a_folder_a_run_and_exports_have_the_same_ids(madlad, tmp_path):
   transformers = pytest.importorskip('transformers')
   system = builders.language_model_system(system_lib.Tower(path=str(madlad)))

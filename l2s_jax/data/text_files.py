@@ -24,6 +24,8 @@ _BYTE_ORDER_MARK = b'\xef\xbb\xbf'
 _LONGEST_COLUMN_NAME = 30
 # Bytes that are not UTF-8, decoded with errors='surrogateescape'.
 _ESCAPED_BYTE = re.compile('[\udc80-\udcff]')
+# Behind what is wrong with a line of JSON Lines that begins a list.
+_OF_LIST = '; name a file that is one JSON list *.json'
 
 
 class BadLine(NamedTuple):
@@ -229,11 +231,13 @@ def _parse_object(text: str) -> Fields | str:
     if '\\u' in text and record_files.has_half_characters(row):
       return record_files.HALF_CHARACTER
   except json.JSONDecodeError as error:
-    return f'is not JSON: {error.msg} at character {error.colno}'
+    of_list = _OF_LIST if text.startswith('[') else ''
+    return f'is not JSON: {error.msg} at character {error.colno}{of_list}'
   except (ValueError, RecursionError) as error:
     return f'is not valid JSON: {error}'
   if not isinstance(row, dict):
-    return f'is a JSON {type(row).__name__}, expected an object'
+    of_list = _OF_LIST if isinstance(row, list) else ''
+    return f'is a JSON {type(row).__name__}, expected an object{of_list}'
   return row
 
 
@@ -325,8 +329,14 @@ def _check_columns(
     # Long texts are data instead of a header; messages do not show data.
     is_header = all(len(name) <= _LONGEST_COLUMN_NAME for name in names)
     found = ', '.join(names) if is_header else f'{len(names)} long texts'
+    is_one = len(names) == 1 and any(sign in names[0] for sign in ',;|\t')
+    way_out = (
+      'Columns of CSV are separated by commas, those of TSV by tabs.'
+      if is_one
+      else 'Use one of its columns, or, for a TSV or CSV file without a '
+      'header, set COLUMN_NAMES.'
+    )
     raise ValueError(
       f'{path} has no column {", ".join(missing)}; its first line has {found}. '
-      'Use one of its columns, or, for a TSV or CSV file without a header, set '
-      'COLUMN_NAMES.'
+      f'{way_out}'
     )

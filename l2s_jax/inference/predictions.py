@@ -180,13 +180,14 @@ def settle(
     named_by: the setting that names the folder, for messages.
 
   Raises:
-    ValueError: lists the differences if the folder holds another job, or the
-      hosts of this job have different settings.
+    ValueError: if the folder is of another kind; lists the differences if it
+      holds another job, or the hosts of this job have different settings.
   """
   settings = {**run_format.stamp(), **settings}
   _check_hosts(settings)
   path = folder / SETTINGS
   if not path.is_file():
+    run_format.refuse_other(folder, named_by, run_format.ANSWERS)
     strangers = sorted(path.name for path in folder.glob('predictions*'))
     if strangers:
       raise ValueError(

@@ -16,7 +16,7 @@ from etils import epath
 from l2s_jax.data import input_files, tasks, text_files
 from l2s_jax.inference import predictions, prompts
 from l2s_jax.metrics import scores
-from l2s_jax.runtime import storage
+from l2s_jax.runtime import distributed, storage
 from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
 
@@ -73,9 +73,10 @@ class PromptSource:
         'can read standard input. Set INPUT to a file, or start one process.'
       )
     if not self.is_stdin and not self.is_task:
-      if not storage.of(self.input).is_file():
+      if not (place := storage.of(self.input)).is_file():
+        wrong = 'is a folder' if place.is_dir() else 'no such file'
         raise FileNotFoundError(
-          f'INPUT={self.input}: no such file. Set INPUT to a text file, '
+          f'INPUT={self.input}: {wrong}. Set INPUT to a text file, '
           f'{input_files.ENDINGS} (each may be .gz), task:NAME, or - for '
           'standard input.'
         )
@@ -193,6 +194,8 @@ class PromptSource:
     Raises:
       ValueError: with the first bad line, or the missing column.
     """
+    if not survey.num_lines:
+      distributed.say(f'INPUT={self.input} has no lines.')
     first_bad = survey.first_bad
     if first_bad is not None and survey.num_bad == survey.num_lines:
       if first_bad.reason.startswith('is not UTF-8'):

@@ -459,6 +459,7 @@ def local_folder(path: str, name: str) -> pathlib.Path:
     raise ValueError(f'{name} is empty; give a folder.')
   storage.check_local(**{name: path})
   found = pathlib.Path(path)
-  if found.exists() and not found.is_dir():
-    raise ValueError(f'{name}={path} is a file; give a folder.')
+  for each in (found, *found.parents):
+    if each.exists() and not each.is_dir():
+      raise ValueError(f'{name}={path}: {each} is a file; give a folder.')
   return found

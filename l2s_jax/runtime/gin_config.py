@@ -18,6 +18,7 @@ import inspect
 import math
 import os
 import pathlib
+import re
 import tokenize
 import types
 from collections.abc import (
@@ -205,7 +206,10 @@ def check_positive(**values: int | None) -> None:
     )
   ]
   if wrong:
-    most = f' up to {LARGEST}' if any(len(w) > 30 for w in wrong) else ''
+    is_large = any(
+      isinstance(value, int) and value > LARGEST for value in values.values()
+    )
+    most = f' up to {LARGEST}' if is_large else ''
     raise ValueError(f'{", ".join(wrong)}: expected a positive integer{most}.')
 
 
@@ -284,6 +288,14 @@ def near_misses(name: str, known: Iterable[str]) -> str:
   return f'; did you mean {" or ".join(by_lower[name] for name in close)}?'
 
 
+def expand_home(text: str) -> str:
+  """Returns a path that begins with `~/` with the home folder in its place.
+
+  Shells leave `~` as it is within a flag.
+  """
+  return os.path.expanduser(text) if text.startswith('~/') else text
+
+
 def _read_file(
   name: str,
   asked_by: str,
@@ -335,6 +347,8 @@ def _find_file(
   hint = near_misses(name, known)
   if same_file_name:
     hint = f'; did you mean {" or ".join(same_file_name)}?'
+  if any((root / name).is_dir() for root in roots):
+    raise FileNotFoundError(f'{asked_by}: {name} is a folder; give a gin file.')
   places = ', '.join(dict.fromkeys(str(root) for root in roots))
   raise FileNotFoundError(f'{asked_by}: no gin file {name!r} in {places}{hint}')
 
@@ -352,6 +366,8 @@ def _parse(text: str | TextIO, label: str) -> list[Any]:
     raise ValueError(
       f'{label}:{error.lineno}: {message}\n    {line.lstrip()}'
     ) from error
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{label} is not UTF-8: {error}; convert it.') from error
   except (TypeError, RecursionError, MemoryError) as error:
     raise ValueError(
       f'{label}: {error or type(error).__name__}; a value is nested too deep, '
@@ -370,6 +386,11 @@ def _parse_flag(binding: str) -> tuple[Any, bool]:
   flag = f'--gin.{name}'
   if not equals or not name:
     raise ValueError(f'{flag}: write it in one word: --gin.NAME=VALUE.')
+  if not value:
+    raise ValueError(
+      f'{flag}= has no value; is a variable of the shell unset? An empty '
+      f'string is {flag}="\'\'".'
+    )
   python_spelling = {'true': 'True', 'false': 'False', 'none': 'None'}
   if value in python_spelling:
     raise ValueError(
@@ -434,7 +455,8 @@ def _binding_key(
   try:
     key = gin_internals.ParsedBindingKey.parse((scope, selector, parameter))
   except ValueError as error:
-    parameters = inspect.signature(fn).parameters
+    call = fn.__init__ if inspect.isclass(fn) else fn
+    parameters = [n for n in inspect.signature(call).parameters if n != 'self']
     if parameter in parameters:
       raise ValueError(f'{source}: {error}') from error
     raise ValueError(
@@ -462,6 +484,8 @@ def _resolve(value: Any, source: str) -> Any:
     }
   if isinstance(value, list | tuple):
     return type(value)(_resolve(item, source) for item in value)
+  if isinstance(value, str):
+    return expand_home(value)
   if not isinstance(value, _Reference):
     return value
   delegate = gin_internals.ReferenceMaker()
@@ -486,7 +510,8 @@ def _check_macros(bound: dict[_Key, gin_types.Bound]) -> dict[str, str]:
 
   problems = [
     f'{source}: %{name} is bound nowhere{near_misses(name, macros)} '
-    f'Set it with --gin.{name}=VALUE, or add the gin file that binds it.'
+    f'Set it with --gin.{name}=VALUE, or add the gin file that binds it'
+    f'{_files_that_bind(name, ": {}")}.'
     for name, source in read.items()
     if name not in macros
   ]
@@ -498,7 +523,8 @@ def _check_macros(bound: dict[_Key, gin_types.Bound]) -> dict[str, str]:
   unread = {name: macros[name].source for name in macros if name not in read}
   problems += [
     f'{source}: nothing reads {name}{near_misses(name, read)}'
-    f'{t5x_names.answer(name, t5x_names.MACROS)} '
+    f'{t5x_names.answer(name, t5x_names.MACROS)}'
+    f'{_files_that_bind(name, " A setting of {}.")} '
     f'These macros are read: {", ".join(sorted(read)) or "none"}.'
     for name, source in unread.items()
     if source.startswith('--gin.')
@@ -506,6 +532,17 @@ def _check_macros(bound: dict[_Key, gin_types.Bound]) -> dict[str, str]:
   if problems:
     raise ValueError('\n'.join(problems))
   return unread
+
+
+def _files_that_bind(name: str, words: str) -> str:
+  """Returns `words` with the gin files of this package that bind a macro."""
+  line = re.compile(f'^{re.escape(name)} =', re.MULTILINE)
+  found = sorted(
+    str(path.relative_to(REPO_ROOT))
+    for path in REPO_ROOT.glob('gin_configs/*/*.gin')
+    if line.search(path.read_text(encoding='utf-8'))
+  )
+  return words.format(' or '.join(found[:3])) if found else ''
 
 
 def _is_circular(name: str, macros: Mapping[str, gin_types.Bound]) -> bool:

@@ -104,11 +104,12 @@ class _Value:
     text = repr(value)
     if len(text) > 80:
       text = f'{text[:77]}...'
-    return f'{place}={text}{via}: expected {describe(expected)}{self._hint()}.'
+    expected = describe(expected)
+    return f'{place}={text}{via}: expected {expected}{self._hint(expected)}.'
 
-  def _hint(self) -> str:
+  def _hint(self, expected: str) -> str:
     value = self._entry.value
-    if isinstance(value, str):
+    if isinstance(value, str) and '@' in expected:
       names = [name for name, _ in gin_internals.registered()]
       if value in {name.rpartition('.')[2] for name in names}:
         return f'; write @{value}()'

@@ -151,8 +151,9 @@ def output_dir(location: str, given: str | None, setting: str) -> pathlib.Path:
   """
   if given is None and not is_run(location):
     raise ValueError(
-      f'CHECKPOINT_PATH={location} is a pretrained model, and results are not '
-      f'written into its folder. Set {setting} to a folder for the results.'
+      f'CHECKPOINT_PATH={location} is not a run: it has no '
+      f'{run_folder.DESCRIPTION}. Correct it; or, for a pretrained model, set '
+      f'{setting} to a folder for the results.'
     )
   if given is not None:
     storage.check(given, setting)

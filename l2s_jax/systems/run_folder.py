@@ -164,7 +164,8 @@ def pin_llm(
   module = system.module
   if isinstance(module, l2s.LlmToSlm):
     # Kept from the run: earlier versions had no prefix ids.
-    prefix_ids = tuple(description['llm_prefix_ids'])
+    # A language model alone has none; `save` refuses it.
+    prefix_ids = tuple(description.get('llm_prefix_ids', ()))
     module = module.clone(llm_prefix_ids=prefix_ids)
     system = dataclasses.replace(system, module=module)
   if not system.frozen:

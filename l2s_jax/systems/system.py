@@ -19,7 +19,7 @@ from l2s_jax.models import (
   stored_states,
 )
 from l2s_jax.models import config as config_lib
-from l2s_jax.runtime import storage
+from l2s_jax.runtime import distributed, storage
 from l2s_jax.vocabularies import base, loading
 from l2s_jax.weights import hub, opening, own_tokenizer, run_format
 
@@ -76,7 +76,9 @@ class Tower:
       ValueError: if there is neither.
     """
     if self.vocabulary is not None:
-      return loading.load(self.vocabulary, extra_ids=self.extra_ids)
+      given = loading.load(self.vocabulary, extra_ids=self.extra_ids)
+      self._compare_ends(given)
+      return given
     if self.path is None:
       raise ValueError(
         f'A model without weights needs a tokenizer: set {setting} to a '
@@ -85,6 +87,23 @@ class Tower:
     return own_tokenizer.load(
       self.path, extra_ids=self.extra_ids, setting=setting
     )
+
+  def _compare_ends(self, given: base.Vocabulary) -> None:
+    """Says if a tokenizer ends texts otherwise than the weights' config."""
+    if (
+      self.path is None
+      or (storage.of(self.path) / run_format.RUN).is_file()  # It has no such.
+    ):
+      return
+    of_model = opening.open_source(self.path, may_lack_steps=True).special_ids
+    ends = of_model.get('eos_token_id')
+    ends = ends if isinstance(ends, list) else [ends]
+    if ends != [None] and not {*ends} & {*given.eos_ids}:
+      distributed.say_once(
+        f'The tokenizer {self.vocabulary} ends texts with the ids '
+        f'{list(given.eos_ids)}, the model {self.path} with {ends}. Use the '
+        'tokenizer that the model was trained with.'
+      )
 
 
 def _special_ids(vocabulary: base.Vocabulary) -> dict[str, Any]:

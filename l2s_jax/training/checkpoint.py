@@ -24,7 +24,7 @@ from l2s_jax.runtime import (
   storage,
 )
 from l2s_jax.training import state as state_lib
-from l2s_jax.weights import saved_steps
+from l2s_jax.weights import run_format, saved_steps
 
 PyTree = Any
 _DELETED = 'deleted'
@@ -64,9 +64,10 @@ def check_folder(model_dir: str) -> pathlib.Path:
   """Validates MODEL_DIR, the folder of a run; it need not exist.
 
   Raises:
-    ValueError: if checkpoints cannot be there.
+    ValueError: if it is not of a run, or checkpoints cannot be there.
   """
   folder = files.folder(model_dir, 'MODEL_DIR')
+  run_format.refuse_other(folder, 'MODEL_DIR', run_format.RUN)
   if storage.scheme(folder) not in (None, 'gs'):
     raise ValueError(
       f'MODEL_DIR={model_dir}: checkpoints are saved in local folders or in '

@@ -284,6 +284,11 @@ def _parts(
     ValueError: if the task has no examples.
   """
   if loop.step >= loop.train_steps:
+    if loop.step:
+      loop.say(
+        f'The run is at step {loop.step}: TRAIN_STEPS={loop.train_steps} '
+        'leaves nothing to train.'
+      )
     return iter(())
   parts = batches.parts()
   start_secs = time.perf_counter()
@@ -292,7 +297,8 @@ def _parts(
     distributed.wait_for_all('the first batch')
   if first is None:
     raise ValueError(
-      f"task {loop.kind['task']!r} has no examples in split 'train'."
+      f"task {loop.kind['task']!r} has no examples in split 'train'. "
+      'Give it files with lines.'
     )
   if loop.step:
     loop.say(

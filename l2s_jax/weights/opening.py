@@ -5,6 +5,7 @@ import pathlib
 
 from l2s_jax.models import config as config_lib
 from l2s_jax.runtime import storage
+from l2s_jax.weights import run_format
 from l2s_jax.weights import source as source_lib
 
 ADAPTER = 'adapter_config.json'  # written by the package peft
@@ -148,10 +149,16 @@ def _what_it_is_not(folder: pathlib.Path) -> str:
       'msgpack. For safetensors and pytorch_model.bin, give the folder.'
     )
   files = sorted(path.name for path in folder.glob('*.gguf'))
+  runs = [
+    parent
+    for parent in folder.parents[:2]
+    if (parent / run_format.RUN).is_file()
+  ]
   return (
     f'{folder} is not a folder of weights: it has neither '
     f'{converted.DESCRIPTION} (a converted folder) nor model.json (a run of '
     'l2s_jax) nor config.json (a Hugging Face folder) nor checkpoint_STEP '
     '(T5X).'
     + (f' Give one of its files: {", ".join(files[:5])}.' if files else '')
+    + (f' It is part of the run {runs[0]}: give that.' if runs else '')
   )

@@ -16,6 +16,7 @@ behavior. For any other change, increment `FORMAT_VERSION` and add to
 """
 
 import os
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,6 +31,14 @@ DISTILLED = 'distilled.json'
 CACHE = 'cache.json'
 FEATURES = 'features.json'
 EXPORT = 'manifest.json'
+_KINDS = {
+  RUN: 'a run',
+  CONVERTED: 'a converted folder',
+  ANSWERS: 'a folder of answers',
+  CACHE: 'a cache',
+  EXPORT: 'an export',
+  'config.json': 'a Hugging Face folder',
+}
 
 Description = dict[str, Any]
 # Allowed keys of a JSON object. A mapping as value gives the allowed keys of
@@ -46,6 +55,26 @@ def _to_2(kind: str, description: Description) -> Description:
 # By version: the function that migrates a file to the next version. Arguments
 # are the file name (RUN, CONVERTED, ...) and the content.
 MIGRATIONS: dict[int, Callable[[str, Description], Description]] = {1: _to_2}
+
+
+def refuse_other(folder: pathlib.Path, name: str, own: str) -> None:
+  """Checks that an output folder is not something else.
+
+  Args:
+    folder: the folder; it need not exist.
+    name: its setting, for errors.
+    own: RUN or ANSWERS, the kind of folder that it may be.
+
+  Raises:
+    ValueError: if it has the file of another kind, and not its own.
+  """
+  if (folder / own).is_file():
+    return
+  for file, kind in _KINDS.items():
+    if file != own and (folder / file).is_file():
+      raise ValueError(
+        f'{name}={folder} is {kind}: it has {file}. Choose another folder.'
+      )
 
 
 def stamp() -> Description:

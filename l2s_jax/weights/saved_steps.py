@@ -146,9 +146,13 @@ def params_folder(
   elif step is not None:
     wanted = f'the checkpoint {step}'
   if step not in found:
+    remedy = (
+      'Choose one of these steps.'
+      if found
+      else 'Give the folder of a trained run (the one with model.json).'
+    )
     raise FileNotFoundError(
-      f'{run_dir} does not have {wanted}; it has steps {found}. Give the '
-      'folder of a trained run (the one with model.json).'
+      f'{run_dir} does not have {wanted}; it has steps {found}. {remedy}'
     )
   assert step is not None
   return folder / str(step) / 'params', step

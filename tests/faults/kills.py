@@ -53,11 +53,18 @@ from l2s_jax.data.cached import cache_format, feature_format
 from l2s_jax.weights import saved_steps
 
 KEPT = pathlib.Path(__file__).parents[1] / 'kept_runs' / '1'
-OUTCOMES = ('equal', 'rounded', 'wrong', 'torn', 'lost', 'failed')
+GOOD = ('equal', 'rounded')  # The other outcomes are bad.
 VERBS = ('train', 'cache', 'features', 'infer', 'distill', 'convert', 'export')
 # Verbs of one process; several would write the same folder.
 ALONE = ('convert', 'export')
 AFTER_COMMIT = 'after a commit'
+# Of the table: what is counted, in the order of a save.
+_COLUMNS = (
+  *killed.PHASES[1:4],
+  AFTER_COMMIT,
+  killed.PHASES[4],
+  killed.PHASES[0],
+)
 STEPS = 9
 _MOST_KILLS = 3
 _LATEST_SECS = 0.1
@@ -429,7 +436,7 @@ def run(
         for phase in phases:
           key = verb, number, phase
           counts.setdefault(key, collections.Counter())[outcome] += 1
-        if outcome not in ('equal', 'rounded'):
+        if outcome not in GOOD:
           problems.append(f'{verb}, {number} processes: {outcome}: {words}')
           print(problems[-1], file=sys.stderr)
         if counts_file:
@@ -511,22 +518,24 @@ def _with_needed(verbs: Sequence[str]) -> list[str]:
 
 
 def table(counts: Counts) -> str:
-  """Returns the outcomes as a table in Markdown."""
-  lines = [
-    f'| verb | processes | killed at | kills | {" | ".join(OUTCOMES)} |',
-    '| --- | ---: | --- |' + ' ---: |' * (len(OUTCOMES) + 1),
+  """Returns kills by phase, and their outcomes, as a table in Markdown."""
+  names = ('verb', 'processes', *_COLUMNS, 'kills', *GOOD, 'bad')
+  rows: list[Sequence[object]] = [
+    names,
+    ('---', *['---:'] * (len(names) - 1)),
   ]
-  total: collections.Counter[str] = sum(counts.values(), collections.Counter())
-  rows: list[tuple[tuple[str, object, str], collections.Counter[str]]] = [
-    *sorted(counts.items()),
-    (('all', '', ''), total),
-  ]
-  for (verb, number, phase), counter in rows:
-    cells = ' | '.join(str(counter[name]) for name in OUTCOMES)
-    lines.append(
-      f'| {verb} | {number} | {phase} | {counter.total()} | {cells} |'
-    )
-  return '\n'.join(lines)
+  for job in (*dict.fromkeys(key[:2] for key in sorted(counts)), ('all', '')):
+    kills: collections.Counter[str] = collections.Counter()
+    outcomes: collections.Counter[str] = collections.Counter()
+    for (*key, phase), found in counts.items():
+      if job[0] in ('all', key[0]) and job[1] in ('', key[1]):
+        kills[phase] += found.total()
+        outcomes += found
+    good = [outcomes[name] for name in GOOD]
+    bad = kills.total() - sum(good)
+    by_phase = [kills[phase] or '' for phase in _COLUMNS]
+    rows.append((*job, *by_phase, kills.total(), *good, bad))
+  return '\n'.join(f'| {" | ".join(map(str, row))} |' for row in rows)
 
 
 def main() -> int:

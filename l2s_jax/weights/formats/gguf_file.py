@@ -432,7 +432,8 @@ def _open(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
   import gguf
 
   if not path.is_file():
-    raise FileNotFoundError(f'{path} is missing: expected a GGUF file.')
+    wrong = 'is a folder' if path.is_dir() else 'is missing'
+    raise FileNotFoundError(f'{path} {wrong}: expected a GGUF file.')
   try:
     file = pathlib.Path(storage.local_copy(path))  # It is mapped.
     gguf_header.check(file)
