@@ -120,10 +120,14 @@ def test_a_flag_that_was_meant_as_a_value_is_not_taken_as_a_string(
 
 def test_a_path_below_the_home_folder_is_expanded(write, monkeypatch):
   monkeypatch.setenv('HOME', '/home/me')
-  run = write('run.gin', RUN + "fit.towers = ['~/a', 'b~/c']")
+  run = write('run.gin', RUN + "fit.towers = %FILES\nFILES = ['~/a', 'b~/c']")
   gin_config.parse_config([run], ['MODEL_DIR=~/runs'])
   assert fit()[0] == '/home/me/runs'
   assert fit()[2] == ('/home/me/a', 'b~/c')
+  # Only by the name of a path: a template may begin so.
+  other = write('other.gin', RUN + "fit.towers = ['~/a']")
+  gin_config.parse_config([other], ['MODEL_DIR=x'])
+  assert fit()[2] == ('~/a',)
 
 
 def test_a_gin_file_that_is_not_text_is_refused_by_name(write):

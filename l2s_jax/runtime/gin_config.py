@@ -45,6 +45,8 @@ LARGEST = 2**31 - 1
 
 _MACRO = 'gin.macro'
 _REQUIRED = '%gin.REQUIRED'
+# Names of macros and parameters whose texts are paths.
+_OF_PATHS = re.compile('(path|dirs?|files?|input|vocabulary)$', re.IGNORECASE)
 
 # Scope, full name of the configurable, parameter. A macro is a scope of gin's
 # own configurable `gin.macro(value)`.
@@ -121,8 +123,9 @@ def parse_config(
       _import_module(statement, source)
     elif isinstance(statement, gin_internals.BindingStatement):
       key = _binding_key(statement, source)
-      value = _resolve(statement.value, source)
-      bound[key] = gin_types.Bound(_display_name(key), value, source)
+      name = _display_name(key)
+      value = _resolve(statement.value, source, bool(_OF_PATHS.search(name)))
+      bound[key] = gin_types.Bound(name, value, source)
 
   for name in gin_files:
     for source, statement in _read_file(name, '--gin_file', roots, files):
@@ -475,16 +478,16 @@ def _display_name(key: _Key) -> str:
   return f'{scope}/{selector}.{parameter}'.lstrip('/')
 
 
-def _resolve(value: Any, source: str) -> Any:
-  """Returns `value` with references as gin has them instead of as written."""
+def _resolve(value: Any, source: str, is_path: bool) -> Any:
+  """Returns `value` with references as gin has them, and homes of paths."""
   if isinstance(value, dict):
     return {
-      _resolve(key, source): _resolve(item, source)
+      _resolve(key, source, False): _resolve(item, source, is_path)
       for key, item in value.items()
     }
   if isinstance(value, list | tuple):
-    return type(value)(_resolve(item, source) for item in value)
-  if isinstance(value, str):
+    return type(value)(_resolve(item, source, is_path) for item in value)
+  if isinstance(value, str) and is_path:
     return expand_home(value)
   if not isinstance(value, _Reference):
     return value
