@@ -197,6 +197,7 @@ class Proxy(http.server.ThreadingHTTPServer):
       closes the connection before the answer, 'slow' waits a little, and ''
       passes it on.
     methods: methods and paths of all requests.
+    num_bytes_read: size of the contents of objects that were passed on.
   """
 
   daemon_threads = True
@@ -206,6 +207,7 @@ class Proxy(http.server.ThreadingHTTPServer):
     self.upstream = urllib.parse.urlsplit(upstream)
     self.trouble = trouble
     self.methods: list[tuple[str, str]] = []
+    self.num_bytes_read = 0
     self.counting = threading.Lock()
     super().__init__(('127.0.0.1', 0), _Passing)
     self.url = f'http://127.0.0.1:{self.server_address[1]}'
@@ -252,7 +254,11 @@ class _Passing(http.server.BaseHTTPRequestHandler):
     ]
     if self.command == 'HEAD':  # Its size is that of an absent content.
       kept.append(('Content-Length', answer.getheader('Content-Length', '0')))
-    self._answer(answer.status, kept, answer.read())
+    content = answer.read()
+    if 'alt=media' in self.path or '/download/' in self.path:
+      with self.server.counting:
+        self.server.num_bytes_read += len(content)
+    self._answer(answer.status, kept, content)
     upstream.close()
 
   do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = handle_one

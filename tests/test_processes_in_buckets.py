@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of several processes whose files are in a bucket: all is as for one."""
 
+import dataclasses
 import functools
 import signal
 import time
@@ -16,8 +17,10 @@ import tiny_runs
 
 from l2s_jax.evaluation import metric_writer
 from l2s_jax.inference import predictions
-from l2s_jax.runtime import locks, preemption
-from l2s_jax.weights import saved_steps
+from l2s_jax.interop import convert
+from l2s_jax.models import l2s
+from l2s_jax.runtime import files, locks, preemption
+from l2s_jax.weights import converted, saved_steps
 
 gcs = bucket_servers.gcs_fixture
 s3 = bucket_servers.s3_fixture
@@ -70,6 +73,71 @@ def test_any_number_of_processes_goes_on_from_a_checkpoint(
   state = test_checkpoint.make_state(steps[-1], seed=steps[-1])
   restored, _ = test_checkpoint.restore(folder, state)
   helpers.assert_trees_equal(restored, state)
+
+
+# Loads converted weights, sharded over all processes, without and with their
+# verification, and says how many bytes of objects this process has read.
+LOAD = """
+import functools, os, sys
+import jax, numpy as np
+address, num_processes, index, folder, local = sys.argv[1:]
+jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+jax.distributed.initialize(address, int(num_processes), int(index))
+sys.path.append('tests')
+import bucket_servers
+from l2s_jax.models import batch_keys, l2s
+from l2s_jax.runtime import integrity, partitioning
+from l2s_jax.weights import opening, source
+config = partitioning.MeshConfig(fsdp=int(num_processes))
+mesh = partitioning.make_mesh(config)
+expected = opening.open_source(local)
+shapes, axes = partitioning.abstract_params(
+  functools.partial(l2s.build(expected.config).init, deterministic=True),
+  jax.random.key(0),
+  batch_keys.example_batch(1, 2, 2),
+)
+shardings = partitioning.param_shardings(
+  {'llm': shapes}, {'llm': axes}, mesh, config
+)['llm']
+store = os.environ['STORAGE_EMULATOR_HOST']
+for verifies in (False, True):
+  integrity.verification = lambda: verifies
+  with bucket_servers.proxy(store, lambda *_: '') as proxy:
+    params, _ = source.load(opening.open_source(folder), shapes, shardings)
+  print(proxy.num_bytes_read)
+  for path, array in jax.tree_util.tree_leaves_with_path(params):
+    whole = expected.read(tuple(key.key for key in path))
+    for shard in array.addressable_shards:
+      np.testing.assert_array_equal(shard.data, whole[shard.index])
+"""
+
+
+@pytest.mark.parametrize('number', [2, pytest.param(4, marks=pytest.mark.long)])
+def test_each_reads_its_part_of_converted_weights(
+  gcs, request, tmp_path, number
+):
+  """And of the layers that it verifies, the others' part."""
+  folder = bucket_servers.own_folder('gs', request)
+  config = dataclasses.replace(
+    helpers.T5_1_1,
+    vocab_size=64,
+    emb_dim=64,
+    num_heads=4,
+    head_dim=16,
+    mlp_dim=128,
+    num_encoder_layers=4,
+    num_decoder_layers=4,
+  )
+  params = helpers.random_params(l2s.build(config))
+  weights = helpers.Arrays(config, params)
+  converted.save(convert.Reading(weights, None), tmp_path)
+  files.upload_folder(tmp_path, folder)
+  total = sum(array.nbytes for array in weights.arrays.values())
+  outputs = test_processes.run(LOAD, number, str(folder), str(tmp_path))
+  shares = 1 / number, 1 / number + (1 - 1 / number) / number
+  for output in outputs:
+    for num_bytes, share in zip(output.split()[-2:], shares, strict=True):
+      assert int(num_bytes) / total == pytest.approx(share, rel=0.05)
 
 
 def wait_for_step(processes, run):

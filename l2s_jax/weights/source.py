@@ -12,7 +12,9 @@ layers.
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+import itertools
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -21,7 +23,7 @@ from flax import traverse_util
 
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import shapes as shapes_lib
-from l2s_jax.runtime import distributed, integrity
+from l2s_jax.runtime import distributed, integrity, partitioning
 from l2s_jax.weights import finite, misfits
 
 PyTree = Any
@@ -77,9 +79,10 @@ def load(
 ) -> tuple[PyTree, str]:
   """Reads the tensors of a pytree into sharded arrays, one at a time.
 
-  If digests are stored with the weights, the tensors are divided among the
-  processes for verification, and each process reads of the others only the
-  shards of its devices. With `integrity.verification` off nothing is verified.
+  If digests are stored with the weights, the layers of the tensors are divided
+  among the processes for verification, and each process reads of the others
+  only the shards of its devices. With `integrity.verification` off nothing is
+  verified.
   Without stored digests each process reads all tensors to compute them. All
   processes must call this function.
 
@@ -100,7 +103,9 @@ def load(
   check_shapes(source, wanted)
   loaded, digests = {}, {}
   notes = finite.Notes(source)
-  for number, path in enumerate(sorted(wanted)):
+  hashes: list[tuple[str, int, str]] = []
+  turns = itertools.cycle(range(jax.process_count()))
+  for path in sorted(wanted):
     array: Any
     if source.digest(path) is None:
       array, digests[path] = _read(source, path, wanted[path], notes)
@@ -108,15 +113,10 @@ def load(
       array = source.read(path)
       if not isinstance(array, np.ndarray):
         array = array.keeping()  # In a bucket: until all its shards are made.
-      is_mine = number % jax.process_count() == jax.process_index()
-      if is_mine and integrity.verification():
-        digests[path] = _verify(array, path, notes)
-    loaded[path] = jax.make_array_from_callback(
-      array.shape,
-      flat_shardings[path],
-      functools.partial(_shard, array, wanted[path].dtype),
-    )
-  check_digests(source, digests)
+      if integrity.verification():
+        hashes += _hash_share(array, path, turns, notes)
+    loaded[path] = _place(array, wanted[path].dtype, flat_shardings[path])
+  check_digests(source, digests | _join(distributed.gather(hashes)))
   notes.check()
   kept_digests = {path: source.digest(path) or digests[path] for path in wanted}
   return traverse_util.unflatten_dict(loaded), fingerprint(kept_digests)
@@ -248,14 +248,15 @@ def check_digests(
   changed = distributed.gather(
     [
       '/'.join(path)
-      for path, digest in sorted(digests.items())
+      for path, digest in digests.items()
       if source.digest(path) not in (None, digest)
     ]
   )
   if changed:
     raise ValueError(
       f'{source.location} was changed after its digests were computed. Convert '
-      'or copy it again; these tensors differ:\n  ' + '\n  '.join(changed)
+      'or copy it again; these tensors differ:\n  '
+      + '\n  '.join(sorted(set(changed)))
     )
 
 
@@ -291,19 +292,93 @@ def fingerprint(digests: Mapping[shapes_lib.Path, str]) -> str:
   return hashlib.sha256(''.join(lines).encode()).hexdigest()
 
 
-def _verify(array: Any, path: shapes_lib.Path, notes: finite.Notes) -> str:
-  """Returns the digest of a tensor, and notes values that are not finite."""
-  if isinstance(array, np.ndarray):
-    notes.look(array, path)
-    parts = array if 'layers' in path else [array]
-    return digest(map(digest_layer, parts))
-  # In a bucket: the array is never whole in memory.
-  hashes = []
-  for layer in layers(path, array.shape):
-    part = np.asarray(array if layer is None else array[layer])
-    notes.look(part, path, layer)
-    hashes.append(digest_layer(part))
-  return digest(hashes)
+def _hash_share(
+  array: Any,
+  path: shapes_lib.Path,
+  turns: Iterator[int],
+  notes: finite.Notes,
+) -> Iterator[tuple[str, int, str]]:
+  """Yields the hashes of this process's share of a tensor's layers.
+
+  Args:
+    array: the tensor, or its `bucket_array.BucketArray`, which is never whole
+      in memory.
+    path: canonical name.
+    turns: for each layer the index of the process that reads it.
+    notes: gets the layers with values that are not finite.
+
+  Yields:
+    The name of the tensor, the number of the layer, and its SHA-256.
+  """
+  for number, layer in enumerate(layers(path, array.shape)):
+    if next(turns) == jax.process_index():
+      part = np.asarray(array if layer is None else array[layer])
+      notes.look(part, path, layer)
+      yield '/'.join(path), number, digest_layer(part).hex()
+
+
+def _join(
+  hashes: Iterable[Sequence[Any]],
+) -> dict[shapes_lib.Path, str]:
+  """Returns the digests of tensors from `_hash_share` of all processes."""
+  of_layers: dict[str, dict[int, bytes]] = {}
+  for name, number, layer_hash in hashes:
+    of_layers.setdefault(name, {})[number] = bytes.fromhex(layer_hash)
+  return {
+    tuple(name.split('/')): digest(found[number] for number in sorted(found))
+    for name, found in of_layers.items()
+  }
+
+
+def _place(
+  array: Any, dtype: Any, sharding: jax.sharding.Sharding
+) -> jax.Array:
+  """Puts a tensor on the devices; each process reads its own shards.
+
+  Of an array in a bucket only whole rows can be read. If several processes
+  would need parts of the same rows, each reads some of the rows, and the
+  devices exchange the parts.
+  """
+  by_rows = None
+  if not isinstance(array, np.ndarray) and jax.process_count() > 1:
+    by_rows = _by_rows(sharding, array.shape)
+  placed = jax.make_array_from_callback(
+    array.shape, by_rows or sharding, functools.partial(_shard, array, dtype)
+  )
+  if by_rows is None:
+    return placed
+  # Of one function: tensors of the same shape share a compiled program.
+  return jax.jit(_same, out_shardings=sharding)(placed)
+
+
+def _same(x: jax.Array) -> jax.Array:
+  return x
+
+
+def _by_rows(
+  sharding: jax.sharding.Sharding, shape: tuple[int, ...]
+) -> jax.sharding.NamedSharding | None:
+  """Returns a sharding that divides rows by all mesh axes of a sharding.
+
+  Rows are those that `bucket_array.BucketArray` reads: of the second axis of a
+  stacked kernel, else of the first.
+
+  Returns:
+    None if no axis within a row is divided, or the rows cannot be divided so.
+  """
+  if not isinstance(sharding, jax.sharding.NamedSharding):
+    return None
+  rows = 1 if len(shape) > 2 else 0
+  spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+  names = [partitioning.names_of(axes) for axes in spec[rows:]]
+  if not any(names[1:]):
+    return None
+  divided = tuple(itertools.chain.from_iterable(names))
+  if shape[rows] % math.prod(sharding.mesh.shape[name] for name in divided):
+    return None
+  return jax.sharding.NamedSharding(
+    sharding.mesh, jax.sharding.PartitionSpec(*spec[:rows], divided)
+  )
 
 
 def _shard(array: Any, dtype: Any, index: Any) -> np.ndarray:
