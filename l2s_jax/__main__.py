@@ -361,8 +361,8 @@ _GIN_USAGE = (
 )
 _GIN_HELP = (
   '\n\n--gin.NAME=VALUE binds a macro (--gin.TRAIN_STEPS=10) or a parameter,\n'
-  'over the gin files. A VALUE that gin cannot parse is a string; in paths `~/`\n'
-  'is the home folder.'
+  'over the gin files. A VALUE that gin cannot parse is a string; in paths\n'
+  '`~/` is the home folder.'
 )
 
 
