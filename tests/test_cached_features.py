@@ -242,7 +242,9 @@ def spoil(cache, task, split):
   features = feature_format.open_features(cache_format.open_cache(cache))
   (size, *_) = features.content['tasks'][task]['splits'][split]['shards']
   records = [
-    feature_format.encode(states._replace(rows=states.rows * np.nan))
+    feature_format.encode(
+      states._replace(rows=np.full_like(states.rows, np.nan))
+    )
     for states in features.split(task, split).states(range(size))
   ]
   (path,) = (cache / task / split).glob('00000-*.features.array_record')

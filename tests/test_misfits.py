@@ -18,7 +18,7 @@ from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
 from l2s_jax.performance import random_weights
 from l2s_jax.runtime import gin_config
-from l2s_jax.weights import finite, opening
+from l2s_jax.weights import finite, opening, saved_steps
 from l2s_jax.weights import source as source_lib
 from l2s_jax.weights.formats import huggingface
 
@@ -289,7 +289,7 @@ def test_a_training_does_not_begin_from_weights_that_are_not_finite(
     gin.clear_config()
   assert status == 2
   assert f'NaN or infinity in {name}, so' in capsys.readouterr().err
-  assert not (tmp_path / 'run' / 'checkpoints').exists()
+  assert not saved_steps.steps(tmp_path / 'run')
 
 
 def fields(**changes):
