@@ -148,6 +148,12 @@ OTHERS = {
     lambda f: infer(f, write(f / 'x.txt', 'a\n'), '--gin.INFER_STEP=7'),
     'the checkpoint 7; it has steps [400]. Choose one of these steps.',
   ),
+  'no SLM': (
+    lambda f: train(
+      f, 'l2s', 'new', f'--gin.LLM_PATH={f}/llm', '--gin.SLM=None'
+    ),
+    'LLM-to-SLM needs an SLM: set SLM_PATH to its weights, or SLM to a config',
+  ),
   "Hugging Face's name": (
     lambda f: infer(f, 'x', '--gin.Decoding.max_new_tokens=4'),
     "no parameter 'max_new_tokens'. It has: temperature, top_k,",

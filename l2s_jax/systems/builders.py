@@ -102,13 +102,18 @@ def llm_to_slm_system(
     lora_kernels: as `TransformerConfig.lora_kernels`.
 
   Raises:
-    ValueError: if the LLM has no weights or no such layer, or a vocabulary does
-      not fit.
+    ValueError: if the LLM has no weights or no such layer, the SLM neither
+      weights nor config, or a vocabulary does not fit.
   """
   if llm.path is None:
     raise ValueError(
       'LLM-to-SLM needs a pretrained LLM: set LLM_PATH to a run of l2s_jax, a '
       'Hugging Face folder, a T5X checkpoint or a GGUF file.'
+    )
+  if slm.path is None and slm.config is None:
+    raise ValueError(
+      'LLM-to-SLM needs an SLM: set SLM_PATH to its weights, or SLM to a '
+      'config (such as %T5_1_1_SMALL, with its gin file) for random ones.'
     )
   if injection not in l2s.INJECTIONS:
     raise ValueError(f'INJECTION={injection!r} is not one of {l2s.INJECTIONS}.')
