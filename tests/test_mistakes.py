@@ -154,6 +154,10 @@ OTHERS = {
     ),
     'LLM-to-SLM needs an SLM: set SLM_PATH to its weights, or SLM to a config',
   ),
+  'an LLM-to-SLM run as LLM': (
+    lambda f: train(f, 'l2s', 'new', f'--gin.LLM_PATH={f}/l2s'),
+    'is an LLM-to-SLM run, whose SLM needs the states of its own LLM. Set ',
+  ),
   "Hugging Face's name": (
     lambda f: infer(f, 'x', '--gin.Decoding.max_new_tokens=4'),
     "no parameter 'max_new_tokens'. It has: temperature, top_k,",

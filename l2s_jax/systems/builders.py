@@ -9,9 +9,10 @@ import gin
 
 from l2s_jax.models import config as config_lib
 from l2s_jax.models import l2s
-from l2s_jax.runtime import partitioning
+from l2s_jax.runtime import partitioning, storage
 from l2s_jax.systems import system as system_lib
 from l2s_jax.vocabularies import base, loading
+from l2s_jax.weights import run_format, runs
 
 
 @gin.configurable(module='l2s_jax')
@@ -102,14 +103,22 @@ def llm_to_slm_system(
     lora_kernels: as `TransformerConfig.lora_kernels`.
 
   Raises:
-    ValueError: if the LLM has no weights or no such layer, the SLM neither
-      weights nor config, or a vocabulary does not fit.
+    ValueError: if the LLM has no weights or no such layer, or is an LLM-to-SLM
+      run; the SLM has neither weights nor config; or a vocabulary does not fit.
   """
   if llm.path is None:
     raise ValueError(
       'LLM-to-SLM needs a pretrained LLM: set LLM_PATH to a run of l2s_jax, a '
       'Hugging Face folder, a T5X checkpoint or a GGUF file.'
     )
+  if (path := storage.of(llm.path) / run_format.RUN).is_file():
+    description = runs.read_description(path.parent)
+    if description['kind'] == 'llm_to_slm':
+      raise ValueError(
+        f'LLM_PATH={llm.path} is an LLM-to-SLM run, whose SLM needs the states '
+        f"of its own LLM. Set LLM_PATH to an LLM, such as that run's: "
+        f'{description["llm_path"]}.'
+      )
   if slm.path is None and slm.config is None:
     raise ValueError(
       'LLM-to-SLM needs an SLM: set SLM_PATH to its weights, or SLM to a '
