@@ -194,7 +194,7 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on(
     if status == 0:
       break
     failures += 1
-    assert status == 1
+    assert status == 1, words
     assert str(disk) in words
     # Some compute beforehand what they need.
     assert re.search(
