@@ -148,7 +148,7 @@ def some(short):
   )
 
 
-@some(short=('cache', 'infer', 'convert', 'export', 'evaluate'))
+@some(short=('infer', 'convert', 'export'))
 def test_a_read_only_disk_is_named(verb, verbs, disk, capsys):
   check_packages(verb)
   job = verbs.begin(verb, capsys)
