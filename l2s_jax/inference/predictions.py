@@ -17,6 +17,7 @@ null prediction marks an input line that could not be answered. This module does
 not depend on the model.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -273,11 +274,21 @@ class GrowingFile:
       ValueError: if another process is writing the file, or a line does not
         answer its input line.
     """
-    self._file: IO[bytes] = self._partial.open('ab+')
+    # After an error the files are closed, which writes again what could not be
+    # written, and unlocked.
+    with (
+      os_errors.naming(notes_of(self.path)),
+      contextlib.ExitStack() as opened,
+    ):
+      self._open(opened)
+      opened.pop_all()
+    return self
+
+  def _open(self, opened: contextlib.ExitStack) -> None:
+    self._file: IO[bytes] = opened.enter_context(self._partial.open('ab+'))
     try:
       fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-      self._file.close()
       raise ValueError(
         f'another process is writing {self._partial}. Wait for it, or give '
         'each its own shard.'
@@ -308,10 +319,11 @@ class GrowingFile:
         file=sys.stderr,
       )
       self._file.truncate(end)
-    self._notes: IO[bytes] = notes_of(self.path).open('wb')
+    self._notes: IO[bytes] = opened.enter_context(
+      notes_of(self.path).open('wb')
+    )
     self._notes.write(b''.join(note for offset, note in notes if offset <= end))
     self._note(end)
-    return self
 
   def __exit__(self, *_: object) -> None:
     with os_errors.naming(self._partial), self._file, self._notes:
