@@ -179,6 +179,18 @@ def folder_fixture(request):
   return own_folder(request.param, request)
 
 
+def short_in(scheme: str) -> pytest.MarkDecorator:
+  """Marks a test of `folder` as `long` in the other store."""
+  return pytest.mark.parametrize(
+    'folder',
+    [
+      pytest.param(other, marks=() if other == scheme else pytest.mark.long)
+      for other in ('gs', 's3')
+    ],
+    indirect=True,
+  )
+
+
 def own_folder(scheme: str, request: pytest.FixtureRequest) -> pathlib.Path:
   """Returns a folder of a store for one test."""
   name = re.sub(r'\W', '-', request.node.name)

@@ -13,8 +13,8 @@ PAGE = pathlib.Path(__file__).parents[1] / 'docs' / 'buckets.md'
 @pytest.mark.parametrize(
   ('store', 'verbs', 'count'),
   [
-    ('gs', ['infer', 'cache', 'export'], 3),
-    pytest.param('gs', ['train'], 2, marks=pytest.mark.long),
+    ('gs', ['cache', 'export'], 2),
+    pytest.param('gs', ['train', 'infer'], 3, marks=pytest.mark.long),
     pytest.param('s3', ['infer', 'cache', 'export'], 6, marks=pytest.mark.long),
   ],
 )

@@ -111,6 +111,7 @@ def test_a_bundle_answers_as_its_local_copy(root, kept, tmp_path, small_memory):
   assert found == expected and any(found)
 
 
+@bucket_servers.short_in('s3')
 def test_a_converted_folder_is_exported_as_its_local_copy(
   root, kept, tmp_path, small_memory
 ):
@@ -126,6 +127,7 @@ def test_a_converted_folder_is_exported_as_its_local_copy(
     export_command.export(source, str(root / 'made'), to='bundle')
 
 
+@bucket_servers.short_in('s3')
 def test_conversions_are_those_of_local_copies(root, kept, tmp_path):
   """From Hugging Face to the formats that come from it, and back."""
   for place, source in ((tmp_path, str(kept / 'hf')), (root, None)):
@@ -262,6 +264,7 @@ def test_an_upload_that_fails_leaves_nothing(root, kept, monkeypatch):
   assert not (root / 'hf').exists()
 
 
+@bucket_servers.short_in('gs')
 def test_killed_in_an_upload_the_same_command_ends_with_the_same_bytes(
   request, root, kept, tmp_path
 ):

@@ -39,6 +39,7 @@ def content(folder):
   }
 
 
+@bucket_servers.short_in('s3')
 def test_jobs_write_the_files_of_a_local_cache(
   data, model, folder, tmp_path, capsys
 ):
@@ -109,6 +110,7 @@ def test_too_little_room_for_a_shard_is_refused_before_writing(
   assert {path.name for path, _ in folder.objects()} == {cache_writer.PLAN}
 
 
+@bucket_servers.short_in('gs')
 def test_features_are_those_of_a_local_cache(folder, tmp_path):
   local = tmp_path / 'cache'
   tasks = {'one': {'train': cache_files.random_examples(40, seed=1)}}
@@ -150,6 +152,7 @@ def test_a_damaged_object_is_named(folder, tmp_path, ending):
       split.read(np.arange(40))
 
 
+@bucket_servers.short_in('s3')
 def test_batches_are_those_of_a_local_cache(folder, tmp_path, vocabulary):
   tasks = {'one': {'train': cache_files.random_examples(40, seed=1)}}
   cache_files.write(tmp_path, tasks)
@@ -190,6 +193,7 @@ def rows(tmp_path):
   return folder
 
 
+@bucket_servers.short_in('gs')
 def test_killed_it_ends_as_if_it_had_not_been(
   rows, folder, tmp_path, vocabulary
 ):

@@ -203,10 +203,14 @@ def test_a_changed_file_is_named(folder):
     list(predictions.read([path]))
 
 
+@bucket_servers.short_in('s3')
+@pytest.mark.parametrize(
+  'numbers', [(1,), pytest.param((1, 2), marks=pytest.mark.long)]
+)
 def test_answers_scores_and_shards_are_those_of_a_local_folder(
-  run, source, folder, tmp_path, each, capsys
+  run, source, folder, tmp_path, each, capsys, numbers
 ):
-  for num_shards in (1, 2):
+  for num_shards in numbers:
     places = folder / str(num_shards), tmp_path / str(num_shards)
     for shard in range(num_shards):
       for place in places:
@@ -274,11 +278,14 @@ def assert_second_is_refused(process, run, folder, name, arguments):
   ) in ' '.join(told.split())
 
 
-@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  'signum',
+  [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)],
+)
 def test_a_signal_loses_no_answer(run, gcs, request, tmp_path, signum):
   folder = bucket_servers.own_folder('gs', request)
   source = tmp_path / 'in.txt'
-  source.write_text(''.join(f'{n}\n' for n in range(50_000)))
+  source.write_text(''.join(f'{n}\n' for n in range(5_000)))
   process = start(
     run,
     f'--gin.INPUT={source}',
@@ -287,7 +294,7 @@ def test_a_signal_loses_no_answer(run, gcs, request, tmp_path, signum):
     module='l2s_jax',
   )
   told = ''
-  while not re.search(r'\b[1-9]\d+/50000', told):
+  while not re.search(r'\b[1-9]\d+/5000', told):
     assert (piece := process.stderr.read(20)), told
     told += piece
   assert not (folder / f'{NAME}.partial').exists()
@@ -298,7 +305,7 @@ def test_a_signal_loses_no_answer(run, gcs, request, tmp_path, signum):
   assert f'{signum.name}: saving what is done, then exiting.' in rest
   assert not (folder / f'.{NAME}.lock').exists()
   with output_parts.growing_file(folder / NAME) as file:
-    assert file.tally.num_lines >= int(re.findall(r'(\d+)/50000', told)[-1])
+    assert file.tally.num_lines >= int(re.findall(r'(\d+)/5000', told)[-1])
 
 
 # Answers are there, and the main thread is busy.
@@ -315,6 +322,7 @@ with preemption.Watcher(grace_secs=12) as watcher:
 """
 
 
+@bucket_servers.short_in('s3')
 def test_a_busy_process_uploads_its_answers_after_a_signal(folder):
   result = subprocess.run(
     [sys.executable, '-c', BUSY, str(folder / NAME)],
@@ -326,6 +334,7 @@ def test_a_busy_process_uploads_its_answers_after_a_signal(folder):
     assert file.tally.num_lines == 1
 
 
+@bucket_servers.short_in('gs')
 @pytest.mark.parametrize(
   'num_kills', [1, pytest.param(4, marks=pytest.mark.long)]
 )
@@ -334,7 +343,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(
 ):
   rng = random.Random(num_kills)
   source = tmp_path / 'in.txt'
-  num_lines = 1_000 * num_kills
+  num_lines = 600 * num_kills
   source.write_text(
     ''.join(f'{n}\n' * (n % 9 > 0) or '\n' for n in range(2 * num_lines))
   )
@@ -378,6 +387,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(
   }
 
 
+@bucket_servers.short_in('s3')
 def test_killed_in_the_upload_of_a_part_it_ends_as_if_it_had_not_been(
   request, run, folder, tmp_path
 ):
@@ -432,6 +442,7 @@ def test_a_flaky_store_gets_each_line_once(request, run, source, folder):
   answer(run, source, folder)  # Compares the file with its input.
 
 
+@bucket_servers.short_in('gs')
 def test_distilled_answers_are_those_of_a_local_folder(run, folder, tmp_path):
   bindings = test_distill.write_task(tmp_path)
   found = []
@@ -451,6 +462,7 @@ def test_distilled_answers_are_those_of_a_local_folder(run, folder, tmp_path):
     list(distilled.open_folder(str(folder)).records())
 
 
+@bucket_servers.short_in('s3')
 def test_an_evaluation_is_that_in_a_local_folder(run, folder, tmp_path):
   bindings = test_distill.write_task(tmp_path)
   places = folder, tmp_path / 'local'

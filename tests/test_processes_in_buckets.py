@@ -209,6 +209,7 @@ def test_they_train_in_a_bucket_as_one_does_in_a_local_folder(
   assert not (run / locks.NAME).exists()
 
 
+@bucket_servers.short_in('s3')
 @pytest.mark.parametrize(
   'num_shards', [1, pytest.param(2, marks=pytest.mark.long)]
 )
