@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import gin
 
+import l2s_jax
 from l2s_jax.runtime import (
   compilation,
   console,
@@ -382,6 +383,9 @@ def main(
   if not argv or argv[0] in ('-h', '--help'):
     print(_overview(verbs))
     return 0 if argv else 2
+  if argv == ['--version']:
+    print(f'l2s_jax {l2s_jax.__version__}')
+    return 0
   name = argv[0]
   if name not in verbs:
     return _refuse(
@@ -583,6 +587,7 @@ def _overview(verbs: Mapping[str, Verb]) -> str:
       *lines,
       '',
       f'{program} VERB --help: an example, and the gin names it reads.',
+      f'{program} --version: the version.',
     ]
   )
 

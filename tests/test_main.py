@@ -11,6 +11,7 @@ import sys
 import gin
 import pytest
 
+import l2s_jax
 from l2s_jax import __main__ as command_line
 from l2s_jax.data import tasks  # noqa: F401, for its gin names
 from l2s_jax.runtime import gin_config
@@ -261,6 +262,11 @@ def test_wrong_flags_are_one_message_and_status_2(argv, message, capsys):
   assert end.value.code == 2
   assert calls == []
   assert message in capsys.readouterr().err
+
+
+def test_the_version_is_told(capsys):
+  assert run('--version') == 0
+  assert capsys.readouterr().out == f'l2s_jax {l2s_jax.__version__}\n'
 
 
 def test_help_is_quick_since_it_imports_nothing_heavy():
