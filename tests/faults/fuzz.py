@@ -163,10 +163,11 @@ def run(
 
 def _bound_cases() -> None:
   """Bounds the time and memory of each case from now on."""
-  pages = int(pathlib.Path('/proc/self/statm').read_text().split()[0])
-  used = pages * resource.getpagesize()
-  _, hard = resource.getrlimit(resource.RLIMIT_AS)
-  resource.setrlimit(resource.RLIMIT_AS, (used + _MOST_BYTES, hard))
+  # Of what can be written: threads reserve address space that they do not use.
+  status = pathlib.Path('/proc/self/status').read_text()
+  used = int(status.partition('VmData:')[2].split()[0]) * 1024
+  _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+  resource.setrlimit(resource.RLIMIT_DATA, (used + _MOST_BYTES, hard))
   signal.signal(signal.SIGALRM, fuzz_weights._raise)
 
 
