@@ -57,6 +57,9 @@ def values(tmp_path_factory):
     for language in ('en', 'de'):
       with gzip.open(folder / f'{split}.{language}.gz', 'wt') as file:
         file.write('Two words.\n')
+  for split in ('train', 'validation', 'test'):
+    row = '{"prompt": "Two words.", "completion": "One."}\n'
+    (folder / f'{split}.jsonl').write_text(row)
   hugging_face = folder / 't5'
   params = helpers.random_params(l2s.build(config))
   to_huggingface.save(helpers.Arrays(config, params), hugging_face, None)

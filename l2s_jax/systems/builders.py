@@ -106,24 +106,7 @@ def llm_to_slm_system(
     ValueError: if the LLM has no weights or no such layer, or is an LLM-to-SLM
       run; the SLM has neither weights nor config; or a vocabulary does not fit.
   """
-  if llm.path is None:
-    raise ValueError(
-      'LLM-to-SLM needs a pretrained LLM: set LLM_PATH to a run of l2s_jax, a '
-      'Hugging Face folder, a T5X checkpoint or a GGUF file.'
-    )
-  if (path := storage.of(llm.path) / run_format.RUN).is_file():
-    description = runs.read_description(path.parent)
-    if description['kind'] == 'llm_to_slm':
-      raise ValueError(
-        f'LLM_PATH={llm.path} is an LLM-to-SLM run, whose SLM needs the states '
-        f"of its own LLM. Set LLM_PATH to an LLM, such as that run's: "
-        f'{description["llm_path"]}.'
-      )
-  if slm.path is None and slm.config is None:
-    raise ValueError(
-      'LLM-to-SLM needs an SLM: set SLM_PATH to its weights, or SLM to a '
-      'config (such as %T5_1_1_SMALL, with its gin file) for random ones.'
-    )
+  _check_towers(llm, slm)
   if injection not in l2s.INJECTIONS:
     raise ValueError(f'INJECTION={injection!r} is not one of {l2s.INJECTIONS}.')
   llm_config = dataclasses.replace(llm.load_config(), dtype=llm_dtype)
@@ -170,6 +153,28 @@ def llm_to_slm_system(
     if llm_config.is_encoder_decoder
     else llm_vocabulary.prefix_ids,
   )
+
+
+def _check_towers(llm: system_lib.Tower, slm: system_lib.Tower) -> None:
+  """Checks that both models are given, and that the LLM is one."""
+  if llm.path is None:
+    raise ValueError(
+      'LLM-to-SLM needs a pretrained LLM: set LLM_PATH to a run of l2s_jax, a '
+      'Hugging Face folder, a T5X checkpoint or a GGUF file.'
+    )
+  if (path := storage.of(llm.path) / run_format.RUN).is_file():
+    description = runs.read_description(path.parent)
+    if description['kind'] == 'llm_to_slm':
+      raise ValueError(
+        f'LLM_PATH={llm.path} is an LLM-to-SLM run, whose SLM needs the states '
+        f"of its own LLM. Set LLM_PATH to an LLM, such as that run's: "
+        f'{description["llm_path"]}.'
+      )
+  if slm.path is None and slm.config is None:
+    raise ValueError(
+      'LLM-to-SLM needs an SLM: set SLM_PATH to its weights, or SLM to a '
+      'config (such as %T5_1_1_SMALL, with its gin file) for random ones.'
+    )
 
 
 def assemble(

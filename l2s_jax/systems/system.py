@@ -92,6 +92,7 @@ class Tower:
     """Says if a tokenizer ends texts otherwise than the weights' config."""
     if (
       self.path is None
+      or self.config is not None  # The path may have weights alone.
       or (storage.of(self.path) / run_format.RUN).is_file()  # It has no such.
     ):
       return
