@@ -7,7 +7,8 @@
 Both are trained and evaluated, one after the other; complete ones are read, and
 interrupted ones resume. Activations and the frozen LLM are in bfloat16;
 trained parameters, sums of the loss, and optimizers stay in float32. `BAND` is
-how much scores may differ. `--docs` puts the table into that page.
+how much worse scores may be in bfloat16. `--docs` puts the table into that
+page.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from collections.abc import Mapping
 from faults import damage
 from l2s_jax import quickstart
 
-# What may differ: BLEU and exact matches in points, the loss in nats per token.
+# How much worse: BLEU and exact matches in points, the loss in nats per token.
 BAND = {'bleu': 1.0, 'exact_match': 2.0, 'loss': 0.02}
 DTYPES = ('float32', 'bfloat16')
 Scores = Mapping[str, float]
@@ -42,15 +43,16 @@ def scores_of(dtype: str, arguments: list[str]) -> dict[str, Scores]:
   }
 
 
-def is_within(score: str, one: float, other: float) -> bool:
-  """Returns whether two values of a score are within its band."""
-  return abs(one - other) <= BAND[score]  # False for NaN.
+def is_within(score: str, float32: float, bfloat16: float) -> bool:
+  """Returns whether a score in bfloat16 is at most its band worse."""
+  lost = float32 - bfloat16
+  return (-lost if score == 'loss' else lost) <= BAND[score]  # False for NaN.
 
 
 def table(of_dtypes: Mapping[str, Mapping[str, Scores]]) -> str:
   """Returns the scores of both as a table in Markdown."""
   lines = [
-    f'| system | score | {" | ".join(DTYPES)} | may differ by | within |',
+    f'| system | score | {" | ".join(DTYPES)} | may be worse by | within |',
     '| --- | --- | ---: | ---: | ---: | --- |',
   ]
   for system in of_dtypes[DTYPES[0]]:
