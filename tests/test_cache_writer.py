@@ -273,8 +273,11 @@ def command(data, folder, vocabulary):
   ]
 
 
-def test_killed_at_ten_moments_it_ends_as_if_it_had_not_been(
-  tmp_path, vocabulary
+@pytest.mark.parametrize(
+  'num_kills', [3, pytest.param(10, marks=pytest.mark.long)]
+)
+def test_killed_at_several_moments_it_ends_as_if_it_had_not_been(
+  num_kills, tmp_path, vocabulary
 ):
   rows = [
     {'source': f'prompt {n} ' * 20, 'target': f'{n} ' * 10}
@@ -282,12 +285,12 @@ def test_killed_at_ten_moments_it_ends_as_if_it_had_not_been(
   ]
   (tmp_path / 'train.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   cache, unbroken = tmp_path / 'cache', tmp_path / 'unbroken'
-  for number in range(10):
+  for number in range(num_kills):
     process = forked.Popen(
       command(tmp_path, cache, vocabulary), stderr=subprocess.PIPE, text=True
     )
     # Once so many files are there, whole ones and others.
-    files = 12 * (number + 1)
+    files = 120 * (number + 1) // num_kills
     while process.poll() is None:
       if len(list(cache.glob('local/train/*'))) >= files:
         process.kill()
