@@ -106,7 +106,7 @@ def llm_to_slm_system(
     ValueError: if the LLM has no weights or no such layer, or is an LLM-to-SLM
       run; the SLM has neither weights nor config; or a vocabulary does not fit.
   """
-  _check_towers(llm, slm)
+  llm_path = _checked_path(llm, slm)
   if injection not in l2s.INJECTIONS:
     raise ValueError(f'INJECTION={injection!r} is not one of {l2s.INJECTIONS}.')
   llm_config = dataclasses.replace(llm.load_config(), dtype=llm_dtype)
@@ -142,7 +142,7 @@ def llm_to_slm_system(
     slm_vocabulary,
     injection=injection,
     shared=loading.share_ids(llm_vocabulary, slm_vocabulary),
-    sources={'llm': llm.path} | ({'slm': slm.path} if slm.path else {}),
+    sources={'llm': llm_path} | ({'slm': slm.path} if slm.path else {}),
     llm_dtype=llm_dtype,
     # One name for the last layer, so that runs compare equal.
     llm_layer=None
@@ -155,8 +155,8 @@ def llm_to_slm_system(
   )
 
 
-def _check_towers(llm: system_lib.Tower, slm: system_lib.Tower) -> None:
-  """Checks that both models are given, and that the LLM is one."""
+def _checked_path(llm: system_lib.Tower, slm: system_lib.Tower) -> str:
+  """Returns the LLM's path; both models must be given, and the LLM be one."""
   if llm.path is None:
     raise ValueError(
       'LLM-to-SLM needs a pretrained LLM: set LLM_PATH to a run of l2s_jax, a '
@@ -175,6 +175,7 @@ def _check_towers(llm: system_lib.Tower, slm: system_lib.Tower) -> None:
       'LLM-to-SLM needs an SLM: set SLM_PATH to its weights, or SLM to a '
       'config (such as %T5_1_1_SMALL, with its gin file) for random ones.'
     )
+  return llm.path
 
 
 def assemble(
