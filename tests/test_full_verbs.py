@@ -151,6 +151,7 @@ def some(short):
 @some(short=('infer', 'convert', 'export'))
 def test_a_read_only_disk_is_named(verb, verbs, disk, capsys):
   check_packages(verb)
+  expected = verbs.unbroken(verb, capsys)
   job = verbs.begin(verb, capsys)
   gc.collect()  # A file that is open for writing keeps the disk writable.
   with tiny_disks.read_only(disk):
@@ -158,6 +159,8 @@ def test_a_read_only_disk_is_named(verb, verbs, disk, capsys):
   assert status == 1
   assert str(disk) in words
   assert 'Read-only file system; choose another folder' in words
+  assert call(job, capsys) == (0, '')
+  assert content(job) == expected
 
 
 def test_a_run_that_may_only_be_read_is_answered_from(verbs, disk, capsys):

@@ -339,7 +339,7 @@ def _score_steps(
 def _choose_steps(run_dir: str, steps: Any) -> list[int]:
   """Returns the existing steps to evaluate."""
   if steps == 'all':
-    if not model_paths.is_run(run_dir):
+    if not run_format.is_run(run_dir):
       return [model_paths.choose_step(run_dir, steps, 'EVAL_STEPS')]  # raises
     found = distributed.from_first(saved_steps.steps(run_dir))
     bad = {step: saved_steps.problem(run_dir, step) for step in found}

@@ -15,9 +15,9 @@ from l2s_jax.evaluation import evaluate, metric_writer, report
 from l2s_jax.models import flops, l2s
 from l2s_jax.models import shapes as shapes_lib
 from l2s_jax.runtime import distributed, storage
-from l2s_jax.systems import model_paths, run_folder
+from l2s_jax.systems import run_folder
 from l2s_jax.systems import system as system_lib
-from l2s_jax.weights import saved_steps
+from l2s_jax.weights import run_format, saved_steps
 
 Numbers = report.Numbers
 
@@ -139,7 +139,7 @@ def _read(label: str, folder: pathlib.Path) -> ReportedRun:
       'EVAL_OUTPUT_DIR of an evaluation.'
     )
   paths = sorted((folder / 'eval').glob(f'{_METRICS}*.json'))
-  is_run = model_paths.is_run(folder)
+  is_run = run_format.is_run(folder)
   if not (is_run or paths):
     raise ValueError(
       f'{folder} has neither the {run_folder.DESCRIPTION} of a run nor the '

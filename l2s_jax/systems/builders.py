@@ -162,8 +162,8 @@ def _checked_path(llm: system_lib.Tower, slm: system_lib.Tower) -> str:
       'LLM-to-SLM needs a pretrained LLM: set LLM_PATH to a run of l2s_jax, a '
       'Hugging Face folder, a T5X checkpoint or a GGUF file.'
     )
-  if (path := storage.of(llm.path) / run_format.RUN).is_file():
-    description = runs.read_description(path.parent)
+  if run_format.is_run(llm.path):
+    description = runs.read_description(storage.of(llm.path))
     if description['kind'] == 'llm_to_slm':
       raise ValueError(
         f'LLM_PATH={llm.path} is an LLM-to-SLM run, whose SLM needs the states '

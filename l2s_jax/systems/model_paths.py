@@ -15,12 +15,7 @@ from l2s_jax.runtime import files as files_lib
 from l2s_jax.runtime import storage
 from l2s_jax.systems import builders, bundle, run_folder
 from l2s_jax.systems import system as system_lib
-from l2s_jax.weights import hub, opening, saved_steps
-
-
-def is_run(location: str | pathlib.Path) -> bool:
-  """Returns whether a folder is a run's."""
-  return (storage.of(location) / run_folder.DESCRIPTION).is_file()
+from l2s_jax.weights import hub, opening, run_format, saved_steps
 
 
 def check_path(location: str) -> None:
@@ -54,7 +49,7 @@ def load(
     ValueError: if it cannot be read, lacks a tokenizer, or already has a given
       setting.
   """
-  if is_run(location):
+  if run_format.is_run(location):
     if vocabulary is not None or extra_ids:
       raise ValueError(
         f'CHECKPOINT_PATH={location} is a run, which has its own tokenizers. '
@@ -104,7 +99,7 @@ def choose_step(
     FileNotFoundError: if the step does not exist.
     ValueError: if a bundle or a pretrained model has no such step.
   """
-  if is_run(location):
+  if run_format.is_run(location):
     assert step != 'all', step
     return saved_steps.params_folder(location, step)[1]
   if bundle.is_bundle(location):
@@ -128,7 +123,7 @@ def saved_nsecs(location: str, step: int) -> int:
 
   For a run it is that of the checkpoint, otherwise the newest file's.
   """
-  if is_run(location):
+  if run_format.is_run(location):
     params, _ = saved_steps.params_folder(location, step)
     return saved_steps.saved_nsecs(params)
   path = storage.of(location)
@@ -149,7 +144,7 @@ def output_dir(location: str, given: str | None, setting: str) -> pathlib.Path:
   Raises:
     ValueError: if no folder is given for a model outside of a run.
   """
-  if given is None and not is_run(location):
+  if given is None and not run_format.is_run(location):
     raise ValueError(
       f'CHECKPOINT_PATH={location} is not a run: it has no '
       f'{run_folder.DESCRIPTION}. Correct it; or, for a pretrained model, set '

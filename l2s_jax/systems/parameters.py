@@ -14,9 +14,9 @@ from flax import traverse_util
 from l2s_jax.models import l2s, lora
 from l2s_jax.models import shapes as shapes_lib
 from l2s_jax.runtime import distributed, partitioning, storage
-from l2s_jax.systems import bundle, model_paths
+from l2s_jax.systems import bundle
 from l2s_jax.systems import system as system_lib
-from l2s_jax.weights import hub, opening, saved_steps
+from l2s_jax.weights import hub, opening, run_format, saved_steps
 from l2s_jax.weights import source as source_lib
 
 PyTree = Any
@@ -268,7 +268,7 @@ def load_trained(
   """
   if bundle.is_bundle(run_dir):
     return _of_bundle(system, layout, bundle.open_bundle(run_dir))
-  if not model_paths.is_run(run_dir):
+  if not run_format.is_run(run_dir):
     source = opening.open_source(str(run_dir), step or None)
     params, _ = source_lib.load(source, layout.shapes, layout.shardings)
     return params

@@ -93,7 +93,7 @@ class Tower:
     if (
       self.path is None
       or self.config is not None  # The path may have weights alone.
-      or (storage.of(self.path) / run_format.RUN).is_file()  # It has no such.
+      or run_format.is_run(self.path)  # It has no such.
     ):
       return
     of_model = opening.open_source(self.path, may_lack_steps=True).special_ids

@@ -26,11 +26,11 @@ from l2s_jax.models import (
   stored_states,
 )
 from l2s_jax.runtime import partitioning, storage
-from l2s_jax.systems import model_paths, parameters
+from l2s_jax.systems import parameters
 from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
 from l2s_jax.vocabularies import base, loading
-from l2s_jax.weights import hub, opening, runs, source
+from l2s_jax.weights import hub, opening, run_format, runs, source
 
 PyTree = Any
 
@@ -202,7 +202,7 @@ def find(
     )
   module = l2s.build(config)
   continues = None
-  if not (config.is_encoder_decoder or model_paths.is_run(tower.path)):
+  if not (config.is_encoder_decoder or run_format.is_run(tower.path)):
     continues = vocabulary.prefix_ids, vocabulary.eos_ids
   _check_vocabularies(tower.path, vocabulary, system, continues is None)
   try:

@@ -149,11 +149,7 @@ def _what_it_is_not(folder: pathlib.Path) -> str:
       'msgpack. For safetensors and pytorch_model.bin, give the folder.'
     )
   files = sorted(path.name for path in folder.glob('*.gguf'))
-  runs = [
-    parent
-    for parent in folder.parents[:2]
-    if (parent / run_format.RUN).is_file()
-  ]
+  runs = [path for path in folder.parents[:2] if run_format.is_run(path)]
   return (
     f'{folder} is not a folder of weights: it has neither '
     f'{converted.DESCRIPTION} (a converted folder) nor model.json (a run of '

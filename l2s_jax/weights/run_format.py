@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import l2s_jax
-from l2s_jax.runtime import files, integrity
+from l2s_jax.runtime import files, integrity, storage
 
 FORMAT_VERSION = 2
 RUN = 'model.json'
@@ -55,6 +55,11 @@ def _to_2(kind: str, description: Description) -> Description:
 # By version: the function that migrates a file to the next version. Arguments
 # are the file name (RUN, CONVERTED, ...) and the content.
 MIGRATIONS: dict[int, Callable[[str, Description], Description]] = {1: _to_2}
+
+
+def is_run(location: str | os.PathLike[str]) -> bool:
+  """Returns whether a folder is a run's."""
+  return (storage.of(location) / RUN).is_file()
 
 
 def refuse_other(folder: pathlib.Path, name: str, own: str) -> None:

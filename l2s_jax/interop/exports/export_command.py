@@ -31,7 +31,7 @@ from l2s_jax.runtime import extras, files, storage
 from l2s_jax.systems import bundle, model_paths, parameters
 from l2s_jax.systems import session as session_lib
 from l2s_jax.systems import system as system_lib
-from l2s_jax.weights import manifest, saved_steps
+from l2s_jax.weights import manifest, run_format, saved_steps
 
 PyTree = Any
 
@@ -234,7 +234,7 @@ def _export_state(
     FileNotFoundError: if `source` is not a run.
     ValueError: if a flag does not apply, or T5X cannot hold the state.
   """
-  if not model_paths.is_run(source):
+  if not run_format.is_run(source):
     raise FileNotFoundError(
       f'{source} is not a run. --to=t5x writes the training state of a run; '
       'pass its MODEL_DIR.'
