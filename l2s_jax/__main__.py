@@ -15,6 +15,7 @@ if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import argparse
 import contextlib
+import gc
 import importlib
 import inspect
 import keyword
@@ -417,6 +418,7 @@ def main(
     fn = verbs[name].load()
     for module in configurable_modules:
       importlib.import_module(module)
+    _collect_garbage()
     given = {
       flag.parameter: getattr(args, flag.parameter)
       for flag in verbs[name].flags
@@ -447,6 +449,16 @@ def main(
       raise
     return _refuse(_own_words(error), status=1)
   return 0
+
+
+def _collect_garbage() -> None:
+  """Ends the time without garbage collection that `process` began.
+
+  What was imported stays; looking through it is a tenth of a start.
+  """
+  if not gc.isenabled():
+    gc.freeze()
+    gc.enable()
 
 
 def _run(
@@ -641,6 +653,7 @@ def process(main: Callable[[], int | None]) -> int:
   hooks = os_errors.Hooks()
   if '--verbose' not in sys.argv:
     hooks.install()
+  gc.disable()  # Until all is imported; see `_collect_garbage`.
   status = preemption.run(main)
   sys.stdout.flush()  # Here, where a closed pipe can be reported.
   if hooks.of_thread and not status:

@@ -315,7 +315,6 @@ def param_shapes(module: Module) -> Any:
   """Returns the shapes of a module's parameters, for which it is traced."""
   shapes, _ = partitioning.abstract_params(
     functools.partial(module.init, deterministic=True),
-    jax.random.key(0),
     batch_keys.example_batch(1, 2, 2),
   )
   return shapes

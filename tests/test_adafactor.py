@@ -246,7 +246,6 @@ def test_every_family_can_be_trained_with_it(name):
   """Each axis that a model names plays a part."""
   shapes, axes = partitioning.abstract_params(
     functools.partial(helpers.MODULES[name].init, deterministic=True),
-    jax.random.key(0),
     batch_keys.example_batch(1, 2, 2),
   )
   optimizer = optim.adafactor().make(axes)

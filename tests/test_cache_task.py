@@ -178,7 +178,7 @@ class Watch(hooks.Hook):
 
 
 def test_training_from_a_cache_imports_no_tensorflow(folder, tmp_path):
-  """Nor SeqIO, until it is scored."""
+  """Nor SeqIO, until it is scored; nor torch, for the log of TensorBoard."""
   (tmp_path / 'watch_imports.py').write_text(WATCH)
   (tmp_path / 'watch.gin').write_text(
     'import watch_imports\nHOOKS = [@watch_imports.Watch()]\n'
@@ -202,8 +202,8 @@ def test_training_from_a_cache_imports_no_tensorflow(folder, tmp_path):
     capture_output=True,
   )
   names = (tmp_path / 'modules.txt').read_text().split()
-  assert 'array_record' in names
-  assert not {'tensorflow', 'seqio', 'tensorflow_datasets'} & set(names)
+  assert {'array_record', 'tensorboardX'} <= set(names)
+  assert not {'tensorflow', 'seqio', 'tensorflow_datasets', 'torch'} & {*names}
 
 
 def evaluate(folder, run, *arguments):

@@ -201,7 +201,6 @@ def test_a_mesh_reads_its_shards_out_of_the_files(t5, tmp_path):
   module = l2s.build(source.config)
   shapes, axes = partitioning.abstract_params(
     lambda key: module.init(key, helpers.random_batch(), deterministic=True),
-    jax.random.key(0),
   )
   shardings = partitioning.param_shardings(shapes, axes, mesh, mesh_config)
   opened = opening.open_source(str(tmp_path / 'l2s'))

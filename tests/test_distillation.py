@@ -461,7 +461,7 @@ def test_eight_devices_learn_what_one_does(is_on_policy):
 
   def place(init, params):
     shapes, axes = partitioning.abstract_params(
-      functools.partial(init, deterministic=True), jax.random.key(0), batch
+      functools.partial(init, deterministic=True), batch
     )
     if 'llm' not in shapes:
       shapes, axes = {'llm': shapes}, {'llm': axes}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2s_jax.models import l2s
+from l2s_jax.models import l2s, language_model
 from l2s_jax.runtime import partitioning
 from l2s_jax.systems import parameters
 
@@ -450,3 +450,28 @@ def test_the_llm_has_a_gradient_where_it_is_trained_and_else_none(layer):
       jax.tree.map(np.shape, held[name]), jax.tree.map(np.shape, trained[name])
     )
     assert all(np.any(leaf) for leaf in jax.tree.leaves(held[name]))
+
+
+@pytest.mark.parametrize('has_mesh', [False, True])
+def test_small_and_large_stacks_are_divided_into_the_same_layers(
+  has_mesh, monkeypatch
+):
+  """NumPy divides small ones, and a program those that take it long."""
+  module = helpers.MODULES['llm_to_t5_1_0-add-shared']
+  params = helpers.random_params(module)
+  if has_mesh:
+    mesh = partitioning.make_mesh(
+      partitioning.MeshConfig(data=1), jax.devices()[:1]
+    )
+    params = jax.device_put(
+      params, jax.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    )
+  generating = l2s.for_generation(module)
+  found = []
+  for num_bytes in (2**30, 0):
+    monkeypatch.setattr(language_model, '_SMALL_BYTES', num_bytes)
+    found.append(l2s.params_for_generation(generating, params))
+  small, large = found
+  helpers.assert_trees_equal(small, large)
+  for a, b in zip(jax.tree.leaves(small), jax.tree.leaves(large), strict=True):
+    assert a.sharding.is_equivalent_to(b.sharding, a.ndim)

@@ -126,7 +126,6 @@ def test_parameters_are_stacked_along_layers(slm, scan_layers):
   config = dataclasses.replace(helpers.SLMS[slm], scan_layers=scan_layers)
   shapes, axes = partitioning.abstract_params(
     lambda key, batch: l2s.build(config).init(key, batch, deterministic=True),
-    jax.random.key(0),
     batch_keys.example_batch(1, 2, 2),
   )
   shapes = traverse_util.flatten_dict(shapes)

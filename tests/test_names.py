@@ -8,7 +8,6 @@ import dataclasses
 import math
 
 import helpers
-import jax
 import numpy as np
 import pytest
 from flax import traverse_util
@@ -70,7 +69,6 @@ def test_a_table_has_a_row_for_every_parameter_and_fills_what_it_names(
   module = l2s.build(config)
   shapes, _ = partitioning.abstract_params(
     lambda key, batch: module.init(key, batch, deterministic=True),
-    jax.random.key(0),
     batch_keys.example_batch(1, 2, 2),
   )
   sizes = name_table.axis_sizes(config)

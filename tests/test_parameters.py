@@ -231,3 +231,21 @@ def test_a_fingerprint_is_that_of_tensors_with_digests_or_without(monkeypatch):
   kept = source.read_fingerprint(arrays, shapes)
   monkeypatch.setattr(arrays, 'digest', lambda path: None)
   assert source.read_fingerprint(arrays, shapes) == kept
+
+
+@pytest.mark.parametrize(
+  'name',
+  ['t5_1_0', 'llm_to_t5_1_0-add-shared', 'llm_to_gpt2-replace-foreign'],
+)
+def test_the_layout_is_of_the_parameters_that_are_initialised(name):
+  system = helpers.system(helpers.MODULES[name])
+  mesh_config = partitioning.MeshConfig(data=1)
+  mesh = partitioning.make_mesh(mesh_config, jax.devices()[:1])
+  layout = parameters.layout(system, mesh, mesh_config)
+  shapes, axes = partitioning.abstract_params(
+    lambda key: parameters.init(system, key)
+  )
+  assert layout.axes == axes
+  assert jax.tree.map(lambda x: x.shape, layout.shapes) == jax.tree.map(
+    lambda x: x.shape, shapes
+  )

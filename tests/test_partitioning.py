@@ -399,7 +399,6 @@ def test_bytes_per_device_counts_one_shard():
 def test_every_axis_of_a_parameter_has_a_rule(name):
   _, axes = partitioning.abstract_params(
     functools.partial(helpers.MODULES[name].init, deterministic=True),
-    jax.random.key(0),
     batch_keys.example_batch(1, 2, 2),
   )
   used = set()

@@ -87,7 +87,6 @@ def stories(shared_data, tmp_path_factory):
   model = l2s.build(opening.open_source(str(folder)).config)
   shapes, _ = partitioning.abstract_params(
     lambda key, batch: model.init(key, batch, deterministic=True),
-    jax.random.key(0),
     batch_keys.example_batch(1, 2, 2),
   )
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -93,7 +93,6 @@ mesh = partitioning.make_mesh(config)
 expected = opening.open_source(local)
 shapes, axes = partitioning.abstract_params(
   functools.partial(l2s.build(expected.config).init, deterministic=True),
-  jax.random.key(0),
   batch_keys.example_batch(1, 2, 2),
 )
 shardings = partitioning.param_shardings(

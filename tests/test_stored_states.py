@@ -88,6 +88,6 @@ def test_a_system_begins_as_with_the_llm():
   helpers.assert_trees_equal(found, whole)
   shared = helpers.system(helpers.MODULES['llm_to_t5_1_1-add-shared'])
   shapes, _ = partitioning.abstract_params(
-    functools.partial(parameters.init, cached(shared)), jax.random.key(0)
+    functools.partial(parameters.init, cached(shared))
   )
   assert set(shapes) == {'projector', 'slm'}

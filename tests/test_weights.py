@@ -127,7 +127,6 @@ def model_shapes(config):
   module = l2s.build(config)
   shapes, _ = partitioning.abstract_params(
     lambda key, batch: module.init(key, batch, deterministic=True),
-    jax.random.key(0),
     batch_keys.example_batch(1, 2, 2),
   )
   return shapes

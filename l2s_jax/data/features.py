@@ -21,6 +21,7 @@ import numpy as np
 
 from l2s_jax.data import packing, seqio_internals
 from l2s_jax.models import batch_keys
+from l2s_jax.runtime import memory
 from l2s_jax.vocabularies import base, sentencepiece
 
 
@@ -50,7 +51,7 @@ def _is_worth_reading(record: logging.LogRecord) -> bool:
 
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-with _silence():
+with _silence(), memory.uncollected():
   import seqio
   import tensorflow as tf
   import tensorflow_datasets as tfds  # noqa: F401, for sources.py
@@ -59,6 +60,11 @@ with _silence():
 
   tf.config.set_visible_devices([], 'GPU')
 logging.getLogger('absl').addFilter(_is_worth_reading)
+
+# AutoGraph rewrites the source of what a dataset maps, two seconds of a start.
+# It is for Python's `if` and loops over tensors, which our functions do not
+# have; a user's steps are converted as anywhere.
+as_written = tf.autograph.experimental.do_not_convert
 
 EOS_STEPS = (
   seqio.preprocessors.append_eos,
@@ -199,9 +205,10 @@ def map_batches(
   Args:
     dataset: dataset of examples.
     fn: function from batched columns [n, ...] to [n, ...]. It may drop examples
-      if the dataset's cardinality is unknown.
+      if the dataset's cardinality is unknown. It has no Python `if` or loop
+      over tensors.
   """
-  mapped = dataset.ragged_batch(_MAPPED_AT_ONCE).map(fn).unbatch()
+  mapped = dataset.ragged_batch(_MAPPED_AT_ONCE).map(as_written(fn)).unbatch()
   number = dataset.cardinality()
   if number < 0:
     return mapped
@@ -255,6 +262,7 @@ def encodes_alike(vocabulary: seqio.Vocabulary, bound: SeqioVocabulary) -> bool:
   return vocabulary.eos_id == bound.eos_id and models[0] == models[1]
 
 
+@as_written
 def tokenize_and_measure(
   dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]
 ) -> tf.data.Dataset:
@@ -467,7 +475,7 @@ def translate_cached_ids(task: seqio.Task) -> Callable[..., tf.data.Dataset]:
       }
       return {**example, **ids}
 
-    return dataset.map(encode, num_parallel_calls=tf.data.AUTOTUNE)
+    return dataset.map(as_written(encode), num_parallel_calls=tf.data.AUTOTUNE)
 
   return translate
 
@@ -554,11 +562,13 @@ class L2SFeatureConverter(seqio.FeatureConverter):
       return self.convert({**batch, **rows}, task_feature_lengths)
 
     keys = ('inputs', 'targets', 'inputs_length', 'targets_length')
-    ds = ds.map(lambda example: {key: example[key] for key in keys})
+    ds = ds.map(as_written(lambda example: {key: example[key] for key in keys}))
     if not self._shares_rows:
       return map_batches(ds, convert)
     windows = ds.ragged_batch(packing.WINDOW)
-    return windows.map(convert, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
+    return windows.map(
+      as_written(convert), num_parallel_calls=tf.data.AUTOTUNE
+    ).unbatch()
 
   def convert(
     self,

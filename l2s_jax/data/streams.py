@@ -298,7 +298,7 @@ def train_batches(
     # With one example per row these are the final batches, all of full size.
     are_batches = not (pack or length_buckets)
     return texts.ragged_batch(size, drop_remainder=are_batches).map(
-      convert, num_parallel_calls=tf.data.AUTOTUNE
+      features.as_written(convert), num_parallel_calls=tf.data.AUTOTUNE
     )
 
   texts = _shuffled_texts(task, split, task_feature_lengths, seed, num_epochs)
@@ -365,12 +365,18 @@ def _shuffled(
   num_epochs: int | None,
 ) -> 'tf.data.Dataset':
   """Returns a task's shuffled examples after the given preprocessors."""
+  from l2s_jax.data import features
+
   task = task.replace(preprocessors=steps)
   dataset = task.source.get_dataset(split=split, shuffle=True, seed=seed)
   dataset = task.preprocess_precache(dataset, seed=seed).repeat(num_epochs)
   dataset = task.preprocess_postcache(
     dataset, sequence_length=task_feature_lengths, seed=seed
-  ).map(lambda example: {key: example[key] for key in ('inputs', 'targets')})
+  ).map(
+    features.as_written(
+      lambda example: {key: example[key] for key in ('inputs', 'targets')}
+    )
+  )
   if task.shuffle_buffer_size is not None:
     return dataset.shuffle(task.shuffle_buffer_size, seed=seed)
   if not task.source.performs_internal_shuffling:

@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from l2s_jax.runtime import (
   distributed,
+  extras,
   files,
   integrity,
   os_errors,
@@ -168,8 +169,8 @@ class EventFile:
 
   def __init__(self, folder: pathlib.Path):
     """Creates an event file in a folder; creates the folder if absent."""
-    # tensorboardX imports torch where it is installed, which takes seconds.
-    from tensorboardX import event_file_writer
+    with extras.hidden('torch'):  # tensorboardX does not need it.
+      from tensorboardX import event_file_writer
 
     self._remote: storage.BucketPath | None = None
     if isinstance(folder, storage.BucketPath):

@@ -277,9 +277,11 @@ class Generation:
 
   def is_over(self) -> bool:
     """Waits for the device; returns whether all rows are done."""
-    return self.step >= self._generator.max_decode_len or bool(
-      self.state.done.all()
-    )
+    if self.step >= self._generator.max_decode_len:
+      return True
+    done = self.state.done
+    # NumPy, where this process has all rows: no program of its own.
+    return bool((np.asarray(done) if done.is_fully_addressable else done).all())
 
   def stop(self, rows: Bool[np.ndarray, 'batch']) -> None:
     """Marks rows as done."""

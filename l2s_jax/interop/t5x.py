@@ -218,7 +218,7 @@ class LlmToSlmModel(models.BaseTransformerModel):
     del input_shapes, input_types  # Parameter shapes do not depend on them.
     boxed = parameters.init(self.system, rng)
     _, axes = partitioning.abstract_params(
-      functools.partial(parameters.init, self.system), rng
+      functools.partial(parameters.init, self.system)
     )
     return flax.core.freeze(
       {**partitioning.unbox(boxed), 'params_axes': _axis_metadata(axes)}

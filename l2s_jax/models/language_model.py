@@ -23,6 +23,9 @@ from l2s_jax.models import int8, kernel_first, lora, transformer
 Batch = Mapping[str, jax.Array]
 PyTree = Any
 
+# A program to divide layers takes 30 ms to trace and load from its cache.
+_SMALL_BYTES = 2**22
+
 
 class LanguageModel(nn.Module):
   """A language model of any architecture.
@@ -178,13 +181,16 @@ def params_for_generation(
       return x
     if isinstance(x, np.ndarray) and not axes:
       return tuple(x)  # Views: memory-mapped arrays stay on disk.
-    converted = _convert(
-      x,
-      is_stacked,
-      axes,
-      in_bfloat16=config.quantization == 'bfloat16',
-      is_table=names[-1] == 'embedding',
-    )
+    if not axes and _is_small(x):
+      converted: Any = _copy_layers(x)
+    else:
+      converted = _convert(
+        x,
+        is_stacked,
+        axes,
+        in_bfloat16=config.quantization == 'bfloat16',
+        is_table=names[-1] == 'embedding',
+      )
     if consume and isinstance(x, jax.Array):
       x.delete()
     return converted
@@ -211,6 +217,24 @@ def _split_layers(stacked: PyTree, module: PyTree) -> PyTree:
     f'layers_{i}': jax.tree.unflatten(treedef, layer)
     for i, layer in enumerate(zip(*apart, strict=True))
   }
+
+
+def _is_small(x: Any) -> bool:
+  """Returns whether NumPy copies faster than a program could be compiled."""
+  if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
+    return False
+  (device, *others) = x.devices()
+  return not others and device.platform == 'cpu' and x.nbytes < _SMALL_BYTES
+
+
+def _copy_layers(x: jax.Array) -> tuple[jax.Array, ...]:
+  sharding = x.sharding
+  if isinstance(sharding, jax.sharding.NamedSharding):
+    sharding = jax.sharding.NamedSharding(
+      sharding.mesh, jax.sharding.PartitionSpec()
+    )
+  # `jnp.array` would compile a program for each shape.
+  return tuple(jax.device_put(list(np.asarray(x)), sharding, may_alias=False))
 
 
 @functools.partial(

@@ -53,7 +53,6 @@ def of_module(
   """
   shapes, _ = partitioning.abstract_params(
     functools.partial(module.init, deterministic=True),
-    jax.random.key(0),
     batch_keys.example_batch(1, 2, 2),
   )
   return types.MappingProxyType(traverse_util.flatten_dict(shapes))

@@ -167,7 +167,7 @@ def _our_step(
     states = jax.random.normal(jax.random.key(seed), size)
     batch |= stored_states.store(states, 'bfloat16')
   init = functools.partial(module.init, deterministic=True)
-  _, axes = partitioning.abstract_params(init, jax.random.key(0), batch)
+  _, axes = partitioning.abstract_params(init, batch)
   if params is None:
     make = jax.jit(lambda key: partitioning.unbox(init(key, batch))['params'])
     params = make(jax.random.key(seed))

@@ -6,7 +6,9 @@ begins; where it does not, the command line turns Python's error of a missing
 module into the same message (`explain`).
 """
 
+import contextlib
 import importlib.util
+import sys
 from collections.abc import Iterator, Mapping
 
 # Name of the module to extra.
@@ -43,6 +45,20 @@ EXTRAS: Mapping[str, str] = {
 def missing(*modules: str) -> list[str]:
   """Returns those of the modules that are not installed."""
   return [name for name in modules if importlib.util.find_spec(name) is None]
+
+
+@contextlib.contextmanager
+def hidden(module: str) -> Iterator[None]:
+  """Hides a module from imports of another, which can do without it.
+
+  A module that was imported before is not hidden.
+  """
+  is_hidden = sys.modules.setdefault(module, None) is None  # type: ignore[call-overload]
+  try:
+    yield
+  finally:
+    if is_hidden:
+      del sys.modules[module]
 
 
 def require(purpose: str, *modules: str, instead: str = '') -> None:

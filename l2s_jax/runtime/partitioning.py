@@ -348,14 +348,19 @@ def abstract_params(
   """Returns shapes and logical axes of the parameters created by `init`.
 
   Args:
-    init: a module's `init`, or a similar function that returns {'params': ...}.
-    *args: its arguments; arrays or shapes.
+    init: a module's `init`, or a similar function of a PRNG key and `args` that
+      returns {'params': ...}.
+    *args: its other arguments; arrays or shapes.
 
   Returns:
     A pytree of `jax.ShapeDtypeStruct`, and a pytree of `PartitionSpec` with
     logical axis names.
   """
-  boxed = jax.eval_shape(init, *args)['params']
+  # The key is made within: as an array it would cost the compilation of a
+  # program.
+  boxed = jax.eval_shape(lambda *args: init(jax.random.key(0), *args), *args)[
+    'params'
+  ]
   return unbox(boxed), nn.get_partition_spec(boxed)
 
 

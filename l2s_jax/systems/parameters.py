@@ -2,7 +2,6 @@
 """A system's parameters: shapes, shardings, initialisation and loading."""
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -47,16 +46,32 @@ def init(
     only: predicate of a path that selects parameters; XLA removes the
       computation of the others. None returns all.
   """
-  batch = {
-    name: jnp.ones(shape.shape, shape.dtype)
-    for name, shape in system.example_batch(1, 2, 2).items()
-  }
+  batch = _example_batch(system)
   params = system.module.init(key, batch, deterministic=True)['params']
   writer, name = l2s.writer(system.module)
   if name is not None:
     whole = writer.init(key, batch, deterministic=True)
     params = {**params, name: whole['params']}
   return {'params': split_by_path(params, only)[0]}
+
+
+def _example_batch(system: system_lib.System) -> dict[str, jax.Array]:
+  return {
+    name: jnp.ones(shape.shape, shape.dtype)
+    for name, shape in system.example_batch(1, 2, 2).items()
+  }
+
+
+def _abstract(system: system_lib.System) -> tuple[PyTree, PyTree]:
+  """Returns shapes and logical axes of all parameters, as `init` makes them.
+
+  Without `init`'s second pass over the SLM, which changes values alone.
+  """
+  return partitioning.abstract_params(
+    lambda key: system.module.init(
+      key, _example_batch(system), deterministic=True
+    )
+  )
 
 
 def layout(
@@ -69,9 +84,7 @@ def layout(
   Raises:
     ValueError: if a parameter's axis is not divisible by its mesh axes.
   """
-  shapes, axes = partitioning.abstract_params(
-    functools.partial(init, system), jax.random.key(0)
-  )
+  shapes, axes = _abstract(system)
   shapes = {
     name: jax.tree.map(
       lambda s: jax.ShapeDtypeStruct(s.shape, system.frozen_dtype), tree
@@ -171,10 +184,7 @@ def _load_beside_states(
   params: dict[str, PyTree] = {}
   if system.llm_fingerprint is None or 'llm' in layout.shapes:
     source = open_llm(system.sources['llm'], system.llm_step)
-    shapes, _ = partitioning.abstract_params(
-      functools.partial(init, dataclasses.replace(system, cached_states=None)),
-      jax.random.key(0),
-    )
+    shapes, _ = _abstract(dataclasses.replace(system, cached_states=None))
     fingerprint = source_lib.read_fingerprint(source, shapes['llm'])
     system = _with_fingerprint(system, fingerprint, source.step())
     if 'llm' in layout.shapes:

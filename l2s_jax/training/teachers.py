@@ -349,7 +349,6 @@ def _layout(
   with session.entered():
     whole, whole_axes = partitioning.abstract_params(
       functools.partial(module.init, deterministic=True),
-      jax.random.key(0),
       batch_keys.example_batch(1, 2, 2),
     )
     found, axes = (
