@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import sys
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 # Name of the module to extra.
 EXTRAS: Mapping[str, str] = {
@@ -53,12 +54,13 @@ def hidden(module: str) -> Iterator[None]:
 
   A module that was imported before is not hidden.
   """
-  is_hidden = sys.modules.setdefault(module, None) is None  # type: ignore[call-overload]
+  modules: dict[str, Any] = sys.modules
+  is_hidden = modules.setdefault(module, None) is None
   try:
     yield
   finally:
     if is_hidden:
-      del sys.modules[module]
+      del modules[module]
 
 
 def require(purpose: str, *modules: str, instead: str = '') -> None:
