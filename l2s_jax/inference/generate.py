@@ -91,6 +91,7 @@ class Generator:
     self._begin = jax.jit(self._begin_rows)
     self.decode = jax.jit(self._decode, donate_argnames='state')
     self._grow = jax.jit(_grow, static_argnames='num_slots')
+    self._answers = jax.jit(self.strategy.answers)
 
   def prepare(self, params: PyTree, *, consume: bool = False) -> PyTree:
     """Returns a system's parameters in the form for generation.
@@ -289,7 +290,7 @@ class Generation:
 
   def answers(self) -> strategies.Answers:
     """Returns the answers decoded so far."""
-    return self._generator.strategy.answers(self.state)
+    return self._generator._answers(self.state)
 
   def finish(self) -> strategies.Answers:
     """Decodes to the end and returns the answers."""

@@ -22,6 +22,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import tqdm
 
 from l2s_jax.evaluation import metric_writer, scoring
@@ -204,7 +205,8 @@ class Log(Hook):
       constants: scalars to log in each line.
     """
     self.every = every
-    self._schedule = schedule
+    # One program: each of its operations alone would be one.
+    self._schedule = jax.jit(schedule)
     self._constants = constants
 
   def __call__(self, loop: Loop) -> None:
