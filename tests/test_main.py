@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the command line: what it runs, refuses, and tells."""
 
+import gc
 import importlib
 import os
 import pathlib
@@ -297,3 +298,12 @@ def test_the_example_of_a_verb_binds_all_that_it_needs(name):
   gin_config.parse_config(args.gin_file, bindings)
   given = [flag.parameter for flag in verb.flags]
   gin_config.check_required(verb.load(), given=('dry_run', *given))
+
+
+def test_garbage_is_collected_once_all_is_imported():
+  gc.disable()  # As `process` does.
+  try:
+    assert run('polish', '--gin.polish.model_dir=x') == 0
+    assert gc.isenabled()
+  finally:
+    gc.enable()

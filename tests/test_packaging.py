@@ -93,6 +93,16 @@ def test_the_extra_of_a_module_has_its_package(module):
   assert name not in core()
 
 
+def test_a_module_is_hidden_unless_it_was_imported_before():
+  sys.modules.pop('colorsys', None)
+  with extras.hidden('colorsys'), pytest.raises(ImportError):
+    importlib.import_module('colorsys')
+  module = importlib.import_module('colorsys')
+  with extras.hidden('colorsys'):
+    assert importlib.import_module('colorsys') is module
+  assert sys.modules['colorsys'] is module
+
+
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
   extras.require('x', 'seqio')
   monkeypatch.setitem(sys.modules, 'gguf', None)
