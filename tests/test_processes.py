@@ -2,11 +2,11 @@
 """Laws of several processes: real ones, joined on this machine."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
 
+import forked
 import tiny_runs
 
 # Prints the rows that this process has put on its devices, three batches of
@@ -66,11 +66,10 @@ def run(program, num_processes, *arguments):
     free.bind(('localhost', 0))
     address = f'localhost:{free.getsockname()[1]}'
   processes = [
-    subprocess.Popen(
+    forked.Popen(
       [sys.executable, '-c', program, address, str(num_processes), str(index)]
       + [*arguments],
       cwd=tiny_runs.ROOT,
-      env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''},
       stdout=subprocess.PIPE,
       text=True,
     )
