@@ -2,14 +2,10 @@
 """The quickstart's path, cut to a few steps, and what it leaves behind."""
 
 import json
-import pathlib
-import subprocess
 import sys
 
 import forked
 import pytest
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -20,7 +16,7 @@ ROOT = pathlib.Path(__file__).parent.parent
   ],
 )
 def test_quickstart_leaves_its_report(slm, tmp_path):
-  result = subprocess.run(
+  result = forked.run(
     [
       sys.executable,
       '-m',
@@ -30,9 +26,6 @@ def test_quickstart_leaves_its_report(slm, tmp_path):
       '--eval_examples=64',
       f'--output_dir={tmp_path / "quickstart"}',
     ],
-    cwd=ROOT,
-    env=forked.environment(),
-    capture_output=True,
     text=True,
     timeout=600,
   )
