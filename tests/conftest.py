@@ -11,6 +11,8 @@ import shutil
 import signal
 import string
 import tempfile
+from importlib import machinery
+from unittest import mock
 
 os.environ['JAX_PLATFORMS'] = 'cpu'  # also of the processes that tests start
 os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # The user's is not ours.
@@ -34,6 +36,7 @@ import gin
 import jax
 import jaxtyping
 import pytest
+from jaxtyping import _import_hook
 
 # A shell that runs this in the background has it ignored, and what is ignored
 # stays so in the processes that tests start.
@@ -75,6 +78,24 @@ def checked(function):
 
 # It has no arrays, and checking its closures takes fifty times their time.
 import l2s_jax.data.cldr  # noqa: E402, F401
+
+
+def get_code(loader, name):
+  """Returns a module's code, which has a name of its own among those kept."""
+  hash_of_checker = loader._typechecker.get_hash()
+  with mock.patch(
+    'importlib._bootstrap_external.cache_from_source',
+    functools.partial(
+      _import_hook._optimized_cache_from_source, hash_of_checker
+    ),
+  ):
+    return machinery.SourceFileLoader.get_code(loader, name)
+
+
+# jaxtyping's loader has such names while a module runs: then for all that it
+# imports, TensorFlow too, of which every process compiled the sources.
+_import_hook._JaxtypingLoader.get_code = get_code  # type: ignore[method-assign]
+del _import_hook._JaxtypingLoader.exec_module
 
 # Before the rest of the package is imported.
 jaxtyping.install_import_hook('l2s_jax', 'conftest.checked')
