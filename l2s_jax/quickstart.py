@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   _say('5/7 evaluation on the test split, with the controls')
   rows: dict[str, TableRow] = {}
   for name, label in NAMES.items():
-    rows |= _evaluate(name, label, output_dir / name)
+    rows |= _evaluate(name, label, output_dir / name, args.eval_examples)
 
   mesh = partitioning.make_mesh(partitioning.MeshConfig())
   with (
@@ -164,6 +164,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     type=int,
     help='updates of each model, to walk the path in less time',
   )
+  parser.add_argument(
+    '--eval_examples',
+    type=int,
+    help='phrases of each evaluation, for the same purpose',
+  )
   args = parser.parse_args(argv)
   if absent := extras.missing('babel', 'num2words', 'sacrebleu', 'seqio'):
     parser.error(extras.message('the quickstart', *absent))
@@ -179,6 +184,8 @@ def output_folder(args: argparse.Namespace) -> pathlib.Path:
     output_dir = output_dir.with_name(f'{output_dir.name}_{args.dtype}')
   if args.seed:
     output_dir = output_dir.with_name(f'{output_dir.name}_seed{args.seed}')
+  if args.eval_examples is not None:
+    gin_config.check_positive(eval_examples=args.eval_examples)
   if args.train_steps is not None:
     gin_config.check_positive(train_steps=args.train_steps)
     output_dir = output_dir.with_name(f'{output_dir.name}_{args.train_steps}')
@@ -235,6 +242,8 @@ def _training(
       f'TRAIN_STEPS={args.train_steps}',
       f'WARMUP_STEPS={warmup_steps}',
     ]
+  if args.eval_examples is not None:
+    bindings += [f'train.num_eval_examples={args.eval_examples}']
   gin_file = f'gin_configs/experiments/quickstart_{name}.gin'
   return _arguments('train', [gin_file], bindings)
 
@@ -308,7 +317,7 @@ def _beside(arguments: list[str], output_dir: pathlib.Path) -> Iterator[None]:
 
 
 def _evaluate(
-  name: str, label: str, run_dir: pathlib.Path
+  name: str, label: str, run_dir: pathlib.Path, num_examples: int | None
 ) -> dict[str, TableRow]:
   """Evaluates a run; returns its table row and those of its controls."""
   labels = {'none': label} | (CONTROLS if name == 'llm_to_slm' else {})
@@ -323,6 +332,7 @@ def _evaluate(
         f"TASK_FEATURE_LENGTHS={{'inputs': {PROMPT_LENGTH}, "
         f"'targets': {ANSWER_LENGTH}}}",
         'BATCH_SIZE=32',
+        *([f'evaluate.num_examples={num_examples}'] if num_examples else []),
       ],
     )
   )

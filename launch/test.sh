@@ -54,5 +54,6 @@ if ! wait $!; then
 fi
 tail -n 1 "$beam/log"
 # A worker that dies ends the run: xdist 3.8 hangs after replacing one.
-python -m pytest --numprocesses=2 --dist=loadfile --max-worker-restart=0 \
-  --durations=40 ${chosen[@]+"${chosen[@]}"}
+# Files begin in the order of tests/conftest.py, not by their numbers of tests.
+python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder \
+  --max-worker-restart=0 --durations=40 ${chosen[@]+"${chosen[@]}"}

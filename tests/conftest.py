@@ -11,6 +11,8 @@ import shutil
 import signal
 import string
 import tempfile
+from importlib import machinery
+from unittest import mock
 
 os.environ['JAX_PLATFORMS'] = 'cpu'  # also of the processes that tests start
 os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # The user's is not ours.
@@ -34,6 +36,7 @@ import gin
 import jax
 import jaxtyping
 import pytest
+from jaxtyping import _import_hook
 
 # A shell that runs this in the background has it ignored, and what is ignored
 # stays so in the processes that tests start.
@@ -76,6 +79,24 @@ def checked(function):
 # It has no arrays, and checking its closures takes fifty times their time.
 import l2s_jax.data.cldr  # noqa: E402, F401
 
+
+def get_code(loader, name):
+  """Returns a module's code, which has a name of its own among those kept."""
+  hash_of_checker = loader._typechecker.get_hash()
+  with mock.patch(
+    'importlib._bootstrap_external.cache_from_source',
+    functools.partial(
+      _import_hook._optimized_cache_from_source, hash_of_checker
+    ),
+  ):
+    return machinery.SourceFileLoader.get_code(loader, name)
+
+
+# jaxtyping's loader has such names while a module runs: then for all that it
+# imports, TensorFlow too, of which every process compiled the sources.
+_import_hook._JaxtypingLoader.get_code = get_code  # type: ignore[method-assign]
+del _import_hook._JaxtypingLoader.exec_module
+
 # Before the rest of the package is imported.
 jaxtyping.install_import_hook('l2s_jax', 'conftest.checked')
 
@@ -100,6 +121,41 @@ def vocabulary(tmp_path_factory):
   texts = [' '.join(rng.choices(letters, k=20)) for _ in range(200)]
   path = tmp_path_factory.mktemp('vocabulary') / 'spiece.model'
   return sentencepiece.train(texts, path, vocab_size=100)
+
+
+# From the longest on: one that began last would leave a core idle.
+_FILES_OF_MINUTES = (
+  'test_preemption',
+  'test_distributed',
+  'test_hf_form',
+  'test_cached_features',
+  'test_cache_task',
+  'test_distillation',
+  'test_quickstart',
+  'test_buckets',
+  'test_command_line',
+  'test_api',
+  'test_cache',
+  'test_cache_writer',
+  'test_kept_runs',
+  'test_teachers',
+  'test_infer',
+  'test_export',
+  'test_gguf_form',
+  'test_weights',
+  'test_export_systems',
+  'test_t5x_state',
+  'test_evaluate_verb',
+  'test_cache_batches',
+  'test_examples',
+  'test_damage',
+)
+
+
+def pytest_collection_modifyitems(items):
+  """Begins with the files that take longest, see `launch/test.sh`."""
+  rank = {name: number for number, name in enumerate(_FILES_OF_MINUTES)}
+  items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 def pytest_collection_finish():

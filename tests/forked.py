@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of `python -m MODULE` that need not import what they run.
+"""Processes of `python -m MODULE` and `-c PROGRAM` that import nothing twice.
 
 They are forked from a server that has imported the verbs and done nothing else:
 each begins with modules, without devices, threads or settings. Signals, exit
@@ -16,7 +16,7 @@ import pathlib
 import runpy
 import subprocess
 import sys
-import traceback
+import types
 from collections.abc import Iterator
 from multiprocessing import connection, forkserver
 
@@ -28,6 +28,7 @@ _PRELOADED = [
   'l2s_jax.inference.infer',
   'l2s_jax.data.features',
   'l2s_jax.evaluation.seqio_evaluator',
+  'tensorboardX',
 ]
 # Of a process that compiles as the tests' own do, see conftest.py.
 COMPILE_FAST = {
@@ -71,7 +72,10 @@ def _run(
   cwd: str,
   streams: dict[int, connection.Connection],
 ) -> None:
-  """Becomes `python -m MODULE ARGUMENTS`, in the process that was forked."""
+  """Becomes `python -m MODULE ARGUMENTS`, in the process that was forked.
+
+  Or `python -c PROGRAM ARGUMENTS`.
+  """
   for number, stream in streams.items():
     os.dup2(stream.fileno(), number)
     stream.close()
@@ -79,18 +83,22 @@ def _run(
   os.environ.clear()
   os.environ.update(variables)
   os.chdir(cwd)
-  module, *arguments = argv
-  sys.argv = [module, *arguments]
+  flag, module, *arguments = argv
+  sys.argv = [flag if flag == '-c' else module, *arguments]
   sys.modules.pop(f'{module}.__main__', None)  # It is run, not imported.
   status = 0
   try:
-    runpy.run_module(module, run_name='__main__', alter_sys=True)
+    if flag == '-c':
+      sys.modules['__main__'] = types.ModuleType('__main__')
+      exec(compile(module, '<string>', 'exec'), vars(sys.modules['__main__']))
+    else:
+      runpy.run_module(module, run_name='__main__', alter_sys=True)
   except SystemExit as end:
     status = (
       end.code if isinstance(end.code, int) else int(end.code is not None)
     )
   except BaseException:
-    traceback.print_exc()
+    sys.excepthook(*sys.exc_info())
     status = 1
   atexit._run_exitfuncs()
   sys.exit(status)
@@ -107,14 +115,17 @@ def start_server() -> None:
 
 
 class Popen(subprocess.Popen):
-  """Takes the place of `subprocess.Popen` of `[python, '-m', MODULE, ...]`."""
+  """Takes the place of `subprocess.Popen` of `[python, '-m', MODULE, ...]`.
+
+  Or of `[python, '-c', PROGRAM, ...]`.
+  """
 
   def _execute_child(
     self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest
   ):
     stdin, _, _, stdout, _, stderr = rest[3:9]
-    python, flag, *argv = args
-    assert (python, flag) == (sys.executable, '-m'), args
+    python, *argv = args
+    assert python == sys.executable and argv[0] in ('-m', '-c'), args
     variables = dict(environment() if env is None else env)
     expected = environment()
     for name in {*variables, *expected}:

@@ -4,11 +4,9 @@
 import collections
 import functools
 import json
-import os
 import pathlib
 import queue
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -711,12 +709,8 @@ print('restored')
 
 def run_python(program, *arguments):
   """Runs a program, which reads the variables of the store anew."""
-  return subprocess.run(
+  return forked.run(
     [sys.executable, '-c', program, *map(str, arguments)],
-    env=os.environ
-    | {'PYTHONPATH': f'{tiny_runs.ROOT}:{tiny_runs.ROOT}/tests'}
-    | forked.COMPILE_FAST,
-    capture_output=True,
     text=True,
     timeout=200,
   )

@@ -226,13 +226,12 @@ def test_cents_decide_the_plural(splits):
 def _renderings(kind: str, content: cldr.Content) -> set[tuple[str, ...]]:
   """Returns the texts of a content in en, de, fr and ro, in every style."""
   rng = random.Random(0)
+  locales = [babel.Locale.parse(name) for name in ('en', *cldr.LANGUAGES)]
   found = set()
   for _ in range(100_000):
     contents, render = cldr.KINDS[kind](rng)
     if contents[0] == content:
-      found.add(
-        tuple(cldr._plain(render(locale)) for locale in ('en', *cldr.LANGUAGES))
-      )
+      found.add(tuple(cldr._plain(render(locale)) for locale in locales))
   return found
 
 

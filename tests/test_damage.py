@@ -4,13 +4,12 @@
 import concurrent.futures
 import gc
 import json
-import os
 import pathlib
 import re
-import subprocess
 import sys
 
 import cache_files
+import forked
 import numpy as np
 import pytest
 from faults import damage, folders
@@ -35,16 +34,12 @@ READERS = (
 @pytest.mark.parametrize('every', [24, pytest.param(8, marks=pytest.mark.long)])
 def test_no_damaged_file_is_read_as_if_it_were_good(every):
   """In a process of its own, which has one device, as a user's has."""
-  result = subprocess.run(
+  result = forked.run(
     [
       sys.executable,
       *('-m', 'faults.damage', '--flips=1', f'--every={every}', '--seed=1'),
       *('--readers', *READERS),
     ],
-    cwd=TESTS.parent,
-    env=os.environ
-    | {'PYTHONPATH': f'{TESTS.parent}:{TESTS}', 'JAX_PLATFORMS': 'cpu'},
-    capture_output=True,
     text=True,
     timeout=600,
   )

@@ -9,6 +9,7 @@ import pathlib
 import runpy
 import sys
 
+import forked
 import helpers
 import pytest
 import saved_runs
@@ -37,7 +38,7 @@ def run_cells(path):
     ]
     nbclient.NotebookClient(found, timeout=600).execute(
       cwd=str(path.parent),
-      env=os.environ | {'PYTHONPATH': os.pathsep.join(places)},
+      env=forked.environment() | {'PYTHONPATH': os.pathsep.join(places)},
     )
     return
   names: dict[str, object] = {'__name__': '__main__'}

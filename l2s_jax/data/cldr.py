@@ -28,7 +28,7 @@ import hashlib
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Literal
 
 import babel
@@ -40,7 +40,7 @@ SIZES = {'train': 96_000, 'validation': 1_000, 'test': 1_000}
 
 Content = tuple[str | int, ...]
 # The contents of an example, all of one split, and their renderer by locale.
-Drawing = tuple[list[Content], Callable[[str], str]]
+Drawing = tuple[list[Content], Callable[[babel.Locale], str]]
 DateStyle = Literal['short', 'medium', 'long', 'full']
 TimeUnit = Literal['year', 'month', 'week', 'day', 'hour', 'minute', 'second']
 
@@ -150,28 +150,34 @@ def _generate(split: str, seed: int) -> Iterator[dict[str, str]]:
     if len(seen) == _NUM_DISTINCT:
       seen.clear()
     for kind, language in cells:
-      example = _draw_example(rng, split, kind, language)
-      while example['prompt'] in seen:
-        example = _draw_example(rng, split, kind, language)
+      example = _draw_example(rng, split, kind, language, seen)
       seen.add(example['prompt'])
       yield example
 
 
 def _draw_example(
-  rng: random.Random, split: str, kind: str, language: str
+  rng: random.Random, split: str, kind: str, language: str, seen: Set[str]
 ) -> dict[str, str]:
   while True:
     contents, render = KINDS[kind](rng)
     if all(split_of(content) == split for content in contents):
-      break
-  source = _plain(render('en'))
+      source = _plain(render(_locale('en')))
+      prompt = f'translate English to {LANGUAGES[language]}: {source}'
+      if prompt not in seen:
+        break
   return {
-    'prompt': f'translate English to {LANGUAGES[language]}: {source}',
-    'answer': _plain(render(language)),
+    'prompt': prompt,
+    'answer': _plain(render(_locale(language))),
     'source': source,
     'language': language,
     'kind': kind,
   }
+
+
+@functools.cache
+def _locale(language: str) -> babel.Locale:
+  """Returns a locale that Babel need not look for at each of its calls."""
+  return babel.Locale.parse(language)
 
 
 def _plain(text: str) -> str:
@@ -231,7 +237,7 @@ def _draw_datetime(rng: random.Random) -> Drawing:
   time, time_content = _draw_minute(rng)
   style = _unambiguous(rng.choice(('short', 'medium', 'long')), day)
 
-  def render(locale: str) -> str:
+  def render(locale: babel.Locale) -> str:
     # `format_datetime` would add the time zone to a long time.
     return str(dates.get_datetime_format(style, locale)).format(
       dates.format_time(time, 'short', locale=locale),
@@ -241,10 +247,11 @@ def _draw_datetime(rng: random.Random) -> Drawing:
   return [day_content, time_content], render
 
 
+@functools.cache
 def _format_duration(
   count: int,
   unit: TimeUnit,
-  locale: str,
+  locale: babel.Locale,
   *,
   style: Literal['long', 'short'] = 'long',
   add_direction: bool = False,
@@ -295,10 +302,15 @@ def _draw_number(rng: random.Random) -> int:
   return rng.randrange(rng.choice((100, 1_000, 10_000)))
 
 
+@functools.cache
+def _format_number(number: int, kind: str, locale: babel.Locale) -> str:
+  return num2words.num2words(number, lang=locale.language, to=kind)
+
+
 def _draw_cardinal(rng: random.Random) -> Drawing:
   number = _draw_number(rng)
-  return [('number', number)], lambda locale: num2words.num2words(
-    number, lang=locale
+  return [('number', number)], functools.partial(
+    _format_number, number, 'cardinal'
   )
 
 
@@ -308,8 +320,8 @@ def _draw_ordinal(rng: random.Random) -> Drawing:
   # 'quatre-vingtsième', 'al optlea') and has no sensible zeroth.
   while number % 100 in (0, 80) or (number % 10 == 8 and number % 100 != 18):
     number = _draw_number(rng)
-  return [('number', number)], lambda locale: num2words.num2words(
-    number, lang=locale, to='ordinal'
+  return [('number', number)], functools.partial(
+    _format_number, number, 'ordinal'
   )
 
 
@@ -354,26 +366,27 @@ def _draw_unit(rng: random.Random) -> Drawing:
 def _draw_names(
   rng: random.Random,
   codes: list[str],
-  names_in: Callable[[str], Mapping[str, str]],
+  names_in: Callable[[babel.Locale], Mapping[str, str]],
 ) -> Drawing:
   chosen = rng.sample(codes, rng.choice((1, 2, 2, 3, 3)))
   style: Literal['standard', 'or'] = rng.choice(('standard', 'or'))
   content: Content = ('name' if len(chosen) == 1 else 'names', *sorted(chosen))
-  return [content], lambda locale: lists.format_list(
-    [names_in(locale)[code] for code in chosen], style=style, locale=locale
-  )
+
+  def render(locale: babel.Locale) -> str:
+    names = names_in(locale)
+    return lists.format_list(
+      [names[code] for code in chosen], style=style, locale=locale
+    )
+
+  return [content], render
 
 
 def _draw_countries(rng: random.Random) -> Drawing:
-  return _draw_names(
-    rng, _COUNTRIES, lambda locale: babel.Locale.parse(locale).territories
-  )
+  return _draw_names(rng, _COUNTRIES, lambda locale: locale.territories)
 
 
 def _draw_languages(rng: random.Random) -> Drawing:
-  return _draw_names(
-    rng, _LANGUAGES, lambda locale: babel.Locale.parse(locale).languages
-  )
+  return _draw_names(rng, _LANGUAGES, lambda locale: locale.languages)
 
 
 KINDS: dict[str, Callable[[random.Random], Drawing]] = {
