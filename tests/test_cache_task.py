@@ -128,10 +128,11 @@ def test_a_resumed_run_is_bit_equal_to_an_unbroken_one(folder, kind):
   assert digests[0] == digests[1]
 
 
-def test_processes_train_as_one_does(folder, alone):
-  """Two begin, SIGTERM comes to one, four go on: each reads its own rows."""
-  run = folder / 'together'
-  arguments = train(folder, 'together', *FSDP)
+@pytest.mark.parametrize('number', [2, pytest.param(4, marks=pytest.mark.long)])
+def test_processes_train_as_one_does(folder, alone, number):
+  """Two begin, SIGTERM comes to one, so many go on; each reads its own rows."""
+  run = folder / f'together-{number}'
+  arguments = train(folder, run.name, *FSDP)
   pair = test_distributed.start(2, *arguments)
   test_distributed.wait_for_steps(pair, run, 3)
   pair[1].send_signal(signal.SIGTERM)
@@ -139,7 +140,7 @@ def test_processes_train_as_one_does(folder, alone):
   if pair[0].returncode:  # Else it had ended before.
     assert {p.returncode for p in pair} == {preemption.EXIT_CODE}, outputs
     assert saved_steps.steps(run)[-1] < STEPS
-  test_distributed.finish(test_distributed.start(4, *arguments))
+  test_distributed.finish(test_distributed.start(number, *arguments))
   np.testing.assert_allclose(losses(run), losses(alone), rtol=1e-4)
   counted = [
     [r['train/prompt_tokens_per_sec'] * r['train/secs_per_step'] for r in rows]
