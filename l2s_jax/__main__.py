@@ -418,7 +418,6 @@ def main(
     fn = verbs[name].load()
     for module in configurable_modules:
       importlib.import_module(module)
-    _collect_garbage()
     given = {
       flag.parameter: getattr(args, flag.parameter)
       for flag in verbs[name].flags
@@ -429,6 +428,7 @@ def main(
       for key, verb in verbs.items()
       if key != name and not verb.is_all_flags
     ]
+    _begin_collecting()
     with together():
       _run(fn, args, bindings, given, others)
   except (ValueError, FileNotFoundError) as error:
@@ -451,8 +451,8 @@ def main(
   return 0
 
 
-def _collect_garbage() -> None:
-  """Ends the time without garbage collection that `process` began.
+def _begin_collecting() -> None:
+  """Turns the garbage collector on, which `process` turned off for imports.
 
   What was imported stays; looking through it is a tenth of a start.
   """
@@ -646,6 +646,8 @@ def _refuse(message: str, status: int = 2) -> int:
 def process(main: Callable[[], int | None]) -> int:
   """Runs the program of a process.
 
+  The garbage collector is off until `main` turns it on.
+
   Returns:
     The exit status: 1 after an error of the operating system, which is printed
     as one sentence; 75 after SIGTERM (start again); 130 after Ctrl-C.
@@ -653,7 +655,7 @@ def process(main: Callable[[], int | None]) -> int:
   hooks = os_errors.Hooks()
   if '--verbose' not in sys.argv:
     hooks.install()
-  gc.disable()  # Until all is imported; see `_collect_garbage`.
+  gc.disable()
   status = preemption.run(main)
   sys.stdout.flush()  # Here, where a closed pipe can be reported.
   if hooks.of_thread and not status:

@@ -167,7 +167,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument(
     '--eval_examples',
     type=int,
-    help='phrases of each evaluation, for the same purpose',
+    help='phrases of each evaluation, to evaluate in less time',
   )
   args = parser.parse_args(argv)
   if absent := extras.missing('babel', 'num2words', 'sacrebleu', 'seqio'):
@@ -186,6 +186,9 @@ def output_folder(args: argparse.Namespace) -> pathlib.Path:
     output_dir = output_dir.with_name(f'{output_dir.name}_seed{args.seed}')
   if args.eval_examples is not None:
     gin_config.check_positive(eval_examples=args.eval_examples)
+    output_dir = output_dir.with_name(
+      f'{output_dir.name}_{args.eval_examples}_phrases'
+    )
   if args.train_steps is not None:
     gin_config.check_positive(train_steps=args.train_steps)
     output_dir = output_dir.with_name(f'{output_dir.name}_{args.train_steps}')
@@ -332,7 +335,11 @@ def _evaluate(
         f"TASK_FEATURE_LENGTHS={{'inputs': {PROMPT_LENGTH}, "
         f"'targets': {ANSWER_LENGTH}}}",
         'BATCH_SIZE=32',
-        *([f'evaluate.num_examples={num_examples}'] if num_examples else []),
+        *(
+          []
+          if num_examples is None
+          else [f'evaluate.num_examples={num_examples}']
+        ),
       ],
     )
   )

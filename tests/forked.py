@@ -28,7 +28,7 @@ _PRELOADED = [
   'l2s_jax.inference.infer',
   'l2s_jax.data.features',
   'l2s_jax.evaluation.seqio_evaluator',
-  'tensorboardX',
+  'without_torch',
 ]
 # Of a process that compiles as the tests' own do, see conftest.py.
 COMPILE_FAST = {

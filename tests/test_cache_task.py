@@ -8,6 +8,7 @@ import signal
 import subprocess
 
 import cache_files
+import forked
 import gin
 import numpy as np
 import pytest
@@ -128,9 +129,12 @@ def test_a_resumed_run_is_bit_equal_to_an_unbroken_one(folder, kind):
   assert digests[0] == digests[1]
 
 
-@pytest.mark.parametrize('number', [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.parametrize('number', [1, pytest.param(4, marks=pytest.mark.long)])
 def test_processes_train_as_one_does(folder, alone, number):
   """Two begin, SIGTERM comes to one, so many go on; each reads its own rows."""
+  flags = forked.COMPILE_FAST['XLA_FLAGS']
+  if number == 1:  # A mesh of two devices.
+    flags += ' --xla_force_host_platform_device_count=2'
   run = folder / f'together-{number}'
   arguments = train(folder, run.name, *FSDP)
   pair = test_distributed.start(2, *arguments)
@@ -140,7 +144,9 @@ def test_processes_train_as_one_does(folder, alone, number):
   if pair[0].returncode:  # Else it had ended before.
     assert {p.returncode for p in pair} == {preemption.EXIT_CODE}, outputs
     assert saved_steps.steps(run)[-1] < STEPS
-  test_distributed.finish(test_distributed.start(number, *arguments))
+  test_distributed.finish(
+    test_distributed.start(number, *arguments, XLA_FLAGS=flags)
+  )
   np.testing.assert_allclose(losses(run), losses(alone), rtol=1e-4)
   counted = [
     [r['train/prompt_tokens_per_sec'] * r['train/secs_per_step'] for r in rows]

@@ -475,3 +475,4 @@ def test_small_and_large_stacks_are_divided_into_the_same_layers(
   helpers.assert_trees_equal(small, large)
   for a, b in zip(jax.tree.leaves(small), jax.tree.leaves(large), strict=True):
     assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+    assert a.committed == b.committed

@@ -31,7 +31,7 @@ def test_quickstart_leaves_its_report(slm, tmp_path):
   )
   assert result.returncode == 0, result.stdout + result.stderr
   suffix = '_own_vocabulary' if slm == 'own_vocabulary' else ''
-  folder = tmp_path / f'quickstart{suffix}_6'
+  folder = tmp_path / f'quickstart{suffix}_64_phrases_6'
   results = json.loads((folder / 'results.json').read_text())
   rows = {row['system']: row for row in results['rows']}
   assert sorted(rows) == [

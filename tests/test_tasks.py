@@ -13,7 +13,8 @@ import helpers
 import numpy as np
 import pytest
 
-from l2s_jax.data import cldr, sources, tasks
+from l2s_jax.caching import cache_key
+from l2s_jax.data import cldr, sources, streams, tasks, templates
 from l2s_jax.data.features import seqio, tf
 from l2s_jax.evaluation import seqio_evaluator
 from l2s_jax.metrics import metric_fns
@@ -456,6 +457,38 @@ def test_users_task_takes_our_vocabularies(vocabulary, registered, steps, rank):
   assert bound.postprocess_fn('x') == 'X'
   assert bound.metric_fns == [metric_fns.bleu]
   assert seqio.TaskRegistry.get('mine') is task
+
+
+def test_steps_of_users_may_have_conditions_on_tensors(vocabulary, registered):
+  """AutoGraph is off for our own functions alone."""
+
+  @seqio.map_over_dataset
+  def mark(example):
+    text = example['inputs']
+    if tf.strings.length(text) > 3:
+      text = text + ' long'
+    return {**example, 'inputs': text}
+
+  registered(users_task('mine', mark, TOKENIZE))
+  bound = tasks.bind('mine', vocabulary, vocabulary)
+  whole = [*vocabulary.encode('mine one two long'), vocabulary.eos_id]
+  (example,) = read(bound)
+  assert example['inputs'].tolist() == whole
+  batches = streams.train_batches(
+    bound, task_feature_lengths=LENGTHS, batch_size=1, seed=0
+  )
+  tokens = next(batches)['encoder_input_tokens'][0]
+  batches.close()
+  assert tokens[: len(whole)].tolist() == whole
+
+
+def test_the_step_of_our_tasks_is_that_of_earlier_caches():
+  """With another source, a cache of an earlier version has other settings."""
+  template = templates.Template('{source}')
+  step = templates.text_to_text(template, template, 'target')
+  assert cache_key._code(step) == (
+    'l2s_jax.data.templates.text_to_text.<locals>.fill_all 63c9daba0d1ce850'
+  )
 
 
 def test_mixture_is_bound_with_all_its_parts(vocabulary, registered):

@@ -118,10 +118,9 @@ def text_to_text(
       )
     read = {*template.columns, *fallback.columns, target_column, 'references'}
     names = sorted(read & columns)
-    chosen = dataset.map(
-      features.as_written(lambda example: {key: example[key] for key in names})
+    return features.map_batches(
+      dataset.map(lambda example: {name: example[name] for name in names}), fill
     )
-    return features.map_batches(chosen, fill)
 
   fill_all.gives_one_for_one = True  # type: ignore[attr-defined]
   return fill_all

@@ -13,6 +13,8 @@ has the number of the last line, so that removed last lines are noticed. Earlier
 versions wrote neither; their lines are read as they are.
 """
 
+import functools
+import importlib
 import json
 import pathlib
 import tempfile
@@ -160,6 +162,12 @@ class MetricWriter:
         self._scratch = None
 
 
+@functools.cache
+def _event_file_writer() -> Any:
+  with extras.hidden('torch'):  # tensorboardX imports it, but need not.
+    return importlib.import_module('tensorboardX.event_file_writer')
+
+
 class EventFile:
   """A TensorBoard event file, written synchronously.
 
@@ -169,8 +177,7 @@ class EventFile:
 
   def __init__(self, folder: pathlib.Path):
     """Creates an event file in a folder; creates the folder if absent."""
-    with extras.hidden('torch'):  # tensorboardX does not need it.
-      from tensorboardX import event_file_writer
+    event_file_writer = _event_file_writer()
 
     self._remote: storage.BucketPath | None = None
     if isinstance(folder, storage.BucketPath):

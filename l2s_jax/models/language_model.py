@@ -228,13 +228,22 @@ def _is_small(x: Any) -> bool:
 
 
 def _copy_layers(x: jax.Array) -> tuple[jax.Array, ...]:
+  """Returns the layers of a stacked array that is on one device.
+
+  They may share one copy of it. `jnp.array` would compile a program for each
+  shape.
+  """
+  layers = list(np.array(x))
+  if not x.committed:
+    (device,) = x.devices()
+    with jax.default_device(device):
+      return tuple(jax.device_put(layers))
   sharding = x.sharding
   if isinstance(sharding, jax.sharding.NamedSharding):
     sharding = jax.sharding.NamedSharding(
       sharding.mesh, jax.sharding.PartitionSpec()
     )
-  # `jnp.array` would compile a program for each shape.
-  return tuple(jax.device_put(list(np.asarray(x)), sharding, may_alias=False))
+  return tuple(jax.device_put(layers, sharding))
 
 
 @functools.partial(

@@ -50,17 +50,20 @@ def missing(*modules: str) -> list[str]:
 
 @contextlib.contextmanager
 def hidden(module: str) -> Iterator[None]:
-  """Hides a module from imports of another, which can do without it.
+  """Hides a module from the import of another, which can do without it.
 
-  A module that was imported before is not hidden.
+  A module that was imported before is not hidden. What is imported inside the
+  block, by any thread, keeps what it found.
   """
+  if module in sys.modules:
+    yield
+    return
   modules: dict[str, Any] = sys.modules
-  is_hidden = modules.setdefault(module, None) is None
+  modules[module] = None
   try:
     yield
   finally:
-    if is_hidden:
-      del modules[module]
+    modules.pop(module, None)
 
 
 def require(purpose: str, *modules: str, instead: str = '') -> None:
