@@ -335,11 +335,7 @@ def _evaluate(
         f"TASK_FEATURE_LENGTHS={{'inputs': {PROMPT_LENGTH}, "
         f"'targets': {ANSWER_LENGTH}}}",
         'BATCH_SIZE=32',
-        *(
-          []
-          if num_examples is None
-          else [f'evaluate.num_examples={num_examples}']
-        ),
+        f'evaluate.num_examples={num_examples}',
       ],
     )
   )

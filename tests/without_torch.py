@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Imports tensorboardX as runs do, for the server of `forked.py`."""
 
-from l2s_jax.runtime import extras
+from l2s_jax.evaluation import metric_writer
 
-with extras.hidden('torch'):
-  import tensorboardX  # noqa: F401
+metric_writer._event_file_writer()

@@ -113,8 +113,7 @@ class Texts:
     dataset = self._from(start)
     if stop is not None:
       dataset = dataset.take(stop - start)
-    names = list(self.columns)
-    dataset = dataset.map(lambda example: {key: example[key] for key in names})
+    dataset = features.choose(dataset, list(self.columns))
     chunks = iter(dataset.ragged_batch(CHUNK).prefetch(4))
     while True:
       with features.plain_errors():

@@ -14,7 +14,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -213,6 +213,13 @@ def map_batches(
   if number < 0:
     return mapped
   return mapped.apply(tf.data.experimental.assert_cardinality(number))
+
+
+def choose(dataset: tf.data.Dataset, names: Collection[str]) -> tf.data.Dataset:
+  """Returns the dataset with the named columns alone."""
+  return dataset.map(
+    as_written(lambda example: {name: example[name] for name in names})
+  )
 
 
 def wrap_vocabulary(vocabulary: base.Vocabulary) -> SeqioVocabulary:
@@ -561,8 +568,7 @@ class L2SFeatureConverter(seqio.FeatureConverter):
       }
       return self.convert({**batch, **rows}, task_feature_lengths)
 
-    keys = ('inputs', 'targets', 'inputs_length', 'targets_length')
-    ds = ds.map(as_written(lambda example: {key: example[key] for key in keys}))
+    ds = choose(ds, ('inputs', 'targets', 'inputs_length', 'targets_length'))
     if not self._shares_rows:
       return map_batches(ds, convert)
     windows = ds.ragged_batch(packing.WINDOW)

@@ -372,11 +372,8 @@ def _shuffled(
   dataset = task.preprocess_precache(dataset, seed=seed).repeat(num_epochs)
   dataset = task.preprocess_postcache(
     dataset, sequence_length=task_feature_lengths, seed=seed
-  ).map(
-    features.as_written(
-      lambda example: {key: example[key] for key in ('inputs', 'targets')}
-    )
   )
+  dataset = features.choose(dataset, ('inputs', 'targets'))
   if task.shuffle_buffer_size is not None:
     return dataset.shuffle(task.shuffle_buffer_size, seed=seed)
   if not task.source.performs_internal_shuffling:

@@ -2,6 +2,7 @@
 """A system's parameters: shapes, shardings, initialisation and loading."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -46,7 +47,10 @@ def init(
     only: predicate of a path that selects parameters; XLA removes the
       computation of the others. None returns all.
   """
-  batch = _example_batch(system)
+  batch = {
+    name: jnp.ones(shape.shape, shape.dtype)
+    for name, shape in system.example_batch(1, 2, 2).items()
+  }
   params = system.module.init(key, batch, deterministic=True)['params']
   writer, name = l2s.writer(system.module)
   if name is not None:
@@ -55,22 +59,14 @@ def init(
   return {'params': split_by_path(params, only)[0]}
 
 
-def _example_batch(system: system_lib.System) -> dict[str, jax.Array]:
-  return {
-    name: jnp.ones(shape.shape, shape.dtype)
-    for name, shape in system.example_batch(1, 2, 2).items()
-  }
-
-
 def _abstract(system: system_lib.System) -> tuple[PyTree, PyTree]:
   """Returns shapes and logical axes of all parameters, as `init` makes them.
 
   Without `init`'s second pass over the SLM, which changes values alone.
   """
   return partitioning.abstract_params(
-    lambda key: system.module.init(
-      key, _example_batch(system), deterministic=True
-    )
+    functools.partial(system.module.init, deterministic=True),
+    system.example_batch(1, 2, 2),
   )
 
 
